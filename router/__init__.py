@@ -1,0 +1,36 @@
+"""Pure routing mathematics: routers, balance losses and load statistics; no torch.distributed."""
+
+from router.balance import LoadStatistics, balance_coefficients
+from router.calibration import norm_constant
+from router.load import dead_experts, effective_experts, load_imbalance
+from router.routers import (
+    NormRouter,
+    Router,
+    Routing,
+    SigmoidBiasRouter,
+    SoftmaxRouter,
+    build_router,
+    norm_scores,
+    select_experts,
+    sigmoid_scores,
+    softmax_scores,
+)
+
+__all__ = [
+    "LoadStatistics",
+    "NormRouter",
+    "Router",
+    "Routing",
+    "SigmoidBiasRouter",
+    "SoftmaxRouter",
+    "balance_coefficients",
+    "build_router",
+    "dead_experts",
+    "effective_experts",
+    "load_imbalance",
+    "norm_constant",
+    "norm_scores",
+    "select_experts",
+    "sigmoid_scores",
+    "softmax_scores",
+]

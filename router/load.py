@@ -1,0 +1,30 @@
+"""Load statistics for metrics: how evenly tokens spread over experts.
+
+Each function takes int64 counts of any shape (..., M) and reduces the last dimension, the experts.
+"""
+
+import torch
+from torch import Tensor
+
+
+def load_imbalance(tokens_per_expert: Tensor) -> Tensor:
+    """Largest load over mean load, fp32, from 1 (even) to M (one expert has all); 1 without tokens. MaxVio + 1."""
+    load = tokens_per_expert.float()
+    mean = load.mean(dim=-1)
+    return torch.where(mean == 0, 1.0, load.amax(dim=-1) / mean)
+
+
+def dead_experts(tokens_per_expert: Tensor) -> Tensor:
+    """How many experts got no token, int64."""
+    return (tokens_per_expert == 0).sum(dim=-1)
+
+
+def effective_experts(tokens_per_expert: Tensor) -> Tensor:
+    """exp of the load's entropy, fp32: n when n experts share the tokens evenly and the rest get none.
+
+    1 without tokens, the smallest value there is.
+    """
+    load = tokens_per_expert.float()
+    fractions = load / load.sum(dim=-1, keepdim=True).clamp(min=1.0)
+    entropy: Tensor = torch.special.entr(fractions).sum(dim=-1)
+    return entropy.exp()

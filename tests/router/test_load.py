@@ -1,0 +1,28 @@
+"""Load statistics against hand-made numbers and a loop."""
+
+import math
+
+import pytest
+import torch
+
+from router import dead_experts, effective_experts, load_imbalance
+
+COUNTS = torch.tensor([[3, 3, 3, 3, 3], [15, 0, 0, 0, 0], [0, 6, 0, 6, 0], [1, 2, 0, 4, 8], [0, 0, 0, 0, 0]])
+
+
+def test_load_imbalance() -> None:
+    assert load_imbalance(COUNTS).tolist() == pytest.approx([1.0, 5.0, 2.5, 8 / 3, 1.0])
+
+
+def test_dead_experts() -> None:
+    assert dead_experts(COUNTS).tolist() == [0, 4, 3, 1, 5]
+
+
+def test_effective_experts() -> None:
+    shares = [1 / 15, 2 / 15, 4 / 15, 8 / 15]
+    skewed = math.exp(-sum(p * math.log(p) for p in shares))
+    assert effective_experts(COUNTS).tolist() == pytest.approx([5.0, 1.0, 2.0, skewed, 1.0])
+
+
+def test_one_row_gives_a_scalar() -> None:
+    assert load_imbalance(COUNTS[3]).shape == dead_experts(COUNTS[3]).shape == effective_experts(COUNTS[3]).shape == ()

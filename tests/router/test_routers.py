@@ -1,0 +1,237 @@
+"""Routers against a loop over tokens in float64, on odd sizes and at the edges.
+
+Letters: T tokens, D hidden, M experts, K top-k.
+"""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from router import Router, Routing, build_router, norm_scores, select_experts, sigmoid_scores, softmax_scores
+
+KINDS = ["norm", "softmax", "sigmoid_bias"]
+T, D, M = 13, 7, 11
+CONSTANT = 2.5
+
+
+def make_router(kind: str, top_k: int, scores: str = "raw", num_experts: int = M) -> Router:
+    router = build_router(kind, D, num_experts, top_k, scores, CONSTANT)
+    router.reset_parameters(0.7, torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        if kind == "norm":
+            router.sigma.fill_(1.3)
+        if kind == "sigmoid_bias":
+            router.expert_bias_M.copy_(torch.randn(num_experts, generator=torch.Generator().manual_seed(6)))
+    return router
+
+
+def hidden_states(seed: int = 0) -> Tensor:
+    return torch.randn(T, D, generator=torch.Generator().manual_seed(seed))
+
+
+def loop_scores(kind: str, z: list[Tensor], sigma: Tensor) -> list[Tensor]:
+    """The scores of one token; z holds a float64 scalar an unmasked expert."""
+    if kind == "norm":
+        norm = torch.sqrt(sum(v * v for v in z)) + 1e-8
+        return [sigma * CONSTANT * (v / norm if v > 0 else 0 * v) for v in z]
+    if kind == "softmax":
+        total = sum(torch.exp(v) for v in z)
+        return [torch.exp(v) / total for v in z]
+    return [1 / (1 + torch.exp(-v)) for v in z]
+
+
+def loop_routing(
+    kind: str, router: Router, h: Tensor, weight: Tensor, sigma: Tensor, allowed: list[int]
+) -> tuple[list[list[int]], list[list[Tensor]], list[Tensor], Tensor]:
+    """(ids, gate values, P, z-loss), token by token. Experts of score 0 rank by their logit."""
+    bias = router.expert_bias_M.double() if kind == "sigmoid_bias" else torch.zeros(M, dtype=torch.float64)
+    all_ids, all_gates = [], []
+    mean_scores: list[Tensor] = [torch.zeros((), dtype=torch.float64)] * M
+    z_loss = torch.zeros((), dtype=torch.float64)
+    for token in range(len(h)):
+        z = [sum(h[token, d] * weight[i, d] for d in range(D)) for i in allowed]
+        s = loop_scores(kind, z, sigma)
+        order = sorted(range(len(allowed)), key=lambda j: ((s[j] + bias[allowed[j]]).item(), z[j].item()), reverse=True)
+        all_ids.append([allowed[j] for j in order[: router.top_k]])
+        all_gates.append([s[j] for j in order[: router.top_k]])
+        total = sum(s)
+        for j, i in enumerate(allowed):
+            share = s[j] / total if router.normalized and total > 0 else s[j]
+            mean_scores[i] = mean_scores[i] + share / len(h)
+        z_loss = z_loss + torch.log(sum(torch.exp(v) for v in z)) ** 2 / len(h)
+    return all_ids, all_gates, mean_scores, z_loss
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("top_k", [1, 3])
+@pytest.mark.parametrize("scores", ["raw", "normalized"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_values_and_gradients(kind: str, top_k: int, scores: str, masked: bool) -> None:
+    router = make_router(kind, top_k, scores)
+    mask_M = torch.tensor([i % 3 != 1 for i in range(M)]) if masked else None
+    allowed = [i for i in range(M) if not masked or i % 3 != 1]
+    generator = torch.Generator().manual_seed(8)
+    up_TK, up_M = torch.randn(T, top_k, generator=generator), torch.randn(M, generator=generator)
+
+    h_TD = hidden_states().requires_grad_()
+    routing = router(h_TD, mask_M)
+    loss = (routing.topk_scores_TK * up_TK).sum() + routing.mean_scores_M @ up_M + 0.3 * routing.z_loss
+    grads = torch.autograd.grad(loss, [h_TD, *router.parameters()])
+
+    h = hidden_states().double().requires_grad_()
+    weight = router.weight_MD.detach().double().requires_grad_()
+    sigma = torch.tensor([1.3], dtype=torch.float64, requires_grad=True)
+    ids, gates, mean_scores, z_loss = loop_routing(kind, router, h, weight, sigma, allowed)
+    gates_TK = torch.stack([torch.stack([g.squeeze() for g in row]) for row in gates])
+    means_M = torch.stack([p.squeeze() for p in mean_scores])
+    expected_loss = (gates_TK * up_TK).sum() + means_M @ up_M.double() + 0.3 * z_loss
+    expected_grads = torch.autograd.grad(expected_loss, [h, weight] + ([sigma] if kind == "norm" else []))
+
+    assert routing.topk_expert_ids_TK.tolist() == ids
+    assert routing.topk_expert_ids_TK.dtype == routing.tokens_per_expert_M.dtype == torch.int64
+    flat = [i for row in ids for i in row]
+    assert routing.tokens_per_expert_M.tolist() == [flat.count(i) for i in range(M)]
+    for actual, expected in zip(
+        [routing.topk_scores_TK, routing.mean_scores_M, routing.z_loss, *grads],
+        [gates_TK, means_M, z_loss, *expected_grads],
+        strict=True,
+    ):
+        assert actual.dtype == torch.float32
+        scale = expected.abs().max().item()
+        torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("scores", ["raw", "normalized"])
+@pytest.mark.parametrize("top_k", [1, 4, M])
+def test_rows_without_a_positive_logit(kind: str, scores: str, top_k: int) -> None:
+    """Row 0 all zero, row 1 all negative, row 2 with two positives: finite values and gradients, distinct experts."""
+    router = build_router(kind, M, M, top_k, scores, CONSTANT)  # the weight is the identity: z = h
+    with torch.no_grad():
+        router.weight_MD.copy_(torch.eye(M))
+    z = -torch.rand(3, M, generator=torch.Generator().manual_seed(1)) - 0.1
+    z[0] = 0.0
+    z[2, 3], z[2, 9] = 1.0, 2.0
+    z.requires_grad_()
+    routing = router(z)
+    assert all(len(set(row)) == top_k for row in routing.topk_expert_ids_TK.tolist())
+    assert routing.tokens_per_expert_M.sum().item() == 3 * top_k
+    assert set(routing.topk_expert_ids_TK[2, :2].tolist()) == ({3, 9} if top_k > 1 else {9})
+    up_M = torch.arange(1.0, M + 1)
+    (routing.topk_scores_TK.sum() + routing.mean_scores_M @ up_M).backward()
+    for tensor in (routing.topk_scores_TK, routing.mean_scores_M, z.grad, *(p.grad for p in router.parameters())):
+        assert tensor is not None and tensor.isfinite().all()
+    if kind == "norm":
+        assert (routing.topk_scores_TK[:2] == 0).all() and (routing.topk_scores_TK[2] > 0).sum() == min(top_k, 2)
+        assert z.grad is not None and (z.grad[:2] == 0).all() and (z.grad[2] != 0).any()
+
+
+def test_a_zero_row_counts_in_the_mean_as_zero() -> None:
+    """Normalised scores sum to 1 a token, 0 for a token without any: the mean is over all tokens."""
+    router = make_router("norm", 1, "normalized")
+    h_TD = hidden_states()
+    h_TD[:4] = 0.0
+    torch.testing.assert_close(router(h_TD).mean_scores_M.sum().item(), (T - 4) / T, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_masked_experts_are_not_selected(kind: str, sign: float) -> None:
+    """Even if every unmasked logit is negative, or every masked one is larger."""
+    router = build_router(kind, M, M, 3, "raw", CONSTANT)
+    with torch.no_grad():
+        router.weight_MD.copy_(torch.eye(M))
+    mask_M = torch.tensor([i in (2, 5, 10) for i in range(M)])
+    z = sign * torch.where(mask_M, 1.0, 9.0) * torch.linspace(1, 2, M).expand(4, M)
+    routing = router(z, mask_M)
+    assert {tuple(sorted(row)) for row in routing.topk_expert_ids_TK.tolist()} == {(2, 5, 10)}
+    assert (routing.mean_scores_M[~mask_M] == 0).all()
+    # With fewer unmasked experts than k the rest is filled by masked ones, of score 0.
+    few_M = torch.tensor([i == 5 for i in range(M)])
+    routing = router(z, few_M)
+    assert all(row[0] == 5 and len(set(row)) == 3 for row in routing.topk_expert_ids_TK.tolist())
+    assert (routing.topk_scores_TK[:, 1:] == 0).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_bf16_input_is_routed_in_fp32(kind: str, autocast: bool) -> None:
+    """Bit-equal to the fp32 call on the same rounded values, with and without autocast."""
+    router = make_router(kind, 2)
+    h_TD = hidden_states().bfloat16()
+
+    def weight_grad(routing: Routing) -> Tensor:
+        loss = routing.topk_scores_TK.sum() + routing.mean_scores_M.square().sum() + routing.z_loss
+        return torch.autograd.grad(loss, router.weight_MD)[0]
+
+    expected = router(h_TD.float())
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        actual = router(h_TD)
+    for name in ("topk_scores_TK", "topk_expert_ids_TK", "tokens_per_expert_M", "mean_scores_M", "z_loss"):
+        assert getattr(actual, name).dtype == getattr(expected, name).dtype
+        assert torch.equal(getattr(actual, name), getattr(expected, name)), name
+    assert torch.equal(weight_grad(actual), weight_grad(expected))
+
+
+def test_functions_compute_in_fp32() -> None:
+    logits = hidden_states().bfloat16()
+    sigma = torch.ones(1, dtype=torch.bfloat16)
+    for scores in (norm_scores(logits, sigma, 2.0), softmax_scores(logits), sigmoid_scores(logits)):
+        assert scores.dtype == torch.float32
+    assert torch.equal(softmax_scores(logits), logits.float().softmax(-1))
+
+
+def test_softmax_gate_values_are_not_renormalised() -> None:
+    routing = make_router("softmax", 2)(hidden_states())
+    assert (routing.topk_scores_TK.sum(-1) < 0.999).any()
+    assert routing.mean_scores_M.sum().item() == pytest.approx(1.0)
+
+
+def test_expert_bias_moves_the_selection_only() -> None:
+    router = make_router("sigmoid_bias", 1)
+    h_TD = hidden_states()
+    with torch.no_grad():
+        router.expert_bias_M.zero_()
+        router.expert_bias_M[4] = 10.0
+    routing = router(h_TD)
+    assert routing.tokens_per_expert_M.tolist() == [T if i == 4 else 0 for i in range(M)]
+    logits = h_TD @ router.weight_MD.T
+    torch.testing.assert_close(routing.topk_scores_TK[:, 0], torch.sigmoid(logits[:, 4]))
+
+
+def test_update_bias() -> None:
+    router = build_router("sigmoid_bias", D, 5, 1, "raw", CONSTANT)
+    router.update_bias(torch.tensor([10, 0, 4, 5, 1]), rate=1e-3)  # mean 4
+    router.update_bias(torch.tensor([10, 0, 4, 3, 3]), rate=1e-3)
+    torch.testing.assert_close(router.expert_bias_M, torch.tensor([-2e-3, 2e-3, 0.0, 0.0, 2e-3]))
+    assert "expert_bias_M" in router.state_dict() and not router.expert_bias_M.requires_grad
+
+
+def test_selection_takes_the_largest() -> None:
+    preference = torch.tensor([[0.1, -3.0, 7.0, 2.0], [-4.0, -1.0, -2.0, -3.0]], requires_grad=True)
+    assert select_experts(preference, 2).tolist() == [[2, 3], [1, 2]]
+
+
+def test_reset_parameters() -> None:
+    routers = [build_router(kind, 64, 96, 1, "raw", CONSTANT) for kind in KINDS]
+    with torch.no_grad():
+        for tensor in (routers[0].sigma, routers[2].expert_bias_M):
+            tensor.fill_(5.0)
+    for router in routers:
+        router.reset_parameters(0.02, torch.Generator().manual_seed(9))
+    for router in routers:
+        assert router.weight_MD.dtype == torch.float32 and torch.equal(router.weight_MD, routers[0].weight_MD)
+        # 6144 draws: the standard deviation is known to about 1 %.
+        assert router.weight_MD.std().item() == pytest.approx(0.02, rel=0.05)
+        assert abs(router.weight_MD.mean().item()) < 5 * 0.02 / math.sqrt(96 * 64)
+    assert routers[0].sigma.tolist() == [1.0] and routers[2].expert_bias_M.tolist() == [0.0] * 96
+    assert len(list(routers[1].parameters())) == 1
+
+
+def test_unknown_words_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"router.kind is 'cosine': it must be norm, softmax or sigmoid_bias"):
+        build_router("cosine", D, M, 1, "raw", CONSTANT)
+    with pytest.raises(ValueError, match=r"balance.scores is 'mean': it must be raw or normalized"):
+        build_router("norm", D, M, 1, "mean", CONSTANT)
