@@ -1,0 +1,73 @@
+"""A process that prepares data as the tests of kills and of simultaneous processes need it.
+
+prepare_worker.py SETTINGS kill N     counts events (a document read, a file synced, a folder made or renamed), and
+                                      kills itself by SIGKILL at the N-th; prints the number of events
+prepare_worker.py SETTINGS meet DIR   at its first document makes DIR/reading and waits for DIR/go; prints
+                                      the number of documents it read
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from trainer.data import prepare as module
+from trainer.data.prepare import DataSettings, prepare
+from trainer.data.sources import read_documents
+
+
+def kill_at(last: int) -> None:
+    count = 0
+
+    def event() -> None:
+        nonlocal count
+        count += 1
+        if count == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def counted(function):
+        def call(*args, **options):
+            event()
+            result = function(*args, **options)
+            event()
+            return result
+
+        return call
+
+    def documents(*args):
+        for text in read_documents(*args):
+            event()
+            yield text
+
+    module.read_documents = documents
+    for name in ("fsync", "rename", "mkdir"):
+        setattr(os, name, counted(getattr(os, name)))
+    prepare(settings, progress=False)
+    print(count)
+
+
+def meet(folder: Path) -> None:
+    count = 0
+
+    def documents(*args):
+        nonlocal count
+        for text in read_documents(*args):
+            count += 1
+            (folder / "reading").touch()
+            while not (folder / "go").exists():
+                time.sleep(0.01)
+            yield text
+
+    module.read_documents = documents
+    prepare(settings, progress=True)
+    print(count)
+
+
+fields = json.loads(sys.argv[1])
+settings = DataSettings(**fields | {"split": tuple(fields["split"])})
+if sys.argv[2] == "kill":
+    kill_at(int(sys.argv[3]))
+else:
+    meet(Path(sys.argv[3]))
