@@ -1,0 +1,162 @@
+"""A tiny training run on every rank, for tests that compare layouts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.distributed import run_ranks
+from trainer.config import Recipe
+
+TINY: dict[str, Any] = {
+    "run": {"dir": "unused", "seed": 3},
+    "model": {"layers": 3, "hidden": 24, "heads": 4, "kv_heads": 2, "ffn_hidden": 20, "vocab": 61, "seq_len": 9, "init_std": 0.2},
+    "router": {"kind": "norm", "top_k": 2},
+    "pool": {"experts": 8},
+    "balance": {"pool": 0.05, "scope": "global_batch"},
+    "train": {
+        "steps": 4,
+        "global_batch": 8,
+        "micro_batch": 2,
+        "lr": 3e-3,
+        "min_lr": 1e-3,
+        "warmup_fraction": 0.0,
+        # Adam divides by the gradient's size: with its usual eps the rounding of a gradient near 0 becomes a whole step.
+        "eps": 1e-3,
+        "clip": 0.7,
+        "precision": "fp32",
+    },
+    "data": {"source": "unused", "tokenizer": "unused"},
+}
+
+
+def tiny(**sections: dict[str, Any]) -> Recipe:
+    """The tiny recipe with some keys of some sections replaced."""
+    tree = {name: {**TINY.get(name, {}), **sections.get(name, {})} for name in {*TINY, *sections}}
+    return Recipe.model_validate(tree)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run comes to, whatever its layout.
+
+    Attributes:
+        scalars: per step: loss, balance_loss, grad_norm, lr, load_imbalance.
+        gradients: of the first step, reduced, before clipping; experts by "expert/<id>/...". Empty unless ZeRO 0.
+        weights: after the last step.
+        val_loss: of an evaluation at the end.
+        load_LM: tokens per expert of the last step.
+    """
+
+    scalars: list[dict[str, float]]
+    gradients: dict[str, Tensor]
+    weights: dict[str, Tensor]
+    val_loss: float
+    load_LM: Tensor
+
+
+def run_training(recipe: Recipe, steps: int | None = None) -> Outcome:
+    """Train on all ranks of the recipe's layout and bring the parts together."""
+    ranks = run_ranks(recipe.topology.world_size, _train, recipe, steps or recipe.train.steps)
+    gradients: dict[str, Tensor] = {}
+    weights: dict[str, Tensor] = {}
+    for rank in ranks:
+        for mine, everything in ((rank["gradients"], gradients), (rank["weights"], weights)):
+            for name, value in mine.items():
+                if name in everything:
+                    torch.testing.assert_close(value, everything[name], rtol=0, atol=0)
+                everything[name] = value
+    trunk = ranks[0]
+    return Outcome(trunk["scalars"], gradients, weights, trunk["val_loss"], trunk["load_LM"])
+
+
+def _train(recipe: Recipe, steps: int) -> dict[str, Any]:
+    from trainer.data.batches import SequenceStream
+    from trainer.job import Job, read_launch
+    from trainer.pool_rank import PoolRank
+    from trainer.train import optimizer_step
+    from trainer.trunk_rank import TrunkRank
+
+    job = Job(recipe, read_launch())
+    data = tokens(recipe)
+    role: TrunkRank | PoolRank
+    if job.is_trunk:
+        role = TrunkRank(recipe, job, SequenceStream(data, 0), SequenceStream(data, None))
+    else:
+        role = PoolRank(recipe, job)
+    engines = {name: engine for name, (engine, _) in role.parts().items()}
+    result: dict[str, Any] = {"scalars": [], "gradients": {}, "val_loss": 0.0, "load_LM": None}
+    for step in range(steps):
+        if step == 0:
+            _keep_gradients(role, engines, result)
+        scalars = optimizer_step(job, role, step)
+        if scalars is not None:
+            names = ("loss", "balance_loss", "z_loss", "grad_norm", "lr", "load_imbalance", "applied")
+            result["scalars"].append({name: float(getattr(scalars, name)) for name in names})
+    if isinstance(role, TrunkRank):
+        result["val_loss"], _ = role.evaluate(1, steps)
+        result["load_LM"] = role.load_LM
+    else:
+        role.serve_forward_only(recipe.micro_batches, steps)
+    result["weights"] = {}
+    for name, engine in engines.items():
+        result["weights"].update(_by_expert(engine.module, engine.full_parameters()))
+    job.close()
+    return result
+
+
+def _keep_gradients(role: Any, engines: dict[str, Any], result: dict[str, Any]) -> None:
+    original = role.step
+
+    def step(number: int, total_norm: float) -> Any:
+        for engine in engines.values():
+            if engine.stage == 0:
+                grads = {n: p.grad.clone() for n, p in engine.module.named_parameters()}
+                result["gradients"].update(_by_expert(engine.module, grads))
+        role.step = original
+        return original(number, total_norm)
+
+    role.step = step
+
+
+def _by_expert(module: Any, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    from pool.experts import ExpertShard
+
+    if not isinstance(module, ExpertShard):
+        return values
+    return {
+        f"expert/{expert}/{name}": stacked[place].clone()
+        for name, stacked in values.items()
+        for place, expert in enumerate(module.expert_ids)
+    }
+
+
+def tokens(recipe: Recipe) -> Any:
+    """24 sequences of random tokens, with a skewed distribution, as a dataset of the trainer's form."""
+    from datasets import Dataset
+
+    generator = torch.Generator().manual_seed(7)
+    ids = torch.randint(0, recipe.model.vocab, (24, recipe.model.seq_len + 1), generator=generator)
+    return Dataset.from_dict({"tokens": (ids * ids // recipe.model.vocab).tolist()})
+
+
+def assert_same(a: Outcome, b: Outcome, tolerance: float = 1e-5) -> None:
+    """Both runs come to the same numbers, each tensor relative to its largest element."""
+    for step, (mine, other) in enumerate(zip(a.scalars, b.scalars, strict=True)):
+        for name, value in mine.items():
+            assert abs(value - other[name]) <= tolerance * max(abs(value), 1e-3), (step, name, value, other[name])
+    assert abs(a.val_loss - b.val_loss) <= tolerance * abs(a.val_loss), (a.val_loss, b.val_loss)
+    _assert_tensors_same(a.weights, b.weights, tolerance)
+    both = a.gradients.keys() & b.gradients.keys()
+    _assert_tensors_same({n: a.gradients[n] for n in both}, {n: b.gradients[n] for n in both}, tolerance)
+
+
+def _assert_tensors_same(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float) -> None:
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        scale = max(float(value.abs().max()), 1e-8)
+        worst = float((value - b[name]).abs().max())
+        assert worst <= tolerance * scale, f"{name}: differs by {worst:.3g}, largest element {scale:.3g}"

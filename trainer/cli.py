@@ -1,0 +1,133 @@
+"""The command line. Exit status: 0 done; 2 the user's input is wrong, said in one line on stderr; 1 anything else."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import click
+
+from trainer.config import load_recipe, recipe_names
+from trainer.errors import UserError
+
+
+def main() -> None:
+    """Entry point of `python -m trainer` and of `unipool`."""
+    try:
+        cli.main(prog_name="unipool", standalone_mode=False)
+    except UserError as error:
+        _end(str(error))
+    except click.ClickException as error:
+        _end(error.format_message())
+    except click.Abort:
+        sys.exit(130)
+
+
+def _end(line: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(f"error: {line}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _recipe_arguments(command: Callable[..., Any]) -> Callable[..., Any]:
+    command = click.option(
+        "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key, as in --set train.steps=100."
+    )(command)
+    return click.argument("recipe")(command)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def cli() -> None:
+    """Train UniPool mixture-of-experts language models: one pool of experts shared by all layers.
+
+    RECIPE is a name (see `unipool recipes`) or a YAML file.
+    """
+
+
+@cli.command()
+@_recipe_arguments
+@click.option("--local_rank", type=int, hidden=True, help="What some launchers append; the environment says it too.")
+def train(recipe: str, overrides: tuple[str, ...], local_rank: int | None) -> None:
+    """Train RECIPE; go on from the newest checkpoint of its folder.
+
+    Under a launcher (deepspeed, torchrun, mpirun) this is one rank; without one it starts the whole job on this
+    machine through the deepspeed launcher.
+
+    \b
+    Examples:
+      unipool train quickstart
+      unipool train quickstart --set train.steps=20 --set run.dir=runs/short
+      deepspeed --num_accelerators 2 --module trainer train quickstart
+    """
+    checked = load_recipe(recipe, overrides)
+    from trainer.job import launched, read_launch
+
+    if launched():
+        from trainer.train import train as train_rank
+
+        train_rank(checked, read_launch())
+        return
+    from trainer.launch import run_locally
+    from trainer.prepare import prepare_for
+
+    prepare_for(checked)
+    sys.exit(run_locally(checked, sys.argv[1:]))
+
+
+@cli.command()
+@_recipe_arguments
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def prepare(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Tokenise and pack the data of RECIPE; does nothing where that is done.
+
+    \b
+    Example:
+      unipool prepare quickstart
+    """
+    from trainer.data.packing import SPLITS
+    from trainer.prepare import prepare_for
+
+    prepared = prepare_for(load_recipe(recipe, overrides))
+    splits = {split: asdict(getattr(prepared, split)) for split in SPLITS}
+    if as_json:
+        print(json.dumps({"path": str(prepared.path), "tokenizer_vocab": prepared.tokenizer_vocab, **splits}))
+        return
+    print(f"{prepared.path}, vocabulary {prepared.tokenizer_vocab:,}")
+    for split, facts in splits.items():
+        counts = f"{facts['documents']:,} documents, {facts['tokens']:,} tokens, {facts['sequences']:,} sequences"
+        print(f"{split:<12}{counts}, unigram entropy {facts['unigram_entropy']:.4f} nats")
+
+
+@cli.command()
+@_recipe_arguments
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def plan(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Print parameters, memory, tokens, FLOPs and the recommended trunk:pool split of RECIPE.
+
+    \b
+    Example:
+      unipool plan unipool-182m
+    """
+    from trainer.plan import make_plan, print_plan
+
+    made = make_plan(load_recipe(recipe, overrides))
+    if as_json:
+        print(json.dumps(made.to_json()))
+    else:
+        print_plan(made)
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON list.")
+def recipes(as_json: bool) -> None:
+    """List the recipes that come with the trainer.
+
+    \b
+    Example:
+      unipool recipes
+    """
+    print(json.dumps(recipe_names()) if as_json else "\n".join(recipe_names()))

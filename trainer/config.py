@@ -1,0 +1,326 @@
+"""Recipes: what a run is, checked once at the door.
+
+A recipe is a YAML file with the sections below. `load_recipe` reads it, applies `--set` overrides, checks every key
+and every relation between keys, and returns a frozen `Recipe`. Anything wrong is a `UserError` of one line that names
+the key, its value and what is allowed. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pool.topology import Topology
+from trainer.errors import UserError
+
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[int, Field(ge=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+
+
+class Run(Section):
+    dir: str = Field(description="folder of the run: recipe.yaml, metrics.jsonl, checkpoints/, tensorboard/, load.png")
+    seed: NonNegative = 0
+
+
+class Model(Section):
+    layers: Positive
+    hidden: Positive
+    heads: Positive
+    kv_heads: Positive = 4
+    ffn_hidden: Positive = Field(description="width F of one expert, or of the dense FFN")
+    vocab: Positive = Field(description="rows of the embedding: the tokenizer's vocabulary must fit in")
+    seq_len: Positive = 1024
+    ffn: Literal["pool", "dense"] = "pool"
+    groups: Positive = Field(1, description="sub-pools across depth: 1 is UniPool, `layers` is a vanilla MoE")
+    init_std: PositiveFloat = 0.01
+    rope_base: PositiveFloat = 1e6
+    norm_eps: PositiveFloat = 1e-5
+
+
+class Router(Section):
+    kind: Literal["norm", "softmax", "sigmoid_bias"] = "norm"
+    top_k: Positive = 1
+    z_loss: NonNegativeFloat = 0.0
+    bias_rate: NonNegativeFloat = Field(1e-3, description="step of the expert bias (sigmoid_bias only)")
+
+
+class Pool(Section):
+    experts: NonNegative = Field(0, description="experts of the whole pool, over all groups")
+    recompute: bool = Field(False, description="recompute the experts' hidden activations in backward")
+    stash_bytes: Positive = Field(2**30, description="weight-gradient work kept before it is flushed, bytes a rank")
+
+
+class Balance(Section):
+    layer: NonNegativeFloat = 0.0
+    pool: NonNegativeFloat = 0.0
+    scope: Literal["micro_batch", "global_batch"] = "global_batch"
+    delay: NonNegative = 1
+    scores: Literal["raw", "normalized"] = "raw"
+
+
+class Train(Section):
+    steps: Positive
+    global_batch: Positive = Field(description="sequences an optimizer step")
+    micro_batch: Positive = Field(description="sequences a micro-batch of one trunk rank")
+    lr: PositiveFloat
+    min_lr: NonNegativeFloat
+    warmup_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01
+    weight_decay: NonNegativeFloat = 0.1
+    betas: tuple[float, float] = Field((0.9, 0.95), strict=False)
+    eps: PositiveFloat = Field(1e-8, description="AdamW's term against division by zero")
+    clip: NonNegativeFloat = Field(1.0, description="largest global gradient norm; 0 does not clip")
+    precision: Literal["fp32", "bf16"] = "bf16"
+    recompute: bool = Field(False, description="recompute the trunk's segments in backward")
+
+
+class Data(Section):
+    source: str = Field(description="python-stdlib, a file, folder or glob, or hub:NAME")
+    tokenizer: str = Field(description="train, a tokenizer.json, or a name on the hub")
+    split: tuple[NonNegative, NonNegative, NonNegative] = Field((969, 30, 1), strict=False)
+    text_field: str = "text"
+    max_documents: Positive | None = None
+    dir: str = Field("data", description="folder in which prepared data is kept")
+
+
+class Parallel(Section):
+    trunk_ranks: Positive = 1
+    pool_ranks: NonNegative = Field(0, description="0: colocated, the pool lives in the trunk's processes")
+    expert_parallel: Positive | None = Field(None, description="shards of the pool; default: one a pool rank")
+    trunk_zero: Literal[0, 1, 2, 3] = 1
+    pool_zero: Literal[0, 1, 2] = 1
+    wire: Literal["auto", "gloo"] = Field("auto", description="auto: NCCL between GPUs, gloo between CPUs")
+    timeout_seconds: PositiveFloat = Field(60.0, description="longest wait for another rank inside a step")
+
+
+class Eval(Section):
+    every: NonNegative = Field(0, description="steps between validations; 0: only at the end")
+    batches: Positive = Field(8, description="global batches of held-out text")
+
+
+class Checkpoint(Section):
+    every: NonNegative = Field(0, description="steps between checkpoints; 0: only at the end")
+    keep: Positive = 2
+
+
+class Metrics(Section):
+    port: Annotated[int, Field(ge=0, le=65535)] = Field(0, description="rank r serves port + r; 0 picks free ports")
+
+
+class Recipe(Section):
+    run: Run
+    model: Model
+    router: Router = Router()
+    pool: Pool = Pool()
+    balance: Balance = Balance()
+    train: Train
+    data: Data
+    parallel: Parallel = Parallel()
+    eval: Eval = Eval()
+    checkpoint: Checkpoint = Checkpoint()
+    metrics: Metrics = Metrics()
+
+    @property
+    def experts_per_layer(self) -> int:
+        """Experts a layer's router chooses from: M / G."""
+        return self.pool.experts // self.model.groups
+
+    @property
+    def topology(self) -> Topology:
+        p = self.parallel
+        return Topology(p.trunk_ranks, p.pool_ranks, p.expert_parallel or max(1, p.pool_ranks))
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of one trunk rank in an optimizer step."""
+        return self.train.global_batch // (self.train.micro_batch * self.parallel.trunk_ranks)
+
+    @model_validator(mode="after")
+    def _relations(self) -> Self:
+        _check_model(self)
+        _check_pool(self)
+        _check_balance(self)
+        _check_layout(self)
+        return self
+
+
+class _Relation(ValueError):
+    """A relation between keys that does not hold."""
+
+    def __init__(self, key: str, value: object, allowed: str):
+        super().__init__(f"{key} = {_show(value)}: {allowed}")
+
+
+def _check_model(r: Recipe) -> None:
+    m = r.model
+    if m.hidden % m.heads:
+        raise _Relation("model.heads", m.heads, f"must divide model.hidden ({m.hidden})")
+    if (m.hidden // m.heads) % 2:
+        raise _Relation("model.heads", m.heads, "model.hidden / model.heads must be even (rotary embeddings)")
+    if m.heads % m.kv_heads:
+        raise _Relation("model.kv_heads", m.kv_heads, f"must divide model.heads ({m.heads})")
+    if r.train.min_lr > r.train.lr:
+        raise _Relation("train.min_lr", r.train.min_lr, f"must be at most train.lr ({r.train.lr})")
+    if sum(r.data.split) == 0 or r.data.split[0] == 0:
+        raise _Relation("data.split", list(r.data.split), "the first part (training) must be above 0")
+
+
+def _check_pool(r: Recipe) -> None:
+    m, experts = r.model, r.pool.experts
+    if m.ffn == "dense":
+        if experts:
+            raise _Relation("pool.experts", experts, "must be 0 with model.ffn = dense")
+        if r.parallel.pool_ranks:
+            raise _Relation("parallel.pool_ranks", r.parallel.pool_ranks, "must be 0 with model.ffn = dense")
+        return
+    if experts == 0:
+        raise _Relation("pool.experts", 0, "must be at least 1 with model.ffn = pool")
+    if m.layers % m.groups:
+        raise _Relation("model.groups", m.groups, f"must divide model.layers ({m.layers})")
+    if experts % m.groups:
+        raise _Relation("pool.experts", experts, f"must be divisible by model.groups ({m.groups})")
+    if r.router.top_k > r.experts_per_layer:
+        raise _Relation("router.top_k", r.router.top_k, f"must be at most the experts a layer sees ({r.experts_per_layer})")
+
+
+def _check_balance(r: Recipe) -> None:
+    if r.balance.scope == "global_batch" and r.balance.delay == 0:
+        raise _Relation("balance.delay", 0, "must be at least 1 with balance.scope = global_batch")
+
+
+def _check_layout(r: Recipe) -> None:
+    p = r.parallel
+    per_step = r.train.micro_batch * p.trunk_ranks
+    if r.train.global_batch % per_step:
+        allowed = f"must be divisible by train.micro_batch x parallel.trunk_ranks ({r.train.micro_batch} x {p.trunk_ranks})"
+        raise _Relation("train.global_batch", r.train.global_batch, allowed)
+    if p.expert_parallel is not None and p.pool_ranks == 0 and p.expert_parallel != 1:
+        raise _Relation("parallel.expert_parallel", p.expert_parallel, "must be 1 or left out with parallel.pool_ranks = 0")
+    shards = r.topology.expert_parallel
+    if p.pool_ranks and p.pool_ranks % shards:
+        raise _Relation("parallel.expert_parallel", shards, f"must divide parallel.pool_ranks ({p.pool_ranks})")
+    if r.pool.experts % shards:
+        raise _Relation("pool.experts", r.pool.experts, f"must be divisible by the shards of the pool ({shards})")
+    last_port = r.metrics.port + p.trunk_ranks + p.pool_ranks - 1
+    if r.metrics.port and last_port > 65535:
+        raise _Relation("metrics.port", r.metrics.port, f"port + rank must stay below 65536, the last would be {last_port}")
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that come with the trainer."""
+    folder = resources.files("trainer") / "recipes"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe by name or from a file, apply `key.path=value` overrides, and check it.
+
+    Raises:
+        UserError: the recipe is not there, is not YAML, or a key or a relation between keys is wrong.
+    """
+    tree = _read(name_or_path)
+    for override in overrides:
+        _apply(tree, override)
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"recipe {name_or_path}: {_first_line(error)}") from None
+
+
+def save_recipe(recipe: Recipe, path: Path) -> None:
+    """Write the resolved recipe; `load_recipe` of the file gives an equal one."""
+    path.write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
+
+
+def _read(name_or_path: str) -> dict[str, Any]:
+    if name_or_path in recipe_names():
+        text = (resources.files("trainer") / "recipes" / f"{name_or_path}.yaml").read_text()
+    else:
+        try:
+            text = Path(name_or_path).read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            known = recipe_names()
+            close = difflib.get_close_matches(name_or_path, known, n=3) or known
+            raise UserError(
+                f"recipe {name_or_path}: neither a readable file ({_reason(error)}) nor a known name; "
+                f"did you mean: {', '.join(close)}"
+            ) from None
+    try:
+        tree = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"recipe {name_or_path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"recipe {name_or_path}: must be a mapping of sections ({', '.join(Recipe.model_fields)})")
+    return tree
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-3 as a string for want of a dot; people write learning rates so."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    __import__("re").compile(r"^[-+]?(?:\d+(?:\.\d*)?|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise UserError(f"--set {override}: must be key=value, as in --set train.steps=100")
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError:
+        raise UserError(f"--set {override}: the value is not YAML") from None
+    *sections, leaf = key.split(".")
+    node = tree
+    for section in sections:
+        node = node.setdefault(section, {})
+        if not isinstance(node, dict):
+            raise UserError(f"--set {override}: {section} is a value, not a section")
+    node[leaf] = value
+
+
+def _first_line(error: ValidationError) -> str:
+    first, *more = error.errors()
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "value_error":
+        line = str(first["ctx"]["error"])
+    elif first["type"] == "extra_forbidden":
+        line = f"{key}: unknown key; {_allowed_keys(first['loc'])}"
+    elif first["type"] == "missing":
+        line = f"{key}: missing"
+    else:
+        message = first["msg"].replace("Input should be", "must be")
+        line = f"{key} = {_show(first['input'])}: {message[0].lower()}{message[1:]}"
+    return line + (f" (and {len(more)} more)" if more else "")
+
+
+def _allowed_keys(location: tuple[int | str, ...]) -> str:
+    model: type[BaseModel] = Recipe
+    for part in location[:-1]:
+        model = model.model_fields[str(part)].annotation  # type: ignore[assignment]
+    known = list(model.model_fields)
+    close = difflib.get_close_matches(str(location[-1]), known, n=1)
+    return f"did you mean {close[0]}?" if close else f"allowed: {', '.join(known)}"
+
+
+def _show(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _reason(error: Exception) -> str:
+    return error.strerror.lower() if isinstance(error, OSError) and error.strerror else "not text"

@@ -1,0 +1,205 @@
+"""DeepSpeed's part of a role: engine, ZeRO, optimizer, schedule, clipping, monitors, checkpoint files.
+
+The only file that imports deepspeed. Each role is a DeepSpeed job of its own on its role-local torch world, and sees
+one flush of gradients a step. The engine is fp32 at every ZeRO stage: parameters are the fp32 master weights and
+`.grad` is the fp32 accumulator, while bf16 is how the trunk (autocast) and the experts compute.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainer.config import Recipe
+from trainer.model import parameter_groups
+
+
+_LARGEST_BUCKET = 500_000_000
+"""Elements of a reduction at once: DeepSpeed's default. It allocates a buffer of that size every step."""
+
+
+def _import_deepspeed() -> Any:
+    """Import deepspeed quietly, such that it compiles nothing.
+
+    Its first start on CPU would build an extension for a minute, and a process killed meanwhile leaves a lock on which
+    every later start hangs; the extension only speeds up collectives that are not used here.
+    """
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")
+    import deepspeed
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    logging.getLogger("DeepSpeed").setLevel(os.environ.get("UNIPOOL_DEEPSPEED_LOG", "ERROR").upper())
+    return deepspeed
+
+
+def deepspeed_config(recipe: Recipe, role: str, role_size: int, parameters: int) -> dict[str, Any]:
+    """The JSON of ds_configs/ for `role` ("trunk" or "pool") at its ZeRO stage, every "auto" filled by the recipe.
+
+    Args:
+        parameters: elements of the role's module; a reduction's buffer is no larger.
+    """
+    stage = recipe.parallel.trunk_zero if role == "trunk" else recipe.parallel.pool_zero
+    text = (resources.files("ds_configs") / f"{role}_zero{stage}.json").read_text()
+    config: dict[str, Any] = json.loads(text)
+    t = recipe.train
+    warmup = max(2, round(t.warmup_fraction * t.steps))
+    # DeepSpeed sees one flush a step: a "micro-batch" of its own is all that a rank does between two steps.
+    per_rank = max(1, t.global_batch // role_size)
+    _fill(config, train_batch_size=per_rank * role_size, train_micro_batch_size_per_gpu=per_rank)
+    _fill(config, gradient_clipping=t.clip)
+    _fill(config["optimizer"]["params"], lr=t.lr, betas=list(t.betas), eps=t.eps, weight_decay=t.weight_decay)
+    _fill(
+        config["scheduler"]["params"],
+        total_num_steps=t.steps,
+        warmup_num_steps=warmup,
+        warmup_min_ratio=1 / warmup,
+        cos_min_ratio=t.min_lr / t.lr,
+    )
+    # DeepSpeed wants a multiple of twice the ranks.
+    bucket = -(-min(parameters, _LARGEST_BUCKET) // (2 * role_size)) * 2 * role_size
+    _fill(config["zero_optimization"], reduce_bucket_size=bucket, allgather_bucket_size=bucket)
+    if "tensorboard" in config:
+        _fill(config["tensorboard"], output_path=recipe.run.dir, job_name="tensorboard")
+    return config
+
+
+def _fill(section: dict[str, Any], **values: Any) -> None:
+    for key, value in values.items():
+        if section.get(key) == "auto":
+            section[key] = value
+
+
+class RoleEngine:
+    """A role's module in its DeepSpeed engine.
+
+    A step is: `with engine.accumulating(): ...` (any number of backward passes, or gradients put into `.grad`), at
+    whose end the gradients are averaged over the role's world, once; `grad_norm_squared()`; `step(total_norm)`.
+
+    Args:
+        module: its parameters are fp32 and on their device.
+        role: "trunk" or "pool".
+        role_size: ranks of the role's world.
+    """
+
+    def __init__(self, module: nn.Module, recipe: Recipe, role: str, role_size: int):
+        deepspeed = _import_deepspeed()
+        self.module = module
+        self.stage = recipe.parallel.trunk_zero if role == "trunk" else recipe.parallel.pool_zero
+        self._clip = recipe.train.clip
+        self._engine, self._optimizer, _, self._schedule = deepspeed.initialize(
+            model=module,
+            model_parameters=parameter_groups(module, recipe.train.weight_decay),
+            config=deepspeed_config(recipe, role, role_size, sum(p.numel() for p in module.parameters())),
+            dist_init_required=False,
+        )
+        # DeepSpeed leaves the schedule before its first step, where the learning rate is 0.
+        self._schedule.step()
+
+    @contextmanager
+    def accumulating(self) -> Iterator[None]:
+        """Backward passes inside add to `.grad`; at the end comes the step's one reduction (a mean over the world)."""
+        if self.stage == 0:
+            yield
+            self._fill_missing_gradients()
+            self._engine.allreduce_gradients()
+            return
+        with self._engine.coalesce_grad_reduction():
+            yield
+            if self.stage != 3:
+                self._fill_missing_gradients()
+
+    def _fill_missing_gradients(self) -> None:
+        """Zeros where no gradient came: replicas with different sets of gradients would be reduced wrongly."""
+        for parameter in self.module.parameters():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+
+    def grad_norm_squared(self) -> float:
+        """Square of the norm of the role's averaged gradients, the same on all its ranks; inf if it is not finite."""
+        if self.stage == 0:
+            gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+            norm = float(torch.nn.utils.get_total_norm(gradients))
+        elif self.stage == 3:
+            from deepspeed.runtime.utils import combine_grad_norm_groups  # beside the optimizer that this serves
+
+            norm = float(combine_grad_norm_groups(type(self._optimizer)._get_norm_groups(self._optimizer)))
+        else:
+            norm = float(type(self._optimizer).scaled_global_norm(self._optimizer))
+        # DeepSpeed's optimizers report a norm that is not finite as -1.
+        return norm * norm if norm >= 0 and math.isfinite(norm) else math.inf
+
+    def step(self, total_norm: float) -> bool:
+        """Clip by `total_norm`, the norm over all roles, and step; or skip the step if that is not finite.
+
+        Returns whether the step was applied. Gradients are gone afterwards, and the schedule moved on if it was.
+        """
+        if self.stage == 0:
+            return self._plain_step(total_norm)
+        norm = torch.tensor(total_norm if math.isfinite(total_norm) else -1.0, device=self._device)
+        # At ZeRO the optimizer asks itself for the norm that it clips by; it is told the one over both roles.
+        if self.stage == 3:
+            self._optimizer._get_norm_groups = lambda: [norm]
+        else:
+            self._optimizer.scaled_global_norm = lambda norm_type=2: norm
+        self._engine.step()
+        return bool(self._engine.was_step_applied())
+
+    def _plain_step(self, total_norm: float) -> bool:
+        if not math.isfinite(total_norm):
+            self._engine.zero_grad()
+            return False
+        self._engine.clip_fp32_gradients = lambda: self._scale_gradients(self._clip / (total_norm + 1e-6))
+        self._engine.step()
+        return True
+
+    def _scale_gradients(self, factor: float) -> None:
+        if factor < 1:
+            for parameter in self.module.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(factor)
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.module.parameters()).device
+
+    @property
+    def learning_rate(self) -> float:
+        """The rate of the next step."""
+        return float(self._optimizer.param_groups[0]["lr"])
+
+    def write_scalars(self, scalars: dict[str, float], step: int) -> None:
+        """Hand scalars to DeepSpeed's monitors (TensorBoard and whatever the JSON enables); role rank 0 writes."""
+        if self._engine.monitor.enabled:
+            self._engine.monitor.write_events([(name, value, step) for name, value in scalars.items()])
+
+    def full_parameters(self) -> dict[str, Tensor]:
+        """All parameters by name, whole on every rank, on the host. A collective at ZeRO-3."""
+        if self.stage != 3:
+            return {name: p.detach().cpu().clone() for name, p in self.module.named_parameters()}
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(list(self.module.parameters())):
+            return {name: p.detach().cpu().clone() for name, p in self.module.named_parameters()}
+
+    def save(self, folder: Path, client_state: dict[str, Any]) -> None:
+        """Write this rank's part of the role's checkpoint. Called by all ranks of the role."""
+        self._engine.save_checkpoint(str(folder), tag="state", client_state=client_state)
+
+    def load(self, folder: Path) -> dict[str, Any]:
+        """Load what `save` wrote, in the same layout. Returns the client state."""
+        path, client_state = self._engine.load_checkpoint(str(folder), tag="state")
+        assert path is not None, f"no checkpoint in {folder}"
+        return dict(client_state)

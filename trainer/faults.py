@@ -1,0 +1,104 @@
+"""What a rank does when it, a peer, its launcher or the user ends it: say who failed first, and be gone in time.
+
+A thread watches, because the main thread may be inside a blocking collective, where Python's handlers do not run.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import sys
+import threading
+import traceback
+from typing import NoReturn
+
+import psutil
+
+from trainer.errors import UserError
+from trainer.job import Job
+
+_WATCHED = (signal.SIGTERM, signal.SIGINT)
+
+
+class FaultWatch:
+    """Watches signals and the launcher from the moment it is made.
+
+    `phase` is what the rank is doing, for messages; `job` is set once the rank has joined.
+    """
+
+    def __init__(self, rank: int):
+        self.phase = "start-up"
+        self.job: Job | None = None
+        self._rank = rank
+        self._launchers = _launchers()
+        read_end, self._write_end = os.pipe()
+        os.set_blocking(self._write_end, False)
+        for number in _WATCHED:
+            signal.signal(number, lambda *_: None)
+        signal.set_wakeup_fd(self._write_end)
+        threading.Thread(target=self._watch, args=(read_end,), daemon=True, name="fault-watch").start()
+
+    @property
+    def name(self) -> str:
+        return self.job.name if self.job else f"rank {self._rank}"
+
+    def _watch(self, read_end: int) -> None:
+        while True:
+            ready, _, _ = select.select([read_end], [], [], 1.0)
+            if ready:
+                number = os.read(read_end, 1)[0]
+                if number in _WATCHED:
+                    self._leave_on_signal(number)
+            elif any(_gone(p) for p in self._launchers):
+                self._leave("its launcher is gone", 1)
+
+    def _leave_on_signal(self, number: int) -> NoReturn:
+        dead = self._dead_peers()
+        reason = f"{dead} died first" if dead else f"got {signal.Signals(number).name}"
+        self._leave(reason, 128 + number)
+
+    def _dead_peers(self) -> str:
+        if self.job is None:
+            return ""
+        return ", ".join(self.job.topology.describe(rank) for rank in self.job.dead_peers())
+
+    def _leave(self, reason: str, status: int) -> NoReturn:
+        _say(f"unipool: {self.name} stops in {self.phase}: {reason}")
+        os._exit(status)
+
+    def fail(self, error: BaseException) -> NoReturn:
+        """End this process because of `error`: one line for the user's mistakes, else a traceback and one line."""
+        if isinstance(error, UserError):
+            if self._rank == 0:
+                _say(f"error: {error}")
+            os._exit(2)
+        dead = self._dead_peers()
+        if dead:
+            _say(f"unipool: {self.name} stops in {self.phase}: {dead} died first ({type(error).__name__}: {error})")
+        else:
+            lines = "".join(traceback.format_exception(error))
+            _say(f"{lines}unipool: {self.name} failed in {self.phase}: {type(error).__name__}: {error}")
+        os._exit(1)
+
+
+def _launchers() -> list[psutil.Process]:
+    """This rank's parent, and above deepspeed's per-node launcher also the one that a user started and may kill."""
+    parent = psutil.Process().parent()
+    if parent is None:
+        return []
+    above = parent.parent() if "deepspeed.launcher.launch" in parent.cmdline() else None
+    return [parent, above] if above else [parent]
+
+
+def _gone(process: psutil.Process) -> bool:
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def _say(text: str) -> None:
+    sys.stdout.flush()
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()

@@ -1,0 +1,207 @@
+"""A rank finds its place in the job: launcher environment, role-local torch world, cross-role groups."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from pool.topology import Topology
+from trainer.config import Recipe
+from trainer.errors import UserError
+
+START_TIMEOUT = timedelta(minutes=30)
+"""Longest wait for the other ranks at the start, at a checkpoint and at the end."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What the launcher says of this process."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    master_addr: str
+    master_port: int
+
+
+def launched() -> bool:
+    """Whether a launcher (deepspeed, torchrun, MPI) started this process as one rank of a job."""
+    return "RANK" in os.environ or _mpi_launched()
+
+
+def _mpi_launched() -> bool:
+    return "OMPI_COMM_WORLD_SIZE" in os.environ or "PMI_SIZE" in os.environ
+
+
+def read_launch() -> Launch:
+    """Read the launcher's environment; under MPI ask mpi4py for it, as DeepSpeed's MPI discovery does."""
+    env = os.environ
+    if "RANK" not in env:
+        return _discover_mpi()
+    try:
+        world_size = int(env["WORLD_SIZE"])
+        return Launch(
+            rank=int(env["RANK"]),
+            world_size=world_size,
+            local_rank=int(env.get("LOCAL_RANK", "0")),
+            local_world_size=int(env.get("LOCAL_SIZE") or env.get("LOCAL_WORLD_SIZE") or world_size),
+            master_addr=env["MASTER_ADDR"],
+            master_port=int(env["MASTER_PORT"]),
+        )
+    except (KeyError, ValueError) as error:
+        raise UserError(
+            f"launcher environment: {error} (RANK is set, so WORLD_SIZE, MASTER_ADDR and MASTER_PORT must be numbers "
+            f"and names too; start with deepspeed, torchrun or mpirun)"
+        ) from None
+
+
+def _discover_mpi() -> Launch:
+    try:
+        from mpi4py import MPI
+    except ImportError:
+        raise UserError("started by mpirun, but mpi4py is not installed: pip install mpi4py") from None
+    world = MPI.COMM_WORLD
+    local = world.Split_type(MPI.COMM_TYPE_SHARED)
+    address, port = world.bcast((socket.gethostbyname(socket.gethostname()), free_port()), root=0)
+    return Launch(
+        rank=world.Get_rank(),
+        world_size=world.Get_size(),
+        local_rank=local.Get_rank(),
+        local_world_size=local.Get_size(),
+        master_addr=os.environ.get("MASTER_ADDR", address),
+        master_port=int(os.environ.get("MASTER_PORT", port)),
+    )
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on now."""
+    with socket.socket() as s:
+        s.bind(("", 0))
+        return int(s.getsockname()[1])
+
+
+class Job:
+    """This rank's place in the job and the groups that join the roles.
+
+    Its torch.distributed world is role-local: all trunk ranks, or all replicas of one shard. Cross-role groups span
+    all ranks and are made by hand: `control` and `host` (gloo), and one a lane for payloads.
+    """
+
+    def __init__(self, recipe: Recipe, launch: Launch):
+        self.topology: Topology = recipe.topology
+        if self.topology.world_size != launch.world_size:
+            t = self.topology
+            raise UserError(
+                f"the launcher started {launch.world_size} ranks, parallel.trunk_ranks + parallel.pool_ranks = "
+                f"{t.trunk_ranks} + {t.pool_ranks} = {t.world_size}: make them equal"
+            )
+        self.rank = launch.rank
+        self.device = _pick_device(launch)
+        self.timeout = timedelta(seconds=recipe.parallel.timeout_seconds)
+        self.store = _open_store(launch)
+        self.role_name, self.role_rank, self.role_size = self.topology.role_world(self.rank)
+        os.environ.update(RANK=str(self.role_rank), WORLD_SIZE=str(self.role_size))
+        os.environ.update(LOCAL_RANK=str(launch.local_rank))
+        dist.init_process_group(
+            backend="cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo",
+            store=dist.PrefixStore(self.role_name, self.store),
+            rank=self.role_rank,
+            world_size=self.role_size,
+            timeout=self.timeout,
+        )
+        self.payload_device = self.device if recipe.parallel.wire == "auto" else torch.device("cpu")
+        self._control = self._cross_group("control", torch.device("cpu"))
+        if not self.topology.colocated:
+            self.host_group = self._cross_group("host", torch.device("cpu"))
+            self.lane_groups = [self._cross_group("lane0", self.payload_device)]
+        self.peers = self._exchange({"host": socket.gethostname(), "pid": os.getpid()})
+
+    @property
+    def is_trunk(self) -> bool:
+        return self.topology.is_trunk(self.rank)
+
+    @property
+    def name(self) -> str:
+        return self.topology.describe(self.rank)
+
+    def _cross_group(self, name: str, device: torch.device) -> Any:
+        store = dist.PrefixStore(name, self.store)
+        if device.type == "cuda":
+            options = dist.ProcessGroupNCCL.Options()
+            options._timeout = self.timeout
+            return dist.ProcessGroupNCCL(store, self.rank, self.topology.world_size, options)
+        return dist.ProcessGroupGloo(store, self.rank, self.topology.world_size, self.timeout)
+
+    def _exchange(self, mine: dict[str, Any]) -> list[dict[str, Any]]:
+        """Every rank's `mine`, by rank."""
+        self.store.set(f"peer/{self.rank}", json.dumps(mine))
+        return [json.loads(self.store.get(f"peer/{rank}")) for rank in range(self.topology.world_size)]
+
+    def publish(self, key: str, value: str) -> None:
+        """Leave a short text for other ranks to `look_up`."""
+        self.store.set(f"{key}/{self.rank}", value)
+
+    def look_up(self, key: str) -> list[str]:
+        """What every rank published under `key`, by rank; waits for it."""
+        return [self.store.get(f"{key}/{rank}").decode() for rank in range(self.topology.world_size)]
+
+    def sum_over_ranks(self, values: Sequence[float]) -> list[float]:
+        """Sum of every rank's values, in float64, the same on all ranks. A collective of all ranks."""
+        total = torch.tensor(values, dtype=torch.float64)
+        self._control.allreduce([total]).wait(self.timeout)
+        return total.tolist()  # type: ignore[no-any-return]
+
+    def barrier(self) -> None:
+        """Wait, with the long limit, until all ranks are here: at the start, after a checkpoint, at the end."""
+        total = torch.zeros(1)
+        self._control.allreduce([total]).wait(START_TIMEOUT)
+
+    def dead_peers(self) -> list[int]:
+        """Ranks of this machine whose process is gone."""
+        me = self.peers[self.rank]["host"]
+        return [r for r, p in enumerate(self.peers) if p["host"] == me and not _alive(p["pid"])]
+
+    def close(self) -> None:
+        """Leave the job: without this the exit of the process may abort."""
+        self.barrier()
+        dist.destroy_process_group()
+
+
+def _alive(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat") as stat:
+            return stat.read().rpartition(")")[2].split()[0] not in ("Z", "X")
+    except OSError:
+        return False
+
+
+def _pick_device(launch: Launch) -> torch.device:
+    if torch.cuda.is_available():
+        device = torch.device("cuda", launch.local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+        return device
+    if "OMP_NUM_THREADS" not in os.environ:
+        cores = len(os.sched_getaffinity(0))
+        torch.set_num_threads(max(1, cores // launch.local_world_size))
+    return torch.device("cpu")
+
+
+def _open_store(launch: Launch) -> dist.Store:
+    agent_has_it = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = dist.TCPStore(
+        launch.master_addr,
+        launch.master_port,
+        launch.world_size,
+        is_master=launch.rank == 0 and not agent_has_it,
+        timeout=START_TIMEOUT,
+    )
+    return dist.PrefixStore(f"unipool/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)

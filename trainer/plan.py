@@ -1,0 +1,187 @@
+"""`python -m trainer plan`: what a recipe costs, and how to split its ranks between trunk and pool."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from trainer.config import Recipe
+from trainer.costs import MEMORY_KINDS, Flops, Memory, Parameters, count_flops, count_parameters, estimate_memory
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+ASSUMPTIONS = (
+    "Active parameters leave the routers out, as the paper's names do; the total has them.",
+    "FLOPs: causal attention counts half of the S x S scores, training is 3 x forward; matrix products only.",
+    "Memory is an estimate, for one micro-batch in flight a trunk rank.",
+    "Memory leaves out the device's context, fragmentation, and DeepSpeed's reduction bucket (up to 2 GB).",
+    "Activations are what autograd saves on a CPU; fused kernels on a GPU save less.",
+    "Expert activations take the load to be even over the shards.",
+    "Splits take a FLOP to last equally long on both roles, and the roles' work to overlap wholly.",
+)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Trunk and pool ranks. `busy` is the share of all ranks' time that can be busy at best."""
+
+    trunk_ranks: int
+    pool_ranks: int
+    busy: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a recipe costs.
+
+    Attributes:
+        name: the run's folder.
+        micro_batches: of one trunk rank in an optimizer step.
+        training_flops: of the whole run.
+        memory: one entry a role.
+        trunk_to_pool: trunk ranks a pool rank at which both are always busy, Ta / Te; None for a dense model.
+        split: the recipe's own; None without pool ranks.
+        recommended: the best for the recipe's number of ranks; None for a dense model, or if none divides evenly.
+    """
+
+    name: str
+    parameters: Parameters
+    flops_per_token: Flops
+    steps: int
+    micro_batches: int
+    tokens_per_step: int
+    tokens: int
+    training_flops: int
+    memory: tuple[Memory, ...]
+    trunk_to_pool: float | None
+    split: Split | None
+    recommended: Split | None
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields by name, for machines; every memory entry has its `total`, and there are the assumptions."""
+        tree = asdict(self)
+        for entry, memory in zip(tree["memory"], self.memory, strict=True):
+            entry["total"] = memory.total
+        return tree | {"assumptions": list(ASSUMPTIONS)}
+
+
+def make_plan(recipe: Recipe) -> Plan:
+    """Compute everything."""
+    flops = count_flops(recipe)
+    tokens_per_step = recipe.train.global_batch * recipe.model.seq_len
+    tokens = tokens_per_step * recipe.train.steps
+    topology, pooled = recipe.topology, recipe.model.ffn == "pool"
+    return Plan(
+        name=recipe.run.dir,
+        parameters=count_parameters(recipe),
+        flops_per_token=flops,
+        steps=recipe.train.steps,
+        micro_batches=recipe.micro_batches,
+        tokens_per_step=tokens_per_step,
+        tokens=tokens,
+        training_flops=flops.training * tokens,
+        memory=estimate_memory(recipe),
+        trunk_to_pool=flops.trunk / flops.pool if pooled else None,
+        split=None if topology.colocated else _split(flops, topology.trunk_ranks, topology.pool_ranks),
+        recommended=recommend_split(recipe, flops) if pooled else None,
+    )
+
+
+def _split(flops: Flops, trunk_ranks: int, pool_ranks: int) -> Split:
+    slowest = max(flops.trunk / trunk_ranks, flops.pool / pool_ranks)
+    return Split(trunk_ranks, pool_ranks, flops.forward / (slowest * (trunk_ranks + pool_ranks)))
+
+
+def recommend_split(recipe: Recipe, flops: Flops) -> Split | None:
+    """The split of the recipe's ranks that can be busiest, among those whose batch and experts divide evenly."""
+    world, p = recipe.topology.world_size, recipe.parallel
+    candidates = []
+    for pool_ranks in range(1, world):
+        trunk_ranks, shards = world - pool_ranks, p.expert_parallel or pool_ranks
+        batch_divides = recipe.train.global_batch % (recipe.train.micro_batch * trunk_ranks) == 0
+        if batch_divides and pool_ranks % shards == 0 and recipe.pool.experts % shards == 0:
+            candidates.append(_split(flops, trunk_ranks, pool_ranks))
+    return max(candidates, key=lambda split: split.busy, default=None)
+
+
+def print_plan(plan: Plan) -> None:
+    """The plan as tables on stdout."""
+    from rich.console import Console, Group
+
+    tables = [_model_table(plan), _flops_table(plan), _memory_table(plan)]
+    if plan.trunk_to_pool:
+        tables.append(_split_table(plan))
+    Console().print(Group(*tables), *(f"[dim]- {line}[/dim]" for line in ASSUMPTIONS), sep="\n")
+
+
+def _table(title: str, *columns: str) -> Table:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold", show_header=any(columns))
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left")
+    return table
+
+
+def _model_table(plan: Plan) -> Table:
+    p = plan.parameters
+    table = _table(plan.name, "", "")
+    for name, number in (("total", p.total), ("active a token", p.active), ("trunk", p.trunk), ("pool", p.pool)):
+        table.add_row(f"parameters, {name}", human(number))
+    for memory in plan.memory:
+        table.add_row(f"parameters on each of {memory.ranks} {memory.role} ranks", human(memory.parameters))
+    table.add_section()
+    table.add_row("optimizer steps", f"{plan.steps:,}")
+    table.add_row("micro-batches a step and trunk rank", f"{plan.micro_batches:,}")
+    table.add_row("tokens a step", f"{plan.tokens_per_step:,}")
+    table.add_row("tokens in all", human(plan.tokens))
+    return table
+
+
+def _flops_table(plan: Plan) -> Table:
+    f = plan.flops_per_token
+    table = _table("FLOPs a token", "", "")
+    for name, number in (
+        ("one trunk layer, forward", f.trunk_layer),
+        ("one router, forward", f.router),
+        ("one expert, forward", f.expert),
+        ("LM head, forward", f.head),
+        ("all of the trunk, forward", f.trunk),
+        ("all experts of a token, forward", f.pool),
+        ("forward", f.forward),
+        ("training (forward and backward)", f.training),
+    ):
+        table.add_row(name, human(number))
+    table.add_section()
+    table.add_row("training, the whole run", f"{plan.training_flops:.3g}")
+    return table
+
+
+def _memory_table(plan: Plan) -> Table:
+    from rich.filesize import decimal
+
+    table = _table("Memory a rank, about", "", *(f"{m.role} x {m.ranks}" for m in plan.memory))
+    for kind in MEMORY_KINDS:
+        table.add_row(kind.replace("_", " "), *(decimal(getattr(m, kind)) for m in plan.memory))
+    table.add_section()
+    table.add_row("total", *(decimal(m.total) for m in plan.memory))
+    return table
+
+
+def _split_table(plan: Plan) -> Table:
+    table = _table("Trunk and pool ranks", "", "trunk", "pool", "busy at best")
+    table.add_row("ideal ratio", f"{plan.trunk_to_pool:.2f}", "1", "100%")
+    for name, split in (("this recipe", plan.split), ("recommended", plan.recommended)):
+        if split:
+            table.add_row(name, str(split.trunk_ranks), str(split.pool_ranks), f"{split.busy:.0%}")
+    return table
+
+
+def human(number: float) -> str:
+    """A number with four significant digits and K, M, B or T behind it."""
+    for unit in ("", "K", "M", "B"):
+        if number < 1000:
+            return f"{number:.4g}{unit}"
+        number /= 1000
+    return f"{number:.4g}T"

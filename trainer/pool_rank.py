@@ -1,0 +1,118 @@
+"""A pool rank: a shard of the experts, served to the trunk ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from pool.experts import ExpertShard
+from pool.placement import Placement, contiguous
+from pool.plan import forward_only_plan, lockstep_plan
+from pool.service import PoolService
+from pool.wire import PoolWire, WireSettings
+from trainer.config import Recipe
+from trainer.engine import RoleEngine
+from trainer.job import Job
+from trainer.metrics import MetricsServer
+from trainer.model import init_stds
+
+
+def placement_of(recipe: Recipe) -> Placement:
+    """Where the run's experts live."""
+    return contiguous(recipe.pool.experts, recipe.model.groups, recipe.topology.expert_parallel)
+
+
+def compute_dtype(recipe: Recipe) -> torch.dtype:
+    """dtype of products and of tokens on the wire."""
+    return torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
+
+
+def build_shard(recipe: Recipe, placement: Placement, shard: int, device: torch.device) -> ExpertShard:
+    """A shard with its initial weights, on its device."""
+    experts = ExpertShard(
+        placement.experts_of(shard),
+        recipe.model.hidden,
+        recipe.model.ffn_hidden,
+        compute_dtype(recipe),
+        recipe.pool.recompute,
+        recipe.pool.stash_bytes,
+    )
+    experts.reset_parameters(*init_stds(recipe), seed=recipe.run.seed)
+    return experts.to(device)
+
+
+def wire_settings(recipe: Recipe, job: Job, placement: Placement) -> WireSettings:
+    """What both ends of the wire agree on."""
+    return WireSettings(
+        topology=job.topology,
+        rank=job.rank,
+        num_local_experts=placement.num_local_experts,
+        hidden=recipe.model.hidden,
+        dtype=compute_dtype(recipe),
+        device=job.device,
+        payload_device=job.payload_device,
+        timeout=job.timeout,
+    )
+
+
+def finish_gradients(shard: ExpertShard, recipe: Recipe) -> None:
+    """Flush the stash and scale the sums: the engine takes the mean over R replicas, wanted is the mean over T ranks.
+
+    The trunk has scaled by 1 / micro-batches already, so the factor is R / T.
+    """
+    shard.flush()
+    shard.scale_gradients(recipe.topology.replicas / recipe.topology.trunk_ranks)
+
+
+class PoolRank:
+    """Serves forwards, backwards and evaluations in the order of the plan, and steps with the trunk."""
+
+    def __init__(self, recipe: Recipe, job: Job):
+        self._recipe = recipe
+        self._trunk_ranks = range(job.topology.trunk_ranks)
+        placement = placement_of(recipe)
+        index = job.topology.shard(job.rank)
+        self._shard = build_shard(recipe, placement, index, job.device)
+        self._engine = RoleEngine(self._shard, recipe, "pool", job.role_size)
+        wire = PoolWire(wire_settings(recipe, job, placement), job.host_group, job.lane_groups)
+        self._service = PoolService(self._shard, wire, recipe.model.layers)
+        self.metrics = MetricsServer(
+            recipe.metrics.port and recipe.metrics.port + job.rank,
+            "pool",
+            job.rank,
+            self._shard.expert_ids,
+            recipe.pool.experts,
+        )
+        self.folder = f"pool/shard_{index}"
+        self._seconds = (0.0, 0.0)
+
+    def accumulate(self, step: int) -> float:
+        """Serve one optimizer step up to its reduced gradients; returns the square of their norm."""
+        recipe = self._recipe
+        plan = lockstep_plan(len(self._trunk_ranks), recipe.micro_batches, recipe.model.layers)
+        with self._engine.accumulating():
+            self._service.serve(plan, step)
+            finish_gradients(self._shard, recipe)
+        return self._engine.grad_norm_squared()
+
+    def step(self, step: int, total_norm: float) -> None:
+        """Step with the norm over both roles."""
+        self._engine.step(total_norm)
+        self._shard.weights_changed()
+        seconds = (self._service.seconds_waiting, self._service.seconds_busy)
+        waited, busy = (now - before for now, before in zip(seconds, self._seconds, strict=True))
+        self._seconds = seconds
+        self.metrics.service(self._service.take_load().sum(0), waited, busy)
+
+    def serve_forward_only(self, micro_batches: int, step: int) -> None:
+        """Serve an evaluation or a generation."""
+        self._service.serve(forward_only_plan(self._trunk_ranks, micro_batches, self._recipe.model.layers), step)
+
+    def parts(self) -> dict[str, tuple[RoleEngine, Any]]:
+        """Engines to save, by folder, and what they want back."""
+        return {self.folder: (self._engine, None)}
+
+    def restore(self, states: dict[str, Any]) -> None:
+        """Called after the engines have loaded."""
+        self._shard.weights_changed()

@@ -1,0 +1,53 @@
+"""The run's folder: recipe.yaml, metrics.jsonl, checkpoints/, tensorboard/, load.png."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from trainer.config import Recipe, save_recipe
+from trainer.errors import UserError
+
+
+class RunFolder:
+    """Paths of a run, and its metrics file. Only rank 0 writes."""
+
+    def __init__(self, recipe: Recipe):
+        self.path = Path(recipe.run.dir)
+        self.recipe_file = self.path / "recipe.yaml"
+        self.metrics_file = self.path / "metrics.jsonl"
+        self.checkpoints = self.path / "checkpoints"
+        self.tensorboard = self.path / "tensorboard"
+        self.load_picture = self.path / "load.png"
+
+    def open(self, recipe: Recipe, done_steps: int) -> None:
+        """Make the folder, save the resolved recipe, and cut from the metrics what came after `done_steps`."""
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            write_whole(self.recipe_file, lambda path: save_recipe(recipe, path))
+            kept = [line for line in self._lines() if json.loads(line)["step"] <= done_steps]
+            write_whole(self.metrics_file, lambda path: path.write_text("".join(kept)))
+        except OSError as error:
+            raise UserError(f"run.dir = {self.path}: cannot be written ({error.strerror}); choose another") from None
+
+    def _lines(self) -> list[str]:
+        if not self.metrics_file.exists():
+            return []
+        # A killed run may leave half a line at the end.
+        return [line for line in self.metrics_file.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+    def append_metrics(self, record: dict[str, Any]) -> None:
+        """Append one JSON object; floats keep their full precision."""
+        with self.metrics_file.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+def write_whole(path: Path, write: Any) -> None:
+    """Let `write(temporary_path)` write a file, then put it in place: it appears whole or not at all."""
+    temporary = path.with_name(f".{path.name}.partial")
+    write(temporary)
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    temporary.replace(path)

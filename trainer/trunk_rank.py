@@ -1,0 +1,235 @@
+"""A trunk rank: drives its micro-batches through the trunk and the pool. Colocated, it holds the whole pool too."""
+
+from __future__ import annotations
+
+import math
+import time
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pool.experts import ExpertShard
+from pool.wire import TrunkWire
+from router import LoadStatistics, balance_coefficients, dead_experts, load_imbalance
+from router.routers import SigmoidBiasRouter
+from trainer.config import Recipe
+from trainer.data.batches import SequenceStream
+from trainer.drive import LocalPool, PoolClient, RemotePool, drive
+from trainer.engine import RoleEngine
+from trainer.job import Job
+from trainer.metrics import MetricsServer, StepScalars
+from trainer.micro_batch import (
+    MicroBatchResult,
+    Objective,
+    PoolMap,
+    hidden_states,
+    train_dense_micro_batch,
+    train_micro_batch,
+)
+from trainer.model import Trunk
+from trainer.pool_rank import build_shard, finish_gradients, placement_of, wire_settings
+
+
+class TrunkRank:
+    """Computes attention and routers, asks the pool for the experts, and knows the step's scalars."""
+
+    def __init__(self, recipe: Recipe, job: Job, training: SequenceStream, validation: SequenceStream):
+        self._recipe = recipe
+        self._job = job
+        self._training, self._validation = training, validation
+        self.trunk = Trunk(recipe, job.device)
+        self._engines = {"trunk": RoleEngine(self.trunk, recipe, "trunk", job.role_size)}
+        self._statistics = LoadStatistics(
+            recipe.balance.scope, recipe.balance.delay, recipe.model.layers, max(1, recipe.experts_per_layer)
+        )
+        self._shard: ExpertShard | None = None
+        self._pool: PoolClient | None = None
+        self._pool_map: PoolMap | None = None
+        if recipe.model.ffn == "pool":
+            self._join_pool()
+        experts = tuple(range(recipe.pool.experts)) if job.topology.colocated and job.rank == 0 else ()
+        port = recipe.metrics.port and recipe.metrics.port + job.rank
+        self.metrics = MetricsServer(port, "trunk", job.rank, experts, recipe.pool.experts)
+        self.load_LM = torch.zeros(recipe.model.layers, max(1, recipe.experts_per_layer), dtype=torch.int64)
+        self._scalars = [0.0, 0.0, 0.0]
+        self._started = time.perf_counter()
+        self._waited = 0.0
+
+    def _join_pool(self) -> None:
+        recipe, job = self._recipe, self._job
+        placement = placement_of(recipe)
+        self._pool_map = PoolMap(
+            placement.position_M.to(job.device), recipe.experts_per_layer, recipe.model.layers // recipe.model.groups
+        )
+        if job.topology.colocated:
+            self._shard = build_shard(recipe, placement, 0, job.device)
+            self._engines["pool/shard_0"] = RoleEngine(self._shard, recipe, "pool", job.role_size)
+            self._pool = LocalPool(self._shard)
+        else:
+            wire = TrunkWire(wire_settings(recipe, job, placement), job.host_group, job.lane_groups)
+            self._pool = RemotePool(wire, job.rank)
+
+    def accumulate(self, step: int) -> float:
+        """Forward and backward of this rank's share of the global batch; returns the squared norm of the gradients."""
+        self._started = time.perf_counter()
+        self._waited = self._pool.seconds_waiting if self._pool else 0.0
+        recipe = self._recipe
+        results: list[MicroBatchResult] = []
+        losses: list[Tensor] = []
+        batches = self._training.micro_batches(
+            step, recipe.train.global_batch, self._job.rank, self._job.topology.trunk_ranks, recipe.train.micro_batch
+        )
+        with ExitStack() as stack:
+            for engine in self._engines.values():
+                stack.enter_context(engine.accumulating())
+            for index, sequences_BS1 in enumerate(batches):
+                objective = self._objective(step, index)
+                sequences_BS1 = sequences_BS1.to(self._job.device)
+                if self._pool is None or self._pool_map is None:
+                    losses.append(train_dense_micro_batch(self.trunk, sequences_BS1, objective))
+                    continue
+                coroutine = train_micro_batch(self.trunk, self._pool_map, sequences_BS1, index, objective)
+                results.append(drive(coroutine, self._pool, step))
+            if self._shard is not None:
+                finish_gradients(self._shard, recipe)
+        self._gather(results, losses)
+        return sum(engine.grad_norm_squared() for engine in self._engines.values())
+
+    def _objective(self, step: int, index: int) -> Objective:
+        """What micro-batch `index` of `step` minimises; balance losses need the load that the recipe asks for."""
+        recipe = self._recipe
+        number = step * recipe.micro_batches + index
+
+        def coefficients(load_LM: Tensor) -> Tensor | None:
+            self._statistics.record_micro_batch(number, load_LM)
+            fractions_LM = self._statistics.fractions(number, step)
+            if fractions_LM is None:
+                return None
+            b = recipe.balance
+            return balance_coefficients(fractions_LM, b.layer, b.pool, recipe.model.groups)
+
+        return Objective(1 / recipe.micro_batches, coefficients, recipe.router.z_loss, recipe.train.recompute)
+
+    def _gather(self, results: list[MicroBatchResult], losses: list[Tensor]) -> None:
+        """The step's scalars and load over all trunk ranks: one reduction."""
+        recipe = self._recipe
+        ranks = self._job.topology.trunk_ranks
+        scalars = torch.zeros(3, dtype=torch.float64)
+        load_LM = torch.zeros_like(self.load_LM)
+        for r in results:
+            scalars += torch.stack((r.loss, r.balance_loss, r.z_loss)).double().cpu()
+            load_LM += r.tokens_per_expert_LM.cpu()
+        for loss in losses:
+            scalars[0] += loss.double().cpu()
+        together = torch.cat((scalars / (recipe.micro_batches * ranks), load_LM.double().flatten()))
+        if ranks > 1:
+            dist.all_reduce(together)
+        self._scalars, self.load_LM = together[:3].tolist(), together[3:].long().view_as(load_LM)
+
+    def step(self, step: int, total_norm: float) -> StepScalars:
+        """Step with the norm over both roles; returns the step's scalars."""
+        recipe = self._recipe
+        lr = self._engines["trunk"].learning_rate
+        applied = all([engine.step(total_norm) for engine in self._engines.values()])
+        if self._shard is not None:
+            self._shard.weights_changed()
+        scalars = self._step_scalars(total_norm, lr, applied)
+        if recipe.model.ffn == "pool":
+            self._statistics.record_step(step, self.load_LM.to(self._job.device))
+            self._move_expert_bias()
+            if self._shard is not None and self._job.rank == 0:
+                self.metrics.load(self.pool_load())
+        self.metrics.step(scalars, step + 1)
+        return scalars
+
+    def _move_expert_bias(self) -> None:
+        for load_M, block in zip(self.load_LM, self.trunk.blocks, strict=True):
+            if isinstance(block.router, SigmoidBiasRouter):
+                block.router.update_bias(load_M.to(self._job.device), self._recipe.router.bias_rate)
+
+    def pool_load(self) -> Tensor:
+        """Assignments of the last step by global expert id, (M,) int64, over all trunk ranks."""
+        groups = self._recipe.model.groups
+        return self.load_LM.unflatten(0, (groups, -1)).sum(1).flatten()
+
+    def _step_scalars(self, total_norm: float, lr: float, applied: bool) -> StepScalars:
+        recipe = self._recipe
+        seconds = time.perf_counter() - self._started
+        tokens = recipe.train.global_batch * recipe.model.seq_len
+        waited = self._pool.seconds_waiting - self._waited if self._pool else 0.0
+        loss, balance_loss, z_loss = self._scalars
+        return StepScalars(
+            loss=loss,
+            balance_loss=balance_loss,
+            z_loss=z_loss,
+            grad_norm=total_norm,
+            lr=lr,
+            tokens=tokens,
+            tokens_per_second=tokens / seconds,
+            load_imbalance=float(load_imbalance(self.pool_load())),
+            layer_imbalance=float(load_imbalance(self.load_LM).mean()),
+            dead_experts=int(dead_experts(self.pool_load())) if recipe.model.ffn == "pool" else 0,
+            pool_wait=waited / seconds,
+            applied=applied,
+        )
+
+    def hidden(self, tokens_BS: Tensor, index: int, step: int) -> tuple[Tensor, Tensor | None]:
+        """h_BSD and tokens_per_expert_LM of a forward that the pool keeps nothing of."""
+        coroutine = hidden_states(self.trunk, self._pool_map, tokens_BS, index)
+        return drive(coroutine, self._pool, step)
+
+    @torch.no_grad()
+    def evaluate(self, batches: int, step: int) -> tuple[float, Tensor]:
+        """Mean cross-entropy in nats over `batches` global batches of held-out text, and the load they make (L, M)."""
+        recipe, job = self._recipe, self._job
+        total = torch.zeros(1, dtype=torch.float64)
+        held_out_LM = torch.zeros_like(self.load_LM)
+        index = 0
+        for batch in range(batches):
+            for sequences_BS1 in self._validation.micro_batches(
+                batch, recipe.train.global_batch, job.rank, job.topology.trunk_ranks, recipe.train.micro_batch
+            ):
+                sequences_BS1 = sequences_BS1.to(job.device)
+                h_BSD, load_LM = self.hidden(sequences_BS1[:, :-1], index, step)
+                if load_LM is not None:
+                    held_out_LM += load_LM.cpu()
+                with self.trunk.autocast():
+                    total += self.trunk.loss(h_BSD, sequences_BS1[:, 1:]).double().cpu()
+                index += 1
+        if job.topology.trunk_ranks > 1:
+            dist.all_reduce(total)
+            dist.all_reduce(held_out_LM)
+        return float(total) / (index * job.topology.trunk_ranks), held_out_LM
+
+    @torch.no_grad()
+    def generate(self, prompt: list[int], tokens: int, step: int, temperature: float = 0.8) -> list[int]:
+        """Continue `prompt` by `tokens` sampled tokens; the same on every trunk rank."""
+        generator = torch.Generator().manual_seed(self._recipe.run.seed)
+        ids = list(prompt)
+        for index in range(tokens):
+            context_1S = torch.tensor([ids[-self._recipe.model.seq_len :]], device=self._job.device)
+            h_1SD, _ = self.hidden(context_1S, index, step)
+            with self.trunk.autocast():
+                logits_V = self.trunk.head(h_1SD[:, -1]).float().cpu()[0]
+            probabilities_V = (logits_V / temperature).softmax(0)
+            ids.append(int(torch.multinomial(probabilities_V, 1, generator=generator)))
+        return ids[len(prompt) :]
+
+    def write_scalars(self, scalars: dict[str, float], step: int) -> None:
+        """To DeepSpeed's monitors."""
+        self._engines["trunk"].write_scalars({k: v for k, v in scalars.items() if math.isfinite(v)}, step)
+
+    def parts(self) -> dict[str, tuple[RoleEngine, Any]]:
+        """Engines to save, by folder, and what they want back."""
+        state = self._statistics.state_dict()
+        return {name: (engine, state if name == "trunk" else None) for name, engine in self._engines.items()}
+
+    def restore(self, states: dict[str, Any]) -> None:
+        """Called after the engines have loaded."""
+        self._statistics.load_state_dict(states["trunk"])
+        if self._shard is not None:
+            self._shard.weights_changed()
+
