@@ -126,7 +126,7 @@ class ExpertShard(nn.Module):
 
     @torch.no_grad()
     def flush(self) -> None:
-        """Add the weight gradients of everything stashed to `.grad` (fp32). The stack always has a gradient after it."""
+        """Add the weight gradients of everything stashed to `.grad` (fp32). After it the stack has a gradient."""
         for weight in (self.w13_e2FD, self.w2_eDF):
             if weight.grad is None:
                 weight.grad = torch.zeros_like(weight)

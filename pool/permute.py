@@ -51,7 +51,7 @@ class _Permute(torch.autograd.Function):
         return x_TD[order_N // ctx.top_k]
 
     @staticmethod
-    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None, None]:
         (inverse_N,) = ctx.saved_tensors
         return grad_ND[inverse_N].unflatten(0, (-1, ctx.top_k)).sum(1), None, None
 
@@ -63,7 +63,7 @@ class _Unpermute(torch.autograd.Function):
         return y_ND[inverse_N]
 
     @staticmethod
-    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None, None]:
         (order_N,) = ctx.saved_tensors
         return grad_ND[order_N], None, None
 
@@ -75,7 +75,7 @@ def permute(x_TD: Tensor, p: Permutation) -> Tensor:
 
 def combine(y_ND: Tensor, topk_scores_TK: Tensor, p: Permutation) -> Tensor:
     """Expert outputs weighted by their gate values, summed over K in fp32: sum_i g_i(x) e_i(x). Returns y_TD (fp32)."""
-    y_TKD = _Unpermute.apply(y_ND, p.order_N, p.inverse_N).float().unflatten(0, topk_scores_TK.shape)  # type: ignore[no-untyped-call]
+    y_TKD = _Unpermute.apply(y_ND, p.order_N, p.inverse_N).float().unflatten(0, topk_scores_TK.shape)
     return (y_TKD * topk_scores_TK.unsqueeze(-1)).sum(1)  # type: ignore[no-any-return]
 
 

@@ -40,7 +40,9 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) ->
     with tempfile.TemporaryDirectory() as folder:
         outcome = [Path(folder) / f"rank{rank}" for rank in range(world_size)]
         processes = [
-            _context.Process(target=_rank, args=(rank, environment, str(outcome[rank]), function, arguments), daemon=True)
+            _context.Process(
+                target=_rank, args=(rank, environment, str(outcome[rank]), function, arguments), daemon=True
+            )
             for rank in range(world_size)
         ]
         for process in processes:

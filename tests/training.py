@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,16 @@ from trainer.config import Recipe
 
 TINY: dict[str, Any] = {
     "run": {"dir": "unused", "seed": 3},
-    "model": {"layers": 3, "hidden": 24, "heads": 4, "kv_heads": 2, "ffn_hidden": 20, "vocab": 61, "seq_len": 9, "init_std": 0.2},
+    "model": {
+        "layers": 3,
+        "hidden": 24,
+        "heads": 4,
+        "kv_heads": 2,
+        "ffn_hidden": 20,
+        "vocab": 61,
+        "seq_len": 9,
+        "init_std": 0.2,
+    },
     "router": {"kind": "norm", "top_k": 2},
     "pool": {"experts": 8},
     "balance": {"pool": 0.05, "scope": "global_batch"},
@@ -24,7 +34,7 @@ TINY: dict[str, Any] = {
         "lr": 3e-3,
         "min_lr": 1e-3,
         "warmup_fraction": 0.0,
-        # Adam divides by the gradient's size: with its usual eps the rounding of a gradient near 0 becomes a whole step.
+        # Adam divides by the gradient's size: with its usual eps the rounding of a tiny gradient is a whole step.
         "eps": 1e-3,
         "clip": 0.7,
         "precision": "fp32",
@@ -33,7 +43,7 @@ TINY: dict[str, Any] = {
 }
 
 
-def tiny(**sections: dict[str, Any]) -> Recipe:
+def tiny(**sections: Any) -> Recipe:
     """The tiny recipe with some keys of some sections replaced."""
     tree = {name: {**TINY.get(name, {}), **sections.get(name, {})} for name in {*TINY, *sections}}
     return Recipe.model_validate(tree)
@@ -60,7 +70,9 @@ class Outcome:
 
 def run_training(recipe: Recipe, steps: int | None = None) -> Outcome:
     """Train on all ranks of the recipe's layout and bring the parts together."""
-    ranks = run_ranks(recipe.topology.world_size, _train, recipe, steps or recipe.train.steps)
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update={"dir": folder})})
+        ranks = run_ranks(recipe.topology.world_size, _train, recipe, steps or recipe.train.steps)
     gradients: dict[str, Tensor] = {}
     weights: dict[str, Tensor] = {}
     for rank in ranks:
@@ -102,7 +114,7 @@ def _train(recipe: Recipe, steps: int) -> dict[str, Any]:
     else:
         role.serve_forward_only(recipe.micro_batches, steps)
     result["weights"] = {}
-    for name, engine in engines.items():
+    for engine in engines.values():
         result["weights"].update(_by_expert(engine.module, engine.full_parameters()))
     job.close()
     return result

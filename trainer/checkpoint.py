@@ -49,7 +49,9 @@ def check_layout(recipe: Recipe, folder: Path) -> None:
             )
 
 
-def save(job: Job, recipe: Recipe, checkpoints: Path, steps_done: int, parts: dict[str, tuple[RoleEngine, Any]]) -> Path:
+def save(
+    job: Job, recipe: Recipe, checkpoints: Path, steps_done: int, parts: dict[str, tuple[RoleEngine, Any]]
+) -> Path:
     """Write a checkpoint of all ranks. A collective of all ranks.
 
     Args:

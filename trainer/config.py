@@ -8,6 +8,7 @@ the key, its value and what is allowed. Nothing here imports torch.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -191,7 +192,9 @@ def _check_pool(r: Recipe) -> None:
     if experts % m.groups:
         raise _Relation("pool.experts", experts, f"must be divisible by model.groups ({m.groups})")
     if r.router.top_k > r.experts_per_layer:
-        raise _Relation("router.top_k", r.router.top_k, f"must be at most the experts a layer sees ({r.experts_per_layer})")
+        raise _Relation(
+            "router.top_k", r.router.top_k, f"must be at most the experts a layer sees ({r.experts_per_layer})"
+        )
 
 
 def _check_balance(r: Recipe) -> None:
@@ -203,10 +206,14 @@ def _check_layout(r: Recipe) -> None:
     p = r.parallel
     per_step = r.train.micro_batch * p.trunk_ranks
     if r.train.global_batch % per_step:
-        allowed = f"must be divisible by train.micro_batch x parallel.trunk_ranks ({r.train.micro_batch} x {p.trunk_ranks})"
+        allowed = (
+            f"must be divisible by train.micro_batch x parallel.trunk_ranks ({r.train.micro_batch} x {p.trunk_ranks})"
+        )
         raise _Relation("train.global_batch", r.train.global_batch, allowed)
     if p.expert_parallel is not None and p.pool_ranks == 0 and p.expert_parallel != 1:
-        raise _Relation("parallel.expert_parallel", p.expert_parallel, "must be 1 or left out with parallel.pool_ranks = 0")
+        raise _Relation(
+            "parallel.expert_parallel", p.expert_parallel, "must be 1 or left out with parallel.pool_ranks = 0"
+        )
     shards = r.topology.expert_parallel
     if p.pool_ranks and p.pool_ranks % shards:
         raise _Relation("parallel.expert_parallel", shards, f"must divide parallel.pool_ranks ({p.pool_ranks})")
@@ -214,7 +221,9 @@ def _check_layout(r: Recipe) -> None:
         raise _Relation("pool.experts", r.pool.experts, f"must be divisible by the shards of the pool ({shards})")
     last_port = r.metrics.port + p.trunk_ranks + p.pool_ranks - 1
     if r.metrics.port and last_port > 65535:
-        raise _Relation("metrics.port", r.metrics.port, f"port + rank must stay below 65536, the last would be {last_port}")
+        raise _Relation(
+            "metrics.port", r.metrics.port, f"port + rank must stay below 65536, the last would be {last_port}"
+        )
 
 
 def recipe_names() -> list[str]:
@@ -271,7 +280,7 @@ class _Loader(yaml.SafeLoader):
 
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    __import__("re").compile(r"^[-+]?(?:\d+(?:\.\d*)?|\.\d+)[eE][-+]?\d+$"),
+    re.compile(r"^[-+]?(?:\d+(?:\.\d*)?|\.\d+)[eE][-+]?\d+$"),
     list("-+.0123456789"),
 )
 

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from trainer.config import Recipe
 from trainer.model import parameter_groups
 
-
 _LARGEST_BUCKET = 500_000_000
 """Elements of a reduction at once: DeepSpeed's default. It allocates a buffer of that size every step."""
 

@@ -158,7 +158,7 @@ class Job:
         """Sum of every rank's values, in float64, the same on all ranks. A collective of all ranks."""
         total = torch.tensor(values, dtype=torch.float64)
         self._control.allreduce([total]).wait(self.timeout)
-        return total.tolist()  # type: ignore[no-any-return]
+        return total.tolist()
 
     def barrier(self) -> None:
         """Wait, with the long limit, until all ranks are here: at the start, after a checkpoint, at the end."""

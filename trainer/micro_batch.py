@@ -188,7 +188,7 @@ def train_dense_micro_batch(trunk: Trunk, sequences_BS1: Tensor, objective: Obje
     """Forward and backward of one micro-batch of the dense baseline, which needs no pool. Returns the loss."""
     with trunk.autocast():
         loss = trunk.loss(_dense_hidden(trunk, sequences_BS1[:, :-1]), sequences_BS1[:, 1:])
-    (loss * objective.scale).backward()  # type: ignore[no-untyped-call]
+    (loss * objective.scale).backward()
     return loss.detach()
 
 
@@ -209,7 +209,7 @@ def hidden_states(
     for layer in range(len(trunk.blocks)):
         h_BSD, rows_ND, topk_scores_TK, _, dispatch = _dispatch(trunk, pool_map, layer, h_BSD)
         y_ND = yield _request(Kind.FORWARD_ONLY, index, layer, rows_ND, dispatch)
-        h_BSD = _combine(h_BSD, y_ND, topk_scores_TK, dispatch)
+        h_BSD = _combine(dispatch, h_BSD, y_ND, topk_scores_TK)
         loads.append(dispatch.tokens_per_expert_M)
     return h_BSD, torch.stack(loads)
 
@@ -227,7 +227,7 @@ def _to_request(
     """Segment `layer`: from the last layer's answer (or the tokens) to this layer's request."""
 
     def run(*leaves: Tensor) -> tuple[tuple[Tensor, ...], _Dispatch]:
-        h_BSD = trunk.embedding(tokens_BS) if before is None else _combine(*leaves, before)
+        h_BSD = trunk.embedding(tokens_BS) if before is None else _combine(before, *leaves)
         h_BSD, rows_ND, topk_scores_TK, routing, dispatch = _dispatch(trunk, pool_map, layer, h_BSD)
         return (h_BSD, rows_ND, topk_scores_TK, routing.mean_scores_M, routing.z_loss), dispatch
 
@@ -242,7 +242,7 @@ def _to_loss(
     def run(*leaves: Tensor) -> tuple[tuple[Tensor, ...], None]:
         assert before is not None
         with trunk.autocast():
-            return (trunk.loss(_combine(*leaves, before), targets_BS),), None
+            return (trunk.loss(_combine(before, *leaves), targets_BS),), None
 
     return run
 
@@ -261,7 +261,7 @@ def _dispatch(
     return h_BSD, rows_ND, routing.topk_scores_TK, routing, dispatch
 
 
-def _combine(h_BSD: Tensor, y_ND: Tensor, topk_scores_TK: Tensor, dispatch: _Dispatch) -> Tensor:
+def _combine(dispatch: _Dispatch, h_BSD: Tensor, y_ND: Tensor, topk_scores_TK: Tensor) -> Tensor:
     """The residual stream after a layer's experts; gate values are applied here, in fp32."""
     return h_BSD + combine(y_ND, topk_scores_TK, dispatch.permutation).view_as(h_BSD)
 

@@ -147,7 +147,7 @@ class Trunk(nn.Module):
         return F.cross_entropy(logits_BSV.float().flatten(0, 1), targets_BS.flatten())
 
     def _reset_parameters(self, recipe: Recipe) -> None:
-        """N(0, init_std), output projections N(0, init_std / sqrt(2 L)), each from (seed, name): matched over recipes."""
+        """N(0, init_std), output projections N(0, init_std / sqrt(2 L)), drawn from (seed, name)."""
         std, output_std = init_stds(recipe)
         with torch.no_grad():
             for name, parameter in self.named_parameters():

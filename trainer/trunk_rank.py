@@ -133,10 +133,10 @@ class TrunkRank:
         """Step with the norm over both roles; returns the step's scalars."""
         recipe = self._recipe
         lr = self._engines["trunk"].learning_rate
-        applied = all([engine.step(total_norm) for engine in self._engines.values()])
+        outcomes = [engine.step(total_norm) for engine in self._engines.values()]
         if self._shard is not None:
             self._shard.weights_changed()
-        scalars = self._step_scalars(total_norm, lr, applied)
+        scalars = self._step_scalars(total_norm, lr, all(outcomes))
         if recipe.model.ffn == "pool":
             self._statistics.record_step(step, self.load_LM.to(self._job.device))
             self._move_expert_bias()
@@ -153,7 +153,7 @@ class TrunkRank:
     def pool_load(self) -> Tensor:
         """Assignments of the last step by global expert id, (M,) int64, over all trunk ranks."""
         groups = self._recipe.model.groups
-        return self.load_LM.unflatten(0, (groups, -1)).sum(1).flatten()
+        return self.load_LM.unflatten(0, (groups, -1)).sum(1).flatten()  # type: ignore[no-any-return]
 
     def _step_scalars(self, total_norm: float, lr: float, applied: bool) -> StepScalars:
         recipe = self._recipe
@@ -232,4 +232,3 @@ class TrunkRank:
         self._statistics.load_state_dict(states["trunk"])
         if self._shard is not None:
             self._shard.weights_changed()
-

@@ -1,0 +1,72 @@
+"""Who may import whom (DESIGN.md): trainer -> {router, pool}; heavy libraries in one file each."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+OURS = {"trainer", "router", "pool"}
+
+
+def imports(path: Path) -> set[str]:
+    """Dotted names of every module that a file imports, wherever in the file."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found.add(str(node.module))
+    return found
+
+
+def importers(module: str) -> set[str]:
+    """Files of the product that import `module` or something in it."""
+    return {
+        str(path.relative_to(ROOT))
+        for package in OURS
+        for path in (ROOT / package).rglob("*.py")
+        if any(name == module or name.startswith(module + ".") for name in imports(path))
+    }
+
+
+@pytest.mark.parametrize(("package", "allowed"), [("router", {"router"}), ("pool", {"pool"}), ("trainer", OURS)])
+def test_direction(package: str, allowed: set[str]) -> None:
+    for path in (ROOT / package).rglob("*.py"):
+        ours = {name.split(".")[0] for name in imports(path)} & OURS
+        assert ours <= allowed, f"{path} imports {ours - allowed}"
+
+
+def test_libraries_with_one_home() -> None:
+    assert importers("deepspeed") == {"trainer/engine.py"}
+    assert importers("prometheus_client") == {"trainer/metrics.py"}
+    assert importers("torch.distributed") == {"trainer/job.py", "trainer/trunk_rank.py"}
+
+
+def test_router_and_pool_know_no_collectives() -> None:
+    """router/ is pure; only the wire uses process groups, which it is given."""
+    for package in ("router", "pool"):
+        for path in (ROOT / package).rglob("*.py"):
+            uses_groups = any(f".{verb}([" in path.read_text() for verb in ("send", "recv", "allreduce"))
+            assert uses_groups == (path.name == "wire.py"), path
+
+
+def test_no_file_is_too_long() -> None:
+    for package in OURS:
+        for path in (ROOT / package).rglob("*.py"):
+            assert len(path.read_text().splitlines()) <= 400, path
+
+
+def test_start_up_path_is_light() -> None:
+    """`--help` and a recipe's check load no torch, no deepspeed, no datasets."""
+    code = (
+        "import sys; from trainer.cli import cli; from trainer.config import load_recipe; load_recipe('quickstart');"
+        "print(*{'torch', 'deepspeed', 'datasets', 'matplotlib', 'numpy', 'rich'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.split() == []
