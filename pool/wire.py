@@ -10,7 +10,8 @@ Every wait has a time limit, and every error names the ranks, the lane, the laye
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -68,9 +69,28 @@ class _Wire:
         self._host = host_group
         self._lanes = lane_groups
 
+    def _post(
+        self,
+        operation: Callable[[list[Tensor], int, int], Any],
+        message: Tensor,
+        tag: int,
+        doing: str,
+        peer: int,
+        key: RequestKey,
+        step: int,
+    ) -> Any:
+        """Start a send or receive of a group. A peer known to be gone is an error here already, not in the wait."""
+        with self._naming(doing, peer, key, step):
+            return operation([message], peer, tag)
+
     def _wait(self, work: Any, doing: str, peer: int, key: RequestKey, step: int) -> None:
-        try:
+        with self._naming(doing, peer, key, step):
             work.wait(self.settings.timeout)
+
+    @contextmanager
+    def _naming(self, doing: str, peer: int, key: RequestKey, step: int) -> Iterator[None]:
+        try:
+            yield
         except RuntimeError as error:
             reason = " ".join(str(error).split())
             limit = self.settings.timeout.total_seconds()
@@ -132,13 +152,14 @@ class TrunkWire(_Wire):
             peer = s.topology.pool_rank(shard, key.trunk_rank)
             header = torch.cat((torch.tensor([key.kind, step, key.lane, key.micro_batch, key.layer]), counts_e))
             answer.sent.append(header)
-            answer._waits.append((self._host.send([header], peer, _REQUEST_TAG), "send a header to", peer))
+            messages = [(self._host.send, header, _REQUEST_TAG, "send a header to")]
             if size:
                 rows = sent_ND[start : start + size]
                 answer.sent.append(rows)
-                answer._waits.append((lane.send([rows], peer, _REQUEST_TAG), "send tokens to", peer))
-                received = lane.recv([answer_ND[start : start + size]], peer, _ANSWER_TAG)
-                answer._waits.append((received, "get the answer of", peer))
+                messages.append((lane.send, rows, _REQUEST_TAG, "send tokens to"))
+                messages.append((lane.recv, answer_ND[start : start + size], _ANSWER_TAG, "get the answer of"))
+            for operation, message, tag, doing in messages:
+                answer._waits.append((self._post(operation, message, tag, doing, peer, key, step), doing, peer))
             start += size
         return answer
 
@@ -159,19 +180,23 @@ class PoolWire(_Wire):
         self._finish_sends()
         e = self.settings.num_local_experts
         headers = [torch.empty(_HEADER_FIELDS + e, dtype=torch.int64) for _ in keys]
-        posted = [self._host.recv([h], k.trunk_rank, _REQUEST_TAG) for h, k in zip(headers, keys, strict=True)]
+        posted = [
+            self._post(self._host.recv, h, _REQUEST_TAG, "get a header from", k.trunk_rank, k, step)
+            for h, k in zip(headers, keys, strict=True)
+        ]
         received: list[tuple[Tensor, list[int]]] = []
-        works: list[Any] = []
+        works: list[tuple[RequestKey, Any]] = []
         for key, header, work in zip(keys, headers, posted, strict=True):
             self._wait(work, "get a header from", key.trunk_rank, key, step)
             counts = self._check(header.tolist(), key, step)
             rows_ND = self._payload_buffer(sum(counts))
-            lane = self._lanes[key.lane]
-            works.append(lane.recv([rows_ND], key.trunk_rank, _REQUEST_TAG) if len(rows_ND) else None)
             received.append((rows_ND, counts))
-        for key, work in zip(keys, works, strict=True):
-            if work is not None:
-                self._wait(work, "get tokens from", key.trunk_rank, key, step)
+            if len(rows_ND):
+                receive = self._lanes[key.lane].recv
+                work = self._post(receive, rows_ND, _REQUEST_TAG, "get tokens from", key.trunk_rank, key, step)
+                works.append((key, work))
+        for key, work in works:
+            self._wait(work, "get tokens from", key.trunk_rank, key, step)
         return [(rows_ND.to(self.settings.device), counts) for rows_ND, counts in received]
 
     def answer(self, key: RequestKey, step: int, rows_ND: Tensor) -> None:
@@ -179,7 +204,8 @@ class PoolWire(_Wire):
         if len(rows_ND) == 0:
             return
         rows_ND = rows_ND.to(self.settings.payload_device).contiguous()
-        work = self._lanes[key.lane].send([rows_ND], key.trunk_rank, _ANSWER_TAG)
+        send = self._lanes[key.lane].send
+        work = self._post(send, rows_ND, _ANSWER_TAG, "send an answer to", key.trunk_rank, key, step)
         self._sending.append((work, rows_ND, key, step))
 
     def _finish_sends(self) -> None:
@@ -199,7 +225,9 @@ class PoolWire(_Wire):
                 f"the plan has {_describe(key, step)}"
             )
         if min(counts, default=0) < 0:
-            raise WireError(f"{self._me} got negative token counts from {self._name(key.trunk_rank)}")
+            raise WireError(
+                f"{self._me} got negative token counts from {self._name(key.trunk_rank)}: {_describe(key, step)}"
+            )
         return counts
 
 

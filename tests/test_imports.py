@@ -68,5 +68,7 @@ def test_start_up_path_is_light() -> None:
         "import sys; from trainer.cli import cli; from trainer.config import load_recipe; load_recipe('quickstart');"
         "print(*{'torch', 'deepspeed', 'datasets', 'matplotlib', 'numpy', 'rich'} & set(sys.modules))"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60
+    )
     assert done.stdout.split() == []

@@ -41,6 +41,7 @@ def _recipe_arguments(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--local_rank", type=int, hidden=True, expose_value=False)  # deepspeed adds it; so does the environment
 def cli() -> None:
     """Train UniPool mixture-of-experts language models: one pool of experts shared by all layers.
 
@@ -50,8 +51,7 @@ def cli() -> None:
 
 @cli.command()
 @_recipe_arguments
-@click.option("--local_rank", type=int, hidden=True, help="What some launchers append; the environment says it too.")
-def train(recipe: str, overrides: tuple[str, ...], local_rank: int | None) -> None:
+def train(recipe: str, overrides: tuple[str, ...]) -> None:
     """Train RECIPE; go on from the newest checkpoint of its folder.
 
     Under a launcher (deepspeed, torchrun, mpirun) this is one rank; without one it starts the whole job on this

@@ -1,6 +1,7 @@
 """What a rank does when it, a peer, its launcher or the user ends it: say who failed first, and be gone in time.
 
 A thread watches, because the main thread may be inside a blocking collective, where Python's handlers do not run.
+Another sends heartbeats, by which a rank that waited in vain finds out who has stopped.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import select
 import signal
 import sys
 import threading
+import time
 import traceback
 from typing import NoReturn
 
@@ -18,18 +20,19 @@ import psutil
 from trainer.errors import UserError
 from trainer.job import Job
 
+BEAT_SECONDS = 1.0
 _WATCHED = (signal.SIGTERM, signal.SIGINT)
 
 
 class FaultWatch:
     """Watches signals and the launcher from the moment it is made.
 
-    `phase` is what the rank is doing, for messages; `job` is set once the rank has joined.
+    `phase` is what the rank is doing, for messages; `joined` tells it of the job once there is one.
     """
 
     def __init__(self, rank: int):
         self.phase = "start-up"
-        self.job: Job | None = None
+        self._job: Job | None = None
         self._rank = rank
         self._launchers = _launchers()
         read_end, self._write_end = os.pipe()
@@ -41,7 +44,39 @@ class FaultWatch:
 
     @property
     def name(self) -> str:
-        return self.job.name if self.job else f"rank {self._rank}"
+        return self._job.name if self._job else f"rank {self._rank}"
+
+    def joined(self, job: Job) -> None:
+        """The rank has joined `job`: from now on it sends heartbeats and knows its peers."""
+        job.beat(0)
+        self._job = job
+        threading.Thread(target=self._beat, args=(job,), daemon=True, name="heartbeat").start()
+
+    def _beat(self, job: Job) -> None:
+        count = 0
+        while True:
+            time.sleep(BEAT_SECONDS)
+            count += 1
+            try:
+                job.beat(count)
+            except RuntimeError:  # the store's host is gone: whoever waits for it says so
+                return
+
+    def _silent_peers(self) -> str:
+        """Names of the ranks that have stopped to send heartbeats."""
+        if self._job is None:
+            return ""
+        job, silent = self._job, [0]  # the store does not answer while its host is stopped
+
+        def compare() -> None:
+            before = job.beats()
+            time.sleep(3 * BEAT_SECONDS)
+            silent[:] = [rank for rank, (a, b) in enumerate(zip(before, job.beats(), strict=True)) if a == b]
+
+        thread = threading.Thread(target=compare, daemon=True)
+        thread.start()
+        thread.join(6 * BEAT_SECONDS)
+        return self._names(silent)
 
     def _watch(self, read_end: int) -> None:
         while True:
@@ -55,13 +90,14 @@ class FaultWatch:
 
     def _leave_on_signal(self, number: int) -> NoReturn:
         dead = self._dead_peers()
-        reason = f"{dead} died first" if dead else f"got {signal.Signals(number).name}"
-        self._leave(reason, 128 + number)
+        got = f"got {signal.Signals(number).name}"
+        self._leave(f"{got} after {dead} died" if dead else got, 128 + number)
 
     def _dead_peers(self) -> str:
-        if self.job is None:
-            return ""
-        return ", ".join(self.job.topology.describe(rank) for rank in self.job.dead_peers())
+        return self._names(self._job.dead_peers()) if self._job else ""
+
+    def _names(self, ranks: list[int]) -> str:
+        return ", ".join(self._job.topology.describe(rank) for rank in ranks) if self._job else ""
 
     def _leave(self, reason: str, status: int) -> NoReturn:
         _say(f"unipool: {self.name} stops in {self.phase}: {reason}")
@@ -74,8 +110,10 @@ class FaultWatch:
                 _say(f"error: {error}")
             os._exit(2)
         dead = self._dead_peers()
-        if dead:
-            _say(f"unipool: {self.name} stops in {self.phase}: {dead} died first ({type(error).__name__}: {error})")
+        silent = "" if dead or "imed out" not in str(error) else self._silent_peers()
+        if dead or silent:
+            fate = f"{dead} died first" if dead else f"{silent} does not respond"
+            _say(f"unipool: {self.name} stops in {self.phase}: {fate} ({type(error).__name__}: {error})")
         else:
             lines = "".join(traceback.format_exception(error))
             _say(f"{lines}unipool: {self.name} failed in {self.phase}: {type(error).__name__}: {error}")

@@ -107,7 +107,11 @@ class Job:
         self.rank = launch.rank
         self.device = _pick_device(launch)
         self.timeout = timedelta(seconds=recipe.parallel.timeout_seconds)
-        self.store = _open_store(launch)
+        tcp_store = _open_store(launch)
+        self.store = dist.PrefixStore(_attempt(), tcp_store)
+        # Heartbeats have a connection of their own: one that hangs must not hold up the rest.
+        own_connection = tcp_store.clone()  # type: ignore[attr-defined]
+        self._beats = dist.PrefixStore(f"{_attempt()}/beat", own_connection)
         self.role_name, self.role_rank, self.role_size = self.topology.role_world(self.rank)
         os.environ.update(RANK=str(self.role_rank), WORLD_SIZE=str(self.role_size))
         os.environ.update(LOCAL_RANK=str(launch.local_rank))
@@ -170,6 +174,14 @@ class Job:
         me = self.peers[self.rank]["host"]
         return [r for r, p in enumerate(self.peers) if p["host"] == me and not _alive(p["pid"])]
 
+    def beat(self, count: int) -> None:
+        """Tell the other ranks that this process runs."""
+        self._beats.set(str(self.rank), str(count))
+
+    def beats(self) -> list[bytes]:
+        """Every rank's last heartbeat, by rank. Blocks while the store's host, rank 0, does not run."""
+        return self._beats.multi_get([str(rank) for rank in range(self.topology.world_size)])
+
     def close(self) -> None:
         """Leave the job: without this the exit of the process may abort."""
         self.barrier()
@@ -195,13 +207,17 @@ def _pick_device(launch: Launch) -> torch.device:
     return torch.device("cpu")
 
 
-def _open_store(launch: Launch) -> dist.Store:
+def _attempt() -> str:
+    """Keys of one start of the job; torchrun keeps its store over restarts."""
+    return f"unipool/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+
+
+def _open_store(launch: Launch) -> dist.TCPStore:
     agent_has_it = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    store = dist.TCPStore(
+    return dist.TCPStore(
         launch.master_addr,
         launch.master_port,
         launch.world_size,
         is_master=launch.rank == 0 and not agent_has_it,
         timeout=START_TIMEOUT,
     )
-    return dist.PrefixStore(f"unipool/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)

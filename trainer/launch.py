@@ -6,11 +6,16 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from trainer.config import Recipe
 from trainer.job import free_port
+
+DONE_FILE = "UNIPOOL_DONE_FILE"
+"""Environment variable: a file that rank 0 makes when the job has come to its end."""
 
 GRACE_SECONDS = 20.0
 """How long the ranks have to end by themselves once their launcher has ended."""
@@ -28,13 +33,19 @@ def run_locally(recipe: Recipe, arguments: Sequence[str]) -> int:
     command += ["--num_gpus", str(recipe.topology.world_size), "--master_port", str(free_port())]
     command += ["--module", "trainer", *arguments]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
-    import torch
+    if not any(Path("/dev").glob("nvidia*")) and not Path("/dev/kfd").exists():
+        environment.setdefault("DS_ACCELERATOR", "cpu")  # else the launcher warns that it found no GPU
+    with tempfile.TemporaryDirectory() as folder:
+        done = Path(folder) / "done"
+        return _run(command, environment | {DONE_FILE: str(done)}, done)
 
-    if not torch.cuda.is_available():
-        environment.setdefault("DS_ACCELERATOR", "cpu")
+
+def _run(command: list[str], environment: dict[str, str], done: Path) -> int:
     launcher = subprocess.Popen(command, env=environment, start_new_session=True)
+    ended_by: list[int] = []
 
-    def end(*_: object) -> None:
+    def end(number: int, _: object) -> None:
+        ended_by.append(number)
         # The deepspeed launcher does not pass signals on by itself; every process of its session gets this one.
         _signal_session(launcher.pid, signal.SIGTERM)
 
@@ -42,6 +53,12 @@ def run_locally(recipe: Recipe, arguments: Sequence[str]) -> int:
         signal.signal(number, end)
     status = launcher.wait()
     _wait_for_session(launcher.pid)
+    if ended_by:
+        return 128 + ended_by[0]
+    if status == 0 and not done.exists():
+        # The deepspeed launcher says 0 when its per-node process was killed.
+        print("unipool: the job ended before its last step; its launcher was killed", file=sys.stderr)
+        return 1
     return status if status >= 0 else 128 - status
 
 

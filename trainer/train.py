@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from trainer.data.batches import SequenceStream, evaluation_steps
 from trainer.data.prepare import PreparedData
 from trainer.faults import FaultWatch
 from trainer.job import Job, Launch
+from trainer.launch import DONE_FILE
 from trainer.metrics import StepScalars
 from trainer.pool_rank import PoolRank
 from trainer.prepare import prepare_for
@@ -45,11 +47,13 @@ def _train(recipe: Recipe, launch: Launch, watch: FaultWatch) -> None:
     prepared = prepare_for(recipe, progress=launch.local_rank == 0)
     watch.phase = "start-up"
     job = Job(recipe, launch)
-    watch.job = job
+    watch.joined(job)
     loop = _Loop(recipe, job, folder, prepared, watch)
     loop.run(newest)
     watch.phase = "the end"
     job.close()
+    if launch.rank == 0 and DONE_FILE in os.environ:
+        Path(os.environ[DONE_FILE]).touch()
 
 
 def optimizer_step(job: Job, role: TrunkRank | PoolRank, step: int) -> StepScalars | None:

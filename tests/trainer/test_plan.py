@@ -193,7 +193,7 @@ def test_colocated_memory_is_both_roles() -> None:
     assert (both.role, both.ranks, both.total) == ("trunk + pool", 1, trunk.total + pool.total)
 
 
-@pytest.mark.parametrize("name", recipe_names())
+@pytest.mark.parametrize("name", [n for n in recipe_names() if n.startswith(("unipool-", "vanilla-", "dense-"))])
 def test_recipes_fit_80_gb_and_split_as_recommended(name: str) -> None:
     plan = make_plan(load_recipe(name))
     assert all(memory.total < 60e9 for memory in plan.memory)
