@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from trainer.job import free_port
+from trainer.launch import free_port
 
 TIME_LIMIT = 240.0
 

@@ -12,12 +12,14 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trainer.config import Recipe
-from trainer.engine import RoleEngine
 from trainer.errors import UserError
-from trainer.job import Job
+
+if TYPE_CHECKING:
+    from trainer.engine import RoleEngine
+    from trainer.job import Job
 
 _LAYOUT = "layout.json"
 
@@ -38,8 +40,19 @@ def layout(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def check_layout(recipe: Recipe, folder: Path) -> None:
-    """Raise UserError if the checkpoint in `folder` is of another model or layout than the recipe's."""
+def to_resume(recipe: Recipe, checkpoints: Path) -> tuple[int, Path] | None:
+    """The newest checkpoint, if there is one.
+
+    Raises:
+        UserError: it is of another model or layout than the recipe's.
+    """
+    found = newest(checkpoints)
+    if found:
+        _check_layout(recipe, found[1])
+    return found
+
+
+def _check_layout(recipe: Recipe, folder: Path) -> None:
     saved = json.loads((folder / _LAYOUT).read_text())
     for key, value in json.loads(json.dumps(layout(recipe))).items():
         if saved[key] != value:

@@ -71,9 +71,14 @@ def train(recipe: str, overrides: tuple[str, ...]) -> None:
 
         train_rank(checked, read_launch())
         return
+    from trainer import checkpoint
     from trainer.launch import run_locally
     from trainer.prepare import prepare_for
+    from trainer.run_folder import RunFolder
 
+    folder = RunFolder(checked)
+    checkpoint.to_resume(checked, folder.checkpoints)
+    folder.make()
     prepare_for(checked)
     sys.exit(run_locally(checked, sys.argv[1:]))
 

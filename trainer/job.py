@@ -16,6 +16,7 @@ import torch.distributed as dist
 from pool.topology import Topology
 from trainer.config import Recipe
 from trainer.errors import UserError
+from trainer.launch import free_port
 
 START_TIMEOUT = timedelta(minutes=30)
 """Longest wait for the other ranks at the start, at a checkpoint and at the end."""
@@ -82,13 +83,6 @@ def _discover_mpi() -> Launch:
     )
 
 
-def free_port() -> int:
-    """A TCP port that nobody listens on now."""
-    with socket.socket() as s:
-        s.bind(("", 0))
-        return int(s.getsockname()[1])
-
-
 class Job:
     """This rank's place in the job and the groups that join the roles.
 
@@ -123,6 +117,7 @@ class Job:
             timeout=self.timeout,
         )
         self.payload_device = self.device if recipe.parallel.wire == "auto" else torch.device("cpu")
+        self._cross_groups: list[Any] = []
         self._control = self._cross_group("control", torch.device("cpu"))
         if not self.topology.colocated:
             self.host_group = self._cross_group("host", torch.device("cpu"))
@@ -139,11 +134,15 @@ class Job:
 
     def _cross_group(self, name: str, device: torch.device) -> Any:
         store = dist.PrefixStore(name, self.store)
+        size = self.topology.world_size
         if device.type == "cuda":
             options = dist.ProcessGroupNCCL.Options()
             options._timeout = self.timeout
-            return dist.ProcessGroupNCCL(store, self.rank, self.topology.world_size, options)
-        return dist.ProcessGroupGloo(store, self.rank, self.topology.world_size, self.timeout)
+            group: Any = dist.ProcessGroupNCCL(store, self.rank, size, options)
+        else:
+            group = dist.ProcessGroupGloo(store, self.rank, size, self.timeout)
+        self._cross_groups.append(group)
+        return group
 
     def _exchange(self, mine: dict[str, Any]) -> list[dict[str, Any]]:
         """Every rank's `mine`, by rank."""
@@ -183,8 +182,11 @@ class Job:
         return self._beats.multi_get([str(rank) for rank in range(self.topology.world_size)])
 
     def close(self) -> None:
-        """Leave the job: without this the exit of the process may abort."""
+        """Leave the job. Threads of a group that is still open at the interpreter's end would abort the process."""
         self.barrier()
+        for group in self._cross_groups:
+            group.shutdown()
+        self._cross_groups.clear()
         dist.destroy_process_group()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -12,13 +13,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from trainer.config import Recipe
-from trainer.job import free_port
 
 DONE_FILE = "UNIPOOL_DONE_FILE"
 """Environment variable: a file that rank 0 makes when the job has come to its end."""
 
 GRACE_SECONDS = 20.0
 """How long the ranks have to end by themselves once their launcher has ended."""
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on now."""
+    with socket.socket() as s:
+        s.bind(("", 0))
+        return int(s.getsockname()[1])
 
 
 def run_locally(recipe: Recipe, arguments: Sequence[str]) -> int:

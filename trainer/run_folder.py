@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,23 @@ class RunFolder:
         self.tensorboard = self.path / "tensorboard"
         self.load_picture = self.path / "load.png"
 
-    def open(self, recipe: Recipe, done_steps: int) -> None:
-        """Make the folder, save the resolved recipe, and cut from the metrics what came after `done_steps`."""
+    def make(self) -> None:
+        """Make the folder.
+
+        Raises:
+            UserError: it cannot be made or written.
+        """
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            write_whole(self.recipe_file, lambda path: save_recipe(recipe, path))
-            kept = [line for line in self._lines() if json.loads(line)["step"] <= done_steps]
-            write_whole(self.metrics_file, lambda path: path.write_text("".join(kept)))
+            tempfile.TemporaryFile(dir=self.path).close()
         except OSError as error:
             raise UserError(f"run.dir = {self.path}: cannot be written ({error.strerror}); choose another") from None
+
+    def begin(self, recipe: Recipe, done_steps: int) -> None:
+        """Save the resolved recipe, and cut from the metrics what came after `done_steps`."""
+        write_whole(self.recipe_file, lambda path: save_recipe(recipe, path))
+        kept = [line for line in self._lines() if json.loads(line)["step"] <= done_steps]
+        write_whole(self.metrics_file, lambda path: path.write_text("".join(kept)))
 
     def _lines(self) -> list[str]:
         if not self.metrics_file.exists():

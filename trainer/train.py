@@ -40,9 +40,9 @@ def train(recipe: Recipe, launch: Launch) -> None:
 def _train(recipe: Recipe, launch: Launch, watch: FaultWatch) -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
     folder = RunFolder(recipe)
-    newest = checkpoint.newest(folder.checkpoints)
-    if newest:
-        checkpoint.check_layout(recipe, newest[1])
+    newest = checkpoint.to_resume(recipe, folder.checkpoints)
+    if launch.rank == 0:
+        folder.make()
     watch.phase = "data preparation"
     prepared = prepare_for(recipe, progress=launch.local_rank == 0)
     watch.phase = "start-up"
@@ -89,7 +89,7 @@ class _Loop:
             start = newest[0]
             self._role.restore(checkpoint.load(newest[1], {name: e for name, (e, _) in self._role.parts().items()}))
         if job.rank == 0:
-            self._folder.open(recipe, start)
+            self._folder.begin(recipe, start)
         progress = Progress(recipe, start, job.look_up("metrics")) if job.rank == 0 else None
         val_loss, saved_at = math.nan, start
         for step in range(start, recipe.train.steps):

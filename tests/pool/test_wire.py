@@ -7,6 +7,7 @@ as `trainer.job.Job` does: gloo by hand over one TCPStore.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from functools import partial
@@ -29,8 +30,12 @@ from tests.distributed import RankFailed, run_ranks
 M, D, F, L = 6, 5, 7, 2
 MICRO_BATCHES = 2
 STEP = 7
-LONG = 60.0
 SHORT = 1.0
+LONG = 60.0
+SETTLE = 0.5
+"""Time in which the end of a process becomes known on all its connections."""
+GROUP = 600.0
+"""Limit of the groups themselves, longer than a job may last: a wait that forgets the wire's own limit fails."""
 
 
 # --- a rank's place in the job ---
@@ -57,7 +62,7 @@ def groups(store: dist.Store, name: str, topology: Topology, lanes: int) -> tupl
 
     def group(which: str) -> Any:
         prefix = dist.PrefixStore(f"{name}/{which}", store)
-        return dist.ProcessGroupGloo(prefix, my_rank(), topology.world_size, timedelta(seconds=LONG))
+        return dist.ProcessGroupGloo(prefix, my_rank(), topology.world_size, timedelta(seconds=GROUP))
 
     return group("host"), [group(f"lane{lane}") for lane in range(lanes)]
 
@@ -378,9 +383,11 @@ def deaths(folder: str) -> None:
         answer = TrunkWire(ends, host, lanes).request(first, STEP, rows_ND, counts_M)
         store.set("requested", "")
         tell("trunk waits", answer.wait)
+        time.sleep(SETTLE)
         wire = TrunkWire(ends, next_host, next_lanes)
         tell("trunk starts", lambda: wire.request(second, STEP, rows_ND, counts_M).wait())
         store.wait(["received"])
+        time.sleep(SETTLE)
         os._exit(0)
     pool = PoolWire(ends, host, lanes)
     ((rows_ND, _),) = pool.receive([first], STEP)
@@ -389,13 +396,9 @@ def deaths(folder: str) -> None:
         os._exit(0)
     store.set("received", "")
     tell("pool waits", lambda: pool.receive([second], STEP))
+    time.sleep(SETTLE)
     tell("pool starts", lambda: pool.receive([second], STEP))
-
-    def answer_and_wait() -> None:
-        pool.answer(first, STEP, rows_ND)
-        pool.receive([second], STEP)
-
-    tell("pool answers", answer_and_wait)
+    tell("pool answers", lambda: pool.answer(first, STEP, rows_ND))
 
 
 def test_peers_that_are_gone(tmp_path: Path) -> None:
@@ -403,7 +406,8 @@ def test_peers_that_are_gone(tmp_path: Path) -> None:
     with pytest.raises(RankFailed):
         run_ranks(3, deaths, str(tmp_path))
     told = {file.name: file.read_text() for file in tmp_path.iterdir()}
-    trunk, pool, gone = "rank 0 (trunk 0)", "rank 2 (pool 1, shard 1)", "rank 1 (pool 0, shard 0)"
+    trunk, pool = "rank 0 (trunk 0)", "rank 2 (pool 1, shard 1)"
+    gone = "rank 1 (pool 0, shard 0)"
     broke = "because the connection broke: FORWARD, lane 0"
     wanted = {
         "trunk waits": f"{trunk} could not get the answer of {gone} {broke}, layer 0, micro-batch 0, step 7 (",

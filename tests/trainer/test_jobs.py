@@ -1,0 +1,181 @@
+"""Whole jobs, started as a user would: every launcher, resume, the run's folder, faults."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from tests.trainer.job import processes_of, rank_process, run, started, steps, unipool, wait_for, write_recipe
+from trainer.config import load_recipe
+from trainer.launch import free_port
+
+LONG = ("--set", "train.steps=100000", "--set", "eval.every=0")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("job")
+
+
+@pytest.fixture(scope="module")
+def recipe(folder: Path) -> str:
+    return str(write_recipe(folder))
+
+
+@pytest.fixture(scope="module")
+def reference(recipe: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """The job that the others are compared with: no launcher given."""
+    done = unipool("train", recipe)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_train_shows_and_leaves_what_it_promises(
+    reference: subprocess.CompletedProcess[str], recipe: str, folder: Path
+) -> None:
+    run_dir = folder / "run"
+    assert re.search(r"step 1/4: loss \d\.\d+, [\d,]+ tokens/s, load imbalance \d\.\d\d, ETA", reference.stderr)
+    assert "step 2: validation loss" in reference.stderr
+    for line in (
+        r"validation loss   \d\.\d{4} nats a token, perplexity",
+        r"unigram entropy   \d\.\d{4}",
+        rf"checkpoint        {run_dir}/checkpoints/step_00000004",
+        rf"TensorBoard       {run_dir}/tensorboard",
+        rf"load picture      {run_dir}/load.png",
+        r"sample \(after the bar\)\n    def f",
+    ):
+        assert re.search(line, reference.stdout), line
+    assert (run_dir / "load.png").read_bytes().startswith(b"\x89PNG")
+    assert list((run_dir / "tensorboard").glob("events.*"))
+    assert {p.name for p in (run_dir / "checkpoints" / "step_00000004").iterdir()} == {"layout.json", "trunk", "pool"}
+    assert load_recipe(str(run_dir / "recipe.yaml")) == load_recipe(recipe)
+    assert [line["step"] for line in steps(run_dir)] == [1, 2, 2, 3, 4, 4]
+    assert steps(run_dir)[4]["loss"] < steps(run_dir)[0]["loss"]
+
+
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun", "mpirun"])
+@pytest.mark.usefixtures("reference")
+def test_every_launcher_runs_the_same_job(launcher: str, recipe: str, folder: Path) -> None:
+    prefix = {
+        "deepspeed": ["deepspeed", "--num_accelerators", "2", "--master_port", str(free_port()), "--module"],
+        "torchrun": ["torchrun", "--nproc-per-node", "2", "--master-port", str(free_port()), "-m"],
+        "mpirun": ["mpirun", "-np", "2", "--oversubscribe", sys.executable, "-m"],
+    }[launcher]
+    done = run(*prefix, "trainer", "train", recipe, "--set", f"run.dir={folder / launcher}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert steps(folder / launcher) == steps(folder / "run")
+
+
+@pytest.mark.usefixtures("reference")
+def test_two_nodes_with_a_hostfile(recipe: str, folder: Path) -> None:
+    """`deepspeed --hostfile --no_ssh`, started once on each of two "nodes"."""
+    (folder / "hostfile").write_text("first slots=1\nsecond slots=1\n")
+    common = ["deepspeed", "--hostfile", str(folder / "hostfile"), "--no_ssh", "--master_addr", "127.0.0.1"]
+    common += ["--master_port", str(free_port())]
+    arguments = ["--module", "trainer", "train", recipe, "--set", f"run.dir={folder / 'nodes'}"]
+    with started(*common, "--node_rank", "1", *arguments) as (second, log):
+        first = run(*common, "--node_rank", "0", *arguments)
+        assert first.returncode == 0, first.stderr + log.read_text()
+        assert second.wait(60) == 0
+    assert steps(folder / "nodes") == steps(folder / "run")
+
+
+@pytest.mark.usefixtures("reference")
+def test_resume_goes_on_where_the_checkpoint_was(recipe: str, folder: Path) -> None:
+    """Steps 3 and 4 after a resume are those of an undisturbed run, bit for bit."""
+    run_dir = folder / "resumed"
+    arguments = ("train", recipe, "--set", "checkpoint.every=2", "--set", f"run.dir={run_dir}")
+    assert unipool(*arguments).returncode == 0
+    shutil.rmtree(run_dir / "checkpoints" / "step_00000004")
+    again = unipool(*arguments)
+    assert "resuming after step 2" in again.stderr
+    assert steps(run_dir) == steps(folder / "run")
+    other = unipool(*arguments, "--set", "parallel.pool_ranks=2")
+    assert other.returncode == 2
+    assert "its checkpoint step_00000004 has parallel = [1, 1, 1, 1, 1], the recipe [1, 2, 2, 1, 1]" in other.stderr
+
+
+@pytest.mark.parametrize(("rank", "name"), [(0, "rank 0 (trunk 0)"), (1, "rank 1 (pool 0, shard 0)")])
+def test_a_killed_rank_ends_the_job_and_is_named(rank: int, name: str, recipe: str, folder: Path) -> None:
+    mark = f"run.dir={folder / f'killed{rank}'}"
+    with started(sys.executable, "-m", "trainer", "train", recipe, *LONG, "--set", mark) as (job, log):
+        wait_for(log, "step 1/")
+        rank_process(mark, rank).kill()
+        assert job.wait(60) not in (0, 2)
+        assert f"{name} died" in log.read_text()
+        assert processes_of(mark) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_end_every_process(number: signal.Signals, recipe: str, folder: Path) -> None:
+    mark = f"run.dir={folder / number.name}"
+    with started(sys.executable, "-m", "trainer", "train", recipe, *LONG, "--set", mark) as (job, log):
+        wait_for(log, "step 1/")
+        job.send_signal(number)
+        assert job.wait(60) == 128 + number
+        assert processes_of(mark) == []
+        assert "Traceback" not in log.read_text()
+
+
+def test_a_stopped_rank_is_named(recipe: str, folder: Path) -> None:
+    """SIGSTOP: nothing is closed, only time tells."""
+    mark = f"run.dir={folder / 'stopped'}"
+    command = (sys.executable, "-m", "trainer", "train", recipe, *LONG, "--set", "parallel.timeout_seconds=3")
+    with started(*command, "--set", mark) as (_, log):
+        wait_for(log, "step 1/")
+        rank_process(mark, 1).suspend()
+        text = wait_for(log, "does not respond")
+        assert "rank 0 (trunk 0) stops in step" in text
+        assert "rank 1 (pool 0, shard 0) does not respond" in text
+
+
+def test_an_exception_names_its_rank(recipe: str, folder: Path) -> None:
+    """The disk under the metrics goes away: rank 0 raises, the job ends and says where."""
+    run_dir = folder / "raises"
+    mark = f"run.dir={run_dir}"
+    with started(sys.executable, "-m", "trainer", "train", recipe, *LONG, "--set", mark) as (job, log):
+        wait_for(log, "step 1/")
+        shutil.rmtree(run_dir)
+        assert job.wait(60) == 1
+        assert re.search(r"unipool: rank 0 \(trunk 0\) failed in step \d+: FileNotFoundError", log.read_text())
+        assert processes_of(mark) == []
+
+
+def test_metrics_of_every_rank(recipe: str, folder: Path) -> None:
+    with started(sys.executable, "-m", "trainer", "train", recipe, *LONG, "--set", f"run.dir={folder / 'scraped'}") as (
+        _,
+        log,
+    ):
+        urls = re.findall(r"metrics: rank . \((\w+).*?\): (http\S+)", wait_for(log, "step 1/"))
+        assert [role for role, _ in urls] == ["trunk", "pool"]
+        trunk, pool = (urllib.request.urlopen(url, timeout=10).read().decode() for _, url in urls)
+    for name in ("loss_nats", "tokens_per_second", "gradient_norm", "load_imbalance_ratio", "steps_total"):
+        assert re.search(rf'^unipool_{name}{{rank="0",role="trunk"}} [\d.e+-]+$', trunk, re.M), name
+    served = re.findall(r'^unipool_expert_tokens_total{expert="(\d)"} ([\d.e+]+)$', pool, re.M)
+    assert [expert for expert, _ in served] == list("01234567")
+    tokens_of_a_step = 8 * 32 * 2
+    assert sum(float(tokens) for _, tokens in served) % tokens_of_a_step == 0
+
+
+def test_bad_input_is_one_line_and_starts_nothing(recipe: str, folder: Path) -> None:
+    for arguments, line in (
+        (("train", recipe, "--set", "train.steps=x"), "train.steps = 'x': must be a valid integer"),
+        (("train", "nowhere.yaml"), "recipe nowhere.yaml: neither a readable file"),
+        (("train", recipe, "--set", "data.source=/nowhere", "--set", f"data.dir={folder}/d"), "/nowhere"),
+        (("train", recipe, "--set", "run.dir=/proc/no"), "run.dir = /proc/no: cannot be written"),
+        (("trian",), "No such command 'trian'"),
+        (("plan", recipe, "--jsno"), "No such option"),
+    ):
+        done = unipool(*arguments)
+        assert done.returncode == 2, (arguments, done.stderr)
+        assert line in done.stderr
+        assert done.stderr.startswith("error: ")
+        assert done.stdout == ""
+        assert len(done.stderr.strip().splitlines()) == 1, done.stderr
