@@ -120,9 +120,12 @@ class ExpertShard(nn.Module):
         dh_N2F = torch.cat((da_NF, dact_NF * silu_NF), dim=1)
         dx_ND = grouped_gemm(dh_N2F, w13_e2FD, tokens_per_expert)
         self._stash.append(_Stashed(x_ND, dh_N2F, silu_NF * b_NF, dy_ND, tokens_per_expert))
+        return dx_ND
+
+    def flush_if_full(self) -> None:
+        """Flush when the stash holds more than `stash_bytes`; to be called when answers are out."""
         if sum(s.bytes for s in self._stash) > self.stash_bytes:
             self.flush()
-        return dx_ND
 
     @torch.no_grad()
     def flush(self) -> None:

@@ -1,7 +1,8 @@
-"""The service plan: which requests the pool serves together, in which order.
+"""The service plan: which requests the pool serves together and in which order, and how trunk ranks go through lanes.
 
-A plan is a list of slots. It is the same on all ranks and holds whatever the real timings are, so that sums never
-depend on them. The lock-step plan is the simplest: a slot has the same request of every trunk rank.
+A plan is the same on all ranks and holds whatever the real timings are, so that sums never depend on them: wrong costs
+make it slower, never different. `pool.simulate` makes it; the lock-step plan is the reference, in which a slot has the
+same request of every trunk rank.
 """
 
 from __future__ import annotations
@@ -36,6 +37,24 @@ class RequestKey:
 
 
 Slot = tuple[RequestKey, ...]
+"""Requests served in one merged launch. An empty slot makes the weight gradients that are stashed."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An optimizer step or an evaluation.
+
+    Attributes:
+        slots: what the pool serves, in order; a pool rank leaves out the trunk ranks that it does not serve.
+        lane_order: for every trunk rank which lane it runs next, one entry a segment.
+        seconds: predicted time, in the unit of the costs.
+        pool_busy: predicted share of that time in which the pool works.
+    """
+
+    slots: tuple[Slot, ...]
+    lane_order: tuple[tuple[int, ...], ...]
+    seconds: float
+    pool_busy: float
 
 
 def lockstep_plan(trunk_ranks: int, micro_batches: int, layers: int) -> Iterator[Slot]:
@@ -48,7 +67,7 @@ def lockstep_plan(trunk_ranks: int, micro_batches: int, layers: int) -> Iterator
 
 
 def forward_only_plan(trunk_ranks: range, micro_batches: int, layers: int) -> Iterator[Slot]:
-    """An evaluation or a generation: forwards of `trunk_ranks`, of which the pool keeps nothing."""
+    """Forwards one after the other, of which the pool keeps nothing: a generation."""
     for micro_batch in range(micro_batches):
         for layer in range(layers):
             yield _slot(trunk_ranks, micro_batch, layer, Kind.FORWARD_ONLY)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from pool.wire import PoolWire, WireError
 
 
 class PoolService:
-    """Serves the slots of a plan: receive, one merged launch, answer.
+    """Serves the slots of a plan: receive, one merged launch, answer; weight gradients when nobody waits.
 
     Attributes:
         tokens_Le: assignments served since the last `take_load`, by layer and local expert (int64, host).
@@ -37,18 +38,30 @@ class PoolService:
         Raises:
             WireError: see `PoolWire.receive`; also a backward whose forward never came, or with other counts.
         """
-        for slot in slots:
-            keys = [key for key in slot if key.trunk_rank in self._served]
-            if not keys:
-                continue
-            started = time.perf_counter()
-            requests = dict(zip(keys, self._wire.receive(keys, step), strict=True))
-            received = time.perf_counter()
-            for kind in Kind:
-                self._serve_kind(kind, [k for k in keys if k.kind == kind], requests, step)
-            self.seconds_waiting += received - started
-            self.seconds_busy += time.perf_counter() - received
+        mine = [(slot, [key for key in slot if key.trunk_rank in self._served]) for slot in slots]
+        # A thread receives in the plan's order while this one computes; what it holds is bounded by the lanes.
+        with ThreadPoolExecutor(1, "receiver") as receiver:
+            coming = [receiver.submit(self._wire.receive, keys, step) if keys else None for _, keys in mine]
+            try:
+                for (slot, keys), requests in zip(mine, coming, strict=True):
+                    if requests is not None:
+                        self._serve_slot(keys, requests, step)
+                    elif not slot:
+                        self.shard.flush()
+            except BaseException:
+                receiver.shutdown(wait=False, cancel_futures=True)
+                raise
         assert self._server.open_forwards == 0, "the plan leaves forwards without a backward"
+
+    def _serve_slot(self, keys: list[RequestKey], coming: Future[list[tuple[Tensor, list[int]]]], step: int) -> None:
+        started = time.perf_counter()
+        requests = dict(zip(keys, coming.result(), strict=True))
+        received = time.perf_counter()
+        for kind in Kind:
+            self._serve_kind(kind, [k for k in keys if k.kind == kind], requests, step)
+        self.shard.flush_if_full()
+        self.seconds_waiting += received - started
+        self.seconds_busy += time.perf_counter() - received
 
     def _serve_kind(
         self, kind: Kind, keys: list[RequestKey], requests: dict[RequestKey, tuple[Tensor, list[int]]], step: int

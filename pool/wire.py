@@ -23,7 +23,7 @@ from pool.plan import Kind, RequestKey
 from pool.topology import Topology
 
 _HEADER_FIELDS = 5
-_REQUEST_TAG, _ANSWER_TAG = 1, 2
+_REQUEST_TAG, _ANSWER_TAG = 1, 2  # of payloads, in a lane's own group; a header's tag is its lane
 
 
 class WireError(RuntimeError):
@@ -152,7 +152,7 @@ class TrunkWire(_Wire):
             peer = s.topology.pool_rank(shard, key.trunk_rank)
             header = torch.cat((torch.tensor([key.kind, step, key.lane, key.micro_batch, key.layer]), counts_e))
             answer.sent.append(header)
-            messages = [(self._host.send, header, _REQUEST_TAG, "send a header to")]
+            messages = [(self._host.send, header, key.lane, "send a header to")]
             if size:
                 rows = sent_ND[start : start + size]
                 answer.sent.append(rows)
@@ -169,7 +169,7 @@ class PoolWire(_Wire):
 
     def __init__(self, settings: WireSettings, host_group: Any, lane_groups: Sequence[Any]):
         super().__init__(settings, host_group, lane_groups)
-        self._sending: list[tuple[Any, Tensor, RequestKey, int]] = []
+        self._sending: dict[tuple[int, int], tuple[Any, Tensor]] = {}
 
     def receive(self, keys: Sequence[RequestKey], step: int) -> list[tuple[Tensor, list[int]]]:
         """Receive the requests of one slot: for each key its rows (n, D) and the tokens of each local expert.
@@ -177,11 +177,10 @@ class PoolWire(_Wire):
         Raises:
             WireError: a message did not come in time, its sender is gone, or it is not what the plan says.
         """
-        self._finish_sends()
         e = self.settings.num_local_experts
         headers = [torch.empty(_HEADER_FIELDS + e, dtype=torch.int64) for _ in keys]
         posted = [
-            self._post(self._host.recv, h, _REQUEST_TAG, "get a header from", k.trunk_rank, k, step)
+            self._post(self._host.recv, h, k.lane, "get a header from", k.trunk_rank, k, step)
             for h, k in zip(headers, keys, strict=True)
         ]
         received: list[tuple[Tensor, list[int]]] = []
@@ -200,18 +199,20 @@ class PoolWire(_Wire):
         return [(rows_ND.to(self.settings.device), counts) for rows_ND, counts in received]
 
     def answer(self, key: RequestKey, step: int, rows_ND: Tensor) -> None:
-        """Send the answer of a request; returns at once."""
+        """Send the answer of a request; returns at once.
+
+        The rows are kept until the next answer to the same lane of the same trunk rank, which cannot ask again before
+        it has them.
+        """
+        before = self._sending.pop((key.trunk_rank, key.lane), None)
+        if before is not None:
+            self._wait(before[0], "send an answer to", key.trunk_rank, key, step)
         if len(rows_ND) == 0:
             return
         rows_ND = rows_ND.to(self.settings.payload_device).contiguous()
         send = self._lanes[key.lane].send
         work = self._post(send, rows_ND, _ANSWER_TAG, "send an answer to", key.trunk_rank, key, step)
-        self._sending.append((work, rows_ND, key, step))
-
-    def _finish_sends(self) -> None:
-        for work, _, key, step in self._sending:
-            self._wait(work, "send an answer to", key.trunk_rank, key, step)
-        self._sending.clear()
+        self._sending[key.trunk_rank, key.lane] = (work, rows_ND)
 
     def _check(self, header: list[int], key: RequestKey, step: int) -> list[int]:
         expected = [key.kind, step, key.lane, key.micro_batch, key.layer]

@@ -89,6 +89,7 @@ def _train(recipe: Recipe, steps: int) -> dict[str, Any]:
     from trainer.data.batches import SequenceStream
     from trainer.job import Job, read_launch
     from trainer.pool_rank import PoolRank
+    from trainer.schedule import plan_evaluation
     from trainer.train import optimizer_step
     from trainer.trunk_rank import TrunkRank
 
@@ -112,7 +113,7 @@ def _train(recipe: Recipe, steps: int) -> dict[str, Any]:
         result["val_loss"], _ = role.evaluate(1, steps)
         result["load_LM"] = role.load_LM
     else:
-        role.serve_forward_only(recipe.micro_batches, steps)
+        role.serve(plan_evaluation(recipe, recipe.micro_batches), steps)
     result["weights"] = {}
     for engine in engines.values():
         result["weights"].update(_by_expert(engine.module, engine.full_parameters()))

@@ -99,6 +99,8 @@ class Parallel(Section):
     trunk_ranks: Positive = 1
     pool_ranks: NonNegative = Field(0, description="0: colocated, the pool lives in the trunk's processes")
     expert_parallel: Positive | None = Field(None, description="shards of the pool; default: one a pool rank")
+    lanes: Positive = Field(2, description="micro-batches in flight a trunk rank; each keeps its activations")
+    stagger: bool = Field(True, description="trunk rank t of T starts t/T of a micro-batch later")
     trunk_zero: Literal[0, 1, 2, 3] = 1
     pool_zero: Literal[0, 1, 2] = 1
     wire: Literal["auto", "gloo"] = Field("auto", description="auto: NCCL between GPUs, gloo between CPUs")
@@ -184,6 +186,8 @@ def _check_pool(r: Recipe) -> None:
             raise _Relation("pool.experts", experts, "must be 0 with model.ffn = dense")
         if r.parallel.pool_ranks:
             raise _Relation("parallel.pool_ranks", r.parallel.pool_ranks, "must be 0 with model.ffn = dense")
+        if r.train.recompute:
+            raise _Relation("train.recompute", True, "must be false with model.ffn = dense")
         return
     if experts == 0:
         raise _Relation("pool.experts", 0, "must be at least 1 with model.ffn = pool")
@@ -219,6 +223,9 @@ def _check_layout(r: Recipe) -> None:
         raise _Relation("parallel.expert_parallel", shards, f"must divide parallel.pool_ranks ({p.pool_ranks})")
     if r.pool.experts % shards:
         raise _Relation("pool.experts", r.pool.experts, f"must be divisible by the shards of the pool ({shards})")
+    if p.trunk_zero == 3 and p.pool_ranks and p.trunk_ranks > 1 and (p.lanes > 1 or p.stagger):
+        allowed = "gathers weights by collectives in program order: set parallel.lanes=1 and parallel.stagger=false too"
+        raise _Relation("parallel.trunk_zero", 3, allowed)
     last_port = r.metrics.port + p.trunk_ranks + p.pool_ranks - 1
     if r.metrics.port and last_port > 65535:
         raise _Relation(

@@ -121,7 +121,8 @@ class Job:
         self._control = self._cross_group("control", torch.device("cpu"))
         if not self.topology.colocated:
             self.host_group = self._cross_group("host", torch.device("cpu"))
-            self.lane_groups = [self._cross_group("lane0", self.payload_device)]
+            lanes = range(recipe.parallel.lanes)
+            self.lane_groups = [self._cross_group(f"lane{lane}", self.payload_device) for lane in lanes]
         self.peers = self._exchange({"host": socket.gethostname(), "pid": os.getpid()})
 
     @property

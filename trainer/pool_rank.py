@@ -8,7 +8,7 @@ import torch
 
 from pool.experts import ExpertShard
 from pool.placement import Placement, contiguous
-from pool.plan import forward_only_plan, lockstep_plan
+from pool.plan import Plan
 from pool.service import PoolService
 from pool.wire import PoolWire, WireSettings
 from trainer.config import Recipe
@@ -16,6 +16,7 @@ from trainer.engine import RoleEngine
 from trainer.job import Job
 from trainer.metrics import MetricsServer
 from trainer.model import init_stds
+from trainer.schedule import plan_step
 
 
 def placement_of(recipe: Recipe) -> Placement:
@@ -70,7 +71,7 @@ class PoolRank:
 
     def __init__(self, recipe: Recipe, job: Job):
         self._recipe = recipe
-        self._trunk_ranks = range(job.topology.trunk_ranks)
+        self._plan = plan_step(recipe)
         placement = placement_of(recipe)
         index = job.topology.shard(job.rank)
         self._shard = build_shard(recipe, placement, index, job.device)
@@ -89,11 +90,9 @@ class PoolRank:
 
     def accumulate(self, step: int) -> float:
         """Serve one optimizer step up to its reduced gradients; returns the square of their norm."""
-        recipe = self._recipe
-        plan = lockstep_plan(len(self._trunk_ranks), recipe.micro_batches, recipe.model.layers)
         with self._engine.accumulating():
-            self._service.serve(plan, step)
-            finish_gradients(self._shard, recipe)
+            self._service.serve(self._plan.slots, step)
+            finish_gradients(self._shard, self._recipe)
         return self._engine.grad_norm_squared()
 
     def step(self, step: int, total_norm: float) -> None:
@@ -105,9 +104,9 @@ class PoolRank:
         self._seconds = seconds
         self.metrics.service(self._service.take_load().sum(0), waited, busy)
 
-    def serve_forward_only(self, micro_batches: int, step: int) -> None:
+    def serve(self, plan: Plan, step: int) -> None:
         """Serve an evaluation or a generation."""
-        self._service.serve(forward_only_plan(self._trunk_ranks, micro_batches, self._recipe.model.layers), step)
+        self._service.serve(plan.slots, step)
 
     def parts(self) -> dict[str, tuple[RoleEngine, Any]]:
         """Engines to save, by folder, and what they want back."""

@@ -22,6 +22,7 @@ from trainer.pool_rank import PoolRank
 from trainer.prepare import prepare_for
 from trainer.progress import Progress
 from trainer.run_folder import RunFolder
+from trainer.schedule import plan_evaluation, plan_generation
 from trainer.summary import Summary, write_summary
 from trainer.trunk_rank import TrunkRank
 
@@ -124,7 +125,7 @@ class _Loop:
         recipe = self._recipe
         if self._trunk is None:
             assert isinstance(self._role, PoolRank)
-            self._role.serve_forward_only(self._evaluations * recipe.micro_batches, done)
+            self._role.serve(plan_evaluation(recipe, self._evaluations * recipe.micro_batches), done)
             return math.nan
         val_loss, self._held_out_LM = self._trunk.evaluate(self._evaluations, done)
         self._trunk.write_scalars({"eval/val_loss": val_loss}, done)
@@ -139,7 +140,7 @@ class _Loop:
         self._watch.phase = "the sample at the end"
         if self._trunk is None:
             assert isinstance(self._role, PoolRank)
-            self._role.serve_forward_only(SAMPLE_TOKENS, self._recipe.train.steps)
+            self._role.serve(plan_generation(self._recipe, SAMPLE_TOKENS), self._recipe.train.steps)
             return
         tokenizer = self._prepared.tokenizer()
         prompt = self._prepared.dataset("validation")[0]["tokens"][:32]

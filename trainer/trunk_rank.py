@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
 
@@ -17,7 +18,7 @@ from router import LoadStatistics, balance_coefficients, dead_experts, load_imba
 from router.routers import SigmoidBiasRouter
 from trainer.config import Recipe
 from trainer.data.batches import SequenceStream
-from trainer.drive import LocalPool, PoolClient, RemotePool, drive
+from trainer.drive import LocalPool, MicroBatch, NoPool, PoolClient, RemotePool
 from trainer.engine import RoleEngine
 from trainer.job import Job
 from trainer.metrics import MetricsServer, StepScalars
@@ -31,6 +32,7 @@ from trainer.micro_batch import (
 )
 from trainer.model import Trunk
 from trainer.pool_rank import build_shard, finish_gradients, placement_of, wire_settings
+from trainer.schedule import plan_evaluation, plan_generation, plan_step
 
 
 class TrunkRank:
@@ -46,7 +48,8 @@ class TrunkRank:
             recipe.balance.scope, recipe.balance.delay, recipe.model.layers, max(1, recipe.experts_per_layer)
         )
         self._shard: ExpertShard | None = None
-        self._pool: PoolClient | None = None
+        self._plan = plan_step(recipe)
+        self._pool: PoolClient = NoPool()
         self._pool_map: PoolMap | None = None
         if recipe.model.ffn == "pool":
             self._join_pool()
@@ -75,28 +78,31 @@ class TrunkRank:
     def accumulate(self, step: int) -> float:
         """Forward and backward of this rank's share of the global batch; returns the squared norm of the gradients."""
         self._started = time.perf_counter()
-        self._waited = self._pool.seconds_waiting if self._pool else 0.0
-        recipe = self._recipe
-        results: list[MicroBatchResult] = []
-        losses: list[Tensor] = []
-        batches = self._training.micro_batches(
-            step, recipe.train.global_batch, self._job.rank, self._job.topology.trunk_ranks, recipe.train.micro_batch
-        )
+        self._waited = self._pool.seconds_waiting
         with ExitStack() as stack:
             for engine in self._engines.values():
                 stack.enter_context(engine.accumulating())
-            for index, sequences_BS1 in enumerate(batches):
-                objective = self._objective(step, index)
-                sequences_BS1 = sequences_BS1.to(self._job.device)
-                if self._pool is None or self._pool_map is None:
-                    losses.append(train_dense_micro_batch(self.trunk, sequences_BS1, objective))
-                    continue
-                coroutine = train_micro_batch(self.trunk, self._pool_map, sequences_BS1, index, objective)
-                results.append(drive(coroutine, self._pool, step))
+            results = self._pool.run(self._micro_batches(step), self._plan.lane_order[self._job.rank], step)
             if self._shard is not None:
-                finish_gradients(self._shard, recipe)
-        self._gather(results, losses)
+                finish_gradients(self._shard, self._recipe)
+        self._gather(results)
         return sum(engine.grad_norm_squared() for engine in self._engines.values())
+
+    def _micro_batches(self, step: int) -> Iterator[MicroBatch[MicroBatchResult]]:
+        for index, sequences_BS1 in enumerate(self._sequences(self._training, step)):
+            objective = self._objective(step, index)
+            if self._pool_map is None:
+                yield train_dense_micro_batch(self.trunk, sequences_BS1, objective)
+            else:
+                yield train_micro_batch(self.trunk, self._pool_map, sequences_BS1, index, objective)
+
+    def _sequences(self, stream: SequenceStream, step: int) -> Iterator[Tensor]:
+        """This rank's micro-batches of a global batch, on the device."""
+        recipe, ranks = self._recipe, self._job.topology.trunk_ranks
+        for sequences_BS1 in stream.micro_batches(
+            step, recipe.train.global_batch, self._job.rank, ranks, recipe.train.micro_batch
+        ):
+            yield sequences_BS1.to(self._job.device)
 
     def _objective(self, step: int, index: int) -> Objective:
         """What micro-batch `index` of `step` minimises; balance losses need the load that the recipe asks for."""
@@ -113,18 +119,15 @@ class TrunkRank:
 
         return Objective(1 / recipe.micro_batches, coefficients, recipe.router.z_loss, recipe.train.recompute)
 
-    def _gather(self, results: list[MicroBatchResult], losses: list[Tensor]) -> None:
+    def _gather(self, results: list[MicroBatchResult]) -> None:
         """The step's scalars and load over all trunk ranks: one reduction."""
-        recipe = self._recipe
         ranks = self._job.topology.trunk_ranks
         scalars = torch.zeros(3, dtype=torch.float64)
         load_LM = torch.zeros_like(self.load_LM)
         for r in results:
             scalars += torch.stack((r.loss, r.balance_loss, r.z_loss)).double().cpu()
             load_LM += r.tokens_per_expert_LM.cpu()
-        for loss in losses:
-            scalars[0] += loss.double().cpu()
-        together = torch.cat((scalars / (recipe.micro_batches * ranks), load_LM.double().flatten()))
+        together = torch.cat((scalars / (len(results) * ranks), load_LM.double().flatten()))
         if ranks > 1:
             dist.all_reduce(together)
         self._scalars, self.load_LM = together[:3].tolist(), together[3:].long().view_as(load_LM)
@@ -159,7 +162,7 @@ class TrunkRank:
         recipe = self._recipe
         seconds = time.perf_counter() - self._started
         tokens = recipe.train.global_batch * recipe.model.seq_len
-        waited = self._pool.seconds_waiting - self._waited if self._pool else 0.0
+        waited = self._pool.seconds_waiting - self._waited
         loss, balance_loss, z_loss = self._scalars
         return StepScalars(
             loss=loss,
@@ -176,42 +179,39 @@ class TrunkRank:
             applied=applied,
         )
 
-    def hidden(self, tokens_BS: Tensor, index: int, step: int) -> tuple[Tensor, Tensor | None]:
-        """h_BSD and tokens_per_expert_LM of a forward that the pool keeps nothing of."""
-        coroutine = hidden_states(self.trunk, self._pool_map, tokens_BS, index)
-        return drive(coroutine, self._pool, step)
-
     @torch.no_grad()
     def evaluate(self, batches: int, step: int) -> tuple[float, Tensor]:
         """Mean cross-entropy in nats over `batches` global batches of held-out text, and the load they make (L, M)."""
-        recipe, job = self._recipe, self._job
-        total = torch.zeros(1, dtype=torch.float64)
+        ranks = self._job.topology.trunk_ranks
+        sequences = (s for batch in range(batches) for s in self._sequences(self._validation, batch))
+        micro_batches = (self._evaluate_micro_batch(s, index) for index, s in enumerate(sequences))
+        plan = plan_evaluation(self._recipe, batches * self._recipe.micro_batches)
+        results = self._pool.run(micro_batches, plan.lane_order[self._job.rank], step)
+        total = torch.stack([loss.double().cpu() for loss, _ in results]).sum()
         held_out_LM = torch.zeros_like(self.load_LM)
-        index = 0
-        for batch in range(batches):
-            for sequences_BS1 in self._validation.micro_batches(
-                batch, recipe.train.global_batch, job.rank, job.topology.trunk_ranks, recipe.train.micro_batch
-            ):
-                sequences_BS1 = sequences_BS1.to(job.device)
-                h_BSD, load_LM = self.hidden(sequences_BS1[:, :-1], index, step)
-                if load_LM is not None:
-                    held_out_LM += load_LM.cpu()
-                with self.trunk.autocast():
-                    total += self.trunk.loss(h_BSD, sequences_BS1[:, 1:]).double().cpu()
-                index += 1
-        if job.topology.trunk_ranks > 1:
+        for _, load_LM in results:
+            if load_LM is not None:
+                held_out_LM += load_LM.cpu()
+        if ranks > 1:
             dist.all_reduce(total)
             dist.all_reduce(held_out_LM)
-        return float(total) / (index * job.topology.trunk_ranks), held_out_LM
+        return float(total) / (len(results) * ranks), held_out_LM
+
+    def _evaluate_micro_batch(self, sequences_BS1: Tensor, index: int) -> MicroBatch[tuple[Tensor, Tensor | None]]:
+        h_BSD, load_LM = yield from hidden_states(self.trunk, self._pool_map, sequences_BS1[:, :-1], index)
+        with self.trunk.autocast():
+            return self.trunk.loss(h_BSD, sequences_BS1[:, 1:]), load_LM
 
     @torch.no_grad()
     def generate(self, prompt: list[int], tokens: int, step: int, temperature: float = 0.8) -> list[int]:
         """Continue `prompt` by `tokens` sampled tokens; the same on every trunk rank."""
         generator = torch.Generator().manual_seed(self._recipe.run.seed)
+        lane_order = plan_generation(self._recipe, tokens).lane_order[self._job.rank]
         ids = list(prompt)
         for index in range(tokens):
             context_1S = torch.tensor([ids[-self._recipe.model.seq_len :]], device=self._job.device)
-            h_1SD, _ = self.hidden(context_1S, index, step)
+            coroutine = hidden_states(self.trunk, self._pool_map, context_1S, index)
+            ((h_1SD, _),) = self._pool.run([coroutine], lane_order, step)
             with self.trunk.autocast():
                 logits_V = self.trunk.head(h_1SD[:, -1]).float().cpu()[0]
             probabilities_V = (logits_V / temperature).softmax(0)

@@ -96,7 +96,10 @@ def run_one_by_one(shard: ExpertShard, works: list[Work]) -> tuple[list[Tensor],
     """(answers, token gradients), every request alone."""
     server = ExpertServer(shard)
     ys = [server.forward([n], [w.batch], keep_for_backward=True)[0] for n, w in enumerate(works)]
-    dxs = [server.backward([n], [w.dy_ND])[0] for n, w in enumerate(works)]
+    dxs = []
+    for n, w in enumerate(works):
+        dxs += server.backward([n], [w.dy_ND])
+        shard.flush_if_full()
     return ys, dxs
 
 

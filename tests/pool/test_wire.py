@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pool.experts import ExpertServer, ExpertShard
 from pool.placement import Placement, contiguous
-from pool.plan import Kind, RequestKey, Slot, forward_only_plan, lockstep_plan
+from pool.plan import Kind, RequestKey, Slot
 from pool.service import PoolService
 from pool.topology import Topology
 from pool.wire import PoolWire, TrunkWire, WireError, WireSettings
@@ -108,15 +108,27 @@ def rows_of(key: RequestKey, dtype: torch.dtype) -> Tensor:
     return torch.randn(rows, D, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def train_plan(trunk_ranks: int, lanes: int) -> Iterator[Slot]:
-    """The lock-step plan; with two lanes, its two micro-batches side by side, each in its lane."""
-    if lanes == 1:
-        return lockstep_plan(trunk_ranks, MICRO_BATCHES, L)
+Keys = tuple[RequestKey, ...]
 
-    def both(slot: Slot) -> Slot:
-        return tuple(RequestKey(k.trunk_rank, lane, lane, k.layer, k.kind) for k in slot for lane in range(lanes))
 
-    return (both(slot) for slot in lockstep_plan(trunk_ranks, 1, L))
+def train_plan(trunk_ranks: int, lanes: int) -> Iterator[Keys]:
+    """The requests of each slot of a step, in lock step; with two lanes the two micro-batches side by side."""
+    for first in range(0, MICRO_BATCHES, lanes):
+        for kind, layers in ((Kind.FORWARD, range(L)), (Kind.BACKWARD, reversed(range(L)))):
+            for layer in layers:
+                yield tuple(
+                    RequestKey(t, lane, first + lane, layer, kind) for t in range(trunk_ranks) for lane in range(lanes)
+                )
+
+
+def evaluation_plan(trunk_ranks: int) -> Iterator[Keys]:
+    for layer in range(L):
+        yield tuple(RequestKey(t, 0, 0, layer, Kind.FORWARD_ONLY) for t in range(trunk_ranks))
+
+
+def slots(plan: Iterable[Keys]) -> Iterator[Slot]:
+    """`plan` as the service takes it."""
+    return iter(plan)
 
 
 def round_trip(topology: Topology, lanes: int, dtype: torch.dtype) -> Any:
@@ -125,20 +137,20 @@ def round_trip(topology: Topology, lanes: int, dtype: torch.dtype) -> Any:
     host, lane_groups = groups(store, "job", topology, lanes)
     ends = settings(topology, dtype, LONG)
     plans = [(train_plan(topology.trunk_ranks, lanes), STEP)]
-    plans.append((forward_only_plan(range(topology.trunk_ranks), 1, L), STEP + 1))
+    plans.append((evaluation_plan(topology.trunk_ranks), STEP + 1))
     if topology.is_trunk(my_rank()):
         wire = TrunkWire(ends, host, lane_groups)
         answers: dict[RequestKey, Tensor] = {}
         for plan, step in plans:
-            for slot in plan:
-                keys = [key for key in slot if key.trunk_rank == my_rank()]
+            for requests in plan:
+                keys = [key for key in requests if key.trunk_rank == my_rank()]
                 sent = [wire.request(key, step, rows_of(key, dtype), counts_of(key)) for key in keys]
                 answers.update((key, answer.wait()) for key, answer in zip(keys, sent, strict=True))
         barrier(store, "end")
         return answers
     service = make_service(topology, PoolWire(ends, host, lane_groups), dtype)
     for plan, step in plans:
-        service.serve(plan, step)
+        service.serve(slots(plan), step)
     service.shard.flush()
     loads = service.take_load(), service.take_load()
     barrier(store, "end")
@@ -151,16 +163,16 @@ def local(topology: Topology, lanes: int, dtype: torch.dtype) -> tuple[dict[Requ
     server = ExpertServer(shard)
     answers: dict[RequestKey, Tensor] = {}
     load_LM = torch.zeros(L, M, dtype=torch.int64)
-    for slot in train_plan(topology.trunk_ranks, lanes):
-        for key in slot:
+    for requests in train_plan(topology.trunk_ranks, lanes):
+        for key in requests:
             if key.kind == Kind.BACKWARD:
                 answers[key] = server.backward([key.forward], [rows_of(key, dtype)])[0]
             else:
                 batch = rows_of(key, dtype), counts_of(key).tolist()
                 answers[key] = server.forward([key], [batch], keep_for_backward=True)[0]
                 load_LM[key.layer] += counts_of(key)
-    for slot in forward_only_plan(range(topology.trunk_ranks), 1, L):
-        for key in slot:
+    for requests in evaluation_plan(topology.trunk_ranks):
+        for key in requests:
             batch = rows_of(key, dtype), counts_of(key).tolist()
             answers[key] = server.forward([key], [batch], keep_for_backward=False)[0]
     shard.flush()
@@ -227,11 +239,6 @@ MISFITS: dict[str, tuple[list[tuple[RequestKey, int, list[int]]], list[RequestKe
         [WANTED],
         "FORWARD, lane 0, layer 1, micro-batch 2, step 7; the plan has FORWARD, lane 0, layer 1, micro-batch 1, step 7",
     ),
-    "lane": (
-        [(RequestKey(0, 1, 1, 1, Kind.FORWARD), STEP, NOTHING)],
-        [WANTED],
-        "FORWARD, lane 1, layer 1, micro-batch 1, step 7; the plan has FORWARD, lane 0, layer 1, micro-batch 1, step 7",
-    ),
     "kind": (
         [(RequestKey(0, 0, 1, 1, Kind.BACKWARD), STEP, NOTHING)],
         [WANTED],
@@ -289,7 +296,7 @@ def misfits() -> dict[str, str]:
             service = make_service(topology, PoolWire(ends, host, lanes))
             try:
                 # One plan of all slots, so that forwards may wait for their backwards.
-                service.serve([(key,) for key in planned], STEP)
+                service.serve(slots((key,) for key in planned), STEP)
             except WireError as error:
                 errors[name] = str(error)
             kept.append(service)
@@ -318,6 +325,43 @@ def error_of(wait: Callable[[], object]) -> str:
     return "no error"
 
 
+SILENCES = (
+    "trunk without a word",
+    "trunk without its tokens",
+    "trunk that takes no answer",
+    "pool without a word",
+    "pool without an answer",
+)
+
+
+class Mute:
+    """A lane that loses everything."""
+
+    def send(self, tensors: list[Tensor], peer: int, tag: int) -> Any:
+        return None
+
+    def recv(self, tensors: list[Tensor], peer: int, tag: int) -> None:
+        return None
+
+
+class NoReceives(Mute):
+    """A lane that sends and takes nothing."""
+
+    def __init__(self, lane: Any):
+        self._lane = lane
+
+    def send(self, tensors: list[Tensor], peer: int, tag: int) -> Any:
+        return self._lane.send(tensors, peer, tag)
+
+
+def answer_twice(pool: PoolWire, key: RequestKey) -> None:
+    """Whether the first answer came is known when the next message is due."""
+    ((rows_ND, _),) = pool.receive([key], STEP)
+    pool.answer(key, STEP, rows_ND)
+    pool.answer(key, STEP, rows_ND)
+    pool.receive([key], STEP)
+
+
 def silence() -> dict[str, str]:
     """What ranks 0 and 2 of 2+1 say of a silent rank 1 (a trunk) and a silent rank 2 (the pool).
 
@@ -325,18 +369,18 @@ def silence() -> dict[str, str]:
     """
     store, topology = connect(), Topology(2, 1, 1)
     short, long = (settings(topology, torch.float32, seconds) for seconds in (SHORT, LONG))
-    keys = next(lockstep_plan(2, 1, L))
+    keys = next(train_plan(2, lanes=1))
     counts = torch.tensor([1, 0, 2, 0, 0, 0])
     errors: dict[str, str] = {}
     kept: list[Any] = []
-    for case in ("trunk without a word", "trunk without its tokens", "pool without a word", "pool without an answer"):
+    for case in SILENCES:
         host, lanes = groups(store, case, topology, lanes=1)
         kept += [host, *lanes]
         if my_rank() == 0:
             kept.append(TrunkWire(short, host, lanes).request(keys[0], STEP, torch.ones(3, D), counts))
-        if my_rank() == 1 and case == "trunk without its tokens":
-            header = torch.tensor([Kind.FORWARD, STEP, 0, 0, 0, *counts.tolist()])
-            kept += [header, host.send([header], 2, 1)]
+        if my_rank() == 1 and case in ("trunk without its tokens", "trunk that takes no answer"):
+            lane = NoReceives(lanes[0]) if case == "trunk that takes no answer" else Mute()
+            kept.append(TrunkWire(short, host, [lane]).request(keys[1], STEP, torch.ones(3, D), counts))
         if my_rank() == 2 and case == "pool without an answer":
             PoolWire(long, host, lanes).receive(keys[:1], STEP)
         barrier(store, f"start {case}")
@@ -344,7 +388,10 @@ def silence() -> dict[str, str]:
             errors[case] = error_of(kept[-1].wait)
         if my_rank() == 2 and case.startswith("trunk"):
             pool = PoolWire(short, host, lanes)
-            errors[case] = error_of(partial(pool.receive, keys, STEP))
+            if case == "trunk that takes no answer":
+                errors[case] = error_of(partial(answer_twice, pool, keys[1]))
+            else:
+                errors[case] = error_of(partial(pool.receive, keys, STEP))
         barrier(store, f"end {case}")
     return errors
 
@@ -355,6 +402,9 @@ def test_silent_peers() -> None:
     me, other = "rank 2 (pool 0, shard 0)", "rank 1 (trunk 1)"
     assert pool["trunk without a word"].startswith(f"{me} could not get a header from {other} within 1 s: {message}")
     assert pool["trunk without its tokens"].startswith(f"{me} could not get tokens from {other} within 1 s: {message}")
+    assert pool["trunk that takes no answer"].startswith(
+        f"{me} could not send an answer to {other} within 1 s: {message}"
+    )
     me, other = "rank 0 (trunk 0)", "rank 2 (pool 0, shard 0)"
     assert trunk["pool without a word"].startswith(f"{me} could not send a header to {other} within 1 s: {message}")
     assert trunk["pool without an answer"].startswith(f"{me} could not get the answer of {other} within 1 s: {message}")
@@ -376,7 +426,7 @@ def deaths(folder: str) -> None:
     ends = settings(topology, torch.float32, LONG)
     host, lanes = groups(store, "first", topology, lanes=1)
     next_host, next_lanes = groups(store, "next", topology, lanes=1)
-    first, second = (slot[0] for slot in list(lockstep_plan(1, 1, L))[:2])
+    first, second = (requests[0] for requests in list(train_plan(1, lanes=1))[:2])
     barrier(store, "start")
     if my_rank() == 0:
         rows_ND, counts_M = torch.ones(4, D), torch.tensor([1, 0, 1, 0, 2, 0])

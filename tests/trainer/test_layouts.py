@@ -11,12 +11,13 @@ import torch
 from tests.training import Outcome, assert_same, run_training, tiny
 
 ZERO_0 = {"trunk_zero": 0, "pool_zero": 0}
+LOCK_STEP = {"lanes": 1, "stagger": False}
 
 
 @cache
 def colocated() -> Outcome:
-    """One process, ZeRO 0: the reference. Four micro-batches a step."""
-    return run_training(tiny(parallel=ZERO_0))
+    """One process, ZeRO 0, one lane: the reference. Four micro-batches a step."""
+    return run_training(tiny(parallel={**ZERO_0, **LOCK_STEP}))
 
 
 @pytest.mark.parametrize(
@@ -29,6 +30,11 @@ def colocated() -> Outcome:
         {"trunk_ranks": 2, "pool_ranks": 2},
         {"pool_ranks": 2, "expert_parallel": 1},
         {"trunk_ranks": 2, "pool_ranks": 2, "expert_parallel": 1},
+        {"lanes": 4},
+        {"pool_ranks": 1, "lanes": 3},
+        {"pool_ranks": 1, **LOCK_STEP},
+        {"trunk_ranks": 2, "pool_ranks": 1, **LOCK_STEP},
+        {"trunk_ranks": 2, "pool_ranks": 2, "lanes": 3, "stagger": False},
     ],
     ids=lambda p: "-".join(f"{k}={v}" for k, v in p.items()),
 )
@@ -51,7 +57,7 @@ def test_split_of_the_global_batch(trunk_ranks: int, micro_batch: int) -> None:
         (1, 0, {"trunk_ranks": 2, "pool_ranks": 2}),
         (2, 1, {"trunk_ranks": 2, "pool_ranks": 2, "expert_parallel": 1}),
         (2, 2, {"trunk_ranks": 2, "pool_ranks": 2, "expert_parallel": 1}),
-        (3, 1, {"trunk_ranks": 2, "pool_ranks": 1}),
+        (3, 1, {"trunk_ranks": 2, "pool_ranks": 1, **LOCK_STEP}),
         (3, 2, {"trunk_ranks": 2}),
     ],
 )
@@ -62,11 +68,12 @@ def test_zero_stages(trunk_zero: int, pool_zero: int, parallel: dict[str, Any]) 
 
 @pytest.mark.parametrize("sections", [{"pool": {"recompute": True}}, {"train": {"recompute": True}}], ids=str)
 def test_recompute_is_exact(sections: dict[str, Any]) -> None:
-    assert_same(colocated(), run_training(tiny(parallel=ZERO_0, **sections)), tolerance=0.0)
+    parallel = {**ZERO_0, **LOCK_STEP}
+    assert_same(colocated(), run_training(tiny(parallel=parallel, **sections)), tolerance=0.0)
 
 
 def test_same_command_twice_is_bit_for_bit_the_same() -> None:
-    recipe = tiny(parallel={"trunk_ranks": 2, "pool_ranks": 2})
+    recipe = tiny(parallel={"trunk_ranks": 2, "pool_ranks": 2, "lanes": 3})
     assert_same(run_training(recipe), run_training(recipe), tolerance=0.0)
 
 
