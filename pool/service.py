@@ -26,6 +26,7 @@ class PoolService:
         self.shard = shard
         self._server = ExpertServer(shard)
         self._wire = wire
+        self._receiver = ThreadPoolExecutor(1, "receiver")
         self.tokens_Le = torch.zeros(layers, len(shard.expert_ids), dtype=torch.int64)
         self.seconds_waiting = 0.0
         self.seconds_busy = 0.0
@@ -40,17 +41,17 @@ class PoolService:
         """
         mine = [(slot, [key for key in slot if key.trunk_rank in self._served]) for slot in slots]
         # A thread receives in the plan's order while this one computes; what it holds is bounded by the lanes.
-        with ThreadPoolExecutor(1, "receiver") as receiver:
-            coming = [receiver.submit(self._wire.receive, keys, step) if keys else None for _, keys in mine]
-            try:
-                for (slot, keys), requests in zip(mine, coming, strict=True):
-                    if requests is not None:
-                        self._serve_slot(keys, requests, step)
-                    elif not slot:
-                        self.shard.flush()
-            except BaseException:
-                receiver.shutdown(wait=False, cancel_futures=True)
-                raise
+        coming = [self._receiver.submit(self._wire.receive, keys, step) if keys else None for _, keys in mine]
+        try:
+            for (slot, keys), requests in zip(mine, coming, strict=True):
+                if requests is not None:
+                    self._serve_slot(keys, requests, step)
+                elif not slot:
+                    self.shard.flush()
+        except BaseException:
+            # Not waited for: the thread may be in a wait for a message that never comes.
+            self._receiver.shutdown(wait=False, cancel_futures=True)
+            raise
         assert self._server.open_forwards == 0, "the plan leaves forwards without a backward"
 
     def _serve_slot(self, keys: list[RequestKey], coming: Future[list[tuple[Tensor, list[int]]]], step: int) -> None:

@@ -169,7 +169,7 @@ class PoolWire(_Wire):
 
     def __init__(self, settings: WireSettings, host_group: Any, lane_groups: Sequence[Any]):
         super().__init__(settings, host_group, lane_groups)
-        self._sending: dict[tuple[int, int], tuple[Any, Tensor]] = {}
+        self._sending: dict[tuple[int, int], tuple[Any, Tensor, RequestKey, int]] = {}
 
     def receive(self, keys: Sequence[RequestKey], step: int) -> list[tuple[Tensor, list[int]]]:
         """Receive the requests of one slot: for each key its rows (n, D) and the tokens of each local expert.
@@ -206,13 +206,14 @@ class PoolWire(_Wire):
         """
         before = self._sending.pop((key.trunk_rank, key.lane), None)
         if before is not None:
-            self._wait(before[0], "send an answer to", key.trunk_rank, key, step)
+            work, _, sent, sent_step = before
+            self._wait(work, "send an answer to", sent.trunk_rank, sent, sent_step)
         if len(rows_ND) == 0:
             return
         rows_ND = rows_ND.to(self.settings.payload_device).contiguous()
         send = self._lanes[key.lane].send
         work = self._post(send, rows_ND, _ANSWER_TAG, "send an answer to", key.trunk_rank, key, step)
-        self._sending[key.trunk_rank, key.lane] = (work, rows_ND)
+        self._sending[key.trunk_rank, key.lane] = (work, rows_ND, key, step)
 
     def _check(self, header: list[int], key: RequestKey, step: int) -> list[int]:
         expected = [key.kind, step, key.lane, key.micro_batch, key.layer]

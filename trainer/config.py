@@ -189,6 +189,11 @@ def _check_pool(r: Recipe) -> None:
         if r.train.recompute:
             raise _Relation("train.recompute", True, "must be false with model.ffn = dense")
         return
+    for key, width in (("model.hidden", m.hidden), ("model.ffn_hidden", m.ffn_hidden)):
+        if r.train.precision == "bf16" and width % 8:
+            raise _Relation(
+                key, width, "must be a multiple of 8 with train.precision = bf16 (the GPU's grouped product)"
+            )
     if experts == 0:
         raise _Relation("pool.experts", 0, "must be at least 1 with model.ffn = pool")
     if m.layers % m.groups:

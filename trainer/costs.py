@@ -49,8 +49,8 @@ class Memory:
         compute_copies: bf16 copies of the weights: lasting on the pool, on the trunk while a micro-batch is in flight.
         gradients: the fp32 accumulator.
         optimizer: AdamW's moments, and DeepSpeed's fp32 master copy at ZeRO 1, 2, 3.
-        activations: what the trunk keeps of a micro-batch for backward.
-        logits: largest during the loss.
+        activations: what the trunk keeps for backward, of `parallel.lanes` micro-batches.
+        logits: largest during the loss, of one micro-batch: its backward follows at once.
         expert_activations: tokens and hidden activations that the experts keep for backward.
         stash: weight-gradient work, up to `pool.stash_bytes`.
     """
@@ -160,6 +160,11 @@ def _compute_bytes(recipe: Recipe) -> int:
     return 2 if recipe.train.precision == "bf16" else FP32
 
 
+def _in_flight(recipe: Recipe) -> int:
+    """Micro-batches that a trunk rank keeps activations of at a time."""
+    return 1 if recipe.model.ffn == "dense" else min(recipe.parallel.lanes, recipe.micro_batches)
+
+
 def _state(parameters: int, zero: int, ranks: int) -> tuple[int, int]:
     """Bytes of (weights, optimizer) on each of `ranks` ranks that hold the same parameters."""
     if zero == 0:
@@ -179,11 +184,11 @@ def _trunk_memory(recipe: Recipe) -> Memory:
     if recipe.train.recompute and not dense:
         # A layer keeps its inputs: the residual stream and the experts' answer. One layer at a time is there in full.
         inputs = (FP32 + compute * recipe.router.top_k) * m.hidden
-        kept = m.layers * inputs + _layer_activations(recipe)
+        kept = _in_flight(recipe) * m.layers * inputs + _layer_activations(recipe)
         cast = max(layer_weights, m.vocab * m.hidden)
     else:
-        kept = m.layers * _layer_activations(recipe) + (2 * FP32 + compute) * m.hidden
-        cast = m.layers * layer_weights + m.vocab * m.hidden
+        kept = _in_flight(recipe) * (m.layers * _layer_activations(recipe) + (2 * FP32 + compute) * m.hidden)
+        cast = _in_flight(recipe) * (m.layers * layer_weights + m.vocab * m.hidden)
     return Memory(
         role="trunk",
         ranks=p.trunk_ranks,
@@ -235,6 +240,6 @@ def _pool_memory(recipe: Recipe) -> Memory:
         optimizer=optimizer,
         activations=0,
         logits=0,
-        expert_activations=rows * compute * (D if recipe.pool.recompute else D + 2 * F),
+        expert_activations=_in_flight(recipe) * rows * compute * (D if recipe.pool.recompute else D + 2 * F),
         stash=min(recipe.pool.stash_bytes, stash),
     )

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 ASSUMPTIONS = (
     "Active parameters leave the routers out, as the paper's names do; the total has them.",
     "FLOPs: causal attention counts half of the S x S scores, training is 3 x forward; matrix products only.",
-    "Memory is an estimate, for one micro-batch in flight a trunk rank.",
+    "Memory is an estimate, with parallel.lanes micro-batches in flight a trunk rank.",
     "Memory leaves out the device's context, fragmentation, and DeepSpeed's reduction bucket (up to 2 GB).",
     "Activations are what autograd saves on a CPU; fused kernels on a GPU save less.",
     "Expert activations take the load to be even over the shards.",

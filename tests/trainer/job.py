@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,11 +39,16 @@ def write_recipe(folder: Path) -> Path:
     return path
 
 
+EXTENSIONS = Path(tempfile.gettempdir()) / f"unipool-test-extensions-{os.getpid()}"
+"""Where torch would put what it compiles."""
+
+
 def environment() -> dict[str, str]:
     """The user's environment; one thread a process, for there are few cores."""
     return os.environ | {
         "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": "cpu",
+        "TORCH_EXTENSIONS_DIR": str(EXTENSIONS),
         "PATH": f"{BIN}:{os.environ['PATH']}",
         "OMPI_ALLOW_RUN_AS_ROOT": "1",
         "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",

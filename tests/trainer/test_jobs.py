@@ -12,7 +12,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.trainer.job import processes_of, rank_process, run, started, steps, unipool, wait_for, write_recipe
+from tests.trainer.job import (
+    EXTENSIONS,
+    processes_of,
+    rank_process,
+    run,
+    started,
+    steps,
+    unipool,
+    wait_for,
+    write_recipe,
+)
 from trainer.config import load_recipe
 from trainer.launch import free_port
 
@@ -58,6 +68,11 @@ def test_train_shows_and_leaves_what_it_promises(
     assert load_recipe(str(run_dir / "recipe.yaml")) == load_recipe(recipe)
     assert [line["step"] for line in steps(run_dir)] == [1, 2, 2, 3, 4, 4]
     assert steps(run_dir)[4]["loss"] < steps(run_dir)[0]["loss"]
+
+
+@pytest.mark.usefixtures("reference")
+def test_nothing_is_compiled_at_start() -> None:
+    assert not EXTENSIONS.exists()
 
 
 @pytest.mark.parametrize("launcher", ["deepspeed", "torchrun", "mpirun"])

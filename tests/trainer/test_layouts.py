@@ -115,7 +115,7 @@ def test_a_shard_without_tokens_and_experts_nobody_picks() -> None:
 
 def test_bf16_tracks_fp32() -> None:
     """bf16 computes in 8 bits of mantissa on fp32 master weights: the loss curve stays close, and really is bf16's."""
-    sections = {"model": {"init_std": 0.05}, "parallel": {"pool_ranks": 1}}
+    sections = {"model": {"init_std": 0.05, "ffn_hidden": 24}, "parallel": {"pool_ranks": 1}}
     steps = {"steps": 12, "warmup_fraction": 0.2, "eps": 1e-8, "lr": 1e-2}
     fp32 = run_training(tiny(train=steps, **sections))
     bf16 = run_training(tiny(train={**steps, "precision": "bf16"}, **sections))

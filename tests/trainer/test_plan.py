@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pool.experts import ExpertShard
 from trainer.config import Recipe, load_recipe, recipe_names
 from trainer.costs import FP32, Memory, count_flops, count_parameters, estimate_memory
-from trainer.drive import LocalPool, drive
+from trainer.drive import LocalPool, NoPool
 from trainer.micro_batch import Objective, PoolMap, train_dense_micro_batch, train_micro_batch
 from trainer.model import Trunk
 from trainer.plan import human, make_plan, print_plan
@@ -21,10 +21,10 @@ from trainer.plan import human, make_plan, print_plan
 CPU = torch.device("cpu")
 ODD = (
     "model.layers=3",
-    "model.hidden=60",
+    "model.hidden=72",
     "model.heads=6",
     "model.kv_heads=2",
-    "model.ffn_hidden=52",
+    "model.ffn_hidden=40",
     "model.vocab=70",
     "model.seq_len=40",
     "train.micro_batch=2",
@@ -108,19 +108,25 @@ def train_one_micro_batch(recipe: Recipe, trunk: Trunk) -> None:
     sequences_BS1 = torch.randint(m.vocab, (recipe.train.micro_batch, m.seq_len + 1))
     objective = Objective(1.0, lambda load_LM: None, 0.0, recipe.train.recompute)
     if m.ffn == "dense":
-        train_dense_micro_batch(trunk, sequences_BS1, objective)
+        NoPool().run([train_dense_micro_batch(trunk, sequences_BS1, objective)], (), 0)
         return
     shard = ExpertShard(tuple(range(recipe.pool.experts)), m.hidden, m.ffn_hidden, trunk.compute_dtype)
     shard.reset_parameters(0.1, 0.1, 0)
     pool_map = PoolMap(torch.arange(recipe.pool.experts), recipe.experts_per_layer, m.layers // m.groups)
-    drive(train_micro_batch(trunk, pool_map, sequences_BS1, 0, objective), LocalPool(shard), 0)
+    LocalPool(shard).run([train_micro_batch(trunk, pool_map, sequences_BS1, 0, objective)], (0,), 0)
     shard.flush()
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_trunk_keeps_what_autograd_saves(variant: str, precision: str) -> None:
-    wider = ("model.hidden=96", "model.layers=6", "train.micro_batch=4", f"train.precision={precision}")
+    wider = (
+        "parallel.lanes=1",
+        "model.hidden=96",
+        "model.layers=6",
+        "train.micro_batch=4",
+        f"train.precision={precision}",
+    )
     recipe = odd_recipe(variant, *wider)
     trunk = Trunk(recipe, CPU)
     m, tokens = recipe.model, recipe.train.micro_batch * recipe.model.seq_len
@@ -157,11 +163,11 @@ def test_pool_memory() -> None:
     _, pool = memory_of("unipool-182m")
     assert (pool.role, pool.ranks, pool.parameters) == ("pool", 4, 96 // 4 * 3 * 768 * 3072)
     assert bytes_a_parameter(pool) == 4 + 2 + 4 + 8
-    # 4 trunk ranks bring 16 sequences through 12 layers to 4 shards; a row is x and both hidden halves in bf16
-    assert pool.expert_activations == 16 * 1024 * 12 * (768 + 2 * 3072) * 2
+    # 2 lanes of 4 trunk ranks bring 32 sequences through 12 layers to 4 shards; a row is x and both hidden halves, bf16
+    assert pool.expert_activations == 2 * 16 * 1024 * 12 * (768 + 2 * 3072) * 2
     assert pool.stash == 2**30
     _, recomputing = memory_of("unipool-182m", "pool.recompute=true")
-    assert recomputing.expert_activations == 16 * 1024 * 12 * 768 * 2
+    assert recomputing.expert_activations == 2 * 16 * 1024 * 12 * 768 * 2
 
 
 def test_pool_memory_with_replicas() -> None:
