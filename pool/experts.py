@@ -141,7 +141,7 @@ class ExpertShard(nn.Module):
         counts = [sum(column) for column in zip(*(s.tokens_per_expert for s in stash), strict=True)]
 
         def merged(parts: list[Tensor]) -> Tensor:
-            return torch.cat(parts)[index_N]
+            return torch.cat(parts).index_select(0, index_N)
 
         add_weight_gradient(
             self.w13_e2FD.grad, merged([s.dh_N2F for s in stash]), merged([s.x_ND for s in stash]), counts
@@ -192,7 +192,7 @@ class ExpertServer:
         saved = [self._saved.pop(key) for key in keys]
         all_counts = [s.tokens_per_expert for s in saved]
         x_ND, index_N, counts = _merge([s.x_ND for s in saved], all_counts)
-        dy_ND = torch.cat(dys)[index_N] if index_N is not None else dys[0]
+        dy_ND = torch.cat(dys).index_select(0, index_N) if index_N is not None else dys[0]
         h_N2F = None
         if not self.shard.recompute:
             h_N2F, _, _ = _merge([s.h_N2F for s in saved if s.h_N2F is not None], all_counts)
@@ -213,12 +213,12 @@ def _merge(parts: list[Tensor], counts: list[list[int]]) -> tuple[Tensor, Tensor
     if len(parts) == 1:
         return parts[0], None, counts[0]
     index_N = merge_order(counts).to(parts[0].device)
-    return torch.cat(parts)[index_N], index_N, [sum(column) for column in zip(*counts, strict=True)]
+    return torch.cat(parts).index_select(0, index_N), index_N, [sum(column) for column in zip(*counts, strict=True)]
 
 
 def _split(merged_N: Tensor, index_N: Tensor | None, sizes: list[int]) -> list[Tensor]:
     if index_N is None:
         return [merged_N]
     apart = torch.empty_like(merged_N)
-    apart[index_N] = merged_N
+    apart.index_copy_(0, index_N, merged_N)
     return list(apart.split(sizes))

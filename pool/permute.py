@@ -48,24 +48,24 @@ class _Permute(torch.autograd.Function):
     def forward(ctx: Any, x_TD: Tensor, order_N: Tensor, inverse_N: Tensor) -> Tensor:
         ctx.save_for_backward(inverse_N)
         ctx.top_k = order_N.numel() // x_TD.shape[0]
-        return x_TD[order_N // ctx.top_k]
+        return x_TD.index_select(0, order_N // ctx.top_k)
 
     @staticmethod
     def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None, None]:
         (inverse_N,) = ctx.saved_tensors
-        return grad_ND[inverse_N].unflatten(0, (-1, ctx.top_k)).sum(1), None, None
+        return grad_ND.index_select(0, inverse_N).unflatten(0, (-1, ctx.top_k)).sum(1), None, None
 
 
 class _Unpermute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y_ND: Tensor, order_N: Tensor, inverse_N: Tensor) -> Tensor:
         ctx.save_for_backward(order_N)
-        return y_ND[inverse_N]
+        return y_ND.index_select(0, inverse_N)
 
     @staticmethod
     def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None, None]:
         (order_N,) = ctx.saved_tensors
-        return grad_ND[order_N], None, None
+        return grad_ND.index_select(0, order_N), None, None
 
 
 def permute(x_TD: Tensor, p: Permutation) -> Tensor:

@@ -41,7 +41,7 @@ class PoolService:
         """
         mine = [(slot, [key for key in slot if key.trunk_rank in self._served]) for slot in slots]
         # A thread receives in the plan's order while this one computes; what it holds is bounded by the lanes.
-        coming = [self._receiver.submit(self._wire.receive, keys, step) if keys else None for _, keys in mine]
+        coming = [self._receiver.submit(self._wire.receive_in_thread, keys, step) if keys else None for _, keys in mine]
         try:
             for (slot, keys), requests in zip(mine, coming, strict=True):
                 if requests is not None:

@@ -170,6 +170,8 @@ class PoolWire(_Wire):
     def __init__(self, settings: WireSettings, host_group: Any, lane_groups: Sequence[Any]):
         super().__init__(settings, host_group, lane_groups)
         self._sending: dict[tuple[int, int], tuple[Any, Tensor, RequestKey, int]] = {}
+        if settings.payload_device.type == "cuda":
+            self._receive_stream = torch.cuda.Stream(settings.device)
 
     def receive(self, keys: Sequence[RequestKey], step: int) -> list[tuple[Tensor, list[int]]]:
         """Receive the requests of one slot: for each key its rows (n, D) and the tokens of each local expert.
@@ -197,6 +199,21 @@ class PoolWire(_Wire):
         for key, work in works:
             self._wait(work, "get tokens from", key.trunk_rank, key, step)
         return [(rows_ND.to(self.settings.device), counts) for rows_ND, counts in received]
+
+    def receive_in_thread(self, keys: Sequence[RequestKey], step: int) -> list[tuple[Tensor, list[int]]]:
+        """`receive` in a thread beside the computing one.
+
+        On a GPU the waits go to a stream of their own, and the host waits for it: on the computing stream they would
+        hold up work whose answers the awaited requests may depend on.
+        """
+        if self.settings.payload_device.type != "cuda":
+            return self.receive(keys, step)
+        with torch.cuda.device(self.settings.device), torch.cuda.stream(self._receive_stream):
+            requests = self.receive(keys, step)
+            self._receive_stream.synchronize()
+        for rows_ND, _ in requests:
+            rows_ND.record_stream(torch.cuda.default_stream(self.settings.device))
+        return requests
 
     def answer(self, key: RequestKey, step: int, rows_ND: Tensor) -> None:
         """Send the answer of a request; returns at once.

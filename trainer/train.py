@@ -40,6 +40,7 @@ def train(recipe: Recipe, launch: Launch) -> None:
 
 def _train(recipe: Recipe, launch: Launch, watch: FaultWatch) -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # we write before we read
     folder = RunFolder(recipe)
     newest = checkpoint.to_resume(recipe, folder.checkpoints)
     if launch.rank == 0:
