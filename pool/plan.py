@@ -48,12 +48,13 @@ class Plan:
         slots: what the pool serves, in order; a pool rank leaves out the trunk ranks that it does not serve.
         lane_order: for every trunk rank which lane it runs next, one entry a segment.
         seconds: predicted time, in the unit of the costs.
-        pool_busy: predicted share of that time in which the pool works.
+        trunk_busy, pool_busy: predicted shares of that time in which either side works.
     """
 
     slots: tuple[Slot, ...]
     lane_order: tuple[tuple[int, ...], ...]
     seconds: float
+    trunk_busy: float
     pool_busy: float
 
 

@@ -94,6 +94,7 @@ def _plan(
         slots=tuple(slots),
         lane_order=tuple(tuple(order[t]) for t in range(topology.trunk_ranks)),
         seconds=seconds,
+        trunk_busy=micro_batches * sum(s.cost for s in segments) / seconds,
         pool_busy=busy / seconds,
     )
 

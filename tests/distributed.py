@@ -27,7 +27,9 @@ class RankFailed(AssertionError):
     """A rank raised, died, or did not end in time."""
 
 
-def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+def run_ranks(
+    world_size: int, function: Callable[..., Any], *arguments: Any, time_limit: float = TIME_LIMIT
+) -> list[Any]:
     """`function(*arguments)` on every rank, with a launcher's environment set. Returns each rank's value, by rank."""
     environment = {
         "WORLD_SIZE": str(world_size),
@@ -47,13 +49,13 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) ->
         ]
         for process in processes:
             process.start()
-        _wait(processes)
+        _wait(processes, time_limit)
         return [_value(path, rank, processes[rank].exitcode) for rank, path in enumerate(outcome)]
 
 
-def _wait(processes: list[Any]) -> None:
+def _wait(processes: list[Any], time_limit: float) -> None:
     """Until all have ended, one has failed (the others get some seconds to say why too), or the time is up."""
-    deadline = time.monotonic() + TIME_LIMIT
+    deadline = time.monotonic() + time_limit
     while any(p.is_alive() for p in processes) and time.monotonic() < deadline:
         if any(p.exitcode not in (None, 0) for p in processes):
             deadline = min(deadline, time.monotonic() + 10)

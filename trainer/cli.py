@@ -7,12 +7,15 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from trainer.config import load_recipe, recipe_names
 from trainer.errors import UserError
+
+if TYPE_CHECKING:
+    from trainer.schedule import Prediction
 
 
 def main() -> None:
@@ -110,20 +113,32 @@ def prepare(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
 @cli.command()
 @_recipe_arguments
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def plan(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
+@click.option("--simulate", is_flag=True, help="Simulate a step with 1 to 4 lanes: time, and use of both sides.")
+def plan(recipe: str, overrides: tuple[str, ...], as_json: bool, simulate: bool) -> None:
     """Print parameters, memory, tokens, FLOPs and the recommended trunk:pool split of RECIPE.
 
     \b
-    Example:
+    Examples:
       unipool plan unipool-182m
+      unipool plan unipool-182m --simulate
     """
-    from trainer.plan import make_plan, print_plan
+    from trainer.plan import make_plan, print_plan, print_predictions
 
-    made = make_plan(load_recipe(recipe, overrides))
+    checked = load_recipe(recipe, overrides)
+    made = make_plan(checked)
+    predictions: tuple[Prediction, ...] = ()
+    if simulate:
+        from trainer.schedule import predict
+
+        if checked.topology.colocated:
+            raise UserError("--simulate: parallel.pool_ranks = 0: a colocated pool has nothing to overlap with")
+        predictions = predict(checked)
     if as_json:
-        print(json.dumps(made.to_json()))
-    else:
-        print_plan(made)
+        print(json.dumps(made.to_json() | {"simulated": [asdict(p) for p in predictions]}))
+        return
+    print_plan(made)
+    if predictions:
+        print_predictions(predictions)
 
 
 @cli.command()

@@ -9,7 +9,11 @@ from trainer.config import Recipe
 from trainer.costs import MEMORY_KINDS, Flops, Memory, Parameters, count_flops, count_parameters, estimate_memory
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rich.table import Table
+
+    from trainer.schedule import Prediction
 
 ASSUMPTIONS = (
     "Active parameters leave the routers out, as the paper's names do; the total has them.",
@@ -113,6 +117,21 @@ def print_plan(plan: Plan) -> None:
     if plan.trunk_to_pool:
         tables.append(_split_table(plan))
     Console().print(Group(*tables), *(f"[dim]- {line}[/dim]" for line in ASSUMPTIONS), sep="\n")
+
+
+def print_predictions(predictions: Sequence[Prediction]) -> None:
+    """What the simulator says of lanes and stagger, as a table on stdout."""
+    from rich.console import Console
+
+    table = _table(
+        "Simulated step", "lanes", "stagger", "time over ideal", "trunk busy", "pool busy", "requests a launch"
+    )
+    for p in predictions:
+        shares = (f"{p.trunk_busy:.0%}", f"{p.pool_busy:.0%}")
+        table.add_row(
+            str(p.lanes), "yes" if p.stagger else "no", f"{p.slowdown:.2f}", *shares, f"{p.requests_a_slot:.1f}"
+        )
+    Console().print(table, "[dim]- Nominal costs by FLOPs, even load; ideal is the busier side's work alone.[/dim]")
 
 
 def _table(title: str, *columns: str) -> Table:

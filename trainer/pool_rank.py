@@ -71,7 +71,7 @@ class PoolRank:
 
     def __init__(self, recipe: Recipe, job: Job):
         self._recipe = recipe
-        self._plan = plan_step(recipe)
+        self.plan = plan_step(recipe)
         placement = placement_of(recipe)
         index = job.topology.shard(job.rank)
         self._shard = build_shard(recipe, placement, index, job.device)
@@ -91,7 +91,7 @@ class PoolRank:
     def accumulate(self, step: int) -> float:
         """Serve one optimizer step up to its reduced gradients; returns the square of their norm."""
         with self._engine.accumulating():
-            self._service.serve(self._plan.slots, step)
+            self._service.serve(self.plan.slots, step)
             finish_gradients(self._shard, self._recipe)
         return self._engine.grad_norm_squared()
 
@@ -103,6 +103,11 @@ class PoolRank:
         waited, busy = (now - before for now, before in zip(seconds, self._seconds, strict=True))
         self._seconds = seconds
         self.metrics.service(self._service.take_load().sum(0), waited, busy)
+
+    @property
+    def seconds_waiting(self) -> float:
+        """Time spent waiting for requests since the start."""
+        return self._service.seconds_waiting
 
     def serve(self, plan: Plan, step: int) -> None:
         """Serve an evaluation or a generation."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from pool.plan import Plan, forward_only_plan
 from pool.simulate import Costs, evaluation_plan, training_plan
 from trainer.config import Recipe
@@ -35,6 +37,44 @@ def plan_step(recipe: Recipe) -> Plan:
     )
 
 
+@dataclass(frozen=True)
+class Prediction:
+    """How a step would go in another way of scheduling.
+
+    Attributes:
+        slowdown: predicted time of a step over that of the busier side's work alone.
+        trunk_busy, pool_busy: shares of the step in which either side works.
+        requests_a_slot: how many requests the pool serves in one launch, on average.
+    """
+
+    lanes: int
+    stagger: bool
+    slowdown: float
+    trunk_busy: float
+    pool_busy: float
+    requests_a_slot: float
+
+
+def predict(recipe: Recipe) -> tuple[Prediction, ...]:
+    """Lock step, and 1 to 4 lanes with stagger, at nominal costs and an even load."""
+    predictions = []
+    for lanes, stagger in ((1, False), (1, True), (2, True), (3, True), (4, True)):
+        parallel = recipe.parallel.model_copy(update={"lanes": lanes, "stagger": stagger})
+        plan = plan_step(recipe.model_copy(update={"parallel": parallel}))
+        served = [len(slot) for slot in plan.slots if slot]
+        predictions.append(
+            Prediction(
+                lanes,
+                stagger,
+                1 / max(plan.trunk_busy, plan.pool_busy),
+                plan.trunk_busy,
+                plan.pool_busy,
+                sum(served) / len(served),
+            )
+        )
+    return tuple(predictions)
+
+
 def plan_evaluation(recipe: Recipe, micro_batches: int) -> Plan:
     """The plan of an evaluation on `micro_batches` of each trunk rank."""
     layers, lanes = recipe.model.layers, recipe.parallel.lanes
@@ -45,4 +85,4 @@ def plan_generation(recipe: Recipe, tokens: int) -> Plan:
     """The plan of a generation on every trunk rank: each token waits for the one before."""
     layers, ranks = recipe.model.layers, recipe.topology.trunk_ranks
     slots = tuple(forward_only_plan(range(ranks), tokens, layers))
-    return Plan(slots, ((0,) * (layers + 1),) * ranks, 0.0, 0.0)
+    return Plan(slots, ((0,) * (layers + 1),) * ranks, 0.0, 0.0, 0.0)

@@ -48,7 +48,7 @@ class TrunkRank:
             recipe.balance.scope, recipe.balance.delay, recipe.model.layers, max(1, recipe.experts_per_layer)
         )
         self._shard: ExpertShard | None = None
-        self._plan = plan_step(recipe)
+        self.plan = plan_step(recipe)
         self._pool: PoolClient = NoPool()
         self._pool_map: PoolMap | None = None
         if recipe.model.ffn == "pool":
@@ -82,7 +82,7 @@ class TrunkRank:
         with ExitStack() as stack:
             for engine in self._engines.values():
                 stack.enter_context(engine.accumulating())
-            results = self._pool.run(self._micro_batches(step), self._plan.lane_order[self._job.rank], step)
+            results = self._pool.run(self._micro_batches(step), self.plan.lane_order[self._job.rank], step)
             if self._shard is not None:
                 finish_gradients(self._shard, self._recipe)
         self._gather(results)
@@ -152,6 +152,11 @@ class TrunkRank:
         for load_M, block in zip(self.load_LM, self.trunk.blocks, strict=True):
             if isinstance(block.router, SigmoidBiasRouter):
                 block.router.update_bias(load_M.to(self._job.device), self._recipe.router.bias_rate)
+
+    @property
+    def seconds_waiting(self) -> float:
+        """Time spent waiting for the pool since the start."""
+        return self._pool.seconds_waiting
 
     def pool_load(self) -> Tensor:
         """Assignments of the last step by global expert id, (M,) int64, over all trunk ranks."""

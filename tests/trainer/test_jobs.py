@@ -187,6 +187,10 @@ def test_bad_input_is_one_line_and_starts_nothing(recipe: str, folder: Path) -> 
         (("train", recipe, "--set", "run.dir=/proc/no"), "run.dir = /proc/no: cannot be written"),
         (("trian",), "No such command 'trian'"),
         (("plan", recipe, "--jsno"), "No such option"),
+        (
+            ("plan", recipe, "--simulate", "--set", "parallel.pool_ranks=0"),
+            "a colocated pool has nothing to overlap with",
+        ),
     ):
         done = unipool(*arguments)
         assert done.returncode == 2, (arguments, done.stderr)

@@ -1,0 +1,68 @@
+"""What every benchmark prints: a table of ratios with their spread, and with --json one object on the last line."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+
+def ratios(peer: Sequence[float], ours: Sequence[float]) -> list[float]:
+    """How many times faster we were, round by round: the peer's seconds over ours."""
+    return [p / o for p, o in zip(peer, ours, strict=True)]
+
+
+def machine() -> str:
+    """Processor and cores."""
+    model = platform.processor() or platform.machine()
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            model = line.partition(":")[2].strip()
+            break
+    return f"{model}, {os.cpu_count()} cores"
+
+
+def commit() -> str:
+    """The commit that is measured, with a mark if files differ from it."""
+    return subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
+
+
+def print_report(
+    title: str, command: str, results: dict[str, list[float]], notes: Sequence[str], as_json: bool
+) -> None:
+    """Print the median and the range of every ratio.
+
+    Args:
+        results: name -> ratio of each round.
+    """
+    print(f"{title}\n{datetime.now(UTC):%Y-%m-%d}, commit {commit()}, {machine()}\n{command}\n")
+    width = max(map(len, results))
+    print(f"{'ratio':<{width}}  median    min    max  rounds")
+    for name, values in results.items():
+        median = statistics.median(values)
+        print(f"{name:<{width}}  {median:6.2f} {min(values):6.2f} {max(values):6.2f}  {len(values):6d}")
+    print()
+    for note in notes:
+        print(f"- {note}")
+    if as_json:
+        print(
+            json.dumps(
+                {
+                    "ratios": {name: statistics.median(values) for name, values in results.items()},
+                    "spread": {name: [min(values), max(values)] for name, values in results.items()},
+                    "commit": commit(),
+                    "machine": machine(),
+                }
+            )
+        )

@@ -1,0 +1,34 @@
+"""Plans of recipes: what they follow from, and what is predicted of them."""
+
+from __future__ import annotations
+
+import pytest
+
+from trainer.config import load_recipe
+from trainer.schedule import nominal_costs, plan_evaluation, plan_generation, plan_step, predict
+
+
+def test_costs_have_the_proportions_of_facts() -> None:
+    """At 182M: trunk layer 4.7 MFLOP and router 0.15, head 78.6, expert 14.2 over 4 shards."""
+    costs = nominal_costs(load_recipe("unipool-182m"))
+    assert costs.trunk_layer == pytest.approx(4.87e6, rel=0.01)
+    assert costs.head == pytest.approx(78.6e6, rel=0.01)
+    assert costs.pool_layer == pytest.approx(14.16e6 / 4, rel=0.01)
+
+
+def test_plans_have_every_request() -> None:
+    recipe = load_recipe("unipool-182m")
+    layers, ranks, micro_batches = 12, 4, 8
+    assert sum(map(len, plan_step(recipe).slots)) == 2 * layers * ranks * micro_batches
+    assert sum(map(len, plan_evaluation(recipe, 3).slots)) == layers * ranks * 3
+    generation = plan_generation(recipe, 5)
+    assert sum(map(len, generation.slots)) == layers * ranks * 5
+    assert generation.lane_order == ((0,) * (layers + 1),) * ranks
+
+
+def test_predictions() -> None:
+    predictions = predict(load_recipe("unipool-182m"))
+    lockstep = predictions[0]
+    assert (lockstep.lanes, lockstep.stagger, lockstep.requests_a_slot) == (1, False, 4.0)
+    assert all(p.slowdown >= 1 and max(p.trunk_busy, p.pool_busy) <= 1 for p in predictions)
+    assert min(p.slowdown for p in predictions) < 0.75 * lockstep.slowdown
