@@ -106,7 +106,7 @@ class FaultWatch:
     def fail(self, error: BaseException) -> NoReturn:
         """End this process because of `error`: one line for the user's mistakes, else a traceback and one line."""
         if isinstance(error, UserError):
-            if self._rank == 0:
+            if self._rank == 0 or self._job:  # before they join all ranks find the same mistakes
                 _say(f"error: {error}")
             os._exit(2)
         dead = self._dead_peers()

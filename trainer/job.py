@@ -150,6 +150,14 @@ class Job:
         self.store.set(f"peer/{self.rank}", json.dumps(mine))
         return [json.loads(self.store.get(f"peer/{rank}")) for rank in range(self.topology.world_size)]
 
+    def tell(self, key: str, value: str) -> None:
+        """Leave a short text for all ranks to `ask` for: one rank's part."""
+        self.store.set(key, value)
+
+    def ask(self, key: str) -> str:
+        """What some rank told; waits for it."""
+        return self.store.get(key).decode()
+
     def publish(self, key: str, value: str) -> None:
         """Leave a short text for other ranks to `look_up`."""
         self.store.set(f"{key}/{self.rank}", value)
@@ -166,8 +174,9 @@ class Job:
 
     def barrier(self) -> None:
         """Wait, with the long limit, until all ranks are here: at the start, after a checkpoint, at the end."""
-        total = torch.zeros(1)
-        self._control.allreduce([total]).wait(START_TIMEOUT)
+        options = dist.AllreduceOptions()
+        options.timeout = START_TIMEOUT
+        self._control.allreduce([torch.zeros(1)], options).wait(START_TIMEOUT)
 
     def dead_peers(self) -> list[int]:
         """Ranks of this machine whose process is gone."""

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from prometheus_client import CollectorRegistry, Counter, Gauge, disable_created_metrics, start_http_server
 from torch import Tensor
 
+from trainer.errors import UserError
+
 
 @dataclass(frozen=True)
 class StepScalars:
@@ -40,6 +42,8 @@ class MetricsServer:
         total_experts: experts of the whole pool, for the width of the label.
     Attributes:
         port: where it listens.
+    Raises:
+        UserError: the port is taken.
     """
 
     def __init__(self, port: int, role: str, rank: int, experts: tuple[int, ...], total_experts: int):
@@ -53,7 +57,12 @@ class MetricsServer:
             "unipool_expert_tokens", "Token assignments served, by expert.", ["expert"], registry=self._registry
         )
         self._experts = [served.labels(expert=f"{e:0{width}d}") for e in experts]
-        server, _ = start_http_server(port, addr="127.0.0.1", registry=self._registry)
+        try:
+            server, _ = start_http_server(port, addr="127.0.0.1", registry=self._registry)
+        except OSError as error:
+            raise UserError(
+                f"metrics.port: rank {rank} cannot listen on port {port} ({error.strerror}); 0 picks free ones"
+            ) from None
         self.port = int(server.server_port)
 
     def step(self, s: StepScalars, steps_done: int) -> None:

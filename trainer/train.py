@@ -45,8 +45,10 @@ def _train(recipe: Recipe, launch: Launch, watch: FaultWatch) -> None:
     newest = checkpoint.to_resume(recipe, folder.checkpoints)
     if launch.rank == 0:
         folder.make()
-    watch.phase = "data preparation"
-    prepared = prepare_for(recipe, progress=launch.local_rank == 0)
+    prepared = None
+    if recipe.topology.is_trunk(launch.rank):
+        watch.phase = "data preparation"
+        prepared = prepare_for(recipe, progress=launch.local_rank == 0)
     watch.phase = "start-up"
     job = Job(recipe, launch)
     watch.joined(job)
@@ -69,16 +71,18 @@ def optimizer_step(job: Job, role: TrunkRank | PoolRank, step: int) -> StepScala
 class _Loop:
     """The steps of one rank; all ranks go through the same ones in the same order."""
 
-    def __init__(self, recipe: Recipe, job: Job, folder: RunFolder, prepared: PreparedData, watch: FaultWatch):
+    def __init__(self, recipe: Recipe, job: Job, folder: RunFolder, prepared: PreparedData | None, watch: FaultWatch):
         self._recipe, self._job, self._folder, self._prepared, self._watch = recipe, job, folder, prepared, watch
-        self._evaluations = evaluation_steps(
-            prepared.validation.sequences, recipe.eval.batches, recipe.train.global_batch
-        )
         self._trunk: TrunkRank | None = None
-        if job.is_trunk:
+        if prepared:
             training = SequenceStream(prepared.dataset("train"), recipe.run.seed)
             validation = SequenceStream(prepared.dataset("validation"), None)
             self._trunk = TrunkRank(recipe, job, training, validation)
+            job.tell(
+                "evaluations", str(evaluation_steps(validation.rows, recipe.eval.batches, recipe.train.global_batch))
+            )
+        # Pool ranks have no data: they are told how long an evaluation is.
+        self._evaluations = int(job.ask("evaluations"))
         self._role: TrunkRank | PoolRank = self._trunk or PoolRank(recipe, job)
         self._held_out_LM = torch.zeros(0)
         job.publish("metrics", f"{job.name}: http://127.0.0.1:{self._role.metrics.port}/metrics")
@@ -139,7 +143,7 @@ class _Loop:
     def _finish(self, val_loss: float, saved_at: int, progress: Progress | None) -> None:
         """The generated sample, the load picture and the summary."""
         self._watch.phase = "the sample at the end"
-        if self._trunk is None:
+        if self._trunk is None or self._prepared is None:
             assert isinstance(self._role, PoolRank)
             self._role.serve(plan_generation(self._recipe, SAMPLE_TOKENS), self._recipe.train.steps)
             return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import urllib.request
@@ -177,6 +178,16 @@ def test_metrics_of_every_rank(recipe: str, folder: Path) -> None:
     assert [expert for expert, _ in served] == list("01234567")
     tokens_of_a_step = 8 * 32 * 2
     assert sum(float(tokens) for _, tokens in served) % tokens_of_a_step == 0
+
+
+def test_a_port_that_is_taken(recipe: str, folder: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        done = unipool("train", recipe, "--set", f"metrics.port={port - 1}", "--set", f"run.dir={folder / 'port'}")
+    assert done.returncode == 2
+    assert f"error: metrics.port: rank 1 cannot listen on port {port}" in done.stderr
 
 
 def test_bad_input_is_one_line_and_starts_nothing(recipe: str, folder: Path) -> None:
