@@ -121,12 +121,14 @@ class FaultWatch:
 
 
 def _launchers() -> list[psutil.Process]:
-    """This rank's parent, and above deepspeed's per-node launcher also the one that a user started and may kill."""
-    parent = psutil.Process().parent()
-    if parent is None:
-        return []
-    above = parent.parent() if "deepspeed.launcher.launch" in parent.cmdline() else None
-    return [parent, above] if above else [parent]
+    """This rank's parent, and above deepspeed's launchers also who started them: the one that a user may kill."""
+    found = []
+    process = psutil.Process().parent()
+    while process is not None:
+        found.append(process)
+        above_too = "deepspeed.launcher" in " ".join(process.cmdline())
+        process = process.parent() if above_too else None
+    return found
 
 
 def _gone(process: psutil.Process) -> bool:

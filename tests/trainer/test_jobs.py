@@ -11,6 +11,7 @@ import sys
 import urllib.request
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.trainer.job import (
@@ -138,6 +139,16 @@ def test_signals_end_every_process(number: signal.Signals, recipe: str, folder: 
         assert job.wait(60) == 128 + number
         assert processes_of(mark) == []
         assert "Traceback" not in log.read_text()
+
+
+def test_no_process_outlives_a_killed_launcher(recipe: str, folder: Path) -> None:
+    mark = f"run.dir={folder / 'orphans'}"
+    with started(sys.executable, "-m", "trainer", "train", recipe, *LONG, "--set", mark) as (job, log):
+        wait_for(log, "step 1/")
+        job.kill()
+        wait_for(log, "its launcher is gone")
+        psutil.wait_procs(processes_of(mark), timeout=60)
+        assert [p for p in processes_of(mark) if p.pid != job.pid] == []
 
 
 def test_a_stopped_rank_is_named(recipe: str, folder: Path) -> None:
