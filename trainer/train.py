@@ -39,6 +39,7 @@ def train(recipe: Recipe, launch: Launch) -> None:
 
 
 def _train(recipe: Recipe, launch: Launch, watch: FaultWatch) -> None:
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs to be deterministic
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # we write before we read
     folder = RunFolder(recipe)
