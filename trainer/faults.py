@@ -21,6 +21,9 @@ from trainer.errors import UserError
 from trainer.job import Job
 
 BEAT_SECONDS = 1.0
+_COURTESY_SECONDS = 3.0
+"""A rank that ends because of another lets the launcher notice the other first: its status becomes the job's."""
+
 _WATCHED = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -34,6 +37,7 @@ class FaultWatch:
         self.phase = "start-up"
         self._job: Job | None = None
         self._rank = rank
+        self._end_said = False
         self._launchers = _launchers()
         read_end, self._write_end = os.pipe()
         os.set_blocking(self._write_end, False)
@@ -100,7 +104,8 @@ class FaultWatch:
         return ", ".join(self._job.topology.describe(rank) for rank in ranks) if self._job else ""
 
     def _leave(self, reason: str, status: int) -> NoReturn:
-        _say(f"unipool: {self.name} stops in {self.phase}: {reason}")
+        if not self._end_said:
+            _say(f"unipool: {self.name} stops in {self.phase}: {reason}")
         os._exit(status)
 
     def fail(self, error: BaseException) -> NoReturn:
@@ -110,10 +115,17 @@ class FaultWatch:
                 _say(f"error: {error}")
             os._exit(2)
         dead = self._dead_peers()
+        for _ in range(20):
+            if dead or "onnection" not in str(error):
+                break
+            time.sleep(0.1)  # a connection breaks some moments before its process is gone
+            dead = self._dead_peers()
         silent = "" if dead or "imed out" not in str(error) else self._silent_peers()
         if dead or silent:
             fate = f"{dead} died first" if dead else f"{silent} does not respond"
+            self._end_said = True
             _say(f"unipool: {self.name} stops in {self.phase}: {fate} ({type(error).__name__}: {error})")
+            time.sleep(_COURTESY_SECONDS)
         else:
             lines = "".join(traceback.format_exception(error))
             _say(f"{lines}unipool: {self.name} failed in {self.phase}: {type(error).__name__}: {error}")
