@@ -34,7 +34,8 @@ class Progress:
             total=recipe.train.steps,
             initial=done,
             disable=not sys.stderr.isatty(),
-            bar_format="step {n_fmt}/{total_fmt} {bar:24}{postfix}, ETA {remaining}",
+            bar_format="step {n_fmt}/{total_fmt} {bar}{postfix}, ETA {remaining}",
+            dynamic_ncols=True,
         )
 
     def step(self, done: int, scalars: dict[str, Any]) -> None:
