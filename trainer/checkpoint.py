@@ -36,6 +36,9 @@ def layout(recipe: Recipe) -> dict[str, Any]:
     return {
         "model": recipe.model.model_dump(),
         "pool.experts": recipe.pool.experts,
+        "router.kind": recipe.router.kind,
+        "balance.scope": recipe.balance.scope,
+        "balance.delay": recipe.balance.delay,
         "parallel": [p.trunk_ranks, p.pool_ranks, recipe.topology.expert_parallel, p.trunk_zero, p.pool_zero],
     }
 
@@ -64,12 +67,11 @@ def _check_layout(recipe: Recipe, folder: Path) -> None:
 
 def save(
     job: Job, recipe: Recipe, checkpoints: Path, steps_done: int, parts: dict[str, tuple[RoleEngine, Any]]
-) -> Path:
+) -> None:
     """Write a checkpoint of all ranks. A collective of all ranks.
 
     Args:
         parts: this rank's engines by folder within the checkpoint, each with what it wants back at load.
-    Returns: the complete checkpoint's folder.
     """
     final = checkpoints / f"step_{steps_done:08d}"
     partial = checkpoints / f".{final.name}.partial"
@@ -88,7 +90,6 @@ def save(
         for old in sorted(checkpoints.glob("step_*"))[: -recipe.checkpoint.keep]:
             shutil.rmtree(old)
     job.barrier()
-    return final
 
 
 def _sync(partial: Path, names: list[str]) -> None:

@@ -160,11 +160,11 @@ class Job:
 
     def publish(self, key: str, value: str) -> None:
         """Leave a short text for other ranks to `look_up`."""
-        self.store.set(f"{key}/{self.rank}", value)
+        self.tell(f"{key}/{self.rank}", value)
 
     def look_up(self, key: str) -> list[str]:
         """What every rank published under `key`, by rank; waits for it."""
-        return [self.store.get(f"{key}/{rank}").decode() for rank in range(self.topology.world_size)]
+        return [self.ask(f"{key}/{rank}") for rank in range(self.topology.world_size)]
 
     def sum_over_ranks(self, values: Sequence[float]) -> list[float]:
         """Sum of every rank's values, in float64, the same on all ranks. A collective of all ranks."""

@@ -117,7 +117,6 @@ class Trunk(nn.Module):
     def __init__(self, recipe: Recipe, device: torch.device):
         super().__init__()
         m = recipe.model
-        self.vocab = m.vocab
         self.bf16 = recipe.train.precision == "bf16"
         constant = 1.0
         if m.ffn == "pool" and recipe.router.kind == "norm":

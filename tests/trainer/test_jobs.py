@@ -116,6 +116,9 @@ def test_resume_goes_on_where_the_checkpoint_was(recipe: str, folder: Path) -> N
     assert steps(run_dir) == steps(folder / "run")
     other = unipool(*arguments, "--set", "parallel.pool_ranks=2")
     assert other.returncode == 2
+    scope = unipool(*arguments, "--set", "balance.scope=micro_batch")
+    assert scope.returncode == 2
+    assert "has balance.scope = global_batch, the recipe micro_batch" in scope.stderr
     assert "its checkpoint step_00000004 has parallel = [1, 1, 1, 1, 1], the recipe [1, 2, 2, 1, 1]" in other.stderr
 
 
