@@ -95,9 +95,10 @@ class LoadStatistics:
         """Everything that a resumed run needs to have the same balance losses; tensors stay on their device."""
         return {"scope": self.scope, "delay": self.delay, "loads": {i: load.clone() for i, load in self._loads.items()}}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], shift: int = 0) -> None:
         """Take over what state_dict gave.
 
+        shift: added to the numbers of its loads, where micro-batches are counted otherwise now.
         Errors: ValueError if it was saved with another scope or delay: the loads needed now are not in it.
         """
         if (state["scope"], state["delay"]) != (self.scope, self.delay):
@@ -107,7 +108,7 @@ class LoadStatistics:
             )
         self._loads = {}
         for index, load_LM in state["loads"].items():
-            self._record(index, load_LM)
+            self._record(index + shift, load_LM)
 
     def _record(self, index: int, tokens_per_expert_LM: Tensor) -> None:
         assert tokens_per_expert_LM.shape == self.shape, (tuple(tokens_per_expert_LM.shape), self.shape)

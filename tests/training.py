@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -68,11 +69,20 @@ class Outcome:
     load_LM: Tensor
 
 
-def run_training(recipe: Recipe, steps: int | None = None) -> Outcome:
-    """Train on all ranks of the recipe's layout and bring the parts together."""
+def run_training(
+    recipe: Recipe, steps: int | None = None, save_to: Path | None = None, resume_from: Path | None = None
+) -> Outcome:
+    """Train on all ranks of the recipe's layout and bring the parts together.
+
+    Args:
+        steps: where to stop; default at the recipe's end.
+        save_to: folder for a checkpoint at the end.
+        resume_from: folder whose newest checkpoint to begin with.
+    """
     with tempfile.TemporaryDirectory() as folder:
         recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update={"dir": folder})})
-        ranks = run_ranks(recipe.topology.world_size, _train, recipe, steps or recipe.train.steps)
+        last = recipe.train.steps if steps is None else steps
+        ranks = run_ranks(recipe.topology.world_size, _train, recipe, last, save_to, resume_from)
     gradients: dict[str, Tensor] = {}
     weights: dict[str, Tensor] = {}
     for rank in ranks:
@@ -85,35 +95,42 @@ def run_training(recipe: Recipe, steps: int | None = None) -> Outcome:
     return Outcome(trunk["scalars"], gradients, weights, trunk["val_loss"], trunk["load_LM"])
 
 
-def _train(recipe: Recipe, steps: int) -> dict[str, Any]:
+def _train(recipe: Recipe, steps: int, save_to: Path | None, resume_from: Path | None) -> dict[str, Any]:
+    from trainer import checkpoint
     from trainer.data.batches import SequenceStream
     from trainer.job import Job, read_launch
     from trainer.pool_rank import PoolRank
-    from trainer.schedule import plan_evaluation
-    from trainer.train import optimizer_step
+    from trainer.train import agreed_placement, optimizer_step
     from trainer.trunk_rank import TrunkRank
 
     job = Job(recipe, read_launch())
     data = tokens(recipe)
     role: TrunkRank | PoolRank
+    start, saved = (checkpoint.to_resume(recipe, resume_from) if resume_from else None) or (0, None)
+    placement = agreed_placement(job, recipe, saved)
     if job.is_trunk:
-        role = TrunkRank(recipe, job, SequenceStream(data, 0), SequenceStream(data, None))
+        role = TrunkRank(recipe, job, placement, SequenceStream(data, 0), SequenceStream(data, None))
     else:
-        role = PoolRank(recipe, job)
-    engines = {name: engine for name, (engine, _) in role.parts().items()}
+        assert placement
+        role = PoolRank(recipe, job, placement)
+    engines = role.engines
     result: dict[str, Any] = {"scalars": [], "gradients": {}, "val_loss": 0.0, "load_LM": None}
-    for step in range(steps):
+    if saved:
+        checkpoint.load(job, recipe, saved, role)
+    for step in range(start, steps):
         if step == 0:
             _keep_gradients(role, engines, result)
         scalars = optimizer_step(job, role, step)
         if scalars is not None:
             names = ("loss", "balance_loss", "z_loss", "grad_norm", "lr", "load_imbalance", "applied")
             result["scalars"].append({name: float(getattr(scalars, name)) for name in names})
+    if save_to:
+        checkpoint.save(job, recipe, save_to, steps, role)
     if isinstance(role, TrunkRank):
         result["val_loss"], _ = role.evaluate(1, steps)
         result["load_LM"] = role.load_LM
     else:
-        role.serve(plan_evaluation(recipe, recipe.micro_batches), steps)
+        role.serve(job.schedule.evaluation(recipe.micro_batches), steps)
     result["weights"] = {}
     for engine in engines.values():
         result["weights"].update(_by_expert(engine.module, engine.full_parameters()))

@@ -1,9 +1,9 @@
 """Checkpoints: one folder a step, one folder a role inside, DeepSpeed's own format inside that.
 
-    checkpoints/step_00000160/trunk/...  pool/shard_0/...  layout.json
+    checkpoints/step_00000160/trunk/...  pool/shard_0/...  layout.json  load.npy
 
 A checkpoint is written under a name that starts with a dot and renamed when every rank has written its part, so a
-folder named step_* is complete. It is loaded in the layout that wrote it.
+folder named step_* is complete. In the layout that wrote it it is loaded as it is; in another one it is reshaped.
 """
 
 from __future__ import annotations
@@ -12,16 +12,45 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from trainer.config import Recipe
 from trainer.errors import UserError
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from pool.placement import Placement
     from trainer.engine import RoleEngine
     from trainer.job import Job
 
 _LAYOUT = "layout.json"
+_LOAD = "load.npy"
+
+
+class Role(Protocol):
+    """What a checkpoint needs of a trunk rank or a pool rank."""
+
+    engines: dict[str, RoleEngine]
+    """Its engines, by folder within the checkpoint."""
+
+    @property
+    def placement(self) -> Placement | None:
+        """Where the experts live."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What this rank wants back besides its engines."""
+        ...
+
+    def restore(self, state: dict[str, Any], shift: int) -> None:
+        """Take over what `state_dict` gave, after the engines have loaded."""
+        ...
+
+    def recorded_load(self) -> NDArray[np.float64] | None:
+        """The load to remember, if this rank knows it."""
+        ...
 
 
 def newest(checkpoints: Path) -> tuple[int, Path] | None:
@@ -30,16 +59,24 @@ def newest(checkpoints: Path) -> tuple[int, Path] | None:
     return (int(found[-1].name.removeprefix("step_")), found[-1]) if found else None
 
 
-def layout(recipe: Recipe) -> dict[str, Any]:
+def _identity(recipe: Recipe) -> dict[str, Any]:
     """What must be equal for a checkpoint to be loaded."""
-    p = recipe.parallel
     return {
-        "model": recipe.model.model_dump(),
+        "model": recipe.model.model_dump(mode="json"),
         "pool.experts": recipe.pool.experts,
         "router.kind": recipe.router.kind,
         "balance.scope": recipe.balance.scope,
         "balance.delay": recipe.balance.delay,
-        "parallel": [p.trunk_ranks, p.pool_ranks, recipe.topology.expert_parallel, p.trunk_zero, p.pool_zero],
+    }
+
+
+def _layout(recipe: Recipe, placement: Placement | None) -> dict[str, Any]:
+    """What must be equal for a checkpoint to be loaded as it is."""
+    p = recipe.parallel
+    return {
+        "ranks": [p.trunk_ranks, p.pool_ranks, recipe.topology.expert_parallel],
+        "zero": [p.trunk_zero, p.pool_zero if placement else 0],
+        "placement": list(placement.order) if placement else None,
     }
 
 
@@ -47,42 +84,67 @@ def to_resume(recipe: Recipe, checkpoints: Path) -> tuple[int, Path] | None:
     """The newest checkpoint, if there is one.
 
     Raises:
-        UserError: it is of another model or layout than the recipe's.
+        UserError: it is of another model than the recipe's.
     """
     found = newest(checkpoints)
     if found:
-        _check_layout(recipe, found[1])
+        saved = json.loads((found[1] / _LAYOUT).read_text())["identity"]
+        for key, value in _identity(recipe).items():
+            if saved[key] != value:
+                raise UserError(
+                    f"run.dir = {recipe.run.dir}: its checkpoint {found[1].name} has {key} = {saved[key]}, the recipe "
+                    f"{value}; use the same or another run.dir"
+                )
     return found
 
 
-def _check_layout(recipe: Recipe, folder: Path) -> None:
-    saved = json.loads((folder / _LAYOUT).read_text())
-    for key, value in json.loads(json.dumps(layout(recipe))).items():
-        if saved[key] != value:
-            raise UserError(
-                f"run.dir = {recipe.run.dir}: its checkpoint {folder.name} has {key} = {saved[key]}, the recipe "
-                f"{value}; use the same or another run.dir"
-            )
+def choose_placement(recipe: Recipe, folder: Path | None) -> Placement | None:
+    """Where the experts are to live: by the load that checkpoint `folder` remembers, if the recipe says so."""
+    from pool.placement import contiguous
+
+    if recipe.model.ffn == "dense":
+        return None
+    shards = recipe.topology.expert_parallel
+    if recipe.pool.placement == "auto" and folder is not None:
+        return balanced(read_load(folder), shards)
+    return contiguous(recipe.pool.experts, recipe.model.groups, shards)
 
 
-def save(
-    job: Job, recipe: Recipe, checkpoints: Path, steps_done: int, parts: dict[str, tuple[RoleEngine, Any]]
-) -> None:
-    """Write a checkpoint of all ranks. A collective of all ranks.
+def read_load(folder: Path) -> NDArray[np.float64]:
+    """Assignments a step by layer and global expert, (L, M), as checkpoint `folder` remembers them."""
+    import numpy as np
 
-    Args:
-        parts: this rank's engines by folder within the checkpoint, each with what it wants back at load.
-    """
+    load_LM: NDArray[np.float64] = np.load(folder / _LOAD)
+    return load_LM
+
+
+def save(job: Job, recipe: Recipe, checkpoints: Path, steps_done: int, role: Role) -> None:
+    """Write a checkpoint of all ranks. A collective of all ranks."""
+    import torch
+
     final = checkpoints / f"step_{steps_done:08d}"
     partial = checkpoints / f".{final.name}.partial"
     if job.rank == 0:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        (partial / _LAYOUT).write_text(json.dumps(layout(recipe)))
+        about = {
+            "identity": _identity(recipe),
+            "layout": _layout(recipe, role.placement),
+            "steps": steps_done,
+            "micro_batches": recipe.micro_batches,
+        }
+        (partial / _LAYOUT).write_text(json.dumps(about))
+        load_LM = role.recorded_load()
+        if load_LM is not None:
+            import numpy as np
+
+            np.save(partial / _LOAD, load_LM)
     job.barrier()
-    for name, (engine, state) in parts.items():
-        engine.save(partial / name, {"state": state})
-    _sync(partial, list(parts))
+    for name, engine in role.engines.items():
+        engine.save(partial / name)
+    if job.is_trunk:
+        torch.save(role.state_dict(), _state_file(partial, job.rank))
+    _sync(partial)
     job.barrier()
     if job.rank == 0:
         shutil.rmtree(final, ignore_errors=True)
@@ -92,15 +154,45 @@ def save(
     job.barrier()
 
 
-def _sync(partial: Path, names: list[str]) -> None:
-    for name in names:
-        for path in (partial / name).rglob("*"):
-            if path.is_file():
-                descriptor = os.open(path, os.O_RDONLY)
-                os.fsync(descriptor)
-                os.close(descriptor)
+def _state_file(folder: Path, trunk_rank: int) -> Path:
+    return folder / "trunk" / f"rank_{trunk_rank}.pt"
 
 
-def load(folder: Path, parts: dict[str, RoleEngine]) -> dict[str, Any]:
-    """Load this rank's engines; returns what each wanted back."""
-    return {name: engine.load(folder / name)["state"] for name, engine in parts.items()}
+def _sync(partial: Path) -> None:
+    for path in partial.rglob("*"):
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+
+
+def load(job: Job, recipe: Recipe, folder: Path, role: Role) -> None:
+    """Load this rank's part, reshaped if the layout is another one. A collective of all ranks."""
+    import torch
+
+    about = json.loads((folder / _LAYOUT).read_text())
+    if about["layout"] == _layout(recipe, role.placement):
+        for name, engine in role.engines.items():
+            engine.load(folder / name)
+    else:
+        _reshape(job, folder, about["layout"], role)
+    state: dict[str, Any] = {}
+    if job.is_trunk:
+        saved_ranks = about["layout"]["ranks"][0]
+        state = torch.load(_state_file(folder, job.rank % saved_ranks), map_location=job.device, weights_only=True)
+    role.restore(state, about["steps"] * (recipe.micro_batches - about["micro_batches"]))
+
+
+def _reshape(job: Job, folder: Path, layout: dict[str, Any], role: Role) -> None:
+    from pool.placement import Placement
+    from trainer.reshape import SavedCheckpoint, clean, convert
+
+    convert(folder, job.rank, job.topology.world_size)
+    job.barrier()
+    order = layout["placement"]
+    saved = SavedCheckpoint(folder, Placement(tuple(order), layout["ranks"][2]) if order else None)
+    for name, engine in role.engines.items():
+        saved.take_over(name, engine)
+    job.barrier()
+    if job.rank == 0:
+        clean(folder)

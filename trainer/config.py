@@ -61,6 +61,9 @@ class Pool(Section):
     experts: NonNegative = Field(0, description="experts of the whole pool, over all groups")
     recompute: bool = Field(False, description="recompute the experts' hidden activations in backward")
     stash_bytes: Positive = Field(2**30, description="weight-gradient work kept before it is flushed, bytes a rank")
+    placement: Literal["contiguous", "auto"] = Field(
+        "contiguous", description="auto: at a resume, spread each layer's recorded load evenly over the shards"
+    )
 
 
 class Balance(Section):
@@ -99,10 +102,15 @@ class Parallel(Section):
     trunk_ranks: Positive = 1
     pool_ranks: NonNegative = Field(0, description="0: colocated, the pool lives in the trunk's processes")
     expert_parallel: Positive | None = Field(None, description="shards of the pool; default: one a pool rank")
-    lanes: Positive = Field(2, description="micro-batches in flight a trunk rank; each keeps its activations")
+    lanes: Positive | None = Field(
+        None, description="micro-batches in flight a trunk rank; default: the fewest that the simulator finds fast"
+    )
     stagger: bool = Field(True, description="trunk rank t of T starts t/T of a micro-batch later")
     trunk_zero: Literal[0, 1, 2, 3] = 1
     pool_zero: Literal[0, 1, 2] = 1
+    hardware: str | None = Field(
+        None, description="h100, h200, a100 or a profile that `bench` saved: costs for the service plan; default: FLOPs"
+    )
     wire: Literal["auto", "gloo"] = Field("auto", description="auto: NCCL between GPUs, gloo between CPUs")
     timeout_seconds: PositiveFloat = Field(60.0, description="longest wait for another rank inside a step")
 
@@ -228,7 +236,7 @@ def _check_layout(r: Recipe) -> None:
         raise _Relation("parallel.expert_parallel", shards, f"must divide parallel.pool_ranks ({p.pool_ranks})")
     if r.pool.experts % shards:
         raise _Relation("pool.experts", r.pool.experts, f"must be divisible by the shards of the pool ({shards})")
-    if p.trunk_zero == 3 and p.pool_ranks and p.trunk_ranks > 1 and (p.lanes > 1 or p.stagger):
+    if p.trunk_zero == 3 and p.pool_ranks and p.trunk_ranks > 1 and (p.lanes != 1 or p.stagger):
         allowed = "gathers weights by collectives in program order: set parallel.lanes=1 and parallel.stagger=false too"
         raise _Relation("parallel.trunk_zero", 3, allowed)
     last_port = r.metrics.port + p.trunk_ranks + p.pool_ranks - 1

@@ -49,7 +49,7 @@ class Memory:
         compute_copies: bf16 copies of the weights: lasting on the pool, on the trunk while a micro-batch is in flight.
         gradients: the fp32 accumulator.
         optimizer: AdamW's moments, and DeepSpeed's fp32 master copy at ZeRO 1, 2, 3.
-        activations: what the trunk keeps for backward, of `parallel.lanes` micro-batches.
+        activations: what the trunk keeps for backward, of the micro-batches in flight.
         logits: largest during the loss, of one micro-batch: its backward follows at once.
         expert_activations: tokens and hidden activations that the experts keep for backward.
         stash: weight-gradient work, up to `pool.stash_bytes`.
@@ -144,12 +144,13 @@ def count_flops(recipe: Recipe) -> Flops:
     return Flops(layer, router, 0 if dense else ffn, head, trunk, pool, forward, 3 * forward)
 
 
-def estimate_memory(recipe: Recipe) -> tuple[Memory, ...]:
-    """Bytes a rank, for each role of the recipe's layout."""
-    trunk = _trunk_memory(recipe)
+def estimate_memory(recipe: Recipe, lanes: int) -> tuple[Memory, ...]:
+    """Bytes a rank, for each role of the recipe's layout, with `lanes` micro-batches in flight."""
+    in_flight = 1 if recipe.model.ffn == "dense" else min(lanes, recipe.micro_batches)
+    trunk = _trunk_memory(recipe, in_flight)
     if recipe.model.ffn == "dense":
         return (trunk,)
-    pool = _pool_memory(recipe)
+    pool = _pool_memory(recipe, in_flight)
     if not recipe.topology.colocated:
         return trunk, pool
     both = {name: getattr(trunk, name) + getattr(pool, name) for name in ("parameters", *MEMORY_KINDS)}
@@ -158,11 +159,6 @@ def estimate_memory(recipe: Recipe) -> tuple[Memory, ...]:
 
 def _compute_bytes(recipe: Recipe) -> int:
     return 2 if recipe.train.precision == "bf16" else FP32
-
-
-def _in_flight(recipe: Recipe) -> int:
-    """Micro-batches that a trunk rank keeps activations of at a time."""
-    return 1 if recipe.model.ffn == "dense" else min(recipe.parallel.lanes, recipe.micro_batches)
 
 
 def _state(parameters: int, zero: int, ranks: int) -> tuple[int, int]:
@@ -174,7 +170,7 @@ def _state(parameters: int, zero: int, ranks: int) -> tuple[int, int]:
     return FP32 * part + gathered if zero == 3 else FP32 * parameters, (FP32 + ADAM_MOMENTS) * part
 
 
-def _trunk_memory(recipe: Recipe) -> Memory:
+def _trunk_memory(recipe: Recipe, in_flight: int) -> Memory:
     m, p, compute = recipe.model, recipe.parallel, _compute_bytes(recipe)
     parameters = count_parameters(recipe).trunk
     weights, optimizer = _state(parameters, p.trunk_zero, p.trunk_ranks)
@@ -184,11 +180,11 @@ def _trunk_memory(recipe: Recipe) -> Memory:
     if recipe.train.recompute and not dense:
         # A layer keeps its inputs: the residual stream and the experts' answer. One layer at a time is there in full.
         inputs = (FP32 + compute * recipe.router.top_k) * m.hidden
-        kept = _in_flight(recipe) * m.layers * inputs + _layer_activations(recipe)
+        kept = in_flight * m.layers * inputs + _layer_activations(recipe)
         cast = max(layer_weights, m.vocab * m.hidden)
     else:
-        kept = _in_flight(recipe) * (m.layers * _layer_activations(recipe) + (2 * FP32 + compute) * m.hidden)
-        cast = _in_flight(recipe) * (m.layers * layer_weights + m.vocab * m.hidden)
+        kept = in_flight * (m.layers * _layer_activations(recipe) + (2 * FP32 + compute) * m.hidden)
+        cast = in_flight * (m.layers * layer_weights + m.vocab * m.hidden)
     return Memory(
         role="trunk",
         ranks=p.trunk_ranks,
@@ -220,7 +216,7 @@ def _layer_activations(recipe: Recipe) -> int:
     return attention + norms + FP32 * (D + 3 * M) + K * D * (2 * compute + FP32)
 
 
-def _pool_memory(recipe: Recipe) -> Memory:
+def _pool_memory(recipe: Recipe, in_flight: int) -> Memory:
     m, topology, compute = recipe.model, recipe.topology, _compute_bytes(recipe)
     D, F = m.hidden, m.ffn_hidden
     parameters = count_parameters(recipe).pool // topology.expert_parallel
@@ -240,6 +236,6 @@ def _pool_memory(recipe: Recipe) -> Memory:
         optimizer=optimizer,
         activations=0,
         logits=0,
-        expert_activations=_in_flight(recipe) * rows * compute * (D if recipe.pool.recompute else D + 2 * F),
+        expert_activations=in_flight * rows * compute * (D if recipe.pool.recompute else D + 2 * F),
         stash=min(recipe.pool.stash_bytes, stash),
     )

@@ -7,21 +7,27 @@ one flush of gradients a step. The engine is fp32 at every ZeRO stage: parameter
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import math
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.config import Recipe
 from trainer.model import parameter_groups
+
+CHECKPOINT_TAG = "state"
+"""DeepSpeed's name for the folder inside a role's."""
 
 _LARGEST_BUCKET = 500_000_000
 """Elements of a reduction at once: DeepSpeed's default. It allocates a buffer of that size every step."""
@@ -79,6 +85,15 @@ def _fill(section: dict[str, Any], **values: Any) -> None:
     for key, value in values.items():
         if section.get(key) == "auto":
             section[key] = value
+
+
+@dataclass(frozen=True)
+class ParameterState:
+    """A whole parameter and its AdamW moments: fp32, of the parameter's shape."""
+
+    weight: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
 
 
 class RoleEngine:
@@ -193,12 +208,85 @@ class RoleEngine:
         with deepspeed.zero.GatheredParameters(list(self.module.parameters())):
             return {name: p.detach().cpu().clone() for name, p in self.module.named_parameters()}
 
-    def save(self, folder: Path, client_state: dict[str, Any]) -> None:
+    def save(self, folder: Path) -> None:
         """Write this rank's part of the role's checkpoint. Called by all ranks of the role."""
-        self._engine.save_checkpoint(str(folder), tag="state", client_state=client_state)
+        self._engine.save_checkpoint(str(folder), tag=CHECKPOINT_TAG)
 
-    def load(self, folder: Path) -> dict[str, Any]:
-        """Load what `save` wrote, in the same layout. Returns the client state."""
-        path, client_state = self._engine.load_checkpoint(str(folder), tag="state")
+    def load(self, folder: Path) -> None:
+        """Load what `save` wrote, in the same layout."""
+        path, _ = self._engine.load_checkpoint(str(folder), tag=CHECKPOINT_TAG)
         assert path is not None, f"no checkpoint in {folder}"
-        return dict(client_state)
+
+    @torch.no_grad()
+    def take_over(self, read: Callable[[str], ParameterState], buffers: dict[str, Tensor], updates: int) -> None:
+        """Load a state that another layout saved. Called by all ranks of the role.
+
+        Args:
+            read: the whole state of a parameter, by its name in the module.
+            buffers: the module's buffers, by name.
+            updates: how often the parameters have been updated.
+        """
+        for name, buffer in self.module.named_buffers():
+            buffer.copy_(buffers[name])
+        self._make_moments(updates)
+        for name, parameter in self.module.named_parameters():
+            self._set(parameter, read(name))
+        self._schedule.step(updates)
+
+    def _make_moments(self, updates: int) -> None:
+        """Moments of zeros, which AdamW itself makes in its first step only."""
+        optimizer = self._optimizer
+        if self.stage == 0:
+            base, flats = optimizer, list(self.module.parameters())
+        else:
+            base = optimizer.optimizer
+            flats = (
+                optimizer.fp32_partitioned_groups_flat if self.stage == 3 else optimizer.single_partition_of_fp32_groups
+            )
+        for flat in flats:
+            step = torch.tensor(float(updates), device=flat.device)
+            base.state[flat] = {"step": step, "exp_avg": torch.zeros_like(flat), "exp_avg_sq": torch.zeros_like(flat)}
+        if self.stage in (1, 2):
+            optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _set(self, parameter: Any, state: ParameterState) -> None:
+        optimizer = self._optimizer
+        for key, value in ((None, state.weight), ("exp_avg", state.exp_avg), ("exp_avg_sq", state.exp_avg_sq)):
+            if self.stage == 3:
+                optimizer.set_local_hp_param(_partition_of(value, parameter), parameter, key)
+            elif self.stage == 0:
+                (optimizer.state[parameter][key] if key else parameter).copy_(value)
+            elif parameter._hp_mapping is not None:  # a part of it is this rank's
+                parameter.set_full_hp_param(value, key)
+        if self.stage == 3:
+            parameter.ds_tensor.copy_(_partition_of(state.weight, parameter))
+        else:
+            parameter.copy_(state.weight)
+
+
+def _partition_of(value: Tensor, parameter: Any) -> Tensor:
+    """This rank's part of a whole tensor, cut as ZeRO-3 cut `parameter`, with zeros behind the end."""
+    size, rank = parameter.ds_tensor.numel(), torch.distributed.get_rank()
+    flat = F.pad(value.flatten(), (0, max(0, size * (rank + 1) - value.numel())))
+    return flat[size * rank : size * (rank + 1)]
+
+
+def to_universal(folder: Path, target: Path) -> None:
+    """Convert what `RoleEngine.save` wrote at ZeRO 1, 2 or 3 into DeepSpeed's universal format.
+
+    Afterwards `target/zero/NAME/{fp32,exp_avg,exp_avg_sq,step}.pt` holds every parameter whole.
+    """
+    _import_deepspeed()
+    from deepspeed.checkpoint.ds_to_universal import main
+
+    options = argparse.Namespace(
+        input_folder=str(folder / CHECKPOINT_TAG),
+        output_folder=str(target),
+        num_extract_workers=1,
+        num_merge_workers=1,
+        keep_temp_folder=False,
+        strict=True,
+        inject_missing_state=True,
+    )
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        main(options)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -17,6 +17,7 @@ from pool.topology import Topology
 from trainer.config import Recipe
 from trainer.errors import UserError
 from trainer.launch import free_port
+from trainer.schedule import Schedule, make_schedule
 
 START_TIMEOUT = timedelta(minutes=30)
 """Longest wait for the other ranks at the start, at a checkpoint and at the end."""
@@ -88,9 +89,12 @@ class Job:
 
     Its torch.distributed world is role-local: all trunk ranks, or all replicas of one shard. Cross-role groups span
     all ranks and are made by hand: `control` and `host` (gloo), and one a lane for payloads.
+
+    Args:
+        schedule: what rank 0 has is what all ranks use; made from the recipe if it is None.
     """
 
-    def __init__(self, recipe: Recipe, launch: Launch):
+    def __init__(self, recipe: Recipe, launch: Launch, schedule: Schedule | None = None):
         self.topology: Topology = recipe.topology
         if self.topology.world_size != launch.world_size:
             t = self.topology
@@ -103,6 +107,11 @@ class Job:
         self.timeout = timedelta(seconds=recipe.parallel.timeout_seconds)
         tcp_store = _open_store(launch)
         self.store = dist.PrefixStore(_attempt(), tcp_store)
+        own = schedule or make_schedule(recipe)
+        agreed = Schedule.from_json(recipe, self.agree("schedule", own.to_json))
+        if agreed is None:
+            raise UserError("the ranks were started with different recipes: give all of them the same")
+        self.schedule = agreed
         # Heartbeats have a connection of their own: one that hangs must not hold up the rest.
         own_connection = tcp_store.clone()  # type: ignore[attr-defined]
         self._beats = dist.PrefixStore(f"{_attempt()}/beat", own_connection)
@@ -121,7 +130,7 @@ class Job:
         self._control = self._cross_group("control", torch.device("cpu"))
         if not self.topology.colocated:
             self.host_group = self._cross_group("host", torch.device("cpu"))
-            lanes = range(recipe.parallel.lanes)
+            lanes = range(self.schedule.lanes)
             self.lane_groups = [self._cross_group(f"lane{lane}", self.payload_device) for lane in lanes]
         self.peers = self._exchange({"host": socket.gethostname(), "pid": os.getpid()})
 
@@ -149,6 +158,12 @@ class Job:
         """Every rank's `mine`, by rank."""
         self.store.set(f"peer/{self.rank}", json.dumps(mine))
         return [json.loads(self.store.get(f"peer/{rank}")) for rank in range(self.topology.world_size)]
+
+    def agree(self, key: str, make: Callable[[], str]) -> str:
+        """A short text that rank 0 makes for all ranks; waits for it."""
+        if self.rank == 0:
+            self.tell(key, make())
+        return self.ask(key)
 
     def tell(self, key: str, value: str) -> None:
         """Leave a short text for all ranks to `ask` for: one rank's part."""

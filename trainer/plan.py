@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.config import Recipe
 from trainer.costs import MEMORY_KINDS, Flops, Memory, Parameters, count_flops, count_parameters, estimate_memory
+from trainer.schedule import make_schedule
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -85,7 +86,7 @@ def make_plan(recipe: Recipe) -> Plan:
         tokens_per_step=tokens_per_step,
         tokens=tokens,
         training_flops=flops.training * tokens,
-        memory=estimate_memory(recipe),
+        memory=estimate_memory(recipe, make_schedule(recipe).lanes),
         trunk_to_pool=flops.trunk / flops.pool if pooled else None,
         split=None if topology.colocated else _split(flops, topology.trunk_ranks, topology.pool_ranks),
         recommended=recommend_split(recipe, flops) if pooled else None,

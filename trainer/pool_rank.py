@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from pool.experts import ExpertShard
-from pool.placement import Placement, contiguous
+from pool.placement import Placement
 from pool.plan import Plan
 from pool.service import PoolService
 from pool.wire import PoolWire, WireSettings
@@ -16,12 +16,6 @@ from trainer.engine import RoleEngine
 from trainer.job import Job
 from trainer.metrics import MetricsServer
 from trainer.model import init_stds
-from trainer.schedule import plan_step
-
-
-def placement_of(recipe: Recipe) -> Placement:
-    """Where the run's experts live."""
-    return contiguous(recipe.pool.experts, recipe.model.groups, recipe.topology.expert_parallel)
 
 
 def compute_dtype(recipe: Recipe) -> torch.dtype:
@@ -69,13 +63,14 @@ def finish_gradients(shard: ExpertShard, recipe: Recipe) -> None:
 class PoolRank:
     """Serves forwards, backwards and evaluations in the order of the plan, and steps with the trunk."""
 
-    def __init__(self, recipe: Recipe, job: Job):
+    def __init__(self, recipe: Recipe, job: Job, placement: Placement):
         self._recipe = recipe
-        self.plan = plan_step(recipe)
-        placement = placement_of(recipe)
+        self.placement = placement
+        self.plan = job.schedule.step
         index = job.topology.shard(job.rank)
         self._shard = build_shard(recipe, placement, index, job.device)
         self._engine = RoleEngine(self._shard, recipe, "pool", job.role_size)
+        self.engines = {f"pool/shard_{index}": self._engine}
         wire = PoolWire(wire_settings(recipe, job, placement), job.host_group, job.lane_groups)
         self._service = PoolService(self._shard, wire, recipe.model.layers)
         self.metrics = MetricsServer(
@@ -85,7 +80,6 @@ class PoolRank:
             self._shard.expert_ids,
             recipe.pool.experts,
         )
-        self.folder = f"pool/shard_{index}"
         self._seconds = (0.0, 0.0)
 
     def accumulate(self, step: int) -> float:
@@ -113,10 +107,14 @@ class PoolRank:
         """Serve an evaluation or a generation."""
         self._service.serve(plan.slots, step)
 
-    def parts(self) -> dict[str, tuple[RoleEngine, Any]]:
-        """Engines to save, by folder, and what they want back."""
-        return {self.folder: (self._engine, None)}
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: a pool rank is its engine."""
+        return {}
 
-    def restore(self, states: dict[str, Any]) -> None:
-        """Called after the engines have loaded."""
+    def restore(self, state: dict[str, Any], shift: int) -> None:
+        """Called after the engine has loaded."""
         self._shard.weights_changed()
+
+    def recorded_load(self) -> None:
+        """Trunk ranks know it."""
+        return

@@ -1,4 +1,4 @@
-"""The run's folder: recipe.yaml, metrics.jsonl, checkpoints/, tensorboard/, load.png."""
+"""The run's folder: recipe.yaml, plan.json, metrics.jsonl, checkpoints/, tensorboard/, load.png."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 from trainer.config import Recipe, save_recipe
 from trainer.errors import UserError
+from trainer.schedule import Schedule
 
 
 class RunFolder:
@@ -21,6 +22,7 @@ class RunFolder:
         self.metrics_file = self.path / "metrics.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.tensorboard = self.path / "tensorboard"
+        self.plan_file = self.path / "plan.json"
         self.load_picture = self.path / "load.png"
 
     def make(self) -> None:
@@ -35,8 +37,9 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"run.dir = {self.path}: cannot be written ({error.strerror}); choose another") from None
 
-    def begin(self, recipe: Recipe, done_steps: int) -> None:
-        """Save the resolved recipe, and cut from the metrics what came after `done_steps`."""
+    def begin(self, recipe: Recipe, schedule: Schedule, done_steps: int) -> None:
+        """Save the resolved recipe and the schedule, and cut from the metrics what came after `done_steps`."""
+        write_whole(self.plan_file, lambda path: path.write_text(schedule.to_json()))
         write_whole(self.recipe_file, lambda path: save_recipe(recipe, path))
         kept = [line for line in self._lines() if json.loads(line)["step"] <= done_steps]
         write_whole(self.metrics_file, lambda path: path.write_text("".join(kept)))

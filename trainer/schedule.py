@@ -1,8 +1,12 @@
-"""The service plans of a recipe, from nominal costs: the same on every rank, and on every start of the run."""
+"""The service plans of a run: the same on every rank, and on every start of the run."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 from pool.plan import Plan, forward_only_plan
 from pool.simulate import Costs, evaluation_plan, training_plan
@@ -29,12 +33,92 @@ def nominal_costs(recipe: Recipe) -> Costs:
     )
 
 
-def plan_step(recipe: Recipe) -> Plan:
-    """The plan of an optimizer step."""
-    p = recipe.parallel
-    return training_plan(
-        recipe.topology, recipe.model.layers, recipe.micro_batches, p.lanes, p.stagger, nominal_costs(recipe)
-    )
+MOST_LANES = 8
+COLOCATED_LANES = 2
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How a run goes through its micro-batches: lanes, and the costs that its plans are made from.
+
+    Kept in the run's folder: a resumed run has the plans of its first start.
+    """
+
+    recipe: Recipe
+    lanes: int
+    costs: Costs
+
+    @cached_property
+    def step(self) -> Plan:
+        """The plan of an optimizer step."""
+        r = self.recipe
+        stagger = r.parallel.stagger
+        return training_plan(r.topology, r.model.layers, r.micro_batches, self.lanes, stagger, self.costs)
+
+    def evaluation(self, micro_batches: int) -> Plan:
+        """The plan of an evaluation on `micro_batches` of each trunk rank."""
+        return evaluation_plan(self.recipe.topology, self.recipe.model.layers, micro_batches, self.lanes, self.costs)
+
+    def generation(self, tokens: int) -> Plan:
+        """The plan of a generation on every trunk rank: each token waits for the one before."""
+        layers, ranks = self.recipe.model.layers, self.recipe.topology.trunk_ranks
+        slots = tuple(forward_only_plan(range(ranks), tokens, layers))
+        return Plan(slots, ((0,) * (layers + 1),) * ranks, 0.0, 0.0, 0.0)
+
+    def to_json(self) -> str:
+        """For the run's folder, and for the other ranks."""
+        return json.dumps({"shape": _shape(self.recipe), "lanes": self.lanes, "costs": asdict(self.costs)})
+
+    @classmethod
+    def from_json(cls, recipe: Recipe, text: str) -> Schedule | None:
+        """What `to_json` gave; None if that was of another shape or layout."""
+        saved = json.loads(text)
+        if saved["shape"] != _shape(recipe) or recipe.parallel.lanes not in (None, saved["lanes"]):
+            return None
+        return cls(recipe, saved["lanes"], Costs(**saved["costs"]))
+
+
+def choose_lanes(recipe: Recipe, costs: Costs) -> int:
+    """The fewest lanes whose simulated step takes at most 3 % longer than the best number's, of 1 to 8.
+
+    Colocated lanes have nothing to hide but are served in one launch; each costs activations.
+    """
+    if recipe.model.ffn == "dense":
+        return 1
+    most = min(MOST_LANES, recipe.micro_batches)
+    if recipe.topology.colocated:
+        return min(COLOCATED_LANES, most)
+    seconds = [Schedule(recipe, lanes, costs).step.seconds for lanes in range(1, most + 1)]
+    return next(lanes for lanes, s in enumerate(seconds, 1) if s <= 1.03 * min(seconds))
+
+
+def make_schedule(recipe: Recipe) -> Schedule:
+    """Costs from the recipe's hardware or, without one, from FLOPs; lanes from the recipe or the simulator."""
+    costs = nominal_costs(recipe)
+    if recipe.parallel.hardware:
+        from trainer.hardware import find_hardware, seconds
+
+        costs = seconds(recipe, find_hardware(recipe.parallel.hardware))
+    lanes = recipe.parallel.lanes or choose_lanes(recipe, costs)
+    return Schedule(recipe, lanes, costs)
+
+
+def schedule_of(recipe: Recipe, file: Path, resume: bool) -> Schedule:
+    """The run's saved schedule if it resumes in the same shape and layout, else a new one."""
+    saved = Schedule.from_json(recipe, file.read_text()) if resume and file.exists() else None
+    return saved or make_schedule(recipe)
+
+
+def _shape(recipe: Recipe) -> dict[str, Any]:
+    """What costs depend on."""
+    p, m = recipe.parallel, recipe.model
+    return {
+        "model": m.model_dump(mode="json"),
+        "experts": [recipe.pool.experts, recipe.router.top_k],
+        "batch": [recipe.train.global_batch, recipe.train.micro_batch, recipe.train.precision],
+        "ranks": [p.trunk_ranks, p.pool_ranks, recipe.topology.expert_parallel],
+        "hardware": p.hardware,
+    }
 
 
 @dataclass(frozen=True)
@@ -59,8 +143,8 @@ def predict(recipe: Recipe) -> tuple[Prediction, ...]:
     """Lock step, and 1 to 4 lanes with stagger, at nominal costs and an even load."""
     predictions = []
     for lanes, stagger in ((1, False), (1, True), (2, True), (3, True), (4, True)):
-        parallel = recipe.parallel.model_copy(update={"lanes": lanes, "stagger": stagger})
-        plan = plan_step(recipe.model_copy(update={"parallel": parallel}))
+        parallel = recipe.parallel.model_copy(update={"stagger": stagger})
+        plan = Schedule(recipe.model_copy(update={"parallel": parallel}), lanes, nominal_costs(recipe)).step
         served = [len(slot) for slot in plan.slots if slot]
         predictions.append(
             Prediction(
@@ -73,16 +157,3 @@ def predict(recipe: Recipe) -> tuple[Prediction, ...]:
             )
         )
     return tuple(predictions)
-
-
-def plan_evaluation(recipe: Recipe, micro_batches: int) -> Plan:
-    """The plan of an evaluation on `micro_batches` of each trunk rank."""
-    layers, lanes = recipe.model.layers, recipe.parallel.lanes
-    return evaluation_plan(recipe.topology, layers, micro_batches, lanes, nominal_costs(recipe))
-
-
-def plan_generation(recipe: Recipe, tokens: int) -> Plan:
-    """The plan of a generation on every trunk rank: each token waits for the one before."""
-    layers, ranks = recipe.model.layers, recipe.topology.trunk_ranks
-    slots = tuple(forward_only_plan(range(ranks), tokens, layers))
-    return Plan(slots, ((0,) * (layers + 1),) * ranks, 0.0, 0.0, 0.0)

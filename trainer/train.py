@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from dataclasses import asdict
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 
+from pool.placement import Placement
 from trainer import checkpoint
 from trainer.config import Recipe
 from trainer.data.batches import SequenceStream, evaluation_steps
@@ -22,7 +24,7 @@ from trainer.pool_rank import PoolRank
 from trainer.prepare import prepare_for
 from trainer.progress import Progress
 from trainer.run_folder import RunFolder
-from trainer.schedule import plan_evaluation, plan_generation
+from trainer.schedule import schedule_of
 from trainer.summary import Summary, write_summary
 from trainer.trunk_rank import TrunkRank
 
@@ -51,14 +53,25 @@ def _train(recipe: Recipe, launch: Launch, watch: FaultWatch) -> None:
         watch.phase = "data preparation"
         prepared = prepare_for(recipe, progress=launch.local_rank == 0)
     watch.phase = "start-up"
-    job = Job(recipe, launch)
+    job = Job(recipe, launch, schedule_of(recipe, folder.plan_file, resume=newest is not None))
     watch.joined(job)
-    loop = _Loop(recipe, job, folder, prepared, watch)
-    loop.run(newest)
+    loop = _Loop(recipe, job, folder, prepared, watch, newest)
+    loop.run()
     watch.phase = "the end"
     job.close()
     if launch.rank == 0 and DONE_FILE in os.environ:
         Path(os.environ[DONE_FILE]).touch()
+
+
+def agreed_placement(job: Job, recipe: Recipe, resumed: Path | None) -> Placement | None:
+    """Where the experts live, the same on all ranks; None for a dense model."""
+
+    def choose() -> str:
+        chosen = checkpoint.choose_placement(recipe, resumed)
+        return json.dumps(list(chosen.order) if chosen else None)
+
+    order = json.loads(job.agree("placement", choose))
+    return Placement(tuple(order), recipe.topology.expert_parallel) if order else None
 
 
 def optimizer_step(job: Job, role: TrunkRank | PoolRank, step: int) -> StepScalars | None:
@@ -72,31 +85,46 @@ def optimizer_step(job: Job, role: TrunkRank | PoolRank, step: int) -> StepScala
 class _Loop:
     """The steps of one rank; all ranks go through the same ones in the same order."""
 
-    def __init__(self, recipe: Recipe, job: Job, folder: RunFolder, prepared: PreparedData | None, watch: FaultWatch):
+    def __init__(
+        self,
+        recipe: Recipe,
+        job: Job,
+        folder: RunFolder,
+        prepared: PreparedData | None,
+        watch: FaultWatch,
+        newest: tuple[int, Path] | None,
+    ):
         self._recipe, self._job, self._folder, self._prepared, self._watch = recipe, job, folder, prepared, watch
+        self._newest = newest
+        placement = agreed_placement(job, recipe, newest[1] if newest else None)
         self._trunk: TrunkRank | None = None
         if prepared:
             training = SequenceStream(prepared.dataset("train"), recipe.run.seed)
             validation = SequenceStream(prepared.dataset("validation"), None)
-            self._trunk = TrunkRank(recipe, job, training, validation)
+            self._trunk = TrunkRank(recipe, job, placement, training, validation)
             job.tell(
                 "evaluations", str(evaluation_steps(validation.rows, recipe.eval.batches, recipe.train.global_batch))
             )
         # Pool ranks have no data: they are told how long an evaluation is.
         self._evaluations = int(job.ask("evaluations"))
-        self._role: TrunkRank | PoolRank = self._trunk or PoolRank(recipe, job)
+        self._role: TrunkRank | PoolRank
+        if self._trunk:
+            self._role = self._trunk
+        else:
+            assert placement is not None, "a dense model has no pool ranks"
+            self._role = PoolRank(recipe, job, placement)
         self._held_out_LM = torch.zeros(0)
         job.publish("metrics", f"{job.name}: http://127.0.0.1:{self._role.metrics.port}/metrics")
         job.barrier()
 
-    def run(self, newest: tuple[int, Path] | None) -> None:
+    def run(self) -> None:
         recipe, job = self._recipe, self._job
         start = 0
-        if newest:
-            start = newest[0]
-            self._role.restore(checkpoint.load(newest[1], {name: e for name, (e, _) in self._role.parts().items()}))
+        if self._newest:
+            start, saved = self._newest
+            checkpoint.load(job, recipe, saved, self._role)
         if job.rank == 0:
-            self._folder.begin(recipe, start)
+            self._folder.begin(recipe, job.schedule, start)
         progress = Progress(recipe, start, job.look_up("metrics")) if job.rank == 0 else None
         val_loss, saved_at = math.nan, start
         for step in range(start, recipe.train.steps):
@@ -111,7 +139,7 @@ class _Loop:
                 val_loss = self._evaluate(done, progress)
             if last or _due(done, recipe.checkpoint.every):
                 self._watch.phase = f"the checkpoint after step {step}"
-                checkpoint.save(job, recipe, self._folder.checkpoints, done, self._role.parts())
+                checkpoint.save(job, recipe, self._folder.checkpoints, done, self._role)
                 saved_at = done
         if start >= recipe.train.steps:
             val_loss = self._evaluate(start, progress)
@@ -131,7 +159,7 @@ class _Loop:
         recipe = self._recipe
         if self._trunk is None:
             assert isinstance(self._role, PoolRank)
-            self._role.serve(plan_evaluation(recipe, self._evaluations * recipe.micro_batches), done)
+            self._role.serve(self._job.schedule.evaluation(self._evaluations * recipe.micro_batches), done)
             return math.nan
         val_loss, self._held_out_LM = self._trunk.evaluate(self._evaluations, done)
         self._trunk.write_scalars({"eval/val_loss": val_loss}, done)
@@ -146,7 +174,7 @@ class _Loop:
         self._watch.phase = "the sample at the end"
         if self._trunk is None or self._prepared is None:
             assert isinstance(self._role, PoolRank)
-            self._role.serve(plan_generation(self._recipe, SAMPLE_TOKENS), self._recipe.train.steps)
+            self._role.serve(self._job.schedule.generation(SAMPLE_TOKENS), self._recipe.train.steps)
             return
         tokenizer = self._prepared.tokenizer()
         prompt = self._prepared.dataset("validation")[0]["tokens"][:32]

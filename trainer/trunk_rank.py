@@ -8,11 +8,14 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pool.experts import ExpertShard
+from pool.placement import Placement
 from pool.wire import TrunkWire
 from router import LoadStatistics, balance_coefficients, dead_experts, load_imbalance
 from router.routers import SigmoidBiasRouter
@@ -31,45 +34,55 @@ from trainer.micro_batch import (
     train_micro_batch,
 )
 from trainer.model import Trunk
-from trainer.pool_rank import build_shard, finish_gradients, placement_of, wire_settings
-from trainer.schedule import plan_evaluation, plan_generation, plan_step
+from trainer.pool_rank import build_shard, finish_gradients, wire_settings
+
+LOAD_STEPS = 100
+"""Steps over which the recorded load is a mean, about."""
 
 
 class TrunkRank:
     """Computes attention and routers, asks the pool for the experts, and knows the step's scalars."""
 
-    def __init__(self, recipe: Recipe, job: Job, training: SequenceStream, validation: SequenceStream):
+    def __init__(
+        self,
+        recipe: Recipe,
+        job: Job,
+        placement: Placement | None,
+        training: SequenceStream,
+        validation: SequenceStream,
+    ):
         self._recipe = recipe
         self._job = job
+        self.placement = placement
         self._training, self._validation = training, validation
         self.trunk = Trunk(recipe, job.device)
-        self._engines = {"trunk": RoleEngine(self.trunk, recipe, "trunk", job.role_size)}
+        self.engines = {"trunk": RoleEngine(self.trunk, recipe, "trunk", job.role_size)}
         self._statistics = LoadStatistics(
             recipe.balance.scope, recipe.balance.delay, recipe.model.layers, max(1, recipe.experts_per_layer)
         )
         self._shard: ExpertShard | None = None
-        self.plan = plan_step(recipe)
+        self.plan = job.schedule.step
         self._pool: PoolClient = NoPool()
         self._pool_map: PoolMap | None = None
-        if recipe.model.ffn == "pool":
-            self._join_pool()
+        if placement:
+            self._join_pool(placement)
         experts = tuple(range(recipe.pool.experts)) if job.topology.colocated and job.rank == 0 else ()
         port = recipe.metrics.port and recipe.metrics.port + job.rank
         self.metrics = MetricsServer(port, "trunk", job.rank, experts, recipe.pool.experts)
         self.load_LM = torch.zeros(recipe.model.layers, max(1, recipe.experts_per_layer), dtype=torch.int64)
+        self._recent_load_LM = torch.zeros_like(self.load_LM, dtype=torch.float64)
         self._scalars = [0.0, 0.0, 0.0]
         self._started = time.perf_counter()
         self._waited = 0.0
 
-    def _join_pool(self) -> None:
+    def _join_pool(self, placement: Placement) -> None:
         recipe, job = self._recipe, self._job
-        placement = placement_of(recipe)
         self._pool_map = PoolMap(
             placement.position_M.to(job.device), recipe.experts_per_layer, recipe.model.layers // recipe.model.groups
         )
         if job.topology.colocated:
             self._shard = build_shard(recipe, placement, 0, job.device)
-            self._engines["pool/shard_0"] = RoleEngine(self._shard, recipe, "pool", job.role_size)
+            self.engines["pool/shard_0"] = RoleEngine(self._shard, recipe, "pool", job.role_size)
             self._pool = LocalPool(self._shard)
         else:
             wire = TrunkWire(wire_settings(recipe, job, placement), job.host_group, job.lane_groups)
@@ -80,13 +93,13 @@ class TrunkRank:
         self._started = time.perf_counter()
         self._waited = self._pool.seconds_waiting
         with ExitStack() as stack:
-            for engine in self._engines.values():
+            for engine in self.engines.values():
                 stack.enter_context(engine.accumulating())
             results = self._pool.run(self._micro_batches(step), self.plan.lane_order[self._job.rank], step)
             if self._shard is not None:
                 finish_gradients(self._shard, self._recipe)
         self._gather(results)
-        return sum(engine.grad_norm_squared() for engine in self._engines.values())
+        return sum(engine.grad_norm_squared() for engine in self.engines.values())
 
     def _micro_batches(self, step: int) -> Iterator[MicroBatch[MicroBatchResult]]:
         for index, sequences_BS1 in enumerate(self._sequences(self._training, step)):
@@ -135,13 +148,14 @@ class TrunkRank:
     def step(self, step: int, total_norm: float) -> StepScalars:
         """Step with the norm over both roles; returns the step's scalars."""
         recipe = self._recipe
-        lr = self._engines["trunk"].learning_rate
-        outcomes = [engine.step(total_norm) for engine in self._engines.values()]
+        lr = self.engines["trunk"].learning_rate
+        outcomes = [engine.step(total_norm) for engine in self.engines.values()]
         if self._shard is not None:
             self._shard.weights_changed()
         scalars = self._step_scalars(total_norm, lr, all(outcomes))
         if recipe.model.ffn == "pool":
             self._statistics.record_step(step, self.load_LM.to(self._job.device))
+            self._recent_load_LM.lerp_(self.load_LM.double(), 1 / min(step + 1, LOAD_STEPS))
             self._move_expert_bias()
             if self._shard is not None and self._job.rank == 0:
                 self.metrics.load(self.pool_load())
@@ -190,7 +204,7 @@ class TrunkRank:
         ranks = self._job.topology.trunk_ranks
         sequences = (s for batch in range(batches) for s in self._sequences(self._validation, batch))
         micro_batches = (self._evaluate_micro_batch(s, index) for index, s in enumerate(sequences))
-        plan = plan_evaluation(self._recipe, batches * self._recipe.micro_batches)
+        plan = self._job.schedule.evaluation(batches * self._recipe.micro_batches)
         results = self._pool.run(micro_batches, plan.lane_order[self._job.rank], step)
         total = torch.stack([loss.double().cpu() for loss, _ in results]).sum()
         held_out_LM = torch.zeros_like(self.load_LM)
@@ -211,7 +225,7 @@ class TrunkRank:
     def generate(self, prompt: list[int], tokens: int, step: int, temperature: float = 0.8) -> list[int]:
         """Continue `prompt` by `tokens` sampled tokens; the same on every trunk rank."""
         generator = torch.Generator().manual_seed(self._recipe.run.seed)
-        lane_order = plan_generation(self._recipe, tokens).lane_order[self._job.rank]
+        lane_order = self._job.schedule.generation(tokens).lane_order[self._job.rank]
         ids = list(prompt)
         for index in range(tokens):
             context_1S = torch.tensor([ids[-self._recipe.model.seq_len :]], device=self._job.device)
@@ -225,15 +239,29 @@ class TrunkRank:
 
     def write_scalars(self, scalars: dict[str, float], step: int) -> None:
         """To DeepSpeed's monitors."""
-        self._engines["trunk"].write_scalars({k: v for k, v in scalars.items() if math.isfinite(v)}, step)
+        self.engines["trunk"].write_scalars({k: v for k, v in scalars.items() if math.isfinite(v)}, step)
 
-    def parts(self) -> dict[str, tuple[RoleEngine, Any]]:
-        """Engines to save, by folder, and what they want back."""
-        state = self._statistics.state_dict()
-        return {name: (engine, state if name == "trunk" else None) for name, engine in self._engines.items()}
+    def state_dict(self) -> dict[str, Any]:
+        """What the engines do not hold."""
+        return {"statistics": self._statistics.state_dict(), "recent_load_LM": self._recent_load_LM}
 
-    def restore(self, states: dict[str, Any]) -> None:
-        """Called after the engines have loaded."""
-        self._statistics.load_state_dict(states["trunk"])
+    def restore(self, state: dict[str, Any], shift: int) -> None:
+        """Take over what `state_dict` gave, after the engines have loaded.
+
+        Args:
+            shift: how much higher micro-batches are numbered than when it was saved.
+        """
+        self._statistics.load_state_dict(state["statistics"], 0 if self._statistics.scope == "global_batch" else shift)
+        self._recent_load_LM = state["recent_load_LM"].cpu()
         if self._shard is not None:
             self._shard.weights_changed()
+
+    def recorded_load(self) -> NDArray[np.float64] | None:
+        """Assignments a step by layer and global expert (L, M), a mean over about the last `LOAD_STEPS` steps."""
+        if self._pool_map is None:
+            return None
+        load_LM = np.zeros((len(self.load_LM), self._recipe.pool.experts))
+        for layer, row in enumerate(self._recent_load_LM.numpy()):
+            first = self._pool_map.first_expert(layer)
+            load_LM[layer, first : first + len(row)] = row
+        return load_LM

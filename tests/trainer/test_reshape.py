@@ -1,0 +1,93 @@
+"""A checkpoint of any layout continues in any other: as if it had been that layout from the start."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pool.placement import Placement
+from tests.training import Outcome, assert_same, run_training, tiny
+from trainer.checkpoint import newest
+from trainer.config import Recipe
+from trainer.engine import ParameterState
+from trainer.model import Trunk
+from trainer.reshape import SavedCheckpoint, convert
+
+HALF, WHOLE = 2, 4
+LOCK_STEP = {"lanes": 1, "stagger": False}
+
+COLOCATED = {"trunk_zero": 0, "pool_zero": 0}
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "colocated": COLOCATED,
+    "colocated-zero2": {"trunk_ranks": 2, "trunk_zero": 2, "pool_zero": 1},
+    "1+2": {"pool_ranks": 2, "trunk_zero": 1, "pool_zero": 0},
+    "2+1": {"trunk_ranks": 2, "pool_ranks": 1, "trunk_zero": 0, "pool_zero": 1},
+    "2+2-replicas": {"trunk_ranks": 2, "pool_ranks": 2, "expert_parallel": 1, "trunk_zero": 1, "pool_zero": 2},
+    "2+2-zero3": {"trunk_ranks": 2, "pool_ranks": 2, "trunk_zero": 3, "pool_zero": 1, **LOCK_STEP},
+}
+
+
+def recipe(parallel: dict[str, Any], **sections: Any) -> Recipe:
+    return tiny(router={"kind": "sigmoid_bias", "top_k": 2, "bias_rate": 0.05}, parallel=parallel, **sections)
+
+
+@cache
+def undisturbed() -> Outcome:
+    return run_training(recipe(COLOCATED), WHOLE)
+
+
+@cache
+def saved(layout: str) -> Path:
+    """Folder of a checkpoint after half of the steps."""
+    folder = Path(tempfile.mkdtemp())
+    run_training(recipe(LAYOUTS[layout]), HALF, save_to=folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "before, after",
+    [
+        ("colocated", "2+2-zero3"),
+        ("2+2-zero3", "1+2"),
+        ("1+2", "colocated-zero2"),
+        ("colocated-zero2", "2+2-replicas"),
+        ("2+2-replicas", "2+1"),
+        ("2+1", "colocated"),
+    ],
+)
+def test_goes_on_as_if_nothing_had_changed(before: str, after: str) -> None:
+    """What comes after is that of a run in one layout, so weights, moments, schedule and balance load came over."""
+    resumed = run_training(recipe(LAYOUTS[after]), WHOLE, resume_from=saved(before))
+    reference = undisturbed()
+    rest = Outcome(reference.scalars[HALF:], {}, reference.weights, reference.val_loss, reference.load_LM)
+    assert_same(rest, resumed)
+
+
+@pytest.mark.parametrize("after", LAYOUTS)
+def test_moments_are_the_same_ones(after: str, tmp_path: Path) -> None:
+    """Loaded into another layout and saved from there at once, every weight and moment is bit for bit what it was."""
+    run_training(recipe(LAYOUTS[after]), HALF, save_to=tmp_path, resume_from=saved("1+2"))
+    for name, state in states(saved("1+2")).items():
+        other = states(tmp_path)[name]
+        for key in ("weight", "exp_avg", "exp_avg_sq"):
+            assert torch.equal(getattr(state, key), getattr(other, key)), (name, key)
+        assert state.exp_avg_sq.abs().max() > 0, name
+
+
+def states(checkpoints: Path) -> dict[str, ParameterState]:
+    """Every parameter of the newest checkpoint with its moments; the pool's in the order of global ids."""
+    found = newest(checkpoints)
+    assert found
+    layout = json.loads((found[1] / "layout.json").read_text())["layout"]
+    convert(found[1], 0, 1)
+    everything = SavedCheckpoint(found[1], Placement(tuple(layout["placement"]), layout["ranks"][2]))
+    trunk = Trunk(recipe(COLOCATED), torch.device("cpu"))
+    every_expert = tuple(range(8))
+    pool = {name: everything.read_experts(name, every_expert) for name in ("w13_e2FD", "w2_eDF")}
+    return {name: everything.trunk.read(name) for name, _ in trunk.named_parameters()} | pool
