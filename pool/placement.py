@@ -1,11 +1,18 @@
-"""Where each expert lives: an order of all experts, cut into equal shards."""
+"""Where each expert lives: an order of all experts, cut into equal shards.
+
+`contiguous` needs to know nothing. `balanced` places by the load that was recorded: L layers by M experts, each with
+the rows that a layer sent to it.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import combinations
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -51,3 +58,154 @@ def contiguous(num_experts: int, groups: int, shards: int) -> Placement:
     per_group = num_experts // groups
     order = tuple(g * per_group + i for i in range(per_group) for g in range(groups))
     return Placement(order, shards)
+
+
+@dataclass(frozen=True)
+class Imbalance:
+    """Load of the shards, largest over mean; 1 is even, the number of shards is all on one, and no load counts as even.
+
+    Attributes:
+        lockstep: the pool serves one layer at a time: the largest load, summed over layers, over the summed means.
+        mixed: the pool serves all layers at once: the largest total over the mean.
+    """
+
+    lockstep: float
+    mixed: float
+
+
+def imbalance(load_LM: Tensor, placement: Placement) -> Imbalance:
+    """How evenly `placement` spreads the load over its shards.
+
+    Args:
+        load_LM: rows by layer and global expert id, (L, M).
+
+    Raises:
+        ValueError: the load is not one of the placement's experts.
+    """
+    load_RM = _with_total(load_LM)
+    if load_RM.shape[1] != placement.num_experts:
+        raise ValueError(f"load_LM has {load_RM.shape[1]} experts, the placement {placement.num_experts}")
+    if not load_RM.any():
+        return Imbalance(1.0, 1.0)
+    largest_R = load_RM[:, _members(placement)].sum(-1).max(-1)
+    mean = load_RM[-1].sum() / placement.shards
+    return Imbalance(float(largest_R[:-1].sum() / mean), float(largest_R[-1] / mean))
+
+
+def balanced(load_LM: Tensor, shards: int, groups: int = 1) -> Placement:
+    """Spread each layer's traffic and the pool's total evenly over equal shards.
+
+    Minimises lockstep + mixed of `Imbalance` by swaps of two experts, from two starts: `contiguous`, which the result
+    is never worse than, and a greedy one, heaviest expert first. A local minimum, within some percent of the optimum.
+    The same load always gives the same placement.
+
+    Args:
+        load_LM: rows by layer and global expert id, (L, M); with groups a layer's row is zero outside its group.
+        shards: divides M.
+        groups: sub-pools, for `contiguous`; divides M.
+
+    Returns:
+        Experts in ascending order within a shard; `contiguous` itself where there is no load or nothing to gain.
+
+    Raises:
+        ValueError: the load is not (L, M) of counts, or M does not divide.
+    """
+    load_RM = _with_total(load_LM)
+    experts = load_RM.shape[1]
+    for name, parts in (("shards", shards), ("groups", groups)):
+        if parts < 1 or experts % parts:
+            raise ValueError(f"{name} = {parts}: must be at least 1 and divide the experts of load_LM ({experts})")
+    start = contiguous(experts, groups, shards)
+    if shards in (1, experts) or not load_RM.any():
+        return start
+    best, lowest = start, _objective(load_RM, _members(start))
+    for members_Se in (_members(start), _greedy(load_RM, shards)):
+        _swap(load_RM, members_Se)
+        objective = _objective(load_RM, members_Se)
+        if objective < lowest:
+            best, lowest = Placement(tuple(np.sort(members_Se).ravel().tolist()), shards), objective
+    return best
+
+
+@dataclass(frozen=True)
+class ShardSplit:
+    """Pool ranks as shards x replicas, and what `balanced` reaches with so many shards on the load it was made from."""
+
+    shards: int
+    replicas: int
+    imbalance: Imbalance
+
+
+def recommend_shards(load_LM: Tensor, pool_ranks: int, groups: int = 1) -> list[ShardSplit]:
+    """Every way to cut the pool for `pool_ranks`, fewest shards first.
+
+    Fewer shards are nearly always more even, since a hot expert is a smaller part of a larger shard, but each rank
+    holds more experts: take the first that fits into memory. See `balanced` for the arguments and errors.
+    """
+    experts = load_LM.shape[-1]
+    return [
+        ShardSplit(shards, pool_ranks // shards, imbalance(load_LM, balanced(load_LM, shards, groups)))
+        for shards in range(1, pool_ranks + 1)
+        if pool_ranks % shards == 0 and experts % shards == 0
+    ]
+
+
+# Rows R are the layers and, as one more, their total: `lockstep + mixed` is then a sum of maxima over shards S, one
+# a row. Counts are whole numbers in float64, and so are all sums (halves in `_swap`): exact, so that ties are ties.
+
+
+def _with_total(load_LM: Tensor) -> NDArray[np.float64]:
+    """load_RM, (L + 1, M)."""
+    if load_LM.dim() != 2 or not load_LM.numel():
+        raise ValueError(f"load_LM of shape {tuple(load_LM.shape)}: must be (layers, experts)")
+    if load_LM.is_floating_point() or (load_LM < 0).any():
+        raise ValueError("load_LM: must hold counts, whole numbers from 0 up")
+    counts_LM = load_LM.cpu().numpy().astype(np.float64)
+    return np.vstack((counts_LM, counts_LM.sum(0)))
+
+
+def _members(placement: Placement) -> NDArray[np.int64]:
+    """Expert ids by shard, (S, e)."""
+    return np.array(placement.order).reshape(placement.shards, -1)
+
+
+def _objective(load_RM: NDArray[np.float64], members_Se: NDArray[np.int64]) -> float:
+    return float(load_RM[:, members_Se].sum(-1).max(-1).sum())
+
+
+def _greedy(load_RM: NDArray[np.float64], shards: int) -> NDArray[np.int64]:
+    """Heaviest expert first, each to the shard with room whose maxima it raises least, then of the least total."""
+    experts = load_RM.shape[1]
+    load_SR = np.zeros((shards, len(load_RM)))
+    members: list[list[int]] = [[] for _ in range(shards)]
+    for i in np.argsort(-load_RM[-1], kind="stable").tolist():
+        raised_S = np.maximum(load_SR + load_RM[:, i] - load_SR.max(0), 0).sum(1)
+        room = (s for s in range(shards) if len(members[s]) < experts // shards)
+        shard = min(room, key=lambda s: (raised_S[s], load_SR[s, -1], s))
+        load_SR[shard] += load_RM[:, i]
+        members[shard].append(i)
+    return np.array(members)
+
+
+def _swap(load_RM: NDArray[np.float64], members_Se: NDArray[np.int64]) -> None:
+    """Swap experts of two shards, in place, while it lowers the objective: for each pair of shards the best swap."""
+    shards, e = members_Se.shape
+    load_RS = load_RM[:, members_Se].sum(-1)
+    improved = True
+    while improved:
+        improved = False
+        for a, b in combinations(range(shards), 2):
+            # The larger of two numbers is their mean plus half their distance; a swap keeps the mean.
+            mean_R = (load_RS[:, a] + load_RS[:, b]) / 2
+            half_R = (load_RS[:, a] - load_RS[:, b]) / 2
+            others_R = np.delete(load_RS, (a, b), axis=1).max(1, initial=0.0) - mean_R
+            from_a_Re, from_b_Re = load_RM[:, members_Se[a]], load_RM[:, members_Se[b]]
+            half_Ree = np.abs((from_a_Re - half_R[:, None])[:, :, None] - from_b_Re[:, None, :])
+            objective_ee = np.maximum(half_Ree, others_R[:, None, None]).sum(0)
+            i, j = divmod(int(objective_ee.argmin()), e)
+            if objective_ee[i, j] < np.maximum(np.abs(half_R), others_R).sum():
+                moved_R = from_a_Re[:, i] - from_b_Re[:, j]
+                load_RS[:, a] -= moved_R
+                load_RS[:, b] += moved_R
+                members_Se[a, i], members_Se[b, j] = members_Se[b, j], members_Se[a, i]
+                improved = True

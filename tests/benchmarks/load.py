@@ -1,0 +1,182 @@
+"""How evenly 8 pool ranks work at any moment: lock step, staggered, with experts placed by their load, and with both.
+
+python -m tests.benchmarks.load --loads FILE [--recipe NAME] [--json]
+
+Nothing is timed: routing that was recorded while a model trained is replayed through the service plans of 8 trunk and
+8 pool ranks, for the pool as 8 shards x 1 replica, 4 x 2 and 2 x 4.
+
+FILE holds counts by (micro-batch, layer, global expert id), an integer array (N, L, M) as `numpy.save` writes it. The
+first half of the micro-batches places the experts (`pool.placement.balanced`), only the other half is measured. It is
+cut into blocks of one optimizer step: every trunk rank's every micro-batch is another recorded one, whose forwards and
+backwards send the same rows to the same experts and count alike. Weight gradients do not count: nobody waits for them.
+
+**Work in flight** of a pool rank is the rows that come to it in a window of requests. A lane sends its next request
+only when all shards have answered its last one, so no shard can be further ahead of another than one request of every
+lane of every trunk rank of its replica: within so many requests a hot shard can catch up, beyond them the others wait
+for it. Hence the windows:
+- lock step: slot by slot the trunk ranks that a replica serves, with one lane each, all in the same layer. A pool rank
+  that is done waits for the slot to end, so windows do not overlap;
+- staggered: the requests of a replica in the order of the plan that the recipe's costs give (`trainer.schedule`), and
+  over them a window of trunk ranks served x lanes that slides by one request.
+
+The imbalance is the sum over windows of the largest work of any pool rank over the sum of the mean work. All shards of
+all replicas count: their first windows are taken together, their second ones, and so on. Replicas wait for each other
+only at the end of an optimizer step, so with several of them this overstates the imbalance, in every mode.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pool.placement import Placement, balanced, contiguous
+from pool.plan import RequestKey, Slot, lockstep_plan
+from pool.topology import Topology
+from tests.benchmarks.report import print_report
+from trainer.config import Recipe, load_recipe
+from trainer.schedule import plan_step
+
+Counts = NDArray[np.int64]
+
+RANKS = 8  # of either role
+SHARDS = (8, 4, 2)
+MICRO_BATCHES = 4  # of a trunk rank in an optimizer step: as the paper's smallest model has with 8 trunk ranks
+MODES = ("lockstep", "staggered", "placed", "both")
+
+
+def in_layout(recipe: Recipe, shards: int) -> Recipe:
+    """The recipe on `RANKS` trunk and `RANKS` pool ranks, the pool cut into `shards`."""
+    parallel = {"trunk_ranks": RANKS, "pool_ranks": RANKS, "expert_parallel": shards, "stagger": True}
+    return recipe.model_copy(
+        update={
+            "parallel": recipe.parallel.model_copy(update=parallel),
+            "train": recipe.train.model_copy(update={"global_batch": RANKS * MICRO_BATCHES * recipe.train.micro_batch}),
+        }
+    )
+
+
+def requests_of(replica: int, topology: Topology, slots: Iterable[Slot]) -> list[RequestKey]:
+    """What the pool ranks of a replica serve, in order."""
+    return [key for slot in slots for key in slot if key.trunk_rank % topology.replicas == replica]
+
+
+def by_shard(load_NLM: Counts, placement: Placement) -> Counts:
+    """Rows by (micro-batch, layer, shard), (N, L, S)."""
+    N, L, _ = load_NLM.shape
+    return load_NLM[:, :, list(placement.order)].reshape(N, L, placement.shards, -1).sum(-1)
+
+
+def work_in_windows(requests: list[RequestKey], load_NLS: Counts, trunk_ranks: int, size: int, stride: int) -> Counts:
+    """Rows that come to each shard in windows of `size` requests, `stride` requests apart, (windows, S).
+
+    Args:
+        load_NLS: micro-batch m of trunk rank t is its entry m x trunk_ranks + t.
+    """
+    rows_QS = np.stack([load_NLS[key.micro_batch * trunk_ranks + key.trunk_rank, key.layer] for key in requests])
+    windows_WSq = np.lib.stride_tricks.sliding_window_view(rows_QS, size, axis=0)[::stride]
+    return windows_WSq.sum(-1)
+
+
+def imbalance_in_flight(work_RWS: Counts) -> float:
+    """Sum over windows of the largest work of any pool rank, over the sum of the mean; (replicas, windows, shards)."""
+    return float(work_RWS.max((0, 2)).sum() / work_RWS.mean((0, 2)).sum())
+
+
+def measure(recipe: Recipe, shards: int, load_NLM: Counts) -> dict[str, list[float]]:
+    """Imbalance of every mode in one layout, block by block.
+
+    Args:
+        load_NLM: the whole recording.
+    """
+    recipe = in_layout(recipe, shards)
+    topology, layers = recipe.topology, recipe.model.layers
+    served = RANKS // topology.replicas
+    open_requests = served * min(recipe.parallel.lanes, MICRO_BATCHES)
+    half, block = len(load_NLM) // 2, RANKS * MICRO_BATCHES
+    load_LM = torch.from_numpy(load_NLM[:half].sum(0))
+    lockstep = tuple(lockstep_plan(RANKS, MICRO_BATCHES, layers))
+    staggered = plan_step(recipe).slots
+    naive = contiguous(recipe.pool.experts, recipe.model.groups, shards)
+    placed = balanced(load_LM, shards, recipe.model.groups)
+    modes = {
+        "lockstep": (lockstep, served, served, naive),
+        "staggered": (staggered, open_requests, 1, naive),
+        "placed": (lockstep, served, served, placed),
+        "both": (staggered, open_requests, 1, placed),
+    }
+    results = {}
+    for name, (slots, size, stride, placement) in modes.items():
+        sequences = [requests_of(replica, topology, slots) for replica in range(topology.replicas)]
+        load_NLS = by_shard(load_NLM[half:], placement)
+        results[name] = [
+            imbalance_in_flight(
+                np.stack([work_in_windows(q, load_NLS[start : start + block], RANKS, size, stride) for q in sequences])
+            )
+            for start in range(0, len(load_NLS) - block + 1, block)
+        ]
+    return results
+
+
+def read(path: Path, recipe: Recipe) -> Counts:
+    """The recording, (N, L, M).
+
+    Raises:
+        ValueError: it is not one, not of this recipe, or too short to measure a block.
+    """
+    try:
+        load_NLM: Counts = np.load(path)
+    except (ValueError, EOFError):
+        raise ValueError(f"{path}: not an array that numpy.save wrote") from None
+    shape = ("N", recipe.model.layers, recipe.pool.experts)
+    if load_NLM.ndim != 3 or load_NLM.shape[1:] != shape[1:] or not np.issubdtype(load_NLM.dtype, np.integer):
+        wanted = f"integers of shape ({', '.join(map(str, shape))}), the recipe's layers and experts"
+        raise ValueError(f"{path}: {load_NLM.dtype} of shape {load_NLM.shape}; must be {wanted}")
+    if len(load_NLM) < 2 * RANKS * MICRO_BATCHES:
+        raise ValueError(f"{path}: {len(load_NLM)} micro-batches; must be at least {2 * RANKS * MICRO_BATCHES}")
+    return load_NLM.astype(np.int64)
+
+
+def report(recipe: Recipe, load_NLM: Counts, command: str, as_json: bool) -> None:
+    """Measure all layouts and print them, the most even one first."""
+    layouts = {f"{shards}x{RANKS // shards}": measure(recipe, shards, load_NLM) for shards in SHARDS}
+    best = min(layouts, key=lambda layout: statistics.median(layouts[layout]["both"]))
+    results = {f"imbalance_{mode}": layouts[best][mode] for mode in MODES}
+    results |= {f"{layout}_{mode}": layouts[layout][mode] for layout in layouts for mode in MODES}
+    N, L, M = load_NLM.shape
+    notes = [
+        f"the first four rows are those of the layout that is most even with both: {best} (shards x replicas)",
+        f"8 contiguous shards in lock step, to compare with: {statistics.median(layouts['8x1']['lockstep']):.2f}",
+        f"{N} recorded micro-batches of {L} layers and {M} experts: the first half places, the other is measured in "
+        f"blocks of one optimizer step ({RANKS} trunk ranks x {MICRO_BATCHES} micro-batches)",
+        f"{RANKS} trunk and {RANKS} pool ranks; staggered has {recipe.parallel.lanes} lanes, lock step one",
+    ]
+    print_report("Work in flight of the pool ranks, max / mean", command, results, notes, as_json)
+
+
+@click.command()
+@click.option(
+    "--loads",
+    required=True,
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Recorded counts by (micro-batch, layer, global expert id), saved by numpy.",
+)
+@click.option("--recipe", "recipe_name", default="quickstart", show_default=True, help="What the model was trained by.")
+@click.option("--json", "as_json", is_flag=True, help="End with one JSON object.")
+def main(loads: Path, recipe_name: str, as_json: bool) -> None:
+    """Measure how evenly the pool ranks work, on recorded routing."""
+    recipe = load_recipe(recipe_name)
+    command = f"python -m tests.benchmarks.load --loads {loads.name} --recipe {recipe_name}"
+    try:
+        report(recipe, read(loads, recipe), command, as_json)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+
+
+if __name__ == "__main__":
+    main()
