@@ -48,7 +48,7 @@ class Role(Protocol):
         """Take over what `state_dict` gave, after the engines have loaded."""
         ...
 
-    def recorded_load(self) -> NDArray[np.float64] | None:
+    def recorded_load(self) -> NDArray[np.int64] | None:
         """The load to remember, if this rank knows it."""
         ...
 
@@ -100,21 +100,23 @@ def to_resume(recipe: Recipe, checkpoints: Path) -> tuple[int, Path] | None:
 
 def choose_placement(recipe: Recipe, folder: Path | None) -> Placement | None:
     """Where the experts are to live: by the load that checkpoint `folder` remembers, if the recipe says so."""
-    from pool.placement import contiguous
+    import torch
+
+    from pool.placement import balanced, contiguous
 
     if recipe.model.ffn == "dense":
         return None
-    shards = recipe.topology.expert_parallel
+    shards, groups = recipe.topology.expert_parallel, recipe.model.groups
     if recipe.pool.placement == "auto" and folder is not None:
-        return balanced(read_load(folder), shards)
-    return contiguous(recipe.pool.experts, recipe.model.groups, shards)
+        return balanced(torch.from_numpy(read_load(folder)), shards, groups)
+    return contiguous(recipe.pool.experts, groups, shards)
 
 
-def read_load(folder: Path) -> NDArray[np.float64]:
+def read_load(folder: Path) -> NDArray[np.int64]:
     """Assignments a step by layer and global expert, (L, M), as checkpoint `folder` remembers them."""
     import numpy as np
 
-    load_LM: NDArray[np.float64] = np.load(folder / _LOAD)
+    load_LM: NDArray[np.int64] = np.load(folder / _LOAD)
     return load_LM
 
 

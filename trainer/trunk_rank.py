@@ -256,12 +256,12 @@ class TrunkRank:
         if self._shard is not None:
             self._shard.weights_changed()
 
-    def recorded_load(self) -> NDArray[np.float64] | None:
+    def recorded_load(self) -> NDArray[np.int64] | None:
         """Assignments a step by layer and global expert (L, M), a mean over about the last `LOAD_STEPS` steps."""
         if self._pool_map is None:
             return None
-        load_LM = np.zeros((len(self.load_LM), self._recipe.pool.experts))
-        for layer, row in enumerate(self._recent_load_LM.numpy()):
+        load_LM = np.zeros((len(self.load_LM), self._recipe.pool.experts), dtype=np.int64)
+        for layer, row in enumerate(self._recent_load_LM.round().numpy()):
             first = self._pool_map.first_expert(layer)
             load_LM[layer, first : first + len(row)] = row
         return load_LM

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from pool.placement import Placement
+from pool.placement import Placement, imbalance
 from tests.training import Outcome, assert_same, run_training, tiny
-from trainer.checkpoint import newest
+from trainer.checkpoint import newest, read_load
 from trainer.config import Recipe
 from trainer.engine import ParameterState
 from trainer.model import Trunk
@@ -69,6 +69,22 @@ def test_goes_on_as_if_nothing_had_changed(before: str, after: str) -> None:
     assert_same(rest, resumed)
 
 
+def test_experts_move_to_where_the_recorded_load_wants_them(tmp_path: Path) -> None:
+    """`placement: auto` takes effect at a resume, evens the recorded load out, and changes no number."""
+    moved = recipe(LAYOUTS["1+2"], pool={"placement": "auto"})
+    resumed = run_training(moved, WHOLE, save_to=tmp_path, resume_from=saved("1+2"))
+    reference = undisturbed()
+    rest = Outcome(reference.scalars[HALF:], {}, reference.weights, reference.val_loss, reference.load_LM)
+    assert_same(rest, resumed)
+    before, after = (placement_of(folder) for folder in (saved("1+2"), tmp_path))
+    assert before.order == tuple(range(8)) != after.order
+    found = newest(saved("1+2"))
+    assert found
+    load_LM = torch.from_numpy(read_load(found[1]))
+    assert load_LM.sum() == 3 * 2 * 8 * 9  # layers, top-k, global batch, sequence
+    assert imbalance(load_LM, after).lockstep < imbalance(load_LM, before).lockstep
+
+
 @pytest.mark.parametrize("after", LAYOUTS)
 def test_moments_are_the_same_ones(after: str, tmp_path: Path) -> None:
     """Loaded into another layout and saved from there at once, every weight and moment is bit for bit what it was."""
@@ -84,10 +100,16 @@ def states(checkpoints: Path) -> dict[str, ParameterState]:
     """Every parameter of the newest checkpoint with its moments; the pool's in the order of global ids."""
     found = newest(checkpoints)
     assert found
-    layout = json.loads((found[1] / "layout.json").read_text())["layout"]
     convert(found[1], 0, 1)
-    everything = SavedCheckpoint(found[1], Placement(tuple(layout["placement"]), layout["ranks"][2]))
+    everything = SavedCheckpoint(found[1], placement_of(checkpoints))
     trunk = Trunk(recipe(COLOCATED), torch.device("cpu"))
     every_expert = tuple(range(8))
     pool = {name: everything.read_experts(name, every_expert) for name in ("w13_e2FD", "w2_eDF")}
     return {name: everything.trunk.read(name) for name, _ in trunk.named_parameters()} | pool
+
+
+def placement_of(checkpoints: Path) -> Placement:
+    found = newest(checkpoints)
+    assert found
+    layout = json.loads((found[1] / "layout.json").read_text())["layout"]
+    return Placement(tuple(layout["placement"]), layout["ranks"][2])
