@@ -3,6 +3,7 @@
 from router.balance import LoadStatistics, balance_coefficients
 from router.calibration import norm_constant
 from router.load import dead_experts, effective_experts, load_imbalance
+from router.norm import norm_scores
 from router.routers import (
     NormRouter,
     Router,
@@ -10,7 +11,6 @@ from router.routers import (
     SigmoidBiasRouter,
     SoftmaxRouter,
     build_router,
-    norm_scores,
     select_experts,
     sigmoid_scores,
     softmax_scores,

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-EPS = 1e-8  # eq. 7
+from router.norm import norm_route
 
 RouterKind = Literal["norm", "softmax", "sigmoid_bias"]
 Scores = Literal["raw", "normalized"]
@@ -25,7 +25,8 @@ class Routing(NamedTuple):
     topk_expert_ids_TK: int64, K distinct experts a token.
     tokens_per_expert_M: int64, how many of the T*K assignments go to each expert; T*K times f_i of METHOD.md.
     mean_scores_M: fp32, differentiable: P_i of METHOD.md, over raw or normalised scores.
-    z_loss: fp32 scalar, differentiable: the mean over tokens of logsumexp(z)^2 (ST-MoE, arXiv:2202.08906, eq. 5).
+    z_loss: fp32 scalar: the mean over tokens of logsumexp(z)^2 (ST-MoE, arXiv:2202.08906, eq. 5), differentiable.
+        A router built without it gives a 0 that has no gradient.
     """
 
     topk_scores_TK: Tensor
@@ -33,20 +34,6 @@ class Routing(NamedTuple):
     tokens_per_expert_M: Tensor
     mean_scores_M: Tensor
     z_loss: Tensor
-
-
-def norm_scores(logits_TM: Tensor, scale: Tensor, constant: float, expert_mask_M: Tensor | None = None) -> Tensor:
-    """s_i = sigma * c * max(0, z_i / (||z||_2 + eps)), eq. 7.
-
-    logits_TM: z, any float dtype. scale: sigma, one element. constant: c, from norm_constant.
-    expert_mask_M: bool, False takes an expert out: its score is 0 and it does not count in ||z||.
-    Returns: scores_TM, fp32. A row without a positive logit has scores 0 and gradients 0, never NaN.
-    """
-    logits_TM = logits_TM.float()
-    if expert_mask_M is not None:
-        logits_TM = logits_TM.masked_fill(~expert_mask_M, 0.0)
-    norm_T1: Tensor = torch.linalg.vector_norm(logits_TM, dim=-1, keepdim=True)
-    return logits_TM.relu() * (scale.float() * constant / (norm_T1 + EPS))
 
 
 def softmax_scores(logits_TM: Tensor, expert_mask_M: Tensor | None = None) -> Tensor:
@@ -78,6 +65,15 @@ def _normalize_per_token(scores_TM: Tensor) -> Tensor:
     return scores_TM / torch.where(sum_T1 == 0, 1.0, sum_T1)
 
 
+def _decide(
+    scores_TM: Tensor, preference_TM: Tensor, top_k: int, normalized: bool, expert_mask_M: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(topk_scores_TK, topk_expert_ids_TK, mean_scores_M) under autograd; the K largest preferences win."""
+    ids_TK = select_experts(preference_TM, top_k, expert_mask_M)
+    balanced_TM = _normalize_per_token(scores_TM) if normalized else scores_TM
+    return scores_TM.gather(-1, ids_TK), ids_TK, balanced_TM.mean(dim=0)
+
+
 def _count_tokens(topk_expert_ids_TK: Tensor, num_experts: int) -> Tensor:
     """Assignments per expert. Not bincount: that waits for the device to learn the largest id."""
     ids = topk_expert_ids_TK.flatten()
@@ -85,17 +81,18 @@ def _count_tokens(topk_expert_ids_TK: Tensor, num_experts: int) -> Tensor:
 
 
 class Router(nn.Module):
-    """One layer's router: z = W h, then scores, then top-k. A subclass says how logits become scores.
+    """One layer's router: z = W h, then scores, then top-k. A subclass says what it decides from the logits.
 
     hidden: D. num_experts: M, the experts that this layer sees. top_k: K. scores: what the mean in P is taken of, the
-    scores themselves ("raw", the paper) or each divided by its token's sum ("normalized").
+    scores themselves ("raw", the paper) or each divided by its token's sum ("normalized"). z_loss: compute it.
     The weight is allocated without values: call reset_parameters or load a checkpoint.
     """
 
-    def __init__(self, hidden: int, num_experts: int, top_k: int, scores: Scores) -> None:
+    def __init__(self, hidden: int, num_experts: int, top_k: int, scores: Scores, z_loss: bool) -> None:
         super().__init__()
         self.top_k = top_k
         self.normalized = scores == "normalized"
+        self.has_z_loss = z_loss
         self.weight_MD = nn.Parameter(torch.empty(num_experts, hidden, dtype=torch.float32))
 
     @torch.no_grad()
@@ -103,13 +100,9 @@ class Router(nn.Module):
         """Weight ~ N(0, std^2) from `generator`, which must live on the weight's device."""
         self.weight_MD.normal_(0.0, std, generator=generator)
 
-    def score(self, logits_TM: Tensor, expert_mask_M: Tensor | None) -> Tensor:
-        """scores_TM, fp32 and differentiable, of fp32 logits."""
+    def decide(self, logits_TM: Tensor, expert_mask_M: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """(topk_scores_TK, topk_expert_ids_TK, mean_scores_M) of Routing, from fp32 logits."""
         raise NotImplementedError
-
-    def preference(self, logits_TM: Tensor, scores_TM: Tensor) -> Tensor:
-        """What top-k orders the experts by. The logits, where scores rise with them: they have no ties at 0."""
-        return logits_TM
 
     def forward(self, h_TD: Tensor, expert_mask_M: Tensor | None = None) -> Routing:
         """Route T >= 1 tokens.
@@ -119,16 +112,19 @@ class Router(nn.Module):
         """
         with torch.autocast(h_TD.device.type, enabled=False):
             logits_TM = F.linear(h_TD.float(), self.weight_MD.float())
-            scores_TM = self.score(logits_TM, expert_mask_M)
-            ids_TK = select_experts(self.preference(logits_TM, scores_TM), self.top_k, expert_mask_M)
-            balanced_TM = _normalize_per_token(scores_TM) if self.normalized else scores_TM
+            topk_scores_TK, ids_TK, mean_scores_M = self.decide(logits_TM, expert_mask_M)
             return Routing(
-                topk_scores_TK=scores_TM.gather(-1, ids_TK),
+                topk_scores_TK=topk_scores_TK,
                 topk_expert_ids_TK=ids_TK,
                 tokens_per_expert_M=_count_tokens(ids_TK, len(self.weight_MD)),
-                mean_scores_M=balanced_TM.mean(dim=0),
-                z_loss=_mask(logits_TM, expert_mask_M).logsumexp(dim=-1).square().mean(),
+                mean_scores_M=mean_scores_M,
+                z_loss=self._z_loss(logits_TM, expert_mask_M),
             )
+
+    def _z_loss(self, logits_TM: Tensor, expert_mask_M: Tensor | None) -> Tensor:
+        if not self.has_z_loss:
+            return logits_TM.new_zeros(())
+        return _mask(logits_TM, expert_mask_M).logsumexp(dim=-1).square().mean()
 
 
 class NormRouter(Router):
@@ -139,8 +135,10 @@ class NormRouter(Router):
     constant: c, from norm_constant; one for the whole model.
     """
 
-    def __init__(self, hidden: int, num_experts: int, top_k: int, scores: Scores, constant: float) -> None:
-        super().__init__(hidden, num_experts, top_k, scores)
+    def __init__(
+        self, hidden: int, num_experts: int, top_k: int, scores: Scores, z_loss: bool, constant: float
+    ) -> None:
+        super().__init__(hidden, num_experts, top_k, scores, z_loss)
         self.constant = constant
         self.sigma = nn.Parameter(torch.ones(1, dtype=torch.float32))
 
@@ -150,24 +148,32 @@ class NormRouter(Router):
         super().reset_parameters(std, generator)
         self.sigma.fill_(1.0)
 
-    def score(self, logits_TM: Tensor, expert_mask_M: Tensor | None) -> Tensor:
-        return norm_scores(logits_TM, self.sigma, self.constant, expert_mask_M)
+    def decide(self, logits_TM: Tensor, expert_mask_M: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        sigma = self.sigma.float()
+        return norm_route(logits_TM, sigma, self.constant, self.top_k, self.normalized, expert_mask_M)
 
 
 class SoftmaxRouter(Router):
-    """The vanilla baseline: softmax over all experts, then top-k; gate values are not renormalised."""
+    """The vanilla baseline: softmax over all experts, then top-k; gate values are not renormalised.
 
-    def score(self, logits_TM: Tensor, expert_mask_M: Tensor | None) -> Tensor:
-        return softmax_scores(logits_TM, expert_mask_M)
+    Its backward is autograd's: the scores' matrix is needed anyway.
+    """
+
+    def decide(self, logits_TM: Tensor, expert_mask_M: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        scores_TM = softmax_scores(logits_TM, expert_mask_M)
+        return _decide(scores_TM, logits_TM, self.top_k, self.normalized, expert_mask_M)
 
 
 class SigmoidBiasRouter(Router):
-    """The aux-free baseline: sigmoid gate values, and an expert bias for the selection only (arXiv:2408.15664)."""
+    """The aux-free baseline: sigmoid gate values, and an expert bias for the selection only (arXiv:2408.15664).
+
+    Its backward is autograd's: the scores' matrix is needed anyway.
+    """
 
     expert_bias_M: Tensor
 
-    def __init__(self, hidden: int, num_experts: int, top_k: int, scores: Scores) -> None:
-        super().__init__(hidden, num_experts, top_k, scores)
+    def __init__(self, hidden: int, num_experts: int, top_k: int, scores: Scores, z_loss: bool) -> None:
+        super().__init__(hidden, num_experts, top_k, scores, z_loss)
         self.register_buffer("expert_bias_M", torch.zeros(num_experts, dtype=torch.float32))
 
     @torch.no_grad()
@@ -176,11 +182,10 @@ class SigmoidBiasRouter(Router):
         super().reset_parameters(std, generator)
         self.expert_bias_M.zero_()
 
-    def score(self, logits_TM: Tensor, expert_mask_M: Tensor | None) -> Tensor:
-        return sigmoid_scores(logits_TM, expert_mask_M)
-
-    def preference(self, logits_TM: Tensor, scores_TM: Tensor) -> Tensor:
-        return scores_TM + self.expert_bias_M
+    def decide(self, logits_TM: Tensor, expert_mask_M: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        scores_TM = sigmoid_scores(logits_TM, expert_mask_M)
+        preference_TM = scores_TM + self.expert_bias_M
+        return _decide(scores_TM, preference_TM, self.top_k, self.normalized, expert_mask_M)
 
     @torch.no_grad()
     def update_bias(self, tokens_per_expert_M: Tensor, rate: float) -> None:
@@ -190,7 +195,7 @@ class SigmoidBiasRouter(Router):
 
 
 def build_router(
-    kind: RouterKind, hidden: int, num_experts: int, top_k: int, scores: Scores, constant: float
+    kind: RouterKind, hidden: int, num_experts: int, top_k: int, scores: Scores, z_loss: bool, constant: float
 ) -> Router:
     """One layer's router of `kind`; the arguments are those of Router, and `constant` serves "norm" only.
 
@@ -200,9 +205,9 @@ def build_router(
         raise ValueError(f"balance.scores is {scores!r}: it must be raw or normalized")
     match kind:
         case "norm":
-            return NormRouter(hidden, num_experts, top_k, scores, constant)
+            return NormRouter(hidden, num_experts, top_k, scores, z_loss, constant)
         case "softmax":
-            return SoftmaxRouter(hidden, num_experts, top_k, scores)
+            return SoftmaxRouter(hidden, num_experts, top_k, scores, z_loss)
         case "sigmoid_bias":
-            return SigmoidBiasRouter(hidden, num_experts, top_k, scores)
+            return SigmoidBiasRouter(hidden, num_experts, top_k, scores, z_loss)
     raise ValueError(f"router.kind is {kind!r}: it must be norm, softmax or sigmoid_bias")

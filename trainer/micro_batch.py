@@ -131,7 +131,7 @@ class Objective:
         scale: weight of this micro-batch in its trunk rank's mean: 1 / micro-batches.
         coefficients: gives coeffs_LM (`router.balance_coefficients`) from the micro-batch's own tokens_per_expert_LM,
             or None while there is no balance loss. Called once, between forward and backward.
-        z_loss: coefficient of the router z-loss.
+        z_loss: coefficient of the router z-loss; at 0 the routers do not compute it.
         recompute: run the segments again in backward instead of keeping their activations.
     """
 

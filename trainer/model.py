@@ -79,6 +79,7 @@ class Block(nn.Module):
                 recipe.experts_per_layer,
                 recipe.router.top_k,
                 recipe.balance.scores,
+                recipe.router.z_loss > 0,
                 constant,
             )
 

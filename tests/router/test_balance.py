@@ -63,7 +63,7 @@ def test_groups_must_divide_layers() -> None:
 def test_only_the_router_gets_gradient(scores: str) -> None:
     """The load enters as a constant; the gradient is that of the mean scores with f held fixed."""
     torch.manual_seed(0)
-    router = build_router("norm", hidden=7, num_experts=M, top_k=2, scores=scores, constant=2.0)
+    router = build_router("norm", hidden=7, num_experts=M, top_k=2, scores=scores, z_loss=False, constant=2.0)
     router.reset_parameters(0.5)
     h_TD = torch.randn(9, 7, requires_grad=True)
     routing = router(h_TD)

@@ -28,7 +28,7 @@ def assert_close(actual: torch.Tensor, expected: Any, tolerance: float = 1e-5) -
 
 def router_on_logits(num_experts: int, top_k: int, sigma: float, constant: float) -> NormRouter:
     """A router whose input is its logits: the weight is the identity, so that z = h exactly."""
-    router = NormRouter(num_experts, num_experts, top_k, "raw", constant)
+    router = NormRouter(num_experts, num_experts, top_k, "raw", False, constant)
     with torch.no_grad():
         router.weight_MD.copy_(torch.eye(num_experts))
         router.sigma.fill_(sigma)

@@ -4,10 +4,13 @@ Letters: T tokens, D hidden, M experts, K top-k.
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from router import Router, Routing, build_router, norm_scores, select_experts, sigmoid_scores, softmax_scores
 
@@ -17,7 +20,7 @@ CONSTANT = 2.5
 
 
 def make_router(kind: str, top_k: int, scores: str = "raw", num_experts: int = M) -> Router:
-    router = build_router(kind, D, num_experts, top_k, scores, CONSTANT)
+    router = build_router(kind, D, num_experts, top_k, scores, True, CONSTANT)
     router.reset_parameters(0.7, torch.Generator().manual_seed(5))
     with torch.no_grad():
         if kind == "norm":
@@ -108,7 +111,7 @@ def test_values_and_gradients(kind: str, top_k: int, scores: str, masked: bool) 
 @pytest.mark.parametrize("top_k", [1, 4, M])
 def test_rows_without_a_positive_logit(kind: str, scores: str, top_k: int) -> None:
     """Row 0 all zero, row 1 all negative, row 2 with two positives: finite values and gradients, distinct experts."""
-    router = build_router(kind, M, M, top_k, scores, CONSTANT)  # the weight is the identity: z = h
+    router = build_router(kind, M, M, top_k, scores, True, CONSTANT)  # the weight is the identity: z = h
     with torch.no_grad():
         router.weight_MD.copy_(torch.eye(M))
     z = -torch.rand(3, M, generator=torch.Generator().manual_seed(1)) - 0.1
@@ -140,7 +143,7 @@ def test_a_zero_row_counts_in_the_mean_as_zero() -> None:
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_masked_experts_are_not_selected(kind: str, sign: float) -> None:
     """Even if every unmasked logit is negative, or every masked one is larger."""
-    router = build_router(kind, M, M, 3, "raw", CONSTANT)
+    router = build_router(kind, M, M, 3, "raw", True, CONSTANT)
     with torch.no_grad():
         router.weight_MD.copy_(torch.eye(M))
     mask_M = torch.tensor([i in (2, 5, 10) for i in range(M)])
@@ -201,8 +204,40 @@ def test_expert_bias_moves_the_selection_only() -> None:
     torch.testing.assert_close(routing.topk_scores_TK[:, 0], torch.sigmoid(logits[:, 4]))
 
 
+class CalledFunctions(TorchFunctionMode):
+    """Collects the names of torch's functions and methods that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.names.add(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_z_loss_is_computed_only_where_it_is_wanted(kind: str) -> None:
+    """Without it: a zero without gradient, everything else bit for bit the same, and no logsumexp."""
+    h_TD = hidden_states()
+    with CalledFunctions() as called:
+        expected = make_router(kind, 2)(h_TD)
+    assert "logsumexp" in called.names
+    assert expected.z_loss > 0 and expected.z_loss.requires_grad
+    router = build_router(kind, D, M, 2, "raw", False, CONSTANT)
+    router.load_state_dict(make_router(kind, 2).state_dict())
+    with CalledFunctions() as called:
+        routing = router(h_TD)
+    assert "linear" in called.names and "logsumexp" not in called.names
+    assert routing.z_loss.shape == () and routing.z_loss.dtype == torch.float32
+    assert routing.z_loss == 0 and not routing.z_loss.requires_grad
+    assert all(torch.equal(a, b) for a, b in zip(routing[:4], expected[:4], strict=True))
+
+
 def test_update_bias() -> None:
-    router = build_router("sigmoid_bias", D, 5, 1, "raw", CONSTANT)
+    router = build_router("sigmoid_bias", D, 5, 1, "raw", True, CONSTANT)
     router.update_bias(torch.tensor([10, 0, 4, 5, 1]), rate=1e-3)  # mean 4
     router.update_bias(torch.tensor([10, 0, 4, 3, 3]), rate=1e-3)
     torch.testing.assert_close(router.expert_bias_M, torch.tensor([-2e-3, 2e-3, 0.0, 0.0, 2e-3]))
@@ -215,7 +250,7 @@ def test_selection_takes_the_largest() -> None:
 
 
 def test_reset_parameters() -> None:
-    routers = [build_router(kind, 64, 96, 1, "raw", CONSTANT) for kind in KINDS]
+    routers = [build_router(kind, 64, 96, 1, "raw", True, CONSTANT) for kind in KINDS]
     with torch.no_grad():
         for tensor in (routers[0].sigma, routers[2].expert_bias_M):
             tensor.fill_(5.0)
@@ -232,6 +267,6 @@ def test_reset_parameters() -> None:
 
 def test_unknown_words_are_refused() -> None:
     with pytest.raises(ValueError, match=r"router.kind is 'cosine': it must be norm, softmax or sigmoid_bias"):
-        build_router("cosine", D, M, 1, "raw", CONSTANT)
+        build_router("cosine", D, M, 1, "raw", True, CONSTANT)
     with pytest.raises(ValueError, match=r"balance.scores is 'mean': it must be raw or normalized"):
-        build_router("norm", D, M, 1, "mean", CONSTANT)
+        build_router("norm", D, M, 1, "mean", True, CONSTANT)

@@ -1,0 +1,124 @@
+"""NormRouter's arithmetic, eq. 7: the plain form, and the cheap one that training uses, with its backward by hand.
+
+Letters: T tokens, M experts this layer sees, K top-k.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+EPS = 1e-8  # eq. 7
+
+
+def norm_scores(logits_TM: Tensor, scale: Tensor, constant: float, expert_mask_M: Tensor | None = None) -> Tensor:
+    """s_i = sigma * c * max(0, z_i / (||z||_2 + eps)), eq. 7, of every expert, under autograd.
+
+    logits_TM: z, any float dtype. scale: sigma, one element. constant: c, from norm_constant.
+    expert_mask_M: bool, False takes an expert out: its score is 0 and it does not count in ||z||.
+    Returns: scores_TM, fp32. A row without a positive logit has scores 0 and gradients 0, never NaN.
+    """
+    logits_TM = logits_TM.float()
+    if expert_mask_M is not None:
+        logits_TM = logits_TM.masked_fill(~expert_mask_M, 0.0)
+    norm_T1: Tensor = torch.linalg.vector_norm(logits_TM, dim=-1, keepdim=True)
+    return logits_TM.relu() * (scale.float() * constant / (norm_T1 + EPS))
+
+
+def norm_route(
+    logits_TM: Tensor, sigma: Tensor, constant: float, top_k: int, normalized: bool, expert_mask_M: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gate values, experts and mean scores of eq. 7, without the (T, M) matrix of scores.
+
+    A token's norm and the scale do not change the order of its experts, so top-k reads the logits and only the K
+    winners become gate values; the mean scores are one product of a matrix and a vector.
+
+    logits_TM: z, fp32 or float64. sigma: (1,), the same dtype. constant: c. expert_mask_M: as in norm_scores; a masked
+    expert is chosen only after all others. normalized: each token's scores are divided by their sum before the mean,
+    so that sigma and the norm cancel.
+    Returns: topk_scores_TK, topk_expert_ids_TK (int64), mean_scores_M. The scores are differentiable, once; a row
+    without a positive logit has gradient 0, never NaN.
+    """
+    topk_scores_TK, ids_TK, mean_scores_M = _NormRoute.apply(
+        logits_TM, sigma, constant, top_k, normalized, expert_mask_M
+    )
+    return topk_scores_TK, ids_TK, mean_scores_M
+
+
+class _NormRoute(torch.autograd.Function):
+    """With r = relu(z), gain = sigma * c / (||z|| + eps) and w the K winners of each token:
+
+    topk_scores_TK = gain * r_w
+    mean_scores_M = sum over tokens of weight * r / T, weight = gain (raw) or 1 / sum of r (normalized)
+
+    Without a mask, forward and backward make one (T, M) buffer each; between them only z is kept.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits_TM: Tensor,
+        sigma: Tensor,
+        constant: float,
+        top_k: int,
+        normalized: bool,
+        expert_mask_M: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if expert_mask_M is None:
+            winners_TK, ids_TK = logits_TM.topk(top_k, dim=-1)
+        else:
+            winners_TK, ids_TK = logits_TM.masked_fill(~expert_mask_M, float("-inf")).topk(top_k, dim=-1)
+            logits_TM = logits_TM.masked_fill(~expert_mask_M, 0.0)
+        winners_TK.relu_()
+        norm_T1 = torch.linalg.vector_norm(logits_TM, dim=-1, keepdim=True)
+        gain_T1 = sigma * constant / (norm_T1 + EPS)
+
+        active_TM = logits_TM.relu()
+        weight_T1 = _reciprocal(active_TM.sum(dim=-1, keepdim=True)) if normalized else gain_T1
+        mean_scores_M = torch.mv(active_TM.T, weight_T1.squeeze(-1)) / len(logits_TM)
+
+        ctx.constant, ctx.normalized = constant, normalized
+        ctx.save_for_backward(logits_TM, winners_TK, ids_TK, norm_T1, gain_T1, weight_T1)
+        ctx.mark_non_differentiable(ids_TK)
+        ctx.set_materialize_grads(False)
+        return winners_TK * gain_T1, ids_TK, mean_scores_M
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, d_topk_TK: Tensor | None, _d_ids_TK: None, d_mean_M: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        logits_TM, winners_TK, ids_TK, norm_T1, gain_T1, weight_T1 = ctx.saved_tensors
+        d_gain_T1 = torch.zeros_like(gain_T1)
+        if d_topk_TK is not None:
+            d_gain_T1 += (d_topk_TK * winners_TK).sum(dim=-1, keepdim=True)
+
+        # Through r: on positive logits only. The sum of r (normalized) takes the same from each of them.
+        if d_mean_M is None:
+            d_logits_TM = torch.zeros_like(logits_TM)
+        else:
+            d_mean_M = d_mean_M / len(logits_TM)
+            d_logits_TM = logits_TM.relu()
+            d_weight_T1 = torch.mv(d_logits_TM, d_mean_M).unsqueeze(-1)
+            if ctx.normalized:
+                torch.sub(d_mean_M, d_weight_T1 * weight_T1, out=d_logits_TM).mul_(weight_T1)
+            else:
+                torch.mul(d_mean_M, weight_T1, out=d_logits_TM)
+                d_gain_T1 += d_weight_T1
+            # relu's own backward, in place: a comparison and masked_fill_ cost ten times as much on a CPU.
+            torch.ops.aten.threshold_backward.grad_input(d_logits_TM, logits_TM, 0, grad_input=d_logits_TM)
+        if d_topk_TK is not None:
+            d_logits_TM.scatter_add_(-1, ids_TK, d_topk_TK * gain_T1 * winners_TK.sign())
+
+        # Through the norm, on every logit.
+        inverse_T1 = (norm_T1 + EPS).reciprocal()
+        along_T1 = torch.where(norm_T1 == 0, 0.0, d_gain_T1 / norm_T1) * inverse_T1 * gain_T1
+        d_logits_TM.addcmul_(logits_TM, along_T1, value=-1)
+        d_sigma = ctx.constant * (d_gain_T1 * inverse_T1).sum(dim=0)
+        return d_logits_TM, d_sigma, None, None, None, None
+
+
+def _reciprocal(sum_T1: Tensor) -> Tensor:
+    """1 / sum; 1 where the sum is 0 or too small to have a finite reciprocal."""
+    return torch.where(sum_T1 < torch.finfo(sum_T1.dtype).tiny, 1.0, sum_T1).reciprocal()
