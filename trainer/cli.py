@@ -7,14 +7,17 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from trainer.config import load_recipe, recipe_names
+from trainer.config import Recipe, load_recipe, recipe_names
 from trainer.errors import UserError
 
 if TYPE_CHECKING:
+    from trainer.forecast import Forecast
+    from trainer.hardware import Hardware
     from trainer.schedule import Prediction
 
 
@@ -36,11 +39,13 @@ def _end(line: str) -> None:
     sys.exit(2)
 
 
+_set_option = click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key, as in --set train.steps=100."
+)
+
+
 def _recipe_arguments(command: Callable[..., Any]) -> Callable[..., Any]:
-    command = click.option(
-        "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key, as in --set train.steps=100."
-    )(command)
-    return click.argument("recipe")(command)
+    return click.argument("recipe")(_set_option(command))
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -114,15 +119,36 @@ def prepare(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
 @_recipe_arguments
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--simulate", is_flag=True, help="Simulate a step with 1 to 4 lanes: time, and use of both sides.")
-def plan(recipe: str, overrides: tuple[str, ...], as_json: bool, simulate: bool) -> None:
+@click.option(
+    "--hardware", metavar="NAME|FILE", help="Predict seconds a step: h100, h200, a100, or a profile made by `bench`."
+)
+@click.option("--devices", type=int, help="Split this many devices; default: the recipe's ranks.  [with --hardware]")
+@click.option(
+    "--interconnect",
+    type=float,
+    metavar="GBIT/S",
+    help="Link of a rank, each way; default: the hardware's own.  [with --hardware]",
+)
+def plan(
+    recipe: str,
+    overrides: tuple[str, ...],
+    as_json: bool,
+    simulate: bool,
+    hardware: str | None,
+    devices: int | None,
+    interconnect: float | None,
+) -> None:
     """Print parameters, memory, tokens, FLOPs and the recommended trunk:pool split of RECIPE.
+
+    With --hardware also what a step would last there, whether the wire binds, and the best splits of the devices.
 
     \b
     Examples:
       unipool plan unipool-182m
       unipool plan unipool-182m --simulate
+      unipool plan unipool-182m --hardware h100 --devices 16 --interconnect 400
     """
-    from trainer.plan import make_plan, print_plan, print_predictions
+    from trainer.plan import make_plan, print_forecast, print_plan, print_predictions
 
     checked = load_recipe(recipe, overrides)
     made = make_plan(checked)
@@ -133,12 +159,80 @@ def plan(recipe: str, overrides: tuple[str, ...], as_json: bool, simulate: bool)
         if checked.topology.colocated:
             raise UserError("--simulate: parallel.pool_ranks = 0: a colocated pool has nothing to overlap with")
         predictions = predict(checked)
+    outlook = _forecast(checked, hardware, devices, interconnect)
     if as_json:
-        print(json.dumps(made.to_json() | {"simulated": [asdict(p) for p in predictions]}))
+        tree = made.to_json() | {"simulated": [asdict(p) for p in predictions]}
+        if outlook:
+            own, best, found = outlook
+            tree["predicted"] = asdict(own) | {"hardware": asdict(found), "splits": [asdict(f) for f in best]}
+        print(json.dumps(tree))
         return
     print_plan(made)
     if predictions:
         print_predictions(predictions)
+    if outlook:
+        print_forecast(*outlook)
+
+
+def _forecast(
+    recipe: Recipe, name: str | None, devices: int | None, interconnect: float | None
+) -> tuple[Forecast, tuple[Forecast, ...], Hardware] | None:
+    """The recipe's own step and the best splits; None without --hardware.
+
+    A model without a pool has no splits; a colocated one has them where --devices asks.
+    """
+    if name is None:
+        for option, value in (("--devices", devices), ("--interconnect", interconnect)):
+            if value is not None:
+                raise UserError(f"{option} {value:g}: goes with --hardware, as in --hardware h100")
+        return None
+    from trainer.forecast import best_splits, forecast
+    from trainer.hardware import bytes_a_second, find_hardware
+
+    hardware = find_hardware(name)
+    link = None if interconnect is None else bytes_a_second(interconnect)
+    if devices is not None and recipe.model.ffn == "dense":
+        raise UserError(f"--devices {devices}: model.ffn = dense: there is no pool to split from the trunk")
+    if devices is not None and devices < 2:
+        raise UserError(f"--devices {devices}: must be at least 2, a trunk rank and a pool rank")
+    best: tuple[Forecast, ...] = ()
+    if devices is not None or not recipe.topology.colocated:
+        try:
+            best = best_splits(recipe, devices or recipe.topology.world_size, hardware, link)
+        except UserError:
+            if devices is not None:  # else nobody asked for splits, and the recipe's own step has its say
+                raise
+    return forecast(recipe, hardware, link), best, hardware
+
+
+@cli.command()
+@click.argument("recipe", default="quickstart")
+@_set_option
+@click.option("--out", type=click.Path(path_type=Path), default="profile.json", show_default=True, help="The profile.")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Default: cuda where there is one.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def bench(recipe: str, overrides: tuple[str, ...], out: Path, device: str | None, as_json: bool) -> None:
+    """Measure what this machine does with the shapes of RECIPE (default: quickstart); save that for `plan --hardware`.
+
+    Products, memory, experts, router, a layer and the head of the trunk, and the wire between two processes; some
+    minutes at most.
+
+    \b
+    Examples:
+      unipool bench
+      unipool bench unipool-182m --device cuda --out h100.json
+      unipool plan unipool-182m --hardware h100.json
+    """
+    checked = load_recipe(recipe, overrides)
+    from trainer.bench import pick_device, run
+    from trainer.bench_tables import print_profile
+
+    profile = run(checked, pick_device(device), out)
+    if as_json:
+        print(json.dumps(asdict(profile)))
+        return
+    print_profile(profile)
+    print(f"saved {out}: unipool plan {recipe} --hardware {out}")
 
 
 @cli.command()

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
     from rich.table import Table
 
+    from trainer.forecast import Forecast, WireUse
+    from trainer.hardware import Hardware
     from trainer.schedule import Prediction
 
 ASSUMPTIONS = (
@@ -133,6 +135,79 @@ def print_predictions(predictions: Sequence[Prediction]) -> None:
             str(p.lanes), "yes" if p.stagger else "no", f"{p.slowdown:.2f}", *shares, f"{p.requests_a_slot:.1f}"
         )
     Console().print(table, "[dim]- Nominal costs by FLOPs, even load; ideal is the busier side's work alone.[/dim]")
+
+
+FORECAST_ASSUMPTIONS = (
+    "Predicted by simulating a step in seconds, at an even load; its end is the gradients' reduction and AdamW.",
+    "Transfers are delays that do not queue; a step lasts at least as long as the busiest link's bytes.",
+    "Best splits divide batch and experts evenly and fill, as estimated, at most 90% of a rank's memory.",
+)
+
+
+def print_forecast(own: Forecast, best: Sequence[Forecast], hardware: Hardware) -> None:
+    """What a step would last on some hardware, and the best splits of the devices, as tables on stdout."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    console.print(_forecast_table(own, hardware))
+    if own.wire:
+        console.print(_wire_line(own.lanes, own.wire))
+    if best:
+        console.print(_best_table(best))
+    for line in (*hardware.assumptions, *FORECAST_ASSUMPTIONS[: 3 if best else 2 if own.wire else 1]):
+        console.print(f"[dim]- {line}[/dim]")
+
+
+def _forecast_table(own: Forecast, hardware: Hardware) -> Table:
+    where = f"{own.trunk_ranks} trunk + {own.pool_ranks} pool ranks, {own.lanes} lanes"
+    table = _table("Predicted step", hardware.name, where if own.pool_ranks else f"{own.trunk_ranks} ranks")
+    table.add_row("a step", _seconds(own.seconds))
+    table.add_row("of it, its end", _seconds(own.step_end))
+    table.add_row("tokens/s", human(own.tokens_per_second))
+    table.add_row("MFU, of all ranks' peak", f"{own.mfu:.1%}")
+    table.add_row("trunk busy", f"{own.trunk_busy:.0%}")
+    table.add_row("pool busy", f"{own.pool_busy:.0%}")
+    table.add_row("memory of the fullest rank, about", f"{own.memory / hardware.memory:.0%}")
+    if own.wire:
+        table.add_row(f"link of a {own.wire.role} rank, each way", f"{own.wire.needed / own.wire.available:.0%}")
+    return table
+
+
+def _wire_line(lanes: int, wire: WireUse) -> str:
+    rates = f"a {wire.role} rank needs {_rate(wire.needed)} each way and has {_rate(wire.available)}"
+    slower = f"step {wire.slowdown:.2f}x slower"
+    if wire.binds:
+        return f"[bold]The wire binds[/bold]: {rates}; {slower}."
+    if wire.slowdown > 1.05:
+        return f"The wire does not bind ({rates}), but {lanes} lanes do not hide its delays: {slower}."
+    return f"The wire does not bind: {rates}; {slower}."
+
+
+def _best_table(best: Sequence[Forecast]) -> Table:
+    devices = best[0].trunk_ranks + best[0].pool_ranks
+    columns = ("trunk + pool", "shards", "lanes", "step", "tokens/s", "MFU", "busy", "link")
+    table = _table(f"Best splits of {devices} devices", *columns)
+    for f in best:
+        assert f.wire is not None
+        table.add_row(
+            f"{f.trunk_ranks} + {f.pool_ranks}",
+            str(f.expert_parallel),
+            str(f.lanes),
+            _seconds(f.seconds),
+            human(f.tokens_per_second),
+            f"{f.mfu:.1%}",
+            f"{f.trunk_busy:.0%}, {f.pool_busy:.0%}",
+            f"{f.wire.needed / f.wire.available:.0%}",
+        )
+    return table
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
+
+
+def _rate(bytes_a_second: float) -> str:
+    return f"{bytes_a_second / 1e9:.3g} GB/s"
 
 
 def _table(title: str, *columns: str) -> Table:

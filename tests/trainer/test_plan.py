@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from pool.experts import ExpertShard
+from trainer.cli import cli
 from trainer.config import Recipe, load_recipe, recipe_names
 from trainer.costs import FP32, Memory, count_flops, count_parameters, estimate_memory
 from trainer.drive import LocalPool, NoPool
+from trainer.errors import UserError
 from trainer.micro_batch import Objective, PoolMap, train_dense_micro_batch, train_micro_batch
 from trainer.model import Trunk
 from trainer.plan import human, make_plan, print_plan
@@ -249,6 +254,49 @@ def test_tables(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert ("777.9M" if name == "unipool-182m" else "182.5M") in text
     assert ("recommended" in text) == (name == "unipool-182m")
     assert "Memory is an estimate" in text
+
+
+def unipool(*arguments: str) -> Any:
+    return CliRunner().invoke(cli, ["plan", *arguments])
+
+
+@pytest.mark.parametrize(("gbit", "said"), [("100", "The wire binds: a pool rank needs"), ("400", "does not bind")])
+def test_predicted_step_says_whether_the_wire_binds(gbit: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    text = unipool("unipool-182m", "--hardware", "h100", "--interconnect", gbit).output
+    assert said in " ".join(text.split())
+    assert "Predicted step" in text and "Best splits of 8 devices" in text and "Assumed, not measured" in text
+    assert "…" not in text
+
+
+def test_predicted_step_as_json() -> None:
+    tree = json.loads(unipool("unipool-182m", "--hardware", "h100", "--devices", "6", "--json").output)
+    predicted = tree["predicted"]
+    assert predicted["trunk_ranks"] == 4 and predicted["hardware"]["name"] == "h100"
+    assert all(split["trunk_ranks"] + split["pool_ranks"] == 6 for split in predicted["splits"])
+    assert "predicted" not in json.loads(unipool("unipool-182m", "--json").output)
+
+
+@pytest.mark.parametrize("arguments", [("dense-182m",), ("unipool-182m", "--set", "parallel.pool_ranks=0")])
+def test_predicted_step_without_pool_ranks(arguments: tuple[str, ...]) -> None:
+    text = unipool(*arguments, "--hardware", "a100").output
+    assert "Predicted step" in text and "Best splits" not in text and "wire" not in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("unipool-182m", "--devices", "4"), "--devices 4: goes with --hardware"),
+        (("unipool-182m", "--interconnect", "4"), "--interconnect 4: goes with --hardware"),
+        (("unipool-182m", "--hardware", "h100", "--devices", "1"), "--devices 1: must be at least 2"),
+        (("unipool-182m", "--hardware", "h100", "--interconnect", "-1"), "--interconnect -1: must be"),
+        (("unipool-182m", "--hardware", "h10"), "--hardware h10: neither"),
+        (("dense-182m", "--hardware", "h100", "--devices", "4"), "there is no pool"),
+    ],
+)
+def test_wrong_options_of_a_prediction(arguments: tuple[str, ...], said: str) -> None:
+    error = unipool(*arguments).exception
+    assert isinstance(error, UserError) and said in str(error) and "\n" not in str(error)
 
 
 def test_human_numbers() -> None:
