@@ -212,8 +212,9 @@ def _layer_activations(recipe: Recipe) -> int:
     if m.ffn == "dense":
         # the input, both halves of the hidden layer, silu of one, their product
         return attention + norms + compute * (D + 4 * F)
-    # the router's input and three tensors of scores; dispatched rows; the answer, and in fp32 for the gate's gradient
-    return attention + norms + FP32 * (D + 3 * M) + K * D * (2 * compute + FP32)
+    scores = 1 if recipe.router.kind == "norm" else 3
+    # the router's input and (T, M) tensors; dispatched rows; the answer, and in fp32 for the gate's gradient
+    return attention + norms + FP32 * (D + scores * M) + K * D * (2 * compute + FP32)
 
 
 def _pool_memory(recipe: Recipe, in_flight: int) -> Memory:

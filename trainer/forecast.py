@@ -76,14 +76,15 @@ def forecast(recipe: Recipe, hardware: Hardware, interconnect: float | None = No
     Args:
         interconnect: bytes/s of a rank each way; None: the hardware's own.
     """
-    p, topology = recipe.parallel, recipe.topology
+    topology = recipe.topology
     costs = seconds(recipe, hardware, interconnect)
+    lanes = recipe.parallel.lanes or choose_lanes(recipe, costs)
     end = step_end(recipe, hardware, interconnect)
-    step = simulate_step(recipe, p.lanes, costs)
+    step = simulate_step(recipe, lanes, costs)
     taken = step.seconds + end
     wire = None
     if not topology.colocated:
-        free = simulate_step(recipe, p.lanes, replace(costs, transfer=0.0)).seconds
+        free = simulate_step(recipe, lanes, replace(costs, transfer=0.0)).seconds
         available = interconnect or hardware.wire_bandwidth
         role, traffic = _traffic(recipe)
         taken = max(step.seconds, traffic / available) + end
@@ -94,14 +95,14 @@ def forecast(recipe: Recipe, hardware: Hardware, interconnect: float | None = No
         topology.trunk_ranks,
         topology.pool_ranks,
         topology.expert_parallel,
-        p.lanes,
+        lanes,
         seconds=taken,
         step_end=end,
         tokens_per_second=tokens / taken,
         mfu=count_flops(recipe).training * tokens / (taken * peak),
         trunk_busy=step.trunk_busy * step.seconds / taken,
         pool_busy=step.pool_busy * step.seconds / taken,
-        memory=_fullest(recipe),
+        memory=_fullest(recipe, lanes),
         wire=wire,
     )
 
@@ -174,21 +175,13 @@ def _least_seconds(layout: Recipe, hardware: Hardware, interconnect: float | Non
 
 def _with_fitting_lanes(layout: Recipe, hardware: Hardware, interconnect: float | None) -> Recipe | None:
     """The layout with the lanes of its choice, or as many fewer as fit into memory; None if one does not."""
-    if not _fits(_with_lanes(layout, 1), hardware):
-        return None
     lanes = choose_lanes(layout, seconds(layout, hardware, interconnect))
-    while not _fits(_with_lanes(layout, lanes), hardware):
+    while lanes and _fullest(layout, lanes) > FILLED * hardware.memory:
         lanes -= 1
-    return _with_lanes(layout, lanes)
-
-
-def _with_lanes(layout: Recipe, lanes: int) -> Recipe:
+    if not lanes:
+        return None
     return layout.model_copy(update={"parallel": layout.parallel.model_copy(update={"lanes": lanes})})
 
 
-def _fits(layout: Recipe, hardware: Hardware) -> bool:
-    return _fullest(layout) <= FILLED * hardware.memory
-
-
-def _fullest(layout: Recipe) -> int:
-    return max(memory.total for memory in estimate_memory(layout))
+def _fullest(layout: Recipe, lanes: int) -> int:
+    return max(memory.total for memory in estimate_memory(layout, lanes))

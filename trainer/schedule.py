@@ -12,6 +12,7 @@ from pool.plan import Plan, forward_only_plan
 from pool.simulate import Costs, evaluation_plan, training_plan
 from trainer.config import Recipe
 from trainer.costs import count_flops
+from trainer.lanes import choose_lanes
 
 LAUNCH_SHARE = 0.1
 """Cost of a slot however small, as a share of one request's: the weights' way through memory."""
@@ -32,9 +33,6 @@ def nominal_costs(recipe: Recipe) -> Costs:
         transfer=TRANSFER_SHARE * trunk_layer,
     )
 
-
-MOST_LANES = 8
-COLOCATED_LANES = 2
 
 
 @dataclass(frozen=True)
@@ -76,20 +74,6 @@ class Schedule:
         if saved["shape"] != _shape(recipe) or recipe.parallel.lanes not in (None, saved["lanes"]):
             return None
         return cls(recipe, saved["lanes"], Costs(**saved["costs"]))
-
-
-def choose_lanes(recipe: Recipe, costs: Costs) -> int:
-    """The fewest lanes whose simulated step takes at most 3 % longer than the best number's, of 1 to 8.
-
-    Colocated lanes have nothing to hide but are served in one launch; each costs activations.
-    """
-    if recipe.model.ffn == "dense":
-        return 1
-    most = min(MOST_LANES, recipe.micro_batches)
-    if recipe.topology.colocated:
-        return min(COLOCATED_LANES, most)
-    seconds = [Schedule(recipe, lanes, costs).step.seconds for lanes in range(1, most + 1)]
-    return next(lanes for lanes, s in enumerate(seconds, 1) if s <= 1.03 * min(seconds))
 
 
 def make_schedule(recipe: Recipe) -> Schedule:

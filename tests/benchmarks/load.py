@@ -40,7 +40,7 @@ from pool.plan import RequestKey, Slot, lockstep_plan
 from pool.topology import Topology
 from tests.benchmarks.report import print_report
 from trainer.config import Recipe, load_recipe
-from trainer.schedule import plan_step
+from trainer.schedule import make_schedule
 
 Counts = NDArray[np.int64]
 
@@ -97,11 +97,11 @@ def measure(recipe: Recipe, shards: int, load_NLM: Counts) -> dict[str, list[flo
     recipe = in_layout(recipe, shards)
     topology, layers = recipe.topology, recipe.model.layers
     served = RANKS // topology.replicas
-    open_requests = served * min(recipe.parallel.lanes, MICRO_BATCHES)
     half, block = len(load_NLM) // 2, RANKS * MICRO_BATCHES
     load_LM = torch.from_numpy(load_NLM[:half].sum(0))
     lockstep = tuple(lockstep_plan(RANKS, MICRO_BATCHES, layers))
-    staggered = plan_step(recipe).slots
+    schedule = make_schedule(recipe)
+    staggered, open_requests = schedule.step.slots, served * schedule.lanes
     naive = contiguous(recipe.pool.experts, recipe.model.groups, shards)
     placed = balanced(load_LM, shards, recipe.model.groups)
     modes = {

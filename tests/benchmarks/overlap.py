@@ -18,7 +18,7 @@ from tests.benchmarks.report import print_report, ratios
 from tests.distributed import run_ranks
 from tests.training import tokens
 from trainer.config import Recipe
-from trainer.schedule import plan_step
+from trainer.schedule import Schedule
 
 LANES = (1, 2, 4)
 STEPS_A_ROUND = 2
@@ -59,19 +59,21 @@ def measure(job_recipe: Recipe, rounds: int) -> dict[str, Any]:
     from trainer.data.batches import SequenceStream
     from trainer.job import Job, read_launch
     from trainer.pool_rank import PoolRank
-    from trainer.train import optimizer_step
+    from trainer.train import agreed_placement, optimizer_step
     from trainer.trunk_rank import TrunkRank
 
     job = Job(job_recipe, read_launch())
     data = tokens(job_recipe)
+    placement = agreed_placement(job, job_recipe, None)
+    assert placement
     role: TrunkRank | PoolRank
     if job.is_trunk:
-        role = TrunkRank(job_recipe, job, SequenceStream(data, 0), SequenceStream(data, None))
+        role = TrunkRank(job_recipe, job, placement, SequenceStream(data, 0), SequenceStream(data, None))
     else:
-        role = PoolRank(job_recipe, job)
+        role = PoolRank(job_recipe, job, placement)
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[job.rank % len(cores)]})  # this thread only: gloo's threads stay free
-    plans = {lanes: plan_step(_with_lanes(job_recipe, lanes)) for lanes in LANES}
+    plans = {lanes: Schedule(_staggered(job_recipe, lanes > 1), lanes, job.schedule.costs).step for lanes in LANES}
     seconds: dict[int, list[float]] = {lanes: [] for lanes in LANES}
     waits: dict[int, list[float]] = {lanes: [] for lanes in LANES}
     step = 0
@@ -92,8 +94,8 @@ def measure(job_recipe: Recipe, rounds: int) -> dict[str, Any]:
     return {"seconds": seconds, "waits": waits, "predicted": predicted}
 
 
-def _with_lanes(job_recipe: Recipe, lanes: int) -> Recipe:
-    parallel = job_recipe.parallel.model_copy(update={"lanes": lanes, "stagger": lanes > 1})
+def _staggered(job_recipe: Recipe, stagger: bool) -> Recipe:
+    parallel = job_recipe.parallel.model_copy(update={"stagger": stagger})
     return job_recipe.model_copy(update={"parallel": parallel})
 
 

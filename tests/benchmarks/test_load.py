@@ -26,7 +26,7 @@ from tests.benchmarks.load import (
     work_in_windows,
 )
 from trainer.config import Recipe, load_recipe
-from trainer.schedule import plan_step
+from trainer.schedule import make_schedule
 
 BLOCK = RANKS * MICRO_BATCHES
 
@@ -100,7 +100,7 @@ def test_every_micro_batch_of_a_block_is_used(recipe: Recipe) -> None:
     load_NLS = by_shard(load_NLM, Placement(tuple(range(64)), 4))
     work = 0
     for replica in range(2):
-        requests = requests_of(replica, layout.topology, plan_step(layout).slots)
+        requests = requests_of(replica, layout.topology, make_schedule(layout).step.slots)
         work += work_in_windows(requests, load_NLS, RANKS, size=1, stride=1).sum(0)
     assert work.tolist() == (2 * load_NLM.reshape(-1, 4, 16).sum((0, 2))).tolist()
 
@@ -125,7 +125,7 @@ def test_staggered_is_that_of_the_loop(recipe: Recipe) -> None:
     parallel = recipe.parallel.model_copy(update={"lanes": 3})
     recipe = recipe.model_copy(update={"parallel": parallel})
     load_NLM = recording(2 * BLOCK)
-    slots = plan_step(in_layout(recipe, 4)).slots
+    slots = make_schedule(in_layout(recipe, 4)).step.slots
     sequences = [[k for slot in slots for k in slot if k.trunk_rank % 2 == replica] for replica in range(2)]
     largest = total = 0
     for start in range(len(sequences[0]) - 12 + 1):

@@ -146,7 +146,7 @@ def test_trunk_keeps_what_autograd_saves(variant: str, precision: str) -> None:
 
     with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
         train_one_micro_batch(recipe, trunk)
-    trunk_memory = estimate_memory(recipe)[0]
+    trunk_memory = estimate_memory(recipe, 1)[0]
     # Autograd's list has one tensor of the logits' size, and has neither the dispatched rows nor the answers, which
     # the segments themselves keep.
     compute = 2 if precision == "bf16" else FP32
@@ -156,7 +156,7 @@ def test_trunk_keeps_what_autograd_saves(variant: str, precision: str) -> None:
 
 
 def memory_of(name: str, *overrides: str) -> tuple[Memory, ...]:
-    return estimate_memory(load_recipe(name, overrides))
+    return estimate_memory(load_recipe(name, overrides), 2)
 
 
 def bytes_a_parameter(memory: Memory) -> float:

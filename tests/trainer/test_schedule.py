@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from trainer.config import load_recipe
-from trainer.schedule import nominal_costs, plan_evaluation, plan_generation, plan_step, predict
+from trainer.schedule import Schedule, make_schedule, nominal_costs, predict
 
 
 def test_costs_have_the_proportions_of_facts() -> None:
@@ -19,9 +19,9 @@ def test_costs_have_the_proportions_of_facts() -> None:
 def test_plans_have_every_request() -> None:
     recipe = load_recipe("unipool-182m")
     layers, ranks, micro_batches = 12, 4, 8
-    assert sum(map(len, plan_step(recipe).slots)) == 2 * layers * ranks * micro_batches
-    assert sum(map(len, plan_evaluation(recipe, 3).slots)) == layers * ranks * 3
-    generation = plan_generation(recipe, 5)
+    assert sum(map(len, make_schedule(recipe).step.slots)) == 2 * layers * ranks * micro_batches
+    assert sum(map(len, make_schedule(recipe).evaluation(3).slots)) == layers * ranks * 3
+    generation = make_schedule(recipe).generation(5)
     assert sum(map(len, generation.slots)) == layers * ranks * 5
     assert generation.lane_order == ((0,) * (layers + 1),) * ranks
 
@@ -32,3 +32,21 @@ def test_predictions() -> None:
     assert (lockstep.lanes, lockstep.stagger, lockstep.requests_a_slot) == (1, False, 4.0)
     assert all(p.slowdown >= 1 and max(p.trunk_busy, p.pool_busy) <= 1 for p in predictions)
     assert min(p.slowdown for p in predictions) < 0.75 * lockstep.slowdown
+
+
+def test_lanes_are_the_fewest_that_are_fast() -> None:
+    """One more lane would gain 3 % at most, one less would lose more; and a recipe's own number is kept."""
+    recipe = load_recipe("unipool-182m")
+    schedule = make_schedule(recipe)
+    seconds = {lanes: Schedule(recipe, lanes, schedule.costs).step.seconds for lanes in range(1, 9)}
+    assert seconds[schedule.lanes] <= 1.03 * min(seconds.values()) < seconds[schedule.lanes - 1]
+    assert make_schedule(load_recipe("unipool-182m", ["parallel.lanes=5"])).lanes == 5
+
+
+def test_a_saved_schedule_serves_the_same_shape_only() -> None:
+    recipe = load_recipe("unipool-182m")
+    text = make_schedule(recipe).to_json()
+    assert Schedule.from_json(recipe, text) == make_schedule(recipe)
+    assert Schedule.from_json(load_recipe("unipool-182m", ["train.lr=1e-3"]), text) is not None
+    for other in ("parallel.pool_ranks=8", "train.micro_batch=8", "parallel.lanes=7", "parallel.hardware=h100"):
+        assert Schedule.from_json(load_recipe("unipool-182m", [other]), text) is None, other
