@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -112,6 +113,14 @@ def choose_placement(recipe: Recipe, folder: Path | None) -> Placement | None:
     return contiguous(recipe.pool.experts, groups, shards)
 
 
+def read_placement(folder: Path) -> Placement | None:
+    """Where the experts are in checkpoint `folder`; None for a dense model."""
+    from pool.placement import Placement
+
+    layout = json.loads((folder / _LAYOUT).read_text())["layout"]
+    return Placement(tuple(layout["placement"]), layout["ranks"][2]) if layout["placement"] else None
+
+
 def read_load(folder: Path) -> NDArray[np.int64]:
     """Assignments a step by layer and global expert, (L, M), as checkpoint `folder` remembers them."""
     import numpy as np
@@ -177,7 +186,7 @@ def load(job: Job, recipe: Recipe, folder: Path, role: Role) -> None:
         for name, engine in role.engines.items():
             engine.load(folder / name)
     else:
-        _reshape(job, folder, about["layout"], role)
+        _reshape(job, folder, role)
     state: dict[str, Any] = {}
     if job.is_trunk:
         saved_ranks = about["layout"]["ranks"][0]
@@ -185,16 +194,17 @@ def load(job: Job, recipe: Recipe, folder: Path, role: Role) -> None:
     role.restore(state, about["steps"] * (recipe.micro_batches - about["micro_batches"]))
 
 
-def _reshape(job: Job, folder: Path, layout: dict[str, Any], role: Role) -> None:
-    from pool.placement import Placement
-    from trainer.reshape import SavedCheckpoint, clean, convert
+def _reshape(job: Job, folder: Path, role: Role) -> None:
+    from trainer.reshape import SavedCheckpoint, convert
 
-    convert(folder, job.rank, job.topology.world_size)
+    work = folder.parent / ".reshape"
+    if job.rank == 0:
+        print(f"checkpoint {folder.name} is of another layout: reshaping it", file=sys.stderr)
+    convert(folder, work, job.rank, job.topology.world_size)
     job.barrier()
-    order = layout["placement"]
-    saved = SavedCheckpoint(folder, Placement(tuple(order), layout["ranks"][2]) if order else None)
+    saved = SavedCheckpoint(folder, read_placement(folder), work)
     for name, engine in role.engines.items():
         saved.take_over(name, engine)
     job.barrier()
     if job.rank == 0:
-        clean(folder)
+        shutil.rmtree(work, ignore_errors=True)

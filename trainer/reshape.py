@@ -16,8 +16,7 @@ from torch import Tensor
 from pool.experts import ExpertShard
 from pool.placement import Placement
 from trainer.engine import CHECKPOINT_TAG, ParameterState, RoleEngine, to_universal
-
-_WORK = ".reshape"
+from trainer.model import Trunk
 
 
 class SavedRole:
@@ -78,11 +77,11 @@ class SavedCheckpoint:
 
     Args:
         folder: the checkpoint.
-        placement: where its experts are.
+        placement: where its experts are; None for a dense model.
+        work: what `convert` made of it.
     """
 
-    def __init__(self, folder: Path, placement: Placement | None):
-        work = folder.parent / _WORK
+    def __init__(self, folder: Path, placement: Placement | None, work: Path):
         self.trunk = SavedRole(folder / "trunk", work / "trunk")
         self._placement = placement
         self._shards = []
@@ -99,6 +98,18 @@ class SavedCheckpoint:
         ids = engine.module.expert_ids
         engine.take_over(lambda weight: self.read_experts(weight, ids), {}, self._shards[0].updates)
 
+    def load_weights(self, trunk: Trunk, shard: ExpertShard | None) -> None:
+        """Only the weights, for use without engines."""
+        with torch.no_grad():
+            for name, parameter in trunk.named_parameters():
+                parameter.copy_(self.trunk.read(name).weight)
+            for name, buffer in trunk.named_buffers():
+                buffer.copy_(self.trunk.buffers[name])
+            if shard is not None:
+                for name, parameter in shard.named_parameters():
+                    parameter.copy_(self.read_experts(name, shard.expert_ids).weight)
+                shard.weights_changed()
+
     def read_experts(self, name: str, expert_ids: tuple[int, ...]) -> ParameterState:
         """Weight `name` of an `ExpertShard` and its moments, stacked in the order of `expert_ids`."""
         assert self._placement is not None
@@ -113,16 +124,11 @@ class SavedCheckpoint:
         return ParameterState(stacked("weight"), stacked("exp_avg"), stacked("exp_avg_sq"))
 
 
-def convert(folder: Path, part: int, parts: int) -> None:
-    """Convert every `parts`-th role folder of a checkpoint, from the `part`-th on: each rank of a job does some."""
+def convert(folder: Path, work: Path, part: int = 0, parts: int = 1) -> None:
+    """Convert role folders of a checkpoint into `work`: every `parts`-th from the `part`-th on, for ranks to share."""
     roles = [folder / "trunk", *sorted((folder / "pool").glob("shard_*"))]
     for role in roles[part::parts]:
         if is_partitioned(role):
-            target = folder.parent / _WORK / role.relative_to(folder)
+            target = work / role.relative_to(folder)
             shutil.rmtree(target, ignore_errors=True)
             to_universal(role, target)
-
-
-def clean(folder: Path) -> None:
-    """Remove what `convert` made."""
-    shutil.rmtree(folder.parent / _WORK, ignore_errors=True)

@@ -34,7 +34,6 @@ def nominal_costs(recipe: Recipe) -> Costs:
     )
 
 
-
 @dataclass(frozen=True)
 class Schedule:
     """How a run goes through its micro-batches: lanes, and the costs that its plans are made from.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 
 from pool.placement import Placement, imbalance
 from tests.training import Outcome, assert_same, run_training, tiny
-from trainer.checkpoint import newest, read_load
+from trainer.checkpoint import newest, read_load, read_placement
 from trainer.config import Recipe
 from trainer.engine import ParameterState
 from trainer.model import Trunk
@@ -100,8 +99,9 @@ def states(checkpoints: Path) -> dict[str, ParameterState]:
     """Every parameter of the newest checkpoint with its moments; the pool's in the order of global ids."""
     found = newest(checkpoints)
     assert found
-    convert(found[1], 0, 1)
-    everything = SavedCheckpoint(found[1], placement_of(checkpoints))
+    work = Path(tempfile.mkdtemp())
+    convert(found[1], work)
+    everything = SavedCheckpoint(found[1], placement_of(checkpoints), work)
     trunk = Trunk(recipe(COLOCATED), torch.device("cpu"))
     every_expert = tuple(range(8))
     pool = {name: everything.read_experts(name, every_expert) for name in ("w13_e2FD", "w2_eDF")}
@@ -110,6 +110,6 @@ def states(checkpoints: Path) -> dict[str, ParameterState]:
 
 def placement_of(checkpoints: Path) -> Placement:
     found = newest(checkpoints)
-    assert found
-    layout = json.loads((found[1] / "layout.json").read_text())["layout"]
-    return Placement(tuple(layout["placement"]), layout["ranks"][2])
+    placement = read_placement(found[1]) if found else None
+    assert placement
+    return placement

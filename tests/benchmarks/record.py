@@ -1,0 +1,62 @@
+"""Records which expert every layer of a trained model chooses, micro-batch by micro-batch, for `tests.benchmarks.load`.
+
+python -m tests.benchmarks.record runs/quickstart --out routing.npy
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from pool.placement import contiguous
+from trainer import checkpoint
+from trainer.config import load_recipe
+from trainer.data.batches import SequenceStream
+from trainer.drive import LocalPool
+from trainer.micro_batch import PoolMap, hidden_states
+from trainer.model import Trunk
+from trainer.pool_rank import build_shard
+from trainer.prepare import prepare_for
+from trainer.reshape import SavedCheckpoint, convert
+
+
+@click.command()
+@click.argument("run", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--out", required=True, type=click.Path(dir_okay=False, path_type=Path), help="A .npy file to write.")
+@click.option("--micro-batches", default=256, show_default=True, help="How many; of training text in a new order.")
+def main(run: Path, out: Path, micro_batches: int) -> None:
+    """Record the routing of RUN's newest checkpoint: counts by micro-batch, layer and global expert."""
+    recipe = load_recipe(str(run / "recipe.yaml"))
+    found = checkpoint.newest(run / "checkpoints")
+    if found is None or recipe.model.ffn == "dense":
+        raise click.ClickException(f"{run}: has no checkpoint of a model with experts")
+    groups, device = recipe.model.groups, torch.device("cpu")
+    placement = contiguous(recipe.pool.experts, groups, 1)
+    trunk, shard = Trunk(recipe, device), build_shard(recipe, placement, 0, device)
+    with tempfile.TemporaryDirectory() as work:
+        convert(found[1], Path(work))
+        SavedCheckpoint(found[1], checkpoint.read_placement(found[1]), Path(work)).load_weights(trunk, shard)
+    pool_map = PoolMap(placement.position_M, recipe.experts_per_layer, recipe.model.layers // groups)
+    pool = LocalPool(shard)
+    stream = SequenceStream(prepare_for(recipe).dataset("train"), recipe.run.seed + 1)
+    size = recipe.train.micro_batch
+    load_NLM = np.zeros((micro_batches, recipe.model.layers, recipe.pool.experts), dtype=np.int64)
+    for number in tqdm(range(micro_batches), desc="recording"):
+        (sequences_BS1,) = stream.micro_batches(number, size, 0, 1, size)
+        coroutine = hidden_states(trunk, pool_map, sequences_BS1[:, :-1], number)
+        ((_, load_LM),) = pool.run([coroutine], (0,), 0)
+        assert load_LM is not None
+        for layer, row in enumerate(load_LM.numpy()):
+            first = pool_map.first_expert(layer)
+            load_NLM[number, layer, first : first + len(row)] = row
+    np.save(out, load_NLM)
+    print(f"{out}: {load_NLM.shape}")
+
+
+if __name__ == "__main__":
+    main()
