@@ -41,14 +41,14 @@ def commit() -> str:
 def print_report(
     title: str, command: str, results: dict[str, list[float]], notes: Sequence[str], as_json: bool
 ) -> None:
-    """Print the median and the range of every ratio.
+    """Print the median and the range of every ratio (or of seconds, where that is what was asked for).
 
     Args:
-        results: name -> ratio of each round.
+        results: name -> value of each round.
     """
     print(f"{title}\n{datetime.now(UTC):%Y-%m-%d}, commit {commit()}, {machine()}\n{command}\n")
     width = max(map(len, results))
-    print(f"{'ratio':<{width}}  median    min    max  rounds")
+    print(f"{'name':<{width}}  median    min    max  rounds")
     for name, values in results.items():
         median = statistics.median(values)
         print(f"{name:<{width}}  {median:6.2f} {min(values):6.2f} {max(values):6.2f}  {len(values):6d}")

@@ -1,0 +1,48 @@
+"""A rank of our own trainer as a contender: `python -m tests.benchmarks.our_rank RECIPE.yaml`, started by `step`."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from tests.benchmarks.peer_protocol import pin, serve, take_stdout
+from tests.training import tokens
+from trainer.config import load_recipe
+from trainer.data.batches import SequenceStream
+from trainer.job import Job, read_launch
+from trainer.pool_rank import PoolRank
+from trainer.train import optimizer_step
+from trainer.trunk_rank import TrunkRank
+
+
+def main(path: str) -> None:
+    """Take optimizer steps as they are asked for."""
+    answer = take_stdout()
+    # As `train` has it: what determinism costs is part of a step.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    recipe = load_recipe(path)
+    job = Job(recipe, read_launch())
+    data = tokens(recipe)
+    role: TrunkRank | PoolRank
+    if job.is_trunk:
+        role = TrunkRank(recipe, job, SequenceStream(data, 0), SequenceStream(data, None))
+    else:
+        role = PoolRank(recipe, job)
+    if job.topology.world_size > 1:
+        pin(job.rank)
+    done = 0
+
+    def step(steps: int) -> None:
+        nonlocal done
+        for _ in range(steps):
+            optimizer_step(job, role, done)
+            done += 1
+
+    job.barrier()
+    serve(answer, step)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

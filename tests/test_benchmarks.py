@@ -1,0 +1,159 @@
+"""The benchmarks' own arithmetic and plumbing, without running one."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.benchmarks import contenders, peers, report
+from tests.benchmarks.contenders import Contender, ContenderFailed
+from tests.benchmarks.experts import SHAPES, Dense, Shape, Work, experts_ratios, make_work
+from tests.benchmarks.startup import startup_results
+from tests.benchmarks.step import LAYOUTS, MODEL_OF, Layout, recipe, step_ratios
+
+RANK = """
+import os, sys
+sys.path.insert(0, {folder!r})
+from peer_protocol import serve, take_stdout
+answer = take_stdout()
+print("noise of a library")
+def work(fail):
+    if fail:
+        sys.exit("rank " + os.environ["RANK"] + " fell over")
+serve(answer, work)
+"""
+
+
+def rank_command() -> list[str]:
+    return [sys.executable, "-c", RANK.format(folder=str(Path(contenders.__file__).parent))]
+
+
+def test_report_ends_with_medians_and_ranges(capsys: pytest.CaptureFixture[str]) -> None:
+    report.print_report(
+        "title", "command", {"a_over_b": report.ratios([2.0, 9.0, 8.0], [1.0, 3.0, 2.0])}, ["note"], True
+    )
+    *table, last = capsys.readouterr().out.splitlines()
+    assert any(line.split()[:4] == ["a_over_b", "3.00", "2.00", "4.00"] for line in table)
+    assert "- note" in table
+    found = json.loads(last)
+    assert found["ratios"] == {"a_over_b": 3.0} and found["spread"] == {"a_over_b": [2.0, 4.0]}
+    assert found["commit"] and found["machine"]
+
+
+def test_experts_ratios_are_the_peers_seconds_over_ours() -> None:
+    seconds = {"dense": [2.0], "1 lanes": [8.0], "2 lanes": [5.0], "4 lanes": [4.0], "hf_shared": [20.0], "loop": [6.0]}
+    assert experts_ratios(seconds, "fp32") == {
+        "experts_over_dense_fp32": [0.5],
+        "experts_1_lanes_over_dense_fp32": [0.25],
+        "experts_2_lanes_over_dense_fp32": [0.4],
+        "experts_over_hf_shared_fp32": [5.0],
+        "experts_over_loop_fp32": [1.5],
+    }
+
+
+def test_step_ratios_take_the_better_peer_of_every_round() -> None:
+    seconds = {
+        "one_plus_one": [2.0, 2.0],
+        "colocated": [4.0, 5.0],
+        "vanilla": [3.0, 5.0],
+        "dense": [1.0, 3.0],
+        "hugging_face": [6.0, 9.0],
+        "deepspeed_moe": [7.0, 8.0],
+    }
+    assert seconds.keys() == LAYOUTS.keys()
+    assert step_ratios(seconds, "bf16") == {
+        "colocated_over_vanilla_bf16": [0.75, 1.0],
+        "one_plus_one_over_best_peer_bf16": [3.0, 4.0],
+        "one_plus_one_over_dense_bf16": [0.5, 1.5],
+    }
+
+
+def test_startup_reports_seconds() -> None:
+    results = startup_results([6.0, 9.0], [2.0, 3.0])
+    assert results["seconds_to_first_step"] == [6.0, 9.0]
+    assert results["first_step_over_imports"] == [3.0, 3.0]
+
+
+@pytest.mark.parametrize("name", sorted(MODEL_OF))
+def test_every_layout_has_the_same_step(name: str, tmp_path: Path) -> None:
+    """As many tokens a step whatever the layout, and as many experts a token can reach over all layers."""
+    for layout in LAYOUTS[name]:
+        made = recipe(MODEL_OF[name], layout, "fp32", tmp_path)
+        assert made.topology.world_size == layout.ranks
+        assert made.micro_batches * made.parallel.trunk_ranks == 4
+        assert made.train.micro_batch * made.model.seq_len == 2048
+        assert made.pool.experts == (0 if name == "dense" else 64)
+        assert made.experts_per_layer == {"dense": 0, "vanilla": 8}.get(name, 64)
+
+
+def test_layouts_fill_two_cores() -> None:
+    assert all(x.ranks * x.threads == 2 for layouts in LAYOUTS.values() for x in layouts)
+    assert str(Layout(2, 1, pool_ranks=1)) == "1 trunk + 1 pool rank"
+
+
+def test_work_has_every_token_once_a_layer_unevenly() -> None:
+    work = make_work(SHAPES["quick"], torch.float32, torch.device("cpu"))
+    loads = [counts for micro_batch in work.counts for counts in micro_batch]
+    assert len(loads) == 32 and all(sum(load) == 2048 for load in loads)
+    assert all(1.2 < max(load) * 64 / 2048 < 4 for load in loads)
+
+
+def test_dense_backward_is_autograd_s() -> None:
+    torch.manual_seed(0)
+    dense = Dense(Shape(6, 10, 1), torch.float32, torch.device("cpu"))
+    w13, w2 = (weight.clone().requires_grad_() for weight in dense.weights[0])
+    x, dy = torch.randn(7, 6), torch.randn(7, 6)
+    a, b = (x @ w13.t()).chunk(2, dim=1)
+    (torch.nn.functional.silu(a) * b @ w2.t()).backward(dy)
+    gradients = [torch.zeros_like(w13), torch.zeros_like(w2)]
+    hidden = dense._forward(x, *dense.weights[0])
+    dense._backward(x, hidden, dy, dense.weights[0], gradients)
+    torch.testing.assert_close(gradients, [w13.grad, w2.grad])
+    dense.step(Work([x], [dy], []))
+
+
+def test_contender_answers_stays_and_ends(tmp_path: Path) -> None:
+    with Contender("two ranks", rank_command(), 2, 1, tmp_path) as contender:
+        processes = list(contender._ranks)
+        assert contender.run(fail=False) > 0
+        assert contender.run(fail=False) > 0
+        assert [p.poll() for p in processes] == [None, None]
+    assert [p.poll() for p in processes] == [0, 0]
+    assert "noise of a library" in (tmp_path / "two_ranks-1.log").read_text()
+
+
+def test_contender_that_dies_is_named_and_cleared_away(tmp_path: Path) -> None:
+    with Contender("two ranks", rank_command(), 2, 1, tmp_path) as contender:
+        processes = list(contender._ranks)
+        with pytest.raises(ContenderFailed, match=r"two ranks, rank \d, ended:\n(.*\n)*rank \d fell over"):
+            contender.run(fail=True)
+    assert all(p.poll() is not None for p in processes)
+
+
+def test_contender_that_hangs_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contenders, "START_LIMIT", 0.2)
+    monkeypatch.setattr(contenders, "END_LIMIT", 0.1)
+    sleeper = Contender("sleeper", [sys.executable, "-c", "import time; time.sleep(60)"], 1, 1, tmp_path)
+    started: list[object] = []
+    start = sleeper._start
+    monkeypatch.setattr(sleeper, "_start", lambda *a: started.append(start(*a)) or started[-1])
+    with pytest.raises(ContenderFailed, match="sleeper, rank 0, has not answered"):
+        sleeper.__enter__()
+    assert [p.poll() for p in started] == [-9]
+
+
+def test_without_the_peers_one_line_and_status_2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(peers, "INSTALLED", tmp_path / "installed")
+    with pytest.raises(SystemExit) as ended:
+        peers.peers_python()
+    assert ended.value.code == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and "python -m tests.benchmarks.peers" in line
+    (tmp_path / "installed").write_text(peers.REQUIREMENTS.read_text())
+    assert peers.peers_python().endswith("python")
