@@ -9,14 +9,19 @@ Letters: N rows in expert-major order, D hidden, F expert width, e experts of th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pool.grouped_gemm import add_weight_gradient, grouped_gemm
+from pool import grouped_experts, loop_experts
 from pool.permute import merge_order
+
+Hidden = Any
+"""What a back end keeps of a request's forward; see `loop_experts` and `grouped_experts`."""
 
 
 @dataclass(frozen=True)
@@ -24,23 +29,8 @@ class Saved:
     """What the backward of a request needs: its tokens, and the hidden activations unless they are recomputed."""
 
     x_ND: Tensor
-    h_N2F: Tensor | None
+    hidden: Hidden | None
     tokens_per_expert: list[int]
-
-
-@dataclass(frozen=True)
-class _Stashed:
-    """One merged backward whose weight gradients are still to be made."""
-
-    x_ND: Tensor
-    dh_N2F: Tensor
-    act_NF: Tensor
-    dy_ND: Tensor
-    tokens_per_expert: list[int]
-
-    @property
-    def bytes(self) -> int:
-        return sum(t.nbytes for t in (self.x_ND, self.dh_N2F, self.act_NF, self.dy_ND))
 
 
 class ExpertShard(nn.Module):
@@ -74,7 +64,8 @@ class ExpertShard(nn.Module):
         self.compute_dtype = compute_dtype
         self.recompute = recompute
         self.stash_bytes = stash_bytes
-        self._stash: list[_Stashed] = []
+        self._stash: list[Any] = []
+        self._stashed_bytes = 0
         self._compute_weights: tuple[Tensor, Tensor] | None = None
 
     def reset_parameters(self, std: float, output_std: float, seed: int) -> None:
@@ -98,33 +89,40 @@ class ExpertShard(nn.Module):
             )
         return self._compute_weights
 
-    @torch.no_grad()
-    def forward_rows(self, x_ND: Tensor, tokens_per_expert: list[int]) -> tuple[Tensor, Tensor]:
-        """Expert outputs y_ND and the hidden activations h_N2F = [W1 x, W3 x], both in compute dtype."""
-        w13_e2FD, w2_eDF = self._weights()
-        h_N2F = grouped_gemm(x_ND, w13_e2FD.transpose(1, 2), tokens_per_expert)
-        a_NF, b_NF = h_N2F.chunk(2, dim=1)
-        return grouped_gemm(F.silu(a_NF) * b_NF, w2_eDF.transpose(1, 2), tokens_per_expert), h_N2F
+    def _kernels(self) -> ModuleType:
+        """The back end of this shard's device and dtype; the faster one where both can (README, "Experts")."""
+        grouped = self.w2_eDF.is_cuda and self.compute_dtype == torch.bfloat16
+        return grouped_experts if grouped else loop_experts
 
     @torch.no_grad()
-    def backward_rows(self, x_ND: Tensor, h_N2F: Tensor | None, dy_ND: Tensor, tokens_per_expert: list[int]) -> Tensor:
-        """Gradient dx_ND of the tokens. What the weights' gradients need goes to the stash."""
-        w13_e2FD, w2_eDF = self._weights()
-        if h_N2F is None:
-            h_N2F = grouped_gemm(x_ND, w13_e2FD.transpose(1, 2), tokens_per_expert)
-        a_NF, b_NF = h_N2F.chunk(2, dim=1)
-        dact_NF = grouped_gemm(dy_ND, w2_eDF, tokens_per_expert)
-        sigmoid_NF = torch.sigmoid(a_NF)
-        silu_NF = a_NF * sigmoid_NF
-        da_NF = dact_NF * b_NF * (sigmoid_NF + silu_NF * (1 - sigmoid_NF))
-        dh_N2F = torch.cat((da_NF, dact_NF * silu_NF), dim=1)
-        dx_ND = grouped_gemm(dh_N2F, w13_e2FD, tokens_per_expert)
-        self._stash.append(_Stashed(x_ND, dh_N2F, silu_NF * b_NF, dy_ND, tokens_per_expert))
-        return dx_ND
+    def forward_rows(self, x_ND: Tensor, batches: Sequence[list[int]]) -> tuple[Tensor, list[Hidden]]:
+        """Expert outputs y_ND, and of every request the hidden activations [W1 x, W3 x]; both in compute dtype.
+
+        Args:
+            x_ND: rows of all requests, expert-major; within an expert the requests in the order of `batches`.
+            batches: tokens per expert of every request.
+        """
+        y_ND, hidden = self._kernels().forward(x_ND, *self._weights(), batches)
+        return y_ND, hidden
+
+    @torch.no_grad()
+    def backward_rows(
+        self, x_ND: Tensor, hidden: Sequence[Hidden] | None, dy_ND: Tensor, batches: Sequence[list[int]]
+    ) -> Tensor:
+        """Gradient dx_ND of the tokens. What the weights' gradients need goes to the stash.
+
+        Args:
+            hidden: the hidden activations of the requests; None computes them again.
+        """
+        dx_ND, for_weights = self._kernels().backward(x_ND, hidden, dy_ND, *self._weights(), batches)
+        self._stash.append((x_ND, dy_ND, for_weights, [sum(column) for column in zip(*batches, strict=True)]))
+        width = 2 * x_ND.shape[1] + 3 * self.w2_eDF.shape[2]
+        self._stashed_bytes += len(x_ND) * width * x_ND.element_size()
+        return dx_ND  # type: ignore[no-any-return]
 
     def flush_if_full(self) -> None:
         """Flush when the stash holds more than `stash_bytes`; to be called when answers are out."""
-        if sum(s.bytes for s in self._stash) > self.stash_bytes:
+        if self._stashed_bytes > self.stash_bytes:
             self.flush()
 
     @torch.no_grad()
@@ -133,22 +131,10 @@ class ExpertShard(nn.Module):
         for weight in (self.w13_e2FD, self.w2_eDF):
             if weight.grad is None:
                 weight.grad = torch.zeros_like(weight)
-        stash, self._stash = self._stash, []
+        stash, self._stash, self._stashed_bytes = self._stash, [], 0
         if not stash:
             return
-        assert self.w13_e2FD.grad is not None and self.w2_eDF.grad is not None
-        index_N = merge_order([s.tokens_per_expert for s in stash]).to(self.w2_eDF.device)
-        counts = [sum(column) for column in zip(*(s.tokens_per_expert for s in stash), strict=True)]
-
-        def merged(parts: list[Tensor]) -> Tensor:
-            return torch.cat(parts).index_select(0, index_N)
-
-        add_weight_gradient(
-            self.w13_e2FD.grad, merged([s.dh_N2F for s in stash]), merged([s.x_ND for s in stash]), counts
-        )
-        add_weight_gradient(
-            self.w2_eDF.grad, merged([s.dy_ND for s in stash]), merged([s.act_NF for s in stash]), counts
-        )
+        self._kernels().add_weight_gradients(self.w13_e2FD.grad, self.w2_eDF.grad, stash)
 
     def scale_gradients(self, factor: float) -> None:
         """Multiply the weight gradients: the pool sums what it receives and scales once a step."""
@@ -171,17 +157,14 @@ class ExpertServer:
         self, keys: list[object], batches: list[tuple[Tensor, list[int]]], keep_for_backward: bool
     ) -> list[Tensor]:
         """Outputs y_ND of every batch (x_ND, tokens_per_expert), in its own order."""
-        x_ND, index_N, counts = _merge([x for x, _ in batches], [c for _, c in batches])
-        y_ND, h_N2F = self.shard.forward_rows(x_ND, counts)
-        sizes = [x.shape[0] for x, _ in batches]
+        counts = [c for _, c in batches]
+        x_ND, index_N = _merge([x for x, _ in batches], counts)
+        y_ND, hidden = self.shard.forward_rows(x_ND, counts)
         if keep_for_backward:
-            hidden: list[Tensor | None] = [None] * len(batches)
-            if not self.shard.recompute:
-                hidden = list(_split(h_N2F, index_N, sizes))
             for key, (x, c), h in zip(keys, batches, hidden, strict=True):
                 assert key not in self._saved, f"two forwards of {key} without a backward between"
-                self._saved[key] = Saved(x, h, c)
-        return _split(y_ND, index_N, sizes)
+                self._saved[key] = Saved(x, None if self.shard.recompute else h, c)
+        return _split(y_ND, index_N, [x.shape[0] for x, _ in batches])
 
     def backward(self, keys: list[object], dys: list[Tensor]) -> list[Tensor]:
         """Gradients dx_ND of the tokens of earlier forwards.
@@ -190,13 +173,11 @@ class ExpertServer:
             KeyError: a key without a forward.
         """
         saved = [self._saved.pop(key) for key in keys]
-        all_counts = [s.tokens_per_expert for s in saved]
-        x_ND, index_N, counts = _merge([s.x_ND for s in saved], all_counts)
-        dy_ND = torch.cat(dys).index_select(0, index_N) if index_N is not None else dys[0]
-        h_N2F = None
-        if not self.shard.recompute:
-            h_N2F, _, _ = _merge([s.h_N2F for s in saved if s.h_N2F is not None], all_counts)
-        dx_ND = self.shard.backward_rows(x_ND, h_N2F, dy_ND, counts)
+        counts = [s.tokens_per_expert for s in saved]
+        x_ND, index_N = _merge([s.x_ND for s in saved], counts)
+        dy_ND = dys[0] if index_N is None else torch.cat(dys).index_select(0, index_N)
+        hidden = None if self.shard.recompute else [s.hidden for s in saved]
+        dx_ND = self.shard.backward_rows(x_ND, hidden, dy_ND, counts)
         return _split(dx_ND, index_N, [s.x_ND.shape[0] for s in saved])
 
     def tokens_per_expert(self, key: object) -> list[int] | None:
@@ -209,11 +190,12 @@ class ExpertServer:
         return len(self._saved)
 
 
-def _merge(parts: list[Tensor], counts: list[list[int]]) -> tuple[Tensor, Tensor | None, list[int]]:
+def _merge(parts: list[Tensor], counts: list[list[int]]) -> tuple[Tensor, Tensor | None]:
+    """Expert-major rows of all parts, and where they come from; None if there is one part."""
     if len(parts) == 1:
-        return parts[0], None, counts[0]
+        return parts[0], None
     index_N = merge_order(counts).to(parts[0].device)
-    return torch.cat(parts).index_select(0, index_N), index_N, [sum(column) for column in zip(*counts, strict=True)]
+    return torch.cat(parts).index_select(0, index_N), index_N
 
 
 def _split(merged_N: Tensor, index_N: Tensor | None, sizes: list[int]) -> list[Tensor]:

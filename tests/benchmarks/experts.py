@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from pool import loop_experts
 from pool.experts import ExpertServer, ExpertShard
 from tests.benchmarks.contenders import Contender, end_in_order
 from tests.benchmarks.peers import peers_python
@@ -104,7 +105,7 @@ def serve(shard: ExpertShard, work: Work, lanes: int) -> None:
 
 def serve_by_loop(shard: ExpertShard, work: Work) -> None:
     """The same with a loop over the experts in place of the GPU's grouped kernel."""
-    with mock.patch("pool.grouped_gemm._has_kernel", return_value=False):
+    with mock.patch.object(shard, "_kernels", return_value=loop_experts):
         serve(shard, work, max(LANES))
 
 

@@ -234,7 +234,7 @@ def test_recompute_keeps_tokens_only() -> None:
         server = ExpertServer(make_shard(recompute=recompute))
         server.forward(["a"], [work.batch], keep_for_backward=True)
         (saved,) = server._saved.values()
-        assert (saved.h_N2F is None) == recompute
+        assert (saved.hidden is None) == recompute
 
 
 def test_bf16_tracks_fp32() -> None:

@@ -1,0 +1,145 @@
+"""Experts by torch's grouped kernel: the back end of GPUs in bf16.
+
+SwiGLU and its backward are one fused kernel each. Letters: N rows in expert-major order, D hidden, F expert width,
+e experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pool.permute import merge_order
+
+
+class Hidden(NamedTuple):
+    """Of one request: where its rows are in the tensor [W1 x, W3 x] of those merged with it.
+
+    starts, counts: by expert, where its rows begin and how many they are.
+    """
+
+    h_N2F: Tensor
+    starts: list[int]
+    counts: list[int]
+
+
+ForWeights = tuple[Tensor, Tensor]
+"""dh_N2F, and the input of W2, act_NF."""
+
+
+def forward(
+    x_ND: Tensor, w13_e2FD: Tensor, w2_eDF: Tensor, batches: Sequence[list[int]]
+) -> tuple[Tensor, list[Hidden]]:
+    """See `loop_experts.forward`."""
+    offsets_e = _offsets(batches, x_ND.device)
+    h_N2F = _product(x_ND, w13_e2FD.transpose(1, 2), offsets_e)
+    y_ND = _product(_fused(swiglu, x_ND)(h_N2F), w2_eDF.transpose(1, 2), offsets_e)
+    starts: list[list[int]] = [[] for _ in batches]
+    place = 0
+    for parts in zip(*batches, strict=True):
+        for mine, count in zip(starts, parts, strict=True):
+            mine.append(place)
+            place += count
+    return y_ND, [Hidden(h_N2F, mine, counts) for mine, counts in zip(starts, batches, strict=True)]
+
+
+def backward(
+    x_ND: Tensor,
+    hidden: Sequence[Hidden] | None,
+    dy_ND: Tensor,
+    w13_e2FD: Tensor,
+    w2_eDF: Tensor,
+    batches: Sequence[list[int]],
+) -> tuple[Tensor, ForWeights]:
+    """See `loop_experts.backward`."""
+    offsets_e = _offsets(batches, x_ND.device)
+    h_N2F = _product(x_ND, w13_e2FD.transpose(1, 2), offsets_e) if hidden is None else _joined(hidden)
+    dact_NF = _product(dy_ND, w2_eDF, offsets_e)
+    dh_N2F, act_NF = _fused(swiglu_backward, x_ND)(h_N2F, dact_NF)
+    return _product(dh_N2F, w13_e2FD, offsets_e), (dh_N2F, act_NF)
+
+
+def add_weight_gradients(
+    grad13_e2FD: Tensor, grad2_eDF: Tensor, stash: Sequence[tuple[Tensor, Tensor, ForWeights, list[int]]]
+) -> None:
+    """See `loop_experts.add_weight_gradients`."""
+    device, counts = grad2_eDF.device, [c for *_, c in stash]
+    index_N = merge_order(counts).to(device)
+    offsets_e = _offsets(counts, device)
+    empty_e11 = (offsets_e.diff(prepend=offsets_e.new_zeros(1)) == 0)[:, None, None]
+
+    def merged(parts: list[Tensor]) -> Tensor:
+        return parts[0] if len(parts) == 1 else torch.cat(parts).index_select(0, index_N)
+
+    pairs = (
+        (grad13_e2FD, [dh for _, _, (dh, _), _ in stash], [x for x, *_ in stash]),
+        (grad2_eDF, [dy for _, dy, *_ in stash], [act for _, _, (_, act), _ in stash]),
+    )
+    for grad, dys, xs in pairs:
+        product = F.grouped_mm(merged(dys).t(), merged(xs), offs=offsets_e)
+        # An expert without rows: the kernel may leave its part unwritten (pytorch issue 172439).
+        grad += product.masked_fill_(empty_e11, 0.0)
+
+
+def swiglu(h_N2F: Tensor) -> Tensor:
+    """silu(a) * b of h = [a, b]."""
+    a_NF, b_NF = h_N2F.chunk(2, dim=1)
+    return F.silu(a_NF) * b_NF
+
+
+def swiglu_backward(h_N2F: Tensor, dact_NF: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradient dh_N2F of h, and swiglu(h) again."""
+    a_NF, b_NF = h_N2F.chunk(2, dim=1)
+    sigmoid_NF = torch.sigmoid(a_NF)
+    silu_NF = a_NF * sigmoid_NF
+    da_NF = dact_NF * b_NF * (sigmoid_NF + silu_NF * (1 - sigmoid_NF))
+    return torch.cat((da_NF, dact_NF * silu_NF), dim=1), silu_NF * b_NF
+
+
+def _fused(function: Callable[..., Any], x: Tensor) -> Callable[..., Any]:
+    """The function as one kernel on a GPU; as it is elsewhere, where tests run this back end."""
+    return _compiled(function) if x.is_cuda and len(x) else function
+
+
+@cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, dynamic=True)
+
+
+def _offsets(batches: Sequence[list[int]], device: torch.device) -> Tensor:
+    """Where each expert's rows end."""
+    return torch.tensor(batches).sum(0).cumsum(0).to(device, torch.int32)
+
+
+def _product(x_NI: Tensor, w_eIO: Tensor, offsets_e: Tensor) -> Tensor:
+    """Rows of expert i times `w_eIO[i]`. Every row is an expert's: behind the last offset the kernel writes nothing."""
+    if len(x_NI) == 0:
+        return x_NI.new_empty(0, w_eIO.shape[2])
+    return F.grouped_mm(x_NI, w_eIO, offs=offsets_e)
+
+
+def _joined(hidden: Sequence[Hidden]) -> Tensor:
+    """Rows of several requests in the order of `merge_order`."""
+    begins: dict[int, int] = {}  # where each tensor begins, once they lie one behind the other
+    tensors: list[Tensor] = []
+    length = 0
+    for part in hidden:
+        if id(part.h_N2F) not in begins:
+            begins[id(part.h_N2F)] = length
+            tensors.append(part.h_N2F)
+            length += len(part.h_N2F)
+    index_N = torch.cat(
+        [
+            torch.arange(part.counts[expert]) + (begins[id(part.h_N2F)] + part.starts[expert])
+            for expert in range(len(hidden[0].counts))
+            for part in hidden
+        ]
+    )
+    if len(tensors) == 1 and torch.equal(index_N, torch.arange(length)):
+        return tensors[0]
+    return torch.cat(tensors).index_select(0, index_N.to(tensors[0].device))

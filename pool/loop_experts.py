@@ -1,0 +1,118 @@
+"""Experts one after the other: the back end of CPUs, and of GPUs in fp32.
+
+An expert's products and what lies between them are done together, while its rows are in the cache: over the whole
+batch at once each elementwise pass would go through memory. What is kept is kept expert by expert, in tensors small
+enough for the C library to use their memory again; larger ones come from the kernel, page by page, every time.
+
+Letters: N rows in expert-major order, n rows of one expert, D hidden, F expert width, e experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Hidden = list[Tensor]
+"""Of one request: [W1 x, W3 x] of the rows of each expert, (n, 2F)."""
+ForWeights = tuple[list[Tensor], list[Tensor]]
+"""dh (n, 2F) and the input of W2 (n, F), of each expert."""
+
+_silu_backward = torch.ops.aten.silu_backward.grad_input
+
+
+def forward(
+    x_ND: Tensor, w13_e2FD: Tensor, w2_eDF: Tensor, batches: Sequence[list[int]]
+) -> tuple[Tensor, list[Hidden]]:
+    """Outputs y_ND, and the hidden activations of every request.
+
+    Args:
+        batches: tokens per expert of every request in the merged rows; within an expert they come in this order.
+    """
+    counts = _totals(batches)
+    y_ND, act_nF = torch.empty_like(x_ND), x_ND.new_empty(max(counts), w2_eDF.shape[2])
+    hidden: list[Hidden] = [[] for _ in batches]
+    parts_of_experts = zip(*batches, strict=True)
+    rows = zip(parts_of_experts, x_ND.split(counts), y_ND.split(counts), w13_e2FD, w2_eDF, strict=True)
+    for parts, x, y, w13, w2 in rows:
+        h = torch.mm(x, w13.t())
+        a, b = h.chunk(2, dim=1)
+        act = torch.mul(F.silu(a), b, out=act_nF[: len(x)])
+        torch.mm(act, w2.t(), out=y)
+        for mine, part in zip(hidden, h.split(parts), strict=True):
+            mine.append(part)
+    return y_ND, hidden
+
+
+def backward(
+    x_ND: Tensor,
+    hidden: Sequence[Hidden] | None,
+    dy_ND: Tensor,
+    w13_e2FD: Tensor,
+    w2_eDF: Tensor,
+    batches: Sequence[list[int]],
+) -> tuple[Tensor, ForWeights]:
+    """Gradients dx_ND of the tokens, and what the weights' gradients need besides x and dy.
+
+    Args:
+        hidden: what the forwards of these requests gave; None computes it again.
+        batches: as in `forward`.
+    """
+    counts = _totals(batches)
+    dx_ND, dact_nF = torch.empty_like(x_ND), x_ND.new_empty(max(counts), w2_eDF.shape[2])
+    for_weights: ForWeights = ([], [])
+    rows = zip(x_ND.split(counts), dy_ND.split(counts), dx_ND.split(counts), w13_e2FD, w2_eDF, strict=True)
+    for expert, (x, dy, dx, w13, w2) in enumerate(rows):
+        h = torch.mm(x, w13.t()) if hidden is None else _joined([parts[expert] for parts in hidden])
+        a, b = h.chunk(2, dim=1)
+        dh = torch.empty_like(h)
+        da, db = dh.chunk(2, dim=1)
+        dact = torch.mm(dy, w2, out=dact_nF[: len(x)])
+        silu = F.silu(a)
+        torch.mul(dact, silu, out=db)
+        act = silu.mul_(b)
+        _silu_backward(dact.mul_(b), a, grad_input=da)
+        torch.mm(dh, w13, out=dx)
+        for kept, tensor in zip(for_weights, (dh, act), strict=True):
+            kept.append(tensor)
+    return dx_ND, for_weights
+
+
+def add_weight_gradients(
+    grad13_e2FD: Tensor, grad2_eDF: Tensor, stash: Sequence[tuple[Tensor, Tensor, ForWeights, list[int]]]
+) -> None:
+    """Add the weight gradients of merged backwards (x_ND, dy_ND, what `backward` gave, tokens per expert), in place.
+
+    One expert over all of them, while its gradient is in the cache: in fp32 without a copy, otherwise as one product,
+    which is rounded once.
+    """
+    parts = [(dh, x.split(counts), dy.split(counts), act) for x, dy, (dh, act), counts in stash]
+    for expert, (grad13, grad2) in enumerate(zip(grad13_e2FD, grad2_eDF, strict=True)):
+        mine = [[rows[expert] for rows in part] for part in parts if len(part[0][expert])]
+        if not mine:
+            continue
+        if mine[0][0].dtype == grad13.dtype:
+            for dh, x, dy, act in mine:
+                grad13.addmm_(dh.t(), x)
+                grad2.addmm_(dy.t(), act)
+        else:
+            dh, x, dy, act = (rows[0] if len(rows) == 1 else torch.cat(rows) for rows in zip(*mine, strict=True))
+            grad13 += dh.t() @ x
+            grad2 += dy.t() @ act
+
+
+def _totals(batches: Sequence[list[int]]) -> list[int]:
+    return [sum(parts) for parts in zip(*batches, strict=True)]
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """An expert's rows of several requests: without a copy where they lie one behind the other already."""
+    first, end = parts[0], parts[0].storage_offset()
+    storage = first.untyped_storage().data_ptr()
+    for part in parts:
+        if part.untyped_storage().data_ptr() != storage or part.storage_offset() != end:
+            return torch.cat(parts)
+        end += part.numel()
+    return first.as_strided((sum(map(len, parts)), first.shape[1]), first.stride())
