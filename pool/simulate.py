@@ -37,7 +37,7 @@ class Costs:
 
 
 @dataclass(frozen=True)
-class _Segment:
+class Segment:
     """A piece of trunk work and the request that it ends with: None at a micro-batch's end."""
 
     cost: float
@@ -45,18 +45,19 @@ class _Segment:
     layer: int
 
 
-def _training(costs: Costs, layers: int) -> list[_Segment]:
-    segments = [_Segment(costs.trunk_layer, Kind.FORWARD, layer) for layer in range(layers)]
+def training_segments(costs: Costs, layers: int) -> list[Segment]:
+    """A micro-batch's way through forward and backward; segment `layers` is the head with the loss and its backward."""
+    segments = [Segment(costs.trunk_layer, Kind.FORWARD, layer) for layer in range(layers)]
     cost = 3 * costs.head
     for layer in reversed(range(layers)):
-        segments.append(_Segment(cost, Kind.BACKWARD, layer))
+        segments.append(Segment(cost, Kind.BACKWARD, layer))
         cost = 2 * costs.trunk_layer
-    return [*segments, _Segment(cost, None, 0)]
+    return [*segments, Segment(cost, None, 0)]
 
 
-def _forward_only(costs: Costs, layers: int) -> list[_Segment]:
-    segments = [_Segment(costs.trunk_layer, Kind.FORWARD_ONLY, layer) for layer in range(layers)]
-    return [*segments, _Segment(costs.head, None, 0)]
+def _forward_only(costs: Costs, layers: int) -> list[Segment]:
+    segments = [Segment(costs.trunk_layer, Kind.FORWARD_ONLY, layer) for layer in range(layers)]
+    return [*segments, Segment(costs.head, None, 0)]
 
 
 def training_plan(topology: Topology, layers: int, micro_batches: int, lanes: int, stagger: bool, costs: Costs) -> Plan:
@@ -64,7 +65,7 @@ def training_plan(topology: Topology, layers: int, micro_batches: int, lanes: in
 
     With `stagger` trunk rank t starts t / T of a micro-batch later than trunk rank 0.
     """
-    segments = _training(costs, layers)
+    segments = training_segments(costs, layers)
     delay = sum(s.cost for s in segments) / topology.trunk_ranks if stagger else 0.0
     return _plan(topology, segments, micro_batches, lanes, delay, costs)
 
@@ -75,7 +76,7 @@ def evaluation_plan(topology: Topology, layers: int, micro_batches: int, lanes: 
 
 
 def _plan(
-    topology: Topology, segments: list[_Segment], micro_batches: int, lanes: int, delay: float, costs: Costs
+    topology: Topology, segments: list[Segment], micro_batches: int, lanes: int, delay: float, costs: Costs
 ) -> Plan:
     """Replicas serve different trunk ranks and know nothing of each other: one simulation each."""
     replicas = topology.replicas
@@ -116,7 +117,7 @@ class _Simulation:
     def __init__(
         self,
         trunk_ranks: Sequence[int],
-        segments: list[_Segment],
+        segments: list[Segment],
         micro_batches: int,
         lanes: int,
         delay: float,
