@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from trainer.job import Job
 
 _LAYOUT = "layout.json"
-_LOAD = "load.npy"
+LOAD_FILE = "load.npy"
 
 
 class Role(Protocol):
@@ -125,7 +125,7 @@ def read_load(folder: Path) -> NDArray[np.int64]:
     """Assignments a step by layer and global expert, (L, M), as checkpoint `folder` remembers them."""
     import numpy as np
 
-    load_LM: NDArray[np.int64] = np.load(folder / _LOAD)
+    load_LM: NDArray[np.int64] = np.load(folder / LOAD_FILE)
     return load_LM
 
 
@@ -149,7 +149,7 @@ def save(job: Job, recipe: Recipe, checkpoints: Path, steps_done: int, role: Rol
         if load_LM is not None:
             import numpy as np
 
-            np.save(partial / _LOAD, load_LM)
+            np.save(partial / LOAD_FILE, load_LM)
     job.barrier()
     for name, engine in role.engines.items():
         engine.save(partial / name)

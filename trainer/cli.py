@@ -18,7 +18,7 @@ from trainer.errors import UserError
 if TYPE_CHECKING:
     from trainer.forecast import Forecast
     from trainer.hardware import Hardware
-    from trainer.schedule import Prediction
+    from trainer.predict import Simulation
 
 
 def main() -> None:
@@ -118,7 +118,19 @@ def prepare(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
 @cli.command()
 @_recipe_arguments
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.option("--simulate", is_flag=True, help="Simulate a step with 1 to 4 lanes: time, and use of both sides.")
+@click.option("--simulate", is_flag=True, help="Simulate a step in lock step and with lanes: time, use, load, memory.")
+@click.option(
+    "--loads",
+    type=click.Path(exists=True, path_type=Path),
+    metavar="RUN|FILE",
+    help="Load that a run has recorded, or a .npy file by layer and expert; default: even.  [with --simulate]",
+)
+@click.option(
+    "--timeline",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE.png",
+    help="Draw what each rank does when.  [with --simulate]",
+)
 @click.option(
     "--hardware", metavar="NAME|FILE", help="Predict seconds a step: h100, h200, a100, or a profile made by `bench`."
 )
@@ -134,6 +146,8 @@ def plan(
     overrides: tuple[str, ...],
     as_json: bool,
     simulate: bool,
+    loads: Path | None,
+    timeline: Path | None,
     hardware: str | None,
     devices: int | None,
     interconnect: float | None,
@@ -145,33 +159,59 @@ def plan(
     \b
     Examples:
       unipool plan unipool-182m
-      unipool plan unipool-182m --simulate
+      unipool plan unipool-182m --simulate --timeline step.png
+      unipool plan quickstart --simulate --loads runs/quickstart
       unipool plan unipool-182m --hardware h100 --devices 16 --interconnect 400
     """
-    from trainer.plan import make_plan, print_forecast, print_plan, print_predictions
+    from trainer.plan import make_plan, print_forecast, print_plan
 
     checked = load_recipe(recipe, overrides)
+    if hardware and simulate:
+        checked = load_recipe(recipe, [*overrides, f"parallel.hardware={json.dumps(hardware)}"])
     made = make_plan(checked)
-    predictions: tuple[Prediction, ...] = ()
-    if simulate:
-        from trainer.schedule import predict
-
-        if checked.topology.colocated:
-            raise UserError("--simulate: parallel.pool_ranks = 0: a colocated pool has nothing to overlap with")
-        predictions = predict(checked)
     outlook = _forecast(checked, hardware, devices, interconnect)
+    simulation = _simulate(checked, loads, timeline) if simulate else None
+    if not simulate and (loads or timeline):
+        raise UserError(f"{'--loads' if loads else '--timeline'}: goes with --simulate")
     if as_json:
-        tree = made.to_json() | {"simulated": [asdict(p) for p in predictions]}
+        tree = made.to_json() | {"simulated": [asdict(p) for p in simulation.predictions] if simulation else []}
         if outlook:
             own, best, found = outlook
             tree["predicted"] = asdict(own) | {"hardware": asdict(found), "splits": [asdict(f) for f in best]}
         print(json.dumps(tree))
         return
     print_plan(made)
-    if predictions:
-        print_predictions(predictions)
+    if simulation:
+        from trainer.predict import print_simulation
+
+        print_simulation(simulation, in_seconds=checked.parallel.hardware is not None)
+        if timeline:
+            print(f"timeline: {timeline}")
     if outlook:
         print_forecast(*outlook)
+
+
+def _simulate(recipe: Recipe, loads: Path | None, timeline: Path | None) -> Simulation:
+    """Simulate, and draw the timeline."""
+    if recipe.topology.colocated:
+        raise UserError("--simulate: parallel.pool_ranks = 0: a colocated pool has nothing to overlap with")
+    from trainer.predict import read_loads, simulate
+    from trainer.schedule import make_schedule
+
+    schedule = make_schedule(recipe)
+    load_LM = read_loads(loads, recipe) if loads else None
+    if timeline is None:
+        return simulate(schedule, load_LM)
+    from trainer.timeline import draw_timeline, shown_ranks
+
+    found = simulate(schedule, load_LM, shown_ranks(recipe.topology))
+    unit = "seconds" if recipe.parallel.hardware else "nominal units"
+    title = f"{recipe.run.dir}: one step, {found.own_way}"
+    try:
+        draw_timeline(found.own, recipe.topology, timeline, title, unit)
+    except OSError as error:
+        raise UserError(f"--timeline {timeline}: cannot be written ({error.strerror})") from None
+    return found
 
 
 def _forecast(

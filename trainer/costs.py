@@ -217,16 +217,23 @@ def _layer_activations(recipe: Recipe) -> int:
     return attention + norms + FP32 * (D + scores * M) + K * D * (2 * compute + FP32)
 
 
+def pool_row_bytes(recipe: Recipe) -> tuple[int, int]:
+    """Bytes that a pool rank keeps of a row until its backward, and of one in the stash."""
+    D, F = recipe.model.hidden, recipe.model.ffn_hidden
+    compute = _compute_bytes(recipe)
+    # x and both halves of the hidden activations; x, dH, the activation and dy
+    return compute * (D if recipe.pool.recompute else D + 2 * F), compute * (2 * D + 3 * F)
+
+
 def _pool_memory(recipe: Recipe, in_flight: int) -> Memory:
     m, topology, compute = recipe.model, recipe.topology, _compute_bytes(recipe)
-    D, F = m.hidden, m.ffn_hidden
     parameters = count_parameters(recipe).pool // topology.expert_parallel
     weights, optimizer = _state(parameters, recipe.parallel.pool_zero, topology.replicas)
     trunk_ranks_served = -(-topology.trunk_ranks // topology.replicas)
     assignments = trunk_ranks_served * recipe.train.micro_batch * m.seq_len * recipe.router.top_k * m.layers
     rows = -(-assignments // topology.expert_parallel)
-    # x, dH, the activation and dy of every row of the step
-    stash = rows * recipe.micro_batches * compute * (2 * D + 3 * F)
+    kept, stashed = pool_row_bytes(recipe)
+    stash = rows * recipe.micro_batches * stashed
     return Memory(
         role="pool",
         ranks=topology.pool_ranks,
@@ -237,6 +244,6 @@ def _pool_memory(recipe: Recipe, in_flight: int) -> Memory:
         optimizer=optimizer,
         activations=0,
         logits=0,
-        expert_activations=in_flight * rows * compute * (D if recipe.pool.recompute else D + 2 * F),
+        expert_activations=in_flight * rows * kept,
         stash=min(recipe.pool.stash_bytes, stash),
     )

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
     from trainer.forecast import Forecast, WireUse
     from trainer.hardware import Hardware
-    from trainer.schedule import Prediction
 
 ASSUMPTIONS = (
     "Active parameters leave the routers out, as the paper's names do; the total has them.",
@@ -122,21 +121,6 @@ def print_plan(plan: Plan) -> None:
     Console().print(Group(*tables), *(f"[dim]- {line}[/dim]" for line in ASSUMPTIONS), sep="\n")
 
 
-def print_predictions(predictions: Sequence[Prediction]) -> None:
-    """What the simulator says of lanes and stagger, as a table on stdout."""
-    from rich.console import Console
-
-    table = _table(
-        "Simulated step", "lanes", "stagger", "time over ideal", "trunk busy", "pool busy", "requests a launch"
-    )
-    for p in predictions:
-        shares = (f"{p.trunk_busy:.0%}", f"{p.pool_busy:.0%}")
-        table.add_row(
-            str(p.lanes), "yes" if p.stagger else "no", f"{p.slowdown:.2f}", *shares, f"{p.requests_a_slot:.1f}"
-        )
-    Console().print(table, "[dim]- Nominal costs by FLOPs, even load; ideal is the busier side's work alone.[/dim]")
-
-
 FORECAST_ASSUMPTIONS = (
     "Predicted by simulating a step in seconds, at an even load; its end is the gradients' reduction and AdamW.",
     "Transfers are delays that do not queue; a step lasts at least as long as the busiest link's bytes.",
@@ -160,7 +144,7 @@ def print_forecast(own: Forecast, best: Sequence[Forecast], hardware: Hardware) 
 
 def _forecast_table(own: Forecast, hardware: Hardware) -> Table:
     where = f"{own.trunk_ranks} trunk + {own.pool_ranks} pool ranks, {own.lanes} lanes"
-    table = _table("Predicted step", hardware.name, where if own.pool_ranks else f"{own.trunk_ranks} ranks")
+    table = new_table("Predicted step", hardware.name, where if own.pool_ranks else f"{own.trunk_ranks} ranks")
     table.add_row("a step", _seconds(own.seconds))
     table.add_row("of it, its end", _seconds(own.step_end))
     table.add_row("tokens/s", human(own.tokens_per_second))
@@ -186,7 +170,7 @@ def _wire_line(lanes: int, wire: WireUse) -> str:
 def _best_table(best: Sequence[Forecast]) -> Table:
     devices = best[0].trunk_ranks + best[0].pool_ranks
     columns = ("trunk + pool", "shards", "lanes", "step", "tokens/s", "MFU", "busy", "link")
-    table = _table(f"Best splits of {devices} devices", *columns)
+    table = new_table(f"Best splits of {devices} devices", *columns)
     for f in best:
         assert f.wire is not None
         table.add_row(
@@ -210,7 +194,7 @@ def _rate(bytes_a_second: float) -> str:
     return f"{bytes_a_second / 1e9:.3g} GB/s"
 
 
-def _table(title: str, *columns: str) -> Table:
+def new_table(title: str, *columns: str) -> Table:
     from rich.table import Table
 
     table = Table(title=title, title_justify="left", title_style="bold", show_header=any(columns))
@@ -221,7 +205,7 @@ def _table(title: str, *columns: str) -> Table:
 
 def _model_table(plan: Plan) -> Table:
     p = plan.parameters
-    table = _table(plan.name, "", "")
+    table = new_table(plan.name, "", "")
     for name, number in (("total", p.total), ("active a token", p.active), ("trunk", p.trunk), ("pool", p.pool)):
         table.add_row(f"parameters, {name}", human(number))
     for memory in plan.memory:
@@ -236,7 +220,7 @@ def _model_table(plan: Plan) -> Table:
 
 def _flops_table(plan: Plan) -> Table:
     f = plan.flops_per_token
-    table = _table("FLOPs a token", "", "")
+    table = new_table("FLOPs a token", "", "")
     for name, number in (
         ("one trunk layer, forward", f.trunk_layer),
         ("one router, forward", f.router),
@@ -256,7 +240,7 @@ def _flops_table(plan: Plan) -> Table:
 def _memory_table(plan: Plan) -> Table:
     from rich.filesize import decimal
 
-    table = _table("Memory a rank, about", "", *(f"{m.role} x {m.ranks}" for m in plan.memory))
+    table = new_table("Memory a rank, about", "", *(f"{m.role} x {m.ranks}" for m in plan.memory))
     for kind in MEMORY_KINDS:
         table.add_row(kind.replace("_", " "), *(decimal(getattr(m, kind)) for m in plan.memory))
     table.add_section()
@@ -265,7 +249,7 @@ def _memory_table(plan: Plan) -> Table:
 
 
 def _split_table(plan: Plan) -> Table:
-    table = _table("Trunk and pool ranks", "", "trunk", "pool", "busy at best")
+    table = new_table("Trunk and pool ranks", "", "trunk", "pool", "busy at best")
     table.add_row("ideal ratio", f"{plan.trunk_to_pool:.2f}", "1", "100%")
     for name, split in (("this recipe", plan.split), ("recommended", plan.recommended)):
         if split:

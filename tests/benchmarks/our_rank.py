@@ -12,7 +12,7 @@ from trainer.config import load_recipe
 from trainer.data.batches import SequenceStream
 from trainer.job import Job, read_launch
 from trainer.pool_rank import PoolRank
-from trainer.train import optimizer_step
+from trainer.train import agreed_placement, optimizer_step
 from trainer.trunk_rank import TrunkRank
 
 
@@ -25,11 +25,13 @@ def main(path: str) -> None:
     recipe = load_recipe(path)
     job = Job(recipe, read_launch())
     data = tokens(recipe)
+    placement = agreed_placement(job, recipe, None)
     role: TrunkRank | PoolRank
     if job.is_trunk:
-        role = TrunkRank(recipe, job, SequenceStream(data, 0), SequenceStream(data, None))
+        role = TrunkRank(recipe, job, placement, SequenceStream(data, 0), SequenceStream(data, None))
     else:
-        role = PoolRank(recipe, job)
+        assert placement
+        role = PoolRank(recipe, job, placement)
     if job.topology.world_size > 1:
         pin(job.rank)
     done = 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from trainer.config import load_recipe
-from trainer.schedule import Schedule, make_schedule, nominal_costs, predict
+from trainer.schedule import Schedule, make_schedule, nominal_costs
 
 
 def test_costs_have_the_proportions_of_facts() -> None:
@@ -24,14 +24,6 @@ def test_plans_have_every_request() -> None:
     generation = make_schedule(recipe).generation(5)
     assert sum(map(len, generation.slots)) == layers * ranks * 5
     assert generation.lane_order == ((0,) * (layers + 1),) * ranks
-
-
-def test_predictions() -> None:
-    predictions = predict(load_recipe("unipool-182m"))
-    lockstep = predictions[0]
-    assert (lockstep.lanes, lockstep.stagger, lockstep.requests_a_slot) == (1, False, 4.0)
-    assert all(p.slowdown >= 1 and max(p.trunk_busy, p.pool_busy) <= 1 for p in predictions)
-    assert min(p.slowdown for p in predictions) < 0.75 * lockstep.slowdown
 
 
 def test_lanes_are_the_fewest_that_are_fast() -> None:
