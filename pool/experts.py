@@ -9,6 +9,7 @@ Letters: N rows in expert-major order, D hidden, F expert width, e experts of th
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -22,6 +23,9 @@ from pool.permute import merge_order
 
 Hidden = Any
 """What a back end keeps of a request's forward; see `loop_experts` and `grouped_experts`."""
+
+EXPERTS_AT_A_TIME = 4
+"""Weight gradients made between two looks at whether a request has come."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,9 @@ class ExpertShard(nn.Module):
         self.recompute = recompute
         self.stash_bytes = stash_bytes
         self._stash: list[Any] = []
+        self._ready: deque[tuple[list[Any], int]] = deque()  # cut stashes, and the first expert that is still to do
         self._stashed_bytes = 0
+        self._gradients: list[Tensor] = []
         self._compute_weights: tuple[Tensor, Tensor] | None = None
 
     def reset_parameters(self, std: float, output_std: float, seed: int) -> None:
@@ -121,20 +127,53 @@ class ExpertShard(nn.Module):
         return dx_ND  # type: ignore[no-any-return]
 
     def flush_if_full(self) -> None:
-        """Flush when the stash holds more than `stash_bytes`; to be called when answers are out."""
+        """Flush when more than `stash_bytes` is stashed; to be called when answers are out."""
         if self._stashed_bytes > self.stash_bytes:
             self.flush()
+
+    def cut(self) -> None:
+        """What is stashed until now is one product an expert: it waits for `flush_some` or `flush`.
+
+        Where cuts are decides how sums are rounded, so they follow from the requests alone; when the products are made
+        does not matter.
+        """
+        if self._stash:
+            self._ready.append((self._stash, 0))
+            self._stash = []
+
+    @torch.no_grad()
+    def flush_some(self) -> bool:
+        """Make a few milliseconds' worth of the products that wait; False if none does."""
+        if not self._ready:
+            return False
+        stash, first = self._ready.popleft()
+        end = min(first + EXPERTS_AT_A_TIME, len(self.expert_ids))
+        self._add_weight_gradients(stash, slice(first, end))
+        if end < len(self.expert_ids):
+            self._ready.appendleft((stash, end))
+        return True
 
     @torch.no_grad()
     def flush(self) -> None:
         """Add the weight gradients of everything stashed to `.grad` (fp32). After it the stack has a gradient."""
-        for weight in (self.w13_e2FD, self.w2_eDF):
+        self.cut()
+        while self._ready:
+            stash, first = self._ready.popleft()
+            self._add_weight_gradients(stash, slice(first, len(self.expert_ids)))
+        self._stashed_bytes = 0
+        self._gradient_buffers()
+
+    def _add_weight_gradients(self, stash: list[Any], experts: slice) -> None:
+        self._kernels().add_weight_gradients(*self._gradient_buffers(), stash, experts)
+
+    def _gradient_buffers(self) -> list[Tensor]:
+        """The weights' `.grad`. Its memory is kept from step to step: fresh memory is slow to touch."""
+        for place, weight in enumerate((self.w13_e2FD, self.w2_eDF)):
             if weight.grad is None:
-                weight.grad = torch.zeros_like(weight)
-        stash, self._stash, self._stashed_bytes = self._stash, [], 0
-        if not stash:
-            return
-        self._kernels().add_weight_gradients(self.w13_e2FD.grad, self.w2_eDF.grad, stash)
+                if place == len(self._gradients):
+                    self._gradients.append(torch.empty_like(weight))
+                weight.grad = self._gradients[place].zero_()
+        return [weight.grad for weight in (self.w13_e2FD, self.w2_eDF) if weight.grad is not None]
 
     def scale_gradients(self, factor: float) -> None:
         """Multiply the weight gradients: the pool sums what it receives and scales once a step."""

@@ -65,16 +65,20 @@ def backward(
 
 
 def add_weight_gradients(
-    grad13_e2FD: Tensor, grad2_eDF: Tensor, stash: Sequence[tuple[Tensor, Tensor, ForWeights, list[int]]]
+    grad13_e2FD: Tensor,
+    grad2_eDF: Tensor,
+    stash: Sequence[tuple[Tensor, Tensor, ForWeights, list[int]]],
+    experts: slice,
 ) -> None:
     """See `loop_experts.add_weight_gradients`."""
-    device, counts = grad2_eDF.device, [c for *_, c in stash]
-    index_N = merge_order(counts).to(device)
+    device, counts = grad2_eDF.device, [c[experts] for *_, c in stash]
+    index_N = _rows_of([c for *_, c in stash], experts).to(device)
     offsets_e = _offsets(counts, device)
     empty_e11 = (offsets_e.diff(prepend=offsets_e.new_zeros(1)) == 0)[:, None, None]
 
     def merged(parts: list[Tensor]) -> Tensor:
-        return parts[0] if len(parts) == 1 else torch.cat(parts).index_select(0, index_N)
+        rows = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return rows if len(index_N) == len(rows) and len(parts) == 1 else rows.index_select(0, index_N)
 
     pairs = (
         (grad13_e2FD, [dh for _, _, (dh, _), _ in stash], [x for x, *_ in stash]),
@@ -83,7 +87,7 @@ def add_weight_gradients(
     for grad, dys, xs in pairs:
         product = F.grouped_mm(merged(dys).t(), merged(xs), offs=offsets_e)
         # An expert without rows: the kernel may leave its part unwritten (pytorch issue 172439).
-        grad += product.masked_fill_(empty_e11, 0.0)
+        grad[experts] += product.masked_fill_(empty_e11, 0.0)
 
 
 def swiglu(h_N2F: Tensor) -> Tensor:
@@ -114,6 +118,14 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 def _offsets(batches: Sequence[list[int]], device: torch.device) -> Tensor:
     """Where each expert's rows end."""
     return torch.tensor(batches).sum(0).cumsum(0).to(device, torch.int32)
+
+
+def _rows_of(counts: Sequence[list[int]], experts: slice) -> Tensor:
+    """Index of the rows of some experts in several batches laid one behind the other, in the order of `merge_order`."""
+    index_N = merge_order(list(counts))
+    totals = [sum(column) for column in zip(*counts, strict=True)]
+    first = sum(totals[: experts.start])
+    return index_N[first : first + sum(totals[experts])]
 
 
 def _product(x_NI: Tensor, w_eIO: Tensor, offsets_e: Tensor) -> Tensor:

@@ -81,15 +81,19 @@ def backward(
 
 
 def add_weight_gradients(
-    grad13_e2FD: Tensor, grad2_eDF: Tensor, stash: Sequence[tuple[Tensor, Tensor, ForWeights, list[int]]]
+    grad13_e2FD: Tensor,
+    grad2_eDF: Tensor,
+    stash: Sequence[tuple[Tensor, Tensor, ForWeights, list[int]]],
+    experts: slice,
 ) -> None:
     """Add the weight gradients of merged backwards (x_ND, dy_ND, what `backward` gave, tokens per expert), in place.
 
-    One expert over all of them, while its gradient is in the cache: in fp32 without a copy, otherwise as one product,
-    which is rounded once.
+    Only of a part of the experts. One expert over all of them, while its gradient is in the cache: in fp32 without a
+    copy, otherwise as one product, which is rounded once.
     """
     parts = [(dh, x.split(counts), dy.split(counts), act) for x, dy, (dh, act), counts in stash]
-    for expert, (grad13, grad2) in enumerate(zip(grad13_e2FD, grad2_eDF, strict=True)):
+    for expert in range(len(grad13_e2FD))[experts]:
+        grad13, grad2 = grad13_e2FD[expert], grad2_eDF[expert]
         mine = [[rows[expert] for rows in part] for part in parts if len(part[0][expert])]
         if not mine:
             continue

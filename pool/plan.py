@@ -37,7 +37,8 @@ class RequestKey:
 
 
 Slot = tuple[RequestKey, ...]
-"""Requests served in one merged launch. An empty slot makes the weight gradients that are stashed."""
+"""Requests served in one merged launch. An empty slot cuts the stash: its weight gradients are made from there on,
+while nothing waits."""
 
 
 @dataclass(frozen=True)

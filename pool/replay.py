@@ -67,7 +67,7 @@ class Replay:
         imbalance: rows of the pool rank that gets most of them in the step over the mean of all pool ranks.
         peak_open_T: most micro-batches that each trunk rank has begun and not ended at a time.
         peak_kept_P: most that each pool rank keeps of forwards whose backward is still to come, in requests' worth.
-        peak_stash_P: most that each pool rank has stashed for weight gradients, in requests' worth.
+        peak_stash_P: most weight gradients that each pool rank has still to make, in requests' worth.
         ranks: the world ranks whose intervals there are, in order.
         intervals: of `ranks`.
     """
@@ -108,9 +108,9 @@ def replay(
     """Follow the plan of an optimizer step.
 
     All trunk ranks begin at time 0: what stagger delays in the simulator is only the place of their requests in the
-    plan. A shard's launch takes `costs.slot` and, a request, S * load * `costs.pool_layer`. An empty slot makes the
-    weight gradients stashed until then, and so does the end of the step; without a stash it takes no time. Flushes of
-    a stash that has reached its byte limit are left out, as in the simulator.
+    plan. A shard's launch takes `costs.slot` and, a request, S * load * `costs.pool_layer`. An empty slot cuts the
+    stash: a shard makes its weight gradients from there on while it waits for requests, and the rest at the end of the
+    step. Flushes of a stash that has reached its byte limit are left out, as in the simulator.
 
     Args:
         plan: of `training_plan`, for the same topology and layers; or the lock-step plan's slots.
@@ -131,7 +131,7 @@ def replay(
     for slot in plan.slots:
         if not slot:
             for replica in replicas:
-                replica.flush()
+                replica.cut()
         parts: dict[int, list[RequestKey]] = {}
         for key in slot:
             parts.setdefault(replica_T[key.trunk_rank], []).append(key)
@@ -141,7 +141,7 @@ def replay(
             for key in keys:
                 trunks[key.trunk_rank].answer(key.lane, answer)
     for replica in replicas:
-        replica.flush()
+        replica.finish()
     assert all(trunk.ended for trunk in trunks), "the plan's slots end before its lane orders"
     return _result(trunks, replicas, log)
 
@@ -253,6 +253,7 @@ class _Replica:
         self.free_S, self.busy_S = np.zeros(shards), np.zeros(shards)
         self.served_S, self._kept_S, self._stash_S = np.zeros(shards), np.zeros(shards), np.zeros(shards)
         self.peak_kept_S, self.peak_stash_S = np.zeros(shards), np.zeros(shards)
+        self._backlog_S, self._made_S = np.zeros(shards), np.zeros(shards)  # weight gradients, in units of time
         self._stashed = 0  # requests
 
     def serve(self, keys: Sequence[RequestKey], arrival: float) -> float:
@@ -271,18 +272,38 @@ class _Replica:
             self._kept_S -= rows_S
             self._stash_S += rows_S
             self._stashed += len(backwards)
-            np.maximum(self.peak_stash_S, self._stash_S, out=self.peak_stash_S)
             self._work(arrival, 0.0 if forwards else self._costs.slot, rows_S, Work.POOL_BACKWARD)
+            held_S = self._stash_S + self._backlog_S / self._costs.pool_layer
+            np.maximum(self.peak_stash_S, held_S, out=self.peak_stash_S)
         return float(self.free_S.max())
 
-    def flush(self) -> None:
-        """Make the weight gradients of what is stashed."""
+    def cut(self) -> None:
+        """The weight gradients of what is stashed can be made."""
         if self._stashed:
-            self._work(0.0, self._costs.slot, self._stash_S, Work.WEIGHT_GRADIENTS)
+            self._backlog_S += self._costs.slot + self._stash_S * self._costs.pool_layer
             self._stash_S = np.zeros_like(self._stash_S)
             self._stashed = 0
 
+    def finish(self) -> None:
+        """Make all weight gradients that are left."""
+        self.cut()
+        self._make_weight_gradients(self._backlog_S.copy())
+        self.free_S = self.free_S + self._made_S
+
+    def _make_weight_gradients(self, at_most_S: Floats) -> None:
+        """For so long from when each shard is free, as far as there are any."""
+        self._made_S = np.minimum(self._backlog_S, at_most_S)
+        self._backlog_S -= self._made_S
+        self.busy_S += self._made_S
+        logged = [(rank, shard) for rank, shard in zip(self._logged_ranks, self._logged_shards, strict=True)]
+        some = [(rank, shard) for rank, shard in logged if self._made_S[shard] > 0]
+        if some:
+            shards = [shard for _, shard in some]
+            start_I = self.free_S[shards]
+            self._log.add([rank for rank, _ in some], start_I, start_I + self._made_S[shards], Work.WEIGHT_GRADIENTS)
+
     def _work(self, earliest: float, launch: float, rows_S: Floats, work: Work) -> None:
+        self._make_weight_gradients(np.maximum(earliest - self.free_S, 0.0))
         seconds_S = launch + rows_S * self._costs.pool_layer
         start_S = np.maximum(self.free_S, earliest)
         self.free_S = start_S + seconds_S

@@ -47,7 +47,7 @@ class PoolService:
                 if requests is not None:
                     self._serve_slot(keys, requests, step)
                 elif not slot:
-                    self.shard.flush()
+                    self.shard.cut()
         except BaseException:
             # Not waited for: the thread may be in a wait for a message that never comes.
             self._receiver.shutdown(wait=False, cancel_futures=True)
@@ -55,6 +55,10 @@ class PoolService:
         assert self._server.open_forwards == 0, "the plan leaves forwards without a backward"
 
     def _serve_slot(self, keys: list[RequestKey], coming: Future[list[tuple[Tensor, list[int]]]], step: int) -> None:
+        started = time.perf_counter()
+        while not coming.done() and self.shard.flush_some():
+            pass
+        self.seconds_busy += time.perf_counter() - started
         started = time.perf_counter()
         requests = dict(zip(keys, coming.result(), strict=True))
         received = time.perf_counter()

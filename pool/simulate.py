@@ -132,8 +132,10 @@ class _Simulation:
         self._pool_free = True
         self._events: list[tuple[float, int, str, Any]] = []
         self._numbers = itertools.count()
+        self._pool_free_at = 0.0
+        self._backlog = 0.0  # of weight gradients, in units of time
         # Many requests' weight gradients in one product an expert, but several products a micro-batch.
-        self._flush_at = max(1, sum(s.kind == Kind.BACKWARD for s in segments) // 2)
+        self._cut_at = max(1, sum(s.kind == Kind.BACKWARD for s in segments) // 2)
         lanes = min(lanes, micro_batches)
         self.trunks = {}
         for t in trunk_ranks:
@@ -160,7 +162,10 @@ class _Simulation:
             else:
                 self._pool_free |= what == "free"
                 self._serve()
-        self.now = max((trunk.free_at for trunk in self.trunks.values()), default=0.0)  # a replica may serve nobody
+        self._cut()
+        self.pool_busy += self._backlog
+        ends = [trunk.free_at for trunk in self.trunks.values()]  # a replica may serve nobody
+        self.now = max(*ends, self._pool_free_at + self._backlog) if ends else 0.0
 
     def _run_trunk(self, rank: int) -> None:
         """Run the segment of the lane that has been ready longest, if the rank is free and there is one."""
@@ -182,24 +187,25 @@ class _Simulation:
         self._at(trunk.free_at, "trunk", rank)
 
     def _serve(self) -> None:
-        """Serve all that waits in one slot; if nothing does, make the weight gradients that have gathered."""
-        if not self._pool_free:
+        """Serve all that waits in one slot. Weight gradients are cut when there are enough, and made in the gaps."""
+        if not self._pool_free or not self._waiting:
             return
-        if self._waiting:
-            requests, self._waiting = tuple(self._waiting), []
-            self.slots.append(requests)
-            self._stashed += sum(key.kind == Kind.BACKWARD for key in requests)
-            end = self._occupy_pool(len(requests))
-            for key in requests:
-                self._at(end + self._costs.transfer, "answer", key)
-        elif self._stashed >= self._flush_at:
+        done = min(self._backlog, self.now - self._pool_free_at)
+        self._backlog -= done
+        requests, self._waiting = tuple(self._waiting), []
+        seconds = self._costs.slot + len(requests) * self._costs.pool_layer
+        self.pool_busy += done + seconds
+        self._pool_free, self._pool_free_at = False, self.now + seconds
+        self._at(self._pool_free_at, "free")
+        for key in requests:
+            self._at(self._pool_free_at + self._costs.transfer, "answer", key)
+        self.slots.append(requests)
+        self._stashed += sum(key.kind == Kind.BACKWARD for key in requests)
+        if self._stashed >= self._cut_at:
             self.slots.append(())
-            self._occupy_pool(self._stashed)
-            self._stashed = 0
+            self._cut()
 
-    def _occupy_pool(self, requests: int) -> float:
-        seconds = self._costs.slot + requests * self._costs.pool_layer
-        self._pool_free = False
-        self.pool_busy += seconds
-        self._at(self.now + seconds, "free")
-        return self.now + seconds
+    def _cut(self) -> None:
+        if self._stashed:
+            self._backlog += self._costs.slot + self._stashed * self._costs.pool_layer
+            self._stashed = 0

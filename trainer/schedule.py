@@ -14,8 +14,9 @@ from trainer.config import Recipe
 from trainer.costs import count_flops
 from trainer.lanes import choose_lanes
 
-LAUNCH_SHARE = 0.1
-"""Cost of a slot however small, as a share of one request's: the weights' way through memory."""
+LAUNCH_SHARE = 0.4
+"""Cost of a slot however small, as a share of one request's: the weights' way through memory. Measured on a CPU with 32
+rows an expert (tests/benchmarks/results)."""
 TRANSFER_SHARE = 0.1
 """Cost of a request's way over the wire, as a share of a trunk layer's."""
 

@@ -83,7 +83,7 @@ def test_forward_and_both_backward_passes(kernels: ModuleType, dtype: torch.dtyp
         assert_near(act_NF, slow.act_NF, dtype)
     before13, before2 = (randn(*w.shape, seed=5, dtype=torch.float32) for w in (w13_e2FD, w2_eDF))
     grad13, grad2 = before13.clone(), before2.clone()
-    kernels.add_weight_gradients(grad13, grad2, [(x_ND, dy_ND, for_weights, counts)])
+    kernels.add_weight_gradients(grad13, grad2, [(x_ND, dy_ND, for_weights, counts)], slice(0, None))
     assert_near(grad13 - before13, slow.dw13, dtype)
     assert_near(grad2 - before2, slow.dw2, dtype)
     for expert, count in enumerate(counts):
@@ -129,7 +129,8 @@ def test_a_stash_of_several_backwards(kernels: ModuleType, dtype: torch.dtype) -
         want13 += slow.dw13
         want2 += slow.dw2
     grad13, grad2 = torch.zeros(w13_e2FD.shape), torch.zeros(w2_eDF.shape)
-    kernels.add_weight_gradients(grad13, grad2, stash)
+    kernels.add_weight_gradients(grad13, grad2, stash, slice(0, 2))
+    kernels.add_weight_gradients(grad13, grad2, stash, slice(2, 4))
     assert_near(grad13, want13, dtype)
     assert_near(grad2, want2, dtype)
 
@@ -147,7 +148,7 @@ def test_unwritten_parts_of_the_kernel_are_cleared(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(torch.nn.functional, "grouped_mm", unwritten)
     grads = torch.zeros(4, 2 * F, D), torch.zeros(4, D, F)
-    grouped_experts.add_weight_gradients(*grads, [(x, dy, (dh, act), counts)])
+    grouped_experts.add_weight_gradients(*grads, [(x, dy, (dh, act), counts)], slice(0, 4))
     for grad in grads:
         assert not grad[[1, 3]].any()
         assert grad[[0, 2]].any(dim=(1, 2)).all()
@@ -165,6 +166,6 @@ def test_cuda(counts: list[int]) -> None:
     y_ND, hidden = grouped_experts.forward(x, w13, w2, [counts])
     dx_ND, for_weights = grouped_experts.backward(x, hidden, dy, w13, w2, [counts])
     grads = torch.zeros(w13.shape, device="cuda"), torch.zeros(w2.shape, device="cuda")
-    grouped_experts.add_weight_gradients(*grads, [(x, dy, for_weights, counts)])
+    grouped_experts.add_weight_gradients(*grads, [(x, dy, for_weights, counts)], slice(0, None))
     for got, want in zip((y_ND, dx_ND, *grads), (slow.y_ND, slow.dx_ND, slow.dw13, slow.dw2), strict=True):
         assert_near(got.cpu(), want, dtype)

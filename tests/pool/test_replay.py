@@ -62,6 +62,7 @@ def follow(plan: Plan, topology: Topology, layers: int, costs: Costs, load_LS: N
     free_at: dict[int, float] = defaultdict(float)
     kept: dict[int, float] = defaultdict(float)
     stash: dict[int, list[float]] = defaultdict(list)
+    backlog: dict[int, float] = defaultdict(float)
     events: list[tuple[float, int, int, object]] = []
     number = itertools.count()
 
@@ -106,10 +107,16 @@ def follow(plan: Plan, topology: Topology, layers: int, costs: Costs, load_LS: N
         rows = {k: topology.expert_parallel * load_LS[k.layer, topology.shard(p)] for k in keys}
         if not keys:
             if stash[p]:
-                work(p, now, [(costs.slot + costs.pool_layer * sum(stash[p]), Work.WEIGHT_GRADIENTS)])
+                backlog[p] += costs.slot + costs.pool_layer * sum(stash[p])
             stash[p] = []
+            if not queues[p] and backlog[p]:
+                work(p, now, [(backlog[p], Work.WEIGHT_GRADIENTS)])
             at(max(now, free_at[p]), p)
             return
+        made = min(backlog[p], now - free_at[p])
+        if made > 0:
+            seen.bars.append((p, free_at[p], free_at[p] + made, Work.WEIGHT_GRADIENTS))
+            backlog[p] -= made
         launch, parts = costs.slot, []
         for kind, what in ((Kind.FORWARD, Work.POOL_FORWARD), (Kind.BACKWARD, Work.POOL_BACKWARD)):
             these = [rows[k] for k in keys if k.kind == kind]
@@ -122,7 +129,8 @@ def follow(plan: Plan, topology: Topology, layers: int, costs: Costs, load_LS: N
             else:
                 kept[p] -= sum(these)
                 stash[p] += these
-                seen.stash[p] = max(seen.stash[p], sum(stash[p]))
+                if these:
+                    seen.stash[p] = max(seen.stash[p], sum(stash[p]) + backlog[p] / costs.pool_layer)
         end = work(p, now, parts)
         for key in keys:
             at(end + costs.transfer, key.trunk_rank, key.lane)
@@ -185,37 +193,20 @@ def test_lock_step_slots_that_cross_replicas(grid: tuple[int, int, int]) -> None
     assert set(got.peak_open_T) == {1}
 
 
-def left_at_the_end(plan: Plan, topology: Topology, replica: int) -> int:
-    """Backwards of a replica that its own flushes in the plan leave: an empty slot is of the replica before it."""
-    left = owner = 0
-    for slot in plan.slots:
-        owner = slot[0].trunk_rank % topology.replicas if slot else owner
-        if owner == replica:
-            left = left + sum(key.kind == Kind.BACKWARD for key in slot) if slot else 0
-    return left
-
-
 @pytest.mark.parametrize(("lanes", "stagger"), LANES)
 @pytest.mark.parametrize("grid", GRIDS)
 def test_an_even_load_takes_the_predicted_time(grid: tuple[int, int, int], lanes: int, stagger: bool) -> None:
-    """Without stagger the last trunk rank ends when the plan says; staggered never later, since nobody begins later.
-
-    The pool works as long as the plan says and, for what is left at the end, one flush more.
-    """
+    """Without stagger a step ends when the plan says; staggered never later, since nobody begins later."""
     topology, layers = Topology(*grid), 4
     plan = training_plan(topology, layers, 5, lanes, stagger, COSTS)
     got = replay(plan, topology, layers, COSTS, ranks=range(topology.world_size))
-    trunk = got.intervals.rank_I < topology.trunk_ranks
-    trunk_end, pool_end = got.intervals.end_I[trunk].max(), got.intervals.end_I[~trunk].max()
+    assert got.seconds == pytest.approx(got.intervals.end_I.max(), abs=1e-9)
     if stagger:
-        assert trunk_end <= plan.seconds + 1e-9
-    else:
-        assert trunk_end == pytest.approx(plan.seconds, abs=1e-9)
-        assert got.trunk_busy_T * got.seconds == pytest.approx(plan.trunk_busy * plan.seconds, abs=1e-9)
-    assert got.seconds == pytest.approx(max(trunk_end, pool_end), abs=1e-9)
-    left = [left_at_the_end(plan, topology, r) for r in range(topology.replicas)]
-    flushes = np.mean([COSTS.slot + n * COSTS.pool_layer if n else 0.0 for n in left])
-    assert got.pool_busy_P.mean() * got.seconds == pytest.approx(plan.pool_busy * plan.seconds + flushes, abs=1e-9)
+        assert got.seconds <= plan.seconds + 1e-9
+    elif topology.replicas == 1:  # in a plan of several replicas a cut of one is a cut of all
+        assert got.seconds == pytest.approx(plan.seconds, abs=1e-9)
+        assert got.trunk_busy_T == pytest.approx(plan.trunk_busy, abs=1e-9)
+        assert got.pool_busy_P == pytest.approx(plan.pool_busy, abs=1e-9)
 
 
 def test_imbalance_is_of_rows_over_all_pool_ranks() -> None:

@@ -97,12 +97,12 @@ def test_lanes_and_stagger_make_the_step_shorter() -> None:
     costs = Costs(trunk_layer=1.0, head=16.6, pool_layer=0.25, slot=0.03, transfer=0.1)
     ways = ((1, False), (2, False), (2, True))
     lockstep, lanes, both = (training_plan(topology, 12, 16, *way, costs) for way in ways)
-    assert lanes.seconds < 0.9 * lockstep.seconds
-    assert both.seconds < 0.9 * lanes.seconds
+    assert lanes.seconds < 0.95 * lockstep.seconds
+    assert both.seconds < 0.95 * lanes.seconds
     assert both.pool_busy > lanes.pool_busy > lockstep.pool_busy
 
 
-def test_flushes_come_when_nothing_waits_and_never_twice() -> None:
+def test_cuts_come_with_backwards_between_them() -> None:
     plan = training_plan(Topology(1, 1, 1), 4, 4, 2, True, COSTS)
     flushes = [n for n, slot in enumerate(plan.slots) if not slot]
     assert flushes

@@ -38,7 +38,7 @@ def test_an_even_load() -> None:
         assert p.slowdown >= 1
         assert max(p.trunk_busy, p.pool_busy) <= 1
     assert ways["lock step"].requests_a_slot == 4.0, "all trunk ranks together"
-    assert ways["4 lanes"].seconds < ways["2 lanes"].seconds < 0.8 * ways["lock step"].seconds
+    assert ways["2 lanes"].seconds < ways["1 lanes"].seconds < 0.85 * ways["lock step"].seconds
     trunk, pool = estimate_memory(RECIPE, 1)
     assert ways["lock step"].trunk_bytes == trunk.total
     # Of one micro-batch in flight the pool keeps what the estimate says, and the stash is as large as may be.
