@@ -11,7 +11,7 @@ import torch
 
 from tests.benchmarks import contenders, peers, report
 from tests.benchmarks.contenders import Contender, ContenderFailed
-from tests.benchmarks.experts import SHAPES, Dense, Shape, Work, experts_ratios, make_work
+from tests.benchmarks.experts import SHAPES, DenseFFN, Shape, Work, experts_ratios, make_work
 from tests.benchmarks.startup import startup_results
 from tests.benchmarks.step import LAYOUTS, MODEL_OF, Layout, recipe, step_ratios
 
@@ -104,7 +104,7 @@ def test_work_has_every_token_once_a_layer_unevenly() -> None:
 
 def test_dense_backward_is_autograd_s() -> None:
     torch.manual_seed(0)
-    dense = Dense(Shape(6, 10, 1), torch.float32, torch.device("cpu"))
+    dense = DenseFFN(Shape(6, 10, 1), torch.float32, torch.device("cpu"))
     w13, w2 = (weight.clone().requires_grad_() for weight in dense.weights[0])
     x, dy = torch.randn(7, 6), torch.randn(7, 6)
     a, b = (x @ w13.t()).chunk(2, dim=1)
@@ -146,14 +146,15 @@ def test_contender_that_hangs_is_killed(tmp_path: Path, monkeypatch: pytest.Monk
     assert [p.poll() for p in started] == [-9]
 
 
-def test_without_the_peers_one_line_and_status_2(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_peers_are_installed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where what is installed is not what the requirements say now, the environment is made again, else not."""
+    made: list[object] = []
     monkeypatch.setattr(peers, "INSTALLED", tmp_path / "installed")
-    with pytest.raises(SystemExit) as ended:
-        peers.peers_python()
-    assert ended.value.code == 2
-    line = capsys.readouterr().err
-    assert line.count("\n") == 1 and "python -m tests.benchmarks.peers" in line
-    (tmp_path / "installed").write_text(peers.REQUIREMENTS.read_text())
-    assert peers.peers_python().endswith("python")
+    monkeypatch.setattr(peers.venv, "create", lambda *_, **__: made.append("environment"))
+    monkeypatch.setattr(peers.subprocess, "run", lambda command, **_: made.append(command[-1]))
+    for _ in range(2):
+        assert peers.peers_python().endswith("python")
+    assert made == ["environment", str(peers.REQUIREMENTS)]
+    (tmp_path / "installed").write_text("other versions")
+    peers.peers_python()
+    assert len(made) == 4

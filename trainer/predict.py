@@ -179,8 +179,8 @@ def print_simulation(s: Simulation, in_seconds: bool) -> None:
     load = "the recorded load" if s.splits else "an even load"
     for line in (
         f"{unit}, {load}; this recipe has {s.own_way}.",
-        "Speed is over lock step; ideal is the busier side's work alone; memory is an estimate.",
-        "Two numbers: trunk, pool. max/mean: work of the pool ranks. a launch: requests in one.",
+        "Speed is over lock step; ideal is the busier side's work alone; memory is estimated.",
+        "Two numbers: trunk, pool. max/mean: work of the pool ranks. launch: requests in one. GB: memory.",
     ):
         console.print(f"[dim]- {line}[/dim]")
 
@@ -190,9 +190,7 @@ def _ways_table(s: Simulation, in_seconds: bool) -> Table:
 
     first = s.predictions[0]
     columns = ("seconds",) if in_seconds else ()
-    ways = new_table(
-        "Simulated step", "", *columns, "speed", "over ideal", "busy", "max/mean", "a launch", "memory, GB"
-    )
+    ways = new_table("Simulated step", "", *columns, "speed", "over ideal", "busy", "max/mean", "launch", "GB")
     for p in s.predictions:
         ways.add_row(
             f"{p.way}, placed" if p.placed else p.way,

@@ -4,10 +4,11 @@ A step's work for the pool: 8 layers, 4 micro-batches of 2,048 tokens, top-1, ra
 served as the trainer does: requests one by one, or those of 2 or 4 lanes merged; input gradients at once, weight
 gradients through the stash; the step's cast to the compute dtype included.
 
-Dense is a SwiGLU FFN a layer by plain torch.mm on all 2,048 tokens of a micro-batch at once, in the same order, with
-weight gradients added in fp32: the same products and FLOPs, as large as a dense model's. On CPU `transformers` runs its
-Qwen3-MoE sparse block on as much work, router and autograd included: 8 blocks of M / 8 experts each (vanilla), or one
-block of all M experts called 8 times (a shared pool, naively). On a GPU it is a loop over the experts instead.
+Dense is the products alone, as large as a dense model's: torch.mm on all 2,048 tokens of a micro-batch at once, of as
+many FLOPs. Dense FFN is what a dense model does with them: SwiGLU between, weight gradients added in fp32. On CPU
+`transformers` runs its Qwen3-MoE sparse block on as much work, router and autograd included: 8 blocks of M / 8 experts
+each (vanilla), or one block of all M experts called 8 times (a shared pool, naively). On a GPU it is a loop over the
+experts instead.
 
 python -m tests.benchmarks.experts [--rounds 8] [--json] [--device cuda --shape 182m]
 """
@@ -22,6 +23,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import ModuleType
 from unittest import mock
 
 import click
@@ -30,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from pool import loop_experts
+from pool import grouped_experts, loop_experts
 from pool.experts import ExpertServer, ExpertShard
 from tests.benchmarks.contenders import Contender, end_in_order
 from tests.benchmarks.peers import peers_python
@@ -103,13 +105,37 @@ def serve(shard: ExpertShard, work: Work, lanes: int) -> None:
     shard.flush()
 
 
-def serve_by_loop(shard: ExpertShard, work: Work) -> None:
-    """The same with a loop over the experts in place of the GPU's grouped kernel."""
-    with mock.patch.object(shard, "_kernels", return_value=loop_experts):
+def serve_with(kernels: ModuleType, shard: ExpertShard, work: Work) -> None:
+    """The same with the back end that was not chosen for this device."""
+    with mock.patch.object(shard, "_kernels", return_value=kernels):
         serve(shard, work, max(LANES))
 
 
-class Dense:
+class DenseProducts:
+    """The products of a dense SwiGLU FFN, and nothing between them."""
+
+    def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device):
+        D, F_ = shape.hidden, shape.ffn_hidden
+
+        def drawn(*size: int) -> Tensor:
+            return (torch.randn(*size, device=device) * 0.02).to(dtype)
+
+        self.w13_2FD, self.w2_DF = drawn(2 * F_, D), drawn(D, F_)
+        self.h_T2F, self.act_TF = drawn(TOKENS, 2 * F_), drawn(TOKENS, F_)
+
+    def step(self, work: Work) -> None:
+        for x, dy in zip(work.x, work.dy, strict=True):
+            for _ in range(LAYERS):
+                torch.mm(x, self.w13_2FD.t())
+                torch.mm(self.act_TF, self.w2_DF.t())
+            for _ in range(LAYERS):
+                torch.mm(dy, self.w2_DF)
+                torch.mm(self.h_T2F, self.w13_2FD)
+                torch.mm(self.h_T2F.t(), x)
+                torch.mm(dy.t(), self.act_TF)
+
+
+class DenseFFN:
     """A SwiGLU FFN a layer, driven by hand as the experts are."""
 
     def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device):
@@ -156,7 +182,7 @@ def experts_ratios(seconds: dict[str, list[float]], precision: str) -> dict[str,
         if lanes != merged:
             name = f"experts_{lanes}_lanes_over_dense_{precision}"
             named[name] = ratios(seconds["dense"], seconds[f"{lanes} lanes"])
-    for peer in ("hf_shared", "hf_private", "loop"):
+    for peer in ("dense_ffn", "hf_shared", "hf_private", "loop", "grouped_mm"):
         if peer in seconds:
             named[f"experts_over_{peer}_{precision}"] = ratios(seconds[peer], seconds[f"{merged} lanes"])
     return named
@@ -168,12 +194,15 @@ def our_contenders(shape: Shape, dtype: torch.dtype, device: torch.device) -> di
     shard = ExpertShard(tuple(range(shape.experts)), shape.hidden, shape.ffn_hidden, dtype)
     shard.reset_parameters(0.02, 0.02, seed=0)
     shard.to(device)
-    dense = Dense(shape, dtype, device)
-    contenders: dict[str, Callable[[], None]] = {"dense": lambda: dense.step(work)}
+    products, ffn = DenseProducts(shape, dtype, device), DenseFFN(shape, dtype, device)
+    contenders: dict[str, Callable[[], None]] = {
+        "dense": lambda: products.step(work),
+        "dense_ffn": lambda: ffn.step(work),
+    }
     for lanes in LANES:
         contenders[f"{lanes} lanes"] = lambda lanes=lanes: serve(shard, work, lanes)
-    if device.type == "cuda":
-        contenders["loop"] = lambda: serve_by_loop(shard, work)
+    name, other = ("loop", loop_experts) if device.type == "cuda" else ("grouped_mm", grouped_experts)
+    contenders[name] = lambda: serve_with(other, shard, work)
     return contenders
 
 
@@ -233,7 +262,7 @@ def _synchronize(device: torch.device) -> None:
 def main(rounds: int, as_json: bool, device: str, size: str) -> None:
     """Measure the experts against dense products, one thread on CPU in fp32 and bf16, or a GPU in bf16.
 
-    On CPU this needs the peers: python -m tests.benchmarks.peers
+    On CPU the peers are installed into an environment of their own first.
 
     \b
     Examples:

@@ -1,11 +1,12 @@
 """How evenly 8 pool ranks work at any moment: lock step, staggered, with experts placed by their load, and with both.
 
-python -m tests.benchmarks.load --loads FILE [--recipe NAME] [--json]
+python -m tests.benchmarks.load [--run DIR | --loads FILE] [--recipe NAME] [--json]
 
 Nothing is timed: routing that was recorded while a model trained is replayed through the service plans of 8 trunk and
 8 pool ranks, for the pool as 8 shards x 1 replica, 4 x 2 and 2 x 4.
 
-FILE holds counts by (micro-batch, layer, global expert id), an integer array (N, L, M) as `numpy.save` writes it. The
+Routing is recorded (`tests.benchmarks.record`) from a run of the recipe, which is trained first if it is not there; or
+FILE holds it: counts by (micro-batch, layer, global expert id), integers (N, L, M) as `numpy.save` writes them. The
 first half of the micro-batches places the experts (`pool.placement.balanced`), only the other half is measured. It is
 cut into blocks of one optimizer step: every trunk rank's every micro-batch is another recorded one, whose forwards and
 backwards send the same rows to the same experts and count alike. Weight gradients do not count: nobody waits for them.
@@ -27,6 +28,8 @@ only at the end of an optimizer step, so with several of them this overstates th
 from __future__ import annotations
 
 import statistics
+import subprocess
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -39,6 +42,7 @@ from pool.placement import Placement, balanced, contiguous
 from pool.plan import RequestKey, Slot, lockstep_plan
 from pool.topology import Topology
 from tests.benchmarks.report import print_report
+from trainer import checkpoint
 from trainer.config import Recipe, load_recipe
 from trainer.schedule import make_schedule
 
@@ -154,26 +158,47 @@ def report(recipe: Recipe, load_NLM: Counts, command: str, as_json: bool) -> Non
         f"8 contiguous shards in lock step, to compare with: {statistics.median(layouts['8x1']['lockstep']):.2f}",
         f"{N} recorded micro-batches of {L} layers and {M} experts: the first half places, the other is measured in "
         f"blocks of one optimizer step ({RANKS} trunk ranks x {MICRO_BATCHES} micro-batches)",
-        f"{RANKS} trunk and {RANKS} pool ranks; staggered has {recipe.parallel.lanes} lanes, lock step one",
+        f"{RANKS} trunk and {RANKS} pool ranks; staggered has the recipe's lanes, lock step one",
     ]
     print_report("Work in flight of the pool ranks, max / mean", command, results, notes, as_json)
 
 
+def trained_run(recipe_name: str, run: Path) -> Path:
+    """The folder of a finished run, trained now if it is not there."""
+    if checkpoint.newest(run / "checkpoints") is None:
+        arguments = [sys.executable, "-m", "trainer", "train", recipe_name, "--set", f"run.dir={run}"]
+        subprocess.run(arguments, check=True, timeout=3600)
+    return run
+
+
 @click.command()
 @click.option(
+    "--run", type=click.Path(path_type=Path), help="A finished run; default: the recipe's, trained if missing."
+)
+@click.option(
     "--loads",
-    required=True,
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="Recorded counts by (micro-batch, layer, global expert id), saved by numpy.",
 )
 @click.option("--recipe", "recipe_name", default="quickstart", show_default=True, help="What the model was trained by.")
 @click.option("--json", "as_json", is_flag=True, help="End with one JSON object.")
-def main(loads: Path, recipe_name: str, as_json: bool) -> None:
-    """Measure how evenly the pool ranks work, on recorded routing."""
+def main(run: Path | None, loads: Path | None, recipe_name: str, as_json: bool) -> None:
+    """Measure how evenly the pool ranks work, on recorded routing.
+
+    \b
+    Example:
+      python -m tests.benchmarks.load --json
+    """
     recipe = load_recipe(recipe_name)
-    command = f"python -m tests.benchmarks.load --loads {loads.name} --recipe {recipe_name}"
+    command = f"python -m tests.benchmarks.load --recipe {recipe_name}"
     try:
-        report(recipe, read(loads, recipe), command, as_json)
+        if loads is None:
+            from tests.benchmarks.record import record
+
+            load_NLM = record(trained_run(recipe_name, run or Path(recipe.run.dir)), 256)
+        else:
+            load_NLM = read(loads, recipe)
+        report(recipe, load_NLM, command, as_json)
     except ValueError as error:
         raise click.UsageError(str(error)) from None
 

@@ -27,11 +27,20 @@ def is_ready() -> bool:
     return INSTALLED.exists() and INSTALLED.read_text() == REQUIREMENTS.read_text()
 
 
+def install() -> None:
+    """Make the environment, if it is not there."""
+    if is_ready():
+        return
+    print(f"installing the peers into {FOLDER.name}", file=sys.stderr)
+    venv.create(FOLDER, with_pip=True, clear=True)
+    command = [str(PYTHON), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-r", str(REQUIREMENTS)]
+    subprocess.run(command, check=True, timeout=INSTALL_LIMIT)
+    INSTALLED.write_text(REQUIREMENTS.read_text())
+
+
 def peers_python() -> str:
-    """The interpreter of the peers' environment; ends the process with status 2 where there is none."""
-    if not is_ready():
-        print("error: no environment for the peers; make it: python -m tests.benchmarks.peers", file=sys.stderr)
-        sys.exit(2)
+    """The interpreter of the peers' environment, which is installed first if it is not there."""
+    install()
     return str(PYTHON)
 
 
@@ -43,11 +52,7 @@ def main() -> None:
     Example:
       python -m tests.benchmarks.peers
     """
-    if not is_ready():
-        venv.create(FOLDER, with_pip=True, clear=True)
-        command = [str(PYTHON), "-m", "pip", "install", "--disable-pip-version-check", "-r", str(REQUIREMENTS)]
-        subprocess.run(command, check=True, timeout=INSTALL_LIMIT)
-        INSTALLED.write_text(REQUIREMENTS.read_text())
+    install()
     print(f"peers are installed in {FOLDER.name}")
 
 

@@ -1,4 +1,4 @@
-"""Records which expert every layer of a trained model chooses, micro-batch by micro-batch, for `tests.benchmarks.load`.
+"""Records which expert every layer of a trained model chooses, micro-batch by micro-batch.
 
 python -m tests.benchmarks.record runs/quickstart --out routing.npy
 """
@@ -11,6 +11,7 @@ from pathlib import Path
 import click
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from pool.placement import contiguous
@@ -25,16 +26,16 @@ from trainer.prepare import prepare_for
 from trainer.reshape import SavedCheckpoint, convert
 
 
-@click.command()
-@click.argument("run", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--out", required=True, type=click.Path(dir_okay=False, path_type=Path), help="A .npy file to write.")
-@click.option("--micro-batches", default=256, show_default=True, help="How many; of training text in a new order.")
-def main(run: Path, out: Path, micro_batches: int) -> None:
-    """Record the routing of RUN's newest checkpoint: counts by micro-batch, layer and global expert."""
+def record(run: Path, micro_batches: int) -> NDArray[np.int64]:
+    """Counts by micro-batch, layer and global expert (N, L, M) of a run's newest checkpoint, on training text.
+
+    Raises:
+        ValueError: it has no checkpoint of a model with experts.
+    """
     recipe = load_recipe(str(run / "recipe.yaml"))
     found = checkpoint.newest(run / "checkpoints")
     if found is None or recipe.model.ffn == "dense":
-        raise click.ClickException(f"{run}: has no checkpoint of a model with experts")
+        raise ValueError(f"{run}: has no checkpoint of a model with experts")
     groups, device = recipe.model.groups, torch.device("cpu")
     placement = contiguous(recipe.pool.experts, groups, 1)
     trunk, shard = Trunk(recipe, device), build_shard(recipe, placement, 0, device)
@@ -54,6 +55,16 @@ def main(run: Path, out: Path, micro_batches: int) -> None:
         for layer, row in enumerate(load_LM.numpy()):
             first = pool_map.first_expert(layer)
             load_NLM[number, layer, first : first + len(row)] = row
+    return load_NLM
+
+
+@click.command()
+@click.argument("run", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--out", required=True, type=click.Path(dir_okay=False, path_type=Path), help="A .npy file to write.")
+@click.option("--micro-batches", default=256, show_default=True, help="How many; of training text in a new order.")
+def main(run: Path, out: Path, micro_batches: int) -> None:
+    """Record the routing of RUN's newest checkpoint: counts by micro-batch, layer and global expert."""
+    load_NLM = record(run, micro_batches)
     np.save(out, load_NLM)
     print(f"{out}: {load_NLM.shape}")
 

@@ -1,8 +1,9 @@
 """A whole training step on two cores: UniPool against our own baselines, Hugging Face Qwen3-MoE and DeepSpeed's MoE.
 
-All have the same active shape: 8 layers, hidden 256, 4 heads, one SwiGLU of width 1024 a token and layer, vocabulary
+All have the same active shape: 8 layers, hidden 256, 4 heads, one SwiGLU of width 512 a token and layer, vocabulary
 2,048, 4 micro-batches of 2,048 tokens, AdamW and clipping included. UniPool has one pool of 64 experts, the other MoEs
-8 private experts a layer, so all of them have as many parameters; dense has one FFN a layer.
+8 private experts a layer, so all of them have as many parameters; dense has one FFN a layer. The width makes trunk and
+pool about equally long, as the number of ranks of either role would on a cluster: two cores leave no choice but 1 + 1.
 
 Where two layouts can be had, two ranks of one thread or one rank of two, both are tried first and the faster is kept.
 
@@ -34,7 +35,7 @@ CORES = 2
 TRIALS = 2
 """Steps that each of two layouts is tried for, after one to warm up."""
 
-SHAPE = {"layers": 8, "hidden": 256, "heads": 4, "kv_heads": 4, "ffn_hidden": 1024, "vocab": 2048, "seq_len": 256}
+SHAPE = {"layers": 8, "hidden": 256, "heads": 4, "kv_heads": 4, "ffn_hidden": 512, "vocab": 2048, "seq_len": 256}
 EXPERTS = 64
 SEQUENCES = 8
 MICRO_BATCHES = 4
@@ -209,7 +210,7 @@ def _notes(
 def main(rounds: int, as_json: bool) -> None:
     """Measure whole training steps on two cores, in fp32 and bf16.
 
-    Needs the peers: python -m tests.benchmarks.peers
+    The peers are installed into an environment of their own first.
 
     \b
     Example:
