@@ -37,6 +37,15 @@ class Saved:
     tokens_per_expert: list[int]
 
 
+@dataclass
+class _Ready:
+    """A stash that has been cut: what it holds, and the first expert whose weight gradients are still to be made."""
+
+    stash: list[Any]
+    bytes: int
+    next_expert: int = 0
+
+
 class ExpertShard(nn.Module):
     """Experts `expert_ids` of the pool: e_i(x) = W2_i( silu(W1_i x) * W3_i x ), without bias.
 
@@ -48,7 +57,7 @@ class ExpertShard(nn.Module):
         hidden, ffn_hidden: D and F.
         compute_dtype: float32 or bfloat16.
         recompute: keep only the tokens of a forward and recompute its hidden activations in backward.
-        stash_bytes: flush when the stash holds more; where that happens depends on the requests alone, never on time.
+        stash_bytes: make room when the stash holds more.
     """
 
     def __init__(
@@ -69,8 +78,9 @@ class ExpertShard(nn.Module):
         self.recompute = recompute
         self.stash_bytes = stash_bytes
         self._stash: list[Any] = []
-        self._ready: deque[tuple[list[Any], int]] = deque()  # cut stashes, and the first expert that is still to do
-        self._stashed_bytes = 0
+        self._uncut_bytes = 0
+        self._ready: deque[_Ready] = deque()
+        self._ready_bytes = 0
         self._gradients: list[Tensor] = []
         self._compute_weights: tuple[Tensor, Tensor] | None = None
 
@@ -123,13 +133,20 @@ class ExpertShard(nn.Module):
         dx_ND, for_weights = self._kernels().backward(x_ND, hidden, dy_ND, *self._weights(), batches)
         self._stash.append((x_ND, dy_ND, for_weights, [sum(column) for column in zip(*batches, strict=True)]))
         width = 2 * x_ND.shape[1] + 3 * self.w2_eDF.shape[2]
-        self._stashed_bytes += len(x_ND) * width * x_ND.element_size()
+        self._uncut_bytes += len(x_ND) * width * x_ND.element_size()
         return dx_ND  # type: ignore[no-any-return]
 
     def flush_if_full(self) -> None:
-        """Flush when more than `stash_bytes` is stashed; to be called when answers are out."""
-        if self._stashed_bytes > self.stash_bytes:
-            self.flush()
+        """Make room when more than `stash_bytes` is stashed; to be called when answers are out.
+
+        What is cut already goes first. Whether that is enough is asked of the rest alone, which follows from the
+        requests: a cut must not depend on how far `flush_some` has come.
+        """
+        if self._uncut_bytes + self._ready_bytes > self.stash_bytes:
+            self._drain()
+        if self._uncut_bytes > self.stash_bytes:
+            self.cut()
+            self._drain()
 
     def cut(self) -> None:
         """What is stashed until now is one product an expert: it waits for `flush_some` or `flush`.
@@ -138,33 +155,40 @@ class ExpertShard(nn.Module):
         does not matter.
         """
         if self._stash:
-            self._ready.append((self._stash, 0))
-            self._stash = []
+            self._ready.append(_Ready(self._stash, self._uncut_bytes))
+            self._ready_bytes += self._uncut_bytes
+            self._stash, self._uncut_bytes = [], 0
 
     @torch.no_grad()
     def flush_some(self) -> bool:
         """Make a few milliseconds' worth of the products that wait; False if none does."""
         if not self._ready:
             return False
-        stash, first = self._ready.popleft()
-        end = min(first + EXPERTS_AT_A_TIME, len(self.expert_ids))
-        self._add_weight_gradients(stash, slice(first, end))
-        if end < len(self.expert_ids):
-            self._ready.appendleft((stash, end))
+        self._make(EXPERTS_AT_A_TIME)
         return True
 
     @torch.no_grad()
     def flush(self) -> None:
         """Add the weight gradients of everything stashed to `.grad` (fp32). After it the stack has a gradient."""
         self.cut()
-        while self._ready:
-            stash, first = self._ready.popleft()
-            self._add_weight_gradients(stash, slice(first, len(self.expert_ids)))
-        self._stashed_bytes = 0
+        self._drain()
         self._gradient_buffers()
 
-    def _add_weight_gradients(self, stash: list[Any], experts: slice) -> None:
-        self._kernels().add_weight_gradients(*self._gradient_buffers(), stash, experts)
+    @torch.no_grad()
+    def _drain(self) -> None:
+        while self._ready:
+            self._make(len(self.expert_ids))
+
+    def _make(self, experts: int) -> None:
+        """Weight gradients of the next experts of the oldest cut."""
+        oldest = self._ready[0]
+        end = min(oldest.next_expert + experts, len(self.expert_ids))
+        part = slice(oldest.next_expert, end)
+        self._kernels().add_weight_gradients(*self._gradient_buffers(), oldest.stash, part)
+        oldest.next_expert = end
+        if end == len(self.expert_ids):
+            self._ready.popleft()
+            self._ready_bytes -= oldest.bytes
 
     def _gradient_buffers(self) -> list[Tensor]:
         """The weights' `.grad`. Its memory is kept from step to step: fresh memory is slow to touch."""

@@ -71,14 +71,20 @@ def add_weight_gradients(
     experts: slice,
 ) -> None:
     """See `loop_experts.add_weight_gradients`."""
-    device, counts = grad2_eDF.device, [c[experts] for *_, c in stash]
-    index_N = _rows_of([c for *_, c in stash], experts).to(device)
+    device = grad2_eDF.device
+    counts = [c[experts] for *_, c in stash]
+    if not any(map(sum, counts)):
+        return
+    # Rows are expert-major: those of adjacent experts are one piece of every batch.
+    starts = [sum(c[: experts.start]) for *_, c in stash]
+    pieces = [slice(start, start + sum(mine)) for start, mine in zip(starts, counts, strict=True)]
+    index_N = merge_order(counts).to(device)
     offsets_e = _offsets(counts, device)
     empty_e11 = (offsets_e.diff(prepend=offsets_e.new_zeros(1)) == 0)[:, None, None]
 
     def merged(parts: list[Tensor]) -> Tensor:
-        rows = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return rows if len(index_N) == len(rows) and len(parts) == 1 else rows.index_select(0, index_N)
+        rows = [part[piece] for part, piece in zip(parts, pieces, strict=True)]
+        return rows[0] if len(rows) == 1 else torch.cat(rows).index_select(0, index_N)
 
     pairs = (
         (grad13_e2FD, [dh for _, _, (dh, _), _ in stash], [x for x, *_ in stash]),
@@ -118,14 +124,6 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 def _offsets(batches: Sequence[list[int]], device: torch.device) -> Tensor:
     """Where each expert's rows end."""
     return torch.tensor(batches).sum(0).cumsum(0).to(device, torch.int32)
-
-
-def _rows_of(counts: Sequence[list[int]], experts: slice) -> Tensor:
-    """Index of the rows of some experts in several batches laid one behind the other, in the order of `merge_order`."""
-    index_N = merge_order(list(counts))
-    totals = [sum(column) for column in zip(*counts, strict=True)]
-    first = sum(totals[: experts.start])
-    return index_N[first : first + sum(totals[experts])]
 
 
 def _product(x_NI: Tensor, w_eIO: Tensor, offsets_e: Tensor) -> Tensor:

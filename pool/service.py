@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -19,7 +20,8 @@ class PoolService:
 
     Attributes:
         tokens_Le: assignments served since the last `take_load`, by layer and local expert (int64, host).
-        seconds_waiting, seconds_busy: time in waits for requests, and in everything else, since the start.
+        seconds_waiting, seconds_busy: time in waits for requests, and in everything else inside `serve`, since the
+            start; the weight gradients that are left for the end of a step are in neither.
     """
 
     def __init__(self, shard: ExpertShard, wire: PoolWire, layers: int):
@@ -40,12 +42,13 @@ class PoolService:
             WireError: see `PoolWire.receive`; also a backward whose forward never came, or with other counts.
         """
         mine = [(slot, [key for key in slot if key.trunk_rank in self._served]) for slot in slots]
-        # A thread receives in the plan's order while this one computes; what it holds is bounded by the lanes.
-        coming = [self._receiver.submit(self._wire.receive_in_thread, keys, step) if keys else None for _, keys in mine]
+        # A thread receives in the plan's order while this one computes; what it holds is bounded by the lanes. A slot's
+        # future holds what was received for it, and is let go when the slot has been served.
+        coming = deque(self._receiver.submit(self._wire.receive_in_thread, keys, step) for _, keys in mine if keys)
         try:
-            for (slot, keys), requests in zip(mine, coming, strict=True):
-                if requests is not None:
-                    self._serve_slot(keys, requests, step)
+            for slot, keys in mine:
+                if keys:
+                    self._serve_slot(keys, coming.popleft(), step)
                 elif not slot:
                     self.shard.cut()
         except BaseException:

@@ -134,8 +134,8 @@ class _Simulation:
         self._numbers = itertools.count()
         self._pool_free_at = 0.0
         self._backlog = 0.0  # of weight gradients, in units of time
-        # Many requests' weight gradients in one product an expert, but several products a micro-batch.
-        self._cut_at = max(1, sum(s.kind == Kind.BACKWARD for s in segments) // 2)
+        # Many requests' weight gradients in one product an expert, but two products a micro-batch.
+        self._cut_at = max(1, len(trunk_ranks) * sum(s.kind == Kind.BACKWARD for s in segments) // 2)
         lanes = min(lanes, micro_batches)
         self.trunks = {}
         for t in trunk_ranks:

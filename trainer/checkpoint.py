@@ -89,7 +89,12 @@ def to_resume(recipe: Recipe, checkpoints: Path) -> tuple[int, Path] | None:
     """
     found = newest(checkpoints)
     if found:
-        saved = json.loads((found[1] / _LAYOUT).read_text())["identity"]
+        saved = json.loads((found[1] / _LAYOUT).read_text()).get("identity")
+        if saved is None:
+            raise UserError(
+                f"run.dir = {recipe.run.dir}: its checkpoint {found[1].name} is of an older version of this trainer; "
+                f"use another run.dir"
+            )
         for key, value in _identity(recipe).items():
             if saved[key] != value:
                 raise UserError(

@@ -83,7 +83,9 @@ def train(recipe: str, overrides: tuple[str, ...]) -> None:
     from trainer.launch import run_locally
     from trainer.prepare import prepare_for
     from trainer.run_folder import RunFolder
+    from trainer.schedule import make_schedule
 
+    make_schedule(checked)  # finds a wrong parallel.hardware before anything starts
     folder = RunFolder(checked)
     checkpoint.to_resume(checked, folder.checkpoints)
     folder.make()

@@ -134,9 +134,10 @@ def best_splits(
     requests = 10 * 2 * recipe.model.layers * recipe.train.global_batch // recipe.train.micro_batch
     found: list[Forecast] = []
     for layout in ranked:
-        fitting = _with_fitting_lanes(layout, hardware, interconnect)
-        if fitting is not None:
-            found.append(forecast(fitting, hardware, interconnect))
+        lanes = fitting_lanes(layout, hardware, interconnect)
+        if lanes:
+            parallel = layout.parallel.model_copy(update={"lanes": lanes})
+            found.append(forecast(layout.model_copy(update={"parallel": parallel}), hardware, interconnect))
         if len(found) >= max(3, min(SIMULATED, REQUESTS_SIMULATED // requests)):
             break
     if not found:
@@ -173,14 +174,12 @@ def _least_seconds(layout: Recipe, hardware: Hardware, interconnect: float | Non
     return max(trunk, pool, wire) + step_end(layout, hardware, interconnect)
 
 
-def _with_fitting_lanes(layout: Recipe, hardware: Hardware, interconnect: float | None) -> Recipe | None:
-    """The layout with the lanes of its choice, or as many fewer as fit into memory; None if one does not."""
+def fitting_lanes(layout: Recipe, hardware: Hardware, interconnect: float | None = None) -> int:
+    """The lanes of the layout's choice, or as many fewer as fit into memory; 0 if one does not."""
     lanes = choose_lanes(layout, seconds(layout, hardware, interconnect))
     while lanes and _fullest(layout, lanes) > FILLED * hardware.memory:
         lanes -= 1
-    if not lanes:
-        return None
-    return layout.model_copy(update={"parallel": layout.parallel.model_copy(update={"lanes": lanes})})
+    return lanes
 
 
 def _fullest(layout: Recipe, lanes: int) -> int:

@@ -168,8 +168,11 @@ DATA_SHEETS = {
 }
 
 
-def find_hardware(name_or_path: str) -> Hardware:
+def find_hardware(name_or_path: str, key: str = "--hardware") -> Hardware:
     """A data sheet by name, or the profile in a file.
+
+    Args:
+        key: who asks, for the error.
 
     Raises:
         UserError: neither.
@@ -181,7 +184,7 @@ def find_hardware(name_or_path: str) -> Hardware:
         known = ", ".join(DATA_SHEETS)
         close = difflib.get_close_matches(name_or_path, DATA_SHEETS, n=1)
         hint = f"did you mean {close[0]}?" if close else f"allowed: {known}, or a file that `unipool bench` made"
-        raise UserError(f"--hardware {name_or_path}: neither a known name nor a file; {hint}")
+        raise UserError(f"{key} {name_or_path}: neither a known name nor a file; {hint}")
     return load_profile(path).hardware
 
 

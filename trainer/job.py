@@ -91,10 +91,10 @@ class Job:
     all ranks and are made by hand: `control` and `host` (gloo), and one a lane for payloads.
 
     Args:
-        schedule: what rank 0 has is what all ranks use; made from the recipe if it is None.
+        make: makes the schedule that all ranks use, called on rank 0; None: made from the recipe.
     """
 
-    def __init__(self, recipe: Recipe, launch: Launch, schedule: Schedule | None = None):
+    def __init__(self, recipe: Recipe, launch: Launch, make: Callable[[], Schedule] | None = None):
         self.topology: Topology = recipe.topology
         if self.topology.world_size != launch.world_size:
             t = self.topology
@@ -107,8 +107,8 @@ class Job:
         self.timeout = timedelta(seconds=recipe.parallel.timeout_seconds)
         tcp_store = _open_store(launch)
         self.store = dist.PrefixStore(_attempt(), tcp_store)
-        own = schedule or make_schedule(recipe)
-        agreed = Schedule.from_json(recipe, self.agree("schedule", own.to_json))
+        text = self.agree("schedule", lambda: (make() if make else make_schedule(recipe)).to_json())
+        agreed = Schedule.from_json(recipe, text)
         if agreed is None:
             raise UserError("the ranks were started with different recipes: give all of them the same")
         self.schedule = agreed

@@ -33,8 +33,8 @@ def simulate_step(recipe: Recipe, lanes: int, costs: Costs) -> Step:
     return Step(trunk + pool, trunk / (trunk + pool), pool / (trunk + pool))
 
 
-def choose_lanes(recipe: Recipe, costs: Costs) -> int:
-    """The fewest lanes, 1 to 8 and at most the micro-batches, with which a step is within 3 % of the best.
+def choose_lanes(recipe: Recipe, costs: Costs, most: int = MOST_LANES) -> int:
+    """The fewest lanes, up to `most` and the micro-batches, with which a step is within 3 % of the best.
 
     ZeRO-3 over several trunk ranks goes with one lane only (`trainer.config`).
     """
@@ -42,8 +42,7 @@ def choose_lanes(recipe: Recipe, costs: Costs) -> int:
     if p.trunk_zero == 3 and p.trunk_ranks > 1 and p.pool_ranks:
         return 1
     seconds = {
-        lanes: simulate_step(recipe, lanes, costs).seconds
-        for lanes in range(1, min(MOST_LANES, recipe.micro_batches) + 1)
+        lanes: simulate_step(recipe, lanes, costs).seconds for lanes in range(1, min(most, recipe.micro_batches) + 1)
     }
     good_enough = (1 + WORTH) * min(seconds.values())
     return min(lanes for lanes, taken in seconds.items() if taken <= good_enough)

@@ -88,10 +88,15 @@ def read_loads(path: Path, recipe: Recipe) -> Counts:
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"--loads {file}: not a .npy file of counts ({error})") from None
     wanted = (recipe.model.layers, recipe.pool.experts)
-    if load.ndim not in (2, 3) or load.shape[-2:] != wanted or not np.issubdtype(load.dtype, np.integer):
+    if not isinstance(load, np.ndarray):
+        raise UserError(f"--loads {file}: several arrays: must be one .npy file of counts")
+    whole = np.issubdtype(load.dtype, np.integer)
+    if load.ndim not in (2, 3) or load.shape[-2:] != wanted or not whole or (load < 0).any():
         raise UserError(
-            f"--loads {file}: {load.dtype} {load.shape}: must be integers by layer and expert, {wanted} for this recipe"
+            f"--loads {file}: {load.dtype} {load.shape}: must be counts from 0 by layer and expert, {wanted} for this "
+            f"recipe"
         )
+    load = load.astype(np.int64)
     return load if load.ndim == 2 else load.sum(0)
 
 
@@ -106,7 +111,9 @@ def simulate(schedule: Schedule, load_LM: Counts | None, ranks: tuple[int, ...] 
     recipe = schedule.recipe
     topology, groups = recipe.topology, recipe.model.groups
     plans = {"lock step": _lockstep(schedule)}
-    plans |= {f"{n} lanes": replace(schedule, lanes=n).step for n in sorted({*LANES, schedule.lanes})}
+    in_order = recipe.parallel.trunk_zero == 3 and topology.trunk_ranks > 1  # see trainer.config
+    lanes = [n for n in LANES if n <= recipe.micro_batches and not in_order]
+    plans |= {f"{n} lanes": replace(schedule, lanes=n).step for n in sorted({*lanes, schedule.lanes})}
     own_way = f"{schedule.lanes} lanes"
     placements = [contiguous(recipe.pool.experts, groups, topology.expert_parallel)]
     splits: tuple[ShardSplit, ...] = ()
@@ -123,8 +130,7 @@ def simulate(schedule: Schedule, load_LM: Counts | None, ranks: tuple[int, ...] 
             chosen = way == own_way and bool(placed) == (recipe.pool.placement == "auto" and len(placements) > 1)
             run = _follow(schedule, plan, load_LM, placement, ranks if chosen else ())
             own = run if chosen else own
-            lanes = 1 if way == "lock step" else int(way.split()[0])
-            predictions.append(_prediction(recipe, way, bool(placed), plan, run, lanes))
+            predictions.append(_prediction(recipe, way, bool(placed), plan, run))
     assert own is not None
     return Simulation(tuple(predictions), own_way, own, splits)
 
@@ -145,10 +151,10 @@ def _follow(
     return replay(plan, schedule.recipe.topology, schedule.recipe.model.layers, costs, load_LS, ranks)
 
 
-def _prediction(recipe: Recipe, way: str, placed: bool, plan: Plan, run: Replay, lanes: int) -> Prediction:
+def _prediction(recipe: Recipe, way: str, placed: bool, plan: Plan, run: Replay) -> Prediction:
     trunk_busy, pool_busy = float(run.trunk_busy_T.mean()), float(run.pool_busy_P.mean())
     served = [len(slot) for slot in plan.slots if slot]
-    trunk, pool = estimate_memory(recipe, lanes)
+    trunk, pool = estimate_memory(recipe, int(run.peak_open_T.max()))
     kept, stashed = pool_row_bytes(recipe)
     rows = recipe.train.micro_batch * recipe.model.seq_len * recipe.router.top_k / recipe.topology.expert_parallel
     held = rows * kept * float(run.peak_kept_P.max())

@@ -35,6 +35,10 @@ def nominal_costs(recipe: Recipe) -> Costs:
     )
 
 
+MOST_LANES = 4
+"""Chosen where the memory is not known: each lane keeps a micro-batch's activations."""
+
+
 @dataclass(frozen=True)
 class Schedule:
     """How a run goes through its micro-batches: lanes, and the costs that its plans are made from.
@@ -71,20 +75,28 @@ class Schedule:
     def from_json(cls, recipe: Recipe, text: str) -> Schedule | None:
         """What `to_json` gave; None if that was of another shape or layout."""
         saved = json.loads(text)
-        if saved["shape"] != _shape(recipe) or recipe.parallel.lanes not in (None, saved["lanes"]):
+        if saved.get("shape") != _shape(recipe) or recipe.parallel.lanes not in (None, saved["lanes"]):
             return None
         return cls(recipe, saved["lanes"], Costs(**saved["costs"]))
 
 
 def make_schedule(recipe: Recipe) -> Schedule:
-    """Costs from the recipe's hardware or, without one, from FLOPs; lanes from the recipe or the simulator."""
-    costs = nominal_costs(recipe)
-    if recipe.parallel.hardware:
+    """Costs from the recipe's hardware or, without one, from FLOPs; lanes from the recipe or the simulator.
+
+    Of known hardware the lanes fill the memory at most, of unknown there are four at most.
+
+    Raises:
+        UserError: parallel.hardware is neither a known name nor a profile.
+    """
+    p = recipe.parallel
+    if p.hardware:
+        from trainer.forecast import fitting_lanes
         from trainer.hardware import find_hardware, seconds
 
-        costs = seconds(recipe, find_hardware(recipe.parallel.hardware))
-    lanes = recipe.parallel.lanes or choose_lanes(recipe, costs)
-    return Schedule(recipe, lanes, costs)
+        hardware = find_hardware(p.hardware, "parallel.hardware =")
+        return Schedule(recipe, p.lanes or max(1, fitting_lanes(recipe, hardware)), seconds(recipe, hardware))
+    costs = nominal_costs(recipe)
+    return Schedule(recipe, p.lanes or choose_lanes(recipe, costs, MOST_LANES), costs)
 
 
 def schedule_of(recipe: Recipe, file: Path, resume: bool) -> Schedule:

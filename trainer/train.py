@@ -53,7 +53,7 @@ def _train(recipe: Recipe, launch: Launch, watch: FaultWatch) -> None:
         watch.phase = "data preparation"
         prepared = prepare_for(recipe, progress=launch.local_rank == 0)
     watch.phase = "start-up"
-    job = Job(recipe, launch, schedule_of(recipe, folder.plan_file, resume=newest is not None))
+    job = Job(recipe, launch, lambda: schedule_of(recipe, folder.plan_file, resume=newest is not None))
     watch.joined(job)
     loop = _Loop(recipe, job, folder, prepared, watch, newest)
     loop.run()

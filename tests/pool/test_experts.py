@@ -6,12 +6,14 @@ Letters: N rows in expert-major order, D hidden, F expert width, e experts.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from pool import grouped_experts, loop_experts
 from pool.experts import ExpertServer, ExpertShard
 
 D, F = 5, 7
@@ -357,3 +359,59 @@ def test_autograd_keeps_out() -> None:
     """Nothing is recorded: outputs need no gradient though the weights do."""
     (y_ND,), (dx_ND,) = run_one_by_one(make_shard(), [make_work(COUNTS[0], 1)])
     assert not y_ND.requires_grad and not dx_ND.requires_grad
+
+
+SIX = ([3, 0, 5, 1, 0, 2], [0, 4, 1, 0, 0, 2], [2, 2, 0, 0, 0, 9])
+
+
+def stashed(kernels: ModuleType, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, some: int) -> ExpertShard:
+    """Three backwards of six experts, a cut before the last, and `some` calls of flush_some at every cut."""
+    shard = ExpertShard(tuple(range(6)), 16, 8, dtype)
+    shard.reset_parameters(0.5, 0.4, 3)
+    monkeypatch.setattr(shard, "_kernels", lambda: kernels)
+    generator = torch.Generator().manual_seed(1)
+    for number, counts in enumerate(SIX):
+        if number == 2:
+            shard.cut()
+        x_ND, dy_ND = torch.randn(2, sum(counts), 16, generator=generator).to(dtype)
+        shard.backward_rows(x_ND, None, dy_ND, [counts])
+        for _ in range(some if number else 0):
+            shard.flush_some()
+    shard.flush()
+    assert not shard.flush_some(), "nothing is left"
+    return shard
+
+
+@pytest.mark.parametrize("kernels", [loop_experts, grouped_experts], ids=lambda m: m.__name__[5:])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_when_weight_gradients_are_made_does_not_show(
+    kernels: ModuleType, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit, whatever part of a cut was made in idle time; and they are the sums that they should be."""
+    at_the_end = gradients(stashed(kernels, dtype, monkeypatch, 0))
+    for some in (1, 2, 5):
+        assert all(map(torch.equal, gradients(stashed(kernels, dtype, monkeypatch, some)), at_the_end)), some
+    whole = gradients(stashed(loop_experts, torch.float32, monkeypatch, 0))
+    for got, want in zip(at_the_end, whole, strict=True):
+        scale = float(want.abs().max())
+        assert float((got - want).abs().max()) < (1e-5 if dtype == torch.float32 else 3e-2) * scale
+
+
+def test_room_is_made_when_the_stash_is_full() -> None:
+    """What is cut goes first, without another cut; only what is not cut and too much alone is cut and made."""
+    one = 8 * (2 * D + 3 * F) * 4  # bytes of a backward with 8 rows, fp32
+
+    def backward(shard: ExpertShard) -> None:
+        work = make_work([3, 1, 4, 0], 0)
+        shard.backward_rows(work.x_ND, None, work.dy_ND, [work.counts])
+        shard.flush_if_full()
+
+    shard = make_shard(stash_bytes=2 * one)
+    backward(shard)
+    shard.cut()
+    backward(shard)
+    assert len(shard._ready) == 1 and shard._ready_bytes == shard._uncut_bytes == one
+    backward(shard)
+    assert not shard._ready and shard._ready_bytes == 0 and shard._uncut_bytes == 2 * one
+    backward(shard)
+    assert not shard._ready and not shard._stash and shard._uncut_bytes == 0

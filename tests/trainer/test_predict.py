@@ -59,7 +59,7 @@ def test_loads_are_checked(tmp_path: Path) -> None:
     np.save(tmp_path / "micro_batches.npy", np.stack([skewed(), 2 * skewed()]))
     assert np.array_equal(read_loads(tmp_path / "micro_batches.npy", RECIPE), 3 * skewed())
     np.save(tmp_path / "small.npy", np.ones((8, 64), dtype=np.int64))
-    with pytest.raises(UserError, match=r"small.npy: int64 \(8, 64\): must be integers .*\(12, 96\)"):
+    with pytest.raises(UserError, match=r"small.npy: int64 \(8, 64\): must be counts .*\(12, 96\)"):
         read_loads(tmp_path / "small.npy", RECIPE)
     for text in ("no numbers", ""):
         (tmp_path / "text.npy").write_text(text)
