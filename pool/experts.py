@@ -165,6 +165,8 @@ class ExpertShard(nn.Module):
         if not self._ready:
             return False
         self._make(EXPERTS_AT_A_TIME)
+        if self.w2_eDF.is_cuda:  # launches return at once: without a wait all that is left would stand in the queue
+            torch.cuda.current_stream(self.w2_eDF.device).synchronize()
         return True
 
     @torch.no_grad()
