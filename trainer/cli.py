@@ -80,12 +80,13 @@ def train(recipe: str, overrides: tuple[str, ...]) -> None:
         train_rank(checked, read_launch())
         return
     from trainer import checkpoint
+    from trainer.hardware import find_hardware
     from trainer.launch import run_locally
     from trainer.prepare import prepare_for
     from trainer.run_folder import RunFolder
-    from trainer.schedule import make_schedule
 
-    make_schedule(checked)  # finds a wrong parallel.hardware before anything starts
+    if checked.parallel.hardware:  # a wrong one is found before anything starts
+        find_hardware(checked.parallel.hardware, "parallel.hardware =")
     folder = RunFolder(checked)
     checkpoint.to_resume(checked, folder.checkpoints)
     folder.make()

@@ -31,7 +31,9 @@ class Section(BaseModel):
 
 
 class Run(Section):
-    dir: str = Field(description="folder of the run: recipe.yaml, metrics.jsonl, checkpoints/, tensorboard/, load.png")
+    dir: str = Field(
+        description="folder of the run: recipe.yaml, plan.json, metrics.jsonl, checkpoints/, tensorboard/, load.png"
+    )
     seed: NonNegative = 0
 
 
