@@ -35,7 +35,7 @@ def nominal_costs(recipe: Recipe) -> Costs:
     )
 
 
-MOST_LANES = 4
+LANES_OF_UNKNOWN_MEMORY = 4
 """Chosen where the memory is not known: each lane keeps a micro-batch's activations."""
 
 
@@ -96,7 +96,7 @@ def make_schedule(recipe: Recipe) -> Schedule:
         hardware = find_hardware(p.hardware, "parallel.hardware =")
         return Schedule(recipe, p.lanes or max(1, fitting_lanes(recipe, hardware)), seconds(recipe, hardware))
     costs = nominal_costs(recipe)
-    return Schedule(recipe, p.lanes or choose_lanes(recipe, costs, MOST_LANES), costs)
+    return Schedule(recipe, p.lanes or choose_lanes(recipe, costs, LANES_OF_UNKNOWN_MEMORY), costs)
 
 
 def schedule_of(recipe: Recipe, file: Path, resume: bool) -> Schedule:
