@@ -56,6 +56,7 @@ class LoadStatistics:
         self.delay = delay
         self.shape = (num_layers, num_experts)
         self._loads: dict[int, Tensor] = {}  # tokens_per_expert_LM by micro-batch or step
+        self._first = 0
 
     def record_micro_batch(self, index: int, tokens_per_expert_LM: Tensor) -> None:
         """The load of micro-batch `index`, int64 counts. Nothing happens with scope global_batch."""
@@ -81,7 +82,7 @@ class LoadStatistics:
         unit = "micro-batch" if self.scope == "micro_batch" else "step"
         reader = micro_batch_index if self.scope == "micro_batch" else step
         source = reader - self.delay
-        if source < 0:
+        if source < self._first:
             return None
         if source not in self._loads:
             raise RuntimeError(
@@ -90,6 +91,10 @@ class LoadStatistics:
             )
         load_LM = self._loads.pop(source) if self.scope == "micro_batch" else self._loads[source]
         return load_LM.float() / load_LM.sum(dim=-1, keepdim=True)
+
+    def begin_at(self, index: int) -> None:
+        """Loads before micro-batch or step `index` are not known: there is no balance loss from them."""
+        self._first = index
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs to have the same balance losses; tensors stay on their device."""
@@ -107,6 +112,7 @@ class LoadStatistics:
                 f"{state['scope']} and {state['delay']}: they must be the same to resume"
             )
         self._loads = {}
+        self._first = max(0, shift)
         for index, load_LM in state["loads"].items():
             self._record(index + shift, load_LM)
 

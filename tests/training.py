@@ -100,13 +100,14 @@ def _train(recipe: Recipe, steps: int, save_to: Path | None, resume_from: Path |
     from trainer.data.batches import SequenceStream
     from trainer.job import Job, read_launch
     from trainer.pool_rank import PoolRank
+    from trainer.saver import Saver
     from trainer.train import agreed_placement, optimizer_step
     from trainer.trunk_rank import TrunkRank
 
     job = Job(recipe, read_launch())
     data = tokens(recipe)
     role: TrunkRank | PoolRank
-    start, saved = (checkpoint.to_resume(recipe, resume_from) if resume_from else None) or (0, None)
+    start, saved = (checkpoint.newest(resume_from) if resume_from else None) or (0, None)
     placement = agreed_placement(job, recipe, saved)
     if job.is_trunk:
         role = TrunkRank(recipe, job, placement, SequenceStream(data, 0), SequenceStream(data, None))
@@ -125,7 +126,7 @@ def _train(recipe: Recipe, steps: int, save_to: Path | None, resume_from: Path |
             names = ("loss", "balance_loss", "z_loss", "grad_norm", "lr", "load_imbalance", "applied")
             result["scalars"].append({name: float(getattr(scalars, name)) for name in names})
     if save_to:
-        checkpoint.save(job, recipe, save_to, steps, role)
+        assert Saver(job, recipe, save_to, role).save(steps)
     if isinstance(role, TrunkRank):
         result["val_loss"], _ = role.evaluate(1, steps)
         result["load_LM"] = role.load_LM

@@ -1,22 +1,23 @@
 """Checkpoints: one folder a step, one folder a role inside, DeepSpeed's own format inside that.
 
-    checkpoints/step_00000160/trunk/...  pool/shard_0/...  layout.json  load.npy
+    checkpoints/step_00000160/trunk/...  pool/shard_0/...  recipe.yaml  layout.json  load.npy  manifest.json  COMPLETE
 
-A checkpoint is written under a name that starts with a dot and renamed when every rank has written its part, so a
-folder named step_* is complete. In the layout that wrote it it is loaded as it is; in another one it is reshaped.
+The manifest has the size and the SHA-256 of every other file; COMPLETE, written last, has the manifest's. A checkpoint
+is written (trainer/saver.py) under a name that starts with a dot and renamed when it is complete. In the layout that
+wrote it it is loaded as it is; in another one it is reshaped.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from trainer.config import Recipe
-from trainer.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,8 +27,11 @@ if TYPE_CHECKING:
     from trainer.engine import RoleEngine
     from trainer.job import Job
 
-_LAYOUT = "layout.json"
+LAYOUT_FILE = "layout.json"
 LOAD_FILE = "load.npy"
+RECIPE_FILE = "recipe.yaml"
+MANIFEST_FILE = "manifest.json"
+MARKER_FILE = "COMPLETE"
 
 
 class Role(Protocol):
@@ -45,7 +49,7 @@ class Role(Protocol):
         """What this rank wants back besides its engines."""
         ...
 
-    def restore(self, state: dict[str, Any], shift: int) -> None:
+    def restore(self, state: dict[str, Any], steps: int, shift: int) -> None:
         """Take over what `state_dict` gave, after the engines have loaded."""
         ...
 
@@ -54,24 +58,54 @@ class Role(Protocol):
         ...
 
 
+def folder_of(checkpoints: Path, steps: int) -> Path:
+    """The folder of the checkpoint after `steps` steps."""
+    return checkpoints / f"step_{steps:08d}"
+
+
+def steps_of(folder: Path) -> int:
+    """Steps done in the checkpoint `folder`."""
+    return int(folder.name.removeprefix("step_"))
+
+
+def complete(checkpoints: Path) -> list[Path]:
+    """Folders of the complete checkpoints, the oldest first."""
+    return [folder for folder in sorted(checkpoints.glob("step_*")) if (folder / MARKER_FILE).is_file()]
+
+
 def newest(checkpoints: Path) -> tuple[int, Path] | None:
     """(steps done, folder) of the newest complete checkpoint."""
-    found = sorted(checkpoints.glob("step_*")) if checkpoints.is_dir() else []
-    return (int(found[-1].name.removeprefix("step_")), found[-1]) if found else None
+    found = complete(checkpoints)
+    return (steps_of(found[-1]), found[-1]) if found else None
 
 
-def _identity(recipe: Recipe) -> dict[str, Any]:
-    """What must be equal for a checkpoint to be loaded."""
-    return {
-        "model": recipe.model.model_dump(mode="json"),
-        "pool.experts": recipe.pool.experts,
-        "router.kind": recipe.router.kind,
-        "balance.scope": recipe.balance.scope,
-        "balance.delay": recipe.balance.delay,
-    }
+def damage(folder: Path, pick: Callable[[list[str]], list[str]] = list) -> str | None:
+    """What is wrong with a checkpoint: the first file that is not what its manifest says, or None.
+
+    Args:
+        pick: which of its files to read.
+    """
+    try:
+        name = MARKER_FILE
+        marker = (folder / name).read_text()
+        name = MANIFEST_FILE
+        manifest = (folder / name).read_bytes()
+        if hashlib.sha256(manifest).hexdigest() != marker:
+            return f"{MANIFEST_FILE} is not the one that {MARKER_FILE} was written for"
+        files = json.loads(manifest)["files"]
+        for name in pick(sorted(files)):
+            size = (folder / name).stat().st_size
+            if size != files[name]["bytes"]:
+                return f"{name} has {size:,} bytes, its manifest says {files[name]['bytes']:,}"
+            with (folder / name).open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != files[name]["sha256"]:
+                    return f"{name} has another checksum than its manifest says"
+    except (OSError, UnicodeDecodeError) as error:
+        return f"{name} cannot be read ({error.strerror if isinstance(error, OSError) else 'not text'})"
+    return None
 
 
-def _layout(recipe: Recipe, placement: Placement | None) -> dict[str, Any]:
+def layout_of(recipe: Recipe, placement: Placement | None) -> dict[str, Any]:
     """What must be equal for a checkpoint to be loaded as it is."""
     p = recipe.parallel
     return {
@@ -79,29 +113,6 @@ def _layout(recipe: Recipe, placement: Placement | None) -> dict[str, Any]:
         "zero": [p.trunk_zero, p.pool_zero if placement else 0],
         "placement": list(placement.order) if placement else None,
     }
-
-
-def to_resume(recipe: Recipe, checkpoints: Path) -> tuple[int, Path] | None:
-    """The newest checkpoint, if there is one.
-
-    Raises:
-        UserError: it is of another model than the recipe's.
-    """
-    found = newest(checkpoints)
-    if found:
-        saved = json.loads((found[1] / _LAYOUT).read_text()).get("identity")
-        if saved is None:
-            raise UserError(
-                f"run.dir = {recipe.run.dir}: its checkpoint {found[1].name} is of an older version of this trainer; "
-                f"use another run.dir"
-            )
-        for key, value in _identity(recipe).items():
-            if saved[key] != value:
-                raise UserError(
-                    f"run.dir = {recipe.run.dir}: its checkpoint {found[1].name} has {key} = {saved[key]}, the recipe "
-                    f"{value}; use the same or another run.dir"
-                )
-    return found
 
 
 def choose_placement(recipe: Recipe, folder: Path | None) -> Placement | None:
@@ -122,7 +133,7 @@ def read_placement(folder: Path) -> Placement | None:
     """Where the experts are in checkpoint `folder`; None for a dense model."""
     from pool.placement import Placement
 
-    layout = json.loads((folder / _LAYOUT).read_text())["layout"]
+    layout = json.loads((folder / LAYOUT_FILE).read_text())["layout"]
     return Placement(tuple(layout["placement"]), layout["ranks"][2]) if layout["placement"] else None
 
 
@@ -134,60 +145,17 @@ def read_load(folder: Path) -> NDArray[np.int64]:
     return load_LM
 
 
-def save(job: Job, recipe: Recipe, checkpoints: Path, steps_done: int, role: Role) -> None:
-    """Write a checkpoint of all ranks. A collective of all ranks."""
-    import torch
-
-    final = checkpoints / f"step_{steps_done:08d}"
-    partial = checkpoints / f".{final.name}.partial"
-    if job.rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        about = {
-            "identity": _identity(recipe),
-            "layout": _layout(recipe, role.placement),
-            "steps": steps_done,
-            "micro_batches": recipe.micro_batches,
-        }
-        (partial / _LAYOUT).write_text(json.dumps(about))
-        load_LM = role.recorded_load()
-        if load_LM is not None:
-            import numpy as np
-
-            np.save(partial / LOAD_FILE, load_LM)
-    job.barrier()
-    for name, engine in role.engines.items():
-        engine.save(partial / name)
-    if job.is_trunk:
-        torch.save(role.state_dict(), _state_file(partial, job.rank))
-    _sync(partial)
-    job.barrier()
-    if job.rank == 0:
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        for old in sorted(checkpoints.glob("step_*"))[: -recipe.checkpoint.keep]:
-            shutil.rmtree(old)
-    job.barrier()
-
-
-def _state_file(folder: Path, trunk_rank: int) -> Path:
+def state_file(folder: Path, trunk_rank: int) -> Path:
+    """Where a trunk rank's own state is."""
     return folder / "trunk" / f"rank_{trunk_rank}.pt"
-
-
-def _sync(partial: Path) -> None:
-    for path in partial.rglob("*"):
-        if path.is_file():
-            descriptor = os.open(path, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
 
 
 def load(job: Job, recipe: Recipe, folder: Path, role: Role) -> None:
     """Load this rank's part, reshaped if the layout is another one. A collective of all ranks."""
     import torch
 
-    about = json.loads((folder / _LAYOUT).read_text())
-    if about["layout"] == _layout(recipe, role.placement):
+    about = json.loads((folder / LAYOUT_FILE).read_text())
+    if about["layout"] == layout_of(recipe, role.placement):
         for name, engine in role.engines.items():
             engine.load(folder / name)
     else:
@@ -195,8 +163,8 @@ def load(job: Job, recipe: Recipe, folder: Path, role: Role) -> None:
     state: dict[str, Any] = {}
     if job.is_trunk:
         saved_ranks = about["layout"]["ranks"][0]
-        state = torch.load(_state_file(folder, job.rank % saved_ranks), map_location=job.device, weights_only=True)
-    role.restore(state, about["steps"] * (recipe.micro_batches - about["micro_batches"]))
+        state = torch.load(state_file(folder, job.rank % saved_ranks), map_location=job.device, weights_only=True)
+    role.restore(state, about["steps"], about["steps"] * (recipe.micro_batches - about["micro_batches"]))
 
 
 def _reshape(job: Job, folder: Path, role: Role) -> None:

@@ -59,8 +59,9 @@ def cli() -> None:
 
 @cli.command()
 @_recipe_arguments
-def train(recipe: str, overrides: tuple[str, ...]) -> None:
-    """Train RECIPE; go on from the newest checkpoint of its folder.
+@click.option("--force", is_flag=True, help="Go on from a checkpoint though the recipe changes the mathematics.")
+def train(recipe: str, overrides: tuple[str, ...], force: bool) -> None:
+    """Train RECIPE; go on from the newest checkpoint of its folder that is whole.
 
     Under a launcher (deepspeed, torchrun, mpirun) this is one rank; without one it starts the whole job on this
     machine through the deepspeed launcher.
@@ -77,18 +78,17 @@ def train(recipe: str, overrides: tuple[str, ...]) -> None:
     if launched():
         from trainer.train import train as train_rank
 
-        train_rank(checked, read_launch())
-        return
-    from trainer import checkpoint
+        sys.exit(train_rank(checked, read_launch(), force))
     from trainer.hardware import find_hardware
     from trainer.launch import run_locally
     from trainer.prepare import prepare_for
+    from trainer.resume import early_check
     from trainer.run_folder import RunFolder
 
     if checked.parallel.hardware:  # a wrong one is found before anything starts
         find_hardware(checked.parallel.hardware, "parallel.hardware =")
     folder = RunFolder(checked)
-    checkpoint.to_resume(checked, folder.checkpoints)
+    early_check(checked, folder.checkpoints, force)
     folder.make()
     prepare_for(checked)
     sys.exit(run_locally(checked, sys.argv[1:]))

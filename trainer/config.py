@@ -89,6 +89,9 @@ class Train(Section):
     clip: NonNegativeFloat = Field(1.0, description="largest global gradient norm; 0 does not clip")
     precision: Literal["fp32", "bf16"] = "bf16"
     recompute: bool = Field(False, description="recompute the trunk's segments in backward")
+    max_skipped_steps: Positive = Field(
+        20, description="steps in a row that may be skipped for gradients that are not finite; then the job stops"
+    )
 
 
 class Data(Section):
@@ -124,7 +127,8 @@ class Eval(Section):
 
 class Checkpoint(Section):
     every: NonNegative = Field(0, description="steps between checkpoints; 0: only at the end")
-    keep: Positive = 2
+    keep: Positive = Field(2, description="newest checkpoints that are kept")
+    keep_every: NonNegative = Field(0, description="also keep checkpoints of every so many steps; 0: none")
 
 
 class Metrics(Section):
@@ -271,7 +275,12 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
     """Write the resolved recipe; `load_recipe` of the file gives an equal one."""
-    path.write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
+    path.write_text(recipe_text(recipe))
+
+
+def recipe_text(recipe: Recipe) -> str:
+    """The resolved recipe as YAML."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
 
 
 def _read(name_or_path: str) -> dict[str, Any]:

@@ -208,14 +208,30 @@ class RoleEngine:
         with deepspeed.zero.GatheredParameters(list(self.module.parameters())):
             return {name: p.detach().cpu().clone() for name, p in self.module.named_parameters()}
 
-    def save(self, folder: Path) -> None:
-        """Write this rank's part of the role's checkpoint. Called by all ranks of the role."""
-        self._engine.save_checkpoint(str(folder), tag=CHECKPOINT_TAG)
+    def save(self, folder: Path, write: Callable[[Path, Any], None]) -> None:
+        """Give this rank's files of the role's checkpoint, copied to the host, to `write(path, state)`.
+
+        Called by all ranks of the role.
+        """
+        from deepspeed.checkpoint.utils import clone_tensors_for_torch_save
+
+        files = self._engine.checkpoint_engine
+        files.makedirs = lambda path, exist_ok=False: None  # whoever writes makes them
+        files.save = lambda state_dict, path: write(Path(path), clone_tensors_for_torch_save(state_dict))
+        # Its scripts would be copied at once, and fail on a full disk; `export` does what they are for.
+        self._engine._copy_recovery_script = lambda path: None
+        self._engine.save_checkpoint(str(folder), tag=CHECKPOINT_TAG, save_latest=False)
 
     def load(self, folder: Path) -> None:
-        """Load what `save` wrote, in the same layout."""
+        """Load what `save` wrote, in the same layout. Learning rate, decay and so on stay the recipe's."""
+        groups = self._optimizer.param_groups
+        own = [{key: value for key, value in group.items() if key != "params"} for group in groups]
         path, _ = self._engine.load_checkpoint(str(folder), tag=CHECKPOINT_TAG)
         assert path is not None, f"no checkpoint in {folder}"
+        for group, values in zip(self._optimizer.param_groups, own, strict=True):
+            group.update(values)
+        # The rate of the next step, from the recipe's schedule.
+        self._schedule.step(self._schedule.last_batch_iteration)
 
     @torch.no_grad()
     def take_over(self, read: Callable[[str], ParameterState], buffers: dict[str, Tensor], updates: int) -> None:

@@ -17,24 +17,32 @@ from typing import NoReturn
 
 import psutil
 
-from trainer.errors import UserError
+from trainer.errors import START_AGAIN, JobError, SharedUserError, UserError
 from trainer.job import Job
 
 BEAT_SECONDS = 1.0
 _COURTESY_SECONDS = 3.0
 """A rank that ends because of another lets the launcher notice the other first: its status becomes the job's."""
 
-_WATCHED = (signal.SIGTERM, signal.SIGINT)
+_STOP = (signal.SIGTERM, signal.SIGUSR1)
+"""What Kubernetes and Slurm send before they take a node: save a checkpoint, then end."""
+
+_WATCHED = (*_STOP, signal.SIGINT)
 
 
 class FaultWatch:
     """Watches signals and the launcher from the moment it is made.
 
-    `phase` is what the rank is doing, for messages; `joined` tells it of the job once there is one.
+    `phase` is what the rank is doing, for messages; `joined` tells it of the job once there is one. While `may_stop`,
+    a signal that asks for a checkpoint only sets `stop_asked`; at other times it ends the process.
     """
 
     def __init__(self, rank: int):
         self.phase = "start-up"
+        self.may_stop = False
+        self.stop_asked = False
+        self.saved = False
+        """Whether a stop has been done: nothing is lost if the process ends now."""
         self._job: Job | None = None
         self._rank = rank
         self._end_said = False
@@ -88,12 +96,17 @@ class FaultWatch:
             if ready:
                 number = os.read(read_end, 1)[0]
                 if number in _WATCHED:
-                    self._leave_on_signal(number)
+                    self._on_signal(number)
             elif any(_gone(p) for p in self._launchers):
                 self._leave("its launcher is gone", 1)
 
-    def _leave_on_signal(self, number: int) -> NoReturn:
+    def _on_signal(self, number: int) -> None:
+        if self.saved:
+            os._exit(START_AGAIN)
         dead = self._dead_peers()
+        if number in _STOP and self.may_stop and not dead:
+            self.stop_asked = True
+            return
         got = f"got {signal.Signals(number).name}"
         self._leave(f"{got} after {dead} died" if dead else got, 128 + number)
 
@@ -111,9 +124,17 @@ class FaultWatch:
     def fail(self, error: BaseException) -> NoReturn:
         """End this process because of `error`: one line for the user's mistakes, else a traceback and one line."""
         if isinstance(error, UserError):
-            if self._rank == 0 or self._job:  # before they join all ranks find the same mistakes
-                _say(f"error: {error}")
+            if self._rank == 0 or (self._job and not isinstance(error, SharedUserError)):
+                _say(f"error: {error}")  # before they join all ranks find the same mistakes
+            else:
+                time.sleep(_COURTESY_SECONDS)
             os._exit(2)
+        if isinstance(error, JobError):
+            if self._rank == 0:
+                _say(f"unipool: {error}")
+            else:
+                time.sleep(_COURTESY_SECONDS)
+            os._exit(1)
         dead = self._dead_peers()
         for _ in range(20):
             if dead or "onnection" not in str(error):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, disable_created_metrics, start_http_server
@@ -83,6 +84,17 @@ class MetricsServer:
         self.count("unipool_steps", "Optimizer steps of this process.", 1)
         self.count("unipool_tokens", "Tokens trained on by the whole job since this process started.", s.tokens)
         self.count("unipool_skipped_steps", "Steps skipped for gradients that were not finite.", int(not s.applied))
+
+    def checkpoint_saved(self, step: int, seconds: float, stalled: float) -> None:
+        """A checkpoint is complete: what it took, and for how long training stood still."""
+        self.gauge("unipool_checkpoint_step", "Optimizer steps in the newest checkpoint of this process.", step)
+        self.gauge("unipool_checkpoint_timestamp_seconds", "When that checkpoint was complete, Unix time.", time.time())
+        self.gauge("unipool_checkpoint_duration_seconds", "From its beginning until it was complete.", seconds)
+        self.gauge("unipool_checkpoint_stall_seconds", "For how long training stood still for it.", stalled)
+
+    def checkpoint_failures(self, amount: int) -> None:
+        """Checkpoints that could not be saved; 0 makes the counter appear."""
+        self.count("unipool_checkpoint_failures", "Checkpoints that could not be saved.", amount)
 
     def service(self, tokens_e: Tensor, seconds_waiting: float, seconds_busy: float) -> None:
         """A pool rank's step: load of its experts, and seconds since the last call."""

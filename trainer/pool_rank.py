@@ -111,7 +111,7 @@ class PoolRank:
         """Nothing: a pool rank is its engine."""
         return {}
 
-    def restore(self, state: dict[str, Any], shift: int) -> None:
+    def restore(self, state: dict[str, Any], steps: int, shift: int) -> None:
         """Called after the engine has loaded."""
         self._shard.weights_changed()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from tqdm import tqdm
@@ -13,6 +14,12 @@ from trainer.config import Recipe
 
 LOG_SECONDS = 10.0
 """Where stderr is no terminal: at least this long between two lines."""
+
+
+def say(line: str) -> None:
+    """A line on stderr, above the progress bar. Training does not end because a log's disk is full."""
+    with suppress(OSError):
+        tqdm.write(line, file=sys.stderr)
 
 
 class Progress:
@@ -45,23 +52,20 @@ class Progress:
             f"load imbalance {scalars['load_imbalance']:.2f}"
         )
         if not scalars["applied"]:
-            self._say(f"step {done}: skipped, gradients are not finite")
+            say(f"step {done}: skipped, gradients are not finite")
         self._bar.set_postfix_str(text, refresh=False)
         self._bar.update()
         now = time.monotonic()
         if self._bar.disable and (now - self._last_line > LOG_SECONDS or done in (self._first + 1, self._total)):
             self._last_line = now
             left = (now - self._start) / (done - self._first) * (self._total - done)
-            print(f"step {done}/{self._total}: {text}, ETA {tqdm.format_interval(left)}", file=sys.stderr)
+            say(f"step {done}/{self._total}: {text}, ETA {tqdm.format_interval(left)}")
 
     def evaluation(self, done: int, val_loss: float) -> None:
-        self._say(f"step {done}: validation loss {val_loss:.4f}")
+        say(f"step {done}: validation loss {val_loss:.4f}")
 
     def close(self) -> None:
         self._bar.close()
-
-    def _say(self, text: str) -> None:
-        self._bar.write(text, file=sys.stderr)
 
 
 def describe(recipe: Recipe) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import tempfile
@@ -10,6 +11,7 @@ from typing import Any
 
 from trainer.config import Recipe, save_recipe
 from trainer.errors import UserError
+from trainer.progress import say
 from trainer.schedule import Schedule
 
 
@@ -24,6 +26,7 @@ class RunFolder:
         self.tensorboard = self.path / "tensorboard"
         self.plan_file = self.path / "plan.json"
         self.load_picture = self.path / "load.png"
+        self._warned = False
 
     def make(self) -> None:
         """Make the folder.
@@ -38,10 +41,13 @@ class RunFolder:
             raise UserError(f"run.dir = {self.path}: cannot be written ({error.strerror}); choose another") from None
 
     def begin(self, recipe: Recipe, schedule: Schedule, done_steps: int) -> None:
-        """Save the resolved recipe and the schedule, and cut from the metrics what came after `done_steps`."""
+        """Save the resolved recipe and the schedule, and cut from the metrics what came after `done_steps`.
+
+        The evaluation after these steps is cut too: a checkpoint is of before it.
+        """
         write_whole(self.plan_file, lambda path: path.write_text(schedule.to_json()))
         write_whole(self.recipe_file, lambda path: save_recipe(recipe, path))
-        kept = [line for line in self._lines() if json.loads(line)["step"] <= done_steps]
+        kept = [line for line in self._lines() if _is_before(json.loads(line), done_steps)]
         write_whole(self.metrics_file, lambda path: path.write_text("".join(kept)))
 
     def _lines(self) -> list[str]:
@@ -51,9 +57,27 @@ class RunFolder:
         return [line for line in self.metrics_file.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
     def append_metrics(self, record: dict[str, Any]) -> None:
-        """Append one JSON object; floats keep their full precision."""
-        with self.metrics_file.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        """Append one JSON object; floats keep their full precision.
+
+        A disk that is full or gone loses lines, and a warning says so once; training goes on.
+        """
+        try:
+            with self.metrics_file.open("ab", buffering=0) as file:
+                size = file.tell()
+                line = (json.dumps(record) + "\n").encode()
+                if file.write(line) != len(line):
+                    file.truncate(size)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            if not self._warned:
+                say(f"warning: {self.metrics_file}: lines are lost ({error.strerror})")
+            self._warned = True
+        else:
+            self._warned = False
+
+
+def _is_before(record: dict[str, Any], done_steps: int) -> bool:
+    return int(record["step"]) < done_steps + ("val_loss" not in record)
 
 
 def write_whole(path: Path, write: Any) -> None:

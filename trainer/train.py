@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import NoReturn
 
 import torch
 
@@ -16,14 +17,17 @@ from trainer import checkpoint
 from trainer.config import Recipe
 from trainer.data.batches import SequenceStream, evaluation_steps
 from trainer.data.prepare import PreparedData
+from trainer.errors import START_AGAIN, JobError
 from trainer.faults import FaultWatch
 from trainer.job import Job, Launch
 from trainer.launch import DONE_FILE
 from trainer.metrics import StepScalars
 from trainer.pool_rank import PoolRank
 from trainer.prepare import prepare_for
-from trainer.progress import Progress
+from trainer.progress import Progress, say
+from trainer.resume import choose, early_check
 from trainer.run_folder import RunFolder
+from trainer.saver import Saver
 from trainer.schedule import schedule_of
 from trainer.summary import Summary, write_summary
 from trainer.trunk_rank import TrunkRank
@@ -31,21 +35,27 @@ from trainer.trunk_rank import TrunkRank
 SAMPLE_TOKENS = 64
 
 
-def train(recipe: Recipe, launch: Launch) -> None:
-    """Run one rank of the job to its end. Does not return on a fault: the process ends with a message."""
+def train(recipe: Recipe, launch: Launch, force: bool = False) -> int:
+    """Run one rank of the job to its end. Does not return on a fault: the process ends with a message.
+
+    Args:
+        force: go on from a checkpoint though the recipe changes the mathematics.
+    Returns:
+        the exit status: 0, or START_AGAIN after a signal that asks for a checkpoint.
+    """
     watch = FaultWatch(launch.rank)
     try:
-        _train(recipe, launch, watch)
+        return _train(recipe, launch, watch, force)
     except BaseException as error:
         watch.fail(error)
 
 
-def _train(recipe: Recipe, launch: Launch, watch: FaultWatch) -> None:
+def _train(recipe: Recipe, launch: Launch, watch: FaultWatch, force: bool) -> int:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs to be deterministic
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # we write before we read
     folder = RunFolder(recipe)
-    newest = checkpoint.to_resume(recipe, folder.checkpoints)
+    resume = early_check(recipe, folder.checkpoints, force)
     if launch.rank == 0:
         folder.make()
     prepared = None
@@ -53,14 +63,17 @@ def _train(recipe: Recipe, launch: Launch, watch: FaultWatch) -> None:
         watch.phase = "data preparation"
         prepared = prepare_for(recipe, progress=launch.local_rank == 0)
     watch.phase = "start-up"
-    job = Job(recipe, launch, lambda: schedule_of(recipe, folder.plan_file, resume=newest is not None))
+    job = Job(recipe, launch, lambda: schedule_of(recipe, folder.plan_file, resume))
     watch.joined(job)
-    loop = _Loop(recipe, job, folder, prepared, watch, newest)
-    loop.run()
+    watch.phase = "reading checkpoints"
+    newest = choose(job, recipe, folder.checkpoints, force)
+    watch.phase = "start-up"
+    status = _Loop(recipe, job, folder, prepared, watch, newest).run()
     watch.phase = "the end"
     job.close()
-    if launch.rank == 0 and DONE_FILE in os.environ:
+    if launch.rank == 0 and status == 0 and DONE_FILE in os.environ:
         Path(os.environ[DONE_FILE]).touch()
+    return status
 
 
 def agreed_placement(job: Job, recipe: Recipe, resumed: Path | None) -> Placement | None:
@@ -74,12 +87,39 @@ def agreed_placement(job: Job, recipe: Recipe, resumed: Path | None) -> Placemen
     return Placement(tuple(order), recipe.topology.expert_parallel) if order else None
 
 
+@dataclass(frozen=True)
+class StepOutcome:
+    """An optimizer step as all ranks know it.
+
+    Attributes:
+        scalars: a trunk rank's.
+        finite: whether the gradients were, and the step was applied.
+        votes: sums over the ranks of what each had to say.
+    """
+
+    scalars: StepScalars | None
+    finite: bool
+    votes: list[float]
+
+
 def optimizer_step(job: Job, role: TrunkRank | PoolRank, step: int) -> StepScalars | None:
     """One step of all ranks: gradients, one norm over both roles, update. Returns a trunk rank's scalars."""
-    squared = role.accumulate(step)
+    return update(job, role, step, role.accumulate(step)).scalars
+
+
+def update(
+    job: Job, role: TrunkRank | PoolRank, step: int, squared_norm: float, votes: Sequence[float] = ()
+) -> StepOutcome:
+    """Step with the norm over both roles.
+
+    Args:
+        squared_norm: of this rank's reduced gradients.
+        votes: numbers to sum over the ranks on this occasion.
+    """
     # Every rank knows the norm of its role's (of its shard's) gradients; one rank of each counts.
-    (total,) = job.sum_over_ranks([squared if job.role_rank == 0 else 0.0])
-    return role.step(step, math.sqrt(total))
+    total, *sums = job.sum_over_ranks([squared_norm if job.role_rank == 0 else 0.0, *votes])
+    norm = math.sqrt(total)
+    return StepOutcome(role.step(step, norm), math.isfinite(norm), sums)
 
 
 class _Loop:
@@ -113,46 +153,94 @@ class _Loop:
         else:
             assert placement is not None, "a dense model has no pool ranks"
             self._role = PoolRank(recipe, job, placement)
+        self._saver = Saver(job, recipe, folder.checkpoints, self._role, self._role.metrics)
+        self._skipped = 0
         self._held_out_LM = torch.zeros(0)
         job.publish("metrics", f"{job.name}: http://127.0.0.1:{self._role.metrics.port}/metrics")
         job.barrier()
 
-    def run(self) -> None:
+    def run(self) -> int:
+        """Train to the end or to a stop that somebody asked for; returns the exit status."""
         recipe, job = self._recipe, self._job
-        start = 0
+        start, last = 0, recipe.train.steps
         if self._newest:
+            self._watch.phase = "loading the checkpoint"
             start, saved = self._newest
             checkpoint.load(job, recipe, saved, self._role)
         if job.rank == 0:
             self._folder.begin(recipe, job.schedule, start)
+            self._saver.clean()
         progress = Progress(recipe, start, job.look_up("metrics")) if job.rank == 0 else None
-        val_loss, saved_at = math.nan, start
-        for step in range(start, recipe.train.steps):
-            self._watch.phase = f"step {step}"
-            scalars = self._step(step)
+        val_loss = math.nan
+        self._watch.may_stop = True
+        if start and (start >= last or _due(start, recipe.eval.every)):
+            val_loss = self._evaluate(start, progress)  # a checkpoint is of before it
+        for step in range(start, last):
+            stop = self._step(step, progress)
             done = step + 1
-            last = done == recipe.train.steps
-            if progress and scalars:
-                progress.step(done, scalars)
-                self._folder.append_metrics({"step": done, **scalars})
-            if last or _due(done, recipe.eval.every):
+            if stop and done < last:
+                return self._stop(done)
+            if done == last or _due(done, recipe.checkpoint.every):
+                self._watch.phase = f"the checkpoint after step {done}"
+                self._saver.start(done)
+            if done == last or _due(done, recipe.eval.every):
                 val_loss = self._evaluate(done, progress)
-            if last or _due(done, recipe.checkpoint.every):
-                self._watch.phase = f"the checkpoint after step {step}"
-                checkpoint.save(job, recipe, self._folder.checkpoints, done, self._role)
-                saved_at = done
-        if start >= recipe.train.steps:
-            val_loss = self._evaluate(start, progress)
-        self._finish(val_loss, saved_at, progress)
+        self._watch.phase = "the last checkpoint"
+        if not self._saver.finish():
+            raise JobError(
+                "all steps are done, but the last checkpoint could not be saved; the same command trains again from "
+                "the newest one that there is"
+            )
+        self._watch.may_stop = False
+        self._finish(val_loss, max(start, last), progress)
+        return 0
 
-    def _step(self, step: int) -> dict[str, Any] | None:
-        """One optimizer step; a trunk rank's scalars."""
-        scalars = optimizer_step(self._job, self._role, step)
-        if scalars is None or self._trunk is None:
-            return None
-        values = asdict(scalars)
-        self._trunk.write_scalars({f"train/{name}": float(value) for name, value in values.items()}, step + 1)
-        return values
+    def _step(self, step: int, progress: Progress | None) -> bool:
+        """One optimizer step; whether some rank has been asked to stop."""
+        self._watch.phase = f"the forward and backward of step {step}"
+        squared_norm = self._role.accumulate(step)
+        self._watch.phase = f"the optimizer of step {step}"
+        votes = (float(self._watch.stop_asked), self._saver.vote())
+        outcome = update(self._job, self._role, step, squared_norm, votes)
+        stop, writing = outcome.votes
+        self._saver.settle(writing)
+        if self._trunk and outcome.scalars:
+            values = asdict(outcome.scalars)
+            self._trunk.write_scalars({f"train/{name}": float(value) for name, value in values.items()}, step + 1)
+            if progress:
+                progress.step(step + 1, values)
+                self._folder.append_metrics({"step": step + 1, **values})
+        self._skipped = 0 if outcome.finite else self._skipped + 1
+        if self._skipped >= self._recipe.train.max_skipped_steps:
+            self._give_up(step)
+        return stop > 0
+
+    def _stop(self, done: int) -> int:
+        """Save a checkpoint and leave, to be started again."""
+        self._watch.phase = f"the checkpoint after step {done}, before a stop"
+        if not self._saver.save(done):
+            raise JobError(f"asked to stop after step {done}, but its checkpoint could not be saved")
+        self._watch.saved = True
+        if self._job.rank == 0:
+            say(f"unipool: asked to stop: checkpoint after step {done} saved; start again with the same command")
+        return START_AGAIN
+
+    def _give_up(self, step: int) -> NoReturn:
+        """Too many steps in a row were skipped: say on which data."""
+        self._saver.finish()
+        if self._trunk and self._prepared:
+            self._job.publish("suspects", self._trunk.suspects(step))
+        if self._job.rank == 0:
+            trunk_ranks = range(self._recipe.parallel.trunk_ranks)
+            suspects = [self._job.ask(f"suspects/{rank}") for rank in trunk_ranks]
+            where = "; ".join(text for text in suspects if text) or "the losses are finite, only gradients are not"
+            data = self._prepared.path / "train.arrow" if self._prepared else ""
+            say(f"unipool: step {step}, of {data}: {where}")
+        self._job.barrier()
+        raise JobError(
+            f"{self._skipped} steps in a row, the last is step {step}, had gradients that are not finite and were "
+            f"skipped (train.max_skipped_steps); the weights are those of before"
+        )
 
     def _evaluate(self, done: int, progress: Progress | None) -> float:
         self._watch.phase = f"the evaluation after step {done}"
@@ -185,7 +273,7 @@ class _Loop:
                 Summary(
                     recipe=self._recipe,
                     folder=self._folder,
-                    checkpoint=self._folder.checkpoints / f"step_{saved_at:08d}",
+                    checkpoint=checkpoint.folder_of(self._folder.checkpoints, saved_at),
                     val_loss=val_loss,
                     unigram_entropy=self._prepared.train.unigram_entropy,
                     prompt=tokenizer.decode(list(prompt)),

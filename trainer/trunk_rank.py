@@ -35,6 +35,7 @@ from trainer.micro_batch import (
 )
 from trainer.model import Trunk
 from trainer.pool_rank import build_shard, finish_gradients, wire_settings
+from trainer.progress import say
 
 LOAD_STEPS = 100
 """Steps over which the recorded load is a mean, about."""
@@ -72,6 +73,8 @@ class TrunkRank:
         self.load_LM = torch.zeros(recipe.model.layers, max(1, recipe.experts_per_layer), dtype=torch.int64)
         self._recent_load_LM = torch.zeros_like(self.load_LM, dtype=torch.float64)
         self._scalars = [0.0, 0.0, 0.0]
+        self._losses: list[float] = []
+        self._monitors_failed = False
         self._started = time.perf_counter()
         self._waited = 0.0
 
@@ -135,6 +138,7 @@ class TrunkRank:
     def _gather(self, results: list[MicroBatchResult]) -> None:
         """The step's scalars and load over all trunk ranks: one reduction."""
         ranks = self._job.topology.trunk_ranks
+        self._losses = [float(r.loss) for r in results]
         scalars = torch.zeros(3, dtype=torch.float64)
         load_LM = torch.zeros_like(self.load_LM)
         for r in results:
@@ -161,6 +165,19 @@ class TrunkRank:
                 self.metrics.load(self.pool_load())
         self.metrics.step(scalars, step + 1)
         return scalars
+
+    def suspects(self, step: int) -> str:
+        """This rank's micro-batches of the step just done whose loss is not finite, and their rows of the data."""
+        recipe, job = self._recipe, self._job
+        rows = self._training.micro_batch_rows(
+            step, recipe.train.global_batch, job.rank, recipe.parallel.trunk_ranks, recipe.train.micro_batch
+        )
+        found = [
+            f"micro-batch {index} has loss {loss} (rows {', '.join(map(str, numbers))})"
+            for index, (loss, numbers) in enumerate(zip(self._losses, rows, strict=True))
+            if not math.isfinite(loss)
+        ]
+        return f"{job.name}: {', '.join(found)}" if found else ""
 
     def _move_expert_bias(self) -> None:
         for load_M, block in zip(self.load_LM, self.trunk.blocks, strict=True):
@@ -238,21 +255,38 @@ class TrunkRank:
         return ids[len(prompt) :]
 
     def write_scalars(self, scalars: dict[str, float], step: int) -> None:
-        """To DeepSpeed's monitors."""
-        self.engines["trunk"].write_scalars({k: v for k, v in scalars.items() if math.isfinite(v)}, step)
+        """To DeepSpeed's monitors. A disk that is full or gone ends them, not training."""
+        if self._monitors_failed:
+            return
+        try:
+            self.engines["trunk"].write_scalars({k: v for k, v in scalars.items() if math.isfinite(v)}, step)
+        except OSError as error:
+            self._monitors_failed = True
+            say(f"warning: TensorBoard and other monitors are off until the next start ({error})")
 
     def state_dict(self) -> dict[str, Any]:
-        """What the engines do not hold."""
-        return {"statistics": self._statistics.state_dict(), "recent_load_LM": self._recent_load_LM}
+        """What the engines do not hold, as copies."""
+        return {
+            "statistics": self._statistics.state_dict(),
+            "recent_load_LM": self._recent_load_LM.clone(),
+            "rng": torch.get_rng_state(),
+        }
 
-    def restore(self, state: dict[str, Any], shift: int) -> None:
+    def restore(self, state: dict[str, Any], steps: int, shift: int) -> None:
         """Take over what `state_dict` gave, after the engines have loaded.
 
         Args:
+            steps: steps done.
             shift: how much higher micro-batches are numbered than when it was saved.
         """
-        self._statistics.load_state_dict(state["statistics"], 0 if self._statistics.scope == "global_batch" else shift)
+        saved = state["statistics"]
+        by_step = self._statistics.scope == "global_batch"
+        if (saved["scope"], saved["delay"]) == (self._statistics.scope, self._statistics.delay):
+            self._statistics.load_state_dict(saved, 0 if by_step else shift)
+        else:
+            self._statistics.begin_at(steps if by_step else steps * self._recipe.micro_batches)
         self._recent_load_LM = state["recent_load_LM"].cpu()
+        torch.set_rng_state(state["rng"].cpu())
         if self._shard is not None:
             self._shard.weights_changed()
 

@@ -49,15 +49,18 @@ class SequenceStream:
         Step s has the sequences [s * global_batch, (s + 1) * global_batch); trunk rank t of T has the t-th of T equal
         slices, cut into micro-batches in order. Inputs are [:, :-1], targets [:, 1:].
         """
+        for rows in self.micro_batch_rows(step, global_batch, trunk_rank, trunk_ranks, micro_batch):
+            yield torch.from_numpy(self.tokens[rows]["tokens"].astype(np.int64))
+
+    def micro_batch_rows(
+        self, step: int, global_batch: int, trunk_rank: int, trunk_ranks: int, micro_batch: int
+    ) -> Iterator[list[int]]:
+        """Yields which rows of the split are in each of these micro-batches."""
         assert global_batch % (trunk_ranks * micro_batch) == 0, "the recipe's check lets only whole micro-batches pass"
         share = global_batch // trunk_ranks
         first = step * global_batch + trunk_rank * share
         for start in range(first, first + share, micro_batch):
-            yield self._sequences(range(start, start + micro_batch))
-
-    def _sequences(self, numbers: range) -> torch.Tensor:
-        rows = [int(self._order(n // self.rows)[n % self.rows]) for n in numbers]
-        return torch.from_numpy(self.tokens[rows]["tokens"].astype(np.int64))
+            yield [int(self._order(n // self.rows)[n % self.rows]) for n in range(start, start + micro_batch)]
 
     def _order_of_epoch(self, epoch: int) -> np.ndarray:
         return np.arange(self.rows) if self.seed is None else permutation(self.rows, self.seed, epoch)

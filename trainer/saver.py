@@ -1,0 +1,264 @@
+"""Saving beside training: training waits only while a checkpoint's state is copied to the host's memory.
+
+A thread of each rank writes, syncs and hashes that rank's files. In every step's reduction over the ranks each says
+whether it still writes; when none does, rank 0 writes the manifest and the marker and gives the folder its name. A save
+that fails anywhere is given up as a whole, said in one line and counted; training goes on, and the next interval tries
+again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import numpy as np
+import torch
+
+from trainer import checkpoint
+from trainer.config import Recipe, recipe_text
+from trainer.job import Job
+from trainer.progress import say
+
+if TYPE_CHECKING:
+    from trainer.checkpoint import Role
+    from trainer.metrics import MetricsServer
+
+
+class _HashedFile:
+    """A file for writing that knows its size and SHA-256 so far."""
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+        self._hash = hashlib.sha256()
+        self._bytes = 0
+
+    def write(self, data: Any) -> int:
+        self._hash.update(data)
+        self._bytes += len(data)
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        return {"bytes": self._bytes, "sha256": self._hash.hexdigest()}
+
+
+def _write(path: Path, write: Callable[[Any], None]) -> dict[str, Any]:
+    """Write a file to the disk itself; returns its size and checksum."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        hashed = _HashedFile(file)
+        write(hashed)
+        file.flush()
+        os.fsync(file.fileno())
+    return hashed.facts
+
+
+def _write_text(text: str, file: Any) -> None:
+    file.write(text.encode())
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@dataclass
+class _Pending:
+    """A checkpoint that is being written."""
+
+    steps: int
+    folder: Path
+    started: float
+    stalled: float
+    files: dict[str, Future[dict[str, Any]]]
+    told: bool = False
+
+
+class Saver:
+    """Saves checkpoints of a run. All ranks make one and call it in the same order.
+
+    Args:
+        role: this rank's.
+        metrics: rank 0's counts and times the checkpoints.
+    """
+
+    def __init__(self, job: Job, recipe: Recipe, checkpoints: Path, role: Role, metrics: MetricsServer | None = None):
+        self._job, self._recipe, self._checkpoints, self._role = job, recipe, checkpoints, role
+        self._metrics = metrics if job.rank == 0 else None
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: _Pending | None = None
+        self.error: str | None = None
+        """Rank 0: why the last save failed."""
+        if self._metrics:
+            self._metrics.checkpoint_failures(0)
+
+    def clean(self) -> None:
+        """Remove what killed saves have left. Rank 0, before the first save."""
+        for leftover in self._checkpoints.glob(".step_*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+    def start(self, steps: int) -> None:
+        """Copy the state and begin to write it. A collective of all ranks; waits for a save that is not finished."""
+        self.finish()
+        started = time.perf_counter()
+        job, final = self._job, checkpoint.folder_of(self._checkpoints, steps)
+        folder = self._checkpoints / f".{final.name}.partial"
+        problem = self._make(folder) if job.rank == 0 else None
+        (failed,) = job.sum_over_ranks([float(problem is not None)])
+        if failed:
+            if job.rank == 0:
+                self._report_failure(steps, str(problem))
+            return
+        pending = _Pending(steps, folder, started, 0.0, {})
+        for name, engine in self._role.engines.items():
+            engine.save(folder / name, lambda path, state: self._add(pending, path, partial(torch.save, state)))
+        if job.is_trunk:
+            state = self._role.state_dict()
+            self._add(pending, checkpoint.state_file(folder, job.rank), partial(torch.save, state))
+        if job.rank == 0:
+            self._describe(pending)
+        pending.stalled = time.perf_counter() - started
+        self._pending = pending
+
+    def _make(self, folder: Path) -> OSError | None:
+        try:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+        except OSError as error:
+            return error
+        return None
+
+    def _describe(self, pending: _Pending) -> None:
+        """What rank 0 writes for all: the recipe, the layout, the load."""
+        about = {
+            "layout": checkpoint.layout_of(self._recipe, self._role.placement),
+            "steps": pending.steps,
+            "micro_batches": self._recipe.micro_batches,
+        }
+        texts = {checkpoint.RECIPE_FILE: recipe_text(self._recipe), checkpoint.LAYOUT_FILE: json.dumps(about)}
+        for name, text in texts.items():
+            self._add(pending, pending.folder / name, partial(_write_text, text))
+        load_LM = self._role.recorded_load()
+        if load_LM is not None:
+            self._add(pending, pending.folder / checkpoint.LOAD_FILE, lambda file: np.save(file, load_LM))
+
+    def _add(self, pending: _Pending, path: Path, write: Callable[[Any], None]) -> None:
+        name = str(path.relative_to(pending.folder))
+        pending.files[name] = self._thread.submit(_write, path, write)
+
+    def vote(self) -> float:
+        """For the step's sum over ranks: 1 while this rank still writes."""
+        pending = self._pending
+        if pending is None or pending.told:
+            return 0.0
+        if not all(future.done() for future in pending.files.values()):
+            return 1.0
+        self._tell(pending)
+        return 0.0
+
+    def _tell(self, pending: _Pending) -> None:
+        """Leave for rank 0 what this rank has written, or why it could not."""
+        report: dict[str, Any] = {"files": {}, "error": None}
+        for name, future in pending.files.items():
+            try:
+                report["files"][name] = future.result()
+            except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError
+                reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
+                report["error"] = report["error"] or f"{self._job.name} could not write {name}: {reason}"
+        self._job.publish("saved", json.dumps(report))
+        pending.told = True
+
+    def settle(self, writing: float) -> None:
+        """Complete the checkpoint that is being written if the ranks' votes add up to none that still writes."""
+        if self._pending is not None and not writing:
+            pending, self._pending = self._pending, None
+            if self._job.rank == 0:
+                self._conclude(pending)
+
+    def finish(self) -> bool:
+        """Wait until nothing is being written any more; whether the last save succeeded. A collective of all ranks."""
+        pending = self._pending
+        if pending is not None:
+            if not pending.told:
+                self._tell(pending)
+            self._job.barrier()
+            self.settle(0.0)
+        (failed,) = self._job.sum_over_ranks([float(self.error is not None)])
+        return not failed
+
+    def save(self, steps: int) -> bool:
+        """Save and wait for it; whether it succeeded. A collective of all ranks."""
+        self.start(steps)
+        return self.finish()
+
+    def _conclude(self, pending: _Pending) -> None:
+        """Rank 0: commit what all ranks have written, or give it up."""
+        reports = [json.loads(text) for text in self._job.look_up("saved")]
+        problem = next((report["error"] for report in reports if report["error"]), None)
+        if problem is None:
+            files = {name: facts for report in reports for name, facts in report["files"].items()}
+            try:
+                self._commit(pending, files)
+            except OSError as error:
+                problem = f"{self._job.name} could not write {error.filename}: {error.strerror}"
+        if problem is not None:
+            shutil.rmtree(pending.folder, ignore_errors=True)
+            self._report_failure(pending.steps, problem)
+            return
+        self.error = None
+        if self._metrics:
+            seconds = time.perf_counter() - pending.started
+            self._metrics.checkpoint_saved(pending.steps, seconds, pending.stalled)
+        self._thread.submit(self._rotate)
+
+    def _commit(self, pending: _Pending, files: dict[str, Any]) -> None:
+        folder = pending.folder
+        for name, facts in files.items():
+            if (folder / name).stat().st_size != facts["bytes"]:
+                raise OSError(0, "is not as it was written: all nodes must share run.dir", name)
+        manifest = json.dumps({"steps": pending.steps, "files": files}, indent=1)
+        facts = _write(folder / checkpoint.MANIFEST_FILE, partial(_write_text, manifest))
+        for inner in (path for path in folder.rglob("*") if path.is_dir()):
+            _sync_folder(inner)
+        _write(folder / checkpoint.MARKER_FILE, partial(_write_text, facts["sha256"]))
+        _sync_folder(folder)
+        final = checkpoint.folder_of(self._checkpoints, pending.steps)
+        if final.exists():
+            self._remove(final)
+        folder.rename(final)
+        _sync_folder(self._checkpoints)
+
+    def _report_failure(self, steps: int, problem: str) -> None:
+        self.error = problem
+        if self._metrics:
+            self._metrics.checkpoint_failures(1)
+        line = f"the checkpoint after step {steps} failed: {problem}; training goes on, the next interval tries again"
+        say(f"warning: {line}")
+
+    def _rotate(self) -> None:
+        """Remove all but the newest `keep` checkpoints and every `keep_every`-th step."""
+        c = self._recipe.checkpoint
+        for old in checkpoint.complete(self._checkpoints)[: -c.keep]:
+            if not (c.keep_every and checkpoint.steps_of(old) % c.keep_every == 0):
+                self._remove(old)
+
+    def _remove(self, folder: Path) -> None:
+        """Under another name first: killed meanwhile, it leaves nothing that looks like a checkpoint."""
+        doomed = folder.with_name(f".{folder.name}.removed")
+        folder.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
