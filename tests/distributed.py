@@ -11,7 +11,8 @@ import pickle
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +32,7 @@ def run_ranks(
     world_size: int, function: Callable[..., Any], *arguments: Any, time_limit: float = TIME_LIMIT
 ) -> list[Any]:
     """`function(*arguments)` on every rank, with a launcher's environment set. Returns each rank's value, by rank."""
-    environment = {
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "OMP_NUM_THREADS": "1",
-        "DS_ACCELERATOR": "cpu",
-    }
+    environment = _environment(world_size)
     with tempfile.TemporaryDirectory() as folder:
         outcome = [Path(folder) / f"rank{rank}" for rank in range(world_size)]
         processes = [
@@ -51,6 +45,31 @@ def run_ranks(
             process.start()
         _wait(processes, time_limit)
         return [_value(path, rank, processes[rank].exitcode) for rank, path in enumerate(outcome)]
+
+
+@contextmanager
+def fork_rank(function: Callable[..., Any], *arguments: Any) -> Iterator[Any]:
+    """`function(*arguments)` as a job of one rank in a process of its own, killed at the end if it still runs."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = str(Path(folder) / "rank0")
+        process = _context.Process(target=_rank, args=(0, _environment(1), path, function, arguments), daemon=True)
+        process.start()
+        try:
+            yield process
+        finally:
+            process.kill()
+            process.join()
+
+
+def _environment(world_size: int) -> dict[str, str]:
+    return {
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+    }
 
 
 def _wait(processes: list[Any], time_limit: float) -> None:

@@ -70,19 +70,24 @@ class Outcome:
 
 
 def run_training(
-    recipe: Recipe, steps: int | None = None, save_to: Path | None = None, resume_from: Path | None = None
+    recipe: Recipe,
+    steps: int | None = None,
+    save_to: Path | None = None,
+    resume_from: Path | None = None,
+    save_after: int | None = None,
 ) -> Outcome:
     """Train on all ranks of the recipe's layout and bring the parts together.
 
     Args:
         steps: where to stop; default at the recipe's end.
-        save_to: folder for a checkpoint at the end.
+        save_to: folder for a checkpoint.
+        save_after: steps after which it is saved, while training goes on; default: at the end.
         resume_from: folder whose newest checkpoint to begin with.
     """
     with tempfile.TemporaryDirectory() as folder:
         recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update={"dir": folder})})
         last = recipe.train.steps if steps is None else steps
-        ranks = run_ranks(recipe.topology.world_size, _train, recipe, last, save_to, resume_from)
+        ranks = run_ranks(recipe.topology.world_size, _train, recipe, last, save_to, resume_from, save_after or last)
     gradients: dict[str, Tensor] = {}
     weights: dict[str, Tensor] = {}
     for rank in ranks:
@@ -95,7 +100,9 @@ def run_training(
     return Outcome(trunk["scalars"], gradients, weights, trunk["val_loss"], trunk["load_LM"])
 
 
-def _train(recipe: Recipe, steps: int, save_to: Path | None, resume_from: Path | None) -> dict[str, Any]:
+def _train(
+    recipe: Recipe, steps: int, save_to: Path | None, resume_from: Path | None, save_after: int
+) -> dict[str, Any]:
     from trainer import checkpoint
     from trainer.data.batches import SequenceStream
     from trainer.job import Job, read_launch
@@ -118,6 +125,9 @@ def _train(recipe: Recipe, steps: int, save_to: Path | None, resume_from: Path |
     result: dict[str, Any] = {"scalars": [], "gradients": {}, "val_loss": 0.0, "load_LM": None}
     if saved:
         checkpoint.load(job, recipe, saved, role)
+    saver = Saver(job, recipe, save_to, role) if save_to else None
+    if saver and start == save_after:
+        saver.start(start)
     for step in range(start, steps):
         if step == 0:
             _keep_gradients(role, engines, result)
@@ -125,8 +135,9 @@ def _train(recipe: Recipe, steps: int, save_to: Path | None, resume_from: Path |
         if scalars is not None:
             names = ("loss", "balance_loss", "z_loss", "grad_norm", "lr", "load_imbalance", "applied")
             result["scalars"].append({name: float(getattr(scalars, name)) for name in names})
-    if save_to:
-        assert Saver(job, recipe, save_to, role).save(steps)
+        if saver and step + 1 == save_after:
+            saver.start(save_after)
+    assert saver is None or saver.finish()
     if isinstance(role, TrunkRank):
         result["val_loss"], _ = role.evaluate(1, steps)
         result["load_LM"] = role.load_LM

@@ -34,17 +34,22 @@ if TYPE_CHECKING:
 
 
 class _HashedFile:
-    """A file for writing that knows its size and SHA-256 so far."""
+    """A file for writing that knows its size and SHA-256 so far, and why writing failed."""
 
     def __init__(self, file: BinaryIO):
         self._file = file
         self._hash = hashlib.sha256()
         self._bytes = 0
+        self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
         self._hash.update(data)
         self._bytes += len(data)
-        return self._file.write(data)
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
 
     def flush(self) -> None:
         self._file.flush()
@@ -59,7 +64,10 @@ def _write(path: Path, write: Callable[[Any], None]) -> dict[str, Any]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file:
         hashed = _HashedFile(file)
-        write(hashed)
+        try:
+            write(hashed)
+        except RuntimeError as error:  # what torch's writer makes of it
+            raise hashed.error or error from None
         file.flush()
         os.fsync(file.fileno())
     return hashed.facts
@@ -121,8 +129,8 @@ class Saver:
         problem = self._make(folder) if job.rank == 0 else None
         (failed,) = job.sum_over_ranks([float(problem is not None)])
         if failed:
-            if job.rank == 0:
-                self._report_failure(steps, str(problem))
+            if problem is not None:
+                self._report_failure(steps, problem)
             return
         pending = _Pending(steps, folder, started, 0.0, {})
         for name, engine in self._role.engines.items():
@@ -135,12 +143,13 @@ class Saver:
         pending.stalled = time.perf_counter() - started
         self._pending = pending
 
-    def _make(self, folder: Path) -> OSError | None:
+    def _make(self, folder: Path) -> str | None:
+        """Make the folder to write into; returns why that failed."""
         try:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
         except OSError as error:
-            return error
+            return f"{self._job.name} could not make {folder}: {error.strerror}"
         return None
 
     def _describe(self, pending: _Pending) -> None:
@@ -177,9 +186,8 @@ class Saver:
         for name, future in pending.files.items():
             try:
                 report["files"][name] = future.result()
-            except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError
-                reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
-                report["error"] = report["error"] or f"{self._job.name} could not write {name}: {reason}"
+            except OSError as error:
+                report["error"] = report["error"] or f"{self._job.name} could not write {name}: {error.strerror}"
         self._job.publish("saved", json.dumps(report))
         pending.told = True
 
