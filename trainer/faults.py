@@ -46,6 +46,7 @@ class FaultWatch:
         self._job: Job | None = None
         self._rank = rank
         self._end_said = False
+        self._end = threading.Event()
         self._launchers = _launchers()
         read_end, self._write_end = os.pipe()
         os.set_blocking(self._write_end, False)
@@ -62,12 +63,17 @@ class FaultWatch:
         """The rank has joined `job`: from now on it sends heartbeats and knows its peers."""
         job.beat(0)
         self._job = job
-        threading.Thread(target=self._beat, args=(job,), daemon=True, name="heartbeat").start()
+        self._heartbeat = threading.Thread(target=self._beat, args=(job,), daemon=True, name="heartbeat")
+        self._heartbeat.start()
+
+    def left(self) -> None:
+        """The rank leaves its job. A heartbeat in the store's code at the interpreter's end would abort the process."""
+        self._end.set()
+        self._heartbeat.join(10 * BEAT_SECONDS)
 
     def _beat(self, job: Job) -> None:
         count = 0
-        while True:
-            time.sleep(BEAT_SECONDS)
+        while not self._end.wait(BEAT_SECONDS):
             count += 1
             try:
                 job.beat(count)

@@ -68,7 +68,7 @@ def test_train_shows_and_leaves_what_it_promises(
     assert (run_dir / "load.png").read_bytes().startswith(b"\x89PNG")
     assert list((run_dir / "tensorboard").glob("events.*"))
     saved = {path.name for path in (run_dir / "checkpoints" / "step_00000004").iterdir()}
-    assert saved == {"layout.json", "load.npy", "trunk", "pool"}
+    assert saved == {"trunk", "pool", "recipe.yaml", "layout.json", "load.npy", "manifest.json", "COMPLETE"}
     assert json.loads((run_dir / "plan.json").read_text())["lanes"] >= 1
     assert load_recipe(str(run_dir / "recipe.yaml")) == load_recipe(recipe)
     assert [line["step"] for line in steps(run_dir)] == [1, 2, 2, 3, 4, 4]
@@ -119,7 +119,7 @@ def test_resume_goes_on_where_the_checkpoint_was(recipe: str, folder: Path) -> N
     assert steps(run_dir) == steps(folder / "run")
     scope = unipool(*arguments, "--set", "balance.scope=micro_batch")
     assert scope.returncode == 2
-    assert "has balance.scope = global_batch, the recipe micro_batch" in scope.stderr
+    assert 'balance.scope "global_batch" -> "micro_batch"; use the same, another run.dir, or --force' in scope.stderr
 
 
 @pytest.mark.usefixtures("reference")
@@ -136,6 +136,7 @@ def test_resume_in_another_layout_and_placement(recipe: str, folder: Path) -> No
     for record, undisturbed in zip(steps(run_dir), before, strict=True):
         name = "loss" if "loss" in record else "val_loss"
         assert record[name] == pytest.approx(undisturbed[name], rel=1e-5)
+    assert "the recipe differs from that of step_00000002: pool.placement" in other.stderr
     assert {path.name for path in (run_dir / "checkpoints").iterdir()} == {"step_00000002", "step_00000004"}
 
 
