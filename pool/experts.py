@@ -97,6 +97,11 @@ class ExpertShard(nn.Module):
         """Drop the compute-dtype copies: call after an optimizer step or a load."""
         self._compute_weights = None
 
+    @property
+    def frozen(self) -> bool:
+        """Whether the weights have no gradients."""
+        return not self.w2_eDF.requires_grad
+
     def _weights(self) -> tuple[Tensor, Tensor]:
         if self._compute_weights is None:
             self._compute_weights = (
@@ -125,12 +130,14 @@ class ExpertShard(nn.Module):
     def backward_rows(
         self, x_ND: Tensor, hidden: Sequence[Hidden] | None, dy_ND: Tensor, batches: Sequence[list[int]]
     ) -> Tensor:
-        """Gradient dx_ND of the tokens. What the weights' gradients need goes to the stash.
+        """Gradient dx_ND of the tokens. What the weights' gradients need goes to the stash, unless they are frozen.
 
         Args:
             hidden: the hidden activations of the requests; None computes them again.
         """
         dx_ND, for_weights = self._kernels().backward(x_ND, hidden, dy_ND, *self._weights(), batches)
+        if self.frozen:
+            return dx_ND  # type: ignore[no-any-return]
         self._stash.append((x_ND, dy_ND, for_weights, [sum(column) for column in zip(*batches, strict=True)]))
         width = 2 * x_ND.shape[1] + 3 * self.w2_eDF.shape[2]
         self._uncut_bytes += len(x_ND) * width * x_ND.element_size()

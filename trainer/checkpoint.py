@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from pool.placement import Placement
-    from trainer.engine import RoleEngine
+    from trainer.engine import Engine
     from trainer.job import Job
 
 LAYOUT_FILE = "layout.json"
@@ -37,7 +37,7 @@ MARKER_FILE = "COMPLETE"
 class Role(Protocol):
     """What a checkpoint needs of a trunk rank or a pool rank."""
 
-    engines: dict[str, RoleEngine]
+    engines: dict[str, Engine]
     """Its engines, by folder within the checkpoint."""
 
     @property
@@ -111,6 +111,7 @@ def layout_of(recipe: Recipe, placement: Placement | None) -> dict[str, Any]:
     return {
         "ranks": [p.trunk_ranks, p.pool_ranks, recipe.topology.expert_parallel],
         "zero": [p.trunk_zero, p.pool_zero if placement else 0],
+        "freeze": recipe.train.freeze,
         "placement": list(placement.order) if placement else None,
     }
 

@@ -89,6 +89,8 @@ class Train(Section):
     clip: NonNegativeFloat = Field(1.0, description="largest global gradient norm; 0 does not clip")
     precision: Literal["fp32", "bf16"] = "bf16"
     recompute: bool = Field(False, description="recompute the trunk's segments in backward")
+    init_from: str | None = Field(None, description="an export to begin with, instead of random weights")
+    freeze: Literal["none", "pool", "trunk"] = Field("none", description="the role whose weights stay as they are")
     max_skipped_steps: Positive = Field(
         20, description="steps in a row that may be skipped for gradients that are not finite; then the job stops"
     )
@@ -195,7 +197,11 @@ def _check_model(r: Recipe) -> None:
 
 def _check_pool(r: Recipe) -> None:
     m, experts = r.model, r.pool.experts
+    if r.train.freeze != "none" and r.train.init_from is None:
+        raise _Relation("train.freeze", r.train.freeze, "needs train.init_from: what is frozen must have been trained")
     if m.ffn == "dense":
+        if r.train.freeze != "none":
+            raise _Relation("train.freeze", r.train.freeze, "must be none with model.ffn = dense")
         if experts:
             raise _Relation("pool.experts", experts, "must be 0 with model.ffn = dense")
         if r.parallel.pool_ranks:

@@ -8,7 +8,7 @@ Letters: T tokens, D hidden, F expert width, V vocabulary, L layers, M experts t
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace, fields
 
 from trainer.config import Recipe
 
@@ -147,14 +147,19 @@ def count_flops(recipe: Recipe) -> Flops:
 def estimate_memory(recipe: Recipe, lanes: int) -> tuple[Memory, ...]:
     """Bytes a rank, for each role of the recipe's layout, with `lanes` micro-batches in flight."""
     in_flight = 1 if recipe.model.ffn == "dense" else min(lanes, recipe.micro_batches)
-    trunk = _trunk_memory(recipe, in_flight)
+    trunk = _learning(recipe, _trunk_memory(recipe, in_flight))
     if recipe.model.ffn == "dense":
         return (trunk,)
-    pool = _pool_memory(recipe, in_flight)
+    pool = _learning(recipe, _pool_memory(recipe, in_flight))
     if not recipe.topology.colocated:
         return trunk, pool
     both = {name: getattr(trunk, name) + getattr(pool, name) for name in ("parameters", *MEMORY_KINDS)}
     return (Memory(role="trunk + pool", ranks=trunk.ranks, **both),)
+
+
+def _learning(recipe: Recipe, memory: Memory) -> Memory:
+    """What is frozen has neither gradients nor an optimizer."""
+    return replace(memory, gradients=0, optimizer=0, stash=0) if recipe.train.freeze == memory.role else memory
 
 
 def _compute_bytes(recipe: Recipe) -> int:

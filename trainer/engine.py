@@ -280,6 +280,93 @@ class RoleEngine:
             parameter.copy_(state.weight)
 
 
+class FrozenRole:
+    """A role whose weights stay as they are: what a `RoleEngine` offers, without gradients and optimizer."""
+
+    def __init__(self, module: nn.Module, recipe: Recipe, role: str, role_size: int):
+        deepspeed = _import_deepspeed()
+        from deepspeed.monitor.config import get_monitor_config
+        from deepspeed.monitor.monitor import MonitorMaster
+        from deepspeed.runtime import lr_schedules
+
+        self.module = module.requires_grad_(False)
+        self.stage = 0
+        config = deepspeed_config(recipe, role, role_size, 1)
+        deepspeed.init_distributed(dist_init_required=False)
+        self._monitor = MonitorMaster(get_monitor_config(config))
+        # The other role's rate, for those who ask this one.
+        self._optimizer = torch.optim.SGD([torch.zeros(1)], recipe.train.lr)
+        schedule = getattr(lr_schedules, config["scheduler"]["type"])
+        self._schedule = schedule(self._optimizer, **config["scheduler"]["params"])
+        self._schedule.step()
+
+    @contextmanager
+    def accumulating(self) -> Iterator[None]:
+        """Nothing is added."""
+        yield
+
+    def grad_norm_squared(self) -> float:
+        """There are no gradients."""
+        return 0.0
+
+    def step(self, total_norm: float) -> bool:
+        """Only the schedule moves on, if the step counts."""
+        if math.isfinite(total_norm):
+            self._schedule.step()
+        return math.isfinite(total_norm)
+
+    @property
+    def learning_rate(self) -> float:
+        """The rate of the next step."""
+        return float(self._optimizer.param_groups[0]["lr"])
+
+    def write_scalars(self, scalars: dict[str, float], step: int) -> None:
+        """See `RoleEngine.write_scalars`."""
+        if self._monitor.enabled:
+            self._monitor.write_events([(name, value, step) for name, value in scalars.items()])
+
+    def full_parameters(self) -> dict[str, Tensor]:
+        """All parameters by name, on the host."""
+        return {name: p.detach().cpu().clone() for name, p in self.module.named_parameters()}
+
+    def save(self, folder: Path, write: Callable[[Path, Any], None]) -> None:
+        """One file for the role, of the form that DeepSpeed's has without ZeRO."""
+        if torch.distributed.get_rank() == 0:
+            state = {
+                "module": {name: value.cpu().clone() for name, value in self.module.state_dict().items()},
+                "buffer_names": [name for name, _ in self.module.named_buffers()],
+                "optimizer": None,
+                "lr_scheduler": self._schedule.state_dict(),
+            }
+            write(folder / CHECKPOINT_TAG / "mp_rank_00_model_states.pt", state)
+
+    def load(self, folder: Path) -> None:
+        """Load what `save` wrote."""
+        state = torch.load(
+            folder / CHECKPOINT_TAG / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=True
+        )
+        self.module.load_state_dict(state["module"])
+        self._schedule.step(state["lr_scheduler"]["last_batch_iteration"])
+
+    @torch.no_grad()
+    def take_over(self, read: Callable[[str], ParameterState], buffers: dict[str, Tensor], updates: int) -> None:
+        """See `RoleEngine.take_over`; moments are not kept."""
+        for name, buffer in self.module.named_buffers():
+            buffer.copy_(buffers[name])
+        for name, parameter in self.module.named_parameters():
+            parameter.copy_(read(name).weight)
+        self._schedule.step(updates)
+
+
+Engine = RoleEngine | FrozenRole
+
+
+def build_engine(module: nn.Module, recipe: Recipe, role: str, role_size: int) -> Engine:
+    """The engine of a role; see `RoleEngine`."""
+    frozen = recipe.train.freeze == role
+    return FrozenRole(module, recipe, role, role_size) if frozen else RoleEngine(module, recipe, role, role_size)
+
+
 def _partition_of(value: Tensor, parameter: Any) -> Tensor:
     """This rank's part of a whole tensor, cut as ZeRO-3 cut `parameter`, with zeros behind the end."""
     size, rank = parameter.ds_tensor.numel(), torch.distributed.get_rank()

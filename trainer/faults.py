@@ -133,13 +133,13 @@ class FaultWatch:
             if self._rank == 0 or (self._job and not isinstance(error, SharedUserError)):
                 _say(f"error: {error}")  # before they join all ranks find the same mistakes
             else:
-                time.sleep(_COURTESY_SECONDS)
+                self._leave_last()
             os._exit(2)
         if isinstance(error, JobError):
             if self._rank == 0:
                 _say(f"unipool: {error}")
             else:
-                time.sleep(_COURTESY_SECONDS)
+                self._leave_last()
             os._exit(1)
         dead = self._dead_peers()
         for _ in range(20):
@@ -150,13 +150,17 @@ class FaultWatch:
         silent = "" if dead or "imed out" not in str(error) else self._silent_peers()
         if dead or silent:
             fate = f"{dead} died first" if dead else f"{silent} does not respond"
-            self._end_said = True
             _say(f"unipool: {self.name} stops in {self.phase}: {fate} ({type(error).__name__}: {error})")
-            time.sleep(_COURTESY_SECONDS)
+            self._leave_last()
         else:
             lines = "".join(traceback.format_exception(error))
             _say(f"{lines}unipool: {self.name} failed in {self.phase}: {type(error).__name__}: {error}")
         os._exit(1)
+
+    def _leave_last(self) -> None:
+        """Another rank says why, and is to be the first that the launcher notices."""
+        self._end_said = True
+        time.sleep(_COURTESY_SECONDS)
 
 
 def _launchers() -> list[psutil.Process]:

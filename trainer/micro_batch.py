@@ -109,11 +109,17 @@ class _Segment:
         return roots
 
     def backward(self, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
-        """Add the parameters' gradients and return those of the inputs. A root whose gradient is None is left out."""
+        """Add the parameters' gradients and return those of the inputs. A root whose gradient is None is left out.
+
+        So is a root that depends on nothing that learns: all of the first segment's, if the trunk is frozen.
+        """
         if self._recompute:
             self._roots, _ = self._function(*self._leaves)
-        pairs = [(root, g) for root, g in zip(self._roots, gradients, strict=True) if g is not None]
-        torch.autograd.backward([root for root, _ in pairs], [g for _, g in pairs])
+        pairs = [
+            (root, g) for root, g in zip(self._roots, gradients, strict=True) if g is not None and root.requires_grad
+        ]
+        if pairs:
+            torch.autograd.backward([root for root, _ in pairs], [g for _, g in pairs])
         leaves, self._leaves, self._roots = self._leaves, (), ()
         return tuple(_gradient(leaf) for leaf in leaves)
 

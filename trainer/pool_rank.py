@@ -12,7 +12,7 @@ from pool.plan import Plan
 from pool.service import PoolService
 from pool.wire import PoolWire, WireSettings
 from trainer.config import Recipe
-from trainer.engine import RoleEngine
+from trainer.engine import build_engine
 from trainer.job import Job
 from trainer.metrics import MetricsServer
 from trainer.model import init_stds
@@ -56,6 +56,8 @@ def finish_gradients(shard: ExpertShard, recipe: Recipe) -> None:
 
     The trunk has scaled by 1 / micro-batches already, so the factor is R / T.
     """
+    if shard.frozen:
+        return
     shard.flush()
     shard.scale_gradients(recipe.topology.replicas / recipe.topology.trunk_ranks)
 
@@ -69,7 +71,7 @@ class PoolRank:
         self.plan = job.schedule.step
         index = job.topology.shard(job.rank)
         self._shard = build_shard(recipe, placement, index, job.device)
-        self._engine = RoleEngine(self._shard, recipe, "pool", job.role_size)
+        self._engine = build_engine(self._shard, recipe, "pool", job.role_size)
         self.engines = {f"pool/shard_{index}": self._engine}
         wire = PoolWire(wire_settings(recipe, job, placement), job.host_group, job.lane_groups)
         self._service = PoolService(self._shard, wire, recipe.model.layers)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pool.experts import ExpertShard
 from pool.placement import Placement
-from trainer.engine import CHECKPOINT_TAG, ParameterState, RoleEngine, to_universal
+from trainer.engine import CHECKPOINT_TAG, Engine, ParameterState, to_universal
 from trainer.model import Trunk
 
 
@@ -31,10 +31,14 @@ class SavedRole:
         model_states = sorted((folder / CHECKPOINT_TAG).glob("*mp_rank_00_model_states.pt"))
         self._saved: dict[str, Any] = torch.load(model_states[0], map_location="cpu", mmap=True, weights_only=False)
         self._universal = universal
-        self._places = {} if is_partitioned(folder) else _optimizer_places(self._saved)
+        self._frozen = self._saved["optimizer"] is None and not is_partitioned(folder)
+        self._places = {} if self._frozen or is_partitioned(folder) else _optimizer_places(self._saved)
 
     def read(self, name: str) -> ParameterState:
-        """A parameter and its moments, by its name in the module."""
+        """A parameter and its moments, by its name in the module. What was frozen has moments of zeros."""
+        if self._frozen:
+            weight = self._saved["module"][name]
+            return ParameterState(weight, torch.zeros_like(weight), torch.zeros_like(weight))
         if name not in self._places:
             folder = self._universal / "zero" / name
             shape = next(shapes[name] for shapes in self._saved["param_shapes"] if name in shapes)
@@ -89,7 +93,7 @@ class SavedCheckpoint:
             names = [f"pool/shard_{shard}" for shard in range(placement.shards)]
             self._shards = [SavedRole(folder / name, work / name) for name in names]
 
-    def take_over(self, name: str, engine: RoleEngine) -> None:
+    def take_over(self, name: str, engine: Engine) -> None:
         """Load role `name` ("trunk" or "pool/shard_N") of this rank."""
         if name == "trunk":
             engine.take_over(self.trunk.read, self.trunk.buffers, self.trunk.updates)

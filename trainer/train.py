@@ -236,11 +236,12 @@ class _Loop:
             suspects = [self._job.ask(f"suspects/{rank}") for rank in trunk_ranks]
             where = "; ".join(text for text in suspects if text) or "the losses are finite, only gradients are not"
             data = self._prepared.path / "train.arrow" if self._prepared else ""
-            say(f"unipool: step {step}, of {data}: {where}")
+            say(f"unipool: step {step + 1}, of {data}: {where}")
         self._job.barrier()
         raise JobError(
-            f"{self._skipped} steps in a row, the last is step {step}, had gradients that are not finite and were "
-            f"skipped (train.max_skipped_steps); the weights are those of before"
+            f"{self._skipped} steps in a row, the last is step {step + 1}, had gradients that are not finite and were "
+            f"skipped (train.max_skipped_steps); the weights are those of before. Look at this data, or lower train.lr "
+            f"and go on with --force"
         )
 
     def _evaluate(self, done: int, progress: Progress | None) -> float:

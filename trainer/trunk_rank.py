@@ -22,7 +22,7 @@ from router.routers import SigmoidBiasRouter
 from trainer.config import Recipe
 from trainer.data.batches import SequenceStream
 from trainer.drive import LocalPool, MicroBatch, NoPool, PoolClient, RemotePool
-from trainer.engine import RoleEngine
+from trainer.engine import build_engine
 from trainer.job import Job
 from trainer.metrics import MetricsServer, StepScalars
 from trainer.micro_batch import (
@@ -57,7 +57,7 @@ class TrunkRank:
         self.placement = placement
         self._training, self._validation = training, validation
         self.trunk = Trunk(recipe, job.device)
-        self.engines = {"trunk": RoleEngine(self.trunk, recipe, "trunk", job.role_size)}
+        self.engines = {"trunk": build_engine(self.trunk, recipe, "trunk", job.role_size)}
         self._statistics = LoadStatistics(
             recipe.balance.scope, recipe.balance.delay, recipe.model.layers, max(1, recipe.experts_per_layer)
         )
@@ -85,7 +85,7 @@ class TrunkRank:
         )
         if job.topology.colocated:
             self._shard = build_shard(recipe, placement, 0, job.device)
-            self.engines["pool/shard_0"] = RoleEngine(self._shard, recipe, "pool", job.role_size)
+            self.engines["pool/shard_0"] = build_engine(self._shard, recipe, "pool", job.role_size)
             self._pool = LocalPool(self._shard)
         else:
             wire = TrunkWire(wire_settings(recipe, job, placement), job.host_group, job.lane_groups)
@@ -181,7 +181,7 @@ class TrunkRank:
 
     def _move_expert_bias(self) -> None:
         for load_M, block in zip(self.load_LM, self.trunk.blocks, strict=True):
-            if isinstance(block.router, SigmoidBiasRouter):
+            if isinstance(block.router, SigmoidBiasRouter) and self._recipe.train.freeze != "trunk":
                 block.router.update_bias(load_M.to(self._job.device), self._recipe.router.bias_rate)
 
     @property
