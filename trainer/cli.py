@@ -80,6 +80,7 @@ def train(recipe: str, overrides: tuple[str, ...], force: bool) -> None:
 
         sys.exit(train_rank(checked, read_launch(), force))
     from trainer.hardware import find_hardware
+    from trainer.initial import ExportedWeights
     from trainer.launch import run_locally
     from trainer.prepare import prepare_for
     from trainer.resume import early_check
@@ -88,7 +89,8 @@ def train(recipe: str, overrides: tuple[str, ...], force: bool) -> None:
     if checked.parallel.hardware:  # a wrong one is found before anything starts
         find_hardware(checked.parallel.hardware, "parallel.hardware =")
     folder = RunFolder(checked)
-    early_check(checked, folder.checkpoints, force)
+    if not early_check(checked, folder.checkpoints, force) and checked.train.init_from:
+        ExportedWeights(checked).check()
     folder.make()
     prepare_for(checked)
     sys.exit(run_locally(checked, sys.argv[1:]))

@@ -8,7 +8,7 @@ Letters: T tokens, D hidden, F expert width, V vocabulary, L layers, M experts t
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace, fields
+from dataclasses import dataclass, fields, replace
 
 from trainer.config import Recipe
 

@@ -19,6 +19,7 @@ from trainer.data.batches import SequenceStream, evaluation_steps
 from trainer.data.prepare import PreparedData
 from trainer.errors import START_AGAIN, JobError
 from trainer.faults import FaultWatch
+from trainer.initial import load_initial
 from trainer.job import Job, Launch
 from trainer.launch import DONE_FILE
 from trainer.metrics import StepScalars
@@ -168,6 +169,9 @@ class _Loop:
             self._watch.phase = "loading the checkpoint"
             start, saved = self._newest
             checkpoint.load(job, recipe, saved, self._role)
+        elif recipe.train.init_from:
+            self._watch.phase = f"reading {recipe.train.init_from}"
+            load_initial(recipe, self._role)
         if job.rank == 0:
             self._folder.begin(recipe, job.schedule, start)
             self._saver.clean()

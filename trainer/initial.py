@@ -1,0 +1,116 @@
+"""Fine-tuning: a run that begins with the weights of an export (`train.init_from`)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainer.config import Recipe
+from trainer.errors import SharedUserError
+from trainer.export.names import Parts, expert_names, trunk_names
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from trainer.checkpoint import Role
+    from trainer.engine import Engine, ParameterState
+
+_FILE = "model.safetensors"
+
+
+class ExportedWeights:
+    """The tensors of an export, either format, in one file or several.
+
+    Raises:
+        SharedUserError: the folder is not an export.
+    """
+
+    def __init__(self, recipe: Recipe):
+        self._recipe = recipe
+        folder = Path(str(recipe.train.init_from))
+        self._where = f"train.init_from = {folder}"
+        index = folder / f"{_FILE}.index.json"
+        try:
+            if index.is_file():
+                self._files = {n: folder / file for n, file in json.loads(index.read_text())["weight_map"].items()}
+            else:
+                with self._open(folder / _FILE) as file:
+                    self._files = dict.fromkeys(file.keys(), folder / _FILE)
+        except Exception as error:  # safetensors has its own for a file that is none
+            raise SharedUserError(
+                f"{self._where}: no export of this trainer ({error}); make one with `unipool export`"
+            ) from None
+
+    def _open(self, path: Path, framework: str = "numpy") -> Any:
+        from safetensors import safe_open
+
+        return safe_open(path, framework=framework)
+
+    def check(self) -> None:
+        """All tensors of the recipe's model are there, and none else, in its shapes. Reads no tensor.
+
+        Raises:
+            SharedUserError: naming the first that is not so.
+        """
+        experts = (expert_names(self._recipe, expert) for expert in range(self._recipe.pool.experts))
+        wanted = {
+            name: rows
+            for names in (trunk_names(self._recipe), *experts)
+            for parts in names.values()
+            for name, rows in parts.items()
+        }
+        for name in sorted(wanted.keys() ^ self._files.keys()):
+            has, lacks = ("the recipe", "the export") if name in wanted else ("the export", "the recipe")
+            raise SharedUserError(f"{self._where}: {has} has a tensor {name}, {lacks} has not: another model")
+        for name, rows in wanted.items():
+            with self._open(self._files[name]) as file:
+                shape = file.get_slice(name).get_shape()
+            columns = self._recipe.model.ffn_hidden if "down_proj" in name else self._recipe.model.hidden
+            if shape not in ([rows], [rows, columns]):
+                raise SharedUserError(
+                    f"{self._where}: {name} has shape {shape}, by the recipe it has {rows} rows: another model"
+                )
+
+    def read(self, parts: Parts) -> Tensor:
+        """A tensor of the trainer's from its exported parts, fp32."""
+        import torch
+
+        found = []
+        for name in parts:
+            with self._open(self._files[name], "pt") as file:
+                found.append(file.get_tensor(name).float())
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def take_over(self, name: str, engine: Engine) -> None:
+        """Give role `name` ("trunk" or "pool/shard_N") the export's weights; moments are zeros."""
+        import torch
+
+        if name == "trunk":
+            names = trunk_names(self._recipe)
+            buffers = {n: self.read(names[n]) for n, _ in engine.module.named_buffers()}
+            engine.take_over(lambda weight: _fresh(self.read(names[weight])), buffers, 0)
+            return
+        ids: Iterable[int] = engine.module.expert_ids  # type: ignore[assignment]
+
+        def stacked(weight: str) -> ParameterState:
+            return _fresh(torch.stack([self.read(expert_names(self._recipe, expert)[weight]) for expert in ids]))
+
+        engine.take_over(stacked, {}, 0)
+
+
+def _fresh(weight: Tensor) -> ParameterState:
+    import torch
+
+    from trainer.engine import ParameterState
+
+    return ParameterState(weight, torch.zeros_like(weight), torch.zeros_like(weight))
+
+
+def load_initial(recipe: Recipe, role: Role) -> None:
+    """Begin with the weights that the recipe names. Called by all ranks."""
+    weights = ExportedWeights(recipe)
+    weights.check()
+    for name, engine in role.engines.items():
+        weights.take_over(name, engine)
