@@ -21,7 +21,10 @@ from trainer.launch import free_port
 TIME_LIMIT = 240.0
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "deepspeed", "trainer.train"])
+# The last three deepspeed and the datasets would import in every rank, in two to three seconds.
+_context.set_forkserver_preload(
+    ["torch", "deepspeed", "trainer.train", "datasets", "torch._inductor.compile_fx", "torch.utils.tensorboard"]
+)
 
 
 class RankFailed(AssertionError):
