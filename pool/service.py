@@ -84,8 +84,8 @@ class PoolService:
         if kind == Kind.FORWARD:
             for key, (_, counts) in zip(keys, batches, strict=True):
                 self.tokens_Le[key.layer] += torch.tensor(counts)
-        for key, answer_ND in zip(keys, answers, strict=True):
-            self._wire.answer(key, step, answer_ND)
+        for key, (_, served), answer_ND in zip(keys, batches, answers, strict=True):
+            self._wire.answer(key, step, answer_ND, served)
 
     def _backward(self, keys: list[RequestKey], batches: list[tuple[Tensor, list[int]]]) -> list[Tensor]:
         for key, (_, counts) in zip(keys, batches, strict=True):

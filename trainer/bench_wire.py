@@ -147,8 +147,8 @@ _KEY = RequestKey(trunk_rank=0, lane=0, micro_batch=0, layer=0, kind=Kind.FORWAR
 def _serve(wire: PoolWire) -> None:
     """The pool rank: give every request back as it came."""
     for step in range(SMALL + LARGE + BESIDE):
-        ((rows_ND, _),) = wire.receive([_KEY], step)
-        wire.answer(_KEY, step, rows_ND)
+        ((rows_ND, counts),) = wire.receive([_KEY], step)
+        wire.answer(_KEY, step, rows_ND, counts)
 
 
 class _Trunk:

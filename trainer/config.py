@@ -120,6 +120,13 @@ class Parallel(Section):
     )
     wire: Literal["auto", "gloo"] = Field("auto", description="auto: NCCL between GPUs, gloo between CPUs")
     timeout_seconds: PositiveFloat = Field(60.0, description="longest wait for another rank inside a step")
+    start_timeout_seconds: PositiveFloat = Field(
+        1800.0, description="longest wait for another rank at the start, at a checkpoint and at the end"
+    )
+    check: bool = Field(
+        False,
+        description="debugging: of every request check headers, finite payloads, checksums, sent = served = returned",
+    )
 
 
 class Eval(Section):
@@ -243,6 +250,8 @@ def _check_layout(r: Recipe) -> None:
         raise _Relation(
             "parallel.expert_parallel", p.expert_parallel, "must be 1 or left out with parallel.pool_ranks = 0"
         )
+    if p.check and p.pool_ranks == 0:
+        raise _Relation("parallel.check", True, "must be false with parallel.pool_ranks = 0: nothing travels")
     shards = r.topology.expert_parallel
     if p.pool_ranks and p.pool_ranks % shards:
         raise _Relation("parallel.expert_parallel", shards, f"must divide parallel.pool_ranks ({p.pool_ranks})")

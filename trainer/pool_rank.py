@@ -48,6 +48,7 @@ def wire_settings(recipe: Recipe, job: Job, placement: Placement) -> WireSetting
         device=job.device,
         payload_device=job.payload_device,
         timeout=job.timeout,
+        check=recipe.parallel.check,
     )
 
 

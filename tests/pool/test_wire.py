@@ -356,9 +356,9 @@ class NoReceives(Mute):
 
 def answer_twice(pool: PoolWire, key: RequestKey) -> None:
     """Whether the first answer came is known when the next message is due."""
-    ((rows_ND, _),) = pool.receive([key], STEP)
-    pool.answer(key, STEP, rows_ND)
-    pool.answer(key, STEP, rows_ND)
+    ((rows_ND, counts),) = pool.receive([key], STEP)
+    pool.answer(key, STEP, rows_ND, counts)
+    pool.answer(key, STEP, rows_ND, counts)
     pool.receive([key], STEP)
 
 
@@ -440,7 +440,7 @@ def deaths(folder: str) -> None:
         time.sleep(SETTLE)
         os._exit(0)
     pool = PoolWire(ends, host, lanes)
-    ((rows_ND, _),) = pool.receive([first], STEP)
+    ((rows_ND, counts),) = pool.receive([first], STEP)
     if my_rank() == 1:
         store.wait(["requested"])
         os._exit(0)
@@ -448,7 +448,7 @@ def deaths(folder: str) -> None:
     tell("pool waits", lambda: pool.receive([second], STEP))
     time.sleep(SETTLE)
     tell("pool starts", lambda: pool.receive([second], STEP))
-    tell("pool answers", lambda: pool.answer(first, STEP, rows_ND))
+    tell("pool answers", lambda: pool.answer(first, STEP, rows_ND, counts))
 
 
 def test_peers_that_are_gone(tmp_path: Path) -> None:
