@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 from collections.abc import Callable, Sequence
@@ -17,10 +16,8 @@ from pool.topology import Topology
 from trainer.config import Recipe
 from trainer.errors import UserError
 from trainer.launch import free_port
+from trainer.peers import PeerLost, Peers, reach
 from trainer.schedule import Schedule, make_schedule
-
-START_TIMEOUT = timedelta(minutes=30)
-"""Longest wait for the other ranks at the start, at a checkpoint and at the end."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +89,8 @@ class Job:
 
     Args:
         make: makes the schedule that all ranks use, called on rank 0; None: made from the recipe.
+    Raises:
+        PeerLost: another rank died, stands still or did not come within `parallel.start_timeout_seconds`.
     """
 
     def __init__(self, recipe: Recipe, launch: Launch, make: Callable[[], Schedule] | None = None):
@@ -105,16 +104,33 @@ class Job:
         self.rank = launch.rank
         self.device = _pick_device(launch)
         self.timeout = timedelta(seconds=recipe.parallel.timeout_seconds)
-        tcp_store = _open_store(launch)
-        self.store = dist.PrefixStore(_attempt(), tcp_store)
+        self.start_timeout = timedelta(seconds=recipe.parallel.start_timeout_seconds)
+        # Heartbeats have a connection of their own: one that hangs must not hold up the rest.
+        stores = reach(lambda: _open_stores(launch, self.start_timeout), self.topology.describe(0), self.start_timeout)
+        self.store, beats = (
+            dist.PrefixStore(_attempt() + path, s) for path, s in zip(("", "/beat"), stores, strict=True)
+        )
+        self._peers = Peers(self.topology, self.rank, self.store, beats)
+        try:
+            self._peers.patiently(lambda: self._join(recipe, launch, make), self.start_timeout)
+        except PeerLost:
+            raise
+        except RuntimeError as error:
+            if lost := self._peers.explain(error):
+                raise PeerLost(f"{lost} ({error})") from error
+            raise
+        self._peers.stop_starting()
+
+    def _join(self, recipe: Recipe, launch: Launch, make: Callable[[], Schedule] | None) -> None:
+        """Meet the other ranks: agree on the schedule, make the groups. Runs in a thread of its own."""
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        self._peers.call_roll()
         text = self.agree("schedule", lambda: (make() if make else make_schedule(recipe)).to_json())
         agreed = Schedule.from_json(recipe, text)
         if agreed is None:
             raise UserError("the ranks were started with different recipes: give all of them the same")
         self.schedule = agreed
-        # Heartbeats have a connection of their own: one that hangs must not hold up the rest.
-        own_connection = tcp_store.clone()  # type: ignore[attr-defined]
-        self._beats = dist.PrefixStore(f"{_attempt()}/beat", own_connection)
         self.role_name, self.role_rank, self.role_size = self.topology.role_world(self.rank)
         os.environ.update(RANK=str(self.role_rank), WORLD_SIZE=str(self.role_size))
         os.environ.update(LOCAL_RANK=str(launch.local_rank))
@@ -132,7 +148,6 @@ class Job:
             self.host_group = self._cross_group("host", torch.device("cpu"))
             lanes = range(self.schedule.lanes)
             self.lane_groups = [self._cross_group(f"lane{lane}", self.payload_device) for lane in lanes]
-        self.peers = self._exchange({"host": socket.gethostname(), "pid": os.getpid()})
 
     @property
     def is_trunk(self) -> bool:
@@ -154,11 +169,6 @@ class Job:
         self._cross_groups.append(group)
         return group
 
-    def _exchange(self, mine: dict[str, Any]) -> list[dict[str, Any]]:
-        """Every rank's `mine`, by rank."""
-        self.store.set(f"peer/{self.rank}", json.dumps(mine))
-        return [json.loads(self.store.get(f"peer/{rank}")) for rank in range(self.topology.world_size)]
-
     def agree(self, key: str, make: Callable[[], str]) -> str:
         """A short text that rank 0 makes for all ranks; waits for it."""
         if self.rank == 0:
@@ -171,7 +181,8 @@ class Job:
 
     def ask(self, key: str) -> str:
         """What some rank told; waits for it."""
-        return self.store.get(key).decode()
+        value = self._peers.patiently(lambda: self.store.get(key), self.start_timeout)
+        return value.decode()
 
     def publish(self, key: str, value: str) -> None:
         """Leave a short text for other ranks to `look_up`."""
@@ -190,21 +201,20 @@ class Job:
     def barrier(self) -> None:
         """Wait, with the long limit, until all ranks are here: at the start, after a checkpoint, at the end."""
         options = dist.AllreduceOptions()
-        options.timeout = START_TIMEOUT
-        self._control.allreduce([torch.zeros(1)], options).wait(START_TIMEOUT)
+        options.timeout = self.start_timeout
+        self._control.allreduce([torch.zeros(1)], options).wait(self.start_timeout)
 
     def dead_peers(self) -> list[int]:
         """Ranks of this machine whose process is gone."""
-        me = self.peers[self.rank]["host"]
-        return [r for r, p in enumerate(self.peers) if p["host"] == me and not _alive(p["pid"])]
+        return self._peers.dead()
 
     def beat(self, count: int) -> None:
         """Tell the other ranks that this process runs."""
-        self._beats.set(str(self.rank), str(count))
+        self._peers.beat(str(count))
 
     def beats(self) -> list[bytes]:
         """Every rank's last heartbeat, by rank. Blocks while the store's host, rank 0, does not run."""
-        return self._beats.multi_get([str(rank) for rank in range(self.topology.world_size)])
+        return self._peers.beats()
 
     def close(self) -> None:
         """Leave the job. Threads of a group that is still open at the interpreter's end would abort the process."""
@@ -213,14 +223,6 @@ class Job:
             group.shutdown()
         self._cross_groups.clear()
         dist.destroy_process_group()
-
-
-def _alive(pid: int) -> bool:
-    try:
-        with open(f"/proc/{pid}/stat") as stat:
-            return stat.read().rpartition(")")[2].split()[0] not in ("Z", "X")
-    except OSError:
-        return False
 
 
 def _pick_device(launch: Launch) -> torch.device:
@@ -239,12 +241,14 @@ def _attempt() -> str:
     return f"unipool/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 
 
-def _open_store(launch: Launch) -> dist.TCPStore:
+def _open_stores(launch: Launch, timeout: timedelta) -> tuple[dist.TCPStore, dist.TCPStore]:
+    """Two connections to the job's store, which rank 0 holds unless the launcher's agent does."""
     agent_has_it = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    return dist.TCPStore(
+    store = dist.TCPStore(
         launch.master_addr,
         launch.master_port,
-        launch.world_size,
         is_master=launch.rank == 0 and not agent_has_it,
-        timeout=START_TIMEOUT,
+        timeout=timeout,
+        wait_for_workers=False,  # the roll call waits for them, and can say who is missing
     )
+    return store, store.clone()  # type: ignore[attr-defined]
