@@ -20,9 +20,9 @@ from trainer.launch import free_port
 
 TIME_LIMIT = 240.0
 
-_context = multiprocessing.get_context("forkserver")
+context = multiprocessing.get_context("forkserver")
 # The last three deepspeed and the datasets would import in every rank, in two to three seconds.
-_context.set_forkserver_preload(
+context.set_forkserver_preload(
     ["torch", "deepspeed", "trainer.train", "datasets", "torch._inductor.compile_fx", "torch.utils.tensorboard"]
 )
 
@@ -39,7 +39,7 @@ def run_ranks(
     with tempfile.TemporaryDirectory() as folder:
         outcome = [Path(folder) / f"rank{rank}" for rank in range(world_size)]
         processes = [
-            _context.Process(
+            context.Process(
                 target=_rank, args=(rank, environment, str(outcome[rank]), function, arguments), daemon=True
             )
             for rank in range(world_size)
@@ -55,7 +55,7 @@ def fork_rank(function: Callable[..., Any], *arguments: Any) -> Iterator[Any]:
     """`function(*arguments)` as a job of one rank in a process of its own, killed at the end if it still runs."""
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / "rank0")
-        process = _context.Process(target=_rank, args=(0, _environment(1), path, function, arguments), daemon=True)
+        process = context.Process(target=_rank, args=(0, _environment(1), path, function, arguments), daemon=True)
         process.start()
         try:
             yield process

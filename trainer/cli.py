@@ -60,15 +60,24 @@ def cli() -> None:
 @cli.command()
 @_recipe_arguments
 @click.option("--force", is_flag=True, help="Go on from a checkpoint though the recipe changes the mathematics.")
-def train(recipe: str, overrides: tuple[str, ...], force: bool) -> None:
+@click.option(
+    "--max-restarts",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    metavar="N",
+    help="Start the job again after a fault, at most N times. Under a launcher it restarts.",
+)
+def train(recipe: str, overrides: tuple[str, ...], force: bool, max_restarts: int) -> None:
     """Train RECIPE; go on from the newest checkpoint of its folder that is whole.
 
     Under a launcher (deepspeed, torchrun, mpirun) this is one rank; without one it starts the whole job on this
-    machine through the deepspeed launcher.
+    machine through the deepspeed launcher. SIGTERM or SIGUSR1: save a checkpoint and end with status 75.
 
     \b
     Examples:
       unipool train quickstart
+      unipool train quickstart --max-restarts 3 --set checkpoint.every=20
       unipool train quickstart --set train.steps=20 --set run.dir=runs/short
       deepspeed --num_accelerators 2 --module trainer train quickstart
     """
@@ -93,7 +102,7 @@ def train(recipe: str, overrides: tuple[str, ...], force: bool) -> None:
         ExportedWeights(checked).check()
     folder.make()
     prepare_for(checked)
-    sys.exit(run_locally(checked, sys.argv[1:]))
+    sys.exit(run_locally(checked, sys.argv[1:], max_restarts))
 
 
 @cli.command()

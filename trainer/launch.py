@@ -1,4 +1,4 @@
-"""`train` without a launcher: start the whole job on this machine through the deepspeed launcher."""
+"""`train` without a launcher: start the whole job on this machine through deepspeed's, and again after a fault."""
 
 from __future__ import annotations
 
@@ -9,16 +9,28 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
+
 from trainer.config import Recipe
+from trainer.errors import START_AGAIN
 
 DONE_FILE = "UNIPOOL_DONE_FILE"
 """Environment variable: a file that rank 0 makes when the job has come to its end."""
 
+RESTARTS = "UNIPOOL_RESTARTS"
+"""Environment variable: how often this job has been started again."""
+
 GRACE_SECONDS = 20.0
 """How long the ranks have to end by themselves once their launcher has ended."""
+
+LONGEST_PAUSE_SECONDS = 30.0
+"""Between two restarts: 1 s, then twice as long each time, up to this."""
+
+_POLL_SECONDS = 0.1
 
 
 def free_port() -> int:
@@ -28,45 +40,113 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
-def run_locally(recipe: Recipe, arguments: Sequence[str]) -> int:
-    """Start one process a rank with `deepspeed` and wait. Returns the job's exit status.
+def restarts() -> int:
+    """How often this job has been started again, by `train --max-restarts` or by torchrun."""
+    return int(os.environ.get(RESTARTS) or os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0)
 
-    SIGINT and SIGTERM end every process of the job.
+
+def run_locally(recipe: Recipe, arguments: Sequence[str], max_restarts: int) -> int:
+    """Start one process a rank with `deepspeed` and wait; after a fault start again. Returns the job's exit status.
+
+    SIGTERM and SIGUSR1 go to the ranks, which save a checkpoint and end with `START_AGAIN`; SIGINT, or a second signal,
+    ends every process at once.
 
     Args:
         arguments: the command line behind `python -m trainer`, which every rank runs again.
+        max_restarts: how often the job is started again after a fault: neither a wrong input nor a signal to here.
     """
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--no_local_rank"]
-    command += ["--num_gpus", str(recipe.topology.world_size), "--master_port", str(free_port())]
-    command += ["--module", "trainer", *arguments]
+    command += ["--num_gpus", str(recipe.topology.world_size)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
     if not any(Path("/dev").glob("nvidia*")) and not Path("/dev/kfd").exists():
         environment.setdefault("DS_ACCELERATOR", "cpu")  # else the launcher warns that it found no GPU
-    with tempfile.TemporaryDirectory() as folder:
-        done = Path(folder) / "done"
-        return _run(command, environment | {DONE_FILE: str(done)}, done)
+    job = LocalJob()
+    restart = 0
+    while True:
+        start = [*command, "--master_port", str(free_port()), "--module", "trainer", *arguments]
+        status = job.run(start, environment | {RESTARTS: str(restart)})
+        if status in (0, 2) or job.ended_by or restart == max_restarts:
+            return status
+        restart += 1
+        print(
+            f"unipool: the job ended with status {status}; restart {restart} of {max_restarts}, "
+            "from the newest checkpoint",
+            file=sys.stderr,
+        )
+        if not job.pause(min(2.0 ** (restart - 1), LONGEST_PAUSE_SECONDS)):
+            return 128 + job.ended_by[0]
 
 
-def _run(command: list[str], environment: dict[str, str], done: Path) -> int:
-    launcher = subprocess.Popen(command, env=environment, start_new_session=True)
-    ended_by: list[int] = []
+class LocalJob:
+    """A launcher, its ranks, and the signals that this process gets for them. To be made in the main thread.
 
-    def end(number: int, _: object) -> None:
-        ended_by.append(number)
-        # The deepspeed launcher does not pass signals on by itself; every process of its session gets this one.
-        _signal_session(launcher.pid, signal.SIGTERM)
+    Attributes:
+        ended_by: signals that the user ended the job with.
+    """
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, end)
-    status = launcher.wait()
-    _wait_for_session(launcher.pid)
-    if ended_by:
-        return 128 + ended_by[0]
-    if status == 0 and not done.exists():
-        # The deepspeed launcher says 0 when its per-node process was killed.
-        print("unipool: the job ended before its last step; its launcher was killed", file=sys.stderr)
-        return 1
-    return status if status >= 0 else 128 - status
+    def __init__(self) -> None:
+        self.ended_by: list[int] = []
+        self._launcher: subprocess.Popen[bytes] | None = None
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, lambda number, _: self._end(number))
+
+    def run(self, command: list[str], environment: dict[str, str]) -> int:
+        """Start the launcher and wait until it and all its ranks have ended. Returns the exit status of the job."""
+        with tempfile.TemporaryDirectory() as folder:
+            done = Path(folder) / "done"
+            self._launcher = subprocess.Popen(command, env=environment | {DONE_FILE: str(done)}, start_new_session=True)
+            if self.ended_by:  # while it was starting
+                _signal_session(self._launcher.pid, signal.SIGTERM)
+            status = self._launcher.wait()
+            _wait_for_session(self._launcher.pid)
+            self._launcher = None
+            if self.ended_by and status != START_AGAIN and not done.exists():
+                return 128 + self.ended_by[0]
+            if status == 0 and not done.exists():
+                # The deepspeed launcher says 0 when its per-node process was killed.
+                print("unipool: the job ended before its last step; its launcher was killed", file=sys.stderr)
+                return 1
+        return status if status >= 0 else 128 - status
+
+    def pause(self, seconds: float) -> bool:
+        """Wait; False if the user ends the job meanwhile."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and not self.ended_by:
+            time.sleep(_POLL_SECONDS)
+        return not self.ended_by
+
+    def _end(self, number: int) -> None:
+        first = not self.ended_by
+        self.ended_by.append(number)
+        if self._launcher is None:
+            return
+        ranks = list(_ranks(self._launcher.pid)) if first and number != signal.SIGINT else []
+        for rank in ranks:
+            # Not to the deepspeed launcher: its handler would leave the ranks 30 s to save, and says 1 for any status.
+            with suppress(psutil.NoSuchProcess):
+                rank.send_signal(number)
+        if not ranks:
+            # The deepspeed launcher does not pass signals on by itself; every process of its session gets this one.
+            _signal_session(self._launcher.pid, signal.SIGTERM)
+
+
+def _ranks(launcher: int) -> Iterator[psutil.Process]:
+    """The ranks that a deepspeed launcher has started: the processes below it that are no launchers themselves."""
+    try:
+        process = psutil.Process(launcher)
+        starts_ranks = "deepspeed.launcher.launch" in process.cmdline()
+        children = process.children()
+    except psutil.Error:
+        return
+    for child in children:
+        try:
+            is_launcher = any("deepspeed.launcher" in word for word in child.cmdline())
+        except psutil.Error:
+            continue
+        if is_launcher:
+            yield from _ranks(child.pid)
+        elif starts_ranks:
+            yield child
 
 
 def _signal_session(leader: int, number: int) -> bool:
@@ -84,4 +164,4 @@ def _wait_for_session(leader: int) -> None:
     while _signal_session(leader, 0):
         if time.monotonic() > deadline:
             _signal_session(leader, signal.SIGKILL)
-        time.sleep(0.1)
+        time.sleep(_POLL_SECONDS)

@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, disable_created
 from torch import Tensor
 
 from trainer.errors import UserError
+from trainer.launch import restarts
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ class MetricsServer:
                 f"metrics.port: rank {rank} cannot listen on port {port} ({error.strerror}); 0 picks free ones"
             ) from None
         self.port = int(server.server_port)
+        self.count("unipool_restarts", "Times that the job has been started again after a fault.", restarts())
 
     def step(self, s: StepScalars, steps_done: int) -> None:
         """A trunk rank's step."""

@@ -1,24 +1,20 @@
-"""Whole jobs, started as a user would: every launcher, resume, the run's folder, faults."""
+"""Whole jobs, started as a user would: every launcher, resume, the run's folder."""
 
 from __future__ import annotations
 
 import json
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import urllib.request
 from pathlib import Path
 
-import psutil
 import pytest
 
 from tests.trainer.job import (
     EXTENSIONS,
-    processes_of,
-    rank_process,
     run,
     started,
     steps,
@@ -138,62 +134,6 @@ def test_resume_in_another_layout_and_placement(recipe: str, folder: Path) -> No
         assert record[name] == pytest.approx(undisturbed[name], rel=1e-5)
     assert "the recipe differs from that of step_00000002: pool.placement" in other.stderr
     assert {path.name for path in (run_dir / "checkpoints").iterdir()} == {"step_00000002", "step_00000004"}
-
-
-@pytest.mark.parametrize(("rank", "name"), [(0, "rank 0 (trunk 0)"), (1, "rank 1 (pool 0, shard 0)")])
-def test_a_killed_rank_ends_the_job_and_is_named(rank: int, name: str, recipe: str, folder: Path) -> None:
-    mark = f"run.dir={folder / f'killed{rank}'}"
-    with started(sys.executable, "-m", "trainer", "train", recipe, *LONG, "--set", mark) as (job, log):
-        wait_for(log, "step 1/")
-        rank_process(mark, rank).kill()
-        assert job.wait(60) not in (0, 2)
-        assert f"{name} died" in log.read_text()
-        assert processes_of(mark) == []
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signals_end_every_process(number: signal.Signals, recipe: str, folder: Path) -> None:
-    mark = f"run.dir={folder / number.name}"
-    with started(sys.executable, "-m", "trainer", "train", recipe, *LONG, "--set", mark) as (job, log):
-        wait_for(log, "step 1/")
-        job.send_signal(number)
-        assert job.wait(60) == 128 + number
-        assert processes_of(mark) == []
-        assert "Traceback" not in log.read_text()
-
-
-def test_no_process_outlives_a_killed_launcher(recipe: str, folder: Path) -> None:
-    mark = f"run.dir={folder / 'orphans'}"
-    with started(sys.executable, "-m", "trainer", "train", recipe, *LONG, "--set", mark) as (job, log):
-        wait_for(log, "step 1/")
-        job.kill()
-        wait_for(log, "its launcher is gone")
-        psutil.wait_procs(processes_of(mark), timeout=60)
-        assert [p for p in processes_of(mark) if p.pid != job.pid] == []
-
-
-def test_a_stopped_rank_is_named(recipe: str, folder: Path) -> None:
-    """SIGSTOP: nothing is closed, only time tells."""
-    mark = f"run.dir={folder / 'stopped'}"
-    command = (sys.executable, "-m", "trainer", "train", recipe, *LONG, "--set", "parallel.timeout_seconds=3")
-    with started(*command, "--set", mark) as (_, log):
-        wait_for(log, "step 1/")
-        rank_process(mark, 1).suspend()
-        text = wait_for(log, "does not respond")
-        assert "rank 0 (trunk 0) stops in step" in text
-        assert "rank 1 (pool 0, shard 0) does not respond" in text
-
-
-def test_an_exception_names_its_rank(recipe: str, folder: Path) -> None:
-    """The disk under the metrics goes away: rank 0 raises, the job ends and says where."""
-    run_dir = folder / "raises"
-    mark = f"run.dir={run_dir}"
-    with started(sys.executable, "-m", "trainer", "train", recipe, *LONG, "--set", mark) as (job, log):
-        wait_for(log, "step 1/")
-        shutil.rmtree(run_dir)
-        assert job.wait(60) == 1
-        assert re.search(r"unipool: rank 0 \(trunk 0\) failed in step \d+: FileNotFoundError", log.read_text())
-        assert processes_of(mark) == []
 
 
 def test_metrics_of_every_rank(recipe: str, folder: Path) -> None:

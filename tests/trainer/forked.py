@@ -1,0 +1,142 @@
+"""Jobs of forked ranks, each as `unipool train` runs it, into which a test puts one fault.
+
+They start in about a second, where a launcher takes several. Nothing restarts them and no launcher ends them: what a
+rank does about its peers, it does by itself.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from tests.distributed import context
+from trainer.config import Recipe
+from trainer.launch import free_port
+
+POLL_SECONDS = 0.01
+
+
+def every_call(*_: Any, **__: Any) -> bool:
+    return True
+
+
+@dataclass(frozen=True)
+class Place:
+    """A call of the product: `module:Class.function`, the calls of it that count, and which of those is meant."""
+
+    function: str
+    counts: Callable[..., bool] = every_call
+    number: int = 1
+
+
+@dataclass(frozen=True)
+class Fault:
+    """`act` happens on `rank` when it comes to a place."""
+
+    rank: int
+    place: Place
+    act: Callable[[], None]
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def stop() -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def fail() -> None:
+    raise ValueError("this row is broken")
+
+
+class ForkedJob:
+    """A job under way; its rank r writes to `r.log` in `folder`."""
+
+    def __init__(self, recipe: Recipe, folder: Path, fault: Fault | None = None):
+        world_size = recipe.topology.world_size
+        environment = {
+            "WORLD_SIZE": str(world_size),
+            "LOCAL_SIZE": str(world_size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
+            "OMP_NUM_THREADS": "1",
+            "DS_ACCELERATOR": "cpu",
+        }
+        self.logs = [folder / f"{rank}.log" for rank in range(world_size)]
+        self._ranks = [
+            context.Process(target=_rank, args=(rank, environment, recipe, str(log), fault), daemon=True)
+            for rank, log in enumerate(self.logs)
+        ]
+        for rank in self._ranks:
+            rank.start()
+
+    @property
+    def running(self) -> list[bool]:
+        return [rank.is_alive() for rank in self._ranks]
+
+    def kill(self, rank: int) -> None:
+        self._ranks[rank].kill()
+
+    def end(self, limit: float, without: int | None = None) -> list[int | None]:
+        """Exit status of every rank, None where it had to be killed after `limit` seconds.
+
+        Args:
+            without: a rank that is not waited for.
+        """
+        deadline = time.monotonic() + limit
+        while any(alive and rank != without for rank, alive in enumerate(self.running)) and time.monotonic() < deadline:
+            time.sleep(POLL_SECONDS)
+        statuses = [rank.exitcode for rank in self._ranks]  # a stopped rank has none
+        for rank in self._ranks:
+            rank.kill()
+            rank.join()
+        return statuses
+
+    def log(self, rank: int) -> str:
+        return self.logs[rank].read_text()
+
+
+def _rank(rank: int, environment: dict[str, str], recipe: Recipe, log: str, fault: Fault | None) -> None:
+    os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
+    import torch
+
+    from trainer import faults
+    from trainer.job import read_launch
+    from trainer.train import train
+
+    torch.set_num_threads(1)
+    faults._COURTESY_SECONDS = 0.0  # there is no launcher that should notice another rank first
+    if fault and fault.rank == rank:
+        _put(fault)
+    train(recipe, read_launch())
+    os._exit(0)
+
+
+def _put(fault: Fault) -> None:
+    module, _, path = fault.place.function.partition(":")
+    *owners, name = path.split(".")
+    owner: Any = import_module(module)
+    for part in owners:
+        owner = getattr(owner, part)
+    original = getattr(owner, name)
+    calls = 0
+
+    def function(*arguments: Any, **keywords: Any) -> Any:
+        nonlocal calls
+        if fault.place.counts(*arguments, **keywords):
+            calls += 1
+            if calls == fault.place.number:
+                fault.act()
+        return original(*arguments, **keywords)
+
+    setattr(owner, name, function)

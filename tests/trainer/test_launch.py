@@ -1,0 +1,152 @@
+"""`train` without a launcher: which process gets which signal, the exit status, and starting again after a fault."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import urllib.request
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.trainer.job import ROOT, environment, wait_for
+from trainer import launch
+from trainer.config import load_recipe
+from trainer.launch import RESTARTS, run_locally
+from trainer.metrics import MetricsServer
+
+RANK = """
+import os, signal, sys, time
+def leave(number, _):
+    os.write(1, b"rank got %d\\n" % number)
+    time.sleep({seconds})
+    sys.exit(75)
+for number in (signal.SIGTERM, signal.SIGUSR1):
+    signal.signal(number, leave if "{heeds}" else signal.SIG_IGN)
+os.write(1, b"rank is there\\n")
+time.sleep(60)
+"""
+LAUNCHER = """
+# Ends as deepspeed's does: with the status of the first rank that fails, or 1 if it is told to.
+import os, signal, subprocess, sys, time
+def leave(number, _):
+    os.write(1, b"launcher got %d\\n" % number)
+    for rank in ranks:
+        rank.kill()
+    sys.exit(1)
+signal.signal(signal.SIGTERM, leave)
+ranks = [subprocess.Popen([sys.executable, "-c", rank]) for rank in sys.argv[2:]]
+os.write(1, b"launcher is there\\n")
+while all(rank.poll() is None for rank in ranks):
+    time.sleep(0.05)
+sys.exit(next(rank.poll() for rank in ranks if rank.poll()))
+"""
+USER = """
+import os, sys
+from trainer.launch import LocalJob
+sys.exit(LocalJob().run(sys.argv[1:], dict(os.environ)))
+"""
+
+
+def rank(seconds: float = 0.0, heeds: bool = True) -> str:
+    return RANK.format(seconds=seconds, heeds="yes" if heeds else "")
+
+
+QUICK, SLOW, DEAF = rank(), rank(0.5), rank(heeds=False)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "signals", "status"),
+    [
+        ([QUICK, SLOW], [signal.SIGTERM], 75),
+        ([SLOW, SLOW], [signal.SIGUSR1], 75),
+        ([QUICK, QUICK], [signal.SIGINT], 128 + signal.SIGINT),
+        ([DEAF], [signal.SIGUSR1, signal.SIGTERM], 128 + signal.SIGUSR1),
+        ([], [signal.SIGTERM], 128 + signal.SIGTERM),
+    ],
+    ids=["SIGTERM", "SIGUSR1", "SIGINT", "a second signal", "before there are ranks"],
+)
+def test_signals(ranks: list[str], signals: list[int], status: int, tmp_path: Path) -> None:
+    """The ranks get what may end in a checkpoint, and the launcher nothing then; all else ends every process."""
+    log = tmp_path / "log"
+    command = [sys.executable, "-c", USER, sys.executable, "-c", LAUNCHER, "deepspeed.launcher.launch", *ranks]
+    with log.open("w") as output:
+        user = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=output, stderr=subprocess.STDOUT)
+        wait_for(log, "launcher is there")
+        while log.read_text().count("rank is there") < len(ranks):
+            assert user.poll() is None, log.read_text()
+        for number in signals:
+            user.send_signal(number)
+            if number != signals[-1]:  # else the two may come as one
+                with pytest.raises(subprocess.TimeoutExpired):
+                    user.wait(1)
+        assert user.wait(30) == status, log.read_text()
+    told = log.read_text().splitlines()
+    assert (f"launcher got {int(signal.SIGTERM)}" in told) == (status != 75)
+    if status == 75:
+        assert told.count(f"rank got {int(signals[0])}") == len(ranks)
+
+
+class Job:
+    """A job that ends with given statuses, one a start."""
+
+    def __init__(self, statuses: list[int], ended_by: list[int]):
+        self.left, self.ended_by = list(statuses), ended_by
+        self.restarts: list[str] = []
+        self.ports: list[str] = []
+        self.pauses: list[float] = []
+
+    def run(self, command: list[str], environment: dict[str, str]) -> int:
+        self.restarts.append(environment[RESTARTS])
+        self.ports.append(command[command.index("--master_port") + 1])
+        return self.left.pop(0)
+
+    def pause(self, seconds: float) -> bool:
+        self.pauses.append(seconds)
+        return True
+
+
+@pytest.mark.parametrize(
+    ("statuses", "max_restarts", "ended_by", "status"),
+    [
+        ([1], 0, [], 1),
+        ([75], 0, [], 75),
+        ([1, 75, 137, 0], 3, [], 0),
+        ([1, 1, 1], 2, [], 1),
+        ([1, 2], 3, [], 2),
+        ([75], 3, [15], 75),
+        ([130], 3, [2], 130),
+    ],
+)
+def test_restarts(
+    statuses: list[int],
+    max_restarts: int,
+    ended_by: list[int],
+    status: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """After a fault, and neither a wrong input nor a signal; at most so often, and not all at once."""
+    job: Any = Job(statuses, ended_by)
+    ports = count(1)
+    monkeypatch.setattr(launch, "LocalJob", lambda: job)
+    monkeypatch.setattr(launch, "free_port", lambda: next(ports))
+    assert run_locally(load_recipe("quickstart"), ["train", "quickstart"], max_restarts) == status
+    assert job.left == []
+    assert job.restarts == [str(n) for n in range(len(statuses))]
+    assert job.pauses == [2.0**n for n in range(len(statuses) - 1)]
+    assert job.ports == [str(port) for port in range(1, len(statuses) + 1)]
+    assert capsys.readouterr().err.splitlines() == [
+        f"unipool: the job ended with status {ended}; restart {n} of {max_restarts}, from the newest checkpoint"
+        for n, ended in enumerate(statuses[:-1], 1)
+    ]
+
+
+def test_restarts_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(RESTARTS, "2")
+    server = MetricsServer(0, "trunk", 0, (), 0)
+    page = urllib.request.urlopen(f"http://127.0.0.1:{server.port}/metrics", timeout=10).read().decode()
+    assert 'unipool_restarts_total{rank="0",role="trunk"} 2.0' in page.splitlines()
