@@ -111,7 +111,8 @@ class Peers:
         return future.result()
 
     def _missing(self) -> str:
-        if absent := [rank for rank in self._ranks if not self._store.check([self._key(rank)])]:
+        # Asked for over the heartbeats' connection: on the other one somebody may be waiting.
+        if absent := [rank for rank in self._ranks if not self._beats.check([str(rank)])]:
             return f"{self._names(absent)} has not come"
         before = self.beats()
         time.sleep(3 * BEAT_SECONDS)
