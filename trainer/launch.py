@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -34,7 +35,13 @@ _POLL_SECONDS = 0.1
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on now."""
+    """A TCP port that nobody listens on now, if possible one that no outgoing connection can be given meanwhile."""
+    first_given = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    candidates = range(min(10_000, first_given - 1), first_given)
+    for port in random.SystemRandom().sample(candidates, min(100, len(candidates))):
+        with socket.socket() as s, suppress(OSError):
+            s.bind(("", port))
+            return port
     with socket.socket() as s:
         s.bind(("", 0))
         return int(s.getsockname()[1])

@@ -18,6 +18,7 @@ import pytest
 from pool.plan import Kind, RequestKey
 from tests.trainer.forked import POLL_SECONDS, Fault, ForkedJob, Place, fail, kill, stop
 from tests.trainer.job import processes_of, rank_process, started, steps, wait_for, write_recipe
+from trainer import checkpoint
 from trainer.config import Recipe, load_recipe
 from trainer.errors import START_AGAIN
 
@@ -57,6 +58,9 @@ def served(kind: Kind, _service: Any, served_kind: Kind, keys: list[RequestKey],
 
 START_UP = "start-up"
 STEP = r"[a-z ]*step [01]"
+WHILE_SAVING = r"(the (checkpoint|evaluation) after step [24]|[a-z ]*step [23])"
+"""The other rank goes on while a checkpoint is written."""
+LAST_BARRIER = Place("trainer.job:Job.barrier", number=2)
 PLACES = {
     "start-up": (START_UP, [Place("trainer.job:Job._cross_group")] * 2),
     "engines": (START_UP, [Place("trainer.metrics:MetricsServer.__init__")] * 2),
@@ -82,7 +86,9 @@ PLACES = {
             Place("pool.service:PoolService._serve_kind", partial(served, Kind.FORWARD_ONLY)),
         ],
     ),
-    "save": ("the checkpoint after step", [Place("trainer.engine:RoleEngine.save")] * 2),
+    "copying for a save": (WHILE_SAVING, [Place("trainer.engine:RoleEngine.save")] * 2),
+    "writing a save": (WHILE_SAVING, [Place("trainer.saver:_write", number=2)] * 2),
+    "last save": ("the (last checkpoint|evaluation after step 4)", [LAST_BARRIER] * 2),
 }
 """Where a fault happens: the phase in which the other rank then is, and the place on a trunk and on a pool rank."""
 
@@ -135,7 +141,7 @@ STOPS = {
     "forward": (POOL, STEP, PLACES["forward"][1][POOL], LIMIT, "does not respond"),
     "step": (TRUNK, STEP, PLACES["step"][1][TRUNK], LIMIT, "does not respond"),
     "evaluation": (POOL, PLACES["evaluation"][0], PLACES["evaluation"][1][POOL], LIMIT, "does not respond"),
-    "save": (TRUNK, PLACES["save"][0], PLACES["save"][1][TRUNK], SAVE_LIMIT, "does not respond"),
+    "last save": (TRUNK, "the last checkpoint", LAST_BARRIER, SAVE_LIMIT, "does not respond"),
 }
 
 
@@ -223,13 +229,13 @@ def test_restarts_until_the_end(recipe_file: str, undisturbed: list[dict[str, fl
     """`--max-restarts 2`: a rank is killed twice, and the job comes to the end of an undisturbed run."""
     mark = f"run.dir={tmp_path / 'run'}"
     sets = [word for key, value in KEYS.items() for word in ("--set", f"{key.replace('__', '.')}={value}")]
-    metrics = tmp_path / "run" / "metrics.jsonl"
+    last = 0
     with started(*TRAIN, recipe_file, "--max-restarts", "2", *sets, "--set", mark) as (job, log):
         for restart, victim in enumerate((POOL, TRUNK), 1):
-            wanted = _lines(metrics) + 4
-            while _lines(metrics) < wanted:
+            while (found := checkpoint.newest(tmp_path / "run" / "checkpoints")) is None or found[0] <= last:
                 assert job.poll() is None, log.read_text()
                 time.sleep(POLL_SECONDS)
+            last = found[0]
             rank_process(mark, victim).kill()
             text = wait_for(log, f"; restart {restart} of 2, from the newest checkpoint")
             assert f"{NAMES[victim]} died first" in text
