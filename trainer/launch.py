@@ -127,12 +127,13 @@ class LocalJob:
         self.ended_by.append(number)
         if self._launcher is None:
             return
-        ranks = list(_ranks(self._launcher.pid)) if first and number != signal.SIGINT else []
+        ranks = list(_ranks(self._launcher.pid))
+        save = first and number != signal.SIGINT
         for rank in ranks:
             # Not to the deepspeed launcher: its handler would leave the ranks 30 s to save, and says 1 for any status.
             with suppress(psutil.NoSuchProcess):
-                rank.send_signal(number)
-        if not ranks:
+                rank.send_signal(number if save else signal.SIGINT)  # at which a rank leaves whatever it does
+        if not (save and ranks):
             # The deepspeed launcher does not pass signals on by itself; every process of its session gets this one.
             _signal_session(self._launcher.pid, signal.SIGTERM)
 

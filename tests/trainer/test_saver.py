@@ -151,7 +151,9 @@ def fail_and_recover(recipe: Recipe, checkpoints: Path) -> dict[str, Any]:
 
 def test_a_save_that_fails_costs_nothing_but_the_save(tmp_path: Path) -> None:
     checkpoints = tmp_path / "checkpoints"
-    trunk, pool = run_ranks(2, fail_and_recover, tiny(parallel={"pool_ranks": 1}), checkpoints)
+    trunk, pool = run_ranks(
+        2, fail_and_recover, tiny(run={"dir": str(tmp_path)}, parallel={"pool_ranks": 1}), checkpoints
+    )
     assert trunk["saved"] == pool["saved"] == [False, False, True]
     full, gone, fine = trunk["errors"]
     assert "rank 1 (pool 0, shard 0) could not write pool/shard_0/" in full and "File too large" in full
