@@ -46,7 +46,16 @@ def test_direction(package: str, allowed: set[str]) -> None:
 def test_libraries_with_one_home() -> None:
     assert importers("deepspeed") == {"trainer/engine.py"}
     assert importers("prometheus_client") == {"trainer/metrics.py"}
+    assert importers("safetensors") == {"trainer/export/write.py"}
+    exports = {f"trainer/export/{name}.py" for name in ("modeling_unipool", "source", "write", "generate")}
+    assert importers("transformers") == exports
     assert importers("torch.distributed") == {"trainer/job.py", "trainer/trunk_rank.py"}
+
+
+def test_the_exported_model_stands_alone() -> None:
+    """Its file goes to people who have torch and transformers, and nothing of ours."""
+    roots = {name.split(".")[0] for name in imports(ROOT / "trainer" / "export" / "modeling_unipool.py")}
+    assert roots == {"__future__", "typing", "torch", "transformers"}
 
 
 def test_router_and_pool_know_no_collectives() -> None:
@@ -67,7 +76,7 @@ def test_start_up_path_is_light() -> None:
     """`--help` and a recipe's check load no torch, no deepspeed, no datasets."""
     code = (
         "import sys; from trainer.cli import cli; from trainer.config import load_recipe; load_recipe('quickstart');"
-        "print(*{'torch', 'deepspeed', 'datasets', 'matplotlib', 'numpy', 'rich'} & set(sys.modules))"
+        "print(*{'torch', 'deepspeed', 'datasets', 'transformers', 'matplotlib', 'numpy', 'rich'} & set(sys.modules))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60

@@ -14,6 +14,7 @@ import click
 
 from trainer.config import Recipe, load_recipe, recipe_names
 from trainer.errors import UserError
+from trainer.export.commands import export, generate
 
 if TYPE_CHECKING:
     from trainer.forecast import Forecast
@@ -299,3 +300,7 @@ def recipes(as_json: bool) -> None:
       unipool recipes
     """
     print(json.dumps(recipe_names()) if as_json else "\n".join(recipe_names()))
+
+
+cli.add_command(export)
+cli.add_command(generate)

@@ -40,12 +40,19 @@ class SavedRole:
             weight = self._saved["module"][name]
             return ParameterState(weight, torch.zeros_like(weight), torch.zeros_like(weight))
         if name not in self._places:
-            folder = self._universal / "zero" / name
-            shape = next(shapes[name] for shapes in self._saved["param_shapes"] if name in shapes)
-            parts = (_load(folder / f"{key}.pt").view(shape) for key in ("fp32", "exp_avg", "exp_avg_sq"))
-            return ParameterState(*parts)
+            return ParameterState(self.weight(name), self._part(name, "exp_avg"), self._part(name, "exp_avg_sq"))
         moments = self._saved["optimizer"]["state"][self._places[name]]
-        return ParameterState(self._saved["module"][name], moments["exp_avg"], moments["exp_avg_sq"])
+        return ParameterState(self.weight(name), moments["exp_avg"], moments["exp_avg_sq"])
+
+    def weight(self, name: str) -> Tensor:
+        """A parameter alone. It is mapped: only what is used of it is read."""
+        weight: Tensor = self._saved["module"][name] if name in self._places else self._part(name, "fp32")
+        return weight
+
+    def _part(self, name: str, key: str) -> Tensor:
+        """A file of the universal format: `key` is fp32, exp_avg or exp_avg_sq."""
+        shape = next(shapes[name] for shapes in self._saved["param_shapes"] if name in shapes)
+        return _load(self._universal / "zero" / name / f"{key}.pt").view(shape)
 
     @property
     def buffers(self) -> dict[str, Tensor]:
@@ -72,7 +79,7 @@ def _optimizer_places(saved: dict[str, Any]) -> dict[str, int]:
 
 
 def _load(path: Path) -> Tensor:
-    value: Tensor | dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+    value: Tensor | dict[str, Tensor] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     return value if isinstance(value, Tensor) else value["param"]  # ZeRO 3: flat, and alone
 
 
@@ -126,6 +133,12 @@ class SavedCheckpoint:
             return torch.stack([getattr(states[shard], key)[place] for shard, place in places])
 
         return ParameterState(stacked("weight"), stacked("exp_avg"), stacked("exp_avg_sq"))
+
+    def expert_weight(self, name: str, expert: int) -> Tensor:
+        """Weight `name` of an `ExpertShard`, of one expert, by its global id; see `SavedRole.weight`."""
+        assert self._placement is not None
+        shard, place = divmod(int(self._placement.position_M[expert]), self._placement.num_local_experts)
+        return self._shards[shard].weight(name)[place]
 
 
 def convert(folder: Path, work: Path, part: int = 0, parts: int = 1) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import sys
@@ -32,6 +31,7 @@ from trainer.data.tokenizer import (
     vocabulary,
 )
 from trainer.errors import UserError
+from trainer.whole import whole_folder
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -106,12 +106,22 @@ def prepare(settings: DataSettings, progress: bool) -> PreparedData:
             _remove_abandoned(directory)
             with _acquire(directory / f"{name}.lock", progress):
                 if not path.is_dir():
-                    _make(settings, path, progress)
+                    with whole_folder(path) as partial:
+                        _fill(settings, partial, progress)
     except OSError as error:
         raise UserError(
             f"data.dir {directory}: prepared data cannot be written ({error}); make room or name another folder"
         ) from error
     return open_prepared(path)
+
+
+def find_prepared(settings: DataSettings) -> PreparedData | None:
+    """The prepared data of `settings` if it is there; nothing is made.
+
+    Raises UserError: as `prepare`, where the source itself is gone.
+    """
+    path = Path(settings.directory).expanduser() / _folder_name(settings)
+    return open_prepared(path) if path.is_dir() else None
 
 
 def open_prepared(path: Path) -> PreparedData:
@@ -131,11 +141,6 @@ def _folder_name(settings: DataSettings) -> str:
     fingerprint = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:12]
     readable = re.sub(r"[^a-z0-9]+", "-", Path(settings.source).name.lower()).strip("-")[:40] or "data"
     return f"{readable}-v{settings.vocab}-s{settings.seq_len}-{fingerprint}"
-
-
-def _partial(path: Path) -> Path:
-    """Where the folder `path` is made; whoever holds its lock may write or remove it."""
-    return path.with_name(f".partial-{path.name}")
 
 
 def _acquire(lock_file: Path, say_so: bool) -> AbstractContextManager[object]:
@@ -161,21 +166,6 @@ def _remove_abandoned(directory: Path) -> None:
                 shutil.rmtree(partial, ignore_errors=True)
         except Timeout:
             continue  # it is being made right now
-
-
-def _make(settings: DataSettings, path: Path, progress: bool) -> None:
-    partial = _partial(path)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
-        _fill(settings, partial, progress)
-        for file in (*partial.iterdir(), partial):
-            _to_disk(file)
-        os.rename(partial, path)
-        _to_disk(path.parent)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def _fill(settings: DataSettings, folder: Path, progress: bool) -> None:
@@ -258,11 +248,3 @@ def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
             batch, size = [], 0
     if batch:
         yield batch
-
-
-def _to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

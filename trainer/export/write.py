@@ -1,0 +1,121 @@
+"""An export's files: all of them or none."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Literal
+
+import torch
+from transformers import GenerationConfig
+
+from trainer.config import Recipe, save_recipe
+from trainer.errors import UserError
+from trainer.export.source import Weights, export_tokenizer, find_run, model_config, open_weights
+from trainer.whole import whole_folder
+
+Format = Literal["hf", "safetensors"]
+
+_MODEL_FILE = "modeling_unipool"
+_SHARD_SIZE = "5GB"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+        checkpoint: the folder of the checkpoint.
+        files: name and bytes.
+    """
+
+    path: str
+    checkpoint: str
+    parameters: int
+    dtype: str
+    files: dict[str, int]
+
+
+def export(source: Path, out: Path, form: Format, dtype: str) -> Exported:
+    """Write the checkpoint of `source` to the folder `out`, which must not be there or be empty.
+
+    Args:
+        dtype: float32 or bfloat16; routers stay fp32, in which they compute.
+
+    Raises:
+        UserError: the source is not a run with a checkpoint, or `out` is in use or cannot be written.
+    """
+    out = out.resolve()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: is there already; name another folder or remove it")
+    run = find_run(source)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with whole_folder(out) as partial:
+            if form == "hf":
+                _write_model_files(run.recipe, partial, dtype)
+            else:
+                save_recipe(run.recipe, partial / "recipe.yaml")
+            with open_weights(run, out.parent) as weights:
+                _write_weights(weights, partial, getattr(torch, dtype))
+                parameters = weights.parameters
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror or error})") from error
+    files = {file.name: file.stat().st_size for file in sorted(out.iterdir())}
+    return Exported(str(out), str(run.folder), parameters, dtype, files)
+
+
+def _write_model_files(recipe: Recipe, folder: Path, dtype: str) -> None:
+    """Everything but the weights: configuration, model, tokenizer."""
+    tokenizer = export_tokenizer(recipe)
+    ids = {"bos_token_id": tokenizer.end_id, "eos_token_id": tokenizer.end_id, "pad_token_id": tokenizer.end_id}
+    config = model_config(recipe)
+    config.update(
+        ids
+        | {
+            "architectures": ["UniPoolForCausalLM"],
+            "auto_map": {
+                "AutoConfig": f"{_MODEL_FILE}.UniPoolConfig",
+                "AutoModelForCausalLM": f"{_MODEL_FILE}.UniPoolForCausalLM",
+            },
+            "dtype": dtype,
+        }
+    )
+    config.to_json_file(folder / "config.json")
+    GenerationConfig(**ids).save_pretrained(folder)
+    model_file = f"{_MODEL_FILE}.py"
+    (folder / model_file).write_text((resources.files("trainer.export") / model_file).read_text())
+    (folder / "tokenizer.json").write_text(tokenizer.json, encoding="utf-8")
+    about = {"tokenizer_class": "PreTrainedTokenizerFast", **tokenizer.settings}
+    (folder / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n")
+
+
+def _write_weights(weights: Weights, folder: Path, dtype: torch.dtype) -> None:
+    """model.safetensors, or several of at most 5 GB with an index, of which one at a time is in memory."""
+    from huggingface_hub import split_torch_state_dict_into_shards
+    from safetensors.torch import save_file
+    from tqdm import tqdm
+
+    shapes = {name: tensor.to(_dtype(name, dtype)) for name, tensor in weights.expected.items()}
+    split = split_torch_state_dict_into_shards(
+        shapes, filename_pattern="model{suffix}.safetensors", max_shard_size=_SHARD_SIZE
+    )
+    total = sum(tensor.nbytes for tensor in shapes.values())
+    with tqdm(desc="writing weights", total=total, unit="B", unit_scale=True, disable=None) as bar:
+        for file, names in split.filename_to_tensors.items():
+            tensors = {}
+            for name in names:
+                # A copy: parts of one fused tensor share memory, which safetensors refuses.
+                tensors[name] = weights[name].to(shapes[name].dtype, copy=True).contiguous()
+                bar.update(tensors[name].nbytes)
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """Routers compute in fp32, whatever the rest does."""
+    return torch.float32 if ".router." in name else dtype
