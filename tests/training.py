@@ -105,6 +105,7 @@ def _train(
 ) -> dict[str, Any]:
     from trainer import checkpoint
     from trainer.data.batches import SequenceStream
+    from trainer.export.initial import load_initial
     from trainer.job import Job, read_launch
     from trainer.pool_rank import PoolRank
     from trainer.saver import Saver
@@ -125,6 +126,8 @@ def _train(
     result: dict[str, Any] = {"scalars": [], "gradients": {}, "val_loss": 0.0, "load_LM": None}
     if saved:
         checkpoint.load(job, recipe, saved, role)
+    elif recipe.train.init_from:
+        load_initial(recipe, role)
     saver = Saver(job, recipe, save_to, role) if save_to else None
     if saver and start == save_after:
         saver.start(start)
@@ -156,7 +159,7 @@ def _keep_gradients(role: Any, engines: dict[str, Any], result: dict[str, Any]) 
     def step(number: int, total_norm: float) -> Any:
         for engine in engines.values():
             if engine.stage == 0:
-                grads = {n: p.grad.clone() for n, p in engine.module.named_parameters()}
+                grads = {n: p.grad.clone() for n, p in engine.module.named_parameters() if p.grad is not None}
                 result["gradients"].update(_by_expert(engine.module, grads))
         role.step = original
         return original(number, total_norm)

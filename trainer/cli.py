@@ -89,8 +89,8 @@ def train(recipe: str, overrides: tuple[str, ...], force: bool, max_restarts: in
         from trainer.train import train as train_rank
 
         sys.exit(train_rank(checked, read_launch(), force))
+    from trainer.export.initial import ExportedWeights
     from trainer.hardware import find_hardware
-    from trainer.initial import ExportedWeights
     from trainer.launch import run_locally
     from trainer.prepare import prepare_for
     from trainer.resume import early_check

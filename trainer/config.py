@@ -32,7 +32,8 @@ class Section(BaseModel):
 
 class Run(Section):
     dir: str = Field(
-        description="folder of the run: recipe.yaml, plan.json, metrics.jsonl, checkpoints/, tensorboard/, load.png"
+        description="folder of the run: recipe.yaml, plan.json, tokenizer.json, metrics.jsonl, checkpoints/, "
+        "tensorboard/, load.png"
     )
     seed: NonNegative = 0
 

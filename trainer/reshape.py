@@ -36,17 +36,18 @@ class SavedRole:
 
     def read(self, name: str) -> ParameterState:
         """A parameter and its moments, by its name in the module. What was frozen has moments of zeros."""
+        weight = self.weight(name)
         if self._frozen:
-            weight = self._saved["module"][name]
             return ParameterState(weight, torch.zeros_like(weight), torch.zeros_like(weight))
         if name not in self._places:
-            return ParameterState(self.weight(name), self._part(name, "exp_avg"), self._part(name, "exp_avg_sq"))
+            return ParameterState(weight, self._part(name, "exp_avg"), self._part(name, "exp_avg_sq"))
         moments = self._saved["optimizer"]["state"][self._places[name]]
-        return ParameterState(self.weight(name), moments["exp_avg"], moments["exp_avg_sq"])
+        return ParameterState(weight, moments["exp_avg"], moments["exp_avg_sq"])
 
     def weight(self, name: str) -> Tensor:
-        """A parameter alone. It is mapped: only what is used of it is read."""
-        weight: Tensor = self._saved["module"][name] if name in self._places else self._part(name, "fp32")
+        """A parameter alone, or a buffer. It is mapped: only what is used of it is read."""
+        whole = self._frozen or name in self._places or name in self._saved["buffer_names"]
+        weight: Tensor = self._saved["module"][name] if whole else self._part(name, "fp32")
         return weight
 
     def _part(self, name: str, key: str) -> Tensor:

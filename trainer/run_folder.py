@@ -1,4 +1,4 @@
-"""The run's folder: recipe.yaml, plan.json, metrics.jsonl, checkpoints/, tensorboard/, load.png."""
+"""The run's folder: recipe.yaml, plan.json, tokenizer.json, metrics.jsonl, checkpoints/, tensorboard/, load.png."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from trainer.errors import UserError
 from trainer.progress import say
 from trainer.schedule import Schedule
 
+TOKENIZER_FILE = "tokenizer.json"
+
 
 class RunFolder:
     """Paths of a run, and its metrics file. Only rank 0 writes."""
@@ -26,6 +28,7 @@ class RunFolder:
         self.tensorboard = self.path / "tensorboard"
         self.plan_file = self.path / "plan.json"
         self.load_picture = self.path / "load.png"
+        self.tokenizer_file = self.path / TOKENIZER_FILE
         self._warned = False
 
     def make(self) -> None:
@@ -40,12 +43,16 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"run.dir = {self.path}: cannot be written ({error.strerror}); choose another") from None
 
-    def begin(self, recipe: Recipe, schedule: Schedule, done_steps: int) -> None:
-        """Save the resolved recipe and the schedule, and cut from the metrics what came after `done_steps`.
+    def begin(self, recipe: Recipe, schedule: Schedule, tokenizer: str, done_steps: int) -> None:
+        """Save the resolved recipe, the schedule and the tokenizer, and cut the metrics after `done_steps`.
 
         The evaluation after these steps is cut too: a checkpoint is of before it.
+
+        Args:
+            tokenizer: the text of its tokenizer.json.
         """
         write_whole(self.plan_file, lambda path: path.write_text(schedule.to_json()))
+        write_whole(self.tokenizer_file, lambda path: path.write_text(tokenizer, encoding="utf-8"))
         write_whole(self.recipe_file, lambda path: save_recipe(recipe, path))
         kept = [line for line in self._lines() if _is_before(json.loads(line), done_steps)]
         write_whole(self.metrics_file, lambda path: path.write_text("".join(kept)))

@@ -18,8 +18,8 @@ from trainer.config import Recipe
 from trainer.data.batches import SequenceStream, evaluation_steps
 from trainer.data.prepare import PreparedData
 from trainer.errors import START_AGAIN, JobError
+from trainer.export.initial import load_initial
 from trainer.faults import FaultWatch
-from trainer.initial import load_initial
 from trainer.job import Job, Launch
 from trainer.launch import DONE_FILE
 from trainer.metrics import StepScalars
@@ -173,7 +173,8 @@ class _Loop:
             self._watch.phase = f"reading {recipe.train.init_from}"
             load_initial(recipe, self._role)
         if job.rank == 0:
-            self._folder.begin(recipe, job.schedule, start)
+            assert self._prepared, "rank 0 is a trunk rank"
+            self._folder.begin(recipe, job.schedule, self._prepared.tokenizer().to_str(), start)
             self._saver.clean()
         progress = Progress(recipe, start, job.look_up("metrics")) if job.rank == 0 else None
         val_loss = math.nan

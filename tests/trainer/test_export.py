@@ -23,7 +23,7 @@ from pool.placement import contiguous
 from tests.training import run_training, tiny
 from trainer.checkpoint import newest, read_placement
 from trainer.cli import cli
-from trainer.config import Recipe, save_recipe
+from trainer.config import Recipe
 from trainer.data.tokenizer import train_tokenizer
 from trainer.drive import LocalPool, NoPool
 from trainer.errors import UserError
@@ -71,13 +71,7 @@ def recipe_of(model: str) -> Recipe:
 def trained(model: str) -> tuple[Path, dict[str, Tensor]]:
     """A run's folder after a step, and the weights that the run came to."""
     recipe, folder = recipe_of(model), home() / model
-    if model == "softmax, groups":  # the same weights without the bias: a router of its own is the only difference
-        other, weights = trained("sigmoid_bias, groups, 1+2 ranks, ZeRO")
-        shutil.copytree(other, folder)
-    else:
-        weights = run_training(recipe, 1, save_to=folder / "checkpoints").weights
-    save_recipe(recipe, folder / "recipe.yaml")
-    return folder, weights
+    return folder, run_training(recipe, 1, save_to=folder / "checkpoints").weights
 
 
 @cache
@@ -329,25 +323,7 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     for command in (["export", str(tmp_path / "out")], ["generate", "--prompt", "x"]):
         name, *rest = command
         assert "no such folder" in refused(name, str(tmp_path / "nothing"), *rest)
-        assert "has no checkpoint" in refused(name, str(tmp_path), *rest)
-        alone = tmp_path / "alone"
-        shutil.copytree(trained("dense")[0] / "checkpoints", alone / "checkpoints", dirs_exist_ok=True)
-        assert "has no recipe.yaml" in refused(name, str(alone), *rest)
-
-
-def test_a_checkpoint_has_a_recipe_of_its_own(tmp_path: Path) -> None:
-    """One in the checkpoint's folder comes before the run's; one that does not fit is refused."""
-    run = tmp_path / "run"
-    shutil.copytree(trained("dense")[0], run)
-    wrong = tiny(
-        model={"vocab": VOCAB + 1, "seq_len": 24}, pool={"experts": 6}, data={"tokenizer": str(tokenizer_file())}
-    )
-    (run / "recipe.yaml").rename(run / "checkpoints" / "step_00000001" / "recipe.yaml")
-    save_recipe(wrong, run / "recipe.yaml")
-    assert invoke("export", str(run), str(tmp_path / "out")).exit_code == 0
-    (run / "checkpoints" / "step_00000001" / "recipe.yaml").unlink()
-    assert "step_00000001" in refused("export", str(run), str(tmp_path / "out2"))
-    assert not (tmp_path / "out2").exists()
+        assert "has no complete checkpoint" in refused(name, str(tmp_path), *rest)
 
 
 @pytest.mark.parametrize("file", ["trunk/state/mp_rank_00_model_states.pt", "layout.json"])
@@ -365,16 +341,14 @@ def test_a_damaged_checkpoint_leaves_nothing_behind(file: str, damage: str, tmp_
     assert list(tmp_path.iterdir()) == [run]
 
 
-def test_the_tokenizer_is_never_trained_again(tmp_path: Path) -> None:
-    """A tokenizer that lay in the prepared data is missed, not made anew."""
-    run = tmp_path / "run"
+def test_the_tokenizer_is_the_run_s_own(tmp_path: Path) -> None:
+    """The one in the run's folder comes before the one that the recipe names."""
+    run, out = tmp_path / "run", tmp_path / "out"
     shutil.copytree(trained("dense")[0], run)
-    recipe = recipe_of("dense")
-    data = recipe.data.model_copy(update={"tokenizer": "train", "source": "python-stdlib", "dir": str(tmp_path)})
-    save_recipe(recipe.model_copy(update={"data": data}), run / "recipe.yaml")
-    assert "the prepared data of python-stdlib" in refused("export", str(run), str(tmp_path / "out"))
-    assert list(tmp_path.iterdir()) == [run]
-    assert invoke("export", str(run), str(tmp_path / "out"), "--format", "safetensors").exit_code == 0
+    own = train_tokenizer(["another text\n" * 20], VOCAB)
+    (run / "tokenizer.json").write_text(own.to_str())
+    assert invoke("export", str(run), str(out)).exit_code == 0
+    assert json.loads((out / "tokenizer.json").read_text())["model"] == json.loads(own.to_str())["model"]
 
 
 def test_prompts_and_exports_that_generate_refuses(tmp_path: Path) -> None:

@@ -115,15 +115,6 @@ def prepare(settings: DataSettings, progress: bool) -> PreparedData:
     return open_prepared(path)
 
 
-def find_prepared(settings: DataSettings) -> PreparedData | None:
-    """The prepared data of `settings` if it is there; nothing is made.
-
-    Raises UserError: as `prepare`, where the source itself is gone.
-    """
-    path = Path(settings.directory).expanduser() / _folder_name(settings)
-    return open_prepared(path) if path.is_dir() else None
-
-
 def open_prepared(path: Path) -> PreparedData:
     """Opens a folder that `prepare` made."""
     facts = json.loads((path / "facts.json").read_text())

@@ -94,7 +94,7 @@ def generate(source: Path, prompt: str, tokens: int, sampling: Sampling, stream:
 def load_run(path: Path) -> tuple[UniPoolForCausalLM, PreTrainedTokenizerFast]:
     """Model (fp32) and tokenizer of a run's newest checkpoint, or of one checkpoint."""
     run = find_run(path)
-    exported = export_tokenizer(run.recipe)
+    exported = export_tokenizer(run)
     model = empty_model(run.recipe)
     with open_weights(run) as weights:
         model.load_state_dict({name: tensor.clone() for name, tensor in weights.items()}, assign=True)

@@ -19,13 +19,15 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from router import norm_constant
-from trainer.checkpoint import newest, read_placement
+from trainer.checkpoint import MARKER_FILE, RECIPE_FILE, newest, read_placement
 from trainer.config import Recipe, load_recipe
-from trainer.data.tokenizer import end_of_document_id
+from trainer.data.prepare import TRAIN
+from trainer.data.tokenizer import end_of_document_id, load_tokenizer
 from trainer.errors import UserError
 from trainer.export.modeling_unipool import UniPoolConfig, UniPoolForCausalLM
-from trainer.prepare import tokenizer_for
+from trainer.export.names import Parts, expert_names, trunk_names
 from trainer.reshape import SavedCheckpoint, convert
+from trainer.run_folder import TOKENIZER_FILE
 
 
 @dataclass(frozen=True)
@@ -46,15 +48,11 @@ def find_run(path: Path) -> SavedRun:
         raise UserError(f"{path}: no such folder; give a run's folder or one of its checkpoints/step_*")
     found = newest(path / "checkpoints")
     step = found[1] if found else path
-    if not (step / "layout.json").is_file():
+    if not (step / MARKER_FILE).is_file():
         raise UserError(
-            f"{path}: has no checkpoint; give a run's folder that has one, or one of its checkpoints/step_*"
+            f"{path}: has no complete checkpoint; give a run's folder that has one, or one of its checkpoints/step_*"
         )
-    beside = [step / "recipe.yaml", step.resolve().parent.parent / "recipe.yaml"]
-    recipe = next((file for file in beside if file.is_file()), None)
-    if recipe is None:
-        raise UserError(f"{step}: has no recipe.yaml, neither of its own nor in the run's folder")
-    return SavedRun(load_recipe(str(recipe)), step)
+    return SavedRun(load_recipe(str(step / RECIPE_FILE)), step)
 
 
 class Weights(Mapping[str, Tensor]):
@@ -122,55 +120,24 @@ def first_line(error: Exception) -> str:
 
 def _readers(recipe: Recipe, saved: SavedCheckpoint) -> dict[str, Callable[[], Tensor]]:
     """How to read each tensor, by its exported name."""
-    m = recipe.model
     found: dict[str, Callable[[], Tensor]] = {}
 
-    def whole(name: str, ours: str) -> None:
-        found[name] = partial(saved.trunk.weight, ours)
-
-    def rows(read: Callable[[], Tensor], parts: dict[str, int]) -> None:
-        """Cut into parts of so many rows, in their order."""
+    def add(read: Callable[[], Tensor], parts: Parts) -> None:
         start = 0
-        for name, count in parts.items():
-            found[name] = partial(_rows, read, start, start + count)
-            start += count
+        for name, rows in parts.items():
+            found[name] = partial(_rows, read, start, start + rows) if len(parts) > 1 else read
+            start += rows
 
-    whole("model.embed_tokens.weight", "embedding.weight")
-    whole("model.norm.weight", "head.norm.weight")
-    whole("lm_head.weight", "head.out.weight")
-    head_dim = m.hidden // m.heads
-    heads = {"q_proj": m.heads, "k_proj": m.kv_heads, "v_proj": m.kv_heads}
-    for layer in range(m.layers):
-        name, ours = f"model.layers.{layer}", f"blocks.{layer}"
-        qkv = partial(saved.trunk.weight, f"{ours}.attention.qkv.weight")
-        rows(qkv, {f"{name}.self_attn.{part}.weight": count * head_dim for part, count in heads.items()})
-        whole(f"{name}.self_attn.o_proj.weight", f"{ours}.attention.out.weight")
-        whole(f"{name}.input_layernorm.weight", f"{ours}.attention_norm.weight")
-        whole(f"{name}.post_attention_layernorm.weight", f"{ours}.ffn_norm.weight")
-        if m.ffn == "dense":
-            w13 = partial(saved.trunk.weight, f"{ours}.ffn.w13.weight")
-            rows(w13, {f"{name}.mlp.{part}_proj.weight": m.ffn_hidden for part in ("gate", "up")})
-            whole(f"{name}.mlp.down_proj.weight", f"{ours}.ffn.w2.weight")
-            continue
-        whole(f"{name}.router.weight", f"{ours}.router.weight_MD")
-        if recipe.router.kind == "norm":
-            whole(f"{name}.router.sigma", f"{ours}.router.sigma")
-        if recipe.router.kind == "sigmoid_bias":
-            found[f"{name}.router.expert_bias"] = partial(_buffer, saved, f"{ours}.router.expert_bias_M")
+    for ours, parts in trunk_names(recipe).items():
+        add(partial(saved.trunk.weight, ours), parts)
     for expert in range(recipe.pool.experts):
-        name = f"model.experts.{expert}"
-        w13 = partial(saved.expert_weight, "w13_e2FD", expert)
-        rows(w13, {f"{name}.{part}_proj.weight": m.ffn_hidden for part in ("gate", "up")})
-        found[f"{name}.down_proj.weight"] = partial(saved.expert_weight, "w2_eDF", expert)
+        for stack, parts in expert_names(recipe, expert).items():
+            add(partial(saved.expert_weight, stack, expert), parts)
     return found
 
 
 def _rows(read: Callable[[], Tensor], start: int, stop: int) -> Tensor:
     return read()[start:stop]
-
-
-def _buffer(saved: SavedCheckpoint, name: str) -> Tensor:
-    return saved.trunk.buffers[name]
 
 
 def model_config(recipe: Recipe) -> UniPoolConfig:
@@ -226,9 +193,18 @@ class ExportedTokenizer:
         return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(self.json), **self.settings)
 
 
-def export_tokenizer(recipe: Recipe) -> ExportedTokenizer:
-    """The tokenizer that the run was trained with."""
-    tokenizer = tokenizer_for(recipe)
+def export_tokenizer(run: SavedRun) -> ExportedTokenizer:
+    """The tokenizer that the run was trained with: the run's folder has it, or its recipe names it.
+
+    Raises:
+        UserError: neither.
+    """
+    name, own = run.recipe.data.tokenizer, run.folder.resolve().parent.parent / TOKENIZER_FILE
+    if name == TRAIN and not own.is_file():
+        raise UserError(
+            f"{own}: no such file; copy it from the run, whose tokenizer it is, or use --format safetensors"
+        )
+    tokenizer = load_tokenizer(str(own) if own.is_file() else name)
     end_id = end_of_document_id(tokenizer)
     # Training adds no special tokens round a text.
     tokenizer.post_processor = None
@@ -239,7 +215,7 @@ def export_tokenizer(recipe: Recipe) -> ExportedTokenizer:
         "eos_token": end,
         "pad_token": end,
         "padding_side": "left",
-        "model_max_length": recipe.model.seq_len,
+        "model_max_length": run.recipe.model.seq_len,
         "model_input_names": ["input_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,
     }

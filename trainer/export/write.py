@@ -11,9 +11,10 @@ from typing import Literal
 import torch
 from transformers import GenerationConfig
 
-from trainer.config import Recipe, save_recipe
+from trainer.checkpoint import damage
+from trainer.config import save_recipe
 from trainer.errors import UserError
-from trainer.export.source import Weights, export_tokenizer, find_run, model_config, open_weights
+from trainer.export.source import SavedRun, Weights, export_tokenizer, find_run, model_config, open_weights
 from trainer.whole import whole_folder
 
 Format = Literal["hf", "safetensors"]
@@ -51,11 +52,13 @@ def export(source: Path, out: Path, form: Format, dtype: str) -> Exported:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: is there already; name another folder or remove it")
     run = find_run(source)
+    if problem := damage(run.folder):
+        raise UserError(f"{run.folder}: this checkpoint is damaged: {problem}; export another one")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with whole_folder(out) as partial:
             if form == "hf":
-                _write_model_files(run.recipe, partial, dtype)
+                _write_model_files(run, partial, dtype)
             else:
                 save_recipe(run.recipe, partial / "recipe.yaml")
             with open_weights(run, out.parent) as weights:
@@ -67,11 +70,11 @@ def export(source: Path, out: Path, form: Format, dtype: str) -> Exported:
     return Exported(str(out), str(run.folder), parameters, dtype, files)
 
 
-def _write_model_files(recipe: Recipe, folder: Path, dtype: str) -> None:
+def _write_model_files(run: SavedRun, folder: Path, dtype: str) -> None:
     """Everything but the weights: configuration, model, tokenizer."""
-    tokenizer = export_tokenizer(recipe)
+    tokenizer = export_tokenizer(run)
     ids = {"bos_token_id": tokenizer.end_id, "eos_token_id": tokenizer.end_id, "pad_token_id": tokenizer.end_id}
-    config = model_config(recipe)
+    config = model_config(run.recipe)
     config.update(
         ids
         | {
