@@ -19,6 +19,7 @@ from pool.plan import Kind, RequestKey
 from tests.trainer.forked import POLL_SECONDS, Fault, ForkedJob, Place, fail, kill, stop
 from tests.trainer.job import processes_of, rank_process, started, steps, wait_for, write_recipe
 from trainer import checkpoint
+from trainer.checkpoint import newest
 from trainer.config import Recipe, load_recipe
 from trainer.errors import START_AGAIN
 
@@ -167,6 +168,20 @@ def test_a_stopped_rank_is_named(name: str, stopped: dict[str, ForkedJob]) -> No
     assert statuses[victim] is None
     assert statuses[1 - victim] == 1, job.log(1 - victim)
     assert_named(job.log(1 - victim), phase, victim, fate)
+
+
+def test_too_many_skipped_steps_end_the_job_and_name_their_data(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    """Weights that a huge rate has blown up: three steps in a row are skipped, no checkpoint is lost."""
+    blown_up = {"train__lr": 1e20, "train__min_lr": 1e20, "train__max_skipped_steps": 3, "train__steps": 20}
+    job = ForkedJob(recipe(tmp_path / "run", **blown_up), tmp_path)
+    assert job.end(GRACE) == [1, 1], job.log(0)
+    log = job.log(0)
+    assert re.search(
+        r"^unipool: step 4, of .*train.arrow: rank 0 \(trunk 0\): micro-batch 0 has loss nan \(rows \d+, ", log, re.M
+    )
+    assert "unipool: 3 steps in a row, the last is step 4, had gradients that are not finite" in log
+    assert "Traceback" not in log + job.log(1)
+    assert newest(tmp_path / "run" / "checkpoints") == (2, tmp_path / "run" / "checkpoints" / "step_00000002")
 
 
 KILLS = 8
