@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 
 from trainer.config import Recipe
 from trainer.model import parameter_groups
+from trainer.progress import say
 
 CHECKPOINT_TAG = "state"
 """DeepSpeed's name for the folder inside a role's."""
@@ -119,6 +121,7 @@ class RoleEngine:
             config=deepspeed_config(recipe, role, role_size, sum(p.numel() for p in module.parameters())),
             dist_init_required=False,
         )
+        self._monitor = _survive_full_disks(self._engine.monitor)
         # DeepSpeed leaves the schedule before its first step, where the learning rate is 0.
         self._schedule.step()
 
@@ -196,8 +199,8 @@ class RoleEngine:
 
     def write_scalars(self, scalars: dict[str, float], step: int) -> None:
         """Hand scalars to DeepSpeed's monitors (TensorBoard and whatever the JSON enables); role rank 0 writes."""
-        if self._engine.monitor.enabled:
-            self._engine.monitor.write_events([(name, value, step) for name, value in scalars.items()])
+        if self._monitor.enabled:
+            self._monitor.write_events([(name, value, step) for name, value in scalars.items()])
 
     def full_parameters(self) -> dict[str, Tensor]:
         """All parameters by name, whole on every rank, on the host. A collective at ZeRO-3."""
@@ -280,6 +283,26 @@ class RoleEngine:
             parameter.copy_(state.weight)
 
 
+def _survive_full_disks(monitor: Any) -> Any:
+    """DeepSpeed's monitors such that a disk that is full or gone ends them, not training."""
+    write, report = monitor.write_events, threading.excepthook
+
+    def write_events(events: list[Any]) -> None:
+        try:
+            write(events)
+        except OSError as error:
+            monitor.enabled = False
+            say(f"warning: TensorBoard and other monitors are off until the next start ({error.strerror})")
+
+    def report_others(failure: threading.ExceptHookArgs) -> None:
+        # TensorBoard's thread hands its exception on to the next `write_events`.
+        if not type(failure.thread).__module__.startswith("tensorboard."):
+            report(failure)
+
+    monitor.write_events, threading.excepthook = write_events, report_others
+    return monitor
+
+
 class FrozenRole:
     """A role whose weights stay as they are: what a `RoleEngine` offers, without gradients and optimizer."""
 
@@ -293,7 +316,7 @@ class FrozenRole:
         self.stage = 0
         config = deepspeed_config(recipe, role, role_size, 1)
         deepspeed.init_distributed(dist_init_required=False)
-        self._monitor = MonitorMaster(get_monitor_config(config))
+        self._monitor = _survive_full_disks(MonitorMaster(get_monitor_config(config)))
         # The other role's rate, for those who ask this one.
         self._optimizer = torch.optim.SGD([torch.zeros(1)], recipe.train.lr)
         schedule = getattr(lr_schedules, config["scheduler"]["type"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,6 +35,10 @@ from trainer.summary import Summary, write_summary
 from trainer.trunk_rank import TrunkRank
 
 SAMPLE_TOKENS = 64
+
+LAST_SAVE_TRIES = 5
+LAST_SAVE_PAUSE = 30.0
+"""Seconds between two tries to save the last checkpoint."""
 
 
 def train(recipe: Recipe, launch: Launch, force: bool = False) -> int:
@@ -192,14 +197,27 @@ class _Loop:
             if done == last or _due(done, recipe.eval.every):
                 val_loss = self._evaluate(done, progress)
         self._watch.phase = "the last checkpoint"
-        if not self._saver.finish():
-            raise JobError(
-                "all steps are done, but the last checkpoint could not be saved; the same command trains again from "
-                "the newest one that there is"
-            )
+        self._finish_saving(last)
         self._watch.may_stop = False
         self._finish(val_loss, max(start, last), progress)
         return 0
+
+    def _finish_saving(self, done: int) -> None:
+        """Wait for the last checkpoint; a disk that is full may be mended meanwhile."""
+        for left in range(LAST_SAVE_TRIES - 1, -1, -1):
+            if self._saver.finish():
+                return
+            if left:
+                if self._job.rank == 0:
+                    say(
+                        f"unipool: all steps are done; the last save is tried again in {LAST_SAVE_PAUSE:g} s ({left} left)"
+                    )
+                time.sleep(LAST_SAVE_PAUSE)
+                self._saver.start(done)
+        raise JobError(
+            "all steps are done, but the last checkpoint could not be saved; the same command trains again from the "
+            "newest one that there is"
+        )
 
     def _step(self, step: int, progress: Progress | None) -> bool:
         """One optimizer step; whether some rank has been asked to stop."""

@@ -35,7 +35,6 @@ from trainer.micro_batch import (
 )
 from trainer.model import Trunk
 from trainer.pool_rank import build_shard, finish_gradients, wire_settings
-from trainer.progress import say
 
 LOAD_STEPS = 100
 """Steps over which the recorded load is a mean, about."""
@@ -74,7 +73,6 @@ class TrunkRank:
         self._recent_load_LM = torch.zeros_like(self.load_LM, dtype=torch.float64)
         self._scalars = [0.0, 0.0, 0.0]
         self._losses: list[float] = []
-        self._monitors_failed = False
         self._started = time.perf_counter()
         self._waited = 0.0
 
@@ -255,14 +253,8 @@ class TrunkRank:
         return ids[len(prompt) :]
 
     def write_scalars(self, scalars: dict[str, float], step: int) -> None:
-        """To DeepSpeed's monitors. A disk that is full or gone ends them, not training."""
-        if self._monitors_failed:
-            return
-        try:
-            self.engines["trunk"].write_scalars({k: v for k, v in scalars.items() if math.isfinite(v)}, step)
-        except OSError as error:
-            self._monitors_failed = True
-            say(f"warning: TensorBoard and other monitors are off until the next start ({error})")
+        """To DeepSpeed's monitors."""
+        self.engines["trunk"].write_scalars({k: v for k, v in scalars.items() if math.isfinite(v)}, step)
 
     def state_dict(self) -> dict[str, Any]:
         """What the engines do not hold, as copies."""
