@@ -12,6 +12,7 @@ import torch
 from tests.benchmarks import contenders, peers, report
 from tests.benchmarks.contenders import Contender, ContenderFailed
 from tests.benchmarks.experts import SHAPES, DenseFFN, Shape, Work, experts_ratios, make_work
+from tests.benchmarks.saving import saving_results
 from tests.benchmarks.startup import startup_results
 from tests.benchmarks.step import LAYOUTS, MODEL_OF, Layout, recipe, step_ratios
 
@@ -76,6 +77,16 @@ def test_startup_reports_seconds() -> None:
     results = startup_results([6.0, 9.0], [2.0, 3.0])
     assert results["seconds_to_first_step"] == [6.0, 9.0]
     assert results["first_step_over_imports"] == [3.0, 3.0]
+
+
+def test_saving_reports_longer_steps_and_seconds() -> None:
+    runs = {0: [{"step": 2.0}], 5: [{"step": 3.0, "stall": 0.1, "duration": 1.0}], 1: [{"step": 4.0}]}
+    assert saving_results(runs) == {
+        "step_with_a_save_every_5_over_none": [1.5],
+        "step_with_a_save_every_1_over_none": [2.0],
+        "seconds_stall": [0.1],
+        "seconds_duration": [1.0],
+    }
 
 
 @pytest.mark.parametrize("name", sorted(MODEL_OF))

@@ -209,9 +209,7 @@ class _Loop:
                 return
             if left:
                 if self._job.rank == 0:
-                    say(
-                        f"unipool: all steps are done; the last save is tried again in {LAST_SAVE_PAUSE:g} s ({left} left)"
-                    )
+                    say(f"unipool: all steps are done; the last save is tried again in {LAST_SAVE_PAUSE:g} s")
                 time.sleep(LAST_SAVE_PAUSE)
                 self._saver.start(done)
         raise JobError(
