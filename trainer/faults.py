@@ -13,14 +13,15 @@ import sys
 import threading
 import time
 import traceback
+from contextlib import suppress
 from typing import NoReturn
 
 import psutil
 
 from trainer.errors import START_AGAIN, JobError, SharedUserError, UserError
 from trainer.job import Job
+from trainer.peers import BEAT_SECONDS
 
-BEAT_SECONDS = 1.0
 _COURTESY_SECONDS = 3.0
 """A rank that ends because of another lets the launcher notice the other first: its status becomes the job's."""
 
@@ -80,22 +81,6 @@ class FaultWatch:
             except RuntimeError:  # the store's host is gone: whoever waits for it says so
                 return
 
-    def _silent_peers(self) -> str:
-        """Names of the ranks that have stopped to send heartbeats."""
-        if self._job is None:
-            return ""
-        job, silent = self._job, [0]  # the store does not answer while its host is stopped
-
-        def compare() -> None:
-            before = job.beats()
-            time.sleep(3 * BEAT_SECONDS)
-            silent[:] = [rank for rank, (a, b) in enumerate(zip(before, job.beats(), strict=True)) if a == b]
-
-        thread = threading.Thread(target=compare, daemon=True)
-        thread.start()
-        thread.join(6 * BEAT_SECONDS)
-        return self._names(silent)
-
     def _watch(self, read_end: int) -> None:
         while True:
             ready, _, _ = select.select([read_end], [], [], 1.0)
@@ -147,7 +132,9 @@ class FaultWatch:
                 break
             time.sleep(0.1)  # a connection breaks some moments before its process is gone
             dead = self._dead_peers()
-        silent = "" if dead or "imed out" not in str(error) else self._silent_peers()
+        silent = ""
+        if self._job and not dead and "imed out" in str(error):
+            silent = self._names(self._job.silent_peers())
         if dead or silent:
             fate = f"{dead} died first" if dead else f"{silent} does not respond"
             _say(f"unipool: {self.name} stops in {self.phase}: {fate} ({type(error).__name__}: {error})")
@@ -182,6 +169,7 @@ def _gone(process: psutil.Process) -> bool:
 
 
 def _say(text: str) -> None:
-    sys.stdout.flush()
-    sys.stderr.write(text + "\n")
-    sys.stderr.flush()
+    with suppress(OSError):  # a log on a full disk
+        sys.stdout.flush()
+        sys.stderr.write(text + "\n")
+        sys.stderr.flush()

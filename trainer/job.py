@@ -212,9 +212,9 @@ class Job:
         """Tell the other ranks that this process runs."""
         self._peers.beat(str(count))
 
-    def beats(self) -> list[bytes]:
-        """Every rank's last heartbeat, by rank. Blocks while the store's host, rank 0, does not run."""
-        return self._peers.beats()
+    def silent_peers(self) -> list[int]:
+        """Ranks that have stopped to send heartbeats; takes some seconds."""
+        return self._peers.silent()
 
     def close(self) -> None:
         """Leave the job. Threads of a group that is still open at the interpreter's end would abort the process."""

@@ -68,7 +68,7 @@ class Peers:
         """Tell the other ranks that this process runs: a text that changes."""
         self._beats.set(str(self._rank), text)
 
-    def beats(self) -> list[bytes]:
+    def _last_beats(self) -> list[bytes]:
         """Every rank's last heartbeat, by rank. Blocks while the store's host does not run."""
         return self._beats.multi_get([str(rank) for rank in self._ranks])  # type: ignore[no-any-return]
 
@@ -114,10 +114,19 @@ class Peers:
         # Asked for over the heartbeats' connection: on the other one somebody may be waiting.
         if absent := [rank for rank in self._ranks if not self._beats.check([str(rank)])]:
             return f"{self._names(absent)} has not come"
-        before = self.beats()
-        time.sleep(3 * BEAT_SECONDS)
-        silent = [rank for rank, (a, b) in enumerate(zip(before, self.beats(), strict=True)) if a == b]
+        silent = self._compare()
         return f"{self._names(silent)} does not respond" if silent else "nobody is missing"
+
+    def silent(self) -> list[int]:
+        """Ranks that have stopped to send heartbeats, after some seconds; the store's host if it does not answer."""
+        future = _in_thread(self._compare)
+        answered = wait([future], 6 * BEAT_SECONDS).done and not future.exception()
+        return future.result() if answered else [0]
+
+    def _compare(self) -> list[int]:
+        before = self._last_beats()
+        time.sleep(3 * BEAT_SECONDS)
+        return [rank for rank, (a, b) in enumerate(zip(before, self._last_beats(), strict=True)) if a == b]
 
     @property
     def _ranks(self) -> range:

@@ -122,6 +122,7 @@ class Saver:
 
     def start(self, steps: int) -> None:
         """Copy the state and begin to write it. A collective of all ranks; waits for a save that is not finished."""
+        asked = time.perf_counter()
         self.finish()
         started = time.perf_counter()
         job, final = self._job, checkpoint.folder_of(self._checkpoints, steps)
@@ -140,7 +141,7 @@ class Saver:
             self._add(pending, checkpoint.state_file(folder, job.rank), partial(torch.save, state))
         if job.rank == 0:
             self._describe(pending)
-        pending.stalled = time.perf_counter() - started
+        pending.stalled = time.perf_counter() - asked
         self._pending = pending
 
     def _make(self, folder: Path) -> str | None:
