@@ -8,15 +8,12 @@ one flush of gradients a step. The engine is fp32 at every ZeRO stage: parameter
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import math
 import os
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.config import Recipe
+from trainer.ds_config import deepspeed_config
 from trainer.model import parameter_groups
-from trainer.progress import say
+from trainer.monitors import survive_full_disks
 
 CHECKPOINT_TAG = "state"
 """DeepSpeed's name for the folder inside a role's."""
-
-_LARGEST_BUCKET = 500_000_000
-"""Elements of a reduction at once: DeepSpeed's default. It allocates a buffer of that size every step."""
 
 
 def _import_deepspeed() -> Any:
@@ -50,43 +45,6 @@ def _import_deepspeed() -> Any:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(os.environ.get("UNIPOOL_DEEPSPEED_LOG", "ERROR").upper())
     return deepspeed
-
-
-def deepspeed_config(recipe: Recipe, role: str, role_size: int, parameters: int) -> dict[str, Any]:
-    """The JSON of ds_configs/ for `role` ("trunk" or "pool") at its ZeRO stage, every "auto" filled by the recipe.
-
-    Args:
-        parameters: elements of the role's module; a reduction's buffer is no larger.
-    """
-    stage = recipe.parallel.trunk_zero if role == "trunk" else recipe.parallel.pool_zero
-    text = (resources.files("ds_configs") / f"{role}_zero{stage}.json").read_text()
-    config: dict[str, Any] = json.loads(text)
-    t = recipe.train
-    warmup = max(2, round(t.warmup_fraction * t.steps))
-    # DeepSpeed sees one flush a step: a "micro-batch" of its own is all that a rank does between two steps.
-    per_rank = max(1, t.global_batch // role_size)
-    _fill(config, train_batch_size=per_rank * role_size, train_micro_batch_size_per_gpu=per_rank)
-    _fill(config, gradient_clipping=t.clip)
-    _fill(config["optimizer"]["params"], lr=t.lr, betas=list(t.betas), eps=t.eps, weight_decay=t.weight_decay)
-    _fill(
-        config["scheduler"]["params"],
-        total_num_steps=t.steps,
-        warmup_num_steps=warmup,
-        warmup_min_ratio=1 / warmup,
-        cos_min_ratio=t.min_lr / t.lr,
-    )
-    # DeepSpeed wants a multiple of twice the ranks.
-    bucket = -(-min(parameters, _LARGEST_BUCKET) // (2 * role_size)) * 2 * role_size
-    _fill(config["zero_optimization"], reduce_bucket_size=bucket, allgather_bucket_size=bucket)
-    if "tensorboard" in config:
-        _fill(config["tensorboard"], output_path=recipe.run.dir, job_name="tensorboard")
-    return config
-
-
-def _fill(section: dict[str, Any], **values: Any) -> None:
-    for key, value in values.items():
-        if section.get(key) == "auto":
-            section[key] = value
 
 
 @dataclass(frozen=True)
@@ -121,7 +79,7 @@ class RoleEngine:
             config=deepspeed_config(recipe, role, role_size, sum(p.numel() for p in module.parameters())),
             dist_init_required=False,
         )
-        self._monitor = _survive_full_disks(self._engine.monitor)
+        self._monitor = survive_full_disks(self._engine.monitor)
         # DeepSpeed leaves the schedule before its first step, where the learning rate is 0.
         self._schedule.step()
 
@@ -283,26 +241,6 @@ class RoleEngine:
             parameter.copy_(state.weight)
 
 
-def _survive_full_disks(monitor: Any) -> Any:
-    """DeepSpeed's monitors such that a disk that is full or gone ends them, not training."""
-    write, report = monitor.write_events, threading.excepthook
-
-    def write_events(events: list[Any]) -> None:
-        try:
-            write(events)
-        except OSError as error:
-            monitor.enabled = False
-            say(f"warning: TensorBoard and other monitors are off until the next start ({error.strerror})")
-
-    def report_others(failure: threading.ExceptHookArgs) -> None:
-        # TensorBoard's thread hands its exception on to the next `write_events`.
-        if not type(failure.thread).__module__.startswith("tensorboard."):
-            report(failure)
-
-    monitor.write_events, threading.excepthook = write_events, report_others
-    return monitor
-
-
 class FrozenRole:
     """A role whose weights stay as they are: what a `RoleEngine` offers, without gradients and optimizer."""
 
@@ -316,7 +254,7 @@ class FrozenRole:
         self.stage = 0
         config = deepspeed_config(recipe, role, role_size, 1)
         deepspeed.init_distributed(dist_init_required=False)
-        self._monitor = _survive_full_disks(MonitorMaster(get_monitor_config(config)))
+        self._monitor = survive_full_disks(MonitorMaster(get_monitor_config(config)))
         # The other role's rate, for those who ask this one.
         self._optimizer = torch.optim.SGD([torch.zeros(1)], recipe.train.lr)
         schedule = getattr(lr_schedules, config["scheduler"]["type"])
