@@ -47,7 +47,10 @@ def write_summary(s: Summary) -> None:
         from trainer.heat_map import write_heat_map
 
         title = f"{s.folder.path.name}: experts chosen on held-out text"
-        write_heat_map(s.load_LM, s.folder.load_picture, title, groups=s.recipe.model.groups)
-        lines.append(f"load picture      {s.folder.load_picture}")
+        try:
+            write_heat_map(s.load_LM, s.folder.load_picture, title, groups=s.recipe.model.groups)
+            lines.append(f"load picture      {s.folder.load_picture}")
+        except OSError as error:
+            lines.append(f"load picture      could not be written ({error.strerror})")
     text = textwrap.indent(f"{s.prompt} | {s.sample}", "    ")
     print("\n".join(lines) + f"\nsample (after the bar)\n{text}", flush=True)
