@@ -98,7 +98,8 @@ class LoadStatistics:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs to have the same balance losses; tensors stay on their device."""
-        return {"scope": self.scope, "delay": self.delay, "loads": {i: load.clone() for i, load in self._loads.items()}}
+        loads = {i: load.clone() for i, load in self._loads.items()}
+        return {"scope": self.scope, "delay": self.delay, "first": self._first, "loads": loads}
 
     def load_state_dict(self, state: dict[str, Any], shift: int = 0) -> None:
         """Take over what state_dict gave.
@@ -112,7 +113,7 @@ class LoadStatistics:
                 f"{state['scope']} and {state['delay']}: they must be the same to resume"
             )
         self._loads = {}
-        self._first = max(0, shift)
+        self._first = max(0, state["first"] + shift)
         for index, load_LM in state["loads"].items():
             self._record(index + shift, load_LM)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -68,9 +69,14 @@ def steps_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step_"))
 
 
+def folders(checkpoints: Path) -> list[Path]:
+    """What is named as a checkpoint, the oldest first. A copy under another name is somebody's own."""
+    return [path for path in sorted(checkpoints.glob("step_*")) if re.fullmatch(r"step_\d{8,}", path.name)]
+
+
 def complete(checkpoints: Path) -> list[Path]:
     """Folders of the complete checkpoints, the oldest first."""
-    return [folder for folder in sorted(checkpoints.glob("step_*")) if (folder / MARKER_FILE).is_file()]
+    return [folder for folder in folders(checkpoints) if (folder / MARKER_FILE).is_file()]
 
 
 def newest(checkpoints: Path) -> tuple[int, Path] | None:

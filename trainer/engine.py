@@ -191,21 +191,26 @@ class RoleEngine:
         assert path is not None, f"no checkpoint in {folder}"
         for group, values in zip(self._optimizer.param_groups, own, strict=True):
             group.update(values)
+        if self.stage in (1, 2):
+            self._optimizer.clip_grad = self._clip
         # The rate of the next step, from the recipe's schedule.
         self._schedule.step(self._schedule.last_batch_iteration)
 
     @torch.no_grad()
-    def take_over(self, read: Callable[[str], ParameterState], buffers: dict[str, Tensor], updates: int) -> None:
+    def take_over(
+        self, read: Callable[[str], ParameterState], buffers: dict[str, Tensor], updates: int, fresh: bool = False
+    ) -> None:
         """Load a state that another layout saved. Called by all ranks of the role.
 
         Args:
             read: the whole state of a parameter, by its name in the module.
             buffers: the module's buffers, by name.
-            updates: how often the parameters have been updated.
+            updates: how far the schedule is.
+            fresh: the moments are zeros, and their first update is still to come.
         """
         for name, buffer in self.module.named_buffers():
             buffer.copy_(buffers[name])
-        self._make_moments(updates)
+        self._make_moments(0 if fresh else updates)
         for name, parameter in self.module.named_parameters():
             self._set(parameter, read(name))
         self._schedule.step(updates)
@@ -310,7 +315,9 @@ class FrozenRole:
         self._schedule.step(state["lr_scheduler"]["last_batch_iteration"])
 
     @torch.no_grad()
-    def take_over(self, read: Callable[[str], ParameterState], buffers: dict[str, Tensor], updates: int) -> None:
+    def take_over(
+        self, read: Callable[[str], ParameterState], buffers: dict[str, Tensor], updates: int, fresh: bool = False
+    ) -> None:
         """See `RoleEngine.take_over`; moments are not kept."""
         for name, buffer in self.module.named_buffers():
             buffer.copy_(buffers[name])

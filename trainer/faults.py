@@ -119,6 +119,7 @@ class FaultWatch:
                 _say(f"error: {error}")  # before they join all ranks find the same mistakes
             else:
                 self._leave_last()
+                _say(f"error: {self.name}: {error}")  # still here: rank 0 has not found it
             os._exit(2)
         if isinstance(error, JobError):
             if self._rank == 0:

@@ -172,4 +172,6 @@ def _wait_for_session(leader: int) -> None:
     while _signal_session(leader, 0):
         if time.monotonic() > deadline:
             _signal_session(leader, signal.SIGKILL)
+        with suppress(ChildProcessError):
+            os.waitpid(-leader, os.WNOHANG)  # as a container's first process this one inherits the launcher's children
         time.sleep(_POLL_SECONDS)

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 from pool.topology import Topology
@@ -48,7 +48,7 @@ class Peers:
         self.beat("start-up")
         self._starting = threading.Event()
         threading.Thread(target=self._beat_at_start, daemon=True, name="start-up heartbeat").start()
-        self._store.set(f"peer/{self._rank}", json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
+        self._store.set(f"peer/{self._rank}", json.dumps({"machine": _machine(), "pid": os.getpid()}))
         self._places = [json.loads(self._store.get(self._key(rank))) for rank in self._ranks]
 
     def stop_starting(self) -> None:
@@ -76,8 +76,8 @@ class Peers:
         """Ranks of this machine whose process is gone."""
         if not self._places:
             return []
-        me = self._places[self._rank]["host"]
-        return [r for r, place in enumerate(self._places) if place["host"] == me and not _alive(place["pid"])]
+        me = self._places[self._rank]["machine"]
+        return [r for r, place in enumerate(self._places) if place["machine"] == me and not _alive(place["pid"])]
 
     def patiently(self, call: Callable[[], T], limit: timedelta) -> T:
         """`call()`, given up when a peer of this machine is dead or at the time limit.
@@ -169,6 +169,11 @@ def _in_thread(call: Callable[[], T]) -> Future[T]:
 
     threading.Thread(target=run, daemon=True, name="wait for peers").start()
     return future
+
+
+def _machine() -> str:
+    """Equal where process numbers mean the same processes: containers of one host may share its name."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
 
 
 def _alive(pid: int) -> bool:

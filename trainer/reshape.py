@@ -31,13 +31,13 @@ class SavedRole:
         model_states = sorted((folder / CHECKPOINT_TAG).glob("*mp_rank_00_model_states.pt"))
         self._saved: dict[str, Any] = torch.load(model_states[0], map_location="cpu", mmap=True, weights_only=False)
         self._universal = universal
-        self._frozen = self._saved["optimizer"] is None and not is_partitioned(folder)
-        self._places = {} if self._frozen or is_partitioned(folder) else _optimizer_places(self._saved)
+        self.frozen: bool = self._saved["optimizer"] is None and not is_partitioned(folder)
+        self._places = {} if self.frozen or is_partitioned(folder) else _optimizer_places(self._saved)
 
     def read(self, name: str) -> ParameterState:
         """A parameter and its moments, by its name in the module. What was frozen has moments of zeros."""
         weight = self.weight(name)
-        if self._frozen:
+        if self.frozen:
             return ParameterState(weight, torch.zeros_like(weight), torch.zeros_like(weight))
         if name not in self._places:
             return ParameterState(weight, self._part(name, "exp_avg"), self._part(name, "exp_avg_sq"))
@@ -46,7 +46,7 @@ class SavedRole:
 
     def weight(self, name: str) -> Tensor:
         """A parameter alone, or a buffer. It is mapped: only what is used of it is read."""
-        whole = self._frozen or name in self._places or name in self._saved["buffer_names"]
+        whole = self.frozen or name in self._places or name in self._saved["buffer_names"]
         weight: Tensor = self._saved["module"][name] if whole else self._part(name, "fp32")
         return weight
 
@@ -104,11 +104,12 @@ class SavedCheckpoint:
     def take_over(self, name: str, engine: Engine) -> None:
         """Load role `name` ("trunk" or "pool/shard_N") of this rank."""
         if name == "trunk":
-            engine.take_over(self.trunk.read, self.trunk.buffers, self.trunk.updates)
+            engine.take_over(self.trunk.read, self.trunk.buffers, self.trunk.updates, self.trunk.frozen)
             return
         assert isinstance(engine.module, ExpertShard)
         ids = engine.module.expert_ids
-        engine.take_over(lambda weight: self.read_experts(weight, ids), {}, self._shards[0].updates)
+        first = self._shards[0]
+        engine.take_over(lambda weight: self.read_experts(weight, ids), {}, first.updates, first.frozen)
 
     def load_weights(self, trunk: Trunk, shard: ExpertShard | None) -> None:
         """Only the weights, for use without engines."""

@@ -71,6 +71,20 @@ def check(recipe: Recipe, folder: Path, force: bool) -> list[str]:
     return list(lines.values())
 
 
+def check_data(recipe: Recipe, folder: Path, identity: str, force: bool) -> None:
+    """Whether the data is still that of checkpoint `folder`: files change while the recipe's keys stay.
+
+    Raises:
+        SharedUserError: it is not, and `force` is not set.
+    """
+    saved = json.loads((folder / checkpoint.LAYOUT_FILE).read_text())["data"]
+    if saved != identity and not force:
+        raise SharedUserError(
+            f"data.source = {recipe.data.source}: its text or its tokenizer has changed since checkpoint {folder.name} "
+            f"of {recipe.run.dir}; bring the old back, use another run.dir, or --force to go on with the new"
+        )
+
+
 def _show(value: Any) -> str:
     return json.dumps(value)
 
@@ -119,7 +133,7 @@ def choose(job: Job, recipe: Recipe, checkpoints: Path, force: bool) -> tuple[in
 
 
 def _candidates(checkpoints: Path) -> list[str]:
-    return [folder.name for folder in sorted(checkpoints.glob("step_*"))]
+    return [folder.name for folder in checkpoint.folders(checkpoints)]
 
 
 def _damage(job: Job, folder: Path) -> str | None:
@@ -129,10 +143,8 @@ def _damage(job: Job, folder: Path) -> str | None:
     (found,) = job.sum_over_ranks([float(problem is not None)])
     if not found:
         return None
-    job.publish("damage", problem or "")
-    problems = [text for text in job.look_up("damage") if text]
-    job.barrier()  # before somebody publishes what is wrong with the next one
-    return problems[0]
+    job.publish(f"damage/{folder.name}", problem or "")
+    return next(text for text in job.look_up(f"damage/{folder.name}") if text)
 
 
 def _set_aside(checkpoints: Path, damaged: dict[str, str], chosen: str) -> None:

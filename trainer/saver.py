@@ -1,9 +1,9 @@
 """Saving beside training: training waits only while a checkpoint's state is copied to the host's memory.
 
 A thread of each rank writes, syncs and hashes that rank's files. In every step's reduction over the ranks each says
-whether it still writes; when none does, rank 0 writes the manifest and the marker and gives the folder its name. A save
-that fails anywhere is given up as a whole, said in one line and counted; training goes on, and the next interval tries
-again.
+whether it still writes; when none does, rank 0's thread writes the manifest and the marker and gives the folder its
+name. A save that fails anywhere is given up as a whole, said in one line and counted; training goes on, and the next
+interval tries again.
 """
 
 from __future__ import annotations
@@ -95,6 +95,10 @@ class _Pending:
     stalled: float
     files: dict[str, Future[dict[str, Any]]]
     told: bool = False
+    written: bool = False
+    """By all ranks."""
+    commit: Future[None] | None = None
+    """Rank 0's."""
 
 
 class Saver:
@@ -102,11 +106,20 @@ class Saver:
 
     Args:
         role: this rank's.
+        data: what identifies the prepared data.
         metrics: rank 0's counts and times the checkpoints.
     """
 
-    def __init__(self, job: Job, recipe: Recipe, checkpoints: Path, role: Role, metrics: MetricsServer | None = None):
-        self._job, self._recipe, self._checkpoints, self._role = job, recipe, checkpoints, role
+    def __init__(
+        self,
+        job: Job,
+        recipe: Recipe,
+        checkpoints: Path,
+        role: Role,
+        data: str = "",
+        metrics: MetricsServer | None = None,
+    ):
+        self._job, self._recipe, self._checkpoints, self._role, self._data = job, recipe, checkpoints, role, data
         self._metrics = metrics if job.rank == 0 else None
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: _Pending | None = None
@@ -128,6 +141,7 @@ class Saver:
         job, final = self._job, checkpoint.folder_of(self._checkpoints, steps)
         folder = self._checkpoints / f".{final.name}.partial"
         problem = self._make(folder) if job.rank == 0 else None
+        job.barrier()  # a slow disk has more time than a step
         (failed,) = job.sum_over_ranks([float(problem is not None)])
         if failed:
             if problem is not None:
@@ -157,6 +171,7 @@ class Saver:
         """What rank 0 writes for all: the recipe, the layout, the load."""
         about = {
             "layout": checkpoint.layout_of(self._recipe, self._role.placement),
+            "data": self._data,
             "steps": pending.steps,
             "micro_batches": self._recipe.micro_batches,
         }
@@ -172,10 +187,12 @@ class Saver:
         pending.files[name] = self._thread.submit(_write, path, write)
 
     def vote(self) -> float:
-        """For the step's sum over ranks: 1 while this rank still writes."""
+        """For the step's sum over ranks: 1 while this rank still writes, or commits."""
         pending = self._pending
-        if pending is None or pending.told:
+        if pending is None:
             return 0.0
+        if pending.told:
+            return float(pending.commit is not None and not pending.commit.done())
         if not all(future.done() for future in pending.files.values()):
             return 1.0
         self._tell(pending)
@@ -193,11 +210,24 @@ class Saver:
         pending.told = True
 
     def settle(self, writing: float) -> None:
-        """Complete the checkpoint that is being written if the ranks' votes add up to none that still writes."""
-        if self._pending is not None and not writing:
-            pending, self._pending = self._pending, None
-            if self._job.rank == 0:
-                self._conclude(pending)
+        """Go on with the checkpoint that is being written if the ranks' votes add up to none that still writes."""
+        pending = self._pending
+        if pending is None or writing:
+            return
+        if pending.written:
+            self._end(pending)
+        else:
+            self._begin_commit(pending)
+
+    def _begin_commit(self, pending: _Pending) -> None:
+        pending.written = True
+        if self._job.rank == 0:
+            pending.commit = self._thread.submit(self._conclude, pending)
+
+    def _end(self, pending: _Pending) -> None:
+        if pending.commit:
+            pending.commit.result()
+        self._pending = None
 
     def finish(self) -> bool:
         """Wait until nothing is being written any more; whether the last save succeeded. A collective of all ranks."""
@@ -206,7 +236,10 @@ class Saver:
             if not pending.told:
                 self._tell(pending)
             self._job.barrier()
-            self.settle(0.0)
+            if not pending.written:
+                self._begin_commit(pending)
+            self._end(pending)
+        self._job.barrier()
         (failed,) = self._job.sum_over_ranks([float(self.error is not None)])
         return not failed
 
@@ -216,7 +249,7 @@ class Saver:
         return self.finish()
 
     def _conclude(self, pending: _Pending) -> None:
-        """Rank 0: commit what all ranks have written, or give it up."""
+        """Rank 0, in its thread: commit what all ranks have written, or give it up."""
         reports = [json.loads(text) for text in self._job.look_up("saved")]
         problem = next((report["error"] for report in reports if report["error"]), None)
         if problem is None:
@@ -233,7 +266,10 @@ class Saver:
         if self._metrics:
             seconds = time.perf_counter() - pending.started
             self._metrics.checkpoint_saved(pending.steps, seconds, pending.stalled)
-        self._thread.submit(self._rotate)
+        try:
+            self._rotate()
+        except OSError as error:
+            say(f"warning: an old checkpoint could not be removed: {error.filename}: {error.strerror}")
 
     def _commit(self, pending: _Pending, files: dict[str, Any]) -> None:
         folder = pending.folder

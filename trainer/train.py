@@ -18,7 +18,7 @@ from trainer import checkpoint
 from trainer.config import Recipe
 from trainer.data.batches import SequenceStream, evaluation_steps
 from trainer.data.prepare import PreparedData
-from trainer.errors import START_AGAIN, JobError
+from trainer.errors import START_AGAIN, JobError, UserError
 from trainer.export.initial import load_initial
 from trainer.faults import FaultWatch
 from trainer.job import Job, Launch
@@ -27,7 +27,7 @@ from trainer.metrics import StepScalars
 from trainer.pool_rank import PoolRank
 from trainer.prepare import prepare_for
 from trainer.progress import Progress, say
-from trainer.resume import choose, early_check
+from trainer.resume import check_data, choose, early_check
 from trainer.run_folder import RunFolder
 from trainer.saver import Saver
 from trainer.schedule import schedule_of
@@ -73,14 +73,33 @@ def _train(recipe: Recipe, launch: Launch, watch: FaultWatch, force: bool) -> in
     watch.joined(job)
     watch.phase = "reading checkpoints"
     newest = choose(job, recipe, folder.checkpoints, force)
+    data = agreed_data(job, prepared)
+    if newest:
+        check_data(recipe, newest[1], data, force)
     watch.phase = "start-up"
-    status = _Loop(recipe, job, folder, prepared, watch, newest).run()
+    status = _Loop(recipe, job, folder, prepared, data, watch, newest).run()
     watch.phase = "the end"
     watch.left()
     job.close()
     if launch.rank == 0 and status == 0 and DONE_FILE in os.environ:
         Path(os.environ[DONE_FILE]).touch()
     return status
+
+
+def agreed_data(job: Job, prepared: PreparedData | None) -> str:
+    """What identifies the prepared data, the same on all trunk ranks."""
+
+    def identity() -> str:
+        assert prepared, "rank 0 is a trunk rank"
+        return prepared.identity
+
+    agreed = job.agree("data", identity)
+    if prepared and prepared.identity != agreed:
+        raise UserError(
+            f"data: {job.name} has other prepared data ({prepared.path}) than rank 0: give all nodes the same source, "
+            f"or share data.dir"
+        )
+    return agreed
 
 
 def agreed_placement(job: Job, recipe: Recipe, resumed: Path | None) -> Placement | None:
@@ -138,6 +157,7 @@ class _Loop:
         job: Job,
         folder: RunFolder,
         prepared: PreparedData | None,
+        data: str,
         watch: FaultWatch,
         newest: tuple[int, Path] | None,
     ):
@@ -160,7 +180,7 @@ class _Loop:
         else:
             assert placement is not None, "a dense model has no pool ranks"
             self._role = PoolRank(recipe, job, placement)
-        self._saver = Saver(job, recipe, folder.checkpoints, self._role, self._role.metrics)
+        self._saver = Saver(job, recipe, folder.checkpoints, self._role, data, self._role.metrics)
         self._skipped = 0
         self._held_out_LM = torch.zeros(0)
         job.publish("metrics", f"{job.name}: http://127.0.0.1:{self._role.metrics.port}/metrics")
@@ -181,6 +201,7 @@ class _Loop:
             assert self._prepared, "rank 0 is a trunk rank"
             self._folder.begin(recipe, job.schedule, self._prepared.tokenizer().to_str(), start)
             self._saver.clean()
+        job.barrier()  # loading may take longer on one rank than a step may wait
         progress = Progress(recipe, start, job.look_up("metrics")) if job.rank == 0 else None
         val_loss = math.nan
         self._watch.may_stop = True
@@ -199,6 +220,7 @@ class _Loop:
         self._watch.phase = "the last checkpoint"
         self._finish_saving(last)
         self._watch.may_stop = False
+        self._watch.saved = True
         self._finish(val_loss, max(start, last), progress)
         return 0
 

@@ -69,12 +69,16 @@ def test_what_is_frozen_stays_and_the_rest_learns_as_ever(
         else:
             assert weight.allclose(whole.weights[name], rtol=1e-5, atol=1e-6), name
     assert any(not weight.equal(before.weights[name]) for name, weight in tuned.weights.items())
-    # It goes on in its own layout bit for bit, and in another one.
+    # It goes on in its own layout bit for bit, in another one, and unfrozen: new moments begin anew.
     undisturbed = run_training(recipe(DEDICATED, init_from=exported, freeze=frozen), 3)
     resumed = run_training(recipe(DEDICATED, init_from=exported, freeze=frozen), 3, resume_from=saved)
     assert resumed.scalars == undisturbed.scalars[1:]
     elsewhere = run_training(recipe(COLOCATED, init_from=exported, freeze=frozen), 3, resume_from=saved)
     assert_same(resumed, elsewhere)
+    thawed = run_training(recipe(DEDICATED, init_from=exported), 2, resume_from=saved)
+    moved = {n: float((w - tuned.weights[n]).abs().max()) for n, w in thawed.weights.items()}
+    rate = thawed.scalars[0]["lr"]
+    assert max(moved[n] for n in moved if is_expert(n) == (frozen == "pool")) == pytest.approx(rate, rel=0.3)
 
 
 def test_what_does_not_fit_is_refused(exported: str, run: Path, tmp_path: Path) -> None:
@@ -89,6 +93,14 @@ def test_what_does_not_fit_is_refused(exported: str, run: Path, tmp_path: Path) 
         UserError, match=r"has shape \[24, 20\], .*24 rows|has shape \[20, 24\], by the recipe it has 24"
     ):
         ExportedWeights(wider).check()
+    more = tiny(router=ROUTER | {"top_k": 3}, train={"init_from": exported})
+    with pytest.raises(UserError, match=r"has router.top_k = 2, the recipe 3: another model"):
+        ExportedWeights(more).check()
+    export(run, run / "bare", "safetensors", "float32")
+    ExportedWeights(recipe(COLOCATED, init_from=str(run / "bare"))).check()
+    base = tiny(router=ROUTER, model={"rope_base": 1e4}, train={"init_from": str(run / "bare")})
+    with pytest.raises(UserError, match=r"has model.rope_base = 1000000.0, the recipe 10000.0: another model"):
+        ExportedWeights(base).check()
     with pytest.raises(UserError, match="no export of this trainer"):
         ExportedWeights(recipe(COLOCATED, init_from=str(run)))
     save_recipe(recipe(COLOCATED), tmp_path / "recipe.yaml")

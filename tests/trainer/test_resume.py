@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from tests.distributed import RankFailed, run_ranks
-from tests.training import Outcome, run_training, tiny
+from tests.training import Outcome, assert_same, run_training, tiny
 from trainer import checkpoint
 from trainer.config import Recipe
 from trainer.errors import UserError
-from trainer.resume import changes_mathematics, check, choose
+from trainer.resume import changes_mathematics, check, check_data, choose
 
 RECIPE: dict[str, Any] = {"parallel": {"pool_ranks": 1}}
 
@@ -71,6 +71,26 @@ def test_forced_values_take_effect(saved: Path) -> None:
     assert _norm(resumed) < _norm(only_rate), "more weight decay makes weights smaller"
 
 
+def test_a_forced_clip_holds_at_every_zero_stage(saved: Path) -> None:
+    """DeepSpeed's ZeRO 1 brings the old one back with its state."""
+    clip = {"train": {"clip": 1e-3}}
+    partitioned = run_training(tiny(**RECIPE, **clip), 3, resume_from=saved)
+    whole = run_training(
+        tiny(parallel={"pool_ranks": 1, "trunk_zero": 0, "pool_zero": 0}, **clip), 3, resume_from=saved
+    )
+    assert_same(partitioned, whole)
+    assert partitioned.scalars[0]["grad_norm"] > 1e-2
+
+
+def test_changed_data_is_refused(checkpoints: Path) -> None:
+    folder = checkpoint.folder_of(checkpoints, 2)
+    saved_identity = ""
+    check_data(tiny(), folder, saved_identity, force=False)
+    check_data(tiny(), folder, "another", force=True)
+    with pytest.raises(UserError, match="its text or its tokenizer has changed since checkpoint step_00000002"):
+        check_data(tiny(), folder, "another", force=False)
+
+
 def _norm(outcome: Outcome) -> float:
     return float(sum(weight.square().sum() for weight in outcome.weights.values()))
 
@@ -115,12 +135,17 @@ def test_damage_is_found_and_named(name: str, checkpoints: Path) -> None:
 def test_a_damaged_checkpoint_is_passed_over_with_a_warning(checkpoints: Path) -> None:
     name = "pool/shard_0/state/mp_rank_00_model_states.pt"
     flip_a_bit(checkpoint.folder_of(checkpoints, 2) / name)
+    shutil.copytree(checkpoint.folder_of(checkpoints, 1), checkpoints / "step_00000003.bak")  # somebody's own copy
     (trunk, said), (pool, nothing) = run_ranks(2, chosen, tiny(**RECIPE), checkpoints)
     assert trunk == pool == "step_00000001"
     assert f"WARNING: checkpoint step_00000002 is damaged: {name} has another checksum" in said
     assert "GOING BACK to step_00000001" in said
     assert nothing == ""
-    assert sorted(path.name for path in checkpoints.iterdir()) == ["damaged_step_00000002", "step_00000001"]
+    assert sorted(path.name for path in checkpoints.iterdir()) == [
+        "damaged_step_00000002",
+        "step_00000001",
+        "step_00000003.bak",
+    ]
 
 
 def test_no_whole_checkpoint_is_an_error_not_a_new_start(checkpoints: Path) -> None:

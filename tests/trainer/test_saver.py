@@ -59,7 +59,7 @@ def build(recipe: Recipe, checkpoints: Path) -> tuple[Any, Any, Any]:
     else:
         assert placement
         role = PoolRank(recipe, job, placement)
-    return job, role, Saver(job, recipe, checkpoints, role, role.metrics)
+    return job, role, Saver(job, recipe, checkpoints, role, metrics=role.metrics)
 
 
 def save_without_end(recipe: Recipe, checkpoints: Path) -> None:

@@ -76,6 +76,13 @@ class PreparedData:
     validation: SplitFacts
     test: SplitFacts
 
+    @property
+    def identity(self) -> str:
+        """Of what the model reads, wherever it lies and whenever it was made: the tokenizer and the splits' facts."""
+        facts = {split: asdict(getattr(self, split)) for split in SPLITS}
+        text = self.tokenizer().to_str() + json.dumps(facts, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
     def dataset(self, split: str) -> Dataset:
         """One of SPLITS, memory-mapped: a column `tokens`, rows of seq_len + 1 ids."""
         from datasets import Dataset

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.config import Recipe
+from trainer.config import Recipe, load_recipe
 from trainer.errors import SharedUserError
 from trainer.export.names import Parts, expert_names, trunk_names
 
@@ -18,6 +18,17 @@ if TYPE_CHECKING:
     from trainer.engine import Engine, ParameterState
 
 _FILE = "model.safetensors"
+_CONFIG = {
+    "num_attention_heads": "model.heads",
+    "num_key_value_heads": "model.kv_heads",
+    "rms_norm_eps": "model.norm_eps",
+    "rope_theta": "model.rope_base",
+    "num_expert_groups": "model.groups",
+    "num_experts_per_tok": "router.top_k",
+    "router": "router.kind",
+}
+"""Recipe's keys by their names in config.json."""
+_OF_THE_POOL = {"model.groups", "router.top_k", "router.kind"}
 
 
 class ExportedWeights:
@@ -29,7 +40,7 @@ class ExportedWeights:
 
     def __init__(self, recipe: Recipe):
         self._recipe = recipe
-        folder = Path(str(recipe.train.init_from))
+        self._folder = folder = Path(str(recipe.train.init_from))
         self._where = f"train.init_from = {folder}"
         index = folder / f"{_FILE}.index.json"
         try:
@@ -64,6 +75,7 @@ class ExportedWeights:
         for name in sorted(wanted.keys() ^ self._files.keys()):
             has, lacks = ("the recipe", "the export") if name in wanted else ("the export", "the recipe")
             raise SharedUserError(f"{self._where}: {has} has a tensor {name}, {lacks} has not: another model")
+        self._check_settings()
         for name, rows in wanted.items():
             with self._open(self._files[name]) as file:
                 shape = file.get_slice(name).get_shape()
@@ -72,6 +84,20 @@ class ExportedWeights:
                 raise SharedUserError(
                     f"{self._where}: {name} has shape {shape}, by the recipe it has {rows} rows: another model"
                 )
+
+    def _check_settings(self) -> None:
+        """Settings that no shape tells, by config.json or recipe.yaml."""
+        config = self._folder / "config.json"
+        if config.is_file():
+            said = json.loads(config.read_text())
+            saved = {key: said[name] for name, key in _CONFIG.items() if name in said}
+        else:
+            recipe = load_recipe(str(self._folder / "recipe.yaml"))
+            saved = {key: _value(recipe, key) for key in _CONFIG.values()}
+        for key, value in saved.items():
+            own = _value(self._recipe, key)
+            if own != value and (self._recipe.model.ffn == "pool" or key not in _OF_THE_POOL):
+                raise SharedUserError(f"{self._where}: has {key} = {value}, the recipe {own}: another model")
 
     def read(self, parts: Parts) -> Tensor:
         """A tensor of the trainer's from its exported parts, fp32."""
@@ -98,6 +124,11 @@ class ExportedWeights:
             return _fresh(torch.stack([self.read(expert_names(self._recipe, expert)[weight]) for expert in ids]))
 
         engine.take_over(stacked, {}, 0)
+
+
+def _value(recipe: Recipe, key: str) -> Any:
+    section, name = key.split(".")
+    return getattr(getattr(recipe, section), name)
 
 
 def _fresh(weight: Tensor) -> ParameterState:
