@@ -35,7 +35,7 @@ def run_ranks(
     world_size: int, function: Callable[..., Any], *arguments: Any, time_limit: float = TIME_LIMIT
 ) -> list[Any]:
     """`function(*arguments)` on every rank, with a launcher's environment set. Returns each rank's value, by rank."""
-    environment = _environment(world_size)
+    environment = job_environment(world_size)
     with tempfile.TemporaryDirectory() as folder:
         outcome = [Path(folder) / f"rank{rank}" for rank in range(world_size)]
         processes = [
@@ -55,7 +55,7 @@ def fork_rank(function: Callable[..., Any], *arguments: Any) -> Iterator[Any]:
     """`function(*arguments)` as a job of one rank in a process of its own, killed at the end if it still runs."""
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / "rank0")
-        process = context.Process(target=_rank, args=(0, _environment(1), path, function, arguments), daemon=True)
+        process = context.Process(target=_rank, args=(0, job_environment(1), path, function, arguments), daemon=True)
         process.start()
         try:
             yield process
@@ -64,7 +64,8 @@ def fork_rank(function: Callable[..., Any], *arguments: Any) -> Iterator[Any]:
             process.join()
 
 
-def _environment(world_size: int) -> dict[str, str]:
+def job_environment(world_size: int) -> dict[str, str]:
+    """What a launcher sets on every rank of a job on this machine."""
     return {
         "WORLD_SIZE": str(world_size),
         "LOCAL_SIZE": str(world_size),

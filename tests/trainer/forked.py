@@ -15,9 +15,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from tests.distributed import context
+from tests.distributed import context, job_environment
 from trainer.config import Recipe
-from trainer.launch import free_port
 
 POLL_SECONDS = 0.01
 
@@ -61,14 +60,7 @@ class ForkedJob:
 
     def __init__(self, recipe: Recipe, folder: Path, fault: Fault | None = None):
         world_size = recipe.topology.world_size
-        environment = {
-            "WORLD_SIZE": str(world_size),
-            "LOCAL_SIZE": str(world_size),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(free_port()),
-            "OMP_NUM_THREADS": "1",
-            "DS_ACCELERATOR": "cpu",
-        }
+        environment = job_environment(world_size)
         self.logs = [folder / f"{rank}.log" for rank in range(world_size)]
         self._ranks = [
             context.Process(target=_rank, args=(rank, environment, recipe, str(log), fault), daemon=True)
