@@ -60,7 +60,7 @@ START_UP = "start-up"
 STEP = r"[a-z ]*step [01]"
 WHILE_SAVING = r"(the (checkpoint|evaluation) after step [24]|[a-z ]*step [23])"
 """The other rank goes on while a checkpoint is written."""
-LAST_BARRIER = Place("trainer.job:Job.barrier", number=2)
+LAST_SAVE = Place("trainer.train:_Loop._finish_saving")
 PLACES = {
     "start-up": (START_UP, [Place("trainer.job:Job._cross_group")] * 2),
     "engines": (START_UP, [Place("trainer.metrics:MetricsServer.__init__")] * 2),
@@ -88,7 +88,7 @@ PLACES = {
     ),
     "copying for a save": (WHILE_SAVING, [Place("trainer.engine:RoleEngine.save")] * 2),
     "writing a save": (WHILE_SAVING, [Place("trainer.saver:_write", number=2)] * 2),
-    "last save": ("the (last checkpoint|evaluation after step 4)", [LAST_BARRIER] * 2),
+    "last save": ("the (last checkpoint|evaluation after step 4)", [LAST_SAVE] * 2),
 }
 """Where a fault happens: the phase in which the other rank then is, and the place on a trunk and on a pool rank."""
 
@@ -141,7 +141,7 @@ STOPS = {
     "forward": (POOL, STEP, PLACES["forward"][1][POOL], LIMIT, "does not respond"),
     "step": (TRUNK, STEP, PLACES["step"][1][TRUNK], LIMIT, "does not respond"),
     "evaluation": (POOL, PLACES["evaluation"][0], PLACES["evaluation"][1][POOL], LIMIT, "does not respond"),
-    "last save": (TRUNK, "the last checkpoint", LAST_BARRIER, SAVE_LIMIT, "does not respond"),
+    "last save": (TRUNK, "the last checkpoint", LAST_SAVE, SAVE_LIMIT, "does not respond"),
 }
 
 
