@@ -148,7 +148,7 @@ def _train(
         role.serve(job.schedule.evaluation(recipe.micro_batches), steps)
     result["weights"] = {}
     for engine in engines.values():
-        result["weights"].update(_by_expert(engine.module, engine.full_parameters()))
+        result["weights"].update(_by_expert(engine.module, _full_parameters(engine)))
     job.close()
     return result
 
@@ -165,6 +165,15 @@ def _keep_gradients(role: Any, engines: dict[str, Any], result: dict[str, Any]) 
         return original(number, total_norm)
 
     role.step = step
+
+
+def _full_parameters(engine: Any) -> dict[str, Tensor]:
+    """All parameters by name, whole on every rank, on the host. A collective at ZeRO-3."""
+    import deepspeed
+
+    gathered = deepspeed.zero.GatheredParameters(list(engine.module.parameters()), enabled=engine.stage == 3)
+    with gathered:
+        return {name: p.detach().cpu().clone() for name, p in engine.module.named_parameters()}
 
 
 def _by_expert(module: Any, values: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from trainer.config import Recipe
 from trainer.ds_config import deepspeed_config
 from trainer.model import parameter_groups
-from trainer.monitors import survive_full_disks
+from trainer.monitors import Monitors
 
 CHECKPOINT_TAG = "state"
 """DeepSpeed's name for the folder inside a role's."""
@@ -79,7 +79,7 @@ class RoleEngine:
             config=deepspeed_config(recipe, role, role_size, sum(p.numel() for p in module.parameters())),
             dist_init_required=False,
         )
-        self._monitor = survive_full_disks(self._engine.monitor)
+        self.monitors = Monitors(self._engine.monitor)
         # DeepSpeed leaves the schedule before its first step, where the learning rate is 0.
         self._schedule.step()
 
@@ -154,20 +154,6 @@ class RoleEngine:
     def learning_rate(self) -> float:
         """The rate of the next step."""
         return float(self._optimizer.param_groups[0]["lr"])
-
-    def write_scalars(self, scalars: dict[str, float], step: int) -> None:
-        """Hand scalars to DeepSpeed's monitors (TensorBoard and whatever the JSON enables); role rank 0 writes."""
-        if self._monitor.enabled:
-            self._monitor.write_events([(name, value, step) for name, value in scalars.items()])
-
-    def full_parameters(self) -> dict[str, Tensor]:
-        """All parameters by name, whole on every rank, on the host. A collective at ZeRO-3."""
-        if self.stage != 3:
-            return {name: p.detach().cpu().clone() for name, p in self.module.named_parameters()}
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters(list(self.module.parameters())):
-            return {name: p.detach().cpu().clone() for name, p in self.module.named_parameters()}
 
     def save(self, folder: Path, write: Callable[[Path, Any], None]) -> None:
         """Give this rank's files of the role's checkpoint, copied to the host, to `write(path, state)`.
@@ -259,7 +245,7 @@ class FrozenRole:
         self.stage = 0
         config = deepspeed_config(recipe, role, role_size, 1)
         deepspeed.init_distributed(dist_init_required=False)
-        self._monitor = survive_full_disks(MonitorMaster(get_monitor_config(config)))
+        self.monitors = Monitors(MonitorMaster(get_monitor_config(config)))
         # The other role's rate, for those who ask this one.
         self._optimizer = torch.optim.SGD([torch.zeros(1)], recipe.train.lr)
         schedule = getattr(lr_schedules, config["scheduler"]["type"])
@@ -285,15 +271,6 @@ class FrozenRole:
     def learning_rate(self) -> float:
         """The rate of the next step."""
         return float(self._optimizer.param_groups[0]["lr"])
-
-    def write_scalars(self, scalars: dict[str, float], step: int) -> None:
-        """See `RoleEngine.write_scalars`."""
-        if self._monitor.enabled:
-            self._monitor.write_events([(name, value, step) for name, value in scalars.items()])
-
-    def full_parameters(self) -> dict[str, Tensor]:
-        """All parameters by name, on the host."""
-        return {name: p.detach().cpu().clone() for name, p in self.module.named_parameters()}
 
     def save(self, folder: Path, write: Callable[[Path, Any], None]) -> None:
         """One file for the role, of the form that DeepSpeed's has without ZeRO."""

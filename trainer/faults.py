@@ -62,7 +62,7 @@ class FaultWatch:
 
     def joined(self, job: Job) -> None:
         """The rank has joined `job`: from now on it sends heartbeats and knows its peers."""
-        job.beat(0)
+        job.peers.beat("0")
         self._job = job
         self._heartbeat = threading.Thread(target=self._beat, args=(job,), daemon=True, name="heartbeat")
         self._heartbeat.start()
@@ -77,7 +77,7 @@ class FaultWatch:
         while not self._end.wait(BEAT_SECONDS):
             count += 1
             try:
-                job.beat(count)
+                job.peers.beat(str(count))
             except RuntimeError:  # the store's host is gone: whoever waits for it says so
                 return
 
@@ -102,7 +102,7 @@ class FaultWatch:
         self._leave(f"{got} after {dead} died" if dead else got, 128 + number)
 
     def _dead_peers(self) -> str:
-        return self._names(self._job.dead_peers()) if self._job else ""
+        return self._names(self._job.peers.dead()) if self._job else ""
 
     def _names(self, ranks: list[int]) -> str:
         return ", ".join(self._job.topology.describe(rank) for rank in ranks) if self._job else ""
@@ -135,7 +135,7 @@ class FaultWatch:
             dead = self._dead_peers()
         silent = ""
         if self._job and not dead and "imed out" in str(error):
-            silent = self._names(self._job.silent_peers())
+            silent = self._names(self._job.peers.silent())
         if dead or silent:
             fate = f"{dead} died first" if dead else f"{silent} does not respond"
             _say(f"unipool: {self.name} stops in {self.phase}: {fate} ({type(error).__name__}: {error})")

@@ -18,7 +18,7 @@ from pool.simulate import Costs
 from trainer.config import Recipe
 from trainer.costs import FP32, count_flops, count_parameters
 from trainer.errors import UserError
-from trainer.run_folder import write_whole
+from trainer.whole import write_whole
 
 Above0 = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 AtLeast0 = Annotated[float, Field(ge=0, allow_inf_nan=False)]

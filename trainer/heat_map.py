@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 
-from trainer.run_folder import write_whole
+from trainer.whole import write_whole
 
 _INK, _QUIET, _BAR = "#222222", "#8a8a8a", "#31688e"
 

@@ -110,22 +110,22 @@ class Job:
         self.store, beats = (
             dist.PrefixStore(_attempt() + path, s) for path, s in zip(("", "/beat"), stores, strict=True)
         )
-        self._peers = Peers(self.topology, self.rank, self.store, beats)
+        self.peers = Peers(self.topology, self.rank, self.store, beats)
         try:
-            self._peers.patiently(lambda: self._join(recipe, launch, make), self.start_timeout)
+            self.peers.patiently(lambda: self._join(recipe, launch, make), self.start_timeout)
         except PeerLost:
             raise
         except RuntimeError as error:
-            if lost := self._peers.explain(error):
+            if lost := self.peers.explain(error):
                 raise PeerLost(f"{lost} ({error})") from error
             raise
-        self._peers.stop_starting()
+        self.peers.stop_starting()
 
     def _join(self, recipe: Recipe, launch: Launch, make: Callable[[], Schedule] | None) -> None:
         """Meet the other ranks: agree on the schedule, make the groups. Runs in a thread of its own."""
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-        self._peers.call_roll()
+        self.peers.call_roll()
         text = self.agree("schedule", lambda: (make() if make else make_schedule(recipe)).to_json())
         agreed = Schedule.from_json(recipe, text)
         if agreed is None:
@@ -181,7 +181,7 @@ class Job:
 
     def ask(self, key: str) -> str:
         """What some rank told; waits for it."""
-        value = self._peers.patiently(lambda: self.store.get(key), self.start_timeout)
+        value = self.peers.patiently(lambda: self.store.get(key), self.start_timeout)
         return value.decode()
 
     def publish(self, key: str, value: str) -> None:
@@ -203,18 +203,6 @@ class Job:
         options = dist.AllreduceOptions()
         options.timeout = self.start_timeout
         self._control.allreduce([torch.zeros(1)], options).wait(self.start_timeout)
-
-    def dead_peers(self) -> list[int]:
-        """Ranks of this machine whose process is gone."""
-        return self._peers.dead()
-
-    def beat(self, count: int) -> None:
-        """Tell the other ranks that this process runs."""
-        self._peers.beat(str(count))
-
-    def silent_peers(self) -> list[int]:
-        """Ranks that have stopped to send heartbeats; takes some seconds."""
-        return self._peers.silent()
 
     def close(self) -> None:
         """Leave the job. Threads of a group that is still open at the interpreter's end would abort the process."""

@@ -8,21 +8,27 @@ from typing import Any
 from trainer.progress import say
 
 
-def survive_full_disks(monitor: Any) -> Any:
-    """`monitor` such that a disk that is full or gone ends them, not training."""
-    write, report = monitor.write_events, threading.excepthook
+class Monitors:
+    """DeepSpeed's `monitor`, to which its engine writes too: a disk that is full or gone ends it, not training."""
 
-    def write_events(events: list[Any]) -> None:
+    def __init__(self, monitor: Any):
+        self._monitor = monitor
+        self._write_events, self._report = monitor.write_events, threading.excepthook
+        monitor.write_events, threading.excepthook = self._write, self._report_others
+
+    def write(self, scalars: dict[str, float], step: int) -> None:
+        """Scalars of a step; role rank 0 writes."""
+        if self._monitor.enabled:
+            self._write([(name, value, step) for name, value in scalars.items()])
+
+    def _write(self, events: list[tuple[str, float, int]]) -> None:
         try:
-            write(events)
+            self._write_events(events)
         except OSError as error:
-            monitor.enabled = False
+            self._monitor.enabled = False
             say(f"warning: TensorBoard and other monitors are off until the next start ({error.strerror})")
 
-    def report_others(failure: threading.ExceptHookArgs) -> None:
+    def _report_others(self, failure: threading.ExceptHookArgs) -> None:
         # TensorBoard's thread hands its exception on to the next `write_events`.
         if not type(failure.thread).__module__.startswith("tensorboard."):
-            report(failure)
-
-    monitor.write_events, threading.excepthook = write_events, report_others
-    return monitor
+            self._report(failure)

@@ -13,6 +13,7 @@ from trainer.config import Recipe, save_recipe
 from trainer.errors import UserError
 from trainer.progress import say
 from trainer.schedule import Schedule
+from trainer.whole import write_whole
 
 TOKENIZER_FILE = "tokenizer.json"
 
@@ -85,12 +86,3 @@ class RunFolder:
 
 def _is_before(record: dict[str, Any], done_steps: int) -> bool:
     return int(record["step"]) < done_steps + ("val_loss" not in record)
-
-
-def write_whole(path: Path, write: Any) -> None:
-    """Let `write(temporary_path)` write a file, then put it in place: it appears whole or not at all."""
-    temporary = path.with_name(f".{path.name}.partial")
-    write(temporary)
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)

@@ -27,6 +27,7 @@ from trainer import checkpoint
 from trainer.config import Recipe, recipe_text
 from trainer.job import Job
 from trainer.progress import say
+from trainer.whole import to_disk
 
 if TYPE_CHECKING:
     from trainer.checkpoint import Role
@@ -75,14 +76,6 @@ def _write(path: Path, write: Callable[[Any], None]) -> dict[str, Any]:
 
 def _write_text(text: str, file: Any) -> None:
     file.write(text.encode())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @dataclass
@@ -279,14 +272,14 @@ class Saver:
         manifest = json.dumps({"steps": pending.steps, "files": files}, indent=1)
         facts = _write(folder / checkpoint.MANIFEST_FILE, partial(_write_text, manifest))
         for inner in (path for path in folder.rglob("*") if path.is_dir()):
-            _sync_folder(inner)
+            to_disk(inner)
         _write(folder / checkpoint.MARKER_FILE, partial(_write_text, facts["sha256"]))
-        _sync_folder(folder)
+        to_disk(folder)
         final = checkpoint.folder_of(self._checkpoints, pending.steps)
         if final.exists():
             self._remove(final)
         folder.rename(final)
-        _sync_folder(self._checkpoints)
+        to_disk(self._checkpoints)
 
     def _report_failure(self, steps: int, problem: str) -> None:
         self.error = problem

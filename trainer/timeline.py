@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from pool.replay import Intervals, Replay, Work
 from pool.topology import Topology
-from trainer.run_folder import write_whole
+from trainer.whole import write_whole
 
 _INK, _QUIET, _IDLE = "#222222", "#8a8a8a", "#e8e8e8"
 _FORWARD, _BACKWARD, _HEAD, _WEIGHT_GRADIENTS = "#31688e", "#e08a3c", "#440154", "#35a06b"

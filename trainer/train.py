@@ -88,13 +88,9 @@ def _train(recipe: Recipe, launch: Launch, watch: FaultWatch, force: bool) -> in
 
 def agreed_data(job: Job, prepared: PreparedData | None) -> str:
     """What identifies the prepared data, the same on all trunk ranks."""
-
-    def identity() -> str:
-        assert prepared, "rank 0 is a trunk rank"
-        return prepared.identity
-
-    agreed = job.agree("data", identity)
-    if prepared and prepared.identity != agreed:
+    own = prepared.identity if prepared else ""
+    agreed = job.agree("data", lambda: own)  # rank 0 is a trunk rank
+    if prepared and own != agreed:
         raise UserError(
             f"data: {job.name} has other prepared data ({prepared.path}) than rank 0: give all nodes the same source, "
             f"or share data.dir"

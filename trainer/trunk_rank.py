@@ -136,11 +136,13 @@ class TrunkRank:
     def _gather(self, results: list[MicroBatchResult]) -> None:
         """The step's scalars and load over all trunk ranks: one reduction."""
         ranks = self._job.topology.trunk_ranks
-        self._losses = [float(r.loss) for r in results]
+        self._losses = []
         scalars = torch.zeros(3, dtype=torch.float64)
         load_LM = torch.zeros_like(self.load_LM)
         for r in results:
-            scalars += torch.stack((r.loss, r.balance_loss, r.z_loss)).double().cpu()
+            of_micro_batch = torch.stack((r.loss, r.balance_loss, r.z_loss)).double().cpu()
+            self._losses.append(float(of_micro_batch[0]))
+            scalars += of_micro_batch
             load_LM += r.tokens_per_expert_LM.cpu()
         together = torch.cat((scalars / (len(results) * ranks), load_LM.double().flatten()))
         if ranks > 1:
@@ -254,7 +256,7 @@ class TrunkRank:
 
     def write_scalars(self, scalars: dict[str, float], step: int) -> None:
         """To DeepSpeed's monitors."""
-        self.engines["trunk"].write_scalars({k: v for k, v in scalars.items() if math.isfinite(v)}, step)
+        self.engines["trunk"].monitors.write({k: v for k, v in scalars.items() if math.isfinite(v)}, step)
 
     def state_dict(self) -> dict[str, Any]:
         """What the engines do not hold, as copies."""

@@ -1,10 +1,10 @@
-"""Folders that appear whole or not at all."""
+"""Files and folders that appear whole or not at all."""
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,15 +22,26 @@ def whole_folder(path: Path) -> Iterator[Path]:
     try:
         yield partial
         for file in (*partial.iterdir(), partial):
-            _to_disk(file)
+            to_disk(file)
         os.rename(partial, path)
-        _to_disk(path.parent)
+        to_disk(path.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
 
 
-def _to_disk(path: Path) -> None:
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write(temporary_path)` write a file, then put it in place: it appears whole or not at all."""
+    temporary = path.with_name(f".{path.name}.partial")
+    write(temporary)
+    to_disk(temporary)
+    temporary.replace(path)
+
+
+def to_disk(path: Path) -> None:
+    """Bring a file, or the names in a folder, from the system's cache to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

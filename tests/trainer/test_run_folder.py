@@ -14,7 +14,7 @@ import pytest
 
 from tests.distributed import run_ranks
 from tests.training import tiny
-from trainer.monitors import survive_full_disks
+from trainer.monitors import Monitors
 from trainer.run_folder import RunFolder
 
 
@@ -60,7 +60,7 @@ def test_monitors_end_alone(capsys: pytest.CaptureFixture[str]) -> None:
     def write_events(events: list[Any]) -> None:
         raise OSError(28, "No space left on device")
 
-    monitor = survive_full_disks(SimpleNamespace(write_events=write_events, enabled=True))
-    monitor.write_events([("loss", 1.0, 1)])
+    monitor = SimpleNamespace(write_events=write_events, enabled=True)
+    Monitors(monitor).write({"loss": 1.0}, 1)
     assert not monitor.enabled
     assert "monitors are off until the next start (No space left on device)" in capsys.readouterr().err
