@@ -128,14 +128,14 @@ class LocalJob:
         if self._launcher is None:
             return
         ranks = list(_ranks(self._launcher.pid))
-        save = first and number != signal.SIGINT
-        for rank in ranks:
-            # Not to the deepspeed launcher: its handler would leave the ranks 30 s to save, and says 1 for any status.
-            with suppress(psutil.NoSuchProcess):
-                rank.send_signal(number if save else signal.SIGINT)  # at which a rank leaves whatever it does
-        if not (save and ranks):
+        save = bool(ranks) and first and number != signal.SIGINT
+        if not save:
             # The deepspeed launcher does not pass signals on by itself; every process of its session gets this one.
             _signal_session(self._launcher.pid, signal.SIGTERM)
+        for rank in ranks:
+            # To save, only to them: the launcher's handler would leave them 30 s for it, and says 1 for any status.
+            with suppress(psutil.NoSuchProcess):
+                rank.send_signal(number if save else signal.SIGINT)  # at which a rank leaves whatever it does
 
 
 def _ranks(launcher: int) -> Iterator[psutil.Process]:

@@ -26,6 +26,7 @@ def leave(number, _):
     sys.exit(75)
 for number in (signal.SIGTERM, signal.SIGUSR1):
     signal.signal(number, leave if "{heeds}" else signal.SIG_IGN)
+signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # without a word, as a rank does in the middle of leaving
 os.write(1, b"rank is there\\n")
 time.sleep(60)
 """
