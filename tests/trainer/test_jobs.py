@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 import urllib.request
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pytest
 
 from tests.trainer.job import (
     EXTENSIONS,
+    TIME_LIMIT,
     run,
     started,
     steps,
@@ -24,6 +26,14 @@ from tests.trainer.job import (
 )
 from trainer.config import load_recipe
 from trainer.launch import free_port
+from trainer.metrics import CATALOGUE, parse
+from trainer.usage import ACTIVITIES
+
+NOT_IN_A_FIRST_STEP = {
+    *("unipool_validation_loss_nats", "unipool_checkpoint_duration_seconds", "unipool_checkpoint_stall_seconds"),
+    "unipool_layer_expert_tokens",
+}
+"""Metrics of evaluations, checkpoints, and one that is opt-in."""
 
 LONG = ("--set", "train.steps=100000", "--set", "eval.every=0")
 
@@ -136,6 +146,17 @@ def test_resume_in_another_layout_and_placement(recipe: str, folder: Path) -> No
     assert {path.name for path in (run_dir / "checkpoints").iterdir()} == {"step_00000002", "step_00000004"}
 
 
+def scraped(url: str) -> dict[str, list[tuple[dict[str, str], float]]]:
+    """A rank's page, after its first step at the earliest."""
+    deadline = time.monotonic() + TIME_LIMIT
+    while True:
+        samples = parse(urllib.request.urlopen(url, timeout=10).read().decode())
+        if "unipool_steps_total" in samples:
+            return samples
+        assert time.monotonic() < deadline, samples
+        time.sleep(0.05)
+
+
 def test_metrics_of_every_rank(recipe: str, folder: Path) -> None:
     with started(sys.executable, "-m", "trainer", "train", recipe, *LONG, "--set", f"run.dir={folder / 'scraped'}") as (
         _,
@@ -143,13 +164,23 @@ def test_metrics_of_every_rank(recipe: str, folder: Path) -> None:
     ):
         urls = re.findall(r"metrics: rank . \((\w+).*?\): (http\S+)", wait_for(log, "step 1/"))
         assert [role for role, _ in urls] == ["trunk", "pool"]
-        trunk, pool = (urllib.request.urlopen(url, timeout=10).read().decode() for _, url in urls)
-    for name in ("loss_nats", "tokens_per_second", "gradient_norm", "load_imbalance_ratio", "steps_total"):
-        assert re.search(rf'^unipool_{name}{{rank="0",role="trunk"}} [\d.e+-]+$', trunk, re.M), name
-    served = re.findall(r'^unipool_expert_tokens_total{expert="(\d)"} ([\d.e+]+)$', pool, re.M)
-    assert [expert for expert, _ in served] == list("01234567")
+        trunk, pool = (scraped(url) for _, url in urls)
+        targets = json.loads((folder / "scraped" / "targets.json").read_text())
+    assert targets == [{"targets": [url.split("/")[2] for _, url in urls], "labels": {"run": "scraped"}}]
+    samples = trunk | pool
+    assert {name for name in samples if name.startswith("unipool_")} == {
+        metric.name + ("_total" if metric.kind == "counter" else "")
+        for metric in CATALOGUE
+        if metric.name not in NOT_IN_A_FIRST_STEP
+    }
+    served = samples["unipool_expert_tokens_total"]
+    assert [labels["expert"] for labels, _ in served] == list("01234567")
+    assert served == samples["unipool_expert_gradients_total"]
+    for page in (trunk, pool):
+        assert {labels["activity"] for labels, _ in page["unipool_activity_seconds_total"]} == set(ACTIVITIES)
+        assert all(seconds >= 0 for _, seconds in page["unipool_activity_seconds_total"])
     tokens_of_a_step = 8 * 32 * 2
-    assert sum(float(tokens) for _, tokens in served) % tokens_of_a_step == 0
+    assert sum(tokens for _, tokens in served) % tokens_of_a_step == 0
 
 
 def test_a_port_that_is_taken(recipe: str, folder: Path) -> None:
