@@ -12,6 +12,7 @@ import time
 import urllib.request
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.trainer.job import (
@@ -72,13 +73,44 @@ def test_train_shows_and_leaves_what_it_promises(
     ):
         assert re.search(line, reference.stdout), line
     assert (run_dir / "load.png").read_bytes().startswith(b"\x89PNG")
-    assert list((run_dir / "tensorboard").glob("events.*"))
+    assert not (run_dir / "targets.json").exists(), "the run has ended: nobody serves metrics"
+    load_LM = np.load(run_dir / "load.npy")
+    assert load_LM.shape == (2, 8) and load_LM.sum(1).tolist() == pytest.approx([8 * 32] * 2, abs=4)
     saved = {path.name for path in (run_dir / "checkpoints" / "step_00000004").iterdir()}
     assert saved == {"trunk", "pool", "recipe.yaml", "layout.json", "load.npy", "manifest.json", "COMPLETE"}
     assert json.loads((run_dir / "plan.json").read_text())["lanes"] >= 1
     assert load_recipe(str(run_dir / "recipe.yaml")) == load_recipe(recipe)
     assert [line["step"] for line in steps(run_dir)] == [1, 2, 2, 3, 4, 4]
     assert steps(run_dir)[4]["loss"] < steps(run_dir)[0]["loss"]
+
+
+@pytest.mark.usefixtures("reference")
+def test_the_same_scalars_go_everywhere(folder: Path) -> None:
+    """metrics.jsonl, TensorBoard with the load's picture, and CSV files where the recipe asks for them."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    trained = [line for line in lines if "loss" in line]
+    for line in trained:
+        for side in ("trunk", "pool"):
+            parts = [line[f"{side}_{activity}"] for activity in ACTIVITIES]
+            assert min(parts) >= 0 and sum(parts) == pytest.approx(1)
+        assert 1 <= line["distinct_experts"] <= 2 and line["shard_imbalance"] == 1
+        assert line["layer_imbalance"] == pytest.approx(sum(line["layer_imbalances"]) / 2)
+    board = EventAccumulator(str(folder / "run" / "tensorboard"))
+    board.Reload()
+    for name, values in {
+        "train/loss": [(line["step"], line["loss"]) for line in trained],
+        "train/pool_waiting": [(line["step"], line["pool_waiting"]) for line in trained],
+        "layer_imbalance/1": [(line["step"], line["layer_imbalances"][1]) for line in trained],
+        "eval/val_loss": [(line["step"], line["val_loss"]) for line in lines if "val_loss" in line],
+    }.items():
+        got = [(event.step, event.value) for event in board.Scalars(name)]
+        assert got == [(step, pytest.approx(value, rel=1e-6)) for step, value in values], name
+    assert [image.step for image in board.Images("load")] == [2, 4]
+    assert board.Images("load")[0].encoded_image_string.startswith(b"\x89PNG")
+    rows = (folder / "run" / "csv" / "train_loss.csv").read_text().splitlines()
+    assert [float(row.split(",")[1]) for row in rows[1:]] == pytest.approx([line["loss"] for line in trained])
 
 
 @pytest.mark.usefixtures("reference")
