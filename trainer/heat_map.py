@@ -27,16 +27,22 @@ def write_heat_map(tokens_per_expert_LM: NDArray[np.integer], path: Path, title:
         tokens_per_expert_LM: assignments of each layer to the experts that it sees (L, M / groups).
         groups: sub-pools across depth; the picture is over all M experts, grey where a layer does not reach.
     """
+    figure = draw_heat_map(tokens_per_expert_LM, title, groups)
+    canvas = FigureCanvasAgg(figure)
+    write_whole(path, lambda temporary: canvas.print_figure(temporary, format="png"))
+
+
+def draw_heat_map(tokens_per_expert_LM: NDArray[np.integer], title: str, groups: int = 1) -> Figure:
+    """That picture as a figure; arguments as for `write_heat_map`."""
     tokens_LM = over_all_experts(tokens_per_expert_LM, groups)
     layers, experts = tokens_LM.shape
     width, height = float(np.clip(3 + 0.09 * experts, 8, 20)), float(np.clip(2.6 + 0.24 * layers, 4.2, 12))
     figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
     map_axes, bar_axes = figure.subplots(2, 1, sharex=True, height_ratios=(height - 2.1, 1.3))
     _draw_shares(figure, map_axes, tokens_LM)
     _draw_totals(bar_axes, tokens_LM)
     map_axes.set_title(title, loc="left", color=_INK, fontsize=12)
-    write_whole(path, lambda temporary: canvas.print_figure(temporary, format="png"))
+    return figure
 
 
 def over_all_experts(tokens_per_expert_LM: NDArray[np.integer], groups: int) -> NDArray[np.float64]:

@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, disable_created_metrics, start_http_server
+from prometheus_client.parser import text_string_to_metric_families
 from torch import Tensor
 
 from trainer.errors import UserError
@@ -119,3 +120,16 @@ class MetricsServer:
         if name not in self._counters:
             self._counters[name] = Counter(name, text, list(self._labels), registry=self._registry)
         self._counters[name].labels(**self._labels).inc(amount)
+
+
+def parse(text: str) -> dict[str, list[tuple[dict[str, str], float]]]:
+    """(labels, value) of a scraped page by sample name.
+
+    Raises:
+        ValueError: the text is no page of metrics.
+    """
+    samples: dict[str, list[tuple[dict[str, str], float]]] = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            samples.setdefault(sample.name, []).append((sample.labels, sample.value))
+    return samples
