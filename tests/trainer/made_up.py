@@ -22,7 +22,7 @@ SHARES = {"trunk": (0.9, 0.05, 0.03, 0.02), "pool": (0.5, 0.4, 0.06, 0.04)}
 def skewed(experts: int) -> list[int]:
     """Assignments a step: some experts have many, expert 3 none."""
     load = np.random.default_rng(0).gamma(2.0, 60.0, experts).astype(int) + 1
-    load[3] = 0
+    load[3:4] = 0
     return [int(tokens) for tokens in load]
 
 

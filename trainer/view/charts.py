@@ -152,7 +152,8 @@ def draw_load(load_LM: NDArray[np.int64], groups: int) -> str:
     reached = [row[(layer * groups // layers) * size :][:size] for layer, row in enumerate(load_LM)]
     figure = draw_heat_map(np.stack(reached), "", groups)
     figure.patch.set_alpha(0)
-    figure.axes[1].patch.set_alpha(0)  # the bars; what is behind the map shows where a layer does not reach
+    for axes in figure.axes[1:]:  # not the map: what is behind it shows where a layer does not reach
+        axes.patch.set_alpha(0)
     least = round(_LEAST_SCALE * figure.get_figwidth() * 72)
     return _svg(figure, "load").replace("<svg", f'<svg style="min-width: {least}px"', 1)
 

@@ -23,6 +23,8 @@ _TALLEST_CURVE = 6
 _NO_LIMIT = 60
 """Lines of a frame that goes to a file."""
 
+_TITLE = {"layers", "experts", "top_k", "router", "trunk_ranks", "pool_ranks", "precision"}
+
 Cell = tuple[str, str, str]
 """Name, text and style of a fact."""
 
@@ -45,7 +47,7 @@ class Frame:
 def frame_lines(view: View, width: int, height: int) -> list[Text]:
     """The frame's lines. The sections' order is their importance: a low terminal cuts the last."""
     head = [_title(view, width), *_progress(view, width), *_flow(_facts(view), width)]
-    head += [_cut(Text(f"! {note}", style="bold bright_red"), width) for note in view.notes]
+    head += [Text(f"! {note}", style="bold bright_red") for note in view.notes]
     sides = _sides(view, width)
     load_facts = _flow(_load_facts(view), width) if view.experts else []
     shards = _shards(view, width)
@@ -63,7 +65,7 @@ def frame_lines(view: View, width: int, height: int) -> list[Text]:
     lines = [*head, *_loss(view, width, curve), *sides[:-1], *ranks, *sides[-1:]]
     if view.experts:
         lines += [_rule("load of the experts", view.window, width), *load_facts, *_bars(view, width, room)]
-    return [*lines, *shards]
+    return [_cut(line, width) for line in (*lines, *shards)]
 
 
 def duration(seconds: float) -> str:
@@ -80,7 +82,7 @@ def duration(seconds: float) -> str:
 def _title(view: View, width: int) -> Text:
     i = view.info
     about = []
-    if i.get("layers"):
+    if i.keys() >= _TITLE:
         pooled = i.get("experts", "0") != "0"
         about.append(f"{i['layers']} layers" + (f", {i['experts']} experts, top-{i['top_k']} {i['router']}" * pooled))
         colocated = i["pool_ranks"] == "0"
@@ -91,7 +93,7 @@ def _title(view: View, width: int) -> Text:
     for part in about:
         if len(title) + len(part) + 3 <= width:
             title.append(f" · {part}", style="dim")
-    return _cut(title, width)
+    return title
 
 
 def _state_style(state: str) -> str:
@@ -168,7 +170,7 @@ def _sides(view: View, width: int) -> list[Text]:
         most, use = max(waiting, key=lambda pair: pair[0])
         if most > view.roles[use.role]["waiting"] + 0.1:
             sentence += f" {use.role.capitalize()} rank {use.rank} waits most: {most:.0%}."
-    return [*lines, _cut(Text(sentence, style="bold"), width)]
+    return [*lines, Text(sentence, style="bold")]
 
 
 def _rank_lines(view: View, width: int) -> list[Text]:
@@ -229,7 +231,7 @@ def _bars(view: View, width: int, room: int) -> list[Text]:
     above = " or more" if max(known) > full else ""
     legend = f"{each}; full: {full / mean:.1f} x mean{above}, {full:,.0f} tokens a step" if mean else each
     legend += "; x: dead" * (0 in known) + "; ?: silent" * (len(known) < len(view.experts))
-    return [*lines, _cut(Text(" " * label + legend, style="dim"), width)]
+    return [*lines, Text(" " * label + legend, style="dim")]
 
 
 def _bar_lines(view: View, bars: Sequence[float], first: int, g: Grid, mean: float, full: float) -> list[Text]:
@@ -284,7 +286,7 @@ def _flow(cells: Sequence[Cell], width: int) -> list[Text]:
             lines[-1].append("   ").append_text(cell)
         else:
             lines.append(cell)
-    return [_cut(line, width) for line in lines]
+    return lines
 
 
 def _rule(title: str, aside: str, width: int, legend: Text | None = None) -> Text:
@@ -294,7 +296,7 @@ def _rule(title: str, aside: str, width: int, legend: Text | None = None) -> Tex
         line.append_text(Text.assemble(("── ", "dim"), legend))
     if aside:
         line.append_text(Text.assemble(("── ", "dim"), (f"{aside} ", "dim")))
-    return _cut(line.append("─" * max(width - len(line), 0), style="dim"), width)
+    return line.append("─" * max(width - len(line), 0), style="dim")
 
 
 def _label_width(view: View) -> int:

@@ -59,18 +59,18 @@ def page_url(text: str) -> str:
         good = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 80) > 0
     except ValueError:
         good = False
-    if not good or any(letter.isspace() for letter in text):
+    if not good or " " in text or not text.isprintable():
         raise UserError(f"{text}: neither a run's folder nor a page, as in http://host:9400/metrics or host:9400")
     return url if parts.path not in ("", "/") else f"{parts.scheme}://{parts.netloc}/metrics"
 
 
-def targets(run: Path) -> list[str]:
-    """URLs of the pages of a run that goes on or has crashed, in rank order; none once it has ended."""
+def targets(run: Path) -> tuple[list[str], str]:
+    """URLs of the pages of a run that goes on or has crashed, in rank order, and its name; none once it has ended."""
     try:
-        groups = json.loads((run / TARGETS_FILE).read_text())
-        return [page_url(address) for group in groups for address in group["targets"]]
+        (group,) = json.loads((run / TARGETS_FILE).read_text())
+        return [page_url(address) for address in group["targets"]], str(group["labels"]["run"])
     except (OSError, ValueError, TypeError, KeyError, UserError):
-        return []
+        return [], ""
 
 
 def fetch(urls: Sequence[str]) -> list[Page]:

@@ -129,7 +129,7 @@ class Follower:
             roles={role: _mean_shares([use.shares for use in ranks if use.role == role]) for role in ROLES},
             ranks=ranks,
             experts=self._experts(answered),
-            layers=tuple(number for _, number in _by_label(first.samples, "layer")) if first else (),
+            layers=_by_layer(first.samples) if first else (),
             losses=tuple(loss for _, loss in self._losses),
             window=step_text(self._windows[(first or answered[0]).url] if answered else None),
             notes=tuple(self._notes(pages)),
@@ -138,7 +138,7 @@ class Follower:
     def _scalars(self, page: Page) -> dict[str, float]:
         samples = page.samples
         for labels, _ in samples.get("unipool_run_info", ()):
-            self._info = labels
+            self._info = {name: "".join(filter(str.isprintable, text)) for name, text in labels.items()}
         scalars = {name: value(samples, metric, 0.0) for name, metric in _GAUGES.items() if metric in samples}
         saved = value(samples, "unipool_checkpoint_timestamp_seconds", 0.0)
         if saved:
@@ -168,11 +168,12 @@ class Follower:
         load: dict[int, float] = {}
         for page in answered:
             for expert, tokens in self._windows[page.url].a_step("unipool_expert_tokens_total", "expert").items():
-                load[int(expert)] = load.get(int(expert), 0.0) + tokens
+                if expert.isdecimal():
+                    load[int(expert)] = load.get(int(expert), 0.0) + tokens
         if not load:
             return ()
         known = self._info.get("experts", "")
-        experts = max(int(known) if known.isdigit() else 0, max(load) + 1)
+        experts = max(int(known) if known.isdecimal() else 0, max(load) + 1)
         return tuple(load.get(expert, math.nan) for expert in range(experts))
 
     def _notes(self, pages: Sequence[Page]) -> list[str]:
@@ -226,13 +227,14 @@ def recorded_view(run: Path, records: Records, state: str, notes: Sequence[str] 
 
 def _role_and_rank(samples: Samples) -> tuple[str, int]:
     for labels, _ in samples.get("unipool_steps_total", ()):
-        if labels.get("role") in ROLES and labels.get("rank", "").isdigit():
+        if labels.get("role") in ROLES and labels.get("rank", "").isdecimal():
             return labels["role"], int(labels["rank"])
     return "trunk", 0
 
 
-def _by_label(samples: Samples, label: str) -> list[tuple[str, float]]:
-    return sorted((labels[label], number) for labels, number in samples.get("unipool_layer_load_imbalance_ratio", ()))
+def _by_layer(samples: Samples) -> tuple[float, ...]:
+    found = samples.get("unipool_layer_load_imbalance_ratio", ())
+    return tuple(number for _, number in sorted((labels.get("layer", ""), number) for labels, number in found))
 
 
 def _mean_shares(ranks: Sequence[Shares]) -> Shares:

@@ -17,7 +17,7 @@ from rich.live import Live
 
 from trainer.errors import UserError
 from trainer.view.frame import Frame
-from trainer.view.pages import Page, fetch, page_url, targets
+from trainer.view.pages import TARGETS_FILE, Page, fetch, page_url, targets
 from trainer.view.records import Records, is_run, saved_recipe
 from trainer.view.view import Follower, View, recorded_view
 
@@ -96,12 +96,15 @@ class _Run:
         self._follower = Follower()
 
     def look(self) -> View:
-        urls = targets(self._folder)
+        urls, name = targets(self._folder)
         pages = fetch(urls)
         self._records.read()
         view = self._follower.view(pages)
-        if not any(not page.error for page in pages):
-            return recorded_view(self._folder, self._records, self._state(bool(urls)), view.notes)
+        notes, live = view.notes, any(not page.error for page in pages)
+        if live and view.run not in ("", name):  # a crashed run's ports, which another one has now
+            notes, live = (f"{TARGETS_FILE} names pages that are of another run now: {view.run}",), False
+        if not live:
+            return recorded_view(self._folder, self._records, self._state(bool(urls)), notes)
         scalars = dict(view.scalars)
         if self._records.val_losses:
             scalars["val_loss"] = self._records.val_losses[-1]
