@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
+from trainer.usage import ACTIVITIES
 from trainer.view.bars import GROUP, Grid, column, gauge, grid, spark, stacked
-from trainer.view.rates import ACTIVITIES, Shares
+from trainer.view.rates import Shares
 from trainer.view.view import View, who_waits
 
 _MARKS = {"computing": "█", "waiting": "░", "wire": "▓", "optimizer": "▒"}

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from trainer.usage import ACTIVITIES
 from trainer.view.pages import Samples
-
-ACTIVITIES = ("computing", "waiting", "wire", "optimizer")
-"""What a rank's time is spent on, as the metrics name it."""
 
 Shares = Mapping[str, float]
 """Of ACTIVITIES, summing to 1; empty where they are not known."""

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 from trainer import checkpoint
 from trainer.config import Recipe, load_recipe
 from trainer.errors import UserError
+from trainer.usage import ACTIVITIES
 from trainer.view.pages import TARGETS_FILE
-from trainer.view.rates import ACTIVITIES, Shares
+from trainer.view.rates import Shares
 
 if TYPE_CHECKING:
     import numpy as np

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from trainer import checkpoint
+from trainer.usage import ACTIVITIES
 from trainer.view.pages import Page, Samples
-from trainer.view.rates import ACTIVITIES, Shares, Window, value
+from trainer.view.rates import Shares, Window, value
 from trainer.view.records import RECENT, ROLES, Records, facts_of, recorded_load, saved_recipe
 
 _GAUGES = {
