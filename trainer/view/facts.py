@@ -12,7 +12,7 @@ from trainer.config import Recipe
 from trainer.costs import count_parameters
 from trainer.plan import human
 from trainer.view.frame import duration
-from trainer.view.records import RECENT, ROLES, Records, facts_of
+from trainer.view.records import CHECKPOINTS, RECENT, ROLES, Records, facts_of
 
 Facts = list[tuple[str, str]]
 """Name and value."""
@@ -66,7 +66,7 @@ def outcome(run: Path, records: Records) -> Facts:
     skipped = [second for second, done in zip(seconds, applied, strict=False) if done == 0]
     lost = f"{len(skipped):,}, {duration(sum(skipped))}" if skipped else "none"
     facts.append(("steps skipped, gradients not finite", lost))
-    saved = checkpoint.complete(run / "checkpoints")
+    saved = checkpoint.complete(run / CHECKPOINTS)
     facts.append(("checkpoints", ", ".join(f"{checkpoint.steps_of(folder):,}" for folder in saved) or "none"))
     return facts
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 METRICS_FILE = "metrics.jsonl"
 RECIPE_FILE = "recipe.yaml"
 LOAD_FILE = "load.npy"
+CHECKPOINTS = "checkpoints"
 ROLES = ("trunk", "pool")
 
 SCALARS = (
@@ -103,8 +104,8 @@ class Records:
 
 
 def is_run(path: Path) -> bool:
-    """Whether a folder has anything of a run."""
-    return any((path / name).is_file() for name in (RECIPE_FILE, METRICS_FILE, TARGETS_FILE))
+    """Whether a folder has anything of a run, if only of one that starts."""
+    return any((path / name).exists() for name in (RECIPE_FILE, METRICS_FILE, TARGETS_FILE, CHECKPOINTS))
 
 
 def saved_recipe(run: Path) -> Recipe | None:
@@ -119,7 +120,7 @@ def recorded_load(run: Path) -> NDArray[np.int64] | None:
     """Assignments a step by layer and global expert (L, M): the run's own, else its newest checkpoint's; or None."""
     import numpy as np
 
-    found = checkpoint.newest(run / "checkpoints")
+    found = checkpoint.newest(run / CHECKPOINTS)
     for file in (run / LOAD_FILE, *([found[1] / checkpoint.LOAD_FILE] if found else [])):
         try:
             load_LM = np.load(file, allow_pickle=False)

@@ -13,7 +13,7 @@ from trainer import checkpoint
 from trainer.usage import ACTIVITIES
 from trainer.view.pages import Page, Samples
 from trainer.view.rates import Shares, Window, value
-from trainer.view.records import RECENT, ROLES, Records, facts_of, recorded_load, saved_recipe
+from trainer.view.records import CHECKPOINTS, RECENT, ROLES, Records, facts_of, recorded_load, saved_recipe
 
 _GAUGES = {
     "step": "unipool_step",
@@ -208,7 +208,7 @@ def recorded_view(run: Path, records: Records, state: str, notes: Sequence[str] 
         scalars["val_loss"] = records.val_losses[-1]
     if recipe:
         scalars["target_steps"] = recipe.train.steps
-    newest = checkpoint.newest(run / "checkpoints")
+    newest = checkpoint.newest(run / CHECKPOINTS)
     if newest:
         scalars["checkpoint_step"] = newest[0]
         scalars["checkpoint_age"] = max(time.time() - newest[1].stat().st_mtime, 0.0)
