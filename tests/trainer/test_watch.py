@@ -80,13 +80,15 @@ def test_a_silent_rank_says_why() -> None:
     texts = pages(job(12, 64, pool_ranks=2))
     texts[3] = Page(texts[3].url, error="connection refused")
     view = follower.view(texts)
-    assert view.notes == ("silent: pool rank 3 at h:9403: connection refused",)
+    assert view.notes == ("silent, connection refused: pool rank 3 at h:9403",)
     assert [math.isnan(tokens) for tokens in view.experts] == [False] * 32 + [True] * 32
     lines = shown(view, 80, 24)
-    assert "! silent: pool rank 3 at h:9403: connection refused" in lines
+    assert "! silent, connection refused: pool rank 3 at h:9403" in lines
     assert any("? ???????" in line or "????????" in line for line in lines)
     gone = follower.view([Page(p.url, error="no answer in 2 s") for p in texts])
-    assert gone.state == "no rank answers" and "and 1 more: no answer" in gone.notes[0]
+    assert gone.state == "no rank answers" and gone.notes[0].startswith(
+        "silent, no answer in 2 s: trunk rank 0 at h:9400, "
+    )
 
 
 def test_two_runs_at_once_are_noticed() -> None:
@@ -161,7 +163,8 @@ def test_bars() -> None:
     assert stacked({"a": 0.5, "b": 0.26, "c": 0.24}, 10) == {"a": 5, "b": 3, "c": 2}
     assert [column(level, 2) for level in (0, 0.5, 0.75, 1)] == [" ▁", " █", "▄█", "██"]
     assert spark([0, 1, math.nan, 2, 2, 2], 3, 1) == ["▁██"]
-    assert spark([1, 1], 9, 1) == ["▄▄"]
+    assert spark([1, 1], 5, 1) == ["▄▄▄▄▄"]
+    assert spark([0, 2, 1], 6, 2) == ["  ██  ", "▁▁████"]
     assert spark([math.nan], 9, 2) == ["", ""]
     big = grid(4096, 75, 6)
     assert big.merged * big.a_line * big.lines >= 4096 and big.lines <= 6
@@ -189,7 +192,7 @@ def test_once_from_real_servers(tmp_path: Path) -> None:
         assert view["state"] == "running" and view["scalars"]["loss"] == 3.25
         assert view["scalars"]["val_loss"] == records_of(run).val_losses[-1], "the records' own"
         write_targets(run, ["127.0.0.1:1", *addresses[1:]])
-        assert "! silent: 127.0.0.1:1: connection refused" in invoke(str(run)).output
+        assert "! silent, connection refused: 127.0.0.1:1" in invoke(str(run)).output
     refused = invoke(*addresses)
     assert isinstance(refused.exception, UserError)
     assert str(refused.exception).endswith("connection refused (and 2 more); no rank answers")
@@ -222,7 +225,7 @@ def test_pages_that_are_none_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
         notes = json.loads(invoke(*(f"127.0.0.1:{port}" for port in ports), "--json").output)["notes"]
         assert "answers 404" in str(invoke(f"http://127.0.0.1:{ports[-1]}/other").exception)
     reasons = ("no page of metrics", "has metrics of something else")
-    assert notes == [f"silent: 127.0.0.1:{port}: {why}" for port, why in zip(ports, reasons, strict=False)]
+    assert notes == [f"silent, {why}: 127.0.0.1:{port}" for port, why in zip(ports, reasons, strict=False)]
     monkeypatch.setattr("trainer.view.pages.TIMEOUT_SECONDS", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as mute:
         assert "no answer in 0.2 s" in str(invoke(f"127.0.0.1:{mute.getsockname()[1]}").exception)

@@ -35,9 +35,9 @@ def column(level: float, height: int) -> str:
 
 
 def spark(values: Sequence[float], width: int, height: int) -> list[str]:
-    """A curve as `height` lines of at most `width` characters, from its least to its largest value.
+    """A curve as `height` lines of `width` characters, from its least to its largest value.
 
-    Numbers that share a character are averaged; where there is none that is finite it is empty.
+    Numbers that share a character are averaged, few ones have several; where none is finite it is empty.
     """
     means = _means(values, width)
     finite = [mean for mean in means if math.isfinite(mean)]
@@ -49,10 +49,10 @@ def spark(values: Sequence[float], width: int, height: int) -> list[str]:
 
 
 def _means(values: Sequence[float], width: int) -> list[float]:
-    count = min(len(values), width)
     means = []
-    for place in range(count):
-        part = values[place * len(values) // count : (place + 1) * len(values) // count]
+    for place in range(width if values else 0):
+        first = place * len(values) // width
+        part = values[first : max((place + 1) * len(values) // width, first + 1)]
         finite = [number for number in part if math.isfinite(number)]
         means.append(sum(finite) / len(finite) if finite else math.nan)
     return means

@@ -65,7 +65,7 @@ def frame_lines(view: View, width: int, height: int) -> list[Text]:
         curve, room = curve + more, room - more
     lines = [*head, *_loss(view, width, curve), *sides[:-1], *ranks, *sides[-1:]]
     if view.experts:
-        lines += [_rule("load of the experts", view.window, width), *load_facts, *_bars(view, width, room)]
+        lines += [_rule("load of the experts", view.load_window, width), *load_facts, *_bars(view, width, room)]
     return [_cut(line, width) for line in (*lines, *shards)]
 
 

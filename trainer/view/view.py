@@ -61,7 +61,8 @@ class View:
         experts: assignments a step by expert.
         layers: load imbalance by layer.
         losses: so far.
-        window: the time that shares and loads are of.
+        window: the time that shares are of.
+        load_window: the time that `experts` is of.
         notes: what is wrong, each in a line.
     """
 
@@ -75,6 +76,7 @@ class View:
     layers: tuple[float, ...] = ()
     losses: tuple[float, ...] = ()
     window: str = ""
+    load_window: str = ""
     notes: tuple[str, ...] = ()
 
 
@@ -94,9 +96,9 @@ def who_waits(roles: Mapping[str, Shares], info: Mapping[str, str]) -> str:
     return f"The pool waits for the trunk {pool:.0%} of its time; the trunk for the pool {trunk:.0%}."
 
 
-def step_text(window: Window | None) -> str:
+def step_text(window: Window) -> str:
     """The time that a window covers."""
-    if window is None or not window.steps:
+    if not window.steps:
         return ""
     last = "the last step" if window.steps == 1 else f"the last {window.steps:,.0f} steps"
     return f"{window.steps:,.0f} steps since its start" if window.from_start else last
@@ -122,6 +124,7 @@ class Follower:
         first = next((page for page in answered if "unipool_step" in page.samples), None)
         scalars = self._scalars(first) if first else {}
         ranks = tuple(sorted(map(self._use, answered), key=lambda use: (ROLES.index(use.role), use.rank)))
+        window = step_text(self._windows[(first or answered[0]).url]) if answered else ""
         return View(
             run=self._info.get("run", ""),
             state="running" if answered else "no rank answers",
@@ -132,7 +135,8 @@ class Follower:
             experts=self._experts(answered),
             layers=_by_layer(first.samples) if first else (),
             losses=tuple(loss for _, loss in self._losses),
-            window=step_text(self._windows[(first or answered[0]).url] if answered else None),
+            window=window,
+            load_window=window,
             notes=tuple(self._notes(pages)),
         )
 
@@ -187,7 +191,7 @@ class Follower:
         notes = []
         for reason, who in silent.items():
             shown = ", ".join(who[:3]) + (f" and {len(who) - 3} more" if len(who) > 3 else "")
-            notes.append(f"silent: {shown}: {reason}")
+            notes.append(f"silent, {reason}: {shown}")
         answered = [self._known[page.url] for page in pages if not page.error]
         twice = {rank for rank in answered if answered.count(rank) > 1}
         notes += [
@@ -222,6 +226,7 @@ def recorded_view(run: Path, records: Records, state: str, notes: Sequence[str] 
         experts=tuple(load_LM.sum(0).tolist()) if load_LM is not None else (),
         losses=tuple(records.columns["loss"]),
         window=f"the last {min(RECENT, len(records.steps))} steps" if records.steps else "",
+        load_window="as it was last saved",
         notes=tuple(notes),
     )
 
