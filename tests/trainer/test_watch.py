@@ -42,7 +42,7 @@ def test_rates_are_of_the_steps_between_two_pages() -> None:
     follower = Follower()
     first = follower.view(pages(job(10, 8)))
     assert first.experts == tuple(skewed(8)), "since the start, a step"
-    assert first.window == "10 steps since its start"
+    assert first.window == "the 10 steps since the start"
     assert first.roles["pool"] == pytest.approx(dict(zip(first.roles["pool"], SHARES["pool"], strict=True)))
     later = job(10, 8)
     later[2] = page("pool", 2, 10, skewed(8)).replace("} 10", "} 14")  # 4 more steps without any work
@@ -61,7 +61,7 @@ def test_a_restarted_rank_counts_from_nothing() -> None:
         view = follower.view(pages(job(steps, 8, started=2e9)))
         assert view.experts == pytest.approx(skewed(8))
         assert all(0 <= share <= 1 for shares in view.roles.values() for share in shares.values())
-        assert view.window == f"{steps} steps since its start"
+        assert view.window == f"the {steps} steps since the start"
         assert len(view.losses) == (1 if steps == 3 else 3), "what was lost goes from the curve too"
 
 

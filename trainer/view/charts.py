@@ -128,9 +128,10 @@ def draw_chart(chart: Chart) -> str:
 
 
 def draw_shares(title: str, steps: Numbers, shares: Mapping[str, Numbers]) -> str:
-    """Shares of time, stacked up to 100 %, as an SVG element."""
+    """Shares of time, stacked up to 100 %, as an SVG element. There is a step that has all of them."""
     figure, axes = _figure()
-    thinned = {name: thin(steps, values) for name, values in shares.items()}
+    known = np.isfinite(np.stack(list(shares.values()))).all(0)
+    thinned = {name: thin(steps[known], values[known]) for name, values in shares.items()}
     at = next(iter(thinned.values())).steps
     axes.stackplot(at, *(t.mean for t in thinned.values()), labels=list(shares), colors=SERIES, lw=0, alpha=0.85)
     axes.set_ylim(0, 1)

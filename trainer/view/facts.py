@@ -49,11 +49,11 @@ def outcome(run: Path, records: Records) -> Facts:
     if losses:
         facts.append(("last step's loss", f"{losses[-1][0]:.4f} at step {losses[-1][1]:,}"))
         facts.append(("lowest loss of a step", "{:.4f} at step {:,}".format(*min(losses))))
-    if records.val_losses:
-        best, step = min(zip(records.val_losses, records.val_steps, strict=True))
-        facts.append(
-            ("last validation loss", f"{records.val_losses[-1]:.4f}, perplexity {_perplexity(records.val_losses[-1])}")
-        )
+    validated = zip(records.val_losses, records.val_steps, strict=True)
+    evaluated = [(loss, step) for loss, step in validated if math.isfinite(loss)]
+    if evaluated:
+        (last, _), (best, step) = evaluated[-1], min(evaluated)
+        facts.append(("last validation loss", f"{last:.4f}, perplexity {_perplexity(last)}"))
         facts.append(("best validation loss", f"{best:.4f} at step {step:,}"))
     seconds = _seconds(records)
     if seconds:

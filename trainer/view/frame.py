@@ -38,7 +38,7 @@ class Frame:
     footer: str = ""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        height = options.height or (console.height if console.is_terminal else _NO_LIMIT)
+        height = options.height or (console.height - 1 if console.is_terminal else _NO_LIMIT)
         lines = frame_lines(self.view, options.max_width, height - bool(self.footer))
         yield Text("\n").join(lines)
         if self.footer:
@@ -84,8 +84,8 @@ def _title(view: View, width: int) -> Text:
     i = view.info
     about = []
     if i.keys() >= _TITLE:
-        pooled = i.get("experts", "0") != "0"
-        about.append(f"{i['layers']} layers" + (f", {i['experts']} experts, top-{i['top_k']} {i['router']}" * pooled))
+        experts = f", {i['experts']} experts, top-{i['top_k']} {i['router']}"
+        about.append(f"{i['layers']} layers" + ("" if i["experts"] == "0" else experts))
         colocated = i["pool_ranks"] == "0"
         about.append(f"{i['trunk_ranks']} ranks" if colocated else f"{i['trunk_ranks']} trunk + {i['pool_ranks']} pool")
         about += [f"{i['lanes']} lanes"] if i.get("lanes") else []
@@ -231,7 +231,7 @@ def _bars(view: View, width: int, room: int) -> list[Text]:
     each = "a bar is an expert" if g.merged == 1 else f"a bar is the busiest of {g.merged} experts"
     above = " or more" if max(known) > full else ""
     legend = f"{each}; full: {full / mean:.1f} x mean{above}, {full:,.0f} tokens a step" if mean else each
-    legend += "; x: dead" * (0 in known) + "; ?: silent" * (len(known) < len(view.experts))
+    legend += ("; x: dead" if 0 in known else "") + ("; ?: silent" if len(known) < len(view.experts) else "")
     return [*lines, Text(" " * label + legend, style="dim")]
 
 

@@ -27,22 +27,21 @@ class Window:
     def __init__(self) -> None:
         self.steps = 0.0
         self.from_start = True
-        self._started = 0.0
+        self._started = self._done = 0.0
         self._before: dict[_Key, float] = {}
         self._now: dict[_Key, float] = {}
 
     def add(self, samples: Samples) -> None:
         """Take a newer page of the rank."""
-        now = _counters(samples)
+        now, done = _counters(samples), value(samples, "unipool_steps_total", 0.0)
         started = value(samples, "process_start_time_seconds", 0.0)
         again = started != self._started or any(now.get(key, 0.0) < old for key, old in self._now.items())
         if again:
-            self._before, self._now = {}, {}
-        steps = now.get(("unipool_steps_total", _labels(samples, "unipool_steps_total")), 0.0)
-        done = self._now.get(("unipool_steps_total", _labels(samples, "unipool_steps_total")), 0.0)
-        if again or not self._now or steps > done:
+            self._now, self._done = {}, 0.0
+        if again or done > self._done:
             self._before, self._now = self._now, now
-            self.steps, self.from_start, self._started = steps - done, not self._before, started
+            self.steps, self.from_start = done - self._done, not self._before
+            self._started, self._done = started, done
 
     def growth(self, name: str, label: str) -> dict[str, float]:
         """By the value of a label, what a counter grew by."""
@@ -65,11 +64,6 @@ def value(samples: Samples, name: str, default: float) -> float:
     """The first sample of a name."""
     found = samples.get(name)
     return found[0][1] if found else default
-
-
-def _labels(samples: Samples, name: str) -> tuple[tuple[str, str], ...]:
-    found = samples.get(name)
-    return tuple(sorted(found[0][0].items())) if found else ()
 
 
 def _counters(samples: Samples) -> dict[_Key, float]:

@@ -6,6 +6,7 @@ import math
 import re
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -100,8 +101,9 @@ def step_text(window: Window) -> str:
     """The time that a window covers."""
     if not window.steps:
         return ""
-    last = "the last step" if window.steps == 1 else f"the last {window.steps:,.0f} steps"
-    return f"{window.steps:,.0f} steps since its start" if window.from_start else last
+    if window.from_start:
+        return f"the {window.steps:,.0f} steps since the start"
+    return "the last step" if window.steps == 1 else f"the last {window.steps:,.0f} steps"
 
 
 class Follower:
@@ -151,10 +153,10 @@ class Follower:
         step = scalars["step"]
         if self._losses and self._losses[-1][0] > step:  # gone back to a checkpoint
             self._losses = [(at, loss) for at, loss in self._losses if at < step]
-            self._pace = None
         if "loss" in scalars and step and (not self._losses or self._losses[-1][0] < step):
             self._losses = [*self._losses[-_HISTORY:], (step, scalars["loss"])]
-        self._pace = self._pace or (page.seconds, step)
+        if self._pace is None or self._windows[page.url].from_start:
+            self._pace = (page.seconds, step)
         left = scalars.get("target_steps", step) - step
         since, done = page.seconds - self._pace[0], step - self._pace[1]
         # With evaluations and checkpoints, once some steps have been seen; before that by the last step.
@@ -215,7 +217,8 @@ def recorded_view(run: Path, records: Records, state: str, notes: Sequence[str] 
     newest = checkpoint.newest(run / CHECKPOINTS)
     if newest:
         scalars["checkpoint_step"] = newest[0]
-        scalars["checkpoint_age"] = max(time.time() - newest[1].stat().st_mtime, 0.0)
+        with suppress(OSError):  # removed in favour of a newer one
+            scalars["checkpoint_age"] = max(time.time() - newest[1].stat().st_mtime, 0.0)
     load_LM = recorded_load(run)
     return View(
         run=run.resolve().name,

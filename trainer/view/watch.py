@@ -17,7 +17,7 @@ from rich.live import Live
 
 from trainer.errors import UserError
 from trainer.view.frame import Frame
-from trainer.view.pages import TARGETS_FILE, Page, fetch, page_url, targets
+from trainer.view.pages import TARGETS_FILE, fetch, page_url, targets
 from trainer.view.records import Records, is_run, saved_recipe
 from trainer.view.view import Follower, View, recorded_view
 
@@ -75,14 +75,23 @@ def _look_at(sources: Sequence[str]) -> Callable[[], View]:
         if len(sources) > 1:
             raise UserError(f"{folders[0]}: give one run's folder, or pages: {len(sources)} sources are given")
         return _Run(Path(folders[0])).look
-    urls = list(dict.fromkeys(page_url(source) for source in sources))
-    pages = fetch(urls)
-    if all(page.error for page in pages):
-        more = f" (and {len(pages) - 1} more)" if len(pages) > 1 else ""
-        raise UserError(f"{pages[0].url}: {pages[0].error}{more}; no rank answers")
-    follower = Follower()
-    first: list[list[Page]] = [pages]
-    return lambda: follower.view(first.pop() if first else fetch(urls))
+    return _Pages(list(dict.fromkeys(page_url(source) for source in sources))).look
+
+
+class _Pages:
+    """Pages of a run whose folder is not at hand."""
+
+    def __init__(self, urls: Sequence[str]):
+        self._urls = urls
+        self._follower = Follower()
+        self._first = fetch(urls)
+        if all(page.error for page in self._first):
+            more = f" (and {len(urls) - 1} more)" if len(urls) > 1 else ""
+            raise UserError(f"{urls[0]}: {self._first[0].error}{more}; no rank answers")
+
+    def look(self) -> View:
+        pages, self._first = self._first or fetch(self._urls), []
+        return self._follower.view(pages)
 
 
 class _Run:
