@@ -87,7 +87,7 @@ def _title(view: View, width: int) -> Text:
         experts = f", {i['experts']} experts, top-{i['top_k']} {i['router']}"
         about.append(f"{i['layers']} layers" + ("" if i["experts"] == "0" else experts))
         colocated = i["pool_ranks"] == "0"
-        about.append(f"{i['trunk_ranks']} ranks" if colocated else f"{i['trunk_ranks']} trunk + {i['pool_ranks']} pool")
+        about.append(f"{i['trunk_ranks']} {'colocated' if colocated else 'trunk + ' + i['pool_ranks'] + ' pool'}")
         about += [f"{i['lanes']} lanes"] if i.get("lanes") else []
         about.append(i["precision"])
     title = Text.assemble((view.run or "run", "bold"), "  ", (view.state, _state_style(view.state)))

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 from array import array
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from trainer import checkpoint
 from trainer.config import Recipe, load_recipe
@@ -15,10 +17,6 @@ from trainer.errors import UserError
 from trainer.usage import ACTIVITIES
 from trainer.view.pages import TARGETS_FILE
 from trainer.view.rates import Shares
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
 
 METRICS_FILE = "metrics.jsonl"
 RECIPE_FILE = "recipe.yaml"
@@ -84,17 +82,19 @@ class Records:
         elif "loss" in record:
             self.steps.append(step)
             for name, column in self.columns.items():
-                column.append(_number(record.get(name)))
+                number = record.get(name)
+                column.append(number if type(number) is float else _number(number))  # mostly; there are many
 
     def has(self, name: str) -> bool:
         """Whether any record has a number of this name."""
-        return any(not math.isnan(number) for number in self.columns[name])
+        return not bool(np.isnan(self.columns[name]).all())
 
     def mean(self, name: str, last: int | None = None) -> float:
         """Mean of the numbers that there are, over the last records or over all; NaN without any."""
-        column: Sequence[float] = self.columns[name] if last is None else self.columns[name][-last:]
-        numbers = [number for number in column if math.isfinite(number)]
-        return sum(numbers) / len(numbers) if numbers else math.nan
+        column = self.columns[name]
+        numbers = np.array(column if last is None else column[-last:])
+        finite = numbers[np.isfinite(numbers)]
+        return float(finite.mean()) if len(finite) else math.nan
 
     def shares(self, role: str, last: int | None = None) -> Shares:
         """How a role's ranks spent their time, mean over the last records or over all; empty if not recorded."""
@@ -118,8 +118,6 @@ def saved_recipe(run: Path) -> Recipe | None:
 
 def recorded_load(run: Path) -> NDArray[np.int64] | None:
     """Assignments a step by layer and global expert (L, M): the run's own, else its newest checkpoint's; or None."""
-    import numpy as np
-
     found = checkpoint.newest(run / CHECKPOINTS)
     for file in (run / LOAD_FILE, *([found[1] / checkpoint.LOAD_FILE] if found else [])):
         try:
