@@ -15,6 +15,7 @@ import click
 from trainer.config import Recipe, load_recipe, recipe_names
 from trainer.errors import UserError
 from trainer.export.commands import export, generate
+from trainer.view.commands import report, watch
 
 if TYPE_CHECKING:
     from trainer.forecast import Forecast
@@ -304,3 +305,5 @@ def recipes(as_json: bool) -> None:
 
 cli.add_command(export)
 cli.add_command(generate)
+cli.add_command(watch)
+cli.add_command(report)
