@@ -76,6 +76,9 @@ class ForkedJob:
     def kill(self, rank: int) -> None:
         self._ranks[rank].kill()
 
+    def terminate(self, rank: int) -> None:
+        self._ranks[rank].terminate()
+
     def end(self, limit: float, without: int | None = None) -> list[int | None]:
         """Exit status of every rank, None where it had to be killed after `limit` seconds.
 

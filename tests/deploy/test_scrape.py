@@ -1,0 +1,146 @@
+"""A real Prometheus scrapes a real run: every expression of dashboards and rules finds data, until the run ends."""
+
+from __future__ import annotations
+
+import json
+import math
+import socket
+import subprocess
+import time
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.deploy.observability import PROMETHEUS, dashboards, panels, rules
+from tests.tools import need
+from tests.trainer.forked import ForkedJob
+from tests.trainer.job import write_recipe
+from trainer.config import load_recipe
+from trainer.launch import free_port
+
+TIME_LIMIT = 90.0
+
+LAYOUT = ("parallel.trunk_ranks=2", "parallel.pool_ranks=2", "train.steps=1000000", "metrics.per_layer_experts=true")
+OFTEN = ("eval.every=5", "checkpoint.every=5", "checkpoint.keep=1", "router.z_loss=1e-3")
+
+NO_DATA = {'ALERTS{alertname=~"Unipool.+", alertstate="firing", run=~"$run"}': "nothing is wrong with this run"}
+"""Expressions of dashboards that find nothing, and why."""
+
+
+@dataclass(frozen=True)
+class Server:
+    port: int
+
+    def ask(self, path: str, **parameters: Any) -> Any:
+        url = f"http://127.0.0.1:{self.port}/api/v1/{path}?{urllib.parse.urlencode(parameters, doseq=True)}"
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            return json.load(answer)["data"]
+
+    def values(self, expression: str) -> list[float]:
+        """Newest values, those that are numbers."""
+        found = [float(series["value"][1]) for series in self.ask("query", query=expression)["result"]]
+        return [value for value in found if math.isfinite(value)]
+
+    def curves(self, expression: str) -> list[float]:
+        """Values of the last half minute, those that are numbers."""
+        now = time.time()
+        found = self.ask("query_range", query=expression, start=now - 30, end=now, step=1)["result"]
+        values = [float(value) for series in found for _, value in series["values"]]
+        return [value for value in values if math.isfinite(value)]
+
+
+@contextmanager
+def prometheus(folder: Path, targets: Path) -> Iterator[Server]:
+    """deploy/prometheus as it is, but for one run's targets, and faster."""
+    config = yaml.safe_load((PROMETHEUS / "prometheus.yml").read_text())
+    config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
+    config["rule_files"] = [str(PROMETHEUS / pattern) for pattern in config["rule_files"]]
+    config["scrape_configs"][0]["file_sd_configs"][0] |= {"files": [str(targets)], "refresh_interval": "1s"}
+    (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
+    server = Server(free_port())
+    command = [
+        need("prometheus", "prometheus"),
+        f"--config.file={folder / 'prometheus.yml'}",
+        f"--storage.tsdb.path={folder / 'data'}",
+        f"--web.listen-address=127.0.0.1:{server.port}",
+    ]
+    with (folder / "prometheus.log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+    try:
+        wait_until(lambda: accepts(server.port), lambda: (folder / "prometheus.log").read_text())
+        yield server
+    finally:
+        process.kill()
+        process.wait()
+
+
+def accepts(port: int) -> bool:
+    with socket.socket() as one:
+        return one.connect_ex(("127.0.0.1", port)) == 0
+
+
+def wait_until(condition: Callable[[], bool], told: Callable[[], str]) -> None:
+    deadline = time.monotonic() + TIME_LIMIT
+    while not condition():
+        assert time.monotonic() < deadline, told()
+        time.sleep(0.2)
+
+
+def in_terms_of(run: str, expression: str) -> str:
+    """What Grafana would put for its variables."""
+    return expression.replace("$run", run).replace("$__rate_interval", "10s")
+
+
+def expressions() -> dict[str, bool]:
+    """Every expression of the dashboards and recording rules, and whether only its newest value is asked for."""
+    found = {rule["expr"]: True for rule in rules("record")} | {rule["record"]: True for rule in rules("record")}
+    for dashboard in dashboards().values():
+        queries = [query for panel in panels(dashboard) for query in panel["targets"]]
+        queries += [annotation["target"] for annotation in dashboard["annotations"]["list"]]
+        found |= {query["expr"]: query["instant"] for query in queries}
+    return found
+
+
+def test_every_expression_finds_data(tmp_path: Path) -> None:
+    need("prometheus", "prometheus")
+    folder = tmp_path / "some run"
+    recipe = load_recipe(str(write_recipe(tmp_path)), [f"run.dir={folder}", *LAYOUT, *OFTEN])
+    job = ForkedJob(recipe, tmp_path)
+    try:
+        with prometheus(tmp_path, folder / "targets.json") as server:
+            wanted = {in_terms_of("some run", expr): newest for expr, newest in expressions().items()}
+            empty = {in_terms_of("some run", expr) for expr in NO_DATA}
+            missing = set(wanted)
+
+            def all_found() -> bool:
+                missing.difference_update(
+                    [expr for expr in missing if (server.values if wanted[expr] else server.curves)(expr)]
+                )
+                return missing <= empty
+
+            wait_until(all_found, lambda: f"no data: {sorted(missing)}\n{job.log(0)}")
+            assert missing == empty
+
+            assert server.values("run:up:sum") == [4]
+            assert server.ask("label/run/values") == ["some run"]
+            totals = server.values("sum by (role) (run_role_activity:unipool_activity_seconds:ratio_rate5m)")
+            assert totals == pytest.approx([1, 1])
+            assert sum(server.values("run_rank:unipool_service_tokens:ratio_rate5m")) == pytest.approx(1)
+            made = [rule for group in server.ask("rules")["groups"] for rule in group["rules"]]
+            assert {rule["name"] for rule in made} == {r[kind] for kind in ("alert", "record") for r in rules(kind)}
+            assert [rule for rule in made if rule["health"] != "ok"] == []
+            assert server.values('ALERTS{alertstate="firing"}') == []
+
+            job.terminate(0)
+            assert job.end(TIME_LIMIT) == [0] * 4, job.log(0)
+            wait_until(lambda: not server.values("up"), lambda: "targets of a run that has ended are still scraped")
+            wait_until(lambda: not server.ask("alerts")["alerts"], lambda: str(server.ask("alerts")))
+    finally:
+        job.end(0)
