@@ -87,7 +87,7 @@ def run_training(
     with tempfile.TemporaryDirectory() as folder:
         recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update={"dir": folder})})
         last = recipe.train.steps if steps is None else steps
-        ranks = run_ranks(recipe.topology.world_size, _train, recipe, last, save_to, resume_from, save_after or last)
+        ranks = run_ranks(recipe.grid.world_size, _train, recipe, last, save_to, resume_from, save_after or last)
     gradients: dict[str, Tensor] = {}
     weights: dict[str, Tensor] = {}
     for rank in ranks:

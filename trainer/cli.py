@@ -208,7 +208,7 @@ def plan(
 
 def _simulate(recipe: Recipe, loads: Path | None, timeline: Path | None) -> Simulation:
     """Simulate, and draw the timeline."""
-    if recipe.topology.colocated:
+    if recipe.grid.colocated:
         raise UserError("--simulate: parallel.pool_ranks = 0: a colocated pool has nothing to overlap with")
     from trainer.predict import read_loads, simulate
     from trainer.schedule import make_schedule
@@ -219,11 +219,11 @@ def _simulate(recipe: Recipe, loads: Path | None, timeline: Path | None) -> Simu
         return simulate(schedule, load_LM)
     from trainer.timeline import draw_timeline, shown_ranks
 
-    found = simulate(schedule, load_LM, shown_ranks(recipe.topology))
+    found = simulate(schedule, load_LM, shown_ranks(recipe.grid))
     unit = "seconds" if recipe.parallel.hardware else "nominal units"
     title = f"{recipe.run.dir}: one step, {found.own_way}"
     try:
-        draw_timeline(found.own, recipe.topology, timeline, title, unit)
+        draw_timeline(found.own, recipe.grid, timeline, title, unit)
     except OSError as error:
         raise UserError(f"--timeline {timeline}: cannot be written ({error.strerror})") from None
     return found
@@ -251,9 +251,9 @@ def _forecast(
     if devices is not None and devices < 2:
         raise UserError(f"--devices {devices}: must be at least 2, a trunk rank and a pool rank")
     best: tuple[Forecast, ...] = ()
-    if devices is not None or not recipe.topology.colocated:
+    if devices is not None or not recipe.grid.colocated:
         try:
-            best = best_splits(recipe, devices or recipe.topology.world_size, hardware, link)
+            best = best_splits(recipe, devices or recipe.grid.world_size, hardware, link)
         except UserError:
             if devices is not None:  # else nobody asked for splits, and the recipe's own step has its say
                 raise

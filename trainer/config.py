@@ -164,7 +164,7 @@ class Recipe(Section):
         return self.pool.experts // self.model.groups
 
     @property
-    def topology(self) -> Topology:
+    def grid(self) -> Topology:
         p = self.parallel
         return Topology(p.trunk_ranks, p.pool_ranks, p.expert_parallel or max(1, p.pool_ranks))
 
@@ -253,7 +253,7 @@ def _check_layout(r: Recipe) -> None:
         )
     if p.check and p.pool_ranks == 0:
         raise _Relation("parallel.check", True, "must be false with parallel.pool_ranks = 0: nothing travels")
-    shards = r.topology.expert_parallel
+    shards = r.grid.expert_parallel
     if p.pool_ranks and p.pool_ranks % shards:
         raise _Relation("parallel.expert_parallel", shards, f"must divide parallel.pool_ranks ({p.pool_ranks})")
     if r.pool.experts % shards:

@@ -94,7 +94,7 @@ class Job:
     """
 
     def __init__(self, recipe: Recipe, launch: Launch, make: Callable[[], Schedule] | None = None):
-        self.topology: Topology = recipe.topology
+        self.topology: Topology = recipe.grid
         if self.topology.world_size != launch.world_size:
             t = self.topology
             raise UserError(

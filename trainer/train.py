@@ -65,7 +65,7 @@ def _train(recipe: Recipe, launch: Launch, watch: FaultWatch, force: bool) -> in
     if launch.rank == 0:
         folder.make()
     prepared = None
-    if recipe.topology.is_trunk(launch.rank):
+    if recipe.grid.is_trunk(launch.rank):
         watch.phase = "data preparation"
         prepared = prepare_for(recipe, progress=launch.local_rank == 0)
     watch.phase = "start-up"
@@ -106,7 +106,7 @@ def agreed_placement(job: Job, recipe: Recipe, resumed: Path | None) -> Placemen
         return json.dumps(list(chosen.order) if chosen else None)
 
     order = json.loads(job.agree("placement", choose))
-    return Placement(tuple(order), recipe.topology.expert_parallel) if order else None
+    return Placement(tuple(order), recipe.grid.expert_parallel) if order else None
 
 
 @dataclass(frozen=True)

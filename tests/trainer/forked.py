@@ -59,7 +59,7 @@ class ForkedJob:
     """A job under way; its rank r writes to `r.log` in `folder`."""
 
     def __init__(self, recipe: Recipe, folder: Path, fault: Fault | None = None):
-        world_size = recipe.topology.world_size
+        world_size = recipe.grid.world_size
         environment = job_environment(world_size)
         self.logs = [folder / f"{rank}.log" for rank in range(world_size)]
         self._ranks = [
