@@ -119,7 +119,10 @@ class Parallel(Section):
     hardware: str | None = Field(
         None, description="h100, h200, a100 or a profile that `bench` saved: costs for the service plan; default: FLOPs"
     )
-    wire: Literal["auto", "gloo"] = Field("auto", description="auto: NCCL between GPUs, gloo between CPUs")
+    wire: Literal["auto", "gloo"] = Field(
+        "auto",
+        description="auto: NCCL if every rank has a GPU, else gloo and copies through the host; gloo: always that",
+    )
     timeout_seconds: PositiveFloat = Field(60.0, description="longest wait for another rank inside a step")
     start_timeout_seconds: PositiveFloat = Field(
         1800.0, description="longest wait for another rank at the start, at a checkpoint and at the end"
@@ -127,6 +130,12 @@ class Parallel(Section):
     check: bool = Field(
         False,
         description="debugging: of every request check headers, finite payloads, checksums, sent = served = returned",
+    )
+
+
+class Roles(Section):
+    order: Literal["pool_last", "interleaved"] = Field(
+        "pool_last", description="pool ranks are the launcher's last, or spread over its nodes; see trainer.roles"
     )
 
 
@@ -154,6 +163,7 @@ class Recipe(Section):
     train: Train
     data: Data
     parallel: Parallel = Parallel()
+    topology: Roles = Roles()
     eval: Eval = Eval()
     checkpoint: Checkpoint = Checkpoint()
     metrics: Metrics = Metrics()
@@ -165,6 +175,7 @@ class Recipe(Section):
 
     @property
     def grid(self) -> Topology:
+        """The grid of the job's ranks."""
         p = self.parallel
         return Topology(p.trunk_ranks, p.pool_ranks, p.expert_parallel or max(1, p.pool_ranks))
 
