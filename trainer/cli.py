@@ -83,7 +83,7 @@ def train(recipe: str, overrides: tuple[str, ...], force: bool, max_restarts: in
       deepspeed --num_accelerators 2 --module trainer train quickstart
     """
     checked = load_recipe(recipe, overrides)
-    # Else torch prints a C++ stack for every connection that another rank's end breaks; the rank itself says who it was.
+    # Else torch prints a C++ stack for every connection that another rank's end breaks; our message says whose.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from trainer.seat import launched, read_launch
 
