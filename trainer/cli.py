@@ -84,7 +84,9 @@ def train(recipe: str, overrides: tuple[str, ...], force: bool, max_restarts: in
       deepspeed --num_accelerators 2 --module trainer train quickstart
     """
     checked = load_recipe(recipe, overrides)
-    from trainer.job import launched, read_launch
+    # Else torch prints a C++ stack for every connection that another rank's end breaks; our message says whose.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    from trainer.seat import launched, read_launch
 
     if launched():
         from trainer.train import train as train_rank
@@ -209,7 +211,7 @@ def plan(
 
 def _simulate(recipe: Recipe, loads: Path | None, timeline: Path | None) -> Simulation:
     """Simulate, and draw the timeline."""
-    if recipe.topology.colocated:
+    if recipe.grid.colocated:
         raise UserError("--simulate: parallel.pool_ranks = 0: a colocated pool has nothing to overlap with")
     from trainer.predict import read_loads, simulate
     from trainer.schedule import make_schedule
@@ -220,11 +222,11 @@ def _simulate(recipe: Recipe, loads: Path | None, timeline: Path | None) -> Simu
         return simulate(schedule, load_LM)
     from trainer.timeline import draw_timeline, shown_ranks
 
-    found = simulate(schedule, load_LM, shown_ranks(recipe.topology))
+    found = simulate(schedule, load_LM, shown_ranks(recipe.grid))
     unit = "seconds" if recipe.parallel.hardware else "nominal units"
     title = f"{recipe.run.dir}: one step, {found.own_way}"
     try:
-        draw_timeline(found.own, recipe.topology, timeline, title, unit)
+        draw_timeline(found.own, recipe.grid, timeline, title, unit)
     except OSError as error:
         raise UserError(f"--timeline {timeline}: cannot be written ({error.strerror})") from None
     return found
@@ -252,9 +254,9 @@ def _forecast(
     if devices is not None and devices < 2:
         raise UserError(f"--devices {devices}: must be at least 2, a trunk rank and a pool rank")
     best: tuple[Forecast, ...] = ()
-    if devices is not None or not recipe.topology.colocated:
+    if devices is not None or not recipe.grid.colocated:
         try:
-            best = best_splits(recipe, devices or recipe.topology.world_size, hardware, link)
+            best = best_splits(recipe, devices or recipe.grid.world_size, hardware, link)
         except UserError:
             if devices is not None:  # else nobody asked for splits, and the recipe's own step has its say
                 raise

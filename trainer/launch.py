@@ -63,7 +63,7 @@ def run_locally(recipe: Recipe, arguments: Sequence[str], max_restarts: int) -> 
         max_restarts: how often the job is started again after a fault: neither a wrong input nor a signal to here.
     """
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--no_local_rank"]
-    command += ["--num_gpus", str(recipe.topology.world_size)]
+    command += ["--num_gpus", str(recipe.grid.world_size)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
     if not any(Path("/dev").glob("nvidia*")) and not Path("/dev/kfd").exists():
         environment.setdefault("DS_ACCELERATOR", "cpu")  # else the launcher warns that it found no GPU

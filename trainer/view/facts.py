@@ -112,9 +112,9 @@ def training_facts(run: Path, recipe: Recipe) -> Facts:
         ("precision", t.precision),
         ("seed", str(recipe.run.seed)),
     ]
-    if recipe.topology.colocated:
+    if recipe.grid.colocated:
         return [*facts, ("layout", f"{p.trunk_ranks} ranks, ZeRO {p.trunk_zero}")]
-    shards = recipe.topology.expert_parallel
+    shards = recipe.grid.expert_parallel
     return [
         *facts,
         ("trunk ranks", f"{p.trunk_ranks}, ZeRO {p.trunk_zero}"),

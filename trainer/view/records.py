@@ -131,7 +131,7 @@ def recorded_load(run: Path) -> NDArray[np.int64] | None:
 
 def facts_of(recipe: Recipe, run: Path) -> dict[str, str]:
     """The recipe under the labels of unipool_run_info, as far as a folder knows them."""
-    t = recipe.topology
+    t = recipe.grid
     try:
         lanes = str(json.loads((run / "plan.json").read_text())["lanes"])
     except (OSError, ValueError, KeyError, TypeError):
