@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from pool.topology import Topology
 from trainer.errors import UserError
+from trainer.relations import check_relations, show
 
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -194,97 +195,8 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _relations(self) -> Self:
-        _check_model(self)
-        _check_pool(self)
-        _check_balance(self)
-        _check_layout(self)
+        check_relations(self)
         return self
-
-
-class _Relation(ValueError):
-    """A relation between keys that does not hold."""
-
-    def __init__(self, key: str, value: object, allowed: str):
-        super().__init__(f"{key} = {_show(value)}: {allowed}")
-
-
-def _check_model(r: Recipe) -> None:
-    m = r.model
-    if m.hidden % m.heads:
-        raise _Relation("model.heads", m.heads, f"must divide model.hidden ({m.hidden})")
-    if (m.hidden // m.heads) % 2:
-        raise _Relation("model.heads", m.heads, "model.hidden / model.heads must be even (rotary embeddings)")
-    if m.heads % m.kv_heads:
-        raise _Relation("model.kv_heads", m.kv_heads, f"must divide model.heads ({m.heads})")
-    if r.train.min_lr > r.train.lr:
-        raise _Relation("train.min_lr", r.train.min_lr, f"must be at most train.lr ({r.train.lr})")
-    if sum(r.data.split) == 0 or r.data.split[0] == 0:
-        raise _Relation("data.split", list(r.data.split), "the first part (training) must be above 0")
-
-
-def _check_pool(r: Recipe) -> None:
-    m, experts = r.model, r.pool.experts
-    if r.train.freeze != "none" and r.train.init_from is None:
-        raise _Relation("train.freeze", r.train.freeze, "needs train.init_from: what is frozen must have been trained")
-    if m.ffn == "dense":
-        if r.train.freeze != "none":
-            raise _Relation("train.freeze", r.train.freeze, "must be none with model.ffn = dense")
-        if experts:
-            raise _Relation("pool.experts", experts, "must be 0 with model.ffn = dense")
-        if r.parallel.pool_ranks:
-            raise _Relation("parallel.pool_ranks", r.parallel.pool_ranks, "must be 0 with model.ffn = dense")
-        if r.train.recompute:
-            raise _Relation("train.recompute", True, "must be false with model.ffn = dense")
-        return
-    for key, width in (("model.hidden", m.hidden), ("model.ffn_hidden", m.ffn_hidden)):
-        if r.train.precision == "bf16" and width % 8:
-            raise _Relation(
-                key, width, "must be a multiple of 8 with train.precision = bf16 (the GPU's grouped product)"
-            )
-    if experts == 0:
-        raise _Relation("pool.experts", 0, "must be at least 1 with model.ffn = pool")
-    if m.layers % m.groups:
-        raise _Relation("model.groups", m.groups, f"must divide model.layers ({m.layers})")
-    if experts % m.groups:
-        raise _Relation("pool.experts", experts, f"must be divisible by model.groups ({m.groups})")
-    if r.router.top_k > r.experts_per_layer:
-        raise _Relation(
-            "router.top_k", r.router.top_k, f"must be at most the experts a layer sees ({r.experts_per_layer})"
-        )
-
-
-def _check_balance(r: Recipe) -> None:
-    if r.balance.scope == "global_batch" and r.balance.delay == 0:
-        raise _Relation("balance.delay", 0, "must be at least 1 with balance.scope = global_batch")
-
-
-def _check_layout(r: Recipe) -> None:
-    p = r.parallel
-    per_step = r.train.micro_batch * p.trunk_ranks
-    if r.train.global_batch % per_step:
-        allowed = (
-            f"must be divisible by train.micro_batch x parallel.trunk_ranks ({r.train.micro_batch} x {p.trunk_ranks})"
-        )
-        raise _Relation("train.global_batch", r.train.global_batch, allowed)
-    if p.expert_parallel is not None and p.pool_ranks == 0 and p.expert_parallel != 1:
-        raise _Relation(
-            "parallel.expert_parallel", p.expert_parallel, "must be 1 or left out with parallel.pool_ranks = 0"
-        )
-    if p.check and p.pool_ranks == 0:
-        raise _Relation("parallel.check", True, "must be false with parallel.pool_ranks = 0: nothing travels")
-    shards = r.grid.expert_parallel
-    if p.pool_ranks and p.pool_ranks % shards:
-        raise _Relation("parallel.expert_parallel", shards, f"must divide parallel.pool_ranks ({p.pool_ranks})")
-    if r.pool.experts % shards:
-        raise _Relation("pool.experts", r.pool.experts, f"must be divisible by the shards of the pool ({shards})")
-    if p.trunk_zero == 3 and p.pool_ranks and p.trunk_ranks > 1 and (p.lanes != 1 or p.stagger):
-        allowed = "gathers weights by collectives in program order: set parallel.lanes=1 and parallel.stagger=false too"
-        raise _Relation("parallel.trunk_zero", 3, allowed)
-    last_port = r.metrics.port + p.trunk_ranks + p.pool_ranks - 1
-    if r.metrics.port and last_port > 65535:
-        raise _Relation(
-            "metrics.port", r.metrics.port, f"port + rank must stay below 65536, the last would be {last_port}"
-        )
 
 
 def recipe_names() -> list[str]:
@@ -379,7 +291,7 @@ def _first_line(error: ValidationError) -> str:
         line = f"{key}: missing"
     else:
         message = first["msg"].replace("Input should be", "must be")
-        line = f"{key} = {_show(first['input'])}: {message[0].lower()}{message[1:]}"
+        line = f"{key} = {show(first['input'])}: {message[0].lower()}{message[1:]}"
     return line + (f" (and {len(more)} more)" if more else "")
 
 
@@ -390,11 +302,6 @@ def _allowed_keys(location: tuple[int | str, ...]) -> str:
     known = list(model.model_fields)
     close = difflib.get_close_matches(str(location[-1]), known, n=1)
     return f"did you mean {close[0]}?" if close else f"allowed: {', '.join(known)}"
-
-
-def _show(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _reason(error: Exception) -> str:
