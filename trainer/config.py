@@ -157,6 +157,9 @@ class Metrics(Section):
         "rank", description="local_rank: port + the rank's number on its machine, the same ports on every machine"
     )
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0: everybody who reaches the machine")
+    targets_dir: str | None = Field(
+        None, description="folder that Prometheus watches: a run's targets.json is there too, as NAME.json"
+    )
     tensorboard: bool = True
     csv: bool = Field(False, description="a file for every scalar, in csv/ of run.dir")
     wandb: str | None = Field(None, description="project of Weights & Biases, whose own variables have the rest")

@@ -35,7 +35,9 @@ class RunFolder:
         self.plan_file = self.path / "plan.json"
         self.load_picture = self.path / "load.png"
         self.load_file = self.path / "load.npy"
-        self.targets_file = self.path / "targets.json"
+        self.targets_files = [self.path / "targets.json"]
+        if recipe.metrics.targets_dir:
+            self.targets_files.append(Path(recipe.metrics.targets_dir) / f"{self.path.name}.json")
         self.tokenizer_file = self.path / TOKENIZER_FILE
         self._warned = False
 
@@ -93,12 +95,18 @@ class RunFolder:
     def announce(self, addresses: Sequence[str]) -> None:
         """Where each rank serves its metrics, in the form of Prometheus' file_sd, for as long as the run lasts."""
         targets = [{"targets": list(addresses), "labels": {"run": self.path.name}}]
-        write_whole(self.targets_file, lambda path: path.write_text(json.dumps(targets) + "\n"))
+        for file in self.targets_files:
+            try:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                write_whole(file, lambda path: path.write_text(json.dumps(targets) + "\n"))
+            except OSError as error:
+                say(f"warning: {file}: cannot be written ({error.strerror}): Prometheus will not find the run by it")
 
     def withdraw(self) -> None:
         """The run has ended as it should."""
-        with suppress(OSError):
-            self.targets_file.unlink(missing_ok=True)
+        for file in self.targets_files:
+            with suppress(OSError):
+                file.unlink(missing_ok=True)
 
     def save_load(self, load_LM: NDArray[np.int64]) -> None:
         """Assignments a step by layer and expert. A disk that is full or gone loses them; training goes on."""

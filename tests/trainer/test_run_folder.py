@@ -41,6 +41,26 @@ def test_a_full_disk_loses_whole_lines_and_says_so_once(tmp_path: Path) -> None:
     assert said.count("metrics.jsonl: lines are lost (") == 1
 
 
+def test_prometheus_finds_a_run_for_as_long_as_it_lasts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In the run's folder and in the one that is watched; if that is gone, the run goes on with a warning."""
+    watched = tmp_path / "watched"
+    run = RunFolder(tiny(run={"dir": str(tmp_path / "run")}, metrics={"targets_dir": str(watched)}))
+    run.make()
+    run.announce(["127.0.0.1:9400", "127.0.0.1:9401"])
+    files = [tmp_path / "run" / "targets.json", watched / "run.json"]
+    for file in files:
+        assert json.loads(file.read_text()) == [
+            {"targets": ["127.0.0.1:9400", "127.0.0.1:9401"], "labels": {"run": "run"}}
+        ]
+    run.withdraw()
+    assert not any(file.exists() for file in files)
+    watched.rmdir()
+    watched.write_text("no folder")
+    run.announce(["127.0.0.1:9400"])
+    run.withdraw()
+    assert f"warning: {watched}/run.json: cannot be written" in capsys.readouterr().err
+
+
 def test_a_resumed_run_cuts_what_came_after_its_checkpoint(tmp_path: Path) -> None:
     """The evaluation after the checkpoint's step too: it is made again."""
     run = RunFolder(tiny(run={"dir": str(tmp_path)}))
