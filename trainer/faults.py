@@ -30,6 +30,9 @@ _STOP = (signal.SIGTERM, signal.SIGUSR1)
 
 _WATCHED = (*_STOP, signal.SIGINT)
 
+_OF_PEERS = ("imed out", "onnection", "remote process exited")
+"""What errors of gloo, NCCL and the store say when a rank of another machine has stopped or is gone."""
+
 
 class FaultWatch:
     """Watches signals and the launcher from the moment it is made.
@@ -134,7 +137,7 @@ class FaultWatch:
             time.sleep(0.1)  # a connection breaks some moments before its process is gone
             dead = self._dead_peers()
         silent = ""
-        if self._job and not dead and "imed out" in str(error):
+        if self._job and not dead and any(word in str(error) for word in _OF_PEERS):
             silent = self._names(self._job.peers.silent())
         if dead or silent:
             fate = f"{dead} died first" if dead else f"{silent} does not respond"
