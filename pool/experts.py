@@ -58,6 +58,8 @@ class ExpertShard(nn.Module):
         compute_dtype: float32 or bfloat16.
         recompute: keep only the tokens of a forward and recompute its hidden activations in backward.
         stash_bytes: make room when the stash holds more.
+    Attributes:
+        peak_stash_bytes: the most that was stashed since somebody set it to 0.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class ExpertShard(nn.Module):
         self._uncut_bytes = 0
         self._ready: deque[_Ready] = deque()
         self._ready_bytes = 0
+        self.peak_stash_bytes = 0
         self._gradients: list[Tensor] = []
         self._compute_weights: tuple[Tensor, Tensor] | None = None
 
@@ -141,6 +144,7 @@ class ExpertShard(nn.Module):
         self._stash.append((x_ND, dy_ND, for_weights, [sum(column) for column in zip(*batches, strict=True)]))
         width = 2 * x_ND.shape[1] + 3 * self.w2_eDF.shape[2]
         self._uncut_bytes += len(x_ND) * width * x_ND.element_size()
+        self.peak_stash_bytes = max(self.peak_stash_bytes, self._uncut_bytes + self._ready_bytes)
         return dx_ND  # type: ignore[no-any-return]
 
     def flush_if_full(self) -> None:

@@ -6,6 +6,8 @@ import time
 from collections import deque
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import takewhile
 
 import torch
 from torch import Tensor
@@ -14,14 +16,33 @@ from pool.experts import ExpertServer, ExpertShard
 from pool.plan import Kind, RequestKey, Slot
 from pool.wire import PoolWire, WireError
 
+_Received = tuple[list[tuple[Tensor, list[int]]], float]
+"""What a slot's requests carry, and when their headers had come."""
+
+
+@dataclass(frozen=True)
+class Served:
+    """What a pool rank has served.
+
+    Attributes:
+        tokens_Le: assignments of forwards, by layer and local expert (int64, host).
+        gradients_e: assignments of backwards, by local expert (int64, host).
+        queue_depth: slots received and not begun, a mean over the moments when one was done.
+        stash_bytes: largest stash.
+    """
+
+    tokens_Le: Tensor
+    gradients_e: Tensor
+    queue_depth: float
+    stash_bytes: int
+
 
 class PoolService:
     """Serves the slots of a plan: receive, one merged launch, answer; weight gradients when nobody waits.
 
     Attributes:
-        tokens_Le: assignments served since the last `take_load`, by layer and local expert (int64, host).
-        seconds_waiting, seconds_busy: time in waits for requests, and in everything else inside `serve`, since the
-            start; the weight gradients that are left for the end of a step are in neither.
+        seconds_waiting, seconds_on_wire: time in waits for requests, and in waits for the payloads of requests that
+            have come and in sending answers, since the start.
     """
 
     def __init__(self, shard: ExpertShard, wire: PoolWire, layers: int):
@@ -29,9 +50,10 @@ class PoolService:
         self._server = ExpertServer(shard)
         self._wire = wire
         self._receiver = ThreadPoolExecutor(1, "receiver")
-        self.tokens_Le = torch.zeros(layers, len(shard.expert_ids), dtype=torch.int64)
-        self.seconds_waiting = 0.0
-        self.seconds_busy = 0.0
+        self._tokens_Le = torch.zeros(layers, len(shard.expert_ids), dtype=torch.int64)
+        self._gradients_e = torch.zeros(len(shard.expert_ids), dtype=torch.int64)
+        self.seconds_waiting = self.seconds_on_wire = 0.0
+        self._queue_depths: list[int] = []
         topology, rank = wire.settings.topology, wire.settings.rank
         self._served = frozenset(topology.served_trunk_ranks(rank))
 
@@ -49,6 +71,7 @@ class PoolService:
             for slot, keys in mine:
                 if keys:
                     self._serve_slot(keys, coming.popleft(), step)
+                    self._queue_depths.append(sum(1 for _ in takewhile(Future.done, coming)))
                 elif not slot:
                     self.shard.cut()
         except BaseException:
@@ -57,19 +80,19 @@ class PoolService:
             raise
         assert self._server.open_forwards == 0, "the plan leaves forwards without a backward"
 
-    def _serve_slot(self, keys: list[RequestKey], coming: Future[list[tuple[Tensor, list[int]]]], step: int) -> None:
-        started = time.perf_counter()
+    def _serve_slot(self, keys: list[RequestKey], coming: Future[_Received], step: int) -> None:
         while not coming.done() and self.shard.flush_some():
             pass
-        self.seconds_busy += time.perf_counter() - started
         started = time.perf_counter()
-        requests = dict(zip(keys, coming.result(), strict=True))
+        batches, headers_came = coming.result()
         received = time.perf_counter()
+        on_wire = received - min(max(started, headers_came), received)
+        self.seconds_on_wire += on_wire
+        self.seconds_waiting += received - started - on_wire
+        requests = dict(zip(keys, batches, strict=True))
         for kind in Kind:
             self._serve_kind(kind, [k for k in keys if k.kind == kind], requests, step)
         self.shard.flush_if_full()
-        self.seconds_waiting += received - started
-        self.seconds_busy += time.perf_counter() - received
 
     def _serve_kind(
         self, kind: Kind, keys: list[RequestKey], requests: dict[RequestKey, tuple[Tensor, list[int]]], step: int
@@ -81,11 +104,15 @@ class PoolService:
             answers = self._backward(keys, batches)
         else:
             answers = self._server.forward(list(keys), batches, keep_for_backward=kind == Kind.FORWARD)
-        if kind == Kind.FORWARD:
-            for key, (_, counts) in zip(keys, batches, strict=True):
-                self.tokens_Le[key.layer] += torch.tensor(counts)
+        for key, (_, counts) in zip(keys, batches, strict=True):
+            if kind == Kind.FORWARD:
+                self._tokens_Le[key.layer] += torch.tensor(counts)
+            elif kind == Kind.BACKWARD:
+                self._gradients_e += torch.tensor(counts)
+        started = time.perf_counter()
         for key, (_, served), answer_ND in zip(keys, batches, answers, strict=True):
             self._wire.answer(key, step, answer_ND, served)
+        self.seconds_on_wire += time.perf_counter() - started
 
     def _backward(self, keys: list[RequestKey], batches: list[tuple[Tensor, list[int]]]) -> list[Tensor]:
         for key, (_, counts) in zip(keys, batches, strict=True):
@@ -99,7 +126,12 @@ class PoolService:
                 )
         return self._server.backward([key.forward for key in keys], [dy_ND for dy_ND, _ in batches])
 
-    def take_load(self) -> Tensor:
-        """tokens_Le, which starts again at 0."""
-        taken_Le, self.tokens_Le = self.tokens_Le, torch.zeros_like(self.tokens_Le)
-        return taken_Le
+    def take_served(self) -> Served:
+        """What was served since the last call."""
+        depths = self._queue_depths
+        queue_depth = sum(depths) / len(depths) if depths else 0.0
+        served = Served(self._tokens_Le, self._gradients_e, queue_depth, self.shard.peak_stash_bytes)
+        self._tokens_Le, self._gradients_e = torch.zeros_like(served.tokens_Le), torch.zeros_like(served.gradients_e)
+        self._queue_depths = []
+        self.shard.peak_stash_bytes = 0
+        return served

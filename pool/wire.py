@@ -11,6 +11,7 @@ Every wait has a time limit, and every error names the ranks, the lane, the laye
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -67,10 +68,13 @@ class _Wire:
         settings: see `WireSettings`.
         host_group: gloo process group over all ranks, for headers.
         lane_groups: one process group over all ranks a lane, for payloads.
+    Attributes:
+        bytes_sent, bytes_received: headers and payloads since the start.
     """
 
     def __init__(self, settings: WireSettings, host_group: Any, lane_groups: Sequence[Any]):
         self.settings = settings
+        self.bytes_sent = self.bytes_received = 0
         self._host = host_group
         self._lanes = lane_groups
 
@@ -222,6 +226,8 @@ class TrunkWire(_Wire):
                 messages.append((self._host.recv, due.header, self._answer_tag(key), "get the answer's header of"))
             elif size:
                 messages.append((lane.recv, answer_rows, _ANSWER_TAG, "get the answer of"))
+            self.bytes_sent += header.nbytes + rows.nbytes
+            self.bytes_received += answer_rows.nbytes + (header.nbytes if s.check else 0)
             for operation, message, tag, doing in messages:
                 answer.waits.append((self._post(operation, message, tag, doing, peer, key, step), doing, peer))
             start += size
@@ -247,10 +253,15 @@ class TrunkWire(_Wire):
 
 
 class PoolWire(_Wire):
-    """A pool rank's end of the wire."""
+    """A pool rank's end of the wire.
+
+    Attributes:
+        headers_came: when the last headers that `receive` waited for had come, by `time.perf_counter`.
+    """
 
     def __init__(self, settings: WireSettings, host_group: Any, lane_groups: Sequence[Any]):
         super().__init__(settings, host_group, lane_groups)
+        self.headers_came = 0.0
         self._sending: dict[tuple[int, int], tuple[list[Any], list[Tensor], RequestKey, int]] = {}
         if settings.payload_device.type == "cuda":
             self._receive_stream = torch.cuda.Stream(settings.device)
@@ -272,31 +283,33 @@ class PoolWire(_Wire):
             self._wait(work, "get a header from", key.trunk_rank, key, step)
             counts, sealed = self._check(header, key, step)
             rows_ND = self._payload_buffer(sum(counts))
+            self.bytes_received += header.nbytes + rows_ND.nbytes
             received.append((rows_ND, counts))
             if len(rows_ND):
                 receive = self._lanes[key.lane].recv
                 work = self._post(receive, rows_ND, _REQUEST_TAG, "get tokens from", key.trunk_rank, key, step)
                 works.append((key, work, rows_ND, sealed))
+        self.headers_came = time.perf_counter()
         for key, work, rows_ND, sealed in works:
             self._wait(work, "get tokens from", key.trunk_rank, key, step)
             if sealed and (wrong := altered(rows_ND, sealed)):
                 self._refuse("the tokens of", wrong, key.trunk_rank, key, step)
         return [(rows_ND.to(self.settings.device), counts) for rows_ND, counts in received]
 
-    def receive_in_thread(self, keys: Sequence[RequestKey], step: int) -> list[tuple[Tensor, list[int]]]:
-        """`receive` in a thread beside the computing one.
+    def receive_in_thread(self, keys: Sequence[RequestKey], step: int) -> tuple[list[tuple[Tensor, list[int]]], float]:
+        """`receive` in a thread beside the computing one, and when the headers had come.
 
         On a GPU the waits go to a stream of their own, and the host waits for it: on the computing stream they would
         hold up work whose answers the awaited requests may depend on.
         """
         if self.settings.payload_device.type != "cuda":
-            return self.receive(keys, step)
+            return self.receive(keys, step), self.headers_came
         with torch.cuda.device(self.settings.device), torch.cuda.stream(self._receive_stream):
             requests = self.receive(keys, step)
             self._receive_stream.synchronize()
         for rows_ND, _ in requests:
             rows_ND.record_stream(torch.cuda.default_stream(self.settings.device))
-        return requests
+        return requests, self.headers_came
 
     def answer(self, key: RequestKey, step: int, rows_ND: Tensor, served_e: Sequence[int]) -> None:
         """Send the answer of a request; returns at once.
@@ -320,6 +333,7 @@ class PoolWire(_Wire):
         if len(rows_ND):
             messages.append((self._lanes[key.lane].send, rows_ND, _ANSWER_TAG))
         if messages:
+            self.bytes_sent += sum(message.nbytes for _, message, _ in messages)
             works = [
                 self._post(send, message, tag, "send an answer to", key.trunk_rank, key, step)
                 for send, message, tag in messages

@@ -2,7 +2,7 @@
 
 from router.balance import LoadStatistics, balance_coefficients
 from router.calibration import norm_constant
-from router.load import dead_experts, effective_experts, load_imbalance
+from router.load import dead_experts, distinct_experts, effective_experts, load_imbalance
 from router.norm import norm_scores
 from router.routers import (
     NormRouter,
@@ -26,6 +26,7 @@ __all__ = [
     "balance_coefficients",
     "build_router",
     "dead_experts",
+    "distinct_experts",
     "effective_experts",
     "load_imbalance",
     "norm_constant",

@@ -1,6 +1,6 @@
 """Load statistics for metrics: how evenly tokens spread over experts.
 
-Each function takes int64 counts of any shape (..., M) and reduces the last dimension, the experts.
+All but `distinct_experts` take int64 counts of any shape (..., M) and reduce the last dimension, the experts.
 """
 
 import torch
@@ -28,3 +28,13 @@ def effective_experts(tokens_per_expert: Tensor) -> Tensor:
     fractions = load / load.sum(dim=-1, keepdim=True).clamp(min=1.0)
     entropy: Tensor = torch.special.entr(fractions).sum(dim=-1)
     return entropy.exp()
+
+
+def distinct_experts(expert_ids_LTK: Tensor) -> Tensor:
+    """Different experts of the pool that a token meets over its layers: mean over the tokens, fp32.
+
+    Args:
+        expert_ids_LTK: global expert ids by layer, token and choice.
+    """
+    ids_TN = expert_ids_LTK.transpose(0, 1).flatten(1).sort(dim=-1).values
+    return 1 + (ids_TN.diff(dim=-1) != 0).sum(dim=-1).float().mean()

@@ -55,7 +55,7 @@ class Outcome:
     """What a run comes to, whatever its layout.
 
     Attributes:
-        scalars: per step: loss, balance_loss, grad_norm, lr, load_imbalance.
+        scalars: per step: loss, balance_loss, grad_norm, lr, load_imbalance, distinct_experts.
         gradients: of the first step, reduced, before clipping; experts by "expert/<id>/...". Empty unless ZeRO 0.
         weights: after the last step.
         val_loss: of an evaluation at the end.
@@ -136,7 +136,7 @@ def _train(
             _keep_gradients(role, engines, result)
         scalars = optimizer_step(job, role, step)
         if scalars is not None:
-            names = ("loss", "balance_loss", "z_loss", "grad_norm", "lr", "load_imbalance", "applied")
+            names = ("loss", "balance_loss", "z_loss", "grad_norm", "lr", "load_imbalance", "distinct_experts", "applied")
             result["scalars"].append({name: float(getattr(scalars, name)) for name in names})
         if saver and step + 1 == save_after:
             saver.start(save_after)

@@ -143,6 +143,14 @@ class Checkpoint(Section):
 
 class Metrics(Section):
     port: Annotated[int, Field(ge=0, le=65535)] = Field(0, description="rank r serves port + r; 0 picks free ports")
+    port_by: Literal["rank", "local_rank"] = Field(
+        "rank", description="local_rank: port + the rank's number on its machine, the same ports on every machine"
+    )
+    host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0: everybody who reaches the machine")
+    tensorboard: bool = True
+    csv: bool = Field(False, description="a file for every scalar, in csv/ of run.dir")
+    wandb: str | None = Field(None, description="project of Weights & Biases, whose own variables have the rest")
+    per_layer_experts: bool = Field(False, description="also a series for every expert of every layer: may be 20,000")
 
 
 class Recipe(Section):

@@ -23,9 +23,18 @@ class PoolClient(Protocol):
 
     Attributes:
         seconds_waiting: time spent waiting for answers since the start.
+        seconds_on_wire: time spent handing requests over.
+        bytes_sent, bytes_received: by the wire.
     """
 
     seconds_waiting: float
+    seconds_on_wire: float
+
+    @property
+    def bytes_sent(self) -> int: ...
+
+    @property
+    def bytes_received(self) -> int: ...
 
     def run(self, micro_batches: Iterable[MicroBatch[T]], lane_order: Sequence[int], step: int) -> list[T]:
         """Run micro-batches to their ends, in lanes; returns their values, in their order.
@@ -42,7 +51,15 @@ class RemotePool:
     def __init__(self, wire: TrunkWire, trunk_rank: int):
         self._wire = wire
         self._trunk_rank = trunk_rank
-        self.seconds_waiting = 0.0
+        self.seconds_waiting = self.seconds_on_wire = 0.0
+
+    @property
+    def bytes_sent(self) -> int:
+        return self._wire.bytes_sent
+
+    @property
+    def bytes_received(self) -> int:
+        return self._wire.bytes_received
 
     def run(self, micro_batches: Iterable[MicroBatch[T]], lane_order: Sequence[int], step: int) -> list[T]:
         fresh = enumerate(micro_batches)
@@ -66,7 +83,10 @@ class RemotePool:
 
     def _request(self, request: Request, lane: int, step: int) -> Answer:
         key = RequestKey(self._trunk_rank, lane, request.micro_batch, request.layer, request.kind)
-        return self._wire.request(key, step, request.rows_ND, request.tokens_per_expert)
+        started = time.perf_counter()
+        answer = self._wire.request(key, step, request.rows_ND, request.tokens_per_expert)
+        self.seconds_on_wire += time.perf_counter() - started
+        return answer
 
     def _wait(self, answer: Answer) -> Tensor:
         started = time.perf_counter()
@@ -75,7 +95,14 @@ class RemotePool:
         return rows_ND
 
 
-class LocalPool:
+class _NoWire:
+    """Nobody to wait for."""
+
+    seconds_waiting = seconds_on_wire = 0.0
+    bytes_sent = bytes_received = 0
+
+
+class LocalPool(_NoWire):
     """The colocated layout: the whole pool in this process.
 
     There is nothing to hide, so lanes advance together and the requests that they make of one layer are one launch.
@@ -84,7 +111,6 @@ class LocalPool:
     def __init__(self, shard: ExpertShard):
         self._shard = shard
         self._server = ExpertServer(shard)
-        self.seconds_waiting = 0.0
 
     def run(self, micro_batches: Iterable[MicroBatch[T]], lane_order: Sequence[int], step: int) -> list[T]:
         lanes = max(lane_order) + 1
@@ -120,10 +146,8 @@ class LocalPool:
         return self._server.forward(keys, batches, keep_for_backward=kind == Kind.FORWARD)
 
 
-class NoPool:
+class NoPool(_NoWire):
     """A dense model: micro-batches ask for nothing."""
-
-    seconds_waiting = 0.0
 
     def run(self, micro_batches: Iterable[MicroBatch[T]], lane_order: Sequence[int], step: int) -> list[T]:
         return [_finish(micro_batch) for micro_batch in micro_batches]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from importlib import resources
+from importlib.util import find_spec
 from typing import Any
 
 from trainer.config import Recipe
+from trainer.errors import UserError
 
 _LARGEST_BUCKET = 500_000_000
 """Elements of a reduction at once: DeepSpeed's default. It allocates a buffer of that size every step."""
@@ -38,9 +40,18 @@ def deepspeed_config(recipe: Recipe, role: str, role_size: int, parameters: int)
     # DeepSpeed wants a multiple of twice the ranks.
     bucket = -(-min(parameters, _LARGEST_BUCKET) // (2 * role_size)) * 2 * role_size
     _fill(config["zero_optimization"], reduce_bucket_size=bucket, allgather_bucket_size=bucket)
-    if "tensorboard" in config:
-        _fill(config["tensorboard"], output_path=recipe.run.dir, job_name="tensorboard")
+    if role == "trunk":
+        _fill_monitors(config, recipe)
     return config
+
+
+def _fill_monitors(config: dict[str, Any], recipe: Recipe) -> None:
+    m = recipe.metrics
+    if m.wandb and find_spec("wandb") is None:
+        raise UserError(f"metrics.wandb = {m.wandb}: wandb is not installed here: pip install wandb")
+    _fill(config["tensorboard"], enabled=m.tensorboard, output_path=recipe.run.dir, job_name="tensorboard")
+    _fill(config["csv_monitor"], enabled=m.csv, output_path=recipe.run.dir, job_name="csv")
+    _fill(config["wandb"], enabled=m.wandb is not None, project=m.wandb or "")
 
 
 def _fill(section: dict[str, Any], **values: Any) -> None:

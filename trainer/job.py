@@ -102,6 +102,7 @@ class Job:
                 f"{t.trunk_ranks} + {t.pool_ranks} = {t.world_size}: make them equal"
             )
         self.rank = launch.rank
+        self.local_rank = launch.local_rank
         self.device = _pick_device(launch)
         self.timeout = timedelta(seconds=recipe.parallel.timeout_seconds)
         self.start_timeout = timedelta(seconds=recipe.parallel.start_timeout_seconds)

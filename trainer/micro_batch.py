@@ -23,7 +23,7 @@ from torch import Tensor
 
 from pool.permute import Permutation, combine, permutation, permute
 from pool.plan import Kind
-from router import Routing
+from router import Routing, distinct_experts
 from trainer.model import Trunk
 
 
@@ -65,11 +65,15 @@ class PoolMap:
 
 @dataclass(frozen=True)
 class MicroBatchResult:
-    """Scalars in fp32 on the compute device; the loss is the mean cross-entropy in nats, without balance losses."""
+    """Scalars in fp32 on the compute device; the loss is the mean cross-entropy in nats, without balance losses.
+
+    distinct_experts: of the pool that a token meets over all layers, a mean over the tokens.
+    """
 
     loss: Tensor
     balance_loss: Tensor
     z_loss: Tensor
+    distinct_experts: Tensor
     tokens_per_expert_LM: Tensor
 
 
@@ -78,6 +82,7 @@ class _Dispatch:
     """How a layer's tokens were sent out: what `combine` and the request's header need. Carries no gradient."""
 
     permutation: Permutation
+    expert_ids_TK: Tensor
     tokens_per_position: Tensor
     tokens_per_expert_M: Tensor
 
@@ -187,7 +192,8 @@ def train_micro_batch(
     balance_loss = torch.zeros_like(loss)
     if coefficients_LM is not None:
         balance_loss = (coefficients_LM * torch.stack(scores)).sum()
-    return MicroBatchResult(loss, balance_loss, objective.z_loss * torch.stack(z_losses).sum(), load_LM)
+    distinct = distinct_experts(torch.stack([_dispatched(segment).expert_ids_TK for segment in layers]))
+    return MicroBatchResult(loss, balance_loss, objective.z_loss * torch.stack(z_losses).sum(), distinct, load_LM)
 
 
 def train_dense_micro_batch(
@@ -199,7 +205,7 @@ def train_dense_micro_batch(
         loss = trunk.loss(_dense_hidden(trunk, sequences_BS1[:, :-1]), sequences_BS1[:, 1:])
     (loss * objective.scale).backward()
     zero = torch.zeros_like(loss)
-    return MicroBatchResult(loss.detach(), zero, zero, torch.zeros(len(trunk.blocks), 1, dtype=torch.int64))
+    return MicroBatchResult(loss.detach(), zero, zero, zero, torch.zeros(len(trunk.blocks), 1, dtype=torch.int64))
 
 
 @torch.no_grad()
@@ -265,9 +271,10 @@ def _dispatch(
     with trunk.autocast():
         h_BSD = block.attend(h_BSD, trunk.rope)  # type: ignore[operator]
         x_TD, routing = block.route(h_BSD)  # type: ignore[operator]
-        p = permutation(routing.topk_expert_ids_TK + pool_map.first_expert(layer), pool_map.position_M)
+        expert_ids_TK = routing.topk_expert_ids_TK + pool_map.first_expert(layer)
+        p = permutation(expert_ids_TK, pool_map.position_M)
         rows_ND = permute(x_TD.to(trunk.compute_dtype), p)
-    dispatch = _Dispatch(p, p.tokens_per_expert_M.cpu(), routing.tokens_per_expert_M)
+    dispatch = _Dispatch(p, expert_ids_TK, p.tokens_per_expert_M.cpu(), routing.tokens_per_expert_M)
     return h_BSD, rows_ND, routing.topk_scores_TK, routing, dispatch
 
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import threading
+from collections.abc import Callable
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from trainer.progress import say
 
@@ -17,13 +22,22 @@ class Monitors:
         monitor.write_events, threading.excepthook = self._write, self._report_others
 
     def write(self, scalars: dict[str, float], step: int) -> None:
-        """Scalars of a step; role rank 0 writes."""
+        """Scalars of a step, but for those that are not finite; role rank 0 writes."""
         if self._monitor.enabled:
-            self._write([(name, value, step) for name, value in scalars.items()])
+            self._write([(name, value, step) for name, value in scalars.items() if math.isfinite(value)])
+
+    def write_image(self, name: str, draw: Callable[[], NDArray[np.uint8]], step: int) -> None:
+        """A picture (height x width x RGB) to TensorBoard; the other monitors know none. Not drawn if nobody looks."""
+        board = self._monitor.tb_monitor
+        if self._monitor.enabled and board is not None:
+            self._on_disk(lambda: board.summary_writer.add_image(name, draw(), step, dataformats="HWC"))
 
     def _write(self, events: list[tuple[str, float, int]]) -> None:
+        self._on_disk(lambda: self._write_events(events))
+
+    def _on_disk(self, write: Callable[[], None]) -> None:
         try:
-            self._write_events(events)
+            write()
         except OSError as error:
             self._monitor.enabled = False
             say(f"warning: TensorBoard and other monitors are off until the next start ({error.strerror})")

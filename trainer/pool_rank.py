@@ -14,8 +14,9 @@ from pool.wire import PoolWire, WireSettings
 from trainer.config import Recipe
 from trainer.engine import build_engine
 from trainer.job import Job
-from trainer.metrics import MetricsServer
+from trainer.metrics import ExpertLoad, MetricsServer
 from trainer.model import init_stds
+from trainer.usage import UsageClock
 
 
 def compute_dtype(recipe: Recipe) -> torch.dtype:
@@ -64,7 +65,11 @@ def finish_gradients(shard: ExpertShard, recipe: Recipe) -> None:
 
 
 class PoolRank:
-    """Serves forwards, backwards and evaluations in the order of the plan, and steps with the trunk."""
+    """Serves forwards, backwards and evaluations in the order of the plan, and steps with the trunk.
+
+    Attributes:
+        clock: what its training steps are spent on.
+    """
 
     def __init__(self, recipe: Recipe, job: Job, placement: Placement):
         self._recipe = recipe
@@ -74,37 +79,29 @@ class PoolRank:
         self._shard = build_shard(recipe, placement, index, job.device)
         self._engine = build_engine(self._shard, recipe, "pool", job.role_size)
         self.engines = {f"pool/shard_{index}": self._engine}
-        wire = PoolWire(wire_settings(recipe, job, placement), job.host_group, job.lane_groups)
-        self._service = PoolService(self._shard, wire, recipe.model.layers)
-        self.metrics = MetricsServer(
-            recipe.metrics.port and recipe.metrics.port + job.rank,
-            "pool",
-            job.rank,
-            self._shard.expert_ids,
-            recipe.pool.experts,
-        )
-        self._seconds = (0.0, 0.0)
+        self._wire = PoolWire(wire_settings(recipe, job, placement), job.host_group, job.lane_groups)
+        self._service = PoolService(self._shard, self._wire, recipe.model.layers)
+        self.clock = UsageClock(self._service)
+        layers = recipe.model.layers if recipe.metrics.per_layer_experts else 0
+        load = ExpertLoad(self._shard.expert_ids, recipe.pool.experts, layers)
+        self.metrics = MetricsServer(recipe.metrics, "pool", job.rank, job.local_rank, load)
 
     def accumulate(self, step: int) -> float:
         """Serve one optimizer step up to its reduced gradients; returns the square of their norm."""
+        self.clock.begin()
         with self._engine.accumulating():
             self._service.serve(self.plan.slots, step)
             finish_gradients(self._shard, self._recipe)
+            self.clock.computed()
         return self._engine.grad_norm_squared()
 
     def step(self, step: int, total_norm: float) -> None:
         """Step with the norm over both roles."""
         self._engine.step(total_norm)
         self._shard.weights_changed()
-        seconds = (self._service.seconds_waiting, self._service.seconds_busy)
-        waited, busy = (now - before for now, before in zip(seconds, self._seconds, strict=True))
-        self._seconds = seconds
-        self.metrics.service(self._service.take_load().sum(0), waited, busy)
-
-    @property
-    def seconds_waiting(self) -> float:
-        """Time spent waiting for requests since the start."""
-        return self._service.seconds_waiting
+        self.clock.stepped()
+        self.metrics.served(self._service.take_served())
+        self.metrics.used(self.clock.total, self._wire.bytes_sent, self._wire.bytes_received)
 
     def serve(self, plan: Plan, step: int) -> None:
         """Serve an evaluation or a generation."""

@@ -1,4 +1,4 @@
-"""The run's folder: recipe.yaml, plan.json, tokenizer.json, metrics.jsonl, checkpoints/, tensorboard/, load.png."""
+"""The run's folder: recipe.yaml, plan.json, tokenizer.json, metrics.jsonl, checkpoints/, tensorboard/, load.png ..."""
 
 from __future__ import annotations
 
@@ -6,8 +6,13 @@ import errno
 import json
 import os
 import tempfile
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from trainer.config import Recipe, save_recipe
 from trainer.errors import UserError
@@ -29,6 +34,8 @@ class RunFolder:
         self.tensorboard = self.path / "tensorboard"
         self.plan_file = self.path / "plan.json"
         self.load_picture = self.path / "load.png"
+        self.load_file = self.path / "load.npy"
+        self.targets_file = self.path / "targets.json"
         self.tokenizer_file = self.path / TOKENIZER_FILE
         self._warned = False
 
@@ -82,6 +89,26 @@ class RunFolder:
             self._warned = True
         else:
             self._warned = False
+
+    def announce(self, addresses: Sequence[str]) -> None:
+        """Where each rank serves its metrics, in the form of Prometheus' file_sd, for as long as the run lasts."""
+        targets = [{"targets": list(addresses), "labels": {"run": self.path.name}}]
+        write_whole(self.targets_file, lambda path: path.write_text(json.dumps(targets) + "\n"))
+
+    def withdraw(self) -> None:
+        """The run has ended as it should."""
+        with suppress(OSError):
+            self.targets_file.unlink(missing_ok=True)
+
+    def save_load(self, load_LM: NDArray[np.int64]) -> None:
+        """Assignments a step by layer and expert. A disk that is full or gone loses them; training goes on."""
+
+        def write(path: Path) -> None:
+            with path.open("wb") as file:
+                np.save(file, load_LM)
+
+        with suppress(OSError):
+            write_whole(self.load_file, write)
 
 
 def _is_before(record: dict[str, Any], done_steps: int) -> bool:

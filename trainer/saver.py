@@ -118,8 +118,6 @@ class Saver:
         self._pending: _Pending | None = None
         self.error: str | None = None
         """Rank 0: why the last save failed."""
-        if self._metrics:
-            self._metrics.checkpoint_failures(0)
 
     def clean(self) -> None:
         """Remove what killed saves have left. Rank 0, before the first save."""
@@ -284,7 +282,7 @@ class Saver:
     def _report_failure(self, steps: int, problem: str) -> None:
         self.error = problem
         if self._metrics:
-            self._metrics.checkpoint_failures(1)
+            self._metrics.add("unipool_checkpoint_failures", 1)
         line = f"the checkpoint after step {steps} failed: {problem}; training goes on, the next interval tries again"
         say(f"warning: {line}")
 

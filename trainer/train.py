@@ -7,7 +7,7 @@ import math
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
@@ -26,12 +26,13 @@ from trainer.launch import DONE_FILE
 from trainer.metrics import StepScalars
 from trainer.pool_rank import PoolRank
 from trainer.prepare import prepare_for
-from trainer.progress import Progress, say
+from trainer.progress import say
 from trainer.resume import check_data, choose, early_check
 from trainer.run_folder import RunFolder
 from trainer.saver import Saver
 from trainer.schedule import schedule_of
 from trainer.summary import Summary, write_summary
+from trainer.telemetry import Telemetry
 from trainer.trunk_rank import TrunkRank
 
 SAMPLE_TOKENS = 64
@@ -179,7 +180,7 @@ class _Loop:
         self._saver = Saver(job, recipe, folder.checkpoints, self._role, data, self._role.metrics)
         self._skipped = 0
         self._held_out_LM = torch.zeros(0)
-        job.publish("metrics", f"{job.name}: http://127.0.0.1:{self._role.metrics.port}/metrics")
+        job.publish("metrics", self._role.metrics.address)
         job.barrier()
 
     def run(self) -> int:
@@ -198,13 +199,13 @@ class _Loop:
             self._folder.begin(recipe, job.schedule, self._prepared.tokenizer().to_str(), start)
             self._saver.clean()
         job.barrier()  # loading may take longer on one rank than a step may wait
-        progress = Progress(recipe, start, job.look_up("metrics")) if job.rank == 0 else None
+        self._telemetry = Telemetry(recipe, job, self._folder, self._role, start)
         val_loss = math.nan
         self._watch.may_stop = True
         if start and (start >= last or _due(start, recipe.eval.every)):
-            val_loss = self._evaluate(start, progress)  # a checkpoint is of before it
+            val_loss = self._evaluate(start)  # a checkpoint is of before it
         for step in range(start, last):
-            stop = self._step(step, progress)
+            stop = self._step(step)
             done = step + 1
             if stop and done < last:
                 return self._stop(done)
@@ -212,12 +213,12 @@ class _Loop:
                 self._watch.phase = f"the checkpoint after step {done}"
                 self._saver.start(done)
             if done == last or _due(done, recipe.eval.every):
-                val_loss = self._evaluate(done, progress)
+                val_loss = self._evaluate(done)
         self._watch.phase = "the last checkpoint"
         self._finish_saving(last)
         self._watch.may_stop = False
         self._watch.saved = True
-        self._finish(val_loss, max(start, last), progress)
+        self._finish(val_loss, max(start, last))
         return 0
 
     def _finish_saving(self, done: int) -> None:
@@ -235,21 +236,16 @@ class _Loop:
             "newest one that there is"
         )
 
-    def _step(self, step: int, progress: Progress | None) -> bool:
+    def _step(self, step: int) -> bool:
         """One optimizer step; whether some rank has been asked to stop."""
         self._watch.phase = f"the forward and backward of step {step}"
         squared_norm = self._role.accumulate(step)
         self._watch.phase = f"the optimizer of step {step}"
-        votes = (float(self._watch.stop_asked), self._saver.vote())
+        votes = (float(self._watch.stop_asked), self._saver.vote(), *self._telemetry.usage())
         outcome = update(self._job, self._role, step, squared_norm, votes)
-        stop, writing = outcome.votes
+        stop, writing, *usage = outcome.votes
         self._saver.settle(writing)
-        if self._trunk and outcome.scalars:
-            values = asdict(outcome.scalars)
-            self._trunk.write_scalars({f"train/{name}": float(value) for name, value in values.items()}, step + 1)
-            if progress:
-                progress.step(step + 1, values)
-                self._folder.append_metrics({"step": step + 1, **values})
+        self._telemetry.step(step + 1, outcome.scalars, usage)
         self._skipped = 0 if outcome.finite else self._skipped + 1
         if self._skipped >= self._recipe.train.max_skipped_steps:
             self._give_up(step)
@@ -261,6 +257,7 @@ class _Loop:
         if not self._saver.save(done):
             raise JobError(f"asked to stop after step {done}, but its checkpoint could not be saved")
         self._watch.saved = True
+        self._telemetry.close()
         if self._job.rank == 0:
             say(f"unipool: asked to stop: checkpoint after step {done} saved; start again with the same command")
         return START_AGAIN
@@ -283,7 +280,7 @@ class _Loop:
             f"and go on with --force"
         )
 
-    def _evaluate(self, done: int, progress: Progress | None) -> float:
+    def _evaluate(self, done: int) -> float:
         self._watch.phase = f"the evaluation after step {done}"
         recipe = self._recipe
         if self._trunk is None:
@@ -291,14 +288,11 @@ class _Loop:
             self._role.serve(self._job.schedule.evaluation(self._evaluations * recipe.micro_batches), done)
             return math.nan
         val_loss, self._held_out_LM = self._trunk.evaluate(self._evaluations, done)
-        self._trunk.write_scalars({"eval/val_loss": val_loss}, done)
-        if progress:
-            progress.evaluation(done, val_loss)
-            tokens = self._evaluations * recipe.train.global_batch * recipe.model.seq_len
-            self._folder.append_metrics({"step": done, "val_loss": val_loss, "val_tokens": tokens})
+        tokens = self._evaluations * recipe.train.global_batch * recipe.model.seq_len
+        self._telemetry.evaluation(done, val_loss, tokens, self._held_out_LM)
         return val_loss
 
-    def _finish(self, val_loss: float, saved_at: int, progress: Progress | None) -> None:
+    def _finish(self, val_loss: float, saved_at: int) -> None:
         """The generated sample, the load picture and the summary."""
         self._watch.phase = "the sample at the end"
         if self._trunk is None or self._prepared is None:
@@ -308,8 +302,8 @@ class _Loop:
         tokenizer = self._prepared.tokenizer()
         prompt = self._prepared.dataset("validation")[0]["tokens"][:32]
         sample = self._trunk.generate(list(prompt), SAMPLE_TOKENS, self._recipe.train.steps)
-        if progress:
-            progress.close()
+        self._telemetry.close()
+        if self._job.rank == 0:
             write_summary(
                 Summary(
                     recipe=self._recipe,

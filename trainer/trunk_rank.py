@@ -17,14 +17,14 @@ from torch import Tensor
 from pool.experts import ExpertShard
 from pool.placement import Placement
 from pool.wire import TrunkWire
-from router import LoadStatistics, balance_coefficients, dead_experts, load_imbalance
+from router import LoadStatistics, balance_coefficients, dead_experts, effective_experts, load_imbalance
 from router.routers import SigmoidBiasRouter
 from trainer.config import Recipe
 from trainer.data.batches import SequenceStream
 from trainer.drive import LocalPool, MicroBatch, NoPool, PoolClient, RemotePool
 from trainer.engine import build_engine
 from trainer.job import Job
-from trainer.metrics import MetricsServer, StepScalars
+from trainer.metrics import ExpertLoad, MetricsServer, StepScalars
 from trainer.micro_batch import (
     MicroBatchResult,
     Objective,
@@ -34,7 +34,9 @@ from trainer.micro_batch import (
     train_micro_batch,
 )
 from trainer.model import Trunk
+from trainer.monitors import Monitors
 from trainer.pool_rank import build_shard, finish_gradients, wire_settings
+from trainer.usage import UsageClock
 
 LOAD_STEPS = 100
 """Steps over which the recorded load is a mean, about."""
@@ -66,15 +68,22 @@ class TrunkRank:
         self._pool_map: PoolMap | None = None
         if placement:
             self._join_pool(placement)
-        experts = tuple(range(recipe.pool.experts)) if job.topology.colocated and job.rank == 0 else ()
-        port = recipe.metrics.port and recipe.metrics.port + job.rank
-        self.metrics = MetricsServer(port, "trunk", job.rank, experts, recipe.pool.experts)
+        self.metrics = MetricsServer(recipe.metrics, "trunk", job.rank, job.local_rank, self._known_load())
         self.load_LM = torch.zeros(recipe.model.layers, max(1, recipe.experts_per_layer), dtype=torch.int64)
         self._recent_load_LM = torch.zeros_like(self.load_LM, dtype=torch.float64)
-        self._scalars = [0.0, 0.0, 0.0]
+        self._scalars = [0.0, 0.0, 0.0, 0.0]
         self._losses: list[float] = []
+        self.clock = UsageClock(self._pool)
         self._started = time.perf_counter()
         self._waited = 0.0
+
+    def _known_load(self) -> ExpertLoad | None:
+        """The load of all experts where there is no pool rank to serve it as metrics."""
+        recipe = self._recipe
+        if self._shard is None or self._job.rank:
+            return None
+        layers = recipe.model.layers if recipe.metrics.per_layer_experts else 0
+        return ExpertLoad(range(recipe.pool.experts), recipe.pool.experts, layers, backward=False)
 
     def _join_pool(self, placement: Placement) -> None:
         recipe, job = self._recipe, self._job
@@ -93,12 +102,14 @@ class TrunkRank:
         """Forward and backward of this rank's share of the global batch; returns the squared norm of the gradients."""
         self._started = time.perf_counter()
         self._waited = self._pool.seconds_waiting
+        self.clock.begin()
         with ExitStack() as stack:
             for engine in self.engines.values():
                 stack.enter_context(engine.accumulating())
             results = self._pool.run(self._micro_batches(step), self.plan.lane_order[self._job.rank], step)
             if self._shard is not None:
                 finish_gradients(self._shard, self._recipe)
+            self.clock.computed()
         self._gather(results)
         return sum(engine.grad_norm_squared() for engine in self.engines.values())
 
@@ -137,17 +148,17 @@ class TrunkRank:
         """The step's scalars and load over all trunk ranks: one reduction."""
         ranks = self._job.topology.trunk_ranks
         self._losses = []
-        scalars = torch.zeros(3, dtype=torch.float64)
+        scalars = torch.zeros(4, dtype=torch.float64)
         load_LM = torch.zeros_like(self.load_LM)
         for r in results:
-            of_micro_batch = torch.stack((r.loss, r.balance_loss, r.z_loss)).double().cpu()
+            of_micro_batch = torch.stack((r.loss, r.balance_loss, r.z_loss, r.distinct_experts)).double().cpu()
             self._losses.append(float(of_micro_batch[0]))
             scalars += of_micro_batch
             load_LM += r.tokens_per_expert_LM.cpu()
         together = torch.cat((scalars / (len(results) * ranks), load_LM.double().flatten()))
         if ranks > 1:
             dist.all_reduce(together)
-        self._scalars, self.load_LM = together[:3].tolist(), together[3:].long().view_as(load_LM)
+        self._scalars, self.load_LM = together[:4].tolist(), together[4:].long().view_as(load_LM)
 
     def step(self, step: int, total_norm: float) -> StepScalars:
         """Step with the norm over both roles; returns the step's scalars."""
@@ -161,10 +172,19 @@ class TrunkRank:
             self._statistics.record_step(step, self.load_LM.to(self._job.device))
             self._recent_load_LM.lerp_(self.load_LM.double(), 1 / min(step + 1, LOAD_STEPS))
             self._move_expert_bias()
-            if self._shard is not None and self._job.rank == 0:
-                self.metrics.load(self.pool_load())
-        self.metrics.step(scalars, step + 1)
+        self.clock.stepped()
+        self._serve_metrics(scalars, step + 1)
         return scalars
+
+    def _serve_metrics(self, scalars: StepScalars, done: int) -> None:
+        metrics, has_pool = self.metrics, self._pool_map is not None
+        metrics.used(self.clock.total, self._pool.bytes_sent, self._pool.bytes_received)
+        metrics.trained(scalars.tokens // self._job.topology.trunk_ranks, scalars.pool_wait)
+        if self._job.rank == 0:
+            metrics.step(scalars, done, has_pool)
+        if metrics.expert_load:
+            load_LM = self._over_all_experts(self.load_LM)
+            metrics.count_load(load_LM, load_LM.sum(0))
 
     def suspects(self, step: int) -> str:
         """This rank's micro-batches of the step just done whose loss is not finite, and their rows of the data."""
@@ -184,22 +204,26 @@ class TrunkRank:
             if isinstance(block.router, SigmoidBiasRouter) and self._recipe.train.freeze != "trunk":
                 block.router.update_bias(load_M.to(self._job.device), self._recipe.router.bias_rate)
 
-    @property
-    def seconds_waiting(self) -> float:
-        """Time spent waiting for the pool since the start."""
-        return self._pool.seconds_waiting
-
     def pool_load(self) -> Tensor:
         """Assignments of the last step by global expert id, (M,) int64, over all trunk ranks."""
         groups = self._recipe.model.groups
         return self.load_LM.unflatten(0, (groups, -1)).sum(1).flatten()  # type: ignore[no-any-return]
+
+    def _shard_load(self, load_M: Tensor) -> Tensor:
+        """Of the last step, by shard."""
+        if self.placement is None:
+            return load_M
+        in_shards_se = load_M[torch.tensor(self.placement.order)].view(self.placement.shards, -1)
+        return in_shards_se.sum(1)
 
     def _step_scalars(self, total_norm: float, lr: float, applied: bool) -> StepScalars:
         recipe = self._recipe
         seconds = time.perf_counter() - self._started
         tokens = recipe.train.global_batch * recipe.model.seq_len
         waited = self._pool.seconds_waiting - self._waited
-        loss, balance_loss, z_loss = self._scalars
+        load_M = self.pool_load()
+        loss, balance_loss, z_loss, distinct_experts = self._scalars
+        layer_imbalance_L = load_imbalance(self.load_LM)
         return StepScalars(
             loss=loss,
             balance_loss=balance_loss,
@@ -207,10 +231,15 @@ class TrunkRank:
             grad_norm=total_norm,
             lr=lr,
             tokens=tokens,
+            seconds=seconds,
             tokens_per_second=tokens / seconds,
-            load_imbalance=float(load_imbalance(self.pool_load())),
-            layer_imbalance=float(load_imbalance(self.load_LM).mean()),
-            dead_experts=int(dead_experts(self.pool_load())) if recipe.model.ffn == "pool" else 0,
+            load_imbalance=float(load_imbalance(load_M)),
+            shard_imbalance=float(load_imbalance(self._shard_load(load_M))),
+            layer_imbalance=float(layer_imbalance_L.mean()),
+            layer_imbalances=tuple(layer_imbalance_L.tolist()),
+            dead_experts=int(dead_experts(load_M)) if recipe.model.ffn == "pool" else 0,
+            effective_experts=float(effective_experts(load_M)),
+            distinct_experts=distinct_experts,
             pool_wait=waited / seconds,
             applied=applied,
         )
@@ -254,9 +283,10 @@ class TrunkRank:
             ids.append(int(torch.multinomial(probabilities_V, 1, generator=generator)))
         return ids[len(prompt) :]
 
-    def write_scalars(self, scalars: dict[str, float], step: int) -> None:
-        """To DeepSpeed's monitors."""
-        self.engines["trunk"].monitors.write({k: v for k, v in scalars.items() if math.isfinite(v)}, step)
+    @property
+    def monitors(self) -> Monitors:
+        """DeepSpeed's."""
+        return self.engines["trunk"].monitors
 
     def state_dict(self) -> dict[str, Any]:
         """What the engines do not hold, as copies."""
@@ -288,8 +318,13 @@ class TrunkRank:
         """Assignments a step by layer and global expert (L, M), a mean over about the last `LOAD_STEPS` steps."""
         if self._pool_map is None:
             return None
-        load_LM = np.zeros((len(self.load_LM), self._recipe.pool.experts), dtype=np.int64)
-        for layer, row in enumerate(self._recent_load_LM.round().numpy()):
+        return self._over_all_experts(self._recent_load_LM.round())
+
+    def _over_all_experts(self, load_LM: Tensor) -> NDArray[np.int64]:
+        """From the experts that each layer sees to all of the pool, by global id; 0 where a layer does not reach."""
+        assert self._pool_map
+        of_all_LM = np.zeros((len(load_LM), self._recipe.pool.experts), dtype=np.int64)
+        for layer, row in enumerate(load_LM.numpy()):
             first = self._pool_map.first_expert(layer)
-            load_LM[layer, first : first + len(row)] = row
-        return load_LM
+            of_all_LM[layer, first : first + len(row)] = row
+        return of_all_LM

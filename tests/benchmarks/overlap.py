@@ -89,13 +89,13 @@ def measure(job_recipe: Recipe, rounds: int) -> dict[str, Any]:
         for lanes, plan in plans.items():
             role.plan = plan
             job.barrier()
-            started, waited = time.perf_counter(), role.seconds_waiting
+            started, waited = time.perf_counter(), role.clock.total.waiting
             optimizer_step(job, role, step)
             step += 1
             took = time.perf_counter() - started
             if number:  # the first round warms up
                 seconds[lanes].append(took)
-                waits[lanes].append((role.seconds_waiting - waited) / took)
+                waits[lanes].append((role.clock.total.waiting - waited) / took)
     job.close()
     predicted = {lanes: plan.seconds for lanes, plan in plans.items()}
     return {"seconds": seconds, "waits": waits, "predicted": predicted}

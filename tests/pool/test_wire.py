@@ -147,14 +147,15 @@ def round_trip(topology: Topology, lanes: int, dtype: torch.dtype) -> Any:
                 sent = [wire.request(key, step, rows_of(key, dtype), counts_of(key)) for key in keys]
                 answers.update((key, answer.wait()) for key, answer in zip(keys, sent, strict=True))
         barrier(store, "end")
-        return answers
-    service = make_service(topology, PoolWire(ends, host, lane_groups), dtype)
+        return answers, wire.bytes_sent, wire.bytes_received
+    pool_wire = PoolWire(ends, host, lane_groups)
+    service = make_service(topology, pool_wire, dtype)
     for plan, step in plans:
         service.serve(slots(plan), step)
     service.shard.flush()
-    loads = service.take_load(), service.take_load()
+    loads = [(served.tokens_Le, served.gradients_e) for served in (service.take_served(), service.take_served())]
     barrier(store, "end")
-    return service.shard.w13_e2FD.grad, service.shard.w2_eDF.grad, loads
+    return service.shard.w13_e2FD.grad, service.shard.w2_eDF.grad, loads, pool_wire.bytes_sent, pool_wire.bytes_received
 
 
 def local(topology: Topology, lanes: int, dtype: torch.dtype) -> tuple[dict[RequestKey, Tensor], ExpertShard, Tensor]:
@@ -197,7 +198,7 @@ def test_round_trip(topology: Topology, lanes: int, dtype: torch.dtype) -> None:
     tolerance = 1e-5 if dtype == torch.float32 else 3e-2
     got: dict[RequestKey, Tensor] = {}
     for trunk_rank in range(topology.trunk_ranks):
-        got.update(values[trunk_rank])
+        got.update(values[trunk_rank][0])
     assert got.keys() == want.keys()
     for key in want:
         assert got[key].dtype == dtype
@@ -206,9 +207,15 @@ def test_round_trip(topology: Topology, lanes: int, dtype: torch.dtype) -> None:
     for index, weight in enumerate((shard.w13_e2FD, shard.w2_eDF)):
         parts = [sum(v[index] for s, v in pool if s == shard) for shard in range(topology.expert_parallel)]
         torch.testing.assert_close(torch.cat(cast(Any, parts)), weight.grad, rtol=tolerance, atol=tolerance)
-    taken = [sum(v[2][0] for s, v in pool if s == shard) for shard in range(topology.expert_parallel)]
-    assert torch.equal(torch.cat(cast(Any, taken), dim=1), load_LM)
-    assert not any(v[2][1].any() for _, v in pool), "take_load starts again at 0"
+    for which, want_load in enumerate((load_LM, load_LM.sum(0))):  # forward by layer, backward over layers
+        taken = [sum(v[2][0][which] for s, v in pool if s == shard) for shard in range(topology.expert_parallel)]
+        assert torch.equal(torch.cat(cast(Any, taken), dim=-1), want_load)
+        assert not any(v[2][1][which].any() for _, v in pool), "take_served starts again at 0"
+    trunk_sent, trunk_received = (sum(v[i] for v in values[: topology.trunk_ranks]) for i in (1, 2))
+    pool_sent, pool_received = (sum(v[i] for v in values[topology.trunk_ranks :]) for i in (3, 4))
+    row_bytes = sum(rows_of(key, dtype).nbytes for key in want)
+    assert (trunk_sent, trunk_received) == (pool_received, pool_sent)
+    assert (trunk_received, trunk_sent > row_bytes) == (row_bytes, True), "headers travel one way"
 
 
 def test_counts_have_the_edges() -> None:

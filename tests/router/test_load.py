@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from router import dead_experts, effective_experts, load_imbalance
+from router import dead_experts, distinct_experts, effective_experts, load_imbalance
 
 COUNTS = torch.tensor([[3, 3, 3, 3, 3], [15, 0, 0, 0, 0], [0, 6, 0, 6, 0], [1, 2, 0, 4, 8], [0, 0, 0, 0, 0]])
 
@@ -22,6 +22,13 @@ def test_effective_experts() -> None:
     shares = [1 / 15, 2 / 15, 4 / 15, 8 / 15]
     skewed = math.exp(-sum(p * math.log(p) for p in shares))
     assert effective_experts(COUNTS).tolist() == pytest.approx([5.0, 1.0, 2.0, skewed, 1.0])
+
+
+def test_distinct_experts() -> None:
+    """Three layers, two tokens, top-2: the first token meets 1, 2, 5 and 7, the second 0 and 3."""
+    ids_LTK = torch.tensor([[[1, 2], [3, 0]], [[2, 5], [0, 3]], [[7, 1], [0, 3]]])
+    assert distinct_experts(ids_LTK) == 3.0
+    assert distinct_experts(ids_LTK[:1]) == 2.0
 
 
 def test_one_row_gives_a_scalar() -> None:

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import psutil
 
+from trainer.usage import ACTIVITIES
+
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 TIME_LIMIT = 120.0
@@ -27,6 +29,7 @@ train: {{steps: 4, global_batch: 8, micro_batch: 4, lr: 1e-2, min_lr: 1e-3, prec
 data: {{source: {folder}/text.jsonl, tokenizer: train, split: [8, 2, 1], dir: {folder}/data}}
 parallel: {{trunk_ranks: 1, pool_ranks: 1, timeout_seconds: 20}}
 eval: {{every: 2, batches: 1}}
+metrics: {{csv: true}}
 """
 
 
@@ -117,5 +120,6 @@ def rank_process(mark: str, rank: int) -> psutil.Process:
 def steps(folder: Path) -> list[dict[str, float]]:
     """What metrics.jsonl says of steps and evaluations, without what depends on the clock."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    timed = ("tokens_per_second", "pool_wait")
+    timed = {"seconds", "tokens_per_second", "pool_wait"}
+    timed |= {f"{side}_{activity}" for side in ("trunk", "pool") for activity in ACTIVITIES}
     return [{key: value for key, value in line.items() if key not in timed} for line in lines]

@@ -8,13 +8,16 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 import urllib.request
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.trainer.job import (
     EXTENSIONS,
+    TIME_LIMIT,
     run,
     started,
     steps,
@@ -24,6 +27,14 @@ from tests.trainer.job import (
 )
 from trainer.config import load_recipe
 from trainer.launch import free_port
+from trainer.metrics import CATALOGUE, parse
+from trainer.usage import ACTIVITIES
+
+NOT_IN_A_FIRST_STEP = {
+    *("unipool_validation_loss_nats", "unipool_checkpoint_duration_seconds", "unipool_checkpoint_stall_seconds"),
+    "unipool_layer_expert_tokens",
+}
+"""Metrics of evaluations, checkpoints, and one that is opt-in."""
 
 LONG = ("--set", "train.steps=100000", "--set", "eval.every=0")
 
@@ -62,13 +73,44 @@ def test_train_shows_and_leaves_what_it_promises(
     ):
         assert re.search(line, reference.stdout), line
     assert (run_dir / "load.png").read_bytes().startswith(b"\x89PNG")
-    assert list((run_dir / "tensorboard").glob("events.*"))
+    assert not (run_dir / "targets.json").exists(), "the run has ended: nobody serves metrics"
+    load_LM = np.load(run_dir / "load.npy")
+    assert load_LM.shape == (2, 8) and load_LM.sum(1).tolist() == pytest.approx([8 * 32] * 2, abs=4)
     saved = {path.name for path in (run_dir / "checkpoints" / "step_00000004").iterdir()}
     assert saved == {"trunk", "pool", "recipe.yaml", "layout.json", "load.npy", "manifest.json", "COMPLETE"}
     assert json.loads((run_dir / "plan.json").read_text())["lanes"] >= 1
     assert load_recipe(str(run_dir / "recipe.yaml")) == load_recipe(recipe)
     assert [line["step"] for line in steps(run_dir)] == [1, 2, 2, 3, 4, 4]
     assert steps(run_dir)[4]["loss"] < steps(run_dir)[0]["loss"]
+
+
+@pytest.mark.usefixtures("reference")
+def test_the_same_scalars_go_everywhere(folder: Path) -> None:
+    """metrics.jsonl, TensorBoard with the load's picture, and CSV files where the recipe asks for them."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    trained = [line for line in lines if "loss" in line]
+    for line in trained:
+        for side in ("trunk", "pool"):
+            parts = [line[f"{side}_{activity}"] for activity in ACTIVITIES]
+            assert min(parts) >= 0 and sum(parts) == pytest.approx(1)
+        assert 1 <= line["distinct_experts"] <= 2 and line["shard_imbalance"] == 1
+        assert line["layer_imbalance"] == pytest.approx(sum(line["layer_imbalances"]) / 2)
+    board = EventAccumulator(str(folder / "run" / "tensorboard"))
+    board.Reload()
+    for name, values in {
+        "train/loss": [(line["step"], line["loss"]) for line in trained],
+        "train/pool_waiting": [(line["step"], line["pool_waiting"]) for line in trained],
+        "layer_imbalance/1": [(line["step"], line["layer_imbalances"][1]) for line in trained],
+        "eval/val_loss": [(line["step"], line["val_loss"]) for line in lines if "val_loss" in line],
+    }.items():
+        got = [(event.step, event.value) for event in board.Scalars(name)]
+        assert got == [(step, pytest.approx(value, rel=1e-6)) for step, value in values], name
+    assert [image.step for image in board.Images("load")] == [2, 4]
+    assert board.Images("load")[0].encoded_image_string.startswith(b"\x89PNG")
+    rows = (folder / "run" / "csv" / "train_loss.csv").read_text().splitlines()
+    assert [float(row.split(",")[1]) for row in rows[1:]] == pytest.approx([line["loss"] for line in trained])
 
 
 @pytest.mark.usefixtures("reference")
@@ -136,6 +178,17 @@ def test_resume_in_another_layout_and_placement(recipe: str, folder: Path) -> No
     assert {path.name for path in (run_dir / "checkpoints").iterdir()} == {"step_00000002", "step_00000004"}
 
 
+def scraped(url: str) -> dict[str, list[tuple[dict[str, str], float]]]:
+    """A rank's page, after its first step at the earliest."""
+    deadline = time.monotonic() + TIME_LIMIT
+    while True:
+        samples = parse(urllib.request.urlopen(url, timeout=10).read().decode())
+        if "unipool_steps_total" in samples:
+            return samples
+        assert time.monotonic() < deadline, samples
+        time.sleep(0.05)
+
+
 def test_metrics_of_every_rank(recipe: str, folder: Path) -> None:
     with started(sys.executable, "-m", "trainer", "train", recipe, *LONG, "--set", f"run.dir={folder / 'scraped'}") as (
         _,
@@ -143,13 +196,23 @@ def test_metrics_of_every_rank(recipe: str, folder: Path) -> None:
     ):
         urls = re.findall(r"metrics: rank . \((\w+).*?\): (http\S+)", wait_for(log, "step 1/"))
         assert [role for role, _ in urls] == ["trunk", "pool"]
-        trunk, pool = (urllib.request.urlopen(url, timeout=10).read().decode() for _, url in urls)
-    for name in ("loss_nats", "tokens_per_second", "gradient_norm", "load_imbalance_ratio", "steps_total"):
-        assert re.search(rf'^unipool_{name}{{rank="0",role="trunk"}} [\d.e+-]+$', trunk, re.M), name
-    served = re.findall(r'^unipool_expert_tokens_total{expert="(\d)"} ([\d.e+]+)$', pool, re.M)
-    assert [expert for expert, _ in served] == list("01234567")
+        trunk, pool = (scraped(url) for _, url in urls)
+        targets = json.loads((folder / "scraped" / "targets.json").read_text())
+    assert targets == [{"targets": [url.split("/")[2] for _, url in urls], "labels": {"run": "scraped"}}]
+    samples = trunk | pool
+    assert {name for name in samples if name.startswith("unipool_")} == {
+        metric.name + ("_total" if metric.kind == "counter" else "")
+        for metric in CATALOGUE
+        if metric.name not in NOT_IN_A_FIRST_STEP
+    }
+    served = samples["unipool_expert_tokens_total"]
+    assert [labels["expert"] for labels, _ in served] == list("01234567")
+    assert served == samples["unipool_expert_gradients_total"]
+    for page in (trunk, pool):
+        assert {labels["activity"] for labels, _ in page["unipool_activity_seconds_total"]} == set(ACTIVITIES)
+        assert all(seconds >= 0 for _, seconds in page["unipool_activity_seconds_total"])
     tokens_of_a_step = 8 * 32 * 2
-    assert sum(float(tokens) for _, tokens in served) % tokens_of_a_step == 0
+    assert sum(tokens for _, tokens in served) % tokens_of_a_step == 0
 
 
 def test_a_port_that_is_taken(recipe: str, folder: Path) -> None:

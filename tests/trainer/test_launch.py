@@ -14,7 +14,7 @@ import pytest
 
 from tests.trainer.job import ROOT, environment, wait_for
 from trainer import launch
-from trainer.config import load_recipe
+from trainer.config import Metrics, load_recipe
 from trainer.launch import RESTARTS, run_locally
 from trainer.metrics import MetricsServer
 
@@ -148,6 +148,6 @@ def test_restarts(
 
 def test_restarts_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(RESTARTS, "2")
-    server = MetricsServer(0, "trunk", 0, (), 0)
-    page = urllib.request.urlopen(f"http://127.0.0.1:{server.port}/metrics", timeout=10).read().decode()
+    server = MetricsServer(Metrics(), "trunk", 0, 0)
+    page = urllib.request.urlopen(f"http://{server.address}/metrics", timeout=10).read().decode()
     assert 'unipool_restarts_total{rank="0",role="trunk"} 2.0' in page.splitlines()

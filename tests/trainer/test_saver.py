@@ -142,9 +142,7 @@ def fail_and_recover(recipe: Recipe, checkpoints: Path) -> dict[str, Any]:
         checkpoints.unlink()
     attempt(2)
     if job.rank == 0:
-        found["metrics"] = {
-            m.name: m.samples[0].value for m in role.metrics._registry.collect() if "checkpoint" in m.name
-        }
+        found["metrics"] = {m.name: m.samples[0].value for m in role.metrics.collect() if "checkpoint" in m.name}
     job.close()
     return found
 
