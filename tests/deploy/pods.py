@@ -28,6 +28,9 @@ from trainer.launch import free_port
 NETWORK = "10.88.0"
 """Addresses that exist in the namespaces made here only."""
 
+LIMIT = 240.0
+"""Seconds that anything may take; only a machine with much else to do needs them."""
+
 # What the container's runtime does before the command; arguments: host name, hosts file, then pairs of folder and path
 # up to "--", then the command.
 _CONTAINER = """
@@ -148,14 +151,14 @@ class Pod:
         command = ["ip", "netns", "exec", self._cluster.switch, sys.executable, "-c", code]
         return subprocess.run(command, check=True, capture_output=True, text=True, timeout=30).stdout
 
-    def wait_for(self, text: str, limit: float = 90.0) -> None:
+    def wait_for(self, text: str, limit: float = LIMIT) -> None:
         """Until `text` stands in the log, at most `limit` seconds."""
         deadline = time.monotonic() + limit
         while text not in self.log:
             assert time.monotonic() < deadline and self._process.poll() is None, f"no {text!r} in:\n{self.log}"
             time.sleep(0.1)
 
-    def wait(self, limit: float = 90.0) -> int:
+    def wait(self, limit: float = LIMIT) -> int:
         """The container's exit status."""
         return self._process.wait(limit)
 
