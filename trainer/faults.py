@@ -30,7 +30,7 @@ _STOP = (signal.SIGTERM, signal.SIGUSR1)
 
 _WATCHED = (*_STOP, signal.SIGINT)
 
-_OF_PEERS = ("imed out", "onnection", "remote process exited")
+_OF_PEERS = ("imed out", "onnection", "roken pipe", "remote process exited")
 """What errors of gloo, NCCL and the store say when a rank of another machine has stopped or is gone."""
 
 
