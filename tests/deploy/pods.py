@@ -74,17 +74,18 @@ class Pod:
         self._cluster, self._container = cluster, template["spec"]["containers"][0]
         environment = self._environment(cluster, group, index, template)
         command = [*self._container["command"], *self._container["args"]]
-        mounts = self._mounts(template)
-        if not cluster.isolated:
-            command = cluster.on_loopback(command, mounts)
-        else:
+        if cluster.isolated:
             namespace, self.address = cluster.attach()
-            volumes = [str(word) for pair in mounts for word in pair]
+            shm = cluster.folder / f"{self.host}-shm"
+            shm.mkdir(exist_ok=True)
+            volumes = [str(word) for pair in (cluster.volumes | {"/dev/shm": shm}).items() for word in reversed(pair)]
             command = [
                 *("ip", "netns", "exec", namespace),
                 *("unshare", "--mount", "--uts", "--ipc", "--pid", "--fork", "--mount-proc", "--kill-child"),
                 *("sh", "-c", _CONTAINER, "sh", self.host, str(cluster.hosts), *volumes, "--", *command),
             ]
+        else:
+            command = [*map(cluster.localize, command), *cluster.loopback]
         with self.log_file.open("w") as log:
             self._process = subprocess.Popen(
                 command, env=environment, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
@@ -108,22 +109,6 @@ class Pod:
                 environment[variable["name"]] = labels[path.split("'")[1]]
         image = {"PATH": f"{BIN}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "HOME": str(cluster.folder)}
         return image | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | environment
-
-    def _mounts(self, template: dict[str, Any]) -> list[tuple[Path, str]]:
-        """Folders of this machine, and the paths at which the container sees them."""
-        volumes = {volume["name"]: volume for volume in template["spec"]["volumes"]}
-        found = []
-        for mount in self._container["volumeMounts"]:
-            volume, path = volumes[mount["name"]], mount["mountPath"]
-            if "configMap" in volume:
-                found.append((self._cluster.config_folder(volume["configMap"]["name"]), path))
-            elif "persistentVolumeClaim" in volume:
-                found.append((self._cluster.volume, path))
-            elif volume["emptyDir"].get("medium") == "Memory":
-                folder = self._cluster.folder / f"{self.host}-{volume['name']}"
-                folder.mkdir(exist_ok=True)
-                found.append((folder, path))
-        return found
 
     @property
     def _first(self) -> psutil.Process:
@@ -179,13 +164,13 @@ class Cluster:
 
     def __init__(self, folder: Path):
         self.folder, self.isolated = folder, can_isolate()
-        self.volume, self.hosts = folder / "volume", folder / "hosts"
-        self.volume.mkdir()
+        self.hosts = folder / "hosts"
+        self.volumes: dict[str, Path] = {}
         self.restarts = 0
         self.run = ""
         self.config_maps: dict[str, dict[str, str]] = {}
         self.switch = f"unipool-{os.getpid()}"
-        self._port = free_port()
+        self.loopback = ["--master-addr", "127.0.0.1", "--master-port", str(free_port()), "--set", "metrics.port=0"]
         self._namespaces: list[str] = []
         self._pods: list[Pod] = []
 
@@ -213,39 +198,45 @@ class Cluster:
         self.config_maps = {m["metadata"]["name"]: m["data"] for m in manifests if m["kind"] == "ConfigMap"}
         (job_set,) = [m for m in manifests if m["kind"] == "JobSet"]
         self.run = job_set["metadata"]["name"]
+        jobs = {group["name"]: group["template"]["spec"] for group in job_set["spec"]["replicatedJobs"]}
+        self._make_volumes(jobs["trunk"]["template"]["spec"])
         self.hosts.write_text("127.0.0.1 localhost\n")
-        pods = []
-        for group in job_set["spec"]["replicatedJobs"]:
-            job = group["template"]["spec"]
+        pods = {}
+        for group, job in jobs.items():
             job["template"]["spec"]["containers"][0]["args"] = arguments
-            pods += [Pod(self, group["name"], index, job["template"]) for index in range(job["completions"])]
-            self._pods += pods
-        started = {pod.host: pod for pod in pods}
-        self._addresses = "".join(f"{pod.address} {pod.host}.{self.run} {pod.host}\n" for pod in pods if pod.address)
+            for index in range(job["completions"]):
+                pod = Pod(self, group, index, job["template"])
+                pods[pod.host] = pod
+                self._pods.append(pod)
+        self._names = "".join(f"{pod.address} {pod.host}.{self.run} {pod.host}\n" for pod in pods.values())
         if names_known:
             self.publish()
-        return started
+        return pods
 
     def publish(self) -> None:
         """The headless service's names."""
         with self.hosts.open("a") as hosts:  # the same file: pods have mounted it
-            hosts.write(self._addresses)
+            hosts.write(self._names)
 
-    def config_folder(self, name: str) -> Path:
-        """A ConfigMap as a folder."""
-        folder = self.folder / name
-        folder.mkdir(exist_ok=True)
-        for key, text in self.config_maps[name].items():
-            (folder / key).write_text(text)
-        return folder
+    def _make_volumes(self, spec: dict[str, Any]) -> None:
+        """Folders behind the pods' common volumes, by the path at which pods see them."""
+        sources = {volume["name"]: volume for volume in spec["volumes"]}
+        for mount in spec["containers"][0]["volumeMounts"]:
+            source = sources[mount["name"]]
+            if "persistentVolumeClaim" in source:
+                self.volumes[mount["mountPath"]] = self.folder / "volume"
+            elif "configMap" in source:
+                self.volumes[mount["mountPath"]] = self.folder / source["configMap"]["name"]
+        for folder in self.volumes.values():
+            folder.mkdir(exist_ok=True)
+            for key, text in self.config_maps.get(folder.name, {}).items():
+                (folder / key).write_text(text if self.isolated else self.localize(text))
 
-    def on_loopback(self, command: list[str], mounts: list[tuple[Path, str]]) -> list[str]:
-        """The same command where there are no namespaces: other paths, one address for all, free ports."""
-        for folder, path in mounts:
-            for script in self.folder.glob("*/start.sh"):
-                script.write_text(script.read_text().replace(path, str(folder)))
-            command = [word.replace(path, str(folder)) for word in command]
-        return [*command, "--master-addr", "127.0.0.1", "--master-port", str(self._port), "--set", "metrics.port=0"]
+    def localize(self, text: str) -> str:
+        """Where there are no mounts: a text with paths on volumes replaced by those of the folders behind them."""
+        for path, folder in self.volumes.items():
+            text = text.replace(path, str(folder))
+        return text
 
     def attach(self) -> tuple[str, str]:
         """A network namespace on the bridge: its name and address."""

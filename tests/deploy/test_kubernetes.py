@@ -174,5 +174,5 @@ def test_the_pods_train_stop_and_go_on(tmp_path: Path) -> None:
         first = pods["unipool-trunk-0-0"]
         assert [pod.wait() for pod in pods.values()] == [0, 0], first.log
         assert f"resuming after step {saved}" in first.log
-    lines = [json.loads(line) for line in (cluster.volume / "runs/unipool/metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / "volume/runs/unipool/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, saved + 4))
