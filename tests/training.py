@@ -136,7 +136,16 @@ def _train(
             _keep_gradients(role, engines, result)
         scalars = optimizer_step(job, role, step)
         if scalars is not None:
-            names = ("loss", "balance_loss", "z_loss", "grad_norm", "lr", "load_imbalance", "distinct_experts", "applied")
+            names = (
+                "loss",
+                "balance_loss",
+                "z_loss",
+                "grad_norm",
+                "lr",
+                "load_imbalance",
+                "distinct_experts",
+                "applied",
+            )
             result["scalars"].append({name: float(getattr(scalars, name)) for name in names})
         if saver and step + 1 == save_after:
             saver.start(save_after)
