@@ -16,7 +16,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +50,14 @@ exec "$@"
 
 def can_isolate() -> bool:
     """Whether this user may make namespaces."""
-    return os.geteuid() == 0 and not _try("unshare", "--net", "--mount", "true")
+    return os.geteuid() == 0 and _works("unshare", "--net", "--mount", "true") and _works("ip", "netns")
 
 
-def _try(*command: str) -> int:
-    with suppress(FileNotFoundError):
-        return subprocess.run(command, capture_output=True, check=False, timeout=20).returncode
-    return 1
+def _works(*command: str) -> bool:
+    try:
+        return subprocess.run(command, capture_output=True, check=False, timeout=20).returncode == 0
+    except FileNotFoundError:
+        return False
 
 
 def _ip(*arguments: str) -> None:
@@ -183,10 +183,12 @@ class Cluster:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for pod in self._pods:
-            pod.kill()
-        for namespace in self._namespaces:
-            _ip("netns", "del", namespace)
+        try:
+            for pod in self._pods:
+                pod.kill()
+        finally:
+            for namespace in self._namespaces:
+                subprocess.run(("ip", "netns", "del", namespace), check=False, timeout=20)
 
     def start(self, manifests: list[dict[str, Any]], arguments: list[str], names_known: bool = True) -> dict[str, Pod]:
         """Start every pod of the JobSet among `manifests`; returns them by host name.
