@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from trainer.config import Recipe
 from trainer.launch import free_port
 
 TIME_LIMIT = 240.0
@@ -62,6 +63,14 @@ def fork_rank(function: Callable[..., Any], *arguments: Any) -> Iterator[Any]:
         finally:
             process.kill()
             process.join()
+
+
+def join(recipe: Recipe) -> Any:
+    """This rank's `Job`, with nothing done between its two parts."""
+    from trainer.job import Job
+    from trainer.seat import read_launch, take_seat
+
+    return Job(recipe, take_seat(recipe, read_launch()))
 
 
 def job_environment(world_size: int) -> dict[str, str]:

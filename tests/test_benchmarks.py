@@ -94,7 +94,7 @@ def test_every_layout_has_the_same_step(name: str, tmp_path: Path) -> None:
     """As many tokens a step whatever the layout, and as many experts a token can reach over all layers."""
     for layout in LAYOUTS[name]:
         made = recipe(MODEL_OF[name], layout, "fp32", tmp_path)
-        assert made.topology.world_size == layout.ranks
+        assert made.grid.world_size == layout.ranks
         assert made.micro_batches * made.parallel.trunk_ranks == 4
         assert made.train.micro_batch * made.model.seq_len == 2048
         assert made.pool.experts == (0 if name == "dense" else 64)

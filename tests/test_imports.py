@@ -49,7 +49,7 @@ def test_libraries_with_one_home() -> None:
     assert importers("safetensors") == {"trainer/export/initial.py", "trainer/export/write.py"}
     exports = {f"trainer/export/{name}.py" for name in ("modeling_unipool", "source", "write", "generate")}
     assert importers("transformers") == exports
-    assert importers("torch.distributed") == {"trainer/job.py", "trainer/trunk_rank.py"}
+    assert importers("torch.distributed") == {"trainer/job.py", "trainer/seat.py", "trainer/trunk_rank.py"}
 
 
 def test_the_exported_model_stands_alone() -> None:

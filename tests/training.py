@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.distributed import run_ranks
+from tests.distributed import join, run_ranks
 from trainer.config import Recipe
 
 TINY: dict[str, Any] = {
@@ -87,7 +87,7 @@ def run_training(
     with tempfile.TemporaryDirectory() as folder:
         recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update={"dir": folder})})
         last = recipe.train.steps if steps is None else steps
-        ranks = run_ranks(recipe.topology.world_size, _train, recipe, last, save_to, resume_from, save_after or last)
+        ranks = run_ranks(recipe.grid.world_size, _train, recipe, last, save_to, resume_from, save_after or last)
     gradients: dict[str, Tensor] = {}
     weights: dict[str, Tensor] = {}
     for rank in ranks:
@@ -106,13 +106,12 @@ def _train(
     from trainer import checkpoint
     from trainer.data.batches import SequenceStream
     from trainer.export.initial import load_initial
-    from trainer.job import Job, read_launch
     from trainer.pool_rank import PoolRank
     from trainer.saver import Saver
     from trainer.train import agreed_placement, optimizer_step
     from trainer.trunk_rank import TrunkRank
 
-    job = Job(recipe, read_launch())
+    job = join(recipe)
     data = tokens(recipe)
     role: TrunkRank | PoolRank
     start, saved = (checkpoint.newest(resume_from) if resume_from else None) or (0, None)

@@ -83,7 +83,7 @@ def run(recipe: Recipe, device: torch.device, out: Path, effort: Effort | None =
     if not os.access(out.parent, os.W_OK) or out.is_dir():
         raise UserError(f"--out {out}: cannot be written; choose a file in a folder that is there")
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, _cores() // recipe.topology.world_size))  # as a rank of this job has
+        torch.set_num_threads(max(1, _cores() // recipe.grid.world_size))  # as a rank of this job has
     profile = _measure(recipe, device, effort or EFFORT[device.type])
     profile.save(out)
     return profile
@@ -247,7 +247,7 @@ class _Precision:
         """FLOP/s of a request's forward and both backward passes, by rows of each expert."""
         a_row = 3 * self._flops.expert
         most = int(self._work() / (a_row * max(ROWS_PER_EXPERT)))
-        experts = max(2, min(self._recipe.pool.experts // self._recipe.topology.expert_parallel, most))
+        experts = max(2, min(self._recipe.pool.experts // self._recipe.grid.expert_parallel, most))
         server = self._server(experts)
 
         def serve(x_ND: Tensor, counts: list[int]) -> None:
@@ -343,4 +343,4 @@ def _name(recipe: Recipe, device: torch.device) -> str:
 def _memory(recipe: Recipe, device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // recipe.topology.world_size
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // recipe.grid.world_size

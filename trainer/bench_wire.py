@@ -61,9 +61,7 @@ def measure_wire(recipe: Recipe, device: torch.device, message_bytes: int) -> Wi
         RuntimeError: a rank failed, or was not done in time; with the rank's traceback.
     """
     pair = _pair(recipe, device)
-    environment = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    if device.type == "cpu":
-        environment["CUDA_VISIBLE_DEVICES"] = ""
+    environment = {"OMP_NUM_THREADS": str(torch.get_num_threads()), "DS_ACCELERATOR": device.type}
     context = multiprocessing.get_context("spawn")
     port = free_port()
     ranks = []
@@ -108,10 +106,11 @@ def _result(rank: int, connection: Any, deadline: float) -> Any:
 def _rank(rank: int, port: int, environment: dict[str, str], pair: Recipe, message_bytes: int, connection: Any) -> None:
     os.environ.update(environment)
     torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
-    from trainer.job import Job, Launch
+    from trainer.job import Job
+    from trainer.seat import Launch, take_seat
 
     try:
-        job = Job(pair, Launch(rank, 2, rank, 2, "127.0.0.1", port))
+        job = Job(pair, take_seat(pair, Launch(rank, 2, rank, 2, "127.0.0.1", port)))
         settings = _settings(pair, job)
         # Either end lives until the job is closed: with the pool's its last answer would be gone before it is sent.
         end: TrunkWire | PoolWire

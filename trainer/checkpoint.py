@@ -115,7 +115,7 @@ def layout_of(recipe: Recipe, placement: Placement | None) -> dict[str, Any]:
     """What must be equal for a checkpoint to be loaded as it is."""
     p = recipe.parallel
     return {
-        "ranks": [p.trunk_ranks, p.pool_ranks, recipe.topology.expert_parallel],
+        "ranks": [p.trunk_ranks, p.pool_ranks, recipe.grid.expert_parallel],
         "zero": [p.trunk_zero, p.pool_zero if placement else 0],
         "freeze": recipe.train.freeze,
         "placement": list(placement.order) if placement else None,
@@ -130,7 +130,7 @@ def choose_placement(recipe: Recipe, folder: Path | None) -> Placement | None:
 
     if recipe.model.ffn == "dense":
         return None
-    shards, groups = recipe.topology.expert_parallel, recipe.model.groups
+    shards, groups = recipe.grid.expert_parallel, recipe.model.groups
     if recipe.pool.placement == "auto" and folder is not None:
         return balanced(torch.from_numpy(read_load(folder)), shards, groups)
     return contiguous(recipe.pool.experts, groups, shards)

@@ -15,6 +15,7 @@ import click
 from trainer.config import Recipe, load_recipe, recipe_names
 from trainer.errors import UserError
 from trainer.export.commands import export, generate
+from trainer.view.commands import report, watch
 
 if TYPE_CHECKING:
     from trainer.forecast import Forecast
@@ -113,7 +114,9 @@ def train(
 
     end_on_signals()
     checked = load_recipe(recipe, overrides)
-    from trainer.job import launched, read_launch
+    # Else torch prints a C++ stack for every connection that another rank's end breaks; our message says whose.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    from trainer.seat import launched, read_launch
 
     if launched():
         from trainer.train import train as train_rank
@@ -144,7 +147,7 @@ def train(
     if not early_check(checked, folder.checkpoints, force) and checked.train.init_from:
         ExportedWeights(checked).check()
     folder.make()
-    if node is None or any(checked.topology.is_trunk(rank) for rank in node.ranks):
+    if node is None or node.has_trunk_ranks:
         prepare_for(checked)
     arguments = sys.argv[1:]
     sys.exit(run_node(node, arguments) if node else run_locally(checked, arguments, max_restarts))
@@ -252,7 +255,7 @@ def plan(
 
 def _simulate(recipe: Recipe, loads: Path | None, timeline: Path | None) -> Simulation:
     """Simulate, and draw the timeline."""
-    if recipe.topology.colocated:
+    if recipe.grid.colocated:
         raise UserError("--simulate: parallel.pool_ranks = 0: a colocated pool has nothing to overlap with")
     from trainer.predict import read_loads, simulate
     from trainer.schedule import make_schedule
@@ -263,11 +266,11 @@ def _simulate(recipe: Recipe, loads: Path | None, timeline: Path | None) -> Simu
         return simulate(schedule, load_LM)
     from trainer.timeline import draw_timeline, shown_ranks
 
-    found = simulate(schedule, load_LM, shown_ranks(recipe.topology))
+    found = simulate(schedule, load_LM, shown_ranks(recipe.grid))
     unit = "seconds" if recipe.parallel.hardware else "nominal units"
     title = f"{recipe.run.dir}: one step, {found.own_way}"
     try:
-        draw_timeline(found.own, recipe.topology, timeline, title, unit)
+        draw_timeline(found.own, recipe.grid, timeline, title, unit)
     except OSError as error:
         raise UserError(f"--timeline {timeline}: cannot be written ({error.strerror})") from None
     return found
@@ -295,9 +298,9 @@ def _forecast(
     if devices is not None and devices < 2:
         raise UserError(f"--devices {devices}: must be at least 2, a trunk rank and a pool rank")
     best: tuple[Forecast, ...] = ()
-    if devices is not None or not recipe.topology.colocated:
+    if devices is not None or not recipe.grid.colocated:
         try:
-            best = best_splits(recipe, devices or recipe.topology.world_size, hardware, link)
+            best = best_splits(recipe, devices or recipe.grid.world_size, hardware, link)
         except UserError:
             if devices is not None:  # else nobody asked for splits, and the recipe's own step has its say
                 raise
@@ -348,3 +351,5 @@ def recipes(as_json: bool) -> None:
 
 cli.add_command(export)
 cli.add_command(generate)
+cli.add_command(watch)
+cli.add_command(report)

@@ -119,7 +119,10 @@ class Parallel(Section):
     hardware: str | None = Field(
         None, description="h100, h200, a100 or a profile that `bench` saved: costs for the service plan; default: FLOPs"
     )
-    wire: Literal["auto", "gloo"] = Field("auto", description="auto: NCCL between GPUs, gloo between CPUs")
+    wire: Literal["auto", "gloo"] = Field(
+        "auto",
+        description="auto: NCCL if every rank has a GPU, else gloo and copies through the host; gloo: always that",
+    )
     timeout_seconds: PositiveFloat = Field(60.0, description="longest wait for another rank inside a step")
     start_timeout_seconds: PositiveFloat = Field(
         1800.0, description="longest wait for another rank at the start, at a checkpoint and at the end"
@@ -127,6 +130,12 @@ class Parallel(Section):
     check: bool = Field(
         False,
         description="debugging: of every request check headers, finite payloads, checksums, sent = served = returned",
+    )
+
+
+class Roles(Section):
+    order: Literal["pool_last", "interleaved"] = Field(
+        "pool_last", description="pool ranks are the launcher's last, or spread over its nodes; see trainer.roles"
     )
 
 
@@ -162,6 +171,7 @@ class Recipe(Section):
     train: Train
     data: Data
     parallel: Parallel = Parallel()
+    topology: Roles = Roles()
     eval: Eval = Eval()
     checkpoint: Checkpoint = Checkpoint()
     metrics: Metrics = Metrics()
@@ -172,7 +182,8 @@ class Recipe(Section):
         return self.pool.experts // self.model.groups
 
     @property
-    def topology(self) -> Topology:
+    def grid(self) -> Topology:
+        """The grid of the job's ranks."""
         p = self.parallel
         return Topology(p.trunk_ranks, p.pool_ranks, p.expert_parallel or max(1, p.pool_ranks))
 
@@ -261,7 +272,7 @@ def _check_layout(r: Recipe) -> None:
         )
     if p.check and p.pool_ranks == 0:
         raise _Relation("parallel.check", True, "must be false with parallel.pool_ranks = 0: nothing travels")
-    shards = r.topology.expert_parallel
+    shards = r.grid.expert_parallel
     if p.pool_ranks and p.pool_ranks % shards:
         raise _Relation("parallel.expert_parallel", shards, f"must divide parallel.pool_ranks ({p.pool_ranks})")
     if r.pool.experts % shards:

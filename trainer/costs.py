@@ -151,7 +151,7 @@ def estimate_memory(recipe: Recipe, lanes: int) -> tuple[Memory, ...]:
     if recipe.model.ffn == "dense":
         return (trunk,)
     pool = _learning(recipe, _pool_memory(recipe, in_flight))
-    if not recipe.topology.colocated:
+    if not recipe.grid.colocated:
         return trunk, pool
     both = {name: getattr(trunk, name) + getattr(pool, name) for name in ("parameters", *MEMORY_KINDS)}
     return (Memory(role="trunk + pool", ranks=trunk.ranks, **both),)
@@ -231,7 +231,7 @@ def pool_row_bytes(recipe: Recipe) -> tuple[int, int]:
 
 
 def _pool_memory(recipe: Recipe, in_flight: int) -> Memory:
-    m, topology, compute = recipe.model, recipe.topology, _compute_bytes(recipe)
+    m, topology, compute = recipe.model, recipe.grid, _compute_bytes(recipe)
     parameters = count_parameters(recipe).pool // topology.expert_parallel
     weights, optimizer = _state(parameters, recipe.parallel.pool_zero, topology.replicas)
     trunk_ranks_served = -(-topology.trunk_ranks // topology.replicas)

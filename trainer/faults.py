@@ -1,7 +1,6 @@
 """What a rank does when it, a peer, its launcher or the user ends it: say who failed first, and be gone in time.
 
 A thread watches, because the main thread may be inside a blocking collective, where Python's handlers do not run.
-Another sends heartbeats, by which a rank that waited in vain finds out who has stopped.
 """
 
 from __future__ import annotations
@@ -19,8 +18,8 @@ from typing import NoReturn
 import psutil
 
 from trainer.errors import START_AGAIN, JobError, SharedUserError, UserError
-from trainer.job import Job
-from trainer.peers import BEAT_SECONDS
+from trainer.peers import Peers
+from trainer.seat import Seat
 
 _COURTESY_SECONDS = 3.0
 """A rank that ends because of another lets the launcher notice the other first: its status becomes the job's."""
@@ -37,20 +36,25 @@ _OF_PEERS = ("imed out", "onnection", "roken pipe", "remote process exited")
 class FaultWatch:
     """Watches signals and the launcher from the moment it is made.
 
-    `phase` is what the rank is doing, for messages; `joined` tells it of the job once there is one. While `may_stop`,
-    a signal that asks for a checkpoint only sets `stop_asked`; at other times it ends the process.
+    `phase` is what the rank is doing, for messages; `seated` tells it which rank it is and of its peers. While
+    `may_stop`, a signal that asks for a checkpoint only sets `stop_asked`; at other times it ends the process.
+
+    Args:
+        rank, name: the launcher's rank, and how messages name it until it has a seat.
     """
 
-    def __init__(self, rank: int):
+    def __init__(self, rank: int, name: str):
+        self.name = name
         self.phase = "start-up"
+        self.joined = False
+        """Whether the rank is part of the job: before, all ranks find the same mistakes in the input."""
         self.may_stop = False
         self.stop_asked = False
         self.saved = False
         """Whether a stop has been done: nothing is lost if the process ends now."""
-        self._job: Job | None = None
+        self._peers: Peers | None = None
         self._rank = rank
         self._end_said = False
-        self._end = threading.Event()
         self._launchers = _launchers()
         read_end, self._write_end = os.pipe()
         os.set_blocking(self._write_end, False)
@@ -59,30 +63,9 @@ class FaultWatch:
         signal.set_wakeup_fd(self._write_end)
         threading.Thread(target=self._watch, args=(read_end,), daemon=True, name="fault-watch").start()
 
-    @property
-    def name(self) -> str:
-        return self._job.name if self._job else f"rank {self._rank}"
-
-    def joined(self, job: Job) -> None:
-        """The rank has joined `job`: from now on it sends heartbeats and knows its peers."""
-        job.peers.beat("0")
-        self._job = job
-        self._heartbeat = threading.Thread(target=self._beat, args=(job,), daemon=True, name="heartbeat")
-        self._heartbeat.start()
-
-    def left(self) -> None:
-        """The rank leaves its job. A heartbeat in the store's code at the interpreter's end would abort the process."""
-        self._end.set()
-        self._heartbeat.join(10 * BEAT_SECONDS)
-
-    def _beat(self, job: Job) -> None:
-        count = 0
-        while not self._end.wait(BEAT_SECONDS):
-            count += 1
-            try:
-                job.peers.beat(str(count))
-            except RuntimeError:  # the store's host is gone: whoever waits for it says so
-                return
+    def seated(self, seat: Seat) -> None:
+        """The rank knows which one it is, and its peers."""
+        self.name, self._rank, self._peers = seat.name, seat.rank, seat.peers
 
     def _watch(self, read_end: int) -> None:
         while True:
@@ -105,10 +88,7 @@ class FaultWatch:
         self._leave(f"{got} after {dead} died" if dead else got, 128 + number)
 
     def _dead_peers(self) -> str:
-        return self._names(self._job.peers.dead()) if self._job else ""
-
-    def _names(self, ranks: list[int]) -> str:
-        return ", ".join(self._job.topology.describe(rank) for rank in ranks) if self._job else ""
+        return self._peers.describe(self._peers.dead()) if self._peers else ""
 
     def _leave(self, reason: str, status: int) -> NoReturn:
         if not self._end_said:
@@ -118,7 +98,7 @@ class FaultWatch:
     def fail(self, error: BaseException) -> NoReturn:
         """End this process because of `error`: one line for the user's mistakes, else a traceback and one line."""
         if isinstance(error, UserError):
-            if self._rank == 0 or (self._job and not isinstance(error, SharedUserError)):
+            if self._rank == 0 or (self.joined and not isinstance(error, SharedUserError)):
                 _say(f"error: {error}")  # before they join all ranks find the same mistakes
             else:
                 self._leave_last()
@@ -137,8 +117,8 @@ class FaultWatch:
             time.sleep(0.1)  # a connection breaks some moments before its process is gone
             dead = self._dead_peers()
         silent = ""
-        if self._job and not dead and any(word in str(error) for word in _OF_PEERS):
-            silent = self._names(self._job.peers.silent())
+        if self._peers and not dead and any(word in str(error) for word in _OF_PEERS):
+            silent = self._peers.describe(self._peers.silent())
         if dead or silent:
             fate = f"{dead} died first" if dead else f"{silent} does not respond"
             _say(f"unipool: {self.name} stops in {self.phase}: {fate} ({type(error).__name__}: {error})")

@@ -76,7 +76,7 @@ def forecast(recipe: Recipe, hardware: Hardware, interconnect: float | None = No
     Args:
         interconnect: bytes/s of a rank each way; None: the hardware's own.
     """
-    topology = recipe.topology
+    topology = recipe.grid
     costs = seconds(recipe, hardware, interconnect)
     lanes = recipe.parallel.lanes or choose_lanes(recipe, costs)
     end = step_end(recipe, hardware, interconnect)
@@ -110,7 +110,7 @@ def forecast(recipe: Recipe, hardware: Hardware, interconnect: float | None = No
 def _traffic(recipe: Recipe) -> tuple[Literal["trunk", "pool"], float]:
     """Bytes that the busiest rank sends in a step, and receives as many: a request forward, one backward."""
     trunk = 2 * recipe.model.layers * recipe.micro_batches * request_bytes(recipe)
-    pool = trunk / recipe.topology.expert_parallel * served_by_a_pool_rank(recipe)
+    pool = trunk / recipe.grid.expert_parallel * served_by_a_pool_rank(recipe)
     return ("trunk", trunk) if trunk > pool else ("pool", pool)
 
 

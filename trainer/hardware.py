@@ -200,7 +200,7 @@ def _bytes_a_number(recipe: Recipe) -> int:
 
 def served_by_a_pool_rank(recipe: Recipe) -> int:
     """Trunk ranks that the busiest pool rank serves."""
-    return -(-recipe.topology.trunk_ranks // recipe.topology.replicas)
+    return -(-recipe.grid.trunk_ranks // recipe.grid.replicas)
 
 
 def seconds(recipe: Recipe, hardware: Hardware, interconnect: float | None = None) -> Costs:
@@ -212,7 +212,7 @@ def seconds(recipe: Recipe, hardware: Hardware, interconnect: float | None = Non
     Args:
         interconnect: bytes/s of a rank each way; None: the hardware's own.
     """
-    flops, rates, topology = count_flops(recipe), hardware.rates(recipe.train.precision), recipe.topology
+    flops, rates, topology = count_flops(recipe), hardware.rates(recipe.train.precision), recipe.grid
     tokens = recipe.train.micro_batch * recipe.model.seq_len
     if recipe.model.ffn == "dense":
         trunk_layer = tokens * flops.trunk_layer / (rates.flops * rates.trunk)
@@ -245,7 +245,7 @@ def step_end(recipe: Recipe, hardware: Hardware, interconnect: float | None = No
     A ring over a role's n ranks sends 2 (n - 1) / n of the fp32 gradients; AdamW reads weight, gradient and two moments
     and writes all but the gradient. At ZeRO 1 and above each rank updates its part.
     """
-    parameters, topology, p = count_parameters(recipe), recipe.topology, recipe.parallel
+    parameters, topology, p = count_parameters(recipe), recipe.grid, recipe.parallel
     bandwidth = interconnect or hardware.wire_bandwidth
 
     def role(parameters: float, ranks: int, zero: int) -> float:

@@ -18,12 +18,19 @@ _INK, _QUIET, _BAR = "#222222", "#8a8a8a", "#31688e"
 
 
 def write_heat_map(tokens_per_expert_LM: NDArray[np.integer], path: Path, title: str, groups: int = 1) -> None:
-    """Write the picture as a PNG; the file appears whole or not at all. For the arguments see `heat_map_image`."""
-    canvas = _draw(tokens_per_expert_LM, title, groups)
+    """Write the picture as a PNG; the file appears whole or not at all. For the arguments see `draw_heat_map`."""
+    canvas = FigureCanvasAgg(draw_heat_map(tokens_per_expert_LM, title, groups))
     write_whole(path, lambda temporary: canvas.print_figure(temporary, format="png"))
 
 
 def heat_map_image(tokens_per_expert_LM: NDArray[np.integer], title: str, groups: int = 1) -> NDArray[np.uint8]:
+    """The picture as height x width x 3, RGB. For the arguments see `draw_heat_map`."""
+    canvas = FigureCanvasAgg(draw_heat_map(tokens_per_expert_LM, title, groups))
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3]
+
+
+def draw_heat_map(tokens_per_expert_LM: NDArray[np.integer], title: str, groups: int = 1) -> Figure:
     """Draw each layer's share of tokens by expert, and under it the pool's totals beside the uniform line.
 
     Colour goes with the square root of the share, so that weakly used experts can be told from unused ones.
@@ -31,25 +38,16 @@ def heat_map_image(tokens_per_expert_LM: NDArray[np.integer], title: str, groups
     Args:
         tokens_per_expert_LM: assignments of each layer to the experts that it sees (L, M / groups).
         groups: sub-pools across depth; the picture is over all M experts, grey where a layer does not reach.
-    Returns:
-        height x width x 3, RGB.
     """
-    canvas = _draw(tokens_per_expert_LM, title, groups)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3]
-
-
-def _draw(tokens_per_expert_LM: NDArray[np.integer], title: str, groups: int) -> FigureCanvasAgg:
     tokens_LM = over_all_experts(tokens_per_expert_LM, groups)
     layers, experts = tokens_LM.shape
     width, height = float(np.clip(3 + 0.09 * experts, 8, 20)), float(np.clip(2.6 + 0.24 * layers, 4.2, 12))
     figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
     map_axes, bar_axes = figure.subplots(2, 1, sharex=True, height_ratios=(height - 2.1, 1.3))
     _draw_shares(figure, map_axes, tokens_LM)
     _draw_totals(bar_axes, tokens_LM)
     map_axes.set_title(title, loc="left", color=_INK, fontsize=12)
-    return canvas
+    return figure
 
 
 def over_all_experts(tokens_per_expert_LM: NDArray[np.integer], groups: int) -> NDArray[np.float64]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from trainer.config import Recipe
 from trainer.errors import UserError
+from trainer.roles import ROLE, ranks_by_order
 
 DEFAULT_PORT = 29500
 """deepspeed's: where rank 0 holds the job's store."""
@@ -19,14 +21,14 @@ class Node:
     Attributes:
         hostfile: lines `HOST slots=RANKS`, the same on all nodes; ranks are numbered in their order.
         rank: this node's line, from 0.
-        ranks: the world ranks of this node.
+        has_trunk_ranks: whether some of its ranks are trunk ranks, which need data.
         master_addr: name or address of node 0. The name need not be known yet: ranks ask for it again until
             `parallel.start_timeout_seconds` are over.
     """
 
     hostfile: Path
     rank: int
-    ranks: range
+    has_trunk_ranks: bool
     master_addr: str
     master_port: int
 
@@ -44,17 +46,18 @@ def find_node(
     if node_rank is None or not 0 <= node_rank < len(slots):
         given = "--node-rank is missing" if node_rank is None else f"--node-rank {node_rank}"
         raise UserError(f"{given}: {hostfile} has {len(slots)} hosts, so it must be 0 to {len(slots) - 1}")
-    total, t = sum(slots.values()), recipe.topology
-    if total != t.world_size:
+    total, grid = sum(slots.values()), recipe.grid
+    if total != grid.world_size:
         raise UserError(
             f"--hostfile {hostfile}: its slots are {' + '.join(map(str, slots.values()))} = {total}, "
-            f"parallel.trunk_ranks + parallel.pool_ranks = {t.trunk_ranks} + {t.pool_ranks} = {t.world_size}: "
+            f"parallel.trunk_ranks + parallel.pool_ranks = {grid.trunk_ranks} + {grid.pool_ranks} = {grid.world_size}: "
             "make them equal"
         )
     first = sum(list(slots.values())[:node_rank])
-    mine = list(slots.values())[node_rank]
-    address = master_addr or next(iter(slots))
-    return Node(hostfile, node_rank, range(first, first + mine), address, master_port or DEFAULT_PORT)
+    mine = ranks_by_order(grid, recipe.topology.order)[first : first + list(slots.values())[node_rank]]
+    role = os.environ.get(ROLE)
+    has_trunk_ranks = role == "trunk" if role else any(grid.is_trunk(rank) for rank in mine)
+    return Node(hostfile, node_rank, has_trunk_ranks, master_addr or next(iter(slots)), master_port or DEFAULT_PORT)
 
 
 def _read(path: Path) -> dict[str, int]:

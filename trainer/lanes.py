@@ -24,8 +24,8 @@ class Step:
 def simulate_step(recipe: Recipe, lanes: int, costs: Costs) -> Step:
     """One optimizer step. Colocated, nothing overlaps, and the lanes' requests of a layer are one launch."""
     layers, micro_batches = recipe.model.layers, recipe.micro_batches
-    if not recipe.topology.colocated:
-        plan = training_plan(recipe.topology, layers, micro_batches, lanes, recipe.parallel.stagger, costs)
+    if not recipe.grid.colocated:
+        plan = training_plan(recipe.grid, layers, micro_batches, lanes, recipe.parallel.stagger, costs)
         return Step(plan.seconds, plan.trunk_busy, plan.pool_busy)
     trunk = 3 * micro_batches * (layers * costs.trunk_layer + costs.head)
     launches = -(-micro_batches // lanes) * 2 * layers + 1  # the weight gradients in one more

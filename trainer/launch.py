@@ -67,7 +67,7 @@ def run_locally(recipe: Recipe, arguments: Sequence[str], max_restarts: int) -> 
     job = LocalJob()
     restart = 0
     while True:
-        ranks = ["--num_gpus", str(recipe.topology.world_size), "--master_port", str(free_port())]
+        ranks = ["--num_gpus", str(recipe.grid.world_size), "--master_port", str(free_port())]
         status = job.run(_launcher(ranks, arguments), _environment() | {RESTARTS: str(before + restart)})
         if status in (0, 2) or job.ended_by or restart == max_restarts:
             return status

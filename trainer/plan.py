@@ -77,7 +77,7 @@ def make_plan(recipe: Recipe) -> Plan:
     flops = count_flops(recipe)
     tokens_per_step = recipe.train.global_batch * recipe.model.seq_len
     tokens = tokens_per_step * recipe.train.steps
-    topology, pooled = recipe.topology, recipe.model.ffn == "pool"
+    topology, pooled = recipe.grid, recipe.model.ffn == "pool"
     return Plan(
         name=recipe.run.dir,
         parameters=count_parameters(recipe),
@@ -101,7 +101,7 @@ def _split(flops: Flops, trunk_ranks: int, pool_ranks: int) -> Split:
 
 def recommend_split(recipe: Recipe, flops: Flops) -> Split | None:
     """The split of the recipe's ranks that can be busiest, among those whose batch and experts divide evenly."""
-    world, p = recipe.topology.world_size, recipe.parallel
+    world, p = recipe.grid.world_size, recipe.parallel
     candidates = []
     for pool_ranks in range(1, world):
         trunk_ranks, shards = world - pool_ranks, p.expert_parallel or pool_ranks

@@ -61,7 +61,7 @@ def finish_gradients(shard: ExpertShard, recipe: Recipe) -> None:
     if shard.frozen:
         return
     shard.flush()
-    shard.scale_gradients(recipe.topology.replicas / recipe.topology.trunk_ranks)
+    shard.scale_gradients(recipe.grid.replicas / recipe.grid.trunk_ranks)
 
 
 class PoolRank:

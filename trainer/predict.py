@@ -109,7 +109,7 @@ def simulate(schedule: Schedule, load_LM: Counts | None, ranks: tuple[int, ...] 
         ranks: world ranks whose intervals the recipe's own replay is to have.
     """
     recipe = schedule.recipe
-    topology, groups = recipe.topology, recipe.model.groups
+    topology, groups = recipe.grid, recipe.model.groups
     plans = {"lock step": _lockstep(schedule)}
     in_order = recipe.parallel.trunk_zero == 3 and topology.trunk_ranks > 1  # see trainer.config
     lanes = [n for n in LANES if n <= recipe.micro_batches and not in_order]
@@ -137,7 +137,7 @@ def simulate(schedule: Schedule, load_LM: Counts | None, ranks: tuple[int, ...] 
 
 def _lockstep(schedule: Schedule) -> Plan:
     """One micro-batch after the other, all trunk ranks of a layer together, weight gradients at the end."""
-    layers, ranks = schedule.recipe.model.layers, schedule.recipe.topology.trunk_ranks
+    layers, ranks = schedule.recipe.model.layers, schedule.recipe.grid.trunk_ranks
     micro_batches = schedule.recipe.micro_batches
     lane_order = ((0,) * ((2 * layers + 1) * micro_batches),) * ranks
     return Plan(tuple(lockstep_plan(ranks, micro_batches, layers)), lane_order, 0.0, 0.0, 0.0)
@@ -148,7 +148,7 @@ def _follow(
 ) -> Replay:
     load_LS = None if load_LM is None else shard_loads(load_LM, placement)
     costs: Costs = schedule.costs
-    return replay(plan, schedule.recipe.topology, schedule.recipe.model.layers, costs, load_LS, ranks)
+    return replay(plan, schedule.recipe.grid, schedule.recipe.model.layers, costs, load_LS, ranks)
 
 
 def _prediction(recipe: Recipe, way: str, placed: bool, plan: Plan, run: Replay) -> Prediction:
@@ -156,7 +156,7 @@ def _prediction(recipe: Recipe, way: str, placed: bool, plan: Plan, run: Replay)
     served = [len(slot) for slot in plan.slots if slot]
     trunk, pool = estimate_memory(recipe, int(run.peak_open_T.max()))
     kept, stashed = pool_row_bytes(recipe)
-    rows = recipe.train.micro_batch * recipe.model.seq_len * recipe.router.top_k / recipe.topology.expert_parallel
+    rows = recipe.train.micro_batch * recipe.model.seq_len * recipe.router.top_k / recipe.grid.expert_parallel
     held = rows * kept * float(run.peak_kept_P.max())
     stash = min(recipe.pool.stash_bytes, rows * stashed * float(run.peak_stash_P.max()))
     return Prediction(

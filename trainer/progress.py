@@ -70,7 +70,7 @@ class Progress:
 
 def describe(recipe: Recipe) -> str:
     """The run in one line."""
-    m, t = recipe.model, recipe.topology
+    m, t = recipe.model, recipe.grid
     if m.ffn == "dense":
         model = f"dense, {m.layers} layers"
     elif m.groups == 1:

@@ -25,7 +25,7 @@ def nominal_costs(recipe: Recipe) -> Costs:
     """Costs of one micro-batch's pieces, in FLOPs a token of a rank of either role."""
     flops = count_flops(recipe)
     trunk_layer = flops.trunk_layer + flops.router
-    pool_layer = recipe.router.top_k * flops.expert / recipe.topology.expert_parallel
+    pool_layer = recipe.router.top_k * flops.expert / recipe.grid.expert_parallel
     return Costs(
         trunk_layer=trunk_layer,
         head=flops.head,
@@ -55,15 +55,15 @@ class Schedule:
         """The plan of an optimizer step."""
         r = self.recipe
         stagger = r.parallel.stagger
-        return training_plan(r.topology, r.model.layers, r.micro_batches, self.lanes, stagger, self.costs)
+        return training_plan(r.grid, r.model.layers, r.micro_batches, self.lanes, stagger, self.costs)
 
     def evaluation(self, micro_batches: int) -> Plan:
         """The plan of an evaluation on `micro_batches` of each trunk rank."""
-        return evaluation_plan(self.recipe.topology, self.recipe.model.layers, micro_batches, self.lanes, self.costs)
+        return evaluation_plan(self.recipe.grid, self.recipe.model.layers, micro_batches, self.lanes, self.costs)
 
     def generation(self, tokens: int) -> Plan:
         """The plan of a generation on every trunk rank: each token waits for the one before."""
-        layers, ranks = self.recipe.model.layers, self.recipe.topology.trunk_ranks
+        layers, ranks = self.recipe.model.layers, self.recipe.grid.trunk_ranks
         slots = tuple(forward_only_plan(range(ranks), tokens, layers))
         return Plan(slots, ((0,) * (layers + 1),) * ranks, 0.0, 0.0, 0.0)
 
@@ -112,6 +112,6 @@ def _shape(recipe: Recipe) -> dict[str, Any]:
         "model": m.model_dump(mode="json"),
         "experts": [recipe.pool.experts, recipe.router.top_k],
         "batch": [recipe.train.global_batch, recipe.train.micro_batch, recipe.train.precision],
-        "ranks": [p.trunk_ranks, p.pool_ranks, recipe.topology.expert_parallel],
+        "ranks": [p.trunk_ranks, p.pool_ranks, recipe.grid.expert_parallel],
         "hardware": p.hardware,
     }

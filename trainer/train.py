@@ -21,7 +21,7 @@ from trainer.data.prepare import PreparedData
 from trainer.errors import START_AGAIN, JobError, UserError
 from trainer.export.initial import load_initial
 from trainer.faults import FaultWatch
-from trainer.job import Job, Launch
+from trainer.job import Job
 from trainer.launch import DONE_FILE
 from trainer.metrics import StepScalars
 from trainer.pool_rank import PoolRank
@@ -31,6 +31,7 @@ from trainer.resume import check_data, choose, early_check
 from trainer.run_folder import RunFolder
 from trainer.saver import Saver
 from trainer.schedule import schedule_of
+from trainer.seat import Launch, names_before, take_seat
 from trainer.summary import Summary, write_summary
 from trainer.telemetry import Telemetry
 from trainer.trunk_rank import TrunkRank
@@ -50,7 +51,7 @@ def train(recipe: Recipe, launch: Launch, force: bool = False) -> int:
     Returns:
         the exit status: 0, or START_AGAIN after a signal that asks for a checkpoint.
     """
-    watch = FaultWatch(launch.rank)
+    watch = FaultWatch(launch.rank, names_before(recipe, launch.world_size)[launch.rank])
     try:
         return _train(recipe, launch, watch, force)
     except BaseException as error:
@@ -63,15 +64,18 @@ def _train(recipe: Recipe, launch: Launch, watch: FaultWatch, force: bool) -> in
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # we write before we read
     folder = RunFolder(recipe)
     resume = early_check(recipe, folder.checkpoints, force)
-    if launch.rank == 0:
+    seat = take_seat(recipe, launch)
+    watch.seated(seat)
+    if seat.rank == 0:
         folder.make()
+        say(f"ranks by host: {seat.roster}")
     prepared = None
-    if recipe.topology.is_trunk(launch.rank):
+    if seat.is_trunk:
         watch.phase = "data preparation"
-        prepared = prepare_for(recipe, progress=launch.local_rank == 0)
+        prepared = prepare_for(recipe, progress=seat.leads_machine)
     watch.phase = "start-up"
-    job = Job(recipe, launch, lambda: schedule_of(recipe, folder.plan_file, resume))
-    watch.joined(job)
+    job = Job(recipe, seat, lambda: schedule_of(recipe, folder.plan_file, resume))
+    watch.joined = True
     watch.phase = "reading checkpoints"
     newest = choose(job, recipe, folder.checkpoints, force)
     data = agreed_data(job, prepared)
@@ -80,7 +84,6 @@ def _train(recipe: Recipe, launch: Launch, watch: FaultWatch, force: bool) -> in
     watch.phase = "start-up"
     status = _Loop(recipe, job, folder, prepared, data, watch, newest).run()
     watch.phase = "the end"
-    watch.left()
     job.close()
     if launch.local_rank == 0 and status == 0 and DONE_FILE in os.environ:
         Path(os.environ[DONE_FILE]).touch()
@@ -107,7 +110,7 @@ def agreed_placement(job: Job, recipe: Recipe, resumed: Path | None) -> Placemen
         return json.dumps(list(chosen.order) if chosen else None)
 
     order = json.loads(job.agree("placement", choose))
-    return Placement(tuple(order), recipe.topology.expert_parallel) if order else None
+    return Placement(tuple(order), recipe.grid.expert_parallel) if order else None
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,7 @@ def measure(recipe: Recipe, shards: int, load_NLM: Counts) -> dict[str, list[flo
         load_NLM: the whole recording.
     """
     recipe = in_layout(recipe, shards)
-    topology, layers = recipe.topology, recipe.model.layers
+    topology, layers = recipe.grid, recipe.model.layers
     served = RANKS // topology.replicas
     half, block = len(load_NLM) // 2, RANKS * MICRO_BATCHES
     load_LM = torch.from_numpy(load_NLM[:half].sum(0))

@@ -10,8 +10,9 @@ from tests.benchmarks.peer_protocol import pin, serve, take_stdout
 from tests.training import tokens
 from trainer.config import load_recipe
 from trainer.data.batches import SequenceStream
-from trainer.job import Job, read_launch
+from trainer.job import Job
 from trainer.pool_rank import PoolRank
+from trainer.seat import read_launch, take_seat
 from trainer.train import agreed_placement, optimizer_step
 from trainer.trunk_rank import TrunkRank
 
@@ -23,7 +24,7 @@ def main(path: str) -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False
     recipe = load_recipe(path)
-    job = Job(recipe, read_launch())
+    job = Job(recipe, take_seat(recipe, read_launch()))
     data = tokens(recipe)
     placement = agreed_placement(job, recipe, None)
     role: TrunkRank | PoolRank

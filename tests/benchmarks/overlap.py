@@ -17,7 +17,7 @@ import torch
 
 from pool.plan import lockstep_plan
 from tests.benchmarks.report import print_report, ratios
-from tests.distributed import run_ranks
+from tests.distributed import join, run_ranks
 from tests.training import tokens
 from trainer.config import Recipe
 from trainer.schedule import Schedule
@@ -63,12 +63,11 @@ def recipe(precision: str, folder: str) -> Recipe:
 def measure(job_recipe: Recipe, rounds: int) -> dict[str, Any]:
     """On every rank: seconds of a step under each plan, and the share of it spent waiting, round by round."""
     from trainer.data.batches import SequenceStream
-    from trainer.job import Job, read_launch
     from trainer.pool_rank import PoolRank
     from trainer.train import agreed_placement, optimizer_step
     from trainer.trunk_rank import TrunkRank
 
-    job = Job(job_recipe, read_launch())
+    job = join(job_recipe)
     data = tokens(job_recipe)
     placement = agreed_placement(job, job_recipe, None)
     assert placement

@@ -20,7 +20,7 @@ import click
 import torch
 
 from tests.benchmarks.report import print_report, ratios
-from tests.distributed import run_ranks
+from tests.distributed import join, run_ranks
 from tests.training import tokens
 from trainer.config import Recipe
 
@@ -69,12 +69,11 @@ def scrape(addresses: Sequence[str], period: float) -> None:
 def measure(job_recipe: Recipe, rounds: int) -> dict[str, Any]:
     """On rank 0: mean seconds of a step by how often it is scraped, round by round, and what the scrapes saw."""
     from trainer.data.batches import SequenceStream
-    from trainer.job import Job, read_launch
     from trainer.pool_rank import PoolRank
     from trainer.train import agreed_placement, optimizer_step
     from trainer.trunk_rank import TrunkRank
 
-    job = Job(job_recipe, read_launch())
+    job = join(job_recipe)
     placement = agreed_placement(job, job_recipe, None)
     assert placement
     role: TrunkRank | PoolRank

@@ -100,7 +100,7 @@ def test_every_micro_batch_of_a_block_is_used(recipe: Recipe) -> None:
     load_NLS = by_shard(load_NLM, Placement(tuple(range(64)), 4))
     work = 0
     for replica in range(2):
-        requests = requests_of(replica, layout.topology, make_schedule(layout).step.slots)
+        requests = requests_of(replica, layout.grid, make_schedule(layout).step.slots)
         work += work_in_windows(requests, load_NLS, RANKS, size=1, stride=1).sum(0)
     assert work.tolist() == (2 * load_NLM.reshape(-1, 4, 16).sum((0, 2))).tolist()
 

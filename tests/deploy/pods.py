@@ -108,7 +108,8 @@ class Pod:
                 assert path.startswith("metadata.labels['"), path
                 environment[variable["name"]] = labels[path.split("'")[1]]
         image = {"PATH": f"{BIN}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "HOME": str(cluster.folder)}
-        return image | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | environment
+        image |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        return image | {"TORCH_CPP_LOG_LEVEL": "WARNING"} | environment  # it says when a name is not known
 
     @property
     def _first(self) -> psutil.Process:

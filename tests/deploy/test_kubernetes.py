@@ -147,7 +147,7 @@ def test_what_start_sh_makes_of_the_numbers_is_a_job(overlay: str, tmp_path: Pat
             assert words[words.index("--master-addr") + 1] == hosts[0].split()[0]
             sets = [value for flag, value in pairwise(words) if flag == "--set"]
             made = load_recipe(str(recipe), sets)
-            assert made.topology.world_size == sum(int(line.partition("=")[2]) for line in hosts)
+            assert made.grid.world_size == sum(int(line.partition("=")[2]) for line in hosts)
             if overlay == "many-nodes":
                 assert (made.parallel.trunk_ranks, made.parallel.pool_ranks) == (16, 16)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 
 from tests.distributed import context, job_environment
 from trainer.config import Recipe
+from trainer.roles import ROLE
 
 POLL_SECONDS = 0.01
 
@@ -56,18 +57,27 @@ def fail() -> None:
 
 
 class ForkedJob:
-    """A job under way; its rank r writes to `r.log` in `folder`.
+    """A job under way; its launcher rank r writes to `r.log` in `folder`.
 
     Args:
-        apart: whether each rank takes itself to be on a machine of its own, and so sees no other's process.
+        roles: `UNIPOOL_ROLE` of each rank; "" leaves it out.
+        apart: whether the ranks see nothing of each other's processes, as on machines of their own.
     """
 
-    def __init__(self, recipe: Recipe, folder: Path, fault: Fault | None = None, apart: bool = False):
-        world_size = recipe.topology.world_size
+    def __init__(
+        self,
+        recipe: Recipe,
+        folder: Path,
+        fault: Fault | None = None,
+        roles: Sequence[str] = (),
+        apart: bool = False,
+    ):
+        world_size = recipe.grid.world_size
         environment = job_environment(world_size)
+        environments = [environment | ({ROLE: role} if role else {}) for role in roles or [""] * world_size]
         self.logs = [folder / f"{rank}.log" for rank in range(world_size)]
         self._ranks = [
-            context.Process(target=_rank, args=(rank, environment, recipe, str(log), fault, apart), daemon=True)
+            context.Process(target=_rank, args=(rank, environments[rank], recipe, str(log), fault, apart), daemon=True)
             for rank, log in enumerate(self.logs)
         ]
         for rank in self._ranks:
@@ -107,13 +117,13 @@ def _rank(rank: int, environment: dict[str, str], recipe: Recipe, log: str, faul
     import torch
 
     from trainer import faults, peers
-    from trainer.job import read_launch
+    from trainer.seat import read_launch
     from trainer.train import train
 
     torch.set_num_threads(1)
     faults._COURTESY_SECONDS = 0.0  # there is no launcher that should notice another rank first
     if apart:
-        peers._machine = lambda: f"machine of {rank}"
+        peers._alive = lambda _: True
     if fault and fault.rank == rank:
         _put(fault)
     train(recipe, read_launch())

@@ -31,6 +31,7 @@ WRONG = {
     "parallel.pool_zero=3": "parallel.pool_zero = 3: must be 0, 1 or 2",
     "parallel={trunk_ranks: 2, pool_ranks: 1, trunk_zero: 3}": "parallel.trunk_zero = 3: gathers weights by",
     "model.ffn=dense": "pool.experts = 64: must be 0 with model.ffn = dense",
+    "topology.order=pool_first": "topology.order = 'pool_first': must be 'pool_last' or 'interleaved'",
     "train.min_lr=1": "train.min_lr = 1.0: must be at most train.lr (0.002)",
     "data.split=[0, 1, 1]": "data.split = [0, 1, 1]: the first part (training) must be above 0",
     "metrics.port=65535": "metrics.port = 65535: port + rank must stay below 65536, the last would be 65536",

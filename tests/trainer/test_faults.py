@@ -143,8 +143,8 @@ LIMIT = 2.0
 START_LIMIT = 5.0
 SAVE_LIMIT = 12.0
 STOPS = {
-    "before the store is there": (TRUNK, START_UP, Place("trainer.job:Job.__init__"), START_LIMIT, "has not come"),
-    "before the roll call": (POOL, START_UP, Place("trainer.job:Job.__init__"), START_LIMIT, "has not come"),
+    "before the store is there": (TRUNK, START_UP, Place("trainer.train:take_seat"), START_LIMIT, "has not come"),
+    "before the roll call": (POOL, START_UP, Place("trainer.train:take_seat"), START_LIMIT, "has not come"),
     "start-up, trunk": (TRUNK, START_UP, PLACES["start-up"][1][TRUNK], START_LIMIT, "does not respond"),
     "start-up, pool": (POOL, START_UP, PLACES["start-up"][1][POOL], START_LIMIT, "does not respond"),
     "forward": (POOL, STEP, PLACES["forward"][1][POOL], LIMIT, "does not respond"),

@@ -141,7 +141,7 @@ def test_chosen_lanes_are_the_fewest_of_the_good() -> None:
     recipe = at_182m()
     for link in (None, bytes_a_second(400)):
         costs = seconds(recipe, H100, link)
-        taken = [training_plan(recipe.topology, 12, 8, lanes, True, costs).seconds for lanes in range(1, 9)]
+        taken = [training_plan(recipe.grid, 12, 8, lanes, True, costs).seconds for lanes in range(1, 9)]
         chosen = choose_lanes(recipe, costs)
         assert taken[chosen - 1] <= 1.03 * min(taken)
         assert all(seconds > 1.03 * min(taken) for seconds in taken[: chosen - 1])

@@ -14,6 +14,7 @@ from trainer import launch
 from trainer.cli import cli
 from trainer.errors import UserError
 from trainer.hostfile import Node, find_node
+from trainer.roles import ROLE
 
 RECIPE = tiny(parallel={"trunk_ranks": 2, "pool_ranks": 4, "expert_parallel": 4})
 
@@ -24,10 +25,20 @@ def hostfile(folder: Path, text: str) -> Path:
     return path
 
 
-def test_ranks_are_numbered_in_the_order_of_the_file(tmp_path: Path) -> None:
+def test_a_node_s_place(tmp_path: Path) -> None:
     path = hostfile(tmp_path, "# trunk\na slots=2\n\n  b\tslots=1 # pool\nc slots=3\n")
-    assert find_node(RECIPE, path, 1, None, None) == Node(path, 1, range(2, 3), "a", 29500)
-    assert find_node(RECIPE, path, 2, "10.0.0.1", 1234) == Node(path, 2, range(3, 6), "10.0.0.1", 1234)
+    assert find_node(RECIPE, path, 0, None, None) == Node(path, 0, True, "a", 29500)
+    assert find_node(RECIPE, path, 1, None, None) == Node(path, 1, False, "a", 29500)
+    assert find_node(RECIPE, path, 2, "10.0.0.1", 1234) == Node(path, 2, False, "10.0.0.1", 1234)
+
+
+def test_which_nodes_have_trunk_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = hostfile(tmp_path, "a slots=3\nb slots=3\n")
+    interleaved = RECIPE.model_copy(update={"topology": RECIPE.topology.model_copy(update={"order": "interleaved"})})
+    assert find_node(interleaved, path, 1, None, None).has_trunk_ranks
+    for role, expected in (("trunk", True), ("pool", False)):
+        monkeypatch.setenv(ROLE, role)
+        assert find_node(RECIPE, path, 0, None, None).has_trunk_ranks is expected
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from tests.distributed import run_ranks
+from tests.distributed import join, run_ranks
 from tests.training import tiny
 from trainer.config import Recipe
 
@@ -17,9 +17,8 @@ def test_a_barrier_waits_longer_than_a_step() -> None:
 
 def _late(recipe: Recipe) -> dict[str, str]:
     """Rank 1 comes late, by more than the step's time limit, to a barrier and to a sum."""
-    from trainer.job import Job, read_launch
 
-    job = Job(recipe, read_launch())
+    job = join(recipe)
     result = {}
     for name, wait in (("barrier", job.barrier), ("sum", lambda: job.sum_over_ranks([1.0]))):
         if job.rank == 1:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.distributed import RankFailed, run_ranks
+from tests.distributed import RankFailed, join, run_ranks
 from tests.training import Outcome, assert_same, run_training, tiny
 from trainer import checkpoint
 from trainer.config import Recipe
@@ -39,6 +39,8 @@ def test_keys_that_change_the_mathematics() -> None:
     for key in ("train.lr", "train.steps", "run.seed", "data.source", "balance.pool", "router.top_k", "model.norm_eps"):
         assert changes_mathematics(key, recipe), key
     for key in ("parallel.trunk_ranks", "train.micro_batch", "eval.every", "run.dir", "pool.placement", "data.dir"):
+        assert not changes_mathematics(key, recipe), key
+    for key in ("topology.order", "metrics.port"):
         assert not changes_mathematics(key, recipe), key
     own = tiny(balance={"scope": "micro_batch", "delay": 0})
     assert changes_mathematics("train.micro_batch", own)
@@ -97,9 +99,7 @@ def _norm(outcome: Outcome) -> float:
 
 def chosen(recipe: Recipe, checkpoints: Path) -> tuple[str | None, str]:
     """What `choose` takes, and what it says."""
-    from trainer.job import Job, read_launch
-
-    job = Job(recipe, read_launch())
+    job = join(recipe)
     said = io.StringIO()
     with contextlib.redirect_stderr(said):
         found = choose(job, recipe, checkpoints, force=False)

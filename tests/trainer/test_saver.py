@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.distributed import fork_rank, run_ranks
+from tests.distributed import fork_rank, join, run_ranks
 from tests.training import run_training, tiny, tokens
 from trainer import checkpoint
 from trainer.config import Recipe
@@ -45,13 +45,12 @@ def test_a_resumed_run_is_the_undisturbed_one_bit_for_bit(layout: str, tmp_path:
 def build(recipe: Recipe, checkpoints: Path) -> tuple[Any, Any, Any]:
     """(job, role, saver) of this rank."""
     from trainer.data.batches import SequenceStream
-    from trainer.job import Job, read_launch
     from trainer.pool_rank import PoolRank
     from trainer.saver import Saver
     from trainer.train import agreed_placement
     from trainer.trunk_rank import TrunkRank
 
-    job = Job(recipe, read_launch())
+    job = join(recipe)
     placement = agreed_placement(job, recipe, None)
     if job.is_trunk:
         stream = SequenceStream(tokens(recipe), 0)

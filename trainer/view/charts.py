@@ -1,0 +1,210 @@
+"""Curves of a run and its heat map as SVG that takes the page's colours, light or dark.
+
+matplotlib draws with stand-in colours; afterwards each is replaced by a variable of report.css, fonts by the page's,
+and what only an SVG file of its own needs is cut off.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
+from numpy.typing import NDArray
+
+from trainer.heat_map import draw_heat_map
+
+POINTS = 400
+"""Points of a curve at most: more records than that share points."""
+
+COLOURS = {
+    "#222222": "var(--ink)",
+    "#000000": "var(--ink)",
+    "#8a8a8a": "var(--quiet)",
+    "#dddddd": "var(--absent)",
+    "#31688e": "var(--first)",
+    "#e08a3c": "var(--second)",
+    "#35a06b": "var(--third)",
+    "#8d5a97": "var(--fourth)",
+}
+_INK, _QUIET, _FIRST, _SECOND, _THIRD, _FOURTH = "#222222", "#8a8a8a", "#31688e", "#e08a3c", "#35a06b", "#8d5a97"
+SERIES = (_FIRST, _SECOND, _THIRD, _FOURTH)
+_SIZE = (4.3, 2.6)
+_LEAST_SCALE = 0.85
+"""Of the heat map, whose text is no longer read when smaller: where there is less room it is scrolled."""
+
+Numbers = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A line of a chart: values at steps; NaN where there are none.
+
+    Attributes:
+        points: marks them, for few values.
+    """
+
+    name: str
+    steps: Numbers
+    values: Numbers
+    points: bool = False
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Curves over the steps.
+
+    Attributes:
+        log: whether the scale is logarithmic where the values are far apart.
+        clip: cuts off the few highest values where they would press the others flat.
+        lines: horizontal lines by name.
+        from_zero: whether the scale begins at 0.
+    """
+
+    title: str
+    curves: tuple[Curve, ...]
+    log: bool = False
+    clip: bool = False
+    lines: Mapping[str, float] = field(default_factory=dict)
+    from_zero: bool = False
+
+
+@dataclass(frozen=True)
+class Thinned:
+    """A curve's points, each of some records: their mean, least and largest value."""
+
+    steps: Numbers
+    mean: Numbers
+    low: Numbers
+    high: Numbers
+
+
+def thin(steps: Numbers, values: Numbers, points: int = POINTS) -> Thinned:
+    """At most `points` points, each of equally many neighbours; values that are not finite are left out."""
+    finite = np.isfinite(values)
+    steps, values = steps[finite], values[finite]
+    if len(values) <= points:
+        return Thinned(steps, values, values, values)
+    starts = np.arange(points) * len(values) // points
+    sizes = np.diff(np.append(starts, len(values)))
+    return Thinned(
+        np.add.reduceat(steps, starts) / sizes,
+        np.add.reduceat(values, starts) / sizes,
+        np.minimum.reduceat(values, starts),
+        np.maximum.reduceat(values, starts),
+    )
+
+
+def draw_chart(chart: Chart) -> str:
+    """A chart as an SVG element."""
+    figure, axes = _figure()
+    drawn = [thin(curve.steps, curve.values) for curve in chart.curves]
+    for curve, thinned, colour in zip(chart.curves, drawn, SERIES, strict=False):
+        mark = "o" if curve.points or len(thinned.steps) == 1 else None
+        axes.plot(thinned.steps, thinned.mean, marker=mark, ms=3, color=colour, lw=1.4, label=curve.name)
+        if thinned.low is not thinned.high:
+            axes.fill_between(thinned.steps, thinned.low, thinned.high, color=colour, alpha=0.25, lw=0)
+    for name, value in chart.lines.items():
+        axes.axhline(value, color=_QUIET, ls="--", lw=1, label=name)
+    values = np.concatenate([part for t in drawn for part in (t.low, t.high)])
+    if chart.log and values.min() > 0 and values.max() > 30 * values.min():
+        axes.set_yscale("log")
+    elif chart.clip:
+        _clip(axes, np.concatenate([t.mean for t in drawn]))
+    if chart.from_zero:
+        axes.set_ylim(0, 1.08 * max(float(values.max()), 1e-9))
+    if axes.get_yscale() == "linear":
+        _label_values(axes)
+    if len(chart.curves) + len(chart.lines) > 1:
+        axes.legend(frameon=False, fontsize=8.5, labelcolor=_INK, loc="best")
+    return _svg(figure, chart.title)
+
+
+def draw_shares(title: str, steps: Numbers, shares: Mapping[str, Numbers]) -> str:
+    """Shares of time, stacked up to 100 %, as an SVG element. There is a step that has all of them."""
+    figure, axes = _figure()
+    known = np.isfinite(np.stack(list(shares.values()))).all(0)
+    thinned = {name: thin(steps[known], values[known]) for name, values in shares.items()}
+    at = next(iter(thinned.values())).steps
+    axes.stackplot(at, *(t.mean for t in thinned.values()), labels=list(shares), colors=SERIES, lw=0, alpha=0.85)
+    axes.set_ylim(0, 1)
+    if len(at) > 1:
+        axes.set_xlim(at[0], at[-1])
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.grid(False)
+    return _svg(figure, title)
+
+
+def draw_load(load_LM: NDArray[np.int64], groups: int) -> str:
+    """The heat map of layers and experts as an SVG element.
+
+    Args:
+        load_LM: assignments of each layer to all experts of the pool (L, M), also where a layer does not reach.
+    """
+    layers, experts = load_LM.shape
+    size = experts // groups
+    reached = [row[(layer * groups // layers) * size :][:size] for layer, row in enumerate(load_LM)]
+    figure = draw_heat_map(np.stack(reached), "", groups)
+    figure.patch.set_alpha(0)
+    for axes in figure.axes[1:]:  # not the map: what is behind it shows where a layer does not reach
+        axes.patch.set_alpha(0)
+    least = round(_LEAST_SCALE * figure.get_figwidth() * 72)
+    return _svg(figure, "load").replace("<svg", f'<svg style="min-width: {least}px"', 1)
+
+
+def _figure() -> tuple[Figure, Axes]:
+    figure = Figure(figsize=_SIZE, dpi=100, layout="constrained")
+    figure.patch.set_alpha(0)
+    axes = figure.subplots()
+    axes.patch.set_alpha(0)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(_QUIET)
+    axes.tick_params(colors=_INK, labelsize=8.5, length=3)
+    axes.grid(axis="y", color=_QUIET, alpha=0.3, lw=0.6)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.set_xlabel("step", color=_INK, fontsize=8.5)
+    axes.margins(x=0.01)
+    return figure, axes
+
+
+def _label_values(axes: Axes) -> None:
+    """Thousands as 20k; very small values with their power of ten once, above the axis."""
+    if axes.get_ylim()[1] >= 10_000:
+        axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+    else:
+        axes.ticklabel_format(axis="y", scilimits=(-2, 4), useMathText=False)
+        axes.yaxis.get_offset_text().set(color=_INK, fontsize=8.5)
+
+
+def _clip(axes: Axes, means: Numbers) -> None:
+    """Leave out the few highest points where they stand far above the others, as the first losses of a long run do."""
+    low, most, high = float(means.min()), float(np.percentile(means, 97)), float(means.max())
+    if high - low > 3 * (most - low) > 0:
+        axes.set_ylim(low - 0.05 * (most - low), low + 1.6 * (most - low))
+        axes.annotate(f"up to {high:.3g}", (0.02, 0.94), xycoords="axes fraction", color=_QUIET, fontsize=8.5)
+
+
+def _svg(figure: Figure, salt: str) -> str:
+    """The figure as an element that the page scales; `salt` keeps its ids apart from other figures'."""
+    file = io.StringIO()
+    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": salt}):
+        FigureCanvasSVG(figure).print_figure(file, metadata=nothing)
+    svg = file.getvalue()
+    svg = svg[svg.index("<svg") :].replace("xlink:href", "href")
+    svg = re.sub(r"<!--.*?-->|<style.*?</style>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'<g id="[^"]*">', "<g>", svg)  # figure_1, axes_1: the same in every figure
+    svg = re.sub(r"font-family: [^;\"]*", "font-family: system-ui, sans-serif", svg)
+    for colour, variable in COLOURS.items():
+        svg = svg.replace(colour, variable)
+    head, rest = svg.split(">", 1)
+    head = re.sub(r' (width|height|version|xmlns(:\w+)?)="[^"]*"', "", head)
+    return f'{head} role="img">{rest}'
