@@ -29,6 +29,9 @@ _STOP = (signal.SIGTERM, signal.SIGUSR1)
 
 _WATCHED = (*_STOP, signal.SIGINT)
 
+_OF_PEERS = ("imed out", "onnection", "roken pipe", "remote process exited")
+"""What errors of gloo, NCCL and the store say when a rank of another machine has stopped or is gone."""
+
 
 class FaultWatch:
     """Watches signals and the launcher from the moment it is made.
@@ -114,7 +117,7 @@ class FaultWatch:
             time.sleep(0.1)  # a connection breaks some moments before its process is gone
             dead = self._dead_peers()
         silent = ""
-        if self._peers and not dead and "imed out" in str(error):
+        if self._peers and not dead and any(word in str(error) for word in _OF_PEERS):
             silent = self._peers.describe(self._peers.silent())
         if dead or silent:
             fate = f"{dead} died first" if dead else f"{silent} does not respond"

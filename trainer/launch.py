@@ -1,4 +1,4 @@
-"""`train` without a launcher: start the whole job on this machine through deepspeed's, and again after a fault."""
+"""`train` without a launcher: start this machine's ranks through deepspeed's, all of the job's or one node's."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ import psutil
 
 from trainer.config import Recipe
 from trainer.errors import START_AGAIN
+from trainer.hostfile import Node
 
 DONE_FILE = "UNIPOOL_DONE_FILE"
-"""Environment variable: a file that rank 0 makes when the job has come to its end."""
+"""Environment variable: a file that local rank 0 makes when the job has come to its end."""
 
 RESTARTS = "UNIPOOL_RESTARTS"
 """Environment variable: how often this job has been started again."""
@@ -48,7 +49,7 @@ def free_port() -> int:
 
 
 def restarts() -> int:
-    """How often this job has been started again, by `train --max-restarts` or by torchrun."""
+    """How often this job has been started again, by `train --max-restarts`, torchrun or a cluster."""
     return int(os.environ.get(RESTARTS) or os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0)
 
 
@@ -62,16 +63,12 @@ def run_locally(recipe: Recipe, arguments: Sequence[str], max_restarts: int) -> 
         arguments: the command line behind `python -m trainer`, which every rank runs again.
         max_restarts: how often the job is started again after a fault: neither a wrong input nor a signal to here.
     """
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--no_local_rank"]
-    command += ["--num_gpus", str(recipe.grid.world_size)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
-    if not any(Path("/dev").glob("nvidia*")) and not Path("/dev/kfd").exists():
-        environment.setdefault("DS_ACCELERATOR", "cpu")  # else the launcher warns that it found no GPU
+    before = restarts()
     job = LocalJob()
     restart = 0
     while True:
-        start = [*command, "--master_port", str(free_port()), "--module", "trainer", *arguments]
-        status = job.run(start, environment | {RESTARTS: str(restart)})
+        ranks = ["--num_gpus", str(recipe.grid.world_size), "--master_port", str(free_port())]
+        status = job.run(_launcher(ranks, arguments), _environment() | {RESTARTS: str(before + restart)})
         if status in (0, 2) or job.ended_by or restart == max_restarts:
             return status
         restart += 1
@@ -82,6 +79,34 @@ def run_locally(recipe: Recipe, arguments: Sequence[str], max_restarts: int) -> 
         )
         if not job.pause(min(2.0 ** (restart - 1), LONGEST_PAUSE_SECONDS)):
             return 128 + job.ended_by[0]
+
+
+def run_node(node: Node, arguments: Sequence[str]) -> int:
+    """Start the ranks of one node of a job and wait. Returns this node's exit status; signals as in `run_locally`.
+
+    A signal to one node asks the whole job: its ranks agree on the step after which all save and end.
+    """
+    ranks = ["--hostfile", str(node.hostfile), "--no_ssh", "--node_rank", str(node.rank)]
+    ranks += ["--master_addr", node.master_addr, "--master_port", str(node.master_port)]
+    return LocalJob().run(_launcher(ranks, arguments), _environment())
+
+
+def end_on_signals() -> None:
+    """SIGTERM and SIGUSR1 end this process while it has no ranks: a container's first process would ignore them."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda number, _: os._exit(128 + number))
+
+
+def _launcher(ranks: Sequence[str], arguments: Sequence[str]) -> list[str]:
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--no_local_rank"]
+    return [*command, *ranks, "--module", "trainer", *arguments]
+
+
+def _environment() -> dict[str, str]:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
+    if not any(Path("/dev").glob("nvidia*")) and not Path("/dev/kfd").exists():
+        environment.setdefault("DS_ACCELERATOR", "cpu")  # else the launcher warns that it found no GPU
+    return environment
 
 
 class LocalJob:

@@ -85,7 +85,7 @@ def _train(recipe: Recipe, launch: Launch, watch: FaultWatch, force: bool) -> in
     status = _Loop(recipe, job, folder, prepared, data, watch, newest).run()
     watch.phase = "the end"
     job.close()
-    if launch.rank == 0 and status == 0 and DONE_FILE in os.environ:
+    if launch.local_rank == 0 and status == 0 and DONE_FILE in os.environ:
         Path(os.environ[DONE_FILE]).touch()
     return status
 

@@ -61,15 +61,23 @@ class ForkedJob:
 
     Args:
         roles: `UNIPOOL_ROLE` of each rank; "" leaves it out.
+        apart: whether the ranks see nothing of each other's processes, as on machines of their own.
     """
 
-    def __init__(self, recipe: Recipe, folder: Path, fault: Fault | None = None, roles: Sequence[str] = ()):
+    def __init__(
+        self,
+        recipe: Recipe,
+        folder: Path,
+        fault: Fault | None = None,
+        roles: Sequence[str] = (),
+        apart: bool = False,
+    ):
         world_size = recipe.grid.world_size
         environment = job_environment(world_size)
         environments = [environment | ({ROLE: role} if role else {}) for role in roles or [""] * world_size]
         self.logs = [folder / f"{rank}.log" for rank in range(world_size)]
         self._ranks = [
-            context.Process(target=_rank, args=(rank, environments[rank], recipe, str(log), fault), daemon=True)
+            context.Process(target=_rank, args=(rank, environments[rank], recipe, str(log), fault, apart), daemon=True)
             for rank, log in enumerate(self.logs)
         ]
         for rank in self._ranks:
@@ -104,19 +112,21 @@ class ForkedJob:
         return self.logs[rank].read_text()
 
 
-def _rank(rank: int, environment: dict[str, str], recipe: Recipe, log: str, fault: Fault | None) -> None:
+def _rank(rank: int, environment: dict[str, str], recipe: Recipe, log: str, fault: Fault | None, apart: bool) -> None:
     os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
         os.dup2(descriptor, stream)
     import torch
 
-    from trainer import faults
+    from trainer import faults, peers
     from trainer.seat import read_launch
     from trainer.train import train
 
     torch.set_num_threads(1)
     faults._COURTESY_SECONDS = 0.0  # there is no launcher that should notice another rank first
+    if apart:
+        peers._alive = lambda _: True
     if fault and fault.rank == rank:
         _put(fault)
     train(recipe, read_launch())

@@ -111,6 +111,15 @@ def test_a_killed_rank_is_named(phase: str, victim: int, recipe: Callable[..., R
     assert_named(job.log(1 - victim), others_phase, victim, "died")
 
 
+@pytest.mark.parametrize("victim", [TRUNK, POOL])
+def test_a_rank_killed_on_another_machine_is_named(victim: int, recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    """All limits are long here: its connections break, and it is known by its heartbeats. Rank 0 holds the store."""
+    others_phase, places = PLACES["forward"]
+    job = ForkedJob(recipe(tmp_path / "run"), tmp_path, Fault(victim, places[victim], kill), apart=True)
+    assert job.end(GRACE)[1 - victim] == 1, job.log(1 - victim)
+    assert_named(job.log(1 - victim), others_phase, victim, "does not respond")
+
+
 @pytest.mark.parametrize(
     ("victim", "place"),
     [

@@ -10,8 +10,10 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
+from tests.deploy.pods import can_isolate
 from tests.trainer.job import ROOT, environment, wait_for
 from trainer import launch
 from trainer.config import Metrics, load_recipe
@@ -151,3 +153,21 @@ def test_restarts_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     server = MetricsServer(Metrics(), "trunk", 0, 0)
     page = urllib.request.urlopen(f"http://{server.address}/metrics", timeout=10).read().decode()
     assert 'unipool_restarts_total{rank="0",role="trunk"} 2.0' in page.splitlines()
+
+
+def test_a_container_s_first_process_heeds_signals_before_there_are_ranks() -> None:
+    """The kernel gives process 1 no signal that it has no handler for."""
+    if not can_isolate():
+        pytest.skip("needs the right to make namespaces")
+    code = (
+        "from trainer.launch import end_on_signals as e; e(); print('there', flush=True); import time; time.sleep(60)"
+    )
+    command = ["unshare", "--pid", "--fork", "--kill-child", sys.executable, "-c", code]
+    with subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout and process.stdout.readline() == "there\n"
+            (first,) = psutil.Process(process.pid).children()
+            first.send_signal(signal.SIGTERM)
+            assert process.wait(20) == 128 + signal.SIGTERM
+        finally:
+            process.kill()

@@ -1,0 +1,258 @@
+"""Runs the pods of a rendered JobSet as processes of this machine, as near to a cluster as that goes.
+
+Each pod gets what kubelet and the JobSet controller would give it: the container's command and environment, the
+downward API's values, its volumes at their paths, a host name, and namespaces of its own: network (joined to the others
+by a bridge that is in a namespace too), mounts, processes and shared memory. Its command is process 1 there. Names of
+the headless service are lines of an /etc/hosts that only the pods see.
+
+Left out, because this machine's own files serve as the image: the user 1000, the read-only root, and volumes at /tmp
+and below /home.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from tests.trainer.job import BIN, ROOT
+from trainer.launch import free_port
+
+NETWORK = "10.88.0"
+"""Addresses that exist in the namespaces made here only."""
+
+LIMIT = 240.0
+"""Seconds that anything may take; only a machine with much else to do needs them."""
+
+# What the container's runtime does before the command; arguments: host name, hosts file, then pairs of folder and path
+# up to "--", then the command.
+_CONTAINER = """
+set -e
+hostname "$1"
+mount --bind "$2" /etc/hosts
+shift 2
+mount -t tmpfs tmpfs /mnt
+while [ "$1" != -- ]; do
+    mkdir -p "$2"
+    mount --bind "$1" "$2"
+    shift 2
+done
+shift
+exec "$@"
+"""
+
+
+def can_isolate() -> bool:
+    """Whether this user may make namespaces."""
+    return os.geteuid() == 0 and _works("unshare", "--net", "--mount", "true") and _works("ip", "netns")
+
+
+def _works(*command: str) -> bool:
+    try:
+        return subprocess.run(command, capture_output=True, check=False, timeout=20).returncode == 0
+    except FileNotFoundError:
+        return False
+
+
+def _ip(*arguments: str) -> None:
+    subprocess.run(("ip", *arguments), check=True, timeout=20)
+
+
+class Pod:
+    """One pod under way."""
+
+    def __init__(self, cluster: Cluster, group: str, index: int, template: dict[str, Any]):
+        self.host = f"{cluster.run}-{group}-0-{index}"
+        self.log_file = cluster.folder / f"{self.host}.log"
+        self.address = ""
+        self._cluster, self._container = cluster, template["spec"]["containers"][0]
+        environment = self._environment(cluster, group, index, template)
+        command = [*self._container["command"], *self._container["args"]]
+        if cluster.isolated:
+            namespace, self.address = cluster.attach()
+            shm = cluster.folder / f"{self.host}-shm"
+            shm.mkdir(exist_ok=True)
+            volumes = [str(word) for pair in (cluster.volumes | {"/dev/shm": shm}).items() for word in reversed(pair)]
+            command = [
+                *("ip", "netns", "exec", namespace),
+                *("unshare", "--mount", "--uts", "--ipc", "--pid", "--fork", "--mount-proc", "--kill-child"),
+                *("sh", "-c", _CONTAINER, "sh", self.host, str(cluster.hosts), *volumes, "--", *command),
+            ]
+        else:
+            command = [*map(cluster.localize, command), *cluster.loopback]
+        with self.log_file.open("w") as log:
+            self._process = subprocess.Popen(
+                command, env=environment, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
+
+    def _environment(self, cluster: Cluster, group: str, index: int, template: dict[str, Any]) -> dict[str, str]:
+        labels = template["metadata"]["labels"] | {
+            "jobset.sigs.k8s.io/jobset-name": cluster.run,
+            "jobset.sigs.k8s.io/replicatedjob-name": group,
+            "jobset.sigs.k8s.io/restart-attempt": str(cluster.restarts),
+        }
+        environment = {"JOB_COMPLETION_INDEX": str(index)}
+        for source in self._container.get("envFrom", []):
+            environment |= cluster.config_maps[source["configMapRef"]["name"]]
+        for variable in self._container["env"]:
+            if "value" in variable:
+                environment[variable["name"]] = variable["value"]
+            else:
+                path = variable["valueFrom"]["fieldRef"]["fieldPath"]
+                assert path.startswith("metadata.labels['"), path
+                environment[variable["name"]] = labels[path.split("'")[1]]
+        image = {"PATH": f"{BIN}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "HOME": str(cluster.folder)}
+        image |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        return image | {"TORCH_CPP_LOG_LEVEL": "WARNING"} | environment  # it says when a name is not known
+
+    @property
+    def _first(self) -> psutil.Process:
+        """The container's first process."""
+        process = psutil.Process(self._process.pid)
+        return process.children()[0] if self._cluster.isolated else process
+
+    @property
+    def log(self) -> str:
+        return self.log_file.read_text()
+
+    def terminate(self) -> None:
+        """What kubelet does first."""
+        self._first.send_signal(signal.SIGTERM)
+
+    def probe(self, name: str) -> int:
+        """Exit status of a probe, run in the container."""
+        command = self._container[name]["exec"]["command"]
+        entered = ["nsenter", "--target", str(self._first.pid), "--mount", "--pid", *command]
+        return subprocess.run(entered, check=False, timeout=20).returncode
+
+    def read(self, url: str) -> str:
+        """A page, read as the cluster's Prometheus would: by the pod's address, from another namespace."""
+        code = f"import urllib.request as u; print(u.urlopen({url!r}, timeout=10).read().decode())"
+        command = ["ip", "netns", "exec", self._cluster.switch, sys.executable, "-c", code]
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=30).stdout
+
+    def wait_for(self, text: str, limit: float = LIMIT) -> None:
+        """Until `text` stands in the log, at most `limit` seconds."""
+        deadline = time.monotonic() + limit
+        while text not in self.log:
+            assert time.monotonic() < deadline and self._process.poll() is None, f"no {text!r} in:\n{self.log}"
+            time.sleep(0.1)
+
+    def wait(self, limit: float = LIMIT) -> int:
+        """The container's exit status."""
+        return self._process.wait(limit)
+
+    def kill(self) -> None:
+        """The pod's node is gone: all its processes at once."""
+        self._process.kill()  # unshare takes its children along
+        self._process.wait(20)
+
+
+class Cluster:
+    """The pods of a JobSet, one volume for all, and the network between them. A context manager that leaves nothing.
+
+    Without the right to make namespaces the pods run on loopback, with the volumes' paths rewritten.
+
+    Args:
+        folder: an empty one, for volumes and logs.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder, self.isolated = folder, can_isolate()
+        self.hosts = folder / "hosts"
+        self.volumes: dict[str, Path] = {}
+        self.restarts = 0
+        self.run = ""
+        self.config_maps: dict[str, dict[str, str]] = {}
+        self.switch = f"unipool-{os.getpid()}"
+        self.loopback = ["--master-addr", "127.0.0.1", "--master-port", str(free_port()), "--set", "metrics.port=0"]
+        self._namespaces: list[str] = []
+        self._pods: list[Pod] = []
+
+    def __enter__(self) -> Cluster:
+        if self.isolated:
+            self._make_namespace(self.switch)
+            _ip("-n", self.switch, "link", "add", "bridge", "type", "bridge")
+            _ip("-n", self.switch, "addr", "add", f"{NETWORK}.1/24", "dev", "bridge")
+            _ip("-n", self.switch, "link", "set", "bridge", "up")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            for pod in self._pods:
+                pod.kill()
+        finally:
+            for namespace in self._namespaces:
+                subprocess.run(("ip", "netns", "del", namespace), check=False, timeout=20)
+
+    def start(self, manifests: list[dict[str, Any]], arguments: list[str], names_known: bool = True) -> dict[str, Pod]:
+        """Start every pod of the JobSet among `manifests`; returns them by host name.
+
+        Args:
+            arguments: as an overlay's patch would give them to the container: `args`.
+            names_known: whether the headless service is there yet; else `publish` makes it.
+        """
+        self.config_maps = {m["metadata"]["name"]: m["data"] for m in manifests if m["kind"] == "ConfigMap"}
+        (job_set,) = [m for m in manifests if m["kind"] == "JobSet"]
+        self.run = job_set["metadata"]["name"]
+        jobs = {group["name"]: group["template"]["spec"] for group in job_set["spec"]["replicatedJobs"]}
+        self._make_volumes(jobs["trunk"]["template"]["spec"])
+        self.hosts.write_text("127.0.0.1 localhost\n")
+        pods = {}
+        for group, job in jobs.items():
+            job["template"]["spec"]["containers"][0]["args"] = arguments
+            for index in range(job["completions"]):
+                pod = Pod(self, group, index, job["template"])
+                pods[pod.host] = pod
+                self._pods.append(pod)
+        self._names = "".join(f"{pod.address} {pod.host}.{self.run} {pod.host}\n" for pod in pods.values())
+        if names_known:
+            self.publish()
+        return pods
+
+    def publish(self) -> None:
+        """The headless service's names."""
+        with self.hosts.open("a") as hosts:  # the same file: pods have mounted it
+            hosts.write(self._names)
+
+    def _make_volumes(self, spec: dict[str, Any]) -> None:
+        """Folders behind the pods' common volumes, by the path at which pods see them."""
+        sources = {volume["name"]: volume for volume in spec["volumes"]}
+        for mount in spec["containers"][0]["volumeMounts"]:
+            source = sources[mount["name"]]
+            if "persistentVolumeClaim" in source:
+                self.volumes[mount["mountPath"]] = self.folder / "volume"
+            elif "configMap" in source:
+                self.volumes[mount["mountPath"]] = self.folder / source["configMap"]["name"]
+        for folder in self.volumes.values():
+            folder.mkdir(exist_ok=True)
+            for key, text in self.config_maps.get(folder.name, {}).items():
+                (folder / key).write_text(text if self.isolated else self.localize(text))
+
+    def localize(self, text: str) -> str:
+        """Where there are no mounts: a text with paths on volumes replaced by those of the folders behind them."""
+        for path, folder in self.volumes.items():
+            text = text.replace(path, str(folder))
+        return text
+
+    def attach(self) -> tuple[str, str]:
+        """A network namespace on the bridge: its name and address."""
+        number = len(self._namespaces) + 1
+        name, address = f"{self.switch}-{number}", f"{NETWORK}.{number}"
+        self._make_namespace(name)
+        _ip("link", "add", "eth0", "netns", name, "type", "veth", "peer", "name", f"pod{number}", "netns", self.switch)
+        _ip("-n", self.switch, "link", "set", f"pod{number}", "master", "bridge", "up")
+        _ip("-n", name, "addr", "add", f"{address}/24", "dev", "eth0")
+        _ip("-n", name, "link", "set", "eth0", "up")
+        return name, address
+
+    def _make_namespace(self, name: str) -> None:
+        _ip("netns", "add", name)
+        self._namespaces.append(name)
+        _ip("-n", name, "link", "set", "lo", "up")
