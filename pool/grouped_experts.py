@@ -6,8 +6,10 @@ e experts.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -118,6 +120,9 @@ def _fused(function: Callable[..., Any], x: Tensor) -> Callable[..., Any]:
 
 @cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    # The compiler's cache holds pickles, and its default is a folder in /tmp that anyone may have made before.
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(home / "torchinductor"))
     return torch.compile(function, dynamic=True)
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from trainer.config import Recipe
+from trainer.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -148,7 +149,10 @@ def read_load(folder: Path) -> NDArray[np.int64]:
     """Assignments a step by layer and global expert, (L, M), as checkpoint `folder` remembers them."""
     import numpy as np
 
-    load_LM: NDArray[np.int64] = np.load(folder / LOAD_FILE)
+    try:
+        load_LM: NDArray[np.int64] = np.load(folder / LOAD_FILE, allow_pickle=False)
+    except ValueError as error:
+        raise UserError(f"{folder / LOAD_FILE}: is not numbers alone: refused ({error})") from None
     return load_LM
 
 
@@ -159,7 +163,7 @@ def state_file(folder: Path, trunk_rank: int) -> Path:
 
 def load(job: Job, recipe: Recipe, folder: Path, role: Role) -> None:
     """Load this rank's part, reshaped if the layout is another one. A collective of all ranks."""
-    import torch
+    from trainer.load_file import load_file
 
     about = json.loads((folder / LAYOUT_FILE).read_text())
     if about["layout"] == layout_of(recipe, role.placement):
@@ -170,7 +174,7 @@ def load(job: Job, recipe: Recipe, folder: Path, role: Role) -> None:
     state: dict[str, Any] = {}
     if job.is_trunk:
         saved_ranks = about["layout"]["ranks"][0]
-        state = torch.load(state_file(folder, job.rank % saved_ranks), map_location=job.device, weights_only=True)
+        state = load_file(state_file(folder, job.rank % saved_ranks), job.device)
     role.restore(state, about["steps"], about["steps"] * (recipe.micro_batches - about["micro_batches"]))
 
 

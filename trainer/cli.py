@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from trainer.config import Recipe, load_recipe, recipe_names
+from trainer.credentials import redacted
 from trainer.errors import UserError
 from trainer.export.commands import export, generate
 from trainer.view.commands import report, watch
@@ -37,7 +38,7 @@ def main() -> None:
 
 def _end(line: str) -> None:
     if os.environ.get("RANK", "0") == "0":
-        print(f"error: {line}", file=sys.stderr)
+        print(f"error: {redacted(line)}", file=sys.stderr)
     sys.exit(2)
 
 

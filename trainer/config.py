@@ -18,6 +18,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pool.topology import Topology
+from trainer.credentials import keys_with_credentials
 from trainer.errors import UserError
 from trainer.relations import check_relations, show
 
@@ -212,11 +213,17 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe by name or from a file, apply `key.path=value` overrides, and check it.
 
     Raises:
-        UserError: the recipe is not there, is not YAML, or a key or a relation between keys is wrong.
+        UserError: the recipe is not there, is not YAML, holds a credential, or a key or a relation between keys is
+            wrong.
     """
     tree = _read(name_or_path)
     for override in overrides:
         _apply(tree, override)
+    for key in keys_with_credentials(tree):  # before any line shows a value
+        raise UserError(
+            f"recipe {name_or_path}: {key}: holds a credential, which recipe.yaml, checkpoints and logs would repeat; "
+            "leave it out: HF_TOKEN in the environment, or a login on the machine, opens what is private on the hub"
+        )
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
@@ -249,10 +256,17 @@ def _read(name_or_path: str) -> dict[str, Any]:
     try:
         tree = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
-        raise UserError(f"recipe {name_or_path}: not YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"recipe {name_or_path}: not YAML: {_problem(error)}") from None
     if not isinstance(tree, dict):
         raise UserError(f"recipe {name_or_path}: must be a mapping of sections ({', '.join(Recipe.model_fields)})")
     return tree
+
+
+def _problem(error: yaml.YAMLError) -> str:
+    """Where and what, without the line itself, which may hold a credential."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
+        return f"line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}: {error.problem}"
+    return " ".join(str(error).split())
 
 
 class _Loader(yaml.SafeLoader):

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from trainer.config import Recipe
 from trainer.ds_config import deepspeed_config
+from trainer.load_file import load_file
 from trainer.model import parameter_groups
 from trainer.monitors import Monitors
 
@@ -41,8 +42,15 @@ def _import_deepspeed() -> Any:
     os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")
     import deepspeed
     import deepspeed.ops
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # DeepSpeed would run whatever a checkpoint's files say; torch overrules that, and lets these types in them through.
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
+    torch.serialization.add_safe_globals([LossScaler, ZeroStageEnum, fragment_address])
     logging.getLogger("DeepSpeed").setLevel(os.environ.get("UNIPOOL_DEEPSPEED_LOG", "ERROR").upper())
     return deepspeed
 
@@ -173,6 +181,7 @@ class RoleEngine:
         """Load what `save` wrote, in the same layout. Learning rate, decay and so on stay the recipe's."""
         groups = self._optimizer.param_groups
         own = [{key: value for key, value in group.items() if key != "params"} for group in groups]
+        self._engine.checkpoint_engine.load = lambda path, map_location=None: load_file(path, map_location)
         path, _ = self._engine.load_checkpoint(str(folder), tag=CHECKPOINT_TAG)
         assert path is not None, f"no checkpoint in {folder}"
         for group, values in zip(self._optimizer.param_groups, own, strict=True):
@@ -285,9 +294,7 @@ class FrozenRole:
 
     def load(self, folder: Path) -> None:
         """Load what `save` wrote."""
-        state = torch.load(
-            folder / CHECKPOINT_TAG / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=True
-        )
+        state = load_file(folder / CHECKPOINT_TAG / "mp_rank_00_model_states.pt")
         self.module.load_state_dict(state["module"])
         self._schedule.step(state["lr_scheduler"]["last_batch_iteration"])
 
@@ -326,6 +333,9 @@ def to_universal(folder: Path, target: Path) -> None:
     """
     _import_deepspeed()
     from deepspeed.checkpoint.ds_to_universal import main
+
+    for file in sorted((folder / CHECKPOINT_TAG).glob("*.pt")):
+        load_file(file, mmap=True)  # says which one is to be refused; the conversion would not
 
     options = argparse.Namespace(
         input_folder=str(folder / CHECKPOINT_TAG),

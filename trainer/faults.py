@@ -17,6 +17,7 @@ from typing import NoReturn
 
 import psutil
 
+from trainer.credentials import redacted
 from trainer.errors import START_AGAIN, JobError, SharedUserError, UserError
 from trainer.peers import Peers
 from trainer.seat import Seat
@@ -155,5 +156,5 @@ def _gone(process: psutil.Process) -> bool:
 def _say(text: str) -> None:
     with suppress(OSError):  # a log on a full disk
         sys.stdout.flush()
-        sys.stderr.write(text + "\n")
+        sys.stderr.write(redacted(text) + "\n")
         sys.stderr.flush()

@@ -46,9 +46,15 @@ EXTENSIONS = Path(tempfile.gettempdir()) / f"unipool-test-extensions-{os.getpid(
 """Where torch would put what it compiles."""
 
 
+TOKEN = "hf_OfAPersonWhoTrains1234567890"
+"""A credential in the user's environment; wrong, and not asked for."""
+
+
 def environment() -> dict[str, str]:
     """The user's environment; one thread a process, for there are few cores."""
     return os.environ | {
+        "HF_TOKEN": TOKEN,
+        "WANDB_API_KEY": TOKEN,
         "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": "cpu",
         "TORCH_EXTENSIONS_DIR": str(EXTENSIONS),

@@ -18,6 +18,7 @@ import pytest
 from tests.trainer.job import (
     EXTENSIONS,
     TIME_LIMIT,
+    TOKEN,
     run,
     started,
     steps,
@@ -116,6 +117,13 @@ def test_the_same_scalars_go_everywhere(folder: Path) -> None:
 @pytest.mark.usefixtures("reference")
 def test_nothing_is_compiled_at_start() -> None:
     assert not EXTENSIONS.exists()
+
+
+def test_no_credential_of_the_environment_is_kept(reference: subprocess.CompletedProcess[str], folder: Path) -> None:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert {"recipe.yaml", "plan.json", "metrics.jsonl", "facts.json", "COMPLETE"} <= {path.name for path in files}
+    assert [path for path in files if TOKEN.encode() in path.read_bytes()] == []
+    assert TOKEN not in reference.stdout + reference.stderr
 
 
 @pytest.mark.parametrize("launcher", ["deepspeed", "torchrun", "mpirun"])

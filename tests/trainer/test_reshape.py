@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import pickle
+import re
+import shutil
 import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from pool.placement import Placement, imbalance
+from tests.distributed import RankFailed
 from tests.training import Outcome, assert_same, run_training, tiny
+from trainer import engine
 from trainer.checkpoint import newest, read_load, read_placement
 from trainer.config import Recipe
 from trainer.engine import ParameterState
+from trainer.errors import UserError
 from trainer.model import Trunk
 from trainer.reshape import SavedCheckpoint, convert
 
@@ -93,6 +100,70 @@ def test_moments_are_the_same_ones(after: str, tmp_path: Path) -> None:
         for key in ("weight", "exp_avg", "exp_avg_sq"):
             assert torch.equal(getattr(state, key), getattr(other, key)), (name, key)
         assert state.exp_avg_sq.abs().max() > 0, name
+
+
+class Code:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, proof: Path):
+        self.proof = proof
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open, (str(self.proof), "w")
+
+
+MODEL, OPTIMIZER = "mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+
+
+@pytest.fixture
+def altered(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A checkpoint of layout 1+2 of which one file, the test's parameter, has been replaced by somebody."""
+    folder = tmp_path / "checkpoints" / "step_00000002"
+    shutil.copytree(saved("1+2") / folder.name, folder)
+    torch.save({"module": Code(tmp_path / "proof")}, folder / request.param)
+    return folder
+
+
+def refusal(altered: Path, file: str) -> str:
+    return re.escape(f"{altered / file}: refused, and nothing of it was run: it holds io.open, which no")
+
+
+@pytest.mark.parametrize(
+    "altered, file",
+    [(file, file) for file in (f"trunk/state/{MODEL}", f"trunk/state/{OPTIMIZER}")],
+    indirect=["altered"],
+)
+def test_a_resume_runs_nothing_that_a_checkpoint_holds(altered: Path, file: str) -> None:
+    with pytest.raises(RankFailed, match=refusal(altered, file)):
+        run_training(recipe(LAYOUTS["1+2"]), WHOLE, resume_from=altered.parent)
+    assert not (altered.parents[1] / "proof").exists()
+
+
+@pytest.mark.parametrize(
+    "altered, file",
+    [(file, file) for file in (f"trunk/state/{MODEL}", f"trunk/state/{OPTIMIZER}", f"pool/shard_1/state/{MODEL}")],
+    indirect=["altered"],
+)
+def test_a_conversion_runs_nothing_that_a_checkpoint_holds(
+    altered: Path, file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read() -> None:
+        convert(altered, tmp_path / "work")
+        SavedCheckpoint(altered, read_placement(altered), tmp_path / "work")
+
+    with pytest.raises(UserError, match=refusal(altered, file)):
+        read()
+    monkeypatch.setattr(engine, "load_file", lambda *_, **__: None)  # as if it had been altered a moment later
+    with pytest.raises((UserError, pickle.UnpicklingError)):
+        read()
+    assert not (tmp_path / "proof").exists()
+
+
+def test_a_recorded_load_that_is_no_numbers_is_refused(tmp_path: Path) -> None:
+    np.save(tmp_path / "load.npy", np.array([Code(tmp_path / "proof")], dtype=object))
+    with pytest.raises(UserError, match=f"{tmp_path}/load.npy: is not numbers alone: refused"):
+        read_load(tmp_path)
+    assert not (tmp_path / "proof").exists()
 
 
 def states(checkpoints: Path) -> dict[str, ParameterState]:

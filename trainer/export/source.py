@@ -108,6 +108,8 @@ def open_weights(run: SavedRun, work: Path | None = None) -> Iterator[Weights]:
 def _readable(folder: Path) -> Iterator[None]:
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:  # torch, pickle, json and deepspeed each have their own
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(f"{folder}: a damaged checkpoint, or of another version ({reason})") from error

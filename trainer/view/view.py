@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from trainer import checkpoint
+from trainer.credentials import redacted
 from trainer.usage import ACTIVITIES
 from trainer.view.pages import Page, Samples
 from trainer.view.rates import Shares, Window, value
@@ -188,7 +189,7 @@ class Follower:
         for page in pages:
             if page.error:
                 role, rank = self._known.get(page.url, ("", -1))
-                place = re.sub(r"^http://|/metrics$", "", page.url)
+                place = re.sub(r"^http://|/metrics$", "", redacted(page.url))
                 silent.setdefault(page.error, []).append(f"{role} rank {rank} at {place}" if role else place)
         notes = []
         for reason, who in silent.items():

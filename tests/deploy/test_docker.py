@@ -1,0 +1,41 @@
+"""The Dockerfile: what can be checked without building an image, which `try_image.sh` beside this file does."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tomllib
+
+from tests.trainer.job import BIN, ROOT
+
+DOCKERFILE = ROOT / "deploy" / "Dockerfile"
+
+
+def test_hadolint_finds_nothing() -> None:
+    done = subprocess.run([BIN / "hadolint", "--no-color", DOCKERFILE], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, ""), done.stdout + done.stderr
+
+
+def test_only_what_is_copied_is_sent() -> None:
+    """.dockerignore lets through what the Dockerfile takes from the repository, and that has all that is installed."""
+    steps = DOCKERFILE.read_text().replace("\\\n", " ").splitlines()
+    copied = {word for step in steps if re.match(r"COPY (?!--from)", step) for word in step.split()[1:-1]}
+    bound = {found for step in steps for found in re.findall(r"type=bind,source=([^,\s]+)", step)}
+    let_through = {
+        line[1:] for line in (ROOT / "deploy/Dockerfile.dockerignore").read_text().splitlines() if line[0] == "!"
+    }
+    assert {path for path in copied | bound if not path.startswith("deploy/mpi/")} | {"deploy/mpi"} == let_through
+    assert all((ROOT / path).exists() for path in copied | bound)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert {package.partition(".")[0] for package in project["tool"]["setuptools"]["packages"]} <= copied
+    assert f'image.version="{project["project"]["version"]}"' in DOCKERFILE.read_text()
+
+
+def test_versions_are_those_of_the_requirements() -> None:
+    text = DOCKERFILE.read_text()
+    assert set(re.findall(r"^ARG TORCH=(.+)$", text, re.MULTILINE)) == set(
+        re.findall(r"^torch==(.+)$", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
+    )
+    for name in ("openmpi", "mpi4py"):
+        (wanted,) = re.findall(rf"^{name}.+$", (ROOT / "requirements-dev.txt").read_text(), re.MULTILINE)
+        assert f"'{wanted}'" in text
