@@ -41,8 +41,9 @@ def write_summary(s: Summary) -> None:
         f"unigram entropy   {s.unigram_entropy:.4f} nats a token (what token frequencies alone give)",
         f"checkpoint        {s.checkpoint}",
         f"metrics           {s.folder.metrics_file}",
-        f"TensorBoard       {s.folder.tensorboard}",
     ]
+    if s.recipe.metrics.tensorboard:
+        lines.append(f"TensorBoard       {s.folder.tensorboard}")
     if s.load_LM is not None:
         from trainer.heat_map import write_heat_map
 
