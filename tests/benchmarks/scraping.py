@@ -33,7 +33,7 @@ STEPS = 3
 
 def recipe(folder: str) -> Recipe:
     """Depth and pool of unipool-830m, narrow, so that a step takes about a second; one pool rank has all experts."""
-    model = {"layers": 48, "hidden": 128, "heads": 4, "ffn_hidden": 128, "vocab": 2048, "seq_len": 128}
+    model = {"layers": 48, "hidden": 128, "heads": 4, "ffn_hidden": 128, "vocab": 2048, "seq_len": 32}
     return Recipe.model_validate(
         {
             "run": {"dir": folder},
