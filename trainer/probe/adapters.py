@@ -244,15 +244,16 @@ def _layers_with_own_experts(blocks: Any) -> list[MoELayer]:
     return found
 
 
-def load(source: str) -> Source:
+def load(source: str, own_text: bool) -> Source:
     """Model (for evaluation, on the GPU where there is one) and tokenizer of what is to be probed.
 
     Args:
         source: a run, a checkpoint of it, an export of format hf, or a model of FAMILIES: its folder, or its name on
             the Hugging Face hub.
+        own_text: whether text of its own will be read, which only a run has.
 
     Raises:
-        UserError: it is none of these, or not whole.
+        UserError: it is none of these, or not whole, or has no text of its own.
     """
     logging.set_verbosity_error()
     if not sys.stderr.isatty():
@@ -261,8 +262,12 @@ def load(source: str) -> Source:
     if path.is_dir() and not (path / "config.json").is_file():
         run = find_run(path)
         model, tokenizer = load_run(path)
+    elif own_text:
+        raise UserError(f"{source}: give a text to read with --text: only a run knows what it has held out")
     elif _type_in(path) == UNIPOOL:
         model, tokenizer = load_export(path)
+    elif not path.is_dir() and path.parent != Path() and path.parent.is_dir():  # NAME/NAME may be on the hub
+        raise UserError(f"{source}: no such folder")
     else:
         model, tokenizer = _load_hugging_face(source, is_folder=path.is_dir())
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()

@@ -55,7 +55,7 @@ def _run(
     from trainer.probe.text import read_text
 
     check_files((csv_file, out))
-    loaded = load_source(source)
+    loaded = load_source(source, own_text=text is None)
     deliver(measure(loaded.model, read_text(loaded, text, tokens)), as_json, csv_file, out)
 
 

@@ -59,14 +59,12 @@ def read_text(source: Source, file: Path | None, tokens: int) -> Text:
         file: plain text, .jsonl, .jsonl.zst, .parquet, or a folder of those; documents are packed as for training.
 
     Raises:
-        UserError: no file for a model that is no run, one that cannot be read, or not the run's own data.
+        UserError: a file that cannot be read, or data that is not the run's own.
     """
     if file:
         return Text(file.name, _pack(_token_ids(source.tokenizer, file, tokens), file, source.model.window, tokens))
-    if source.run is None:
-        raise UserError("--text: give a text to read: only a run knows what it has held out")
-    rows_NS1 = _held_out(source.run, source.tokenizer, tokens)
-    return Text("held-out text", rows_NS1)
+    assert source.run, "only a run has text of its own"
+    return Text("held-out text", _held_out(source.run, source.tokenizer, tokens))
 
 
 def _held_out(run: SavedRun, tokenizer: Any, tokens: int) -> Tensor:
