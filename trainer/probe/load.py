@@ -130,24 +130,31 @@ class LoadFound:
         return lines
 
     def draw(self) -> Figure:
-        """Heat map and totals as in a run's load.png; beside them effective experts, and how layers differ."""
+        """Heat map and totals as in a run's load.png; beside them effective experts, and how layers differ.
+
+        Many experts that no two layers share are drawn one layer above the other, where totals mean nothing.
+        """
         counts_LE = np.array(self.counts)
         layers, size = counts_LE.shape
-        apart = not self._layer_private or layers * size <= _WIDEST
-        tokens_LM = over_all_experts(counts_LE, self.groups) if apart else counts_LE.astype(float)
+        one_above_the_other = self._layer_private and layers * size > _WIDEST
+        tokens_LM = counts_LE.astype(float) if one_above_the_other else over_all_experts(counts_LE, self.groups)
         width = float(np.clip(3 + 0.09 * tokens_LM.shape[1], 6, 18))
-        height = float(np.clip(2.6 + 0.24 * layers, 4.6, 12))
+        below = 0.0 if one_above_the_other else 2.1
+        height = float(np.clip(2.6 + 0.24 * layers, 4.6, 12)) - 2.1 + below
         figure = Figure(figsize=(width + 3.4, height), dpi=120, layout="constrained")
-        grid = figure.add_gridspec(2, 2, width_ratios=(width, 3), height_ratios=(height - 2.1, 2.1))
-        shares_axes = figure.add_subplot(grid[0, 0])
-        totals_axes = figure.add_subplot(grid[1, 0], sharex=shares_axes)
+        if one_above_the_other:
+            shares_axes, effective_axes = figure.subplots(1, 2, sharey=True, width_ratios=(width, 3))
+            shares_axes.set_xlabel("expert (each layer has its own)", color=INK)
+        else:
+            grid = figure.add_gridspec(2, 2, width_ratios=(width, 3), height_ratios=(height - below, below))
+            shares_axes = figure.add_subplot(grid[0, 0])
+            effective_axes = figure.add_subplot(grid[0, 1], sharey=shares_axes)
+            draw_totals(figure.add_subplot(grid[1, 0], sharex=shares_axes), tokens_LM)
+            self._draw_divergence(figure, figure.add_subplot(grid[1, 1]))
         draw_shares(figure, shares_axes, tokens_LM)
-        draw_totals(totals_axes, tokens_LM)
-        if not apart:
-            totals_axes.set_xlabel("expert of the layer (each layer has its own)", color=INK)
+        shares_axes.tick_params(labelbottom=one_above_the_other, bottom=one_above_the_other)
         shares_axes.yaxis.set_major_formatter(lambda place, _: self._number(place))
-        self._draw_effective(figure.add_subplot(grid[0, 1], sharey=shares_axes))
-        self._draw_divergence(figure, figure.add_subplot(grid[1, 1]))
+        self._draw_effective(effective_axes)
         title = f"{self.model}: experts chosen, {self.text}"
         shares_axes.set_title(title, loc="left", color=INK, fontsize=12)
         return figure

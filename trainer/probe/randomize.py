@@ -102,7 +102,7 @@ class Randomization:
 
     def draw(self) -> Figure:
         """Increase by layer, a line a protocol with its spread, and the means."""
-        figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
+        figure = Figure(figsize=(7, 4.6), dpi=120, layout="constrained")
         axes = figure.subplots()
         for mean, colour in zip(self.means, SERIES, strict=False):
             own = [r for r in self.layers if r.over == mean.over]
@@ -123,7 +123,7 @@ class Randomization:
         axes.xaxis.set_major_locator(MaxNLocator(12, integer=True))
         axes.set_xlabel("layer that is randomised", color=INK)
         axes.set_ylabel(f"loss increase, nats (from {self.loss:.3f})", color=INK)
-        axes.legend(frameon=False, fontsize=9, labelcolor=INK)
+        figure.legend(loc="outside lower center", frameon=False, fontsize=9, labelcolor=INK)
         axes.set_title(f"{self.model}: random experts in one layer", loc="left", color=INK, fontsize=12)
         return figure
 

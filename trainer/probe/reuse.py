@@ -56,26 +56,30 @@ class Reuse:
         ]
 
     def tables(self) -> list[Table]:
-        made = table(
-            f"{self.model}: different experts a token meets, {self.text}", "experts", "of L", "tokens", "share"
-        )
+        title = f"{self.model}: different experts a token meets, {self.text}"
+        made = table(title, "experts", f"of {self._most}", "tokens", "share")
         for row in self.rows():
             if row["tokens"]:
-                share = row["share"]
-                made.add_row(str(row["distinct"]), f"{row['of_layers']:.1%}", f"{row['tokens']:,}", f"{share:.2%}")
+                of_most = row["distinct"] / (self.layers * self.top_k)
+                made.add_row(str(row["distinct"]), f"{of_most:.1%}", f"{row['tokens']:,}", f"{row['share']:.2%}")
         made.add_section()
-        made.add_row(f"mean {self.distinct:.3f}", f"{self.of_layers:.1%}", f"{self.tokens:,}", "")
+        made.add_row(f"mean {self.distinct:.3f}", f"{self.of_choices:.1%}", f"{self.tokens:,}", "")
         return [made]
 
     def notes(self) -> list[str]:
+        uniform = self.uniform / (self.layers * self.top_k)
         lines = [
-            f"L = {self.layers} layers with {self.top_k} of {self.experts} experts a token and layer"
-            + (f"; of the {self.layers * self.top_k} choices {self.of_choices:.1%}." if self.top_k > 1 else "."),
-            f"Uniform, independent choices would meet {self.uniform:.3f} ({self.uniform / self.layers:.1%}).",
+            f"L = {self.layers} layers with {self.top_k} of {self.experts} experts a token and layer.",
+            f"Uniform, independent choices would meet {self.uniform:.3f} ({uniform:.1%}).",
         ]
         if self.layer_private:
             lines.append("Layers have experts of their own: no token can meet one twice.")
         return lines
+
+    @property
+    def _most(self) -> str:
+        """What the mean is a share of: the paper's L, where K = 1."""
+        return "L" if self.top_k == 1 else f"L x {self.top_k}"
 
     def draw(self) -> Figure:
         """Share of the tokens by the number of different experts, with the mean and what uniform choices would give."""
@@ -83,7 +87,7 @@ class Reuse:
         axes = figure.subplots()
         rows = [row for row in self.rows() if row["distinct"]]
         axes.bar([row["distinct"] for row in rows], [row["share"] for row in rows], width=0.85, color=SERIES[0])
-        mean = f"mean, {self.distinct:.2f} = {self.of_layers:.1%} of L"
+        mean = f"mean, {self.distinct:.2f} = {self.of_choices:.1%} of {self._most}"
         axes.axvline(self.distinct, color=SERIES[1], linewidth=2, label=mean)
         axes.axvline(self.uniform, color=INK, linestyle="--", linewidth=1.2, label=f"uniform, {self.uniform:.2f}")
         quiet(axes)

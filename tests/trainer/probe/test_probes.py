@@ -217,10 +217,10 @@ def test_load_of_a_forced_routing() -> None:
 
 def test_union_of_the_most_used() -> None:
     counts_LM = torch.tensor([[5, 3, 0, 0, 2], [4, 0, 6, 0, 0], [0, 0, 0, 0, 10]])
-    one, two, three = (coverage(counts_LM, top) for top in (1, 2, 3))
+    one, two, four = (coverage(counts_LM, top) for top in (1, 2, 4))
     assert (one.union, one.of_pool, one.share) == pytest.approx((3, 0.6, (0.5 + 0.6 + 1) / 3))
     assert (two.union, two.share) == pytest.approx((4, (0.8 + 1 + 1) / 3))
-    assert (three.union, three.share) == pytest.approx((4, 1))  # expert 3 is never used
+    assert (four.union, four.share) == pytest.approx((4, 1))  # expert 3 is never used
 
 
 def test_layers_of_sub_pools_differ_from_those_of_others() -> None:
