@@ -2,7 +2,13 @@
 
 from router.balance import LoadStatistics, balance_coefficients
 from router.calibration import norm_constant
-from router.load import dead_experts, distinct_experts, effective_experts, load_imbalance
+from router.load import (
+    dead_experts,
+    distinct_experts,
+    distinct_experts_by_token,
+    effective_experts,
+    load_imbalance,
+)
 from router.norm import norm_scores
 from router.routers import (
     NormRouter,
@@ -27,6 +33,7 @@ __all__ = [
     "build_router",
     "dead_experts",
     "distinct_experts",
+    "distinct_experts_by_token",
     "effective_experts",
     "load_imbalance",
     "norm_constant",

@@ -1,6 +1,6 @@
 """Load statistics for metrics: how evenly tokens spread over experts.
 
-All but `distinct_experts` take int64 counts of any shape (..., M) and reduce the last dimension, the experts.
+All but `distinct_experts...` take int64 counts of any shape (..., M) and reduce the last dimension, the experts.
 """
 
 import torch
@@ -31,10 +31,15 @@ def effective_experts(tokens_per_expert: Tensor) -> Tensor:
 
 
 def distinct_experts(expert_ids_LTK: Tensor) -> Tensor:
-    """Different experts of the pool that a token meets over its layers: mean over the tokens, fp32.
+    """Different experts of the pool that a token meets over its layers: mean over the tokens, fp32."""
+    return distinct_experts_by_token(expert_ids_LTK).float().mean()
+
+
+def distinct_experts_by_token(expert_ids_LTK: Tensor) -> Tensor:
+    """Different experts of the pool that each token meets over its layers, int64 (T).
 
     Args:
         expert_ids_LTK: global expert ids by layer, token and choice.
     """
     ids_TN = expert_ids_LTK.transpose(0, 1).flatten(1).sort(dim=-1).values
-    return 1 + (ids_TN.diff(dim=-1) != 0).sum(dim=-1).float().mean()
+    return 1 + (ids_TN.diff(dim=-1) != 0).sum(dim=-1)

@@ -48,7 +48,8 @@ def test_libraries_with_one_home() -> None:
     assert importers("prometheus_client") == {"trainer/metrics.py"}
     assert importers("safetensors") == {"trainer/export/initial.py", "trainer/export/write.py"}
     exports = {f"trainer/export/{name}.py" for name in ("modeling_unipool", "source", "write", "generate")}
-    assert importers("transformers") == exports
+    # Probes read other people's models through it; only their adapter knows that it is there.
+    assert importers("transformers") == exports | {"trainer/probe/adapters.py"}
     assert importers("torch.distributed") == {"trainer/job.py", "trainer/seat.py", "trainer/trunk_rank.py"}
 
 

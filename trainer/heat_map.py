@@ -44,8 +44,8 @@ def draw_heat_map(tokens_per_expert_LM: NDArray[np.integer], title: str, groups:
     width, height = float(np.clip(3 + 0.09 * experts, 8, 20)), float(np.clip(2.6 + 0.24 * layers, 4.2, 12))
     figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
     map_axes, bar_axes = figure.subplots(2, 1, sharex=True, height_ratios=(height - 2.1, 1.3))
-    _draw_shares(figure, map_axes, tokens_LM)
-    _draw_totals(bar_axes, tokens_LM)
+    draw_shares(figure, map_axes, tokens_LM)
+    draw_totals(bar_axes, tokens_LM)
     map_axes.set_title(title, loc="left", color=_INK, fontsize=12)
     return figure
 
@@ -60,7 +60,8 @@ def over_all_experts(tokens_per_expert_LM: NDArray[np.integer], groups: int) -> 
     return tokens_LM
 
 
-def _draw_shares(figure: Figure, axes: Axes, tokens_LM: NDArray[np.float64]) -> None:
+def draw_shares(figure: Figure, axes: Axes, tokens_LM: NDArray[np.float64]) -> None:
+    """Each layer's share of tokens by expert, NaN where a layer does not reach."""
     totals_L1 = np.nansum(tokens_LM, axis=1, keepdims=True)
     shares_LM = tokens_LM / np.maximum(totals_L1, 1)
     top = max(float(np.nanmax(shares_LM)), 1e-6)
@@ -75,7 +76,8 @@ def _draw_shares(figure: Figure, axes: Axes, tokens_LM: NDArray[np.float64]) -> 
     axes.tick_params(labelbottom=False, bottom=False)
 
 
-def _draw_totals(axes: Axes, tokens_LM: NDArray[np.float64]) -> None:
+def draw_totals(axes: Axes, tokens_LM: NDArray[np.float64]) -> None:
+    """The pool's totals beside the uniform line."""
     totals_M = np.nansum(tokens_LM, axis=0)
     shares_M = totals_M / max(totals_M.sum(), 1)
     uniform = 1 / len(shares_M)

@@ -1,0 +1,161 @@
+"""`probe` as a user types it: of a run, an export and a Hugging Face model; files, refusals."""
+
+from __future__ import annotations
+
+import csv
+import json
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from transformers import PreTrainedTokenizerFast
+
+from tests.trainer.probe.tiny_models import VOCAB, built
+from tests.training import Outcome, run_training, tiny, tokens
+from trainer.cli import cli
+from trainer.config import Recipe
+from trainer.data.tokenizer import END_OF_DOCUMENT, load_tokenizer, train_tokenizer
+from trainer.errors import UserError
+from trainer.prepare import prepare_for
+from trainer.probe.adapters import Source, load
+from trainer.probe.text import Text, mean_loss, read_text
+
+PROBES = ("randomize", "reuse", "load", "redundancy")
+DOCUMENT = "def main(argument):\n    return argument + 1\n"
+
+
+@cache
+def home() -> Path:
+    """A folder for everything of this module, with a tokenizer and 60 documents."""
+    folder = Path(tempfile.mkdtemp())
+    (folder / "tokenizer.json").write_text(train_tokenizer([DOCUMENT * 20], VOCAB).to_str())
+    (folder / "text").mkdir()
+    for number in range(60):
+        (folder / "text" / f"{number:02d}.py").write_text(f"{DOCUMENT}main({number})\n")
+    return folder
+
+
+@cache
+def tokenizer() -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(
+        tokenizer_object=load_tokenizer(str(home() / "tokenizer.json")), eos_token=END_OF_DOCUMENT
+    )
+
+
+@cache
+def saved(name: str) -> str:
+    """A folder as `export` or Hugging Face leave it."""
+    folder = home() / name
+    built(name).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def recipe() -> Recipe:
+    data = {"source": str(home() / "text"), "tokenizer": str(home() / "tokenizer.json"), "split": (1, 1, 0)}
+    return tiny(model={"vocab": VOCAB, "seq_len": 24}, data=data | {"dir": str(home() / "data")})
+
+
+@cache
+def run() -> tuple[str, Outcome]:
+    """A run's folder after a step, and what it came to."""
+    folder = home() / "run"
+    return str(folder), run_training(recipe(), 1, save_to=folder / "checkpoints")
+
+
+def invoke(*arguments: str) -> Result:
+    return CliRunner().invoke(cli, ["probe", *arguments])
+
+
+def refused(*arguments: str) -> str:
+    error = invoke(*arguments).exception
+    assert isinstance(error, UserError), error
+    assert "\n" not in str(error)
+    return str(error)
+
+
+@pytest.mark.parametrize("probe", PROBES)
+@pytest.mark.parametrize("name", ["unipool", "qwen2_moe"])
+def test_table_json_csv_and_plot(probe: str, name: str, tmp_path: Path) -> None:
+    """Of an export and of a Hugging Face model, on a text; the same command gives the same numbers."""
+    arguments = [probe, saved(name), "--text", str(home() / "text"), "--tokens", "200"]
+    if probe == "randomize":
+        arguments += ["--layers", "1", "--draws", "2", "--matched", "3"]
+    shown = invoke(*arguments, "--csv", str(tmp_path / "a.csv"), "--out", str(tmp_path / "a.png"))
+    as_json = invoke(*arguments, "--json", "--csv", str(tmp_path / "b.csv"))
+    assert shown.exit_code == 0, shown.output
+    assert name in shown.stdout and str(tmp_path / "a.png") in shown.stdout
+    found = json.loads(as_json.stdout)
+    assert found["model"] == name
+    rows = list(csv.DictReader((tmp_path / "a.csv").open()))
+    assert (
+        len(rows)
+        == {
+            "randomize": 4,  # 2 protocols, 2 draws
+            "reuse": 7,  # 0 to 6 different experts
+            "load": 18,  # 3 layers, 6 experts
+            "redundancy": 15 * (1 if name == "unipool" else 3),
+        }[probe]
+    )
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert {file.name for file in tmp_path.iterdir()} == {"a.csv", "a.png", "b.csv"}
+    assert (tmp_path / "b.csv").read_bytes() == (tmp_path / "a.csv").read_bytes()
+
+
+def test_of_a_run_on_what_it_has_held_out() -> None:
+    """The trainer's own validation loss from its checkpoint; by default on its validation split."""
+    folder, outcome = run()
+    source = load(folder, own_text=True)
+    batch = np.array(tokens(recipe())["tokens"][: recipe().train.global_batch])
+    loss = mean_loss(source.model, Text("the same", torch.from_numpy(batch)), lambda: None)
+    assert loss == pytest.approx(outcome.val_loss, rel=1e-5)
+    rows_NS1 = read_text(source, None, 100).rows_NS1
+    held_out = prepare_for(recipe()).dataset("validation")["tokens"]
+    assert rows_NS1.tolist() == held_out[:4]
+    assert read_text(source, None, 10**9).rows_NS1.tolist() == held_out[:]
+    found = json.loads(invoke("reuse", f"{folder}/checkpoints/step_00000001", "--tokens", "100", "--json").stdout)
+    assert (found["text"], found["tokens"], found["layers"]) == ("held-out text", 96, 3)
+
+
+def test_a_text_is_packed_as_for_training(tmp_path: Path) -> None:
+    """Documents with their end, rows that begin with the last token of the one before; a short text is one row."""
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in ("ab" * 40, "cd" * 40)))
+    source = Source(load(saved("unipool"), own_text=False).model, tokenizer(), None)
+    ids = [*tokenizer()("ab" * 40)["input_ids"], 0, *tokenizer()("cd" * 40)["input_ids"], 0]
+    rows = read_text(source, tmp_path / "a.jsonl", 1000).rows_NS1.tolist()
+    assert rows == [ids[start : start + 33] for start in range(0, len(ids) - 32, 32)] and len(rows) >= 2
+    assert len(read_text(source, tmp_path / "a.jsonl", 32).rows_NS1) == 1
+    (tmp_path / "b.txt").write_text("ab")
+    assert read_text(source, tmp_path / "b.txt", 1000).rows_NS1.tolist() == [[*tokenizer()("ab")["input_ids"], 0]]
+
+
+def test_refusals(tmp_path: Path) -> None:
+    text = ["--text", str(home() / "text")]
+    assert "only a run knows what it has held out" in refused("load", saved("unipool"))
+    assert refused("load", f"{tmp_path}/nothing", *text) == f"{tmp_path}/nothing: no such folder"
+    assert "has no complete checkpoint" in refused("load", str(tmp_path), *text)
+    assert "no folder" in refused("load", saved("unipool"), "--out", str(tmp_path / "no" / "a.png"))
+    assert "layer 3 has no router" in refused("randomize", saved("unipool"), *text, "--layers", "3")
+    broken: dict[str, Any] = json.loads((Path(saved("qwen2_moe")) / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(broken))
+    assert "no whole model" in refused("load", str(tmp_path), *text)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    assert "is a model of type llama" in refused("load", str(tmp_path), *text)
+
+
+def test_a_name_that_the_hub_has_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert "no such folder, and not to be had" in refused("load", "no/such-model", "--text", str(home() / "text"))
+
+
+def test_data_of_another_tokenizer() -> None:
+    """Prepared data whose ids mean something else would give numbers that mean nothing."""
+    source = load(run()[0], own_text=True)
+    other = PreTrainedTokenizerFast(tokenizer_object=train_tokenizer(["another text\n" * 20], VOCAB))
+    with pytest.raises(UserError, match="prepared with another tokenizer"):
+        read_text(Source(source.model, other, source.run), None, 100)
