@@ -64,8 +64,8 @@ def evaluate(
     Examples:
       unipool eval runs/quickstart
       unipool eval runs/quickstart --text README.md
-      unipool eval runs/quickstart --tasks arc_easy,arc_challenge,piqa,hellaswag,winogrande,lambada_openai,race
-      unipool eval runs/quickstart-hf --tasks hellaswag --include-path tasks --limit 100
+      unipool eval runs/unipool-182m --tasks arc_easy,arc_challenge,piqa,hellaswag,winogrande,lambada_openai,race
+      unipool eval runs/quickstart-hf --tasks hellaswag --include-path runs/tasks --limit 100
     """
     if tasks is not None and text is not None:
         raise UserError("--text: not with --tasks; evaluate twice")

@@ -84,6 +84,9 @@ def evaluate(subject: Subject, tasks: Sequence[Any], num_fewshot: int, limit: in
     Args:
         tasks: of `load_tasks`.
         limit: examples a task at most.
+
+    Raises:
+        UserError: an answer is longer than the model's window.
     """
     with _quiet() as cut:
         model = HFLM(
@@ -93,14 +96,21 @@ def evaluate(subject: Subject, tasks: Sequence[Any], num_fewshot: int, limit: in
             batch_size=batch_size,
             mixed_precision_dtype="bfloat16" if subject.mixed else None,
         )
-        found = simple_evaluate(
-            model,
-            tasks=list(tasks),
-            num_fewshot=num_fewshot,
-            limit=limit,
-            bootstrap_iters=BOOTSTRAPS,
-            log_samples=False,
-        )
+        try:
+            found = simple_evaluate(
+                model,
+                tasks=list(tasks),
+                num_fewshot=num_fewshot,
+                limit=limit,
+                bootstrap_iters=BOOTSTRAPS,
+                log_samples=False,
+                task_manager=TaskManager(include_defaults=False),  # else it reads all of them again
+            )
+        except AssertionError as error:  # so it says that an answer does not fit, unlike a prompt, which it cuts
+            raise UserError(
+                f"--tasks: some answer is longer than the model's window of {model.max_length} tokens, which the "
+                "harness does not score; leave that task out"
+            ) from error
     scores = _scores(found)
     return Scores(scores, _mean(scores), limit, cut.count, subject.precision, harness_version)
 
