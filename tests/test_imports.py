@@ -48,8 +48,9 @@ def test_libraries_with_one_home() -> None:
     assert importers("prometheus_client") == {"trainer/metrics.py"}
     assert importers("safetensors") == {"trainer/export/initial.py", "trainer/export/write.py"}
     exports = {f"trainer/export/{name}.py" for name in ("modeling_unipool", "source", "write", "generate")}
-    # Probes read other people's models through it; only their adapter knows that it is there.
-    assert importers("transformers") == exports | {"trainer/probe/adapters.py"}
+    # Probes read other people's models through it, in one adapter; evaluation needs its types.
+    assert importers("transformers") == exports | {"trainer/probe/adapters.py", "trainer/evaluate/subject.py"}
+    assert importers("lm_eval") == {"trainer/evaluate/tasks.py"}
     assert importers("torch.distributed") == {"trainer/job.py", "trainer/seat.py", "trainer/trunk_rank.py"}
 
 
@@ -77,7 +78,8 @@ def test_start_up_path_is_light() -> None:
     """`--help` and a recipe's check load no torch, no deepspeed, no datasets."""
     code = (
         "import sys; from trainer.cli import cli; from trainer.config import load_recipe; load_recipe('quickstart');"
-        "print(*{'torch', 'deepspeed', 'datasets', 'transformers', 'matplotlib', 'numpy', 'rich'} & set(sys.modules))"
+        "print(*{'torch', 'deepspeed', 'datasets', 'transformers', 'lm_eval', 'matplotlib', 'numpy', 'rich'}"
+        " & set(sys.modules))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60

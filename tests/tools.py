@@ -1,7 +1,8 @@
-"""Programs that some tests need and that pip cannot install."""
+"""What some tests need and requirements-dev.txt does not install."""
 
 import os
 import shutil
+from importlib.util import find_spec
 
 import pytest
 
@@ -12,3 +13,9 @@ def need(program: str, package: str) -> str:
     if path is None:
         (pytest.fail if os.environ.get("CI") else pytest.skip)(f"needs {program}: apt-get install {package}")
     return path
+
+
+def need_package(module: str, how: str) -> None:
+    """Without the package the test is skipped, on CI it fails."""
+    if find_spec(module) is None:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(f"needs {module}: {how}")

@@ -15,6 +15,7 @@ import click
 from trainer.config import Recipe, load_recipe, recipe_names
 from trainer.credentials import redacted
 from trainer.errors import UserError
+from trainer.evaluate.commands import evaluate
 from trainer.export.commands import export, generate
 from trainer.probe.commands import probe
 from trainer.view.commands import report, watch
@@ -353,6 +354,7 @@ def recipes(as_json: bool) -> None:
 
 cli.add_command(export)
 cli.add_command(generate)
+cli.add_command(evaluate)
 cli.add_command(watch)
 cli.add_command(report)
 cli.add_command(probe)

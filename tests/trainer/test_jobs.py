@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import socket
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from tests.trainer.job import (
     EXTENSIONS,
@@ -26,6 +28,7 @@ from tests.trainer.job import (
     wait_for,
     write_recipe,
 )
+from trainer.cli import cli
 from trainer.config import load_recipe
 from trainer.launch import free_port
 from trainer.metrics import CATALOGUE, parse
@@ -112,6 +115,25 @@ def test_the_same_scalars_go_everywhere(folder: Path) -> None:
     assert board.Images("load")[0].encoded_image_string.startswith(b"\x89PNG")
     rows = (folder / "run" / "csv" / "train_loss.csv").read_text().splitlines()
     assert [float(row.split(",")[1]) for row in rows[1:]] == pytest.approx([line["loss"] for line in trained])
+
+
+@pytest.mark.usefixtures("reference")
+def test_eval_says_the_validation_loss_that_training_said(folder: Path) -> None:
+    """Of the export's model in one process, on the same rows; and of more of them."""
+    said = steps(folder / "run")[-1]
+    for more, rows in (((), 8), (("--batches", "2"), 16)):
+        done = CliRunner().invoke(cli, ["eval", str(folder / "run"), "--json", *more])
+        assert done.exit_code == 0, (done.output, done.exception)
+        found = json.loads(done.stdout)["validation"]
+        assert found["tokens"] == rows * 32
+        if not more:
+            assert found["loss"] == pytest.approx(said["val_loss"], rel=1e-6) and found["tokens"] == said["val_tokens"]
+    facts = next((folder / "data").glob("*/facts.json")).read_text()
+    split = json.loads(facts)["splits"]["validation"]
+    bits = found["loss"] / math.log(2) * split["tokens"] / split["bytes"]
+    assert found["bits_per_byte"] == pytest.approx(bits, rel=1e-3)
+    kept = json.loads((folder / "run" / "eval.json").read_text())
+    assert kept == {"step_00000004": {"validation": found}}
 
 
 @pytest.mark.usefixtures("reference")

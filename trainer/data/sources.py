@@ -98,7 +98,7 @@ def _read_stdlib() -> Iterator[str]:
 
 def _read_file(path: Path, text_field: str) -> Iterator[str]:
     if path.name.endswith(PLAIN):
-        yield _decode(path.read_bytes(), f"{path}", first_line=1)
+        yield decode(path.read_bytes(), f"{path}", first_line=1)
     elif path.name.endswith(".parquet"):
         yield from _read_parquet(path, text_field)
     elif path.name.endswith(".zst"):
@@ -110,7 +110,7 @@ def _read_file(path: Path, text_field: str) -> Iterator[str]:
 
 def _read_jsonl(path: Path, lines: Iterator[bytes], text_field: str) -> Iterator[str]:
     for number, line in enumerate(lines, start=1):
-        text = _decode(line, f"{path}", first_line=number)
+        text = decode(line, f"{path}", first_line=number)
         if text.isspace() or not text:
             continue
         try:
@@ -192,7 +192,8 @@ def _lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
     yield b"".join(begun)
 
 
-def _decode(data: bytes, where: str, first_line: int) -> str:
+def decode(data: bytes, where: str, first_line: int) -> str:
+    """Text of UTF-8. Raises UserError, which names the line, where it is not."""
     try:
         return data.decode()
     except UnicodeDecodeError as error:

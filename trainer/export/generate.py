@@ -55,10 +55,7 @@ def generate(source: Path, prompt: str, tokens: int, sampling: Sampling, stream:
     Raises:
         UserError: the source is none of these, or the prompt leaves no room in the window.
     """
-    logging.set_verbosity_error()
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
-    model, tokenizer = load_export(source) if (source / "config.json").is_file() else load_run(source)
+    model, tokenizer = load_model(source)
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     # A text without a beginning begins as documents do.
     ids = tokenizer(prompt)["input_ids"] or [tokenizer.bos_token_id]
@@ -89,6 +86,23 @@ def generate(source: Path, prompt: str, tokens: int, sampling: Sampling, stream:
     seconds = time.perf_counter() - started
     new = made_1S[0, len(ids) :]
     return Generated(prompt, tokenizer.decode(new, skip_special_tokens=True), len(new), seconds)
+
+
+def is_export(path: Path) -> bool:
+    """Whether a folder is meant as an export of format hf; else it is a run or a checkpoint."""
+    return (path / "config.json").is_file()
+
+
+def load_model(path: Path) -> tuple[UniPoolForCausalLM, PreTrainedTokenizerFast]:
+    """Model and tokenizer of a run's newest checkpoint, of one checkpoint, or of an export.
+
+    Raises:
+        UserError: `path` is none of these.
+    """
+    logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    return load_export(path) if is_export(path) else load_run(path)
 
 
 def load_run(path: Path) -> tuple[UniPoolForCausalLM, PreTrainedTokenizerFast]:

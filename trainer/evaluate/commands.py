@@ -1,0 +1,108 @@
+"""`eval` of the command line."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import click
+
+from trainer.errors import UserError
+
+
+@click.command("eval")
+@click.argument("source", metavar="RUN", type=click.Path(path_type=Path))
+@click.option("--tasks", metavar="TASK,...", help="Score on tasks of lm-evaluation-harness.")
+@click.option(
+    "--num-fewshot", type=click.IntRange(min=0), metavar="N", help="Solved examples before each; default: 0.  [--tasks]"
+)
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Only a task's first N examples.  [--tasks]")
+@click.option(
+    "--include-path",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="Task files (YAML) of your own, which come before the harness's of the same name.  [--tasks]",
+)
+@click.option("--text", type=click.Path(path_type=Path), metavar="FILE", help="The loss on a text file in UTF-8.")
+@click.option(
+    "--batches",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Global batches of held-out text; default: the recipe's eval.batches.  [without --tasks and --text]",
+)
+@click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Sequences a forward.")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Default: cuda where there is one.")
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "bf16"]),
+    help="Of the arithmetic. Default: the weights' (of a run fp32); of the validation loss, as the run was trained.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def evaluate(
+    source: Path,
+    tasks: str | None,
+    num_fewshot: int | None,
+    limit: int | None,
+    include_path: Path | None,
+    text: Path | None,
+    batches: int | None,
+    batch_size: int,
+    device: str | None,
+    precision: str | None,
+    as_json: bool,
+) -> None:
+    """Evaluate RUN: a run's newest checkpoint, one checkpoint (checkpoints/step_*), or an export of format hf.
+
+    Without --tasks and --text: loss, perplexity and bits per byte on the run's held-out text, the loss that training
+    says. With --text those of any text: windows of the model's seq_len tokens that do not overlap, as in training,
+    every token but the first predicted once. With --tasks the scores of lm-evaluation-harness, which needs the extra
+    `eval`; `lm_eval --model hf` gives an export the same ones. The result is also kept in RUN, in eval.json.
+
+    \b
+    Examples:
+      unipool eval runs/quickstart
+      unipool eval runs/quickstart --text README.md
+      unipool eval runs/unipool-182m --tasks arc_easy,arc_challenge,piqa,hellaswag,winogrande,lambada_openai,race
+      unipool eval runs/quickstart-hf --tasks hellaswag --include-path runs/tasks --limit 100
+    """
+    if tasks is not None and text is not None:
+        raise UserError("--text: not with --tasks; evaluate twice")
+    given = {"--num-fewshot": num_fewshot, "--limit": limit, "--include-path": include_path}
+    for option, value in given.items():
+        if value is not None and tasks is None:
+            raise UserError(f"{option} {value}: goes with --tasks, as in --tasks piqa,race")
+    if batches is not None and (tasks or text):
+        raise UserError(f"--batches {batches}: is of the held-out text: goes without --tasks and --text")
+    names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+    if tasks is not None and not names:
+        raise UserError("--tasks: names no task")
+
+    from trainer.evaluate.record import save_result
+
+    if names:
+        from trainer.evaluate.tasks import evaluate as score  # first of all: it may not be installed
+        from trainer.evaluate.tasks import load_tasks
+
+        loaded = load_tasks(names, include_path)
+    from trainer.evaluate.loss import text_loss, validation_loss
+    from trainer.evaluate.subject import load_subject
+    from trainer.evaluate.tables import print_loss, print_scores
+
+    subject = load_subject(source, device, precision, as_trained=not names and text is None)
+    if names:
+        what, scores = "tasks", score(subject, loaded, num_fewshot or 0, limit, batch_size)
+        result, show = asdict(scores), partial(print_scores, scores)
+    else:
+        what = f"text {text}" if text else "validation"
+        loss = text_loss(subject, text, batch_size) if text else validation_loss(subject, batches, batch_size)
+        result, show = asdict(loss), partial(print_loss, loss)
+    if as_json:
+        print(json.dumps({"checkpoint": subject.name, what.split()[0]: result}))
+    else:
+        print(f"{subject.path}: {subject.name}")
+        show()
+    saved = save_result(subject.folder, subject.name, what, result)
+    if not as_json:
+        print(f"saved {saved}")
