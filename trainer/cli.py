@@ -16,6 +16,7 @@ from trainer.config import Recipe, load_recipe, recipe_names
 from trainer.credentials import redacted
 from trainer.errors import UserError
 from trainer.export.commands import export, generate
+from trainer.sweep.commands import sweep
 from trainer.view.commands import report, watch
 
 if TYPE_CHECKING:
@@ -354,3 +355,4 @@ cli.add_command(export)
 cli.add_command(generate)
 cli.add_command(watch)
 cli.add_command(report)
+cli.add_command(sweep)
