@@ -55,7 +55,7 @@ for step in range(start + 1, steps + 1):
         sys.exit(2)
     if what == "signals the sweep":
         os.kill(os.getppid(), signal.SIGTERM)
-    while what in ("waits", "signals the sweep") and not asked:
+    while what in ("waits", "signals the sweep") and not asked and not (folder / "go on").exists():
         time.sleep(0.01)
     if asked:
         save(step)
@@ -133,7 +133,7 @@ def test_a_signal_stops_the_runs_and_the_next_start_goes_on(
     assert [starts(run) for run in experiment.runs] == [[0, 1], [0, 1], [0], [0]]
 
 
-def test_runs_of_a_killed_sweep_save_and_the_next_start_goes_on(
+def test_the_next_start_waits_for_the_runs_of_a_killed_sweep(
     experiment: Experiment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     a, b = experiment.runs[:2]
@@ -144,9 +144,19 @@ def test_runs_of_a_killed_sweep_save_and_the_next_start_goes_on(
         time.sleep(0.01)
     killed.kill()
     killed.join()
+    said = []
+
+    def say(line: str) -> None:
+        said.append(line)
+        for run in (a, b):
+            if line.startswith(f"{run.name}: is being trained by another process"):
+                (run.folder / "go on").touch()
+
+    monkeypatch.setattr("trainer.sweep.runs.say", say)
     again = runner(experiment, jobs=2)
-    assert again.run() == 0, "at first perhaps it finds the runs locked"
-    assert (starts(a), starts(b)) == ([0, 1], [0, 1])
+    assert again.run() == 0
+    assert [line.split(":")[0] for line in said if "another process" in line] == [a.name, b.name]
+    assert [starts(run) for run in experiment.runs] == [[0]] * 4
 
 
 def _sweep(experiment: Experiment) -> None:
@@ -161,7 +171,11 @@ def test_a_run_that_somebody_else_trains_is_waited_for(
     run.folder.parent.mkdir(parents=True)
     with run.log.open("ab") as log:
         fcntl.flock(log, fcntl.LOCK_EX)
-        other = runner(experiment)
+        one = runner(experiment)
+        one._waiting = list(experiment.runs)
+        one._fill()
+        assert one._active == [], "it is one of the jobs"
+        other = runner(experiment, jobs=2)
         other._waiting = list(experiment.runs)
         other._fill()
         assert "a seed 0: is being trained by another process" in capsys.readouterr().err

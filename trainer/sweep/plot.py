@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator, NullLocator
 
 from trainer.sweep.result import Row
 from trainer.sweep.spec import Experiment
@@ -59,6 +59,7 @@ def numeric_axis(experiment: Experiment) -> str | None:
 def draw_rows(experiment: Experiment, rows: Sequence[Row]) -> Figure:
     """Left the losses, each seed a point; right the paired differences. Bars are confidence intervals."""
     names = [row.cell.name for row in rows]
+    baselines = sum(row.cell.variant == experiment.sweep.baseline for row in rows)
     height = 1.9 + 0.34 * len(rows)
     figure = Figure(figsize=(11, height), dpi=120, layout="constrained")
     losses, differences = figure.subplots(1, 2, sharey=True, width_ratios=(1, 1))
@@ -66,7 +67,7 @@ def draw_rows(experiment: Experiment, rows: Sequence[Row]) -> Figure:
         is_baseline = row.cell.variant == experiment.sweep.baseline
         colour = _INK if is_baseline else _FIRST
         _point(losses, place, row.val_loss, [run.val_loss for run in row.runs], colour)
-        if is_baseline:
+        if is_baseline and baselines == 1:
             losses.axvline(row.val_loss.mean, color=_INK, linestyle="--", linewidth=1)
         if d := row.difference:
             _point(differences, place, Spread(d.n, d.mean, math.nan, d.low, d.high), _differences(row, rows), colour)
@@ -98,35 +99,48 @@ def _point(axes: Axes, place: float, s: Spread, seeds: Sequence[float], colour: 
 
 
 def draw_axis(experiment: Experiment, rows: Sequence[Row], axis: str) -> Figure:
-    """The losses over an axis of numbers: a line a variant; variants without that axis are level lines."""
-    figure = Figure(figsize=(8.5, 5), dpi=120, layout="constrained")
-    axes = figure.subplots()
-    series: dict[str, list[Row]] = {}
-    for row in rows:
-        series.setdefault(_series_name(row, axis), []).append(row)
-    colours = _colours(experiment, [(name, found[0].cell.variant) for name, found in series.items()])
-    for name, found in series.items():
-        colour = colours[name]
-        if axis in found[0].cell.point:
-            _line(axes, [float(row.cell.point[axis]) for row in found], found, name, colour)
-        else:
-            s = found[0].val_loss
-            axes.axhline(s.mean, color=colour, linestyle="--", linewidth=1.3, label=name)
-            if not math.isnan(s.low):
-                axes.axhspan(s.low, s.high, color=colour, alpha=0.08, linewidth=0)
-    values = sorted(float(value) for value in experiment.sweep.grid[axis])
+    """The losses over an axis of numbers: a line a variant; variants without that axis are level lines.
+
+    There is a panel for each point of the other axes.
+    """
+    points = [{key: value for key, value in row.cell.point.items() if key != axis} for row in rows]
+    across = [point for place, point in enumerate(points) if axis in rows[place].cell.point]
+    panels = [point for place, point in enumerate(across) if point not in across[:place]] or [{}]
+    size = (2 + 6.5 * len(panels), 5)
+    figure = Figure(figsize=size, dpi=120, layout="constrained")
+    colours = _colours(experiment, [(name, name) for name in experiment.sweep.variants])
+    all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, panel in zip(all_axes, panels, strict=True):
+        shown = [row for row, point in zip(rows, points, strict=True) if point.items() <= panel.items()]
+        for variant in experiment.sweep.variants:
+            if found := [row for row in shown if row.cell.variant == variant]:
+                _series(axes, axis, found, variant, colours[variant])
+        _number_scale(axes, sorted(float(value) for value in experiment.sweep.grid[axis]))
+        axes.set_title(", ".join(f"{key}={value}" for key, value in panel.items()), loc="left", fontsize=10)
+        axes.set_xlabel(axis)
+        _quiet(axes, "y")
+    all_axes[0].set_ylabel("validation loss, nats a token")
+    all_axes[0].legend(frameon=False, fontsize=9, labelcolor=_INK)
+    _title(figure, experiment, rows)
+    return figure
+
+
+def _series(axes: Axes, axis: str, rows: Sequence[Row], variant: str, colour: Colour) -> None:
+    if axis in rows[0].cell.point:
+        _line(axes, [float(row.cell.point[axis]) for row in rows], rows, variant, colour)
+        return
+    s = rows[0].val_loss
+    axes.axhline(s.mean, color=colour, linestyle="--", linewidth=1.3, label=variant)
+    if not math.isnan(s.low):
+        axes.axhspan(s.low, s.high, color=colour, alpha=0.08, linewidth=0)
+
+
+def _number_scale(axes: Axes, values: Sequence[float]) -> None:
     if values[0] > 0 and values[-1] / values[0] >= _LOG_FROM:
         axes.set_xscale("log")
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xticks(values)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.set_xlabel(axis)
-    axes.set_ylabel("validation loss, nats a token")
-    axes.legend(frameon=False, fontsize=9, labelcolor=_INK)
-    _quiet(axes, "y")
-    _title(figure, experiment, rows)
-    return figure
 
 
 def _line(axes: Axes, xs: Sequence[float], rows: Sequence[Row], name: str, colour: Colour) -> None:
@@ -137,12 +151,6 @@ def _line(axes: Axes, xs: Sequence[float], rows: Sequence[Row], name: str, colou
         if not math.isnan(s.low):
             axes.plot([x, x], [s.low, s.high], color=colour, linewidth=3, alpha=0.3, solid_capstyle="butt")
         axes.plot([x] * len(row.runs), list(row.losses.values()), "o", color=colour, markersize=4.5, markeredgewidth=0)
-
-
-def _series_name(row: Row, axis: str) -> str:
-    """The variant with its point but for the axis."""
-    rest = [f"{key}={value}" for key, value in row.cell.point.items() if key != axis]
-    return ", ".join([row.cell.variant, *rest])
 
 
 def draw_curves(experiment: Experiment, rows: Sequence[Row]) -> Figure:

@@ -1,12 +1,11 @@
 """The runs of a sweep: which are done, and `train`, as a user would start it, for the others.
 
-A run's log is locked by every process of the run, which inherit it: so two sweeps of one folder share the work, and
-none begins a run that still goes on. Runs whose sweep is killed are asked by the kernel to save a checkpoint and end.
+A run's log is locked by every process of the run, which inherit it: nobody begins a run that still goes on. A sweep
+that was killed (SIGKILL) leaves its runs to themselves; the next one waits for them, and they count among its jobs.
 """
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import os
 import signal
@@ -36,9 +35,6 @@ LOG_SECONDS = 60.0
 """Where stderr is no terminal: between two lines of progress."""
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-_LIBC = ctypes.CDLL(None)
-_PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
-
 _HOW = {"run.dir", "data.dir"}
 """Keys that may differ: where things lie. And two sections:"""
 _HOW_SECTIONS = {"checkpoint", "metrics"}
@@ -182,11 +178,14 @@ class Runner:
                 active.process.send_signal(signal.SIGTERM)
 
     def _fill(self) -> None:
+        elsewhere = 0
         for run in list(self._waiting):
-            if len(self._active) >= self.jobs or self._asked:
+            if len(self._active) + elsewhere >= self.jobs or self._asked:
                 return
             if self._start(run):
                 self._waiting.remove(run)
+            else:
+                elsewhere += 1
 
     def _start(self, run: Run) -> bool:
         """Start a run unless another process has it. Whether it is no longer to be started."""
@@ -224,7 +223,6 @@ class Runner:
             stderr=log,
             env=environment,
             start_new_session=True,  # Ctrl-C is ours to pass on
-            preexec_fn=lambda: _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM),
         )
         return _Active(run, process, records_of(run), log.tell())
 

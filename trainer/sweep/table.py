@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -14,29 +16,34 @@ from trainer.sweep.result import Row
 from trainer.sweep.spec import Experiment
 from trainer.sweep.statistics import CONFIDENCE
 
-_WIDTH = 160
-"""Columns of a table that goes to a file."""
+_WIDTH = 250
+"""Columns that a table may have that goes to a file."""
+_LEGEND_WIDTH = 110
 _COLUMNS = (
-    *("parameters", "active", "seeds", "validation loss", "- baseline", f"{CONFIDENCE:.0%} interval", "p"),
-    *("training", "max/mean", "dead", "distinct", "tokens/s"),
+    *("total", "active", "seeds", "val loss", "sd", "- baseline", f"{CONFIDENCE:.0%} interval", "p"),
+    *("train loss", "max/mean", "dead", "distinct", "tokens/s"),
 )
 _ABSENT = "-"
 
 
 def print_table(experiment: Experiment, rows: Sequence[Row]) -> None:
     """Print it to stdout, with what the columns are."""
-    table = Table(title=f"{experiment.name}: {experiment.folder}", title_justify="left", title_style="bold")
-    table.add_column("variant", overflow="fold")
-    for name in _COLUMNS:
+    axes = experiment.sweep.axis_keys
+    table = Table(box=SIMPLE, pad_edge=False, title=f"{experiment.name}: {experiment.folder}", title_justify="left")
+    table.add_column("variant", no_wrap=True)
+    for name in (*axes, *_COLUMNS):
         table.add_column(name, justify="right")
     for row in rows:
+        point = [str(row.cell.point.get(key, "")) for key in axes]
+        cells = [row.cell.variant, *point, *_cells(row)]
         # Text, so that rich takes no brackets for markup
-        table.add_row(*map(Text, _cells(row)), style="bold" if row.cell.variant == experiment.sweep.baseline else "")
+        table.add_row(*map(Text, cells), style="bold" if row.cell.variant == experiment.sweep.baseline else "")
     console = Console()
     if not console.is_terminal:
         console = Console(width=_WIDTH)
     console.print(table)
-    console.print(_legend(experiment, rows), style="dim", highlight=False, markup=False)
+    legend = textwrap.fill(_legend(experiment, rows), _LEGEND_WIDTH)
+    console.print(legend, style="dim", highlight=False, markup=False)
 
 
 def _cells(row: Row) -> list[str]:
@@ -47,11 +54,11 @@ def _cells(row: Row) -> list[str]:
         interval = _ABSENT if math.isnan(d.low) else f"{d.low:+.4f} {d.high:+.4f}"
         compared = [_number(d.mean, "+.4f"), interval, _p(d.p)]
     return [
-        row.cell.name,
         _millions(parameters.total),
         _millions(parameters.active),
         f"{loss.n}/{len(row.cell.runs)}",
-        (f"{loss.mean:.4f}" if loss.n else _ABSENT) + ("" if math.isnan(loss.sd) else f" ± {loss.sd:.4f}"),
+        f"{loss.mean:.4f}" if loss.n else _ABSENT,
+        _number(loss.sd, ".4f"),
         *compared,
         _number(m["train_loss"], ".4f"),
         _number(m["load_imbalance"], ".2f"),
@@ -63,13 +70,14 @@ def _cells(row: Row) -> list[str]:
 
 def _legend(experiment: Experiment, rows: Sequence[Row]) -> str:
     tests = sum(1 for row in rows if row.difference and not math.isnan(row.difference.p))
+    first = "Parameters, in all and on a token's way; mean and standard deviation over seeds, nats a token"
     last = "training loss, max/mean load, dead and distinct experts (a token) are means over a run's last steps"
     if tests == 0:
-        return f"Mean ± standard deviation over seeds, nats a token; {last}."
+        return f"{first}; {last}."
     several = f", not corrected for {tests} comparisons" if tests > 1 else ""
     return (
-        f"Mean ± standard deviation over seeds, nats a token; the difference to {experiment.sweep.baseline} is paired "
-        f"by seed, p is of the two-sided paired t-test{several}; {last}."
+        f"{first}; the difference to {experiment.sweep.baseline} is paired by seed, p is of the two-sided paired "
+        f"t-test{several}; {last}."
     )
 
 
