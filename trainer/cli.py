@@ -18,6 +18,7 @@ from trainer.errors import UserError
 from trainer.evaluate.commands import evaluate
 from trainer.export.commands import export, generate
 from trainer.probe.commands import probe
+from trainer.sweep.commands import sweep
 from trainer.view.commands import report, watch
 
 if TYPE_CHECKING:
@@ -358,3 +359,4 @@ cli.add_command(evaluate)
 cli.add_command(watch)
 cli.add_command(report)
 cli.add_command(probe)
+cli.add_command(sweep)

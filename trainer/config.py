@@ -7,6 +7,7 @@ the key, its value and what is allowed. Nothing here imports torch.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import re
 from collections.abc import Sequence
@@ -216,18 +217,30 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
         UserError: the recipe is not there, is not YAML, holds a credential, or a key or a relation between keys is
             wrong.
     """
-    tree = _read(name_or_path)
-    for override in overrides:
-        _apply(tree, override)
+    tree = read_tree(name_or_path)
+    return check_recipe(tree, [parse_override(text) for text in overrides], f"recipe {name_or_path}")
+
+
+def check_recipe(tree: dict[str, Any], settings: Sequence[tuple[str, Any]], what: str) -> Recipe:
+    """Set keys (key.path, value) in a recipe's sections, which are left as they are, and check it.
+
+    Args:
+        what: begins the messages.
+    Raises:
+        UserError: as `load_recipe`.
+    """
+    tree = copy.deepcopy(tree)
+    for key, value in settings:
+        _put(tree, key, value, what)
     for key in keys_with_credentials(tree):  # before any line shows a value
         raise UserError(
-            f"recipe {name_or_path}: {key}: holds a credential, which recipe.yaml, checkpoints and logs would repeat; "
+            f"{what}: {key}: holds a credential, which recipe.yaml, checkpoints and logs would repeat; "
             "leave it out: HF_TOKEN in the environment, or a login on the machine, opens what is private on the hub"
         )
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        raise UserError(f"recipe {name_or_path}: {_first_line(error)}") from None
+        raise UserError(f"{what}: {first_line(error, Recipe)}") from None
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
@@ -240,7 +253,12 @@ def recipe_text(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
 
 
-def _read(name_or_path: str) -> dict[str, Any]:
+def read_tree(name_or_path: str) -> dict[str, Any]:
+    """A recipe's sections as its file has them, unchecked.
+
+    Raises:
+        UserError: the recipe is not there or is not YAML.
+    """
     if name_or_path in recipe_names():
         text = (resources.files("trainer") / "recipes" / f"{name_or_path}.yaml").read_text()
     else:
@@ -253,12 +271,21 @@ def _read(name_or_path: str) -> dict[str, Any]:
                 f"recipe {name_or_path}: neither a readable file ({_reason(error)}) nor a known name; "
                 f"did you mean: {', '.join(close)}"
             ) from None
+    return parse_mapping(text, f"recipe {name_or_path}", f"sections ({', '.join(Recipe.model_fields)})")
+
+
+def parse_mapping(text: str, what: str, parts: str) -> dict[str, Any]:
+    """YAML that must be a mapping of `parts`; `what` begins the messages.
+
+    Raises:
+        UserError: it is not.
+    """
     try:
         tree = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
-        raise UserError(f"recipe {name_or_path}: not YAML: {_problem(error)}") from None
+        raise UserError(f"{what}: not YAML: {_problem(error)}") from None
     if not isinstance(tree, dict):
-        raise UserError(f"recipe {name_or_path}: must be a mapping of sections ({', '.join(Recipe.model_fields)})")
+        raise UserError(f"{what}: must be a mapping of {parts}")
     return tree
 
 
@@ -280,30 +307,39 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _apply(tree: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
+def parse_override(text: str) -> tuple[str, Any]:
+    """Key and value of `--set key.path=value`.
+
+    Raises:
+        UserError: it is not of this form.
+    """
+    key, separator, value = text.partition("=")
     if not separator or not key:
-        raise UserError(f"--set {override}: must be key=value, as in --set train.steps=100")
+        raise UserError(f"--set {text}: must be key=value, as in --set train.steps=100")
     try:
-        value = yaml.load(text, Loader=_Loader)
+        return key, yaml.load(value, Loader=_Loader)
     except yaml.YAMLError:
-        raise UserError(f"--set {override}: the value is not YAML") from None
+        raise UserError(f"--set {text}: the value is not YAML") from None
+
+
+def _put(tree: dict[str, Any], key: str, value: Any, what: str) -> None:
     *sections, leaf = key.split(".")
     node = tree
     for section in sections:
         node = node.setdefault(section, {})
         if not isinstance(node, dict):
-            raise UserError(f"--set {override}: {section} is a value, not a section")
+            raise UserError(f"{what}: {key} cannot be set: {section} is a value, not a section")
     node[leaf] = value
 
 
-def _first_line(error: ValidationError) -> str:
+def first_line(error: ValidationError, root: type[BaseModel]) -> str:
+    """The first thing that is wrong with a file of `root`'s keys: key, value and what is allowed."""
     first, *more = error.errors()
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "value_error":
         line = str(first["ctx"]["error"])
     elif first["type"] == "extra_forbidden":
-        line = f"{key}: unknown key; {_allowed_keys(first['loc'])}"
+        line = f"{key}: unknown key; {_allowed_keys(first['loc'], root)}"
     elif first["type"] == "missing":
         line = f"{key}: missing"
     else:
@@ -312,8 +348,8 @@ def _first_line(error: ValidationError) -> str:
     return line + (f" (and {len(more)} more)" if more else "")
 
 
-def _allowed_keys(location: tuple[int | str, ...]) -> str:
-    model: type[BaseModel] = Recipe
+def _allowed_keys(location: tuple[int | str, ...], root: type[BaseModel]) -> str:
+    model = root
     for part in location[:-1]:
         model = model.model_fields[str(part)].annotation  # type: ignore[assignment]
     known = list(model.model_fields)

@@ -151,7 +151,8 @@ class Trunk(nn.Module):
         std, output_std = init_stds(recipe)
         with torch.no_grad():
             for name, parameter in self.named_parameters():
-                generator = torch.Generator().manual_seed((recipe.run.seed << 32) + zlib.crc32(name.encode()))
+                # torch's generator on the CPU takes 32 bits of a seed, so both must be in these.
+                generator = torch.Generator().manual_seed(zlib.crc32(name.encode(), recipe.run.seed))
                 if name.endswith((".attention.out.weight", ".ffn.w2.weight")):
                     parameter.normal_(0.0, output_std, generator=generator)
                 elif parameter.ndim > 1:

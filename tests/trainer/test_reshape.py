@@ -87,7 +87,8 @@ def test_experts_move_to_where_the_recorded_load_wants_them(tmp_path: Path) -> N
     found = newest(saved("1+2"))
     assert found
     load_LM = torch.from_numpy(read_load(found[1]))
-    assert load_LM.sum() == 3 * 2 * 8 * 9  # layers, top-k, global batch, sequence
+    # layers, top-k, global batch, sequence; each number is rounded
+    assert abs(load_LM.sum() - 3 * 2 * 8 * 9) <= load_LM.numel() / 2
     assert imbalance(load_LM, after).lockstep < imbalance(load_LM, before).lockstep
 
 
