@@ -190,13 +190,15 @@ def test_recipes_for_a_cluster(tmp_path: Path) -> None:
 
 def test_variants_of_a_seed_are_matched() -> None:
     """What spec.py says: the trunk, routers of one width, experts by their number in the pool; another seed nothing."""
-    tiny = ["model.hidden=16", "model.ffn_hidden=8", "model.vocab=300", "model.seq_len=8", "model.layers=4"]
-    tiny += ["pool.experts=16"]
+    tiny = (
+        "{model.hidden: 16, model.ffn_hidden: 8, model.vocab: 300, model.seq_len: 8, model.layers: 4, pool.experts: 16}"
+    )
     text = SWEEP.replace("groups: 8", "groups: 4").partition("grid:")[0]
+    text = text.replace("{train.steps: 12, data.dir: kept}", tiny)
     text += "  half: {pool.experts: 8}\n  dense: {model.ffn: dense, pool.experts: 0, balance.pool: 0.0}\n"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("trainer.sweep.spec._read", lambda _: (text, "tiny"))
-        runs = load_sweep("tiny", tiny).runs
+        runs = load_sweep("tiny").runs
     of = {(run.variant, run.seed): run.recipe for run in runs}
     device = torch.device("cpu")
     trunks = {name: dict(Trunk(recipe, device).named_parameters()) for name, recipe in of.items()}
