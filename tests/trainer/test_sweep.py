@@ -173,6 +173,9 @@ def test_wrong_commands(tmp_path: Path) -> None:
     assert "train first" in said("small-scores", "--report", "--dir", str(tmp_path / "none"))
     assert "metrics.port=0" in said("small-scores", "--jobs", "2", "--set", "metrics.port=9400")
     assert "must be a recipe's key" in said("small-scores", "--set", "seed=1")
+    assert "--set train.steps: grid sets it" in said("small-scores", "--set", "train.steps=9")
+    assert "--set router.kind: variants.vanilla sets it" in said("small-scores", "--set", "router.kind=norm")
+    assert "train.lr = 'x': must be a valid number" in said("small-scores", "--set", "train.lr=x")
     listed = CliRunner().invoke(cli, ["sweep", "--list"]).output.splitlines()
     assert [line.split()[0] for line in listed] == sweep_names()
     assert all(len(line.split()) > 5 for line in listed)
@@ -187,13 +190,15 @@ def test_recipes_for_a_cluster(tmp_path: Path) -> None:
 
 def test_variants_of_a_seed_are_matched() -> None:
     """What spec.py says: the trunk, routers of one width, experts by their number in the pool; another seed nothing."""
-    tiny = ["model.hidden=16", "model.ffn_hidden=8", "model.vocab=300", "model.seq_len=8", "model.layers=4"]
-    tiny += ["pool.experts=16"]
+    tiny = (
+        "{model.hidden: 16, model.ffn_hidden: 8, model.vocab: 300, model.seq_len: 8, model.layers: 4, pool.experts: 16}"
+    )
     text = SWEEP.replace("groups: 8", "groups: 4").partition("grid:")[0]
+    text = text.replace("{train.steps: 12, data.dir: kept}", tiny)
     text += "  half: {pool.experts: 8}\n  dense: {model.ffn: dense, pool.experts: 0, balance.pool: 0.0}\n"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("trainer.sweep.spec._read", lambda _: (text, "tiny"))
-        runs = load_sweep("tiny", tiny).runs
+        runs = load_sweep("tiny").runs
     of = {(run.variant, run.seed): run.recipe for run in runs}
     device = torch.device("cpu")
     trunks = {name: dict(Trunk(recipe, device).named_parameters()) for name, recipe in of.items()}

@@ -56,7 +56,7 @@ def sweep(
     \b
     Examples:
       unipool sweep small-reproduction --jobs 2
-      unipool sweep small-scores --set train.steps=1000 --dir runs/sweeps/scores-long
+      unipool sweep small-table-5 --set train.steps=1000 --dir runs/sweeps/long
       unipool sweep runs/sweeps/small-reproduction --report
       unipool sweep table-5 --write-recipes
     """

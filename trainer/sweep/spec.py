@@ -231,7 +231,7 @@ def load_sweep(source: str, overrides: Sequence[str] = (), folder: Path | None =
     """Read a sweep by name, from a file, or from the folder it has run in, and check every recipe of it.
 
     Args:
-        overrides: `key.path=value` for every run, over the file's own `set`.
+        overrides: `key.path=value` for every run, over the file's own `set`; no key of an axis or of a variant.
         folder: instead of the file's own `dir`.
     Raises:
         UserError: the sweep is not there, a key of it or one of its recipes is wrong.
@@ -242,12 +242,16 @@ def load_sweep(source: str, overrides: Sequence[str] = (), folder: Path | None =
     what = f"sweep {source}"
     try:
         sweep = Sweep.model_validate(parse_mapping(text, what, f"keys ({', '.join(Sweep.model_fields)})"))
-        changed = sweep.set | dict(parse_override(text) for text in overrides)
-        _check_keys("--set", changed)
+        given = dict(parse_override(text) for text in overrides)
+        _check_keys("--set", given)
     except ValidationError as error:
         raise UserError(f"{what}: {first_line(error, Sweep)}") from None
     except ValueError as error:
         raise UserError(f"{what}: {error}") from None
+    for owner, keys in {"grid": sweep.axis_keys, **_by_variant(sweep.variants)}.items():
+        if hidden := [key for key in keys if key in given]:
+            raise UserError(f"{what}: --set {hidden[0]}: {owner} sets it; change that in a copy of the file")
+    changed = sweep.set | given
     folder = folder or Path(sweep.dir or f"{SWEEPS_FOLDER}/{name}")
     sweep = sweep.model_copy(update={"set": changed, "base": _sections(sweep.base, what), "dir": None})
     sweep = sweep.model_copy(update={"variants": {key: _closed(v, what) for key, v in sweep.variants.items()}})
