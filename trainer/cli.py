@@ -19,6 +19,7 @@ from trainer.evaluate.commands import evaluate
 from trainer.export.commands import export, generate
 from trainer.probe.commands import probe
 from trainer.sweep.commands import sweep
+from trainer.sweep.law_commands import law
 from trainer.view.commands import report, watch
 
 if TYPE_CHECKING:
@@ -360,3 +361,4 @@ cli.add_command(watch)
 cli.add_command(report)
 cli.add_command(probe)
 cli.add_command(sweep)
+cli.add_command(law)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib import colormaps
+from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -21,7 +21,7 @@ from trainer.whole import write_whole
 
 RESULT, CURVES = "result", "curves"
 
-_INK, _QUIET, _FIRST = "#222222", "#8a8a8a", "#31688e"
+INK, _QUIET, _FIRST = "#222222", "#8a8a8a", "#31688e"
 Colour = str | tuple[float, ...]
 
 _LOG_FROM = 8.0
@@ -36,14 +36,16 @@ def write_pictures(experiment: Experiment, rows: Sequence[Row]) -> list[Path]:
     axis = numeric_axis(experiment)
     main = draw_axis(experiment, done, axis) if axis else draw_rows(experiment, done)
     figures = {RESULT: main, CURVES: draw_curves(experiment, done)}
-    return [path for name, figure in figures.items() for path in _write(figure, experiment.folder / name)]
+    return [path for name, figure in figures.items() for path in write_figure(figure, experiment.folder / name)]
 
 
-def _write(figure: Figure, path: Path) -> list[Path]:
+def write_figure(figure: Figure, path: Path) -> list[Path]:
+    """Write it as PNG and SVG, each whole; the suffix of `path` is replaced."""
     png, svg = path.with_suffix(".png"), path.with_suffix(".svg")
     write_whole(png, lambda file: FigureCanvasAgg(figure).print_figure(file, format="png"))
-    # Without a date, the same rows make the same file.
-    write_whole(svg, lambda file: FigureCanvasSVG(figure).print_figure(file, format="svg", metadata={"Date": None}))
+    # Without a date, and with ids that are not drawn by chance, the same rows make the same file.
+    with rc_context({"svg.hashsalt": "unipool"}):
+        write_whole(svg, lambda file: FigureCanvasSVG(figure).print_figure(file, format="svg", metadata={"Date": None}))
     return [png, svg]
 
 
@@ -65,20 +67,20 @@ def draw_rows(experiment: Experiment, rows: Sequence[Row]) -> Figure:
     losses, differences = figure.subplots(1, 2, sharey=True, width_ratios=(1, 1))
     for place, row in enumerate(rows):
         is_baseline = row.cell.variant == experiment.sweep.baseline
-        colour = _INK if is_baseline else _FIRST
+        colour = INK if is_baseline else _FIRST
         _point(losses, place, row.val_loss, [run.val_loss for run in row.runs], colour)
         if is_baseline and baselines == 1:
-            losses.axvline(row.val_loss.mean, color=_INK, linestyle="--", linewidth=1)
+            losses.axvline(row.val_loss.mean, color=INK, linestyle="--", linewidth=1)
         if d := row.difference:
             _point(differences, place, Spread(d.n, d.mean, math.nan, d.low, d.high), _differences(row, rows), colour)
-    differences.axvline(0, color=_INK, linestyle="--", linewidth=1)
+    differences.axvline(0, color=INK, linestyle="--", linewidth=1)
     losses.set_yticks(range(len(rows)), names)
     losses.set_ylim(len(rows) - 0.5, -0.5)
     losses.set_xlabel("validation loss, nats a token")
     differences.set_xlabel(f"minus {experiment.sweep.baseline} of the same seed")
     for axes in (losses, differences):
         axes.xaxis.set_major_locator(MaxNLocator(6))
-        _quiet(axes, "x")
+        quiet(axes, "x")
     _title(figure, experiment, rows)
     return figure
 
@@ -118,9 +120,9 @@ def draw_axis(experiment: Experiment, rows: Sequence[Row], axis: str) -> Figure:
         _number_scale(axes, sorted(float(value) for value in experiment.sweep.grid[axis]))
         axes.set_title(", ".join(f"{key}={value}" for key, value in panel.items()), loc="left", fontsize=10)
         axes.set_xlabel(axis)
-        _quiet(axes, "y")
+        quiet(axes, "y")
     all_axes[0].set_ylabel("validation loss, nats a token")
-    all_axes[0].legend(frameon=False, fontsize=9, labelcolor=_INK)
+    all_axes[0].legend(frameon=False, fontsize=9, labelcolor=INK)
     _title(figure, experiment, rows)
     return figure
 
@@ -171,9 +173,9 @@ def draw_curves(experiment: Experiment, rows: Sequence[Row]) -> Figure:
     axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
     axes.set_xlabel("tokens")
     axes.set_ylabel("validation loss, nats a token")
-    figure.legend(loc="outside right upper", frameon=False, fontsize=9, labelcolor=_INK)
-    _quiet(axes, "both")
-    figure.suptitle(f"{experiment.name}: mean over seeds, thin each seed", x=0.01, ha="left", color=_INK, fontsize=12)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=9, labelcolor=INK)
+    quiet(axes, "both")
+    figure.suptitle(f"{experiment.name}: mean over seeds, thin each seed", x=0.01, ha="left", color=INK, fontsize=12)
     return figure
 
 
@@ -181,18 +183,19 @@ def _colours(experiment: Experiment, names: Sequence[tuple[str, str]]) -> dict[s
     """A colour for each (name, variant); the baseline is the ink."""
     others = [name for name, variant in names if variant != experiment.sweep.baseline]
     colours = colormaps["tab10" if len(others) <= 10 else "tab20"]
-    chosen: dict[str, Colour] = dict.fromkeys((name for name, _ in names), _INK)
+    chosen: dict[str, Colour] = dict.fromkeys((name for name, _ in names), INK)
     return chosen | {name: colours(place % colours.N) for place, name in enumerate(others)}
 
 
-def _quiet(axes: Axes, grid: str) -> None:
+def quiet(axes: Axes, grid: str) -> None:
+    """A faint grid along x, y or both, and no frame on the right and above."""
     axes.grid(axis=grid, color=_QUIET, alpha=0.3, linewidth=0.6)  # type: ignore[arg-type]  # one of x, y, both
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(colors=_INK)
+    axes.tick_params(colors=INK)
 
 
 def _title(figure: Figure, experiment: Experiment, rows: Sequence[Row]) -> None:
     seeds = max(len(row.runs) for row in rows)
     bars = f"{seeds} seeds, bars {CONFIDENCE:.0%} confidence of the mean" if seeds > 1 else "1 seed"
-    figure.suptitle(f"{experiment.name}: {bars}", x=0.01, ha="left", color=_INK, fontsize=12)
+    figure.suptitle(f"{experiment.name}: {bars}", x=0.01, ha="left", color=INK, fontsize=12)

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from trainer.config import Recipe
 from trainer.costs import count_parameters
 from trainer.sweep.runs import is_done, records_of
 from trainer.sweep.spec import Cell, Experiment, Run
@@ -23,6 +24,13 @@ JSON_FILE, CSV_FILE = "result.json", "result.csv"
 
 MEASURES = ("train_loss", "load_imbalance", "dead_experts", "distinct_experts", "tokens_per_second")
 """Of a run, besides its validation loss."""
+
+SETTINGS = (
+    *("model.ffn", "model.groups", "model.ffn_hidden", "model.vocab", "model.seq_len"),
+    *("router.kind", "router.top_k", "balance.layer", "balance.pool", "balance.scores"),
+    *("balance.scope", "balance.delay", "train.lr", "data.source", "data.tokenizer"),
+)
+"""Keys of a variant's recipe that result.json has, for those who compare results of several sweeps."""
 
 _OF_A_POOL = ("load_imbalance", "dead_experts", "distinct_experts")
 
@@ -122,7 +130,7 @@ def to_json(experiment: Experiment, rows: Sequence[Row]) -> dict[str, Any]:
         "confidence": CONFIDENCE,
         "variants": [_row_json(row) for row in rows],
     }
-    return _finite(tree)  # type: ignore[no-any-return]  # a tree stays one
+    return finite(tree)  # type: ignore[no-any-return]  # a tree stays one
 
 
 def _row_json(row: Row) -> dict[str, Any]:
@@ -137,6 +145,8 @@ def _row_json(row: Row) -> dict[str, Any]:
         "hidden": r.model.hidden,
         "experts": r.pool.experts,
         "parameters": {"total": parameters.total, "active": parameters.active},
+        "tokens": r.train.steps * r.train.global_batch * r.model.seq_len,
+        "settings": {key: _setting(r, key) for key in SETTINGS},
         "planned_runs": len(row.cell.runs),
         "val_loss": asdict(row.val_loss),
         "difference": asdict(row.difference) if row.difference else None,
@@ -150,11 +160,17 @@ def _row_json(row: Row) -> dict[str, Any]:
     }
 
 
-def _finite(tree: Any) -> Any:
+def _setting(recipe: Recipe, key: str) -> Any:
+    section, _, name = key.partition(".")
+    return getattr(getattr(recipe, section), name)
+
+
+def finite(tree: Any) -> Any:
+    """JSON has neither NaN nor infinity: null instead."""
     if isinstance(tree, dict):
-        return {key: _finite(value) for key, value in tree.items()}
+        return {key: finite(value) for key, value in tree.items()}
     if isinstance(tree, list | tuple):
-        return [_finite(value) for value in tree]
+        return [finite(value) for value in tree]
     return None if isinstance(tree, float) and not math.isfinite(tree) else tree
 
 
