@@ -26,7 +26,7 @@ chown 1000:1000 "$work/runs" "$work/data"
 unipool() {
     podman "${stores[@]}" --cgroup-manager cgroupfs --runtime runc --events-backend file run --rm --name try-unipool \
         --read-only --network none --cap-drop all --security-opt no-new-privileges --ulimit nofile=1024:1024 \
-        --ulimit nproc=4096:4096 -v "$work/runs:/work/runs" -v "$work/data:/work/data" "localhost/unipool:$target" "$@"
+        --ulimit nproc=4096:4096 -v "$work/runs:/unipool/runs" -v "$work/data:/unipool/data" "localhost/unipool:$target" "$@"
 }
 tiny=(--set data.max_documents=300 --set eval.batches=1)
 unipool train quickstart "${tiny[@]}" --set train.steps=3 --set run.dir=runs/three
