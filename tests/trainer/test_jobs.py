@@ -55,8 +55,8 @@ def recipe(folder: Path) -> str:
 
 @pytest.fixture(scope="module")
 def reference(recipe: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """The job that the others are compared with: no launcher given."""
-    done = unipool("train", recipe)
+    """The job that the others are compared with: no launcher given. It has checkpoints of steps 2 and 4."""
+    done = unipool("train", recipe, "--set", "checkpoint.every=2")
     assert done.returncode == 0, done.stderr
     return done
 
@@ -83,7 +83,7 @@ def test_train_shows_and_leaves_what_it_promises(
     saved = {path.name for path in (run_dir / "checkpoints" / "step_00000004").iterdir()}
     assert saved == {"trunk", "pool", "recipe.yaml", "layout.json", "load.npy", "manifest.json", "COMPLETE"}
     assert json.loads((run_dir / "plan.json").read_text())["lanes"] >= 1
-    assert load_recipe(str(run_dir / "recipe.yaml")) == load_recipe(recipe)
+    assert load_recipe(str(run_dir / "recipe.yaml")) == load_recipe(recipe, ["checkpoint.every=2"])
     assert [line["step"] for line in steps(run_dir)] == [1, 2, 2, 3, 4, 4]
     assert steps(run_dir)[4]["loss"] < steps(run_dir)[0]["loss"]
 
@@ -178,13 +178,18 @@ def test_two_nodes_with_a_hostfile(recipe: str, folder: Path) -> None:
         assert record[name] == pytest.approx(other[name], rel=1e-5)
 
 
+def copy_at_step_2(folder: Path, name: str) -> Path:
+    """The reference job's folder under another name, without its last checkpoint."""
+    shutil.copytree(folder / "run", folder / name)
+    shutil.rmtree(folder / name / "checkpoints" / "step_00000004")
+    return folder / name
+
+
 @pytest.mark.usefixtures("reference")
 def test_resume_goes_on_where_the_checkpoint_was(recipe: str, folder: Path) -> None:
     """Steps 3 and 4 after a resume are those of an undisturbed run, bit for bit."""
-    run_dir = folder / "resumed"
+    run_dir = copy_at_step_2(folder, "resumed")
     arguments = ("train", recipe, "--set", "checkpoint.every=2", "--set", f"run.dir={run_dir}")
-    assert unipool(*arguments).returncode == 0
-    shutil.rmtree(run_dir / "checkpoints" / "step_00000004")
     again = unipool(*arguments)
     assert "resuming after step 2" in again.stderr
     assert steps(run_dir) == steps(folder / "run")
@@ -196,11 +201,9 @@ def test_resume_goes_on_where_the_checkpoint_was(recipe: str, folder: Path) -> N
 @pytest.mark.usefixtures("reference")
 def test_resume_in_another_layout_and_placement(recipe: str, folder: Path) -> None:
     """Steps 3 and 4 in another layout come to the same losses, and nothing of the reshaping is left behind."""
-    run_dir = folder / "reshaped"
-    arguments = ("train", recipe, "--set", "checkpoint.every=2", "--set", f"run.dir={run_dir}")
-    assert unipool(*arguments).returncode == 0
+    run_dir = copy_at_step_2(folder, "reshaped")
     before = steps(run_dir)
-    shutil.rmtree(run_dir / "checkpoints" / "step_00000004")
+    arguments = ("train", recipe, "--set", "checkpoint.every=2", "--set", f"run.dir={run_dir}")
     other = unipool(*arguments, "--set", "parallel.pool_ranks=2", "--set", "pool.placement=auto")
     assert other.returncode == 0, other.stderr
     assert "checkpoint step_00000002 is of another layout: reshaping it" in other.stderr
