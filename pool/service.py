@@ -86,7 +86,7 @@ class PoolService:
         started = time.perf_counter()
         batches, headers_came = coming.result()
         received = time.perf_counter()
-        on_wire = received - min(max(started, headers_came), received)
+        on_wire = received - max(started, headers_came)
         self.seconds_on_wire += on_wire
         self.seconds_waiting += received - started - on_wire
         requests = dict(zip(keys, batches, strict=True))

@@ -149,8 +149,8 @@ class ExpertLoad:
 
     def __init__(self, expert_ids: Sequence[int], total_experts: int, layers: int, backward: bool = True):
         self._backward = backward
-        self._experts = [_padded(expert, total_experts) for expert in expert_ids]
-        self._layers = [_padded(layer, layers) for layer in range(layers)]
+        self._experts = [padded(expert, total_experts) for expert in expert_ids]
+        self._layers = [padded(layer, layers) for layer in range(layers)]
         self._tokens_e = np.zeros(len(expert_ids), dtype=np.int64)
         self._gradients_e = np.zeros_like(self._tokens_e)
         self._tokens_Le = np.zeros((layers, len(expert_ids)), dtype=np.int64)
@@ -266,7 +266,7 @@ class MetricsServer(Collector):
         self.set("unipool_shard_load_imbalance_ratio", s.shard_imbalance)
         for layer, imbalance in enumerate(s.layer_imbalances):
             # Of all digits of a float nobody has any use here, and a page of 48 layers is to stay small.
-            self.set("unipool_layer_load_imbalance_ratio", round(imbalance, 4), _padded(layer, len(s.layer_imbalances)))
+            self.set("unipool_layer_load_imbalance_ratio", round(imbalance, 4), padded(layer, len(s.layer_imbalances)))
         self.set("unipool_dead_experts", s.dead_experts)
         self.set("unipool_effective_experts", s.effective_experts)
         self.set("unipool_distinct_experts_per_token", s.distinct_experts)
@@ -312,7 +312,8 @@ def parse(page: str) -> dict[str, list[tuple[dict[str, str], float]]]:
     return samples
 
 
-def _padded(number: int, total: int) -> str:
+def padded(number: int, total: int) -> str:
+    """How metrics name the number of one of `total` experts or layers: "007"."""
     return f"{number:0{len(str(max(total - 1, 0)))}d}"
 
 

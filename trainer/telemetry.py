@@ -16,7 +16,7 @@ from torch import Tensor
 from trainer import __version__
 from trainer.config import Recipe
 from trainer.job import Job
-from trainer.metrics import StepScalars
+from trainer.metrics import StepScalars, padded
 from trainer.pool_rank import PoolRank
 from trainer.progress import Progress
 from trainer.run_folder import RunFolder
@@ -67,9 +67,8 @@ class Telemetry:
         for side, seconds in sides.items():
             values |= {f"{side}_{activity}": share for activity, share in shares(seconds).items()}
         layers = values["layer_imbalances"]
-        width = len(str(len(layers) - 1))
         flat = {f"train/{name}": float(value) for name, value in values.items() if name != "layer_imbalances"}
-        flat |= {f"layer_imbalance/{layer:0{width}d}": imbalance for layer, imbalance in enumerate(layers)}
+        flat |= {f"layer_imbalance/{padded(layer, len(layers))}": imbalance for layer, imbalance in enumerate(layers)}
         role.monitors.write(flat, done)
         if self._progress:
             self._progress.step(done, values)

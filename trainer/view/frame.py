@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
+from trainer.metrics import padded
 from trainer.usage import ACTIVITIES
 from trainer.view.bars import GROUP, Grid, column, gauge, grid, spark, stacked
 from trainer.view.rates import Shares
@@ -305,7 +306,7 @@ def _label_width(view: View) -> int:
 
 
 def _id(view: View, expert: int) -> str:
-    return f"{expert:0{len(str(max(len(view.experts) - 1, 0)))}d}"
+    return padded(expert, len(view.experts))
 
 
 def _cut(text: Text, width: int) -> Text:
