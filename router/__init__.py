@@ -7,7 +7,9 @@ from router.load import (
     distinct_experts,
     distinct_experts_by_token,
     effective_experts,
+    layer_divergence,
     load_imbalance,
+    specialisation,
 )
 from router.norm import norm_scores
 from router.routers import (
@@ -35,10 +37,12 @@ __all__ = [
     "distinct_experts",
     "distinct_experts_by_token",
     "effective_experts",
+    "layer_divergence",
     "load_imbalance",
     "norm_constant",
     "norm_scores",
     "select_experts",
     "sigmoid_scores",
     "softmax_scores",
+    "specialisation",
 ]

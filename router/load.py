@@ -1,7 +1,10 @@
-"""Load statistics for metrics: how evenly tokens spread over experts.
+"""Load statistics for metrics: how evenly tokens spread over experts, and how differently the layers use them.
 
-All but `distinct_experts...` take int64 counts of any shape (..., M) and reduce the last dimension, the experts.
+Where a docstring says nothing else, a function takes int64 counts of any shape (..., M) and reduces the last dimension,
+the experts.
 """
+
+import math
 
 import torch
 from torch import Tensor
@@ -43,3 +46,22 @@ def distinct_experts_by_token(expert_ids_LTK: Tensor) -> Tensor:
     """
     ids_TN = expert_ids_LTK.transpose(0, 1).flatten(1).sort(dim=-1).values
     return 1 + (ids_TN.diff(dim=-1) != 0).sum(dim=-1)
+
+
+def layer_divergence(counts_LM: Tensor) -> Tensor:
+    """Jensen-Shannon divergence of every two layers' shares, bits, float64 (L, L): 0 the same, 1 nothing in common.
+
+    Args:
+        counts_LM: assignments of each layer to the experts of the whole pool.
+    """
+    p_LM = counts_LM.double() / counts_LM.sum(1, keepdim=True).clamp(min=1)
+    entropy_L = torch.special.entr(p_LM).sum(1)
+    both_LL = torch.stack([torch.special.entr((p_LM + row) / 2).sum(1) for row in p_LM])
+    bits_LL: Tensor = (both_LL - (entropy_L[:, None] + entropy_L) / 2) / math.log(2)
+    return bits_LL.clamp_(0, 1).fill_diagonal_(0)
+
+
+def specialisation(counts_LM: Tensor) -> float:
+    """How differently the layers use the pool: the mean of `layer_divergence` over all pairs; 0 for one layer."""
+    layers = len(counts_LM)
+    return float(layer_divergence(counts_LM).sum()) / max(1, layers * (layers - 1))

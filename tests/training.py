@@ -60,6 +60,7 @@ class Outcome:
         weights: after the last step.
         val_loss: of an evaluation at the end.
         load_LM: tokens per expert of the last step.
+        random_loss: of the evaluation with random experts in layer 1.
     """
 
     scalars: list[dict[str, float]]
@@ -67,6 +68,7 @@ class Outcome:
     weights: dict[str, Tensor]
     val_loss: float
     load_LM: Tensor
+    random_loss: float
 
 
 def run_training(
@@ -97,7 +99,7 @@ def run_training(
                     torch.testing.assert_close(value, everything[name], rtol=0, atol=0)
                 everything[name] = value
     trunk = ranks[0]
-    return Outcome(trunk["scalars"], gradients, weights, trunk["val_loss"], trunk["load_LM"])
+    return Outcome(trunk["scalars"], gradients, weights, trunk["val_loss"], trunk["load_LM"], trunk["random_loss"])
 
 
 def _train(
@@ -122,7 +124,7 @@ def _train(
         assert placement
         role = PoolRank(recipe, job, placement)
     engines = role.engines
-    result: dict[str, Any] = {"scalars": [], "gradients": {}, "val_loss": 0.0, "load_LM": None}
+    result: dict[str, Any] = {"scalars": [], "gradients": {}, "val_loss": 0.0, "load_LM": None, "random_loss": 0.0}
     if saved:
         checkpoint.load(job, recipe, saved, role)
     elif recipe.train.init_from:
@@ -151,9 +153,11 @@ def _train(
     assert saver is None or saver.finish()
     if isinstance(role, TrunkRank):
         result["val_loss"], _ = role.evaluate(1, steps)
+        result["random_loss"], _ = role.evaluate(1, steps, random_layer=1)
         result["load_LM"] = role.load_LM
     else:
-        role.serve(job.schedule.evaluation(recipe.micro_batches), steps)
+        for _ in range(2):
+            role.serve(job.schedule.evaluation(recipe.micro_batches), steps)
     result["weights"] = {}
     for engine in engines.values():
         result["weights"].update(_by_expert(engine.module, _full_parameters(engine)))
@@ -210,7 +214,8 @@ def assert_same(a: Outcome, b: Outcome, tolerance: float = 1e-5) -> None:
     for step, (mine, other) in enumerate(zip(a.scalars, b.scalars, strict=True)):
         for name, value in mine.items():
             assert abs(value - other[name]) <= tolerance * max(abs(value), 1e-3), (step, name, value, other[name])
-    assert abs(a.val_loss - b.val_loss) <= tolerance * abs(a.val_loss), (a.val_loss, b.val_loss)
+    for mine, other in ((a.val_loss, b.val_loss), (a.random_loss, b.random_loss)):
+        assert abs(mine - other) <= tolerance * abs(mine), (mine, other)
     _assert_tensors_same(a.weights, b.weights, tolerance)
     both = a.gradients.keys() & b.gradients.keys()
     _assert_tensors_same({n: a.gradients[n] for n in both}, {n: b.gradients[n] for n in both}, tolerance)

@@ -147,6 +147,16 @@ class Eval(Section):
     batches: Positive = Field(8, description="global batches of held-out text")
 
 
+class Probe(Section):
+    every: NonNegative = Field(
+        0, description="steps between probes of the routing: held-out loss with random experts in one layer; 0: none"
+    )
+    layers: Annotated[tuple[NonNegative, ...], Field(min_length=1)] | None = Field(
+        None, strict=False, description="layers that get random experts, one at a time; default: the deep half"
+    )
+    batches: Positive = Field(1, description="global batches of held-out text")
+
+
 class Checkpoint(Section):
     every: NonNegative = Field(0, description="steps between checkpoints; 0: only at the end")
     keep: Positive = Field(2, description="newest checkpoints that are kept")
@@ -179,6 +189,7 @@ class Recipe(Section):
     parallel: Parallel = Parallel()
     topology: Roles = Roles()
     eval: Eval = Eval()
+    probe: Probe = Probe()
     checkpoint: Checkpoint = Checkpoint()
     metrics: Metrics = Metrics()
 
@@ -192,6 +203,12 @@ class Recipe(Section):
         """The grid of the job's ranks."""
         p = self.parallel
         return Topology(p.trunk_ranks, p.pool_ranks, p.expert_parallel or max(1, p.pool_ranks))
+
+    @property
+    def probed_layers(self) -> tuple[int, ...]:
+        """Layers that a probe of the routing looks at: the recipe's, or the deep half."""
+        layers = self.model.layers
+        return self.probe.layers or tuple(range((layers + 1) // 2, layers))
 
     @property
     def micro_batches(self) -> int:

@@ -89,6 +89,8 @@ CATALOGUE = (
     _gauge("dead_experts", "Experts without a token in the last step."),
     _gauge("effective_experts", "exp of the entropy of the pool's load of the last step."),
     _gauge("distinct_experts_per_token", "Experts of the pool that a token meets over all layers, mean."),
+    _gauge("specialisation_bits", "How the layers' loads differ: mean Jensen-Shannon divergence over pairs, 0 to 1."),
+    _gauge("random_routing_loss_nats", "Held-out loss that random experts in a layer add.", "layer", by_rank=False),
     _gauge("checkpoint_step", "Optimizer steps in the newest checkpoint."),
     _gauge("checkpoint_timestamp_seconds", "When it was complete, Unix time; before the first: the start."),
     _gauge("checkpoint_duration_seconds", "From its beginning until it was complete."),
@@ -113,8 +115,8 @@ class StepScalars:
 
     loss in nats; grad_norm over both roles; tokens of the global batch; seconds of the step on this rank;
     load_imbalance of the pool (max / mean over experts), shard_imbalance over shards, layer_imbalances of each layer
-    and layer_imbalance their mean; distinct_experts that a token meets; pool_wait the share of the step spent waiting
-    for the pool.
+    and layer_imbalance their mean; distinct_experts that a token meets; specialisation of the layers in bits (see
+    `router.specialisation`); pool_wait the share of the step spent waiting for the pool.
     """
 
     loss: float
@@ -132,6 +134,7 @@ class StepScalars:
     dead_experts: int
     effective_experts: float
     distinct_experts: float
+    specialisation: float
     pool_wait: float
     applied: bool
 
@@ -270,6 +273,7 @@ class MetricsServer(Collector):
         self.set("unipool_dead_experts", s.dead_experts)
         self.set("unipool_effective_experts", s.effective_experts)
         self.set("unipool_distinct_experts_per_token", s.distinct_experts)
+        self.set("unipool_specialisation_bits", s.specialisation)
 
     def checkpoints_from(self, step: int, interval: int) -> None:
         """Rank 0, at the start: the checkpoint it begins with, or none, and every how many steps there will be one."""

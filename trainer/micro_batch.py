@@ -208,9 +208,13 @@ def train_dense_micro_batch(
     return MicroBatchResult(loss.detach(), zero, zero, zero, torch.zeros(len(trunk.blocks), 1, dtype=torch.int64))
 
 
+Reroute = Callable[[int, Routing], Routing]
+"""Another routing in a layer's place: (layer, what its router decided) -> what is done."""
+
+
 @torch.no_grad()
 def hidden_states(
-    trunk: Trunk, pool_map: PoolMap | None, tokens_BS: Tensor, index: int
+    trunk: Trunk, pool_map: PoolMap | None, tokens_BS: Tensor, index: int, reroute: Reroute | None = None
 ) -> Generator[Request, Tensor, tuple[Tensor, Tensor | None]]:
     """The forward half only: (h_BSD before the head, tokens_per_expert_LM). For evaluation, generation and probes.
 
@@ -223,7 +227,7 @@ def hidden_states(
         h_BSD = trunk.embedding(tokens_BS)
     loads: list[Tensor] = []
     for layer in range(len(trunk.blocks)):
-        h_BSD, rows_ND, topk_scores_TK, _, dispatch = _dispatch(trunk, pool_map, layer, h_BSD)
+        h_BSD, rows_ND, topk_scores_TK, _, dispatch = _dispatch(trunk, pool_map, layer, h_BSD, reroute)
         y_ND = yield _request(Kind.FORWARD_ONLY, index, layer, rows_ND, dispatch)
         h_BSD = _combine(dispatch, h_BSD, y_ND, topk_scores_TK)
         loads.append(dispatch.tokens_per_expert_M)
@@ -264,13 +268,15 @@ def _to_loss(
 
 
 def _dispatch(
-    trunk: Trunk, pool_map: PoolMap, layer: int, h_BSD: Tensor
+    trunk: Trunk, pool_map: PoolMap, layer: int, h_BSD: Tensor, reroute: Reroute | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Routing, _Dispatch]:
     """Attention, router and permutation of a layer: (residual stream, rows, gate values, routing, dispatch)."""
     block = trunk.blocks[layer]
     with trunk.autocast():
         h_BSD = block.attend(h_BSD, trunk.rope)  # type: ignore[operator]
         x_TD, routing = block.route(h_BSD)  # type: ignore[operator]
+        if reroute:
+            routing = reroute(layer, routing)
         expert_ids_TK = routing.topk_expert_ids_TK + pool_map.first_expert(layer)
         p = permutation(expert_ids_TK, pool_map.position_M)
         rows_ND = permute(x_TD.to(trunk.compute_dtype), p)

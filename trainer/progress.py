@@ -64,6 +64,10 @@ class Progress:
     def evaluation(self, done: int, val_loss: float) -> None:
         say(f"step {done}: validation loss {val_loss:.4f}")
 
+    def probe(self, done: int, added: float, layers: Sequence[int]) -> None:
+        which = f"layer {layers[0]}" if len(layers) == 1 else f"one layer, mean of {', '.join(map(str, layers))},"
+        say(f"step {done}: random experts in {which} cost {added:+.4f} nats")
+
     def close(self) -> None:
         self._bar.close()
 

@@ -13,6 +13,7 @@ def check_relations(recipe: Recipe) -> None:
     _check_model(recipe)
     _check_pool(recipe)
     _check_balance(recipe)
+    _check_probe(recipe)
     _check_layout(recipe)
 
 
@@ -77,6 +78,17 @@ def _check_pool(r: Recipe) -> None:
 def _check_balance(r: Recipe) -> None:
     if r.balance.scope == "global_batch" and r.balance.delay == 0:
         raise _Relation("balance.delay", 0, "must be at least 1 with balance.scope = global_batch")
+
+
+def _check_probe(r: Recipe) -> None:
+    if not r.probe.every:
+        return
+    if r.model.ffn == "dense":
+        raise _Relation("probe.every", r.probe.every, "must be 0 with model.ffn = dense, which routes nothing")
+    layers = r.probed_layers
+    if not layers or max(layers) >= r.model.layers or len(set(layers)) < len(layers):
+        allowed = f"must be different numbers from 0 to {r.model.layers - 1} (model.layers - 1)"
+        raise _Relation("probe.layers", list(layers), allowed)
 
 
 def _check_layout(r: Recipe) -> None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _WEIGHTS = {f"model.{key}" for key in ("layers", "hidden", "heads", "kv_heads", "ffn_hidden", "vocab", "ffn", "groups")}
 _WEIGHTS |= {"pool.experts", "router.kind"}
 # Keys on which the numbers do not depend, but for rounding.
-_FREE_SECTIONS = {"run", "parallel", "topology", "eval", "checkpoint", "metrics"}
+_FREE_SECTIONS = {"run", "parallel", "topology", "eval", "probe", "checkpoint", "metrics"}
 _FREE = {"pool.recompute", "pool.stash_bytes", "pool.placement", "train.recompute", "train.max_skipped_steps"}
 _FREE |= {"train.micro_batch", "data.dir"}
 

@@ -56,7 +56,7 @@ class RunFolder:
     def begin(self, recipe: Recipe, schedule: Schedule, tokenizer: str, done_steps: int) -> None:
         """Save the resolved recipe, the schedule and the tokenizer, and cut the metrics after `done_steps`.
 
-        The evaluation after these steps is cut too: a checkpoint is of before it.
+        The evaluation and the probe after these steps are cut too: a checkpoint is of before them.
 
         Args:
             tokenizer: the text of its tokenizer.json.
@@ -120,4 +120,4 @@ class RunFolder:
 
 
 def _is_before(record: dict[str, Any], done_steps: int) -> bool:
-    return int(record["step"]) < done_steps + ("val_loss" not in record)
+    return int(record["step"]) < done_steps + ("loss" in record)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, astuple
 from importlib.metadata import version
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -96,6 +97,22 @@ class Telemetry:
             return heat_map_image(load_LM.numpy(), title, self._recipe.model.groups)
 
         role.monitors.write_image("load", draw, done)
+
+    def probe(self, done: int, loss: float, random_losses: Mapping[int, float], tokens: int) -> None:
+        """A probe of the routing: held-out loss, and that with random experts in one layer, by layer."""
+        role, layers = self._role, self._recipe.model.layers
+        assert isinstance(role, TrunkRank), "pool ranks know no loss"
+        added = {layer: random_loss - loss for layer, random_loss in random_losses.items()}
+        mean = fmean(added.values())
+        named = {padded(layer, layers): nats for layer, nats in added.items()}
+        role.monitors.write({f"random_routing/{name}": nats for name, nats in {"mean": mean, **named}.items()}, done)
+        if not self._progress:
+            return
+        for name, nats in named.items():
+            role.metrics.set("unipool_random_routing_loss_nats", nats, name)
+        self._progress.probe(done, mean, list(added))
+        record = {"step": done, "probe_loss": loss, "probe_tokens": tokens, "random_routing": mean}
+        self._folder.append_metrics({**record, "random_routing_by_layer": named})
 
     def close(self) -> None:
         """The run ends as it should: nobody is to look for its metrics any more."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
+from torch import Tensor
 
 from pool.placement import Placement
 from trainer import checkpoint
@@ -169,11 +170,9 @@ class _Loop:
             training = SequenceStream(prepared.dataset("train"), recipe.run.seed)
             validation = SequenceStream(prepared.dataset("validation"), None)
             self._trunk = TrunkRank(recipe, job, placement, training, validation)
-            job.tell(
-                "evaluations", str(evaluation_steps(validation.rows, recipe.eval.batches, recipe.train.global_batch))
-            )
-        # Pool ranks have no data: they are told how long an evaluation is.
-        self._evaluations = int(job.ask("evaluations"))
+            job.tell("held-out rows", str(validation.rows))
+        # Pool ranks have no data: they are told how long an evaluation can be.
+        self._held_out_rows = int(job.ask("held-out rows"))
         self._role: TrunkRank | PoolRank
         if self._trunk:
             self._role = self._trunk
@@ -207,6 +206,8 @@ class _Loop:
         self._watch.may_stop = True
         if start and (start >= last or _due(start, recipe.eval.every)):
             val_loss = self._evaluate(start)  # a checkpoint is of before it
+        if start and _due(start, recipe.probe.every):
+            self._probe(start)
         for step in range(start, last):
             stop = self._step(step)
             done = step + 1
@@ -217,6 +218,8 @@ class _Loop:
                 self._saver.start(done)
             if done == last or _due(done, recipe.eval.every):
                 val_loss = self._evaluate(done)
+            if _due(done, recipe.probe.every):
+                self._probe(done)
         self._watch.phase = "the last checkpoint"
         self._finish_saving(last)
         self._watch.may_stop = False
@@ -285,15 +288,35 @@ class _Loop:
 
     def _evaluate(self, done: int) -> float:
         self._watch.phase = f"the evaluation after step {done}"
-        recipe = self._recipe
-        if self._trunk is None:
-            assert isinstance(self._role, PoolRank)
-            self._role.serve(self._job.schedule.evaluation(self._evaluations * recipe.micro_batches), done)
-            return math.nan
-        val_loss, self._held_out_LM = self._trunk.evaluate(self._evaluations, done)
-        tokens = self._evaluations * recipe.train.global_batch * recipe.model.seq_len
-        self._telemetry.evaluation(done, val_loss, tokens, self._held_out_LM)
+        val_loss, load_LM, tokens = self._held_out_loss(self._recipe.eval.batches, done)
+        if self._trunk:
+            self._held_out_LM = load_LM
+            self._telemetry.evaluation(done, val_loss, tokens, load_LM)
         return val_loss
+
+    def _probe(self, done: int) -> None:
+        """What the learned routing is worth: the loss with random experts in one layer, each layer in turn."""
+        self._watch.phase = f"the probe after step {done}"
+        batches = self._recipe.probe.batches
+        loss, _, tokens = self._held_out_loss(batches, done)
+        random = {layer: self._held_out_loss(batches, done, layer)[0] for layer in self._recipe.probed_layers}
+        if self._trunk:
+            self._telemetry.probe(done, loss, random, tokens)
+
+    def _held_out_loss(self, batches: int, done: int, random_layer: int | None = None) -> tuple[float, Tensor, int]:
+        """(loss in nats, load (L, M), tokens) of at most so many global batches; a pool rank serves, and has no loss.
+
+        Args:
+            random_layer: a layer that has random experts.
+        """
+        recipe = self._recipe
+        batches = evaluation_steps(self._held_out_rows, batches, recipe.train.global_batch)
+        tokens = batches * recipe.train.global_batch * recipe.model.seq_len
+        if self._trunk:
+            return *self._trunk.evaluate(batches, done, random_layer), tokens
+        assert isinstance(self._role, PoolRank)
+        self._role.serve(self._job.schedule.evaluation(batches * recipe.micro_batches), done)
+        return math.nan, self._held_out_LM, tokens
 
     def _finish(self, val_loss: float, saved_at: int) -> None:
         """The generated sample, the load picture and the summary."""

@@ -17,7 +17,14 @@ from torch import Tensor
 from pool.experts import ExpertShard
 from pool.placement import Placement
 from pool.wire import TrunkWire
-from router import LoadStatistics, balance_coefficients, dead_experts, effective_experts, load_imbalance
+from router import (
+    LoadStatistics,
+    balance_coefficients,
+    dead_experts,
+    effective_experts,
+    load_imbalance,
+    specialisation,
+)
 from router.routers import SigmoidBiasRouter
 from trainer.config import Recipe
 from trainer.data.batches import SequenceStream
@@ -29,6 +36,7 @@ from trainer.micro_batch import (
     MicroBatchResult,
     Objective,
     PoolMap,
+    Reroute,
     hidden_states,
     train_dense_micro_batch,
     train_micro_batch,
@@ -36,6 +44,7 @@ from trainer.micro_batch import (
 from trainer.model import Trunk
 from trainer.monitors import Monitors
 from trainer.pool_rank import build_shard, finish_gradients, wire_settings
+from trainer.random_routing import random_routing
 from trainer.usage import UsageClock
 
 LOAD_STEPS = 100
@@ -216,6 +225,9 @@ class TrunkRank:
         in_shards_se = load_M[torch.tensor(self.placement.order)].view(self.placement.shards, -1)
         return in_shards_se.sum(1)
 
+    def _specialisation(self) -> float:
+        return specialisation(torch.from_numpy(self._over_all_experts(self.load_LM))) if self._pool_map else 0.0
+
     def _step_scalars(self, total_norm: float, lr: float, applied: bool) -> StepScalars:
         recipe = self._recipe
         seconds = time.perf_counter() - self._started
@@ -240,17 +252,21 @@ class TrunkRank:
             dead_experts=int(dead_experts(load_M)) if recipe.model.ffn == "pool" else 0,
             effective_experts=float(effective_experts(load_M)),
             distinct_experts=distinct_experts,
+            specialisation=self._specialisation(),
             pool_wait=waited / seconds,
             applied=applied,
         )
 
     @torch.no_grad()
-    def evaluate(self, batches: int, step: int) -> tuple[float, Tensor]:
-        """Mean cross-entropy in nats over `batches` global batches of held-out text, and the load they make (L, M)."""
+    def evaluate(self, batches: int, step: int, random_layer: int | None = None) -> tuple[float, Tensor]:
+        """Mean cross-entropy in nats over `batches` global batches of held-out text, and the load they make (L, M).
+
+        Args:
+            random_layer: a layer that has random experts instead of those that its router chooses.
+        """
         ranks = self._job.topology.trunk_ranks
-        sequences = (s for batch in range(batches) for s in self._sequences(self._validation, batch))
-        micro_batches = (self._evaluate_micro_batch(s, index) for index, s in enumerate(sequences))
         plan = self._job.schedule.evaluation(batches * self._recipe.micro_batches)
+        micro_batches = self._held_out(batches, random_layer)
         results = self._pool.run(micro_batches, plan.lane_order[self._job.rank], step)
         total = torch.stack([loss.double().cpu() for loss, _ in results]).sum()
         held_out_LM = torch.zeros_like(self.load_LM)
@@ -262,8 +278,23 @@ class TrunkRank:
             dist.all_reduce(held_out_LM)
         return float(total) / (len(results) * ranks), held_out_LM
 
-    def _evaluate_micro_batch(self, sequences_BS1: Tensor, index: int) -> MicroBatch[tuple[Tensor, Tensor | None]]:
-        h_BSD, load_LM = yield from hidden_states(self.trunk, self._pool_map, sequences_BS1[:, :-1], index)
+    def _held_out(self, batches: int, random_layer: int | None) -> Iterator[MicroBatch[tuple[Tensor, Tensor | None]]]:
+        recipe, index = self._recipe, 0
+        share = recipe.train.global_batch // self._job.topology.trunk_ranks
+        for batch in range(batches):
+            first = batch * recipe.train.global_batch + self._job.rank * share
+            for sequences_BS1 in self._sequences(self._validation, batch):
+                reroute = None
+                if random_layer is not None:
+                    numbers = range(first, first + len(sequences_BS1))
+                    reroute = random_routing(random_layer, recipe.experts_per_layer, recipe.run.seed, numbers)
+                yield self._evaluate_micro_batch(sequences_BS1, index, reroute)
+                first, index = first + len(sequences_BS1), index + 1
+
+    def _evaluate_micro_batch(
+        self, sequences_BS1: Tensor, index: int, reroute: Reroute | None
+    ) -> MicroBatch[tuple[Tensor, Tensor | None]]:
+        h_BSD, load_LM = yield from hidden_states(self.trunk, self._pool_map, sequences_BS1[:, :-1], index, reroute)
         with self.trunk.autocast():
             return self.trunk.loss(h_BSD, sequences_BS1[:, 1:]), load_LM
 

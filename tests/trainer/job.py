@@ -29,6 +29,7 @@ train: {{steps: 4, global_batch: 8, micro_batch: 4, lr: 1e-2, min_lr: 1e-3, prec
 data: {{source: {folder}/text.jsonl, tokenizer: train, split: [8, 2, 1], dir: {folder}/data}}
 parallel: {{trunk_ranks: 1, pool_ranks: 1, timeout_seconds: 20}}
 eval: {{every: 2, batches: 1}}
+probe: {{every: 2, layers: [0, 1]}}
 metrics: {{csv: true}}
 """
 

@@ -152,6 +152,7 @@ def write_run(folder: Path, steps: int = 60, recipe: str = "quickstart", overrid
             record |= {"load_imbalance": 2 + 3 * left + 0.1 * a, "layer_imbalance": 6 + 5 * left, "applied": step != 7}
             record |= {"shard_imbalance": 1.1 + 0.05 * abs(d), "dead_experts": int(8 * left)}
             record |= {"effective_experts": experts * (0.8 - 0.4 * left), "distinct_experts": 7 - 2 * left}
+            record["specialisation"] = 0.6 - 0.4 * left
             for role, shares in SHARES.items():
                 waiting = shares[1] + 0.02 * d
                 for activity, share in zip(ACTIVITIES, (shares[0] - 0.02 * d, waiting, *shares[2:]), strict=True):
@@ -159,6 +160,7 @@ def write_run(folder: Path, steps: int = 60, recipe: str = "quickstart", overrid
             file.write(json.dumps(record) + "\n")
             if step % max(steps // 6, 1) == 0:
                 file.write(json.dumps({"step": step, "val_loss": 2.7 + 5 * left, "val_tokens": 4096}) + "\n")
+                file.write(json.dumps({"step": step, "probe_loss": 2.7, "random_routing": 0.3 - 0.31 * left}) + "\n")
     load_LM = np.random.default_rng(1).gamma(0.4, 80, (checked.model.layers, experts)).astype(np.int64)
     np.save(folder / "load.npy", load_LM)
     return folder

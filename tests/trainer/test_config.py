@@ -31,6 +31,8 @@ WRONG = {
     "parallel.pool_zero=3": "parallel.pool_zero = 3: must be 0, 1 or 2",
     "parallel={trunk_ranks: 2, pool_ranks: 1, trunk_zero: 3}": "parallel.trunk_zero = 3: gathers weights by",
     "model.ffn=dense": "pool.experts = 64: must be 0 with model.ffn = dense",
+    "probe={every: 5, layers: [7, 8]}": "probe.layers = [7, 8]: must be different numbers from 0 to 7",
+    "probe.layers=[]": "probe.layers = []: tuple should have at least 1 item",
     "topology.order=pool_first": "topology.order = 'pool_first': must be 'pool_last' or 'interleaved'",
     "train.min_lr=1": "train.min_lr = 1.0: must be at most train.lr (0.002)",
     "data.split=[0, 1, 1]": "data.split = [0, 1, 1]: the first part (training) must be above 0",
@@ -51,6 +53,15 @@ def test_wrong_keys_and_values(override: str, message: str) -> None:
 def test_unknown_recipe_suggests_names() -> None:
     with pytest.raises(UserError, match="did you mean: quickstart"):
         load_recipe("quikstart")
+
+
+def test_probed_layers() -> None:
+    """The deep half, or those that are named; a dense model has no routing to probe."""
+    assert load_recipe("quickstart").probed_layers == (4, 5, 6, 7)
+    assert load_recipe("quickstart", ["model.layers=7"]).probed_layers == (4, 5, 6)
+    assert load_recipe("quickstart", ["probe={every: 1, layers: [0, 2]}"]).probed_layers == (0, 2)
+    with pytest.raises(UserError, match="probe.every = 5: must be 0 with model.ffn = dense"):
+        load_recipe("dense-182m", ["probe.every=5"])
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pool.experts import ExpertShard
 from pool.placement import contiguous
+from router import Routing
 from tests.training import run_training, tiny
 from trainer.checkpoint import newest, read_placement
 from trainer.cli import cli
@@ -28,8 +29,9 @@ from trainer.data.tokenizer import train_tokenizer
 from trainer.drive import LocalPool, NoPool
 from trainer.errors import UserError
 from trainer.export.generate import load_export, load_run
-from trainer.micro_batch import PoolMap, hidden_states
+from trainer.micro_batch import PoolMap, Reroute, hidden_states
 from trainer.model import Trunk
+from trainer.random_routing import random_routing
 from trainer.reshape import SavedCheckpoint, convert
 
 GROUPS: dict[str, Any] = {"model": {"groups": 3}, "pool": {"experts": 12}}
@@ -86,7 +88,7 @@ def invoke(*arguments: str, stdin: str | bytes | None = None) -> Result:
 
 
 @torch.no_grad()
-def trainer_logits(model: str, tokens_BS: Tensor) -> Tensor:
+def trainer_logits(model: str, tokens_BS: Tensor, reroute: Reroute | None = None) -> Tensor:
     """By the trainer's own forward, from the checkpoint."""
     recipe = recipe_of(model)
     found = newest(trained(model)[0] / "checkpoints")
@@ -104,7 +106,8 @@ def trainer_logits(model: str, tokens_BS: Tensor) -> Tensor:
             shard = ExpertShard(order.order, m.hidden, m.ffn_hidden, torch.float32)
             saved.load_weights(trunk, shard)
             pool_map = PoolMap(order.position_M, recipe.experts_per_layer, m.layers // m.groups)
-            ((h_BSD, _),) = LocalPool(shard).run([hidden_states(trunk, pool_map, tokens_BS, 0)], (0,), 0)
+            coroutine = hidden_states(trunk, pool_map, tokens_BS, 0, reroute)
+            ((h_BSD, _),) = LocalPool(shard).run([coroutine], (0,), 0)
         logits_BSV: Tensor = trunk.head(h_BSD)
         return logits_BSV
 
@@ -127,6 +130,29 @@ def test_logits_are_the_trainers(model: str) -> None:
         assert_close(loaded.eval()(some_tokens()).logits, expected)
     if model.startswith("sigmoid_bias"):
         assert loaded.model.layers[0].router.expert_bias.abs().max() > 0.2
+
+
+@pytest.mark.parametrize("model", [name for name in MODELS if name != "dense"])
+@torch.no_grad()
+def test_logits_with_random_experts_are_those_of_the_probes(model: str) -> None:
+    """The trainer's own randomisation of layer 1 against the export's layer 1, given the same experts."""
+    from trainer.probe.adapters import adapt, rerouted
+
+    recipe, seen = recipe_of(model), []
+    reroute = random_routing(1, recipe.experts_per_layer, seed=5, sequences=range(3))
+
+    def look(layer: int, routing: Routing) -> Routing:
+        done = reroute(layer, routing)
+        seen.append((layer, done.topk_expert_ids_TK, done is routing))
+        return done
+
+    random = trainer_logits(model, some_tokens(), look)
+    assert [same for _, _, same in seen] == [True, False, True], "of layers 0, 1, 2"
+    loaded, _ = load_export(exported(model))
+    layer = adapt(loaded.eval(), model).layers[1]
+    with rerouted(layer, lambda _: seen[1][1] + layer.bank.first):
+        assert_close(loaded(some_tokens()).logits, random)
+    assert (loaded(some_tokens()).logits - random).abs().max() > 0.01 * random.abs().max()
 
 
 @pytest.mark.parametrize("model", MODELS)

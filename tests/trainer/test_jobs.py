@@ -36,11 +36,11 @@ from trainer.usage import ACTIVITIES
 
 NOT_IN_A_FIRST_STEP = {
     *("unipool_validation_loss_nats", "unipool_checkpoint_duration_seconds", "unipool_checkpoint_stall_seconds"),
-    "unipool_layer_expert_tokens",
+    *("unipool_random_routing_loss_nats", "unipool_layer_expert_tokens"),
 }
-"""Metrics of evaluations, checkpoints, and one that is opt-in."""
+"""Metrics of evaluations, checkpoints, and two that are opt-in."""
 
-LONG = ("--set", "train.steps=100000", "--set", "eval.every=0")
+LONG = ("--set", "train.steps=100000", "--set", "eval.every=0", "--set", "probe.every=0")
 
 
 @pytest.fixture(scope="module")
@@ -84,8 +84,14 @@ def test_train_shows_and_leaves_what_it_promises(
     assert saved == {"trunk", "pool", "recipe.yaml", "layout.json", "load.npy", "manifest.json", "COMPLETE"}
     assert json.loads((run_dir / "plan.json").read_text())["lanes"] >= 1
     assert load_recipe(str(run_dir / "recipe.yaml")) == load_recipe(recipe, ["checkpoint.every=2"])
-    assert [line["step"] for line in steps(run_dir)] == [1, 2, 2, 3, 4, 4]
+    assert [line["step"] for line in steps(run_dir)] == [1, 2, 2, 2, 3, 4, 4, 4]
     assert steps(run_dir)[4]["loss"] < steps(run_dir)[0]["loss"]
+    evaluation, probe = steps(run_dir)[-2:]
+    assert probe["probe_loss"] == evaluation["val_loss"], "of the same batch"
+    added = probe["random_routing_by_layer"]
+    assert list(added) == ["0", "1"] and added["0"] != 0
+    assert probe["random_routing"] == pytest.approx((added["0"] + added["1"]) / 2)
+    assert f"step 4: random experts in one layer, mean of 0, 1, cost {probe['random_routing']:+.4f} nats" in reference.stderr
 
 
 @pytest.mark.usefixtures("reference")
@@ -108,6 +114,7 @@ def test_the_same_scalars_go_everywhere(folder: Path) -> None:
         "train/pool_waiting": [(line["step"], line["pool_waiting"]) for line in trained],
         "layer_imbalance/1": [(line["step"], line["layer_imbalances"][1]) for line in trained],
         "eval/val_loss": [(line["step"], line["val_loss"]) for line in lines if "val_loss" in line],
+        "random_routing/mean": [(line["step"], line["random_routing"]) for line in lines if "random_routing" in line],
     }.items():
         got = [(event.step, event.value) for event in board.Scalars(name)]
         assert got == [(step, pytest.approx(value, rel=1e-6)) for step, value in values], name
@@ -120,7 +127,7 @@ def test_the_same_scalars_go_everywhere(folder: Path) -> None:
 @pytest.mark.usefixtures("reference")
 def test_eval_says_the_validation_loss_that_training_said(folder: Path) -> None:
     """Of the export's model in one process, on the same rows; and of more of them."""
-    said = steps(folder / "run")[-1]
+    said = steps(folder / "run")[-2]
     for more, rows in (((), 8), (("--batches", "2"), 16)):
         done = CliRunner().invoke(cli, ["eval", str(folder / "run"), "--json", *more])
         assert done.exit_code == 0, (done.output, done.exception)
@@ -174,7 +181,7 @@ def test_two_nodes_with_a_hostfile(recipe: str, folder: Path) -> None:
         assert first.returncode == 0, first.stderr + log.read_text()
         assert second.wait(60) == 0
     for record, other in zip(steps(folder / "nodes"), steps(folder / "run"), strict=True):
-        name = "loss" if "loss" in record else "val_loss"
+        name = next(name for name in ("loss", "val_loss", "probe_loss") if name in record)
         assert record[name] == pytest.approx(other[name], rel=1e-5)
 
 
@@ -208,7 +215,7 @@ def test_resume_in_another_layout_and_placement(recipe: str, folder: Path) -> No
     assert other.returncode == 0, other.stderr
     assert "checkpoint step_00000002 is of another layout: reshaping it" in other.stderr
     for record, undisturbed in zip(steps(run_dir), before, strict=True):
-        name = "loss" if "loss" in record else "val_loss"
+        name = next(name for name in ("loss", "val_loss", "probe_loss") if name in record)
         assert record[name] == pytest.approx(undisturbed[name], rel=1e-5)
     assert "the recipe differs from that of step_00000002: pool.placement" in other.stderr
     assert {path.name for path in (run_dir / "checkpoints").iterdir()} == {"step_00000002", "step_00000004"}

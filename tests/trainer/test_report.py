@@ -78,14 +78,16 @@ def test_a_whole_run(tmp_path: Path) -> None:
     done = invoke(str(run))
     assert done.exit_code == 0 and done.output.strip() == str(run / "report.html")
     page = read(run / "report.html")
-    assert page.tags.count("svg") == 10, "nine charts and the heat map"
+    assert page.tags.count("svg") == 12, "eleven charts and the heat map"
     for title in ("Loss, nats a token", "Gradient norm", "Learning rate", "Time of a trunk rank", "Tokens a second"):
         assert title in page.text
     for title in ("Time of a pool rank", "Load imbalance, max / mean", "Dead experts", "Different experts"):
         assert title in page.text
+    for title in ("How the layers' loads differ, bits", "Loss that random experts in a layer add, nats"):
+        assert title in page.text
     assert "The pool waits for the trunk 40% of its time" in page.text
     assert "8 layers share 64 experts; 1 trunk ranks, 1 pool ranks; fp32" in page.text
-    last = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][-1]
+    last = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if "val_loss" in line][-1]
     assert f"{last['val_loss']:.4f}" in page.text
     assert "ZeRO 1" in page.text and "7.408M" in page.text and "scores: normalized" in page.text
     assert "The run has not come to its end: 60 of 240 steps." in page.text

@@ -62,11 +62,11 @@ def test_prometheus_finds_a_run_for_as_long_as_it_lasts(tmp_path: Path, capsys: 
 
 
 def test_a_resumed_run_cuts_what_came_after_its_checkpoint(tmp_path: Path) -> None:
-    """The evaluation after the checkpoint's step too: it is made again."""
+    """The evaluation and the probe after the checkpoint's step too: they are made again."""
     run = RunFolder(tiny(run={"dir": str(tmp_path)}))
     run.make()
     records = [{"step": 1, "loss": 3.0}, {"step": 1, "val_loss": 3.0}, {"step": 2, "loss": 2.0}]
-    records += [{"step": 2, "val_loss": 2.0}, {"step": 3, "loss": 1.0}]
+    records += [{"step": 2, "val_loss": 2.0}, {"step": 2, "random_routing": 0.1}, {"step": 3, "loss": 1.0}]
     for record in records:
         run.append_metrics(record)
     with run.metrics_file.open("a") as file:

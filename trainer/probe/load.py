@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from torch import Tensor
 
-from router import dead_experts, effective_experts, load_imbalance
+from router import dead_experts, effective_experts, layer_divergence, load_imbalance
 from trainer.heat_map import draw_shares, draw_totals, over_all_experts
 from trainer.probe.adapters import Choice, MoELayer, MoEModel, observed
 from trainer.probe.output import INK, SERIES, table
@@ -197,7 +197,7 @@ def load(model: MoEModel, text: Text) -> LoadFound:
     counts_LE = torch.stack([counts[layer.number] for layer in model.layers])
     groups = len(model.banks)
     everywhere_LM = torch.from_numpy(over_all_experts(counts_LE.numpy(), groups)).nan_to_num().long()
-    divergence_LL = divergence(everywhere_LM)
+    divergence_LL = layer_divergence(everywhere_LM)
     return LoadFound(
         model.name,
         text.name,
@@ -231,15 +231,6 @@ def coverage(counts_LM: Tensor, top: int) -> Coverage:
     union = int(chosen_LM.any(0).sum())
     share_L = used.values[:, :top].sum(1) / counts_LM.sum(1).clamp(min=1)
     return Coverage(top, union, union / counts_LM.shape[1], float(share_L.double().mean()))
-
-
-def divergence(counts_LM: Tensor) -> Tensor:
-    """Jensen-Shannon divergence of every two layers' shares, bits, float64 (L, L)."""
-    p_LM = counts_LM.double() / counts_LM.sum(1, keepdim=True).clamp(min=1)
-    entropy_L = torch.special.entr(p_LM).sum(1)
-    both_LL = torch.stack([torch.special.entr((p_LM + row) / 2).sum(1) for row in p_LM])
-    bits_LL: Tensor = (both_LL - (entropy_L[:, None] + entropy_L) / 2) / np.log(2)
-    return bits_LL.clamp_(0, 1).fill_diagonal_(0)
 
 
 def _mean_over_pairs(divergence_LL: Tensor, groups: range) -> float | None:

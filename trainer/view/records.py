@@ -27,7 +27,7 @@ ROLES = ("trunk", "pool")
 SCALARS = (
     *("loss", "grad_norm", "lr", "tokens", "seconds", "tokens_per_second", "applied"),
     *("load_imbalance", "layer_imbalance", "shard_imbalance"),
-    *("dead_experts", "effective_experts", "distinct_experts"),
+    *("dead_experts", "effective_experts", "distinct_experts", "specialisation"),
 )
 """Columns of a step's record that are shown, besides the shares of time."""
 
@@ -42,6 +42,7 @@ class Records:
         steps: of each record, counted from 1.
         columns: a number a step by name; NaN where a record lacks it.
         val_steps, val_losses: of the evaluations.
+        probe_steps, random_routing: of the probes: nats that random experts in a layer add, mean over the layers.
     """
 
     def __init__(self, run: Path):
@@ -52,6 +53,7 @@ class Records:
     def _clear(self, inode: int) -> None:
         self._inode, self._read = inode, 0
         self.steps, self.val_steps, self.val_losses = array("q"), array("q"), array("d")
+        self.probe_steps, self.random_routing = array("q"), array("d")
         self.columns = {name: array("d") for name in self._names}
 
     def read(self) -> None:
@@ -79,6 +81,9 @@ class Records:
         if "val_loss" in record:
             self.val_steps.append(step)
             self.val_losses.append(_number(record["val_loss"]))
+        elif "random_routing" in record:
+            self.probe_steps.append(step)
+            self.random_routing.append(_number(record["random_routing"]))
         elif "loss" in record:
             self.steps.append(step)
             for name, column in self.columns.items():

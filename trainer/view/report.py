@@ -123,10 +123,13 @@ def _speed(records: Records, steps: Numbers) -> list[str]:
 def _experts(records: Records, steps: Numbers) -> list[Chart]:
     imbalance = {"load_imbalance": "pool", "layer_imbalance": "layers, mean", "shard_imbalance": "shards"}
     in_use = {"dead_experts": "dead", "effective_experts": "effective"}
+    probes = Curve("mean", np.array(records.probe_steps, float), np.array(records.random_routing), points=True)
     charts = [
         _chart("Load imbalance, max / mean", records, steps, imbalance),
         _chart("Dead experts, and effective number", records, steps, in_use, from_zero=True),
         _chart("Different experts that a token meets", records, steps, {"distinct_experts": "experts"}),
+        _chart("How the layers' loads differ, bits", records, steps, {"specialisation": "divergence"}, from_zero=True),
+        Chart("Loss that random experts in a layer add, nats", (probes,), lines={"nothing": 0.0}),
     ]
     return _with_data(charts)
 

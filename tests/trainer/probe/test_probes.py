@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from router import layer_divergence
 from tests.trainer.probe.tiny_models import MODELS, built, expert_by_hand, fresh, some_text, tiny
 from trainer.errors import UserError
 from trainer.export.modeling_unipool import UniPoolForCausalLM
 from trainer.probe.adapters import Choice, MoELayer, MoEModel, adapt, observed, rerouted
-from trainer.probe.load import coverage, divergence, load
+from trainer.probe.load import coverage, load
 from trainer.probe.randomize import Over, candidates, pick_layers, randomised, randomize, usual_overs
 from trainer.probe.redundancy import output_cosine, redundancy, weight_cosine
 from trainer.probe.reuse import reuse
@@ -224,7 +225,7 @@ def test_union_of_the_most_used() -> None:
 
 
 def test_layers_of_sub_pools_differ_from_those_of_others() -> None:
-    bits_LL = divergence(torch.tensor([[1, 1, 0], [2, 2, 0], [0, 0, 9]])).numpy()
+    bits_LL = layer_divergence(torch.tensor([[1, 1, 0], [2, 2, 0], [0, 0, 9]])).numpy()
     assert bits_LL == pytest.approx(np.array([[0, 0, 1], [0, 0, 1], [1, 1, 0]]))
     found = load(tiny("sub-pools"), some_text())
     assert found.specialisation == pytest.approx(1) and found.shared_specialisation is None
