@@ -91,7 +91,10 @@ def test_train_shows_and_leaves_what_it_promises(
     added = probe["random_routing_by_layer"]
     assert list(added) == ["0", "1"] and added["0"] != 0
     assert probe["random_routing"] == pytest.approx((added["0"] + added["1"]) / 2)
-    assert f"step 4: random experts in one layer, mean of 0, 1, cost {probe['random_routing']:+.4f} nats" in reference.stderr
+    assert (
+        f"step 4: random experts in one layer, mean of 0, 1, cost {probe['random_routing']:+.4f} nats"
+        in reference.stderr
+    )
 
 
 @pytest.mark.usefixtures("reference")

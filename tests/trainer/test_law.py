@@ -20,7 +20,7 @@ from trainer.sweep.law import Curve, fit, interval, left_out, match_seeds
 from trainer.sweep.law_points import Family, Point, read_families
 from trainer.sweep.law_report import formula, notes
 from trainer.sweep.law_result import Law, find_law
-from trainer.sweep.result import Row, RunResult, write_files
+from trainer.sweep.result import MEASURES, Row, RunResult, write_files
 from trainer.sweep.spec import Cell, load_sweep
 from trainer.sweep.statistics import spread
 
@@ -34,22 +34,20 @@ def write_result(folder: Path, sweep: str, loss: Callable[[Cell], float], seeds:
     experiment = load_sweep(sweep, [], folder)
     random = np.random.default_rng(5)
     shifts = 0.05 * random.standard_normal(len(experiment.sweep.seeds))
-    nothing = dict.fromkeys(("train_loss", "load_imbalance", "dead_experts", "distinct_experts"), math.nan)
+    nothing = dict.fromkeys(MEASURES, math.nan)
     rows = []
     for cell in experiment.cells:
         runs = tuple(
             RunResult(
                 run.seed,
                 val_loss=loss(cell) + float(shift + NOISE * random.standard_normal()),
-                tokens_per_second=1.0,
                 val_steps=(),
                 val_losses=(),
                 **nothing,
             )
             for run, shift in list(zip(cell.runs, shifts, strict=True))[:seeds]
         )
-        measures = nothing | {"tokens_per_second": 1.0}
-        rows.append(Row(cell, runs, spread([run.val_loss for run in runs]), None, measures))
+        rows.append(Row(cell, runs, spread([run.val_loss for run in runs]), None, nothing))
     folder.mkdir(parents=True)
     write_files(experiment, rows)
     return folder
@@ -104,7 +102,7 @@ def test_a_power_law_is_found_again(powers: Path) -> None:
     assert near.max() < 2 * NOISE
     text = " ".join(notes(law))
     assert "differs from zero" in text and "3 seeds" in text and "beyond 2 times that (192 experts)" in text
-    assert f"{10 * 16 * 256:,} tokens" in text
+    assert f"{10 * 16 * 128:,} tokens" in text
 
 
 def test_the_formula_is_the_law(powers: Path) -> None:
@@ -239,7 +237,7 @@ def test_too_little_is_one_line(sizes: str, tmp_path: Path) -> None:
 def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
     first = write_result(tmp_path / "first", sweep_file(tmp_path), pool_law)
     tree = json.loads((first / "result.json").read_text())
-    for place, value in enumerate((81_920, 40_960)):
+    for place, value in enumerate((40_960, 20_480)):
         tree["variants"][-1 - place]["tokens"] = value
     other = tmp_path / "other.json"
 
@@ -249,7 +247,7 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
         assert isinstance(error, UserError) and "\n" not in str(error)
         return str(error)
 
-    assert "unipool: tokens trained differ (40960, 81920): a law of sizes needs them equal" in said(tree)
+    assert "unipool: tokens trained differ (20480, 40960): a law of sizes needs them equal" in said(tree)
     assert (
         "not JSON" in said("{")
         and "not a sweep's result" in said({"variants": [{}]})

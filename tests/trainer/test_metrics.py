@@ -29,7 +29,7 @@ def scalars(**values: Any) -> StepScalars:
             **dict.fromkeys(("loss", "balance_loss", "z_loss", "grad_norm", "lr", "seconds"), 1.2345678901234567),
             **dict.fromkeys(("tokens_per_second", "load_imbalance", "shard_imbalance"), 1.2345678901234567),
             **dict.fromkeys(("layer_imbalance", "effective_experts", "distinct_experts"), 0.123456789),
-                **dict.fromkeys(("specialisation", "pool_wait"), 0.123456789),
+            **dict.fromkeys(("specialisation", "pool_wait"), 0.123456789),
             "layer_imbalances": tuple(1 + 1 / (3 + layer) for layer in range(LAYERS)),
             "tokens": 262144,
             "dead_experts": 3,

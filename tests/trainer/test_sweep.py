@@ -284,8 +284,12 @@ def test_rows_of_made_up_runs(made_up: Experiment) -> None:
     steps = [line for line in lines if "loss" in line]
     run = rows["vanilla"].runs[0]
     assert run.train_loss == pytest.approx(sum(line["loss"] for line in steps) / 12)
-    assert run.tokens_per_second == pytest.approx(12 * 4096 / sum(line["seconds"] for line in steps))
+    assert run.tokens_per_second == pytest.approx(12 * 2048 / sum(line["seconds"] for line in steps))
     assert run.val_steps == tuple(range(2, 13, 2))
+    probes = [line["random_routing"] for line in lines if "random_routing" in line]
+    assert run.random_routing == probes[-1] and run.specialisation == pytest.approx(
+        sum(line["specialisation"] for line in steps) / 12
+    )
     assert math.isnan(rows["dense"].measures["dead_experts"]) and rows["raw"].measures["dead_experts"] >= 0
 
 
@@ -295,7 +299,7 @@ def test_report_of_made_up_runs(made_up: Experiment) -> None:
     assert invoked.exit_code == 0, invoked.output
     lines = {line.split()[0]: " ".join(line.split()) for line in invoked.output.splitlines() if line.strip()}
     assert "2.1000 0.2646" in lines["raw"] and "-0.1333" in lines["raw"] and "0.0572" in lines["raw"]
-    assert "2/3" in lines["normalized"] and "raw 7.4M 1.8M 3/3" in lines["raw"] and "dense 1.8M 1.8M" in lines["dense"]
+    assert "2/3" in lines["normalized"] and "raw 2.0M 0.6M 3/3" in lines["raw"] and "dense 0.6M 0.6M" in lines["dense"]
     assert "not corrected for 3 comparisons" in " ".join(invoked.output.split())
     tree = json.loads((made_up.folder / "result.json").read_text())
     assert tree == json.loads(json.dumps(to_json(made_up, collect(made_up))))

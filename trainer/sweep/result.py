@@ -22,7 +22,8 @@ from trainer.whole import write_whole
 
 JSON_FILE, CSV_FILE = "result.json", "result.csv"
 
-MEASURES = ("train_loss", "load_imbalance", "dead_experts", "distinct_experts", "tokens_per_second")
+_OF_A_POOL = ("load_imbalance", "dead_experts", "distinct_experts", "specialisation")
+MEASURES = ("train_loss", *_OF_A_POOL, "random_routing", "tokens_per_second")
 """Of a run, besides its validation loss."""
 
 SETTINGS = (
@@ -32,8 +33,6 @@ SETTINGS = (
 )
 """Keys of a variant's recipe that result.json has, for those who compare results of several sweeps."""
 
-_OF_A_POOL = ("load_imbalance", "dead_experts", "distinct_experts")
-
 
 @dataclass(frozen=True)
 class RunResult:
@@ -41,8 +40,9 @@ class RunResult:
 
     Attributes:
         val_loss: the last validation's, nats a token.
-        train_loss, load_imbalance, dead_experts, distinct_experts: means over the last steps; NaN where a dense model
-            has none.
+        train_loss, load_imbalance, dead_experts, distinct_experts, specialisation: means over the last steps; NaN where
+            a dense model has none.
+        random_routing: nats that random experts in one layer add, of the last probe; NaN without one.
         tokens_per_second: over the whole run.
         val_steps, val_losses: its curve.
     """
@@ -53,6 +53,8 @@ class RunResult:
     load_imbalance: float
     dead_experts: float
     distinct_experts: float
+    specialisation: float
+    random_routing: float
     tokens_per_second: float
     val_steps: tuple[int, ...]
     val_losses: tuple[float, ...]
@@ -109,6 +111,7 @@ def _run(run: Run) -> RunResult:
         val_loss=records.val_losses[-1],
         train_loss=records.mean("loss", RECENT),
         **recent,
+        random_routing=records.random_routing[-1] if records.random_routing else math.nan,
         tokens_per_second=records.mean("tokens") / records.mean("seconds"),
         val_steps=tuple(records.val_steps),
         val_losses=tuple(records.val_losses),

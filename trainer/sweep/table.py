@@ -21,7 +21,7 @@ _WIDTH = 250
 _LEGEND_WIDTH = 110
 _COLUMNS = (
     *("total", "active", "seeds", "val loss", "sd", "- baseline", f"{CONFIDENCE:.0%} interval", "p"),
-    *("train loss", "max/mean", "dead", "distinct", "tokens/s"),
+    *("train loss", "max/mean", "dead", "distinct", "differ", "random", "tokens/s"),
 )
 _ABSENT = "-"
 
@@ -64,6 +64,8 @@ def _cells(row: Row) -> list[str]:
         _number(m["load_imbalance"], ".2f"),
         _number(m["dead_experts"], ".1f"),
         _number(m["distinct_experts"], ".2f"),
+        _number(m["specialisation"], ".2f"),
+        _number(m["random_routing"], "+.4f"),
         _number(m["tokens_per_second"], ",.0f"),
     ]
 
@@ -71,7 +73,10 @@ def _cells(row: Row) -> list[str]:
 def _legend(experiment: Experiment, rows: Sequence[Row]) -> str:
     tests = sum(1 for row in rows if row.difference and not math.isnan(row.difference.p))
     first = "Parameters, in all and on a token's way; mean and standard deviation over seeds, nats a token"
-    last = "training loss, max/mean load, dead and distinct experts (a token) are means over a run's last steps"
+    last = (
+        "training loss, max/mean load, dead experts, distinct ones a token and how the layers' loads differ (bits) are "
+        "means over a run's last steps; random is what random experts in one layer add to the loss (probe.every)"
+    )
     if tests == 0:
         return f"{first}; {last}."
     several = f", not corrected for {tests} comparisons" if tests > 1 else ""
