@@ -88,12 +88,12 @@ class Accuracy:
         for mean in self.means:
             tasks.add_column(f"over {WHAT[mean.over]}", justify="right")
         for task in with_accuracy(self.learned.tasks):
-            drops = (f"{d.drop:.2f} ± {d.spread:.2f}" for d in (mean.tasks[task.task] for mean in self.means))
+            drops = (f"{d.drop:z.2f} ± {d.spread:.2f}" for d in (mean.tasks[task.task] for mean in self.means))
             tasks.add_row(task.task, f"{task.examples:,}", show_score(task.metrics["acc"]), *drops)
         tasks.add_section()
-        drops = (f"{mean.drop:.2f} ± {mean.spread:.2f}" for mean in self.means)
+        drops = (f"{mean.drop:z.2f} ± {mean.spread:.2f}" for mean in self.means)
         tasks.add_row("mean", "", f"{self.learned.mean['acc']:.4f}", *drops)
-        return [effect_table(by_layer, self.effects(), ".2f"), tasks]
+        return [effect_table(by_layer, self.effects(), "z.2f"), tasks]
 
     def notes(self) -> list[str]:
         lines = [

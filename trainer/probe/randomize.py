@@ -88,7 +88,7 @@ class Randomization:
 
     def tables(self) -> list[Table]:
         title = f"{self.model}: loss with random experts in one layer, {self.text}"
-        losses = effect_table(title, self.effects(), "+.4f")
+        losses = effect_table(title, self.effects(), "+z.4f")
         return [losses, *self.accuracy.tables(self.model)] if self.accuracy else [losses]
 
     def notes(self) -> list[str]:
@@ -106,10 +106,10 @@ class Randomization:
         panels = 2 if self.accuracy else 1
         figure = Figure(figsize=(7, 1.4 + 3.2 * panels), dpi=120, layout="constrained")
         axes, *below = figure.subplots(panels, sharex=True, squeeze=False)[:, 0]
-        labels = {mean.over: f"random over {WHAT[mean.over]}, mean {mean.increase:+.4f}" for mean in self.means}
+        labels = {mean.over: f"random over {WHAT[mean.over]}, mean {mean.increase:+z.4f}" for mean in self.means}
         if self.accuracy:
             for drop in self.accuracy.means:
-                labels[drop.over] += f" nats, {drop.drop:.2f} points"
+                labels[drop.over] += f" nats, {drop.drop:z.2f} points"
             plot_effects(below[0], self.accuracy.effects(), {})
             learned = self.accuracy.learned.mean["acc"]
             below[0].set_ylabel(f"accuracy drop, points (from {100 * learned:.1f} %)")
