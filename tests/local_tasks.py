@@ -14,6 +14,7 @@ from __future__ import annotations
 import gzip
 import json
 import sys
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,29 @@ def write_tasks(folder: Path) -> None:
             request = json.loads(line)["request"]
             out.write(json.dumps({"text": request["context"] + request["continuation"]}) + "\n")
     _write(folder, "lambada_openai", "lambada/lambada_openai.yaml", "json", {"test": str(texts)}, {})
+
+
+def write_own(
+    folder: Path, task: str, docs: Sequence[dict[str, Any]], metrics: Sequence[str] = ("acc", "acc_norm")
+) -> None:
+    """A multiple-choice task of documents with a question q, answers a, and the number of the right one."""
+    (folder / f"{task}.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in docs))
+    config = {
+        "task": task,
+        "dataset_path": "json",
+        "dataset_kwargs": {
+            "data_files": {"test": str(folder / f"{task}.jsonl")},
+            "cache_dir": str(folder / "cache"),
+        },
+        "output_type": "multiple_choice",
+        "test_split": "test",
+        "doc_to_text": "{{q}}",
+        "doc_to_choice": "{{a}}",
+        "doc_to_target": "{{right}}",
+        "target_delimiter": "",
+        "metric_list": [{"metric": metric} for metric in metrics],
+    }
+    (folder / f"{task}.yaml").write_text(json.dumps(config))
 
 
 def _write(folder: Path, task: str, file: str, kind: str, files: dict[str, str], splits: dict[str, Any]) -> None:

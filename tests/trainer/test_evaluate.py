@@ -13,7 +13,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from tests.local_tasks import write_tasks
+from tests.local_tasks import write_own, write_tasks
 from tests.tools import need_package
 from tests.training import run_training, tiny, tokens
 from trainer.cli import cli
@@ -150,21 +150,7 @@ def test_without_the_harness(export: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 def _own_task(folder: Path) -> Path:
     """A task file with its data: the second answer is right."""
-    docs = [{"q": f"def f{i}(", "a": ["argument", "x)"], "right": 1} for i in range(6)]
-    (folder / "docs.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in docs))
-    config = {
-        "task": "own",
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(folder / "docs.jsonl")}, "cache_dir": str(folder / "cache")},
-        "output_type": "multiple_choice",
-        "test_split": "test",
-        "doc_to_text": "{{q}}",
-        "doc_to_choice": "{{a}}",
-        "doc_to_target": "{{right}}",
-        "target_delimiter": "",
-        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
-    }
-    (folder / "own.yaml").write_text(json.dumps(config))
+    write_own(folder, "own", [{"q": f"def f{i}(", "a": ["argument", "x)"], "right": 1} for i in range(6)])
     return folder
 
 
@@ -236,7 +222,7 @@ def test_tasks_that_cannot_be_had(export: Path, tmp_path: Path, monkeypatch: pyt
     arguments = (str(export), "--include-path", str(folder), "--tasks")
     assert "--tasks ownn: no such task; did you mean own?" in refused(*arguments, "own,ownn")
     assert "`lm_eval ls tasks` lists" in refused(*arguments, "piqa")
-    (folder / "docs.jsonl").unlink()
+    (folder / "own.jsonl").unlink()
     assert "--tasks own: its data cannot be had (FileNotFoundError" in refused(*arguments, "own")
     assert "no such folder" in refused(str(export), "--include-path", str(tmp_path / "no"), "--tasks", "own")
 

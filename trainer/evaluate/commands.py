@@ -10,21 +10,12 @@ from pathlib import Path
 import click
 
 from trainer.errors import UserError
+from trainer.evaluate.options import batch_size_option, read_options, task_options
 
 
 @click.command("eval")
 @click.argument("source", metavar="RUN", type=click.Path(path_type=Path))
-@click.option("--tasks", metavar="TASK,...", help="Score on tasks of lm-evaluation-harness.")
-@click.option(
-    "--num-fewshot", type=click.IntRange(min=0), metavar="N", help="Solved examples before each; default: 0.  [--tasks]"
-)
-@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Only a task's first N examples.  [--tasks]")
-@click.option(
-    "--include-path",
-    type=click.Path(path_type=Path),
-    metavar="FOLDER",
-    help="Task files (YAML) of your own, which come before the harness's of the same name.  [--tasks]",
-)
+@task_options
 @click.option("--text", type=click.Path(path_type=Path), metavar="FILE", help="The loss on a text file in UTF-8.")
 @click.option(
     "--batches",
@@ -32,7 +23,7 @@ from trainer.errors import UserError
     metavar="N",
     help="Global batches of held-out text; default: the recipe's eval.batches.  [without --tasks and --text]",
 )
-@click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Sequences a forward.")
+@batch_size_option("Sequences a forward.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Default: cuda where there is one.")
 @click.option(
     "--precision",
@@ -69,30 +60,24 @@ def evaluate(
     """
     if tasks is not None and text is not None:
         raise UserError("--text: not with --tasks; evaluate twice")
-    given = {"--num-fewshot": num_fewshot, "--limit": limit, "--include-path": include_path}
-    for option, value in given.items():
-        if value is not None and tasks is None:
-            raise UserError(f"{option} {value}: goes with --tasks, as in --tasks piqa,race")
+    wanted = read_options(tasks, num_fewshot, limit, include_path)
     if batches is not None and (tasks or text):
         raise UserError(f"--batches {batches}: is of the held-out text: goes without --tasks and --text")
-    names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
-    if tasks is not None and not names:
-        raise UserError("--tasks: names no task")
 
     from trainer.evaluate.record import save_result
 
-    if names:
+    if wanted.names:
         from trainer.evaluate.tasks import evaluate as score  # first of all: it may not be installed
         from trainer.evaluate.tasks import load_tasks
 
-        loaded = load_tasks(names, include_path)
+        loaded = load_tasks(wanted.names, include_path)
     from trainer.evaluate.loss import text_loss, validation_loss
     from trainer.evaluate.subject import load_subject
     from trainer.evaluate.tables import print_loss, print_scores
 
-    subject = load_subject(source, device, precision, as_trained=not names and text is None)
-    if names:
-        what, scores = "tasks", score(subject, loaded, num_fewshot or 0, limit, batch_size)
+    subject = load_subject(source, device, precision, as_trained=not wanted.names and text is None)
+    if wanted.names:
+        what, scores = "tasks", score(subject, loaded, wanted.num_fewshot, limit, batch_size)
         result, show = asdict(scores), partial(print_scores, scores)
     else:
         what = f"text {text}" if text else "validation"

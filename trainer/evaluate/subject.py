@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -24,8 +24,9 @@ class Subject:
 
     Attributes:
         path: as given.
+        model: one of ours; a probe's may be of another family.
         run: where it comes from; None for an export.
-        precision: of its arithmetic, fp32 or bf16.
+        precision: of its arithmetic, fp32 or bf16; fp16 if another family's weights are.
         mixed: bf16 by autocast, as in training; else the weights' type is that of the arithmetic.
     """
 
@@ -69,6 +70,11 @@ def load_subject(path: Path, device: str | None, precision: str | None, as_train
         precision = run.recipe.train.precision
     if precision == "fp32":
         model.float()
-    stored = "bf16" if model.dtype == torch.bfloat16 else "fp32"
+    stored = stored_precision(model)
     precision = precision or stored
     return Subject(path, model.to(chosen).eval(), tokenizer, run, precision, mixed=precision != stored)
+
+
+def stored_precision(model: Any) -> str:
+    """Of its weights."""
+    return {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(model.dtype, "fp32")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from trainer.evaluate.loss import TextLoss
-    from trainer.evaluate.tasks import Score, Scores, TaskScores
+    from trainer.evaluate.scores import Score, Scores, TaskScores
 
 ACCURACIES = ("acc", "acc_norm")
 
@@ -25,19 +25,21 @@ def print_scores(scores: Scores) -> None:
     width = max(len("mean"), *(len(_name(task)) for task in scores.tasks)) + 2
     print(f"{'task':<{width}}{'examples':>8}{'acc':>17}{'acc_norm':>17}")
     for task in scores.tasks:
-        accuracies = "".join(f"{_score(task.metrics.get(name)):>17}" for name in ACCURACIES)
-        others = [f"{name} {_score(score, '.4g')}" for name, score in task.metrics.items() if name not in ACCURACIES]
+        accuracies = "".join(f"{show_score(task.metrics.get(name)):>17}" for name in ACCURACIES)
+        rest = ((name, score) for name, score in task.metrics.items() if name not in ACCURACIES)
+        others = (f"{name} {show_score(score, '.4g')}" for name, score in rest)
         print("  ".join([f"{_name(task):<{width}}{task.examples:>8,}{accuracies}", *others]))
     if scores.mean:
         means = "".join(f"{f'{scores.mean[name]:.4f}':<8}".rjust(17) for name in ACCURACIES)
         print(f"{'mean':<{width}}{'':>8}{means}".rstrip())
         tasks = f"{scores.mean['tasks']:g} task{'s' if scores.mean['tasks'] > 1 else ''}"
-        print(f"- unweighted, over {tasks}; acc_norm with acc where a task has none. {_settings(scores)}")
+        print(f"- unweighted, over {tasks}; acc_norm with acc where a task has none. {settings(scores)}")
     if scores.cut:
         print(f"- {scores.cut:,} requests are longer than the model's window: their beginnings were left out.")
 
 
-def _settings(scores: Scores) -> str:
+def settings(scores: Scores) -> str:
+    """How they were asked."""
     shots = sorted({task.num_fewshot for task in scores.tasks if task.num_fewshot is not None})
     parts = ["zero-shot" if shots == [0] else f"{', '.join(map(str, shots))} examples before each", scores.precision]
     if scores.limit:
@@ -49,7 +51,8 @@ def _name(task: TaskScores) -> str:
     return f"  {task.task}" if task.part else task.task
 
 
-def _score(score: Score | None, form: str = ".4f") -> str:
+def show_score(score: Score | None, form: str = ".4f") -> str:
+    """With its standard error, if it has one."""
     if score is None:
         return "-"
     return f"{score.value:{form}}" + (f" ± {score.stderr:{form}}" if score.stderr is not None else "")

@@ -6,19 +6,22 @@ import io
 import logging
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, redirect_stderr, redirect_stdout
 from difflib import get_close_matches
+from itertools import chain
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from trainer.errors import UserError
+from trainer.evaluate.scores import Score, Scores, TaskScores, with_accuracy
 from trainer.evaluate.subject import Subject
 from trainer.progress import say
 
 try:
     from lm_eval import __version__ as harness_version
-    from lm_eval.evaluator import simple_evaluate
+    from lm_eval import evaluator
+    from lm_eval.api.group import Group
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 except ImportError as error:
@@ -30,65 +33,21 @@ BOOTSTRAPS = 1000
 """Resamples for the standard error of a perplexity; those of accuracies have a formula."""
 
 
-@dataclass(frozen=True)
-class Score:
-    """A metric of a task; stderr is None where the harness has none."""
-
-    value: float
-    stderr: float | None
-
-
-@dataclass(frozen=True)
-class TaskScores:
-    """A task or a group of tasks.
-
-    Attributes:
-        examples: how many were asked.
-        num_fewshot: solved examples before each; None for a group.
-        version: of the task; None where it has none.
-        metrics: by the harness's names.
-        part: it belongs to a group that is listed too.
-    """
-
-    task: str
-    examples: int
-    num_fewshot: int | None
-    version: str | None
-    metrics: dict[str, Score]
-    part: bool
-
-
-@dataclass(frozen=True)
-class Scores:
-    """What a model reaches.
-
-    Attributes:
-        mean: unweighted over tasks that have an accuracy, groups counted as one: of `acc`, and of `acc_norm` (`acc` of
-            tasks without that one). Empty if none has.
-        limit: examples a task at most.
-        cut: requests longer than the model's window, which lost their beginning.
-        harness: version.
-    """
-
-    tasks: list[TaskScores]
-    mean: dict[str, float]
-    limit: int | None
-    cut: int
-    precision: str
-    harness: str
-
-
-def evaluate(subject: Subject, tasks: Sequence[Any], num_fewshot: int, limit: int | None, batch_size: int) -> Scores:
+def evaluate(
+    subject: Subject, tasks: Sequence[Any], num_fewshot: int, limit: int | None, batch_size: int, brief: bool = False
+) -> Scores:
     """Score a model on tasks.
 
     Args:
         tasks: of `load_tasks`.
         limit: examples a task at most.
+        brief: for one of many scorings: without the harness's progress bars, and without the standard errors that are
+            resampled, which take seconds each.
 
     Raises:
         UserError: an answer is longer than the model's window.
     """
-    with _quiet() as cut:
+    with _quiet(bars=not brief) as cut, _without_machine():
         model = HFLM(
             pretrained=subject.model,
             tokenizer=subject.tokenizer,
@@ -97,12 +56,12 @@ def evaluate(subject: Subject, tasks: Sequence[Any], num_fewshot: int, limit: in
             mixed_precision_dtype="bfloat16" if subject.mixed else None,
         )
         try:
-            found = simple_evaluate(
+            found = evaluator.simple_evaluate(
                 model,
                 tasks=list(tasks),
                 num_fewshot=num_fewshot,
                 limit=limit,
-                bootstrap_iters=BOOTSTRAPS,
+                bootstrap_iters=0 if brief else BOOTSTRAPS,
                 log_samples=False,
                 task_manager=TaskManager(include_defaults=False),  # else it reads all of them again
             )
@@ -125,20 +84,25 @@ class _CountCut(logging.Handler):
 
 
 @contextmanager
-def _quiet() -> Iterator[_CountCut]:
-    """Progress bars on a terminal only, nothing of the harness's on stdout, and of its log one kind, counted."""
+def _quiet(bars: bool = True) -> Iterator[_CountCut]:
+    """Progress bars if wanted, on a terminal only, nothing of the harness's on stdout; of its log one kind, counted."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     log, cut = logging.getLogger(HFLM.__module__), _CountCut()
     log.setLevel(logging.WARNING)
     log.propagate = False
     log.addHandler(cut)
-    bars = sys.stderr if sys.stderr.isatty() else io.StringIO()
+    shown = sys.stderr if bars and sys.stderr.isatty() else io.StringIO()
     try:
-        with redirect_stdout(bars), redirect_stderr(bars):
+        with redirect_stdout(shown), redirect_stderr(shown):
             yield cut
     finally:
         log.removeHandler(cut)
+
+
+def _without_machine() -> AbstractContextManager[object]:
+    """Keeps `simple_evaluate` from asking pip, git and the system what machine this is: seconds, each time."""
+    return patch.object(evaluator, "add_env_info", lambda _results: None, create=True)
 
 
 def load_tasks(names: Sequence[str], include: Path | None) -> list[Any]:
@@ -183,6 +147,12 @@ def _load(names: Sequence[str], include: Path | None) -> list[Any]:
     return found
 
 
+def may_have_accuracy(tasks: Sequence[Any]) -> bool:
+    """Whether any of `load_tasks` measures `acc`, by what it says itself; the answers alone tell for certain."""
+    leaves = (task.get_all_tasks() if isinstance(task, Group) else [task] for task in tasks)
+    return any("acc" in leaf.aggregation() for leaf in chain.from_iterable(leaves))
+
+
 def _scores(found: dict[str, Any]) -> list[TaskScores]:
     parts = {part for children in found["group_subtasks"].values() for part in children}
     made = []
@@ -210,7 +180,7 @@ def _scores(found: dict[str, Any]) -> list[TaskScores]:
 
 
 def _mean(scores: Sequence[TaskScores]) -> dict[str, float]:
-    counted = [s.metrics for s in scores if "acc" in s.metrics and not s.part]
+    counted = [task.metrics for task in with_accuracy(scores)]
     if not counted:
         return {}
     return {

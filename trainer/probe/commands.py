@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from trainer.errors import UserError
+from trainer.evaluate.options import TaskOptions, batch_size_option, read_options, task_options
+
 if TYPE_CHECKING:
-    from trainer.probe.adapters import MoEModel
-    from trainer.probe.randomize import Over
+    from trainer.evaluate.scores import Scores
+    from trainer.probe.adapters import Source
+    from trainer.probe.effects import Over
     from trainer.probe.text import Text
 
 _seed_option = click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the draws.")
@@ -42,7 +47,7 @@ def _file() -> click.Path:
 
 
 def _run(
-    measure: Callable[[MoEModel, Text], Any],
+    measure: Callable[[Source, Text], Any],
     source: str,
     text: Path | None,
     tokens: int,
@@ -56,7 +61,7 @@ def _run(
 
     check_files((csv_file, out))
     loaded = load_source(source, own_text=text is None)
-    deliver(measure(loaded.model, read_text(loaded, text, tokens)), as_json, csv_file, out)
+    deliver(measure(loaded, read_text(loaded, text, tokens)), as_json, csv_file, out)
 
 
 @click.group()
@@ -88,26 +93,69 @@ def probe() -> None:
 @click.option("--matched", type=click.IntRange(min=1), default=8, show_default=True, help="Of how many most used ones.")
 @click.option("--draws", type=click.IntRange(min=1), default=3, show_default=True, help="Repetitions, for the spread.")
 @_seed_option
-def randomize(layers: str, overs: tuple[Over, ...], matched: int, draws: int, seed: int, **common: Any) -> None:
+@task_options
+@batch_size_option("Sequences a forward.  [--tasks]")
+def randomize(
+    layers: str,
+    overs: tuple[Over, ...],
+    matched: int,
+    draws: int,
+    seed: int,
+    tasks: str | None,
+    num_fewshot: int | None,
+    limit: int | None,
+    include_path: Path | None,
+    batch_size: int,
+    **common: Any,
+) -> None:
     """How much the loss rises with random experts in one layer, each layer of the deep half in turn.
 
     Each token's experts are drawn uniformly; the gate values stay the learned ones. The most used experts are counted
-    on the text that is read.
+    on the text that is read. With --tasks also how far accuracy falls: each draw is scored as by `eval`.
 
     \b
     Examples:
       unipool probe randomize runs/quickstart --out randomize.png
       unipool probe randomize runs/quickstart --layers 4,6-7 --over matched --draws 5
+      unipool probe randomize runs/unipool-182m --tasks arc_easy,piqa,hellaswag --limit 500
       unipool probe randomize allenai/OLMoE-1B-7B-0924 --text README.md
     """
+    wanted = read_options(tasks, num_fewshot, limit, include_path)
+    loaded = _load(wanted)
 
-    def measure(model: MoEModel, text: Text) -> Any:
+    def measure(source: Source, text: Text) -> Any:
         from trainer.probe.randomize import pick_layers
         from trainer.probe.randomize import randomize as run_probe
 
-        return run_probe(model, text, pick_layers(model, layers), overs, matched, draws, seed)
+        picked = pick_layers(source.model, layers)
+        score = _scorer(source, loaded, wanted, batch_size) if loaded else None
+        return run_probe(source.model, text, picked, overs, matched, draws, seed, score)
 
     _run(measure, **common)
+
+
+def _load(wanted: TaskOptions) -> list[Any]:
+    """The tasks, before any other work: the harness may not be installed, or there is no such task."""
+    if not wanted.names:
+        return []
+    from trainer.evaluate.tasks import load_tasks, may_have_accuracy
+    from trainer.probe.accuracy import NO_ACCURACY
+
+    loaded = load_tasks(wanted.names, wanted.include_path)
+    if not may_have_accuracy(loaded):
+        raise UserError(NO_ACCURACY)
+    return loaded
+
+
+def _scorer(source: Source, tasks: list[Any], wanted: TaskOptions, batch_size: int) -> Callable[[bool], Scores]:
+    from trainer.evaluate.subject import Subject, stored_precision
+    from trainer.evaluate.tasks import evaluate
+
+    model = source.model.model
+    subject = Subject(
+        Path(source.model.name), model, source.tokenizer, source.run, stored_precision(model), mixed=False
+    )
+    return partial(evaluate, subject, tasks, wanted.num_fewshot, wanted.limit, batch_size)
 
 
 @probe.command()
@@ -120,10 +168,10 @@ def reuse(**common: Any) -> None:
       unipool probe reuse runs/quickstart --out reuse.png
     """
 
-    def measure(model: MoEModel, text: Text) -> Any:
+    def measure(source: Source, text: Text) -> Any:
         from trainer.probe.reuse import reuse as run_probe
 
-        return run_probe(model, text)
+        return run_probe(source.model, text)
 
     _run(measure, **common)
 
@@ -138,10 +186,10 @@ def load(**common: Any) -> None:
       unipool probe load runs/quickstart --out load.png
     """
 
-    def measure(model: MoEModel, text: Text) -> Any:
+    def measure(source: Source, text: Text) -> Any:
         from trainer.probe.load import load as run_probe
 
-        return run_probe(model, text)
+        return run_probe(source.model, text)
 
     _run(measure, **common)
 
@@ -160,9 +208,9 @@ def redundancy(sample: int, seed: int, **common: Any) -> None:
       unipool probe redundancy runs/quickstart --out redundancy.png
     """
 
-    def measure(model: MoEModel, text: Text) -> Any:
+    def measure(source: Source, text: Text) -> Any:
         from trainer.probe.redundancy import redundancy as run_probe
 
-        return run_probe(model, text, sample, seed)
+        return run_probe(source.model, text, sample, seed)
 
     _run(measure, **common)

@@ -192,7 +192,7 @@ def load(model: MoEModel, text: Text) -> LoadFound:
         own = (choice.topk_expert_ids_TK - layer.bank.first).flatten().cpu()
         counts[layer.number] += torch.bincount(own, minlength=layer.bank.experts)
 
-    with progress("reading", 1, text) as done, observed(model, see):
+    with progress("reading", len(text.batches)) as done, observed(model, see):
         read(model, text, done)
     counts_LE = torch.stack([counts[layer.number] for layer in model.layers])
     groups = len(model.banks)

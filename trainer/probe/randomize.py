@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from trainer.errors import UserError
+from trainer.probe.accuracy import Accuracies, Accuracy, Exam, accuracy
 from trainer.probe.adapters import Choice, MoELayer, MoEModel, observed, rerouted
-from trainer.probe.output import INK, SERIES, quiet, table
+from trainer.probe.effects import OVERS, WHAT, Effect, Over, effect_table, over_layers, plot_effects, spread_of
+from trainer.probe.output import INK
 from trainer.probe.text import Text, mean_loss, progress
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-Over = Literal["layer", "pool", "matched"]
-OVERS: tuple[Over, ...] = ("layer", "pool", "matched")
-WHAT = {"layer": "the layer's experts", "pool": "the full pool", "matched": "its most used experts"}
+    from trainer.evaluate.scores import Scores
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ class Mean:
 
 @dataclass(frozen=True)
 class Randomization:
-    """A `Result`. `loss` is that of the learned routing."""
+    """A `Result`. `loss` is that of the learned routing; `accuracy` is None without tasks."""
 
     model: str
     text: str
@@ -67,29 +66,30 @@ class Randomization:
     loss: float
     layers: tuple[Randomised, ...]
     means: tuple[Mean, ...]
+    accuracy: Accuracy | None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
     def rows(self) -> list[dict[str, Any]]:
-        return [
+        losses = [
             {"layer": r.layer, "over": r.over, "experts": r.experts, "draw": draw, "loss": loss}
             | {"baseline": self.loss, "increase": loss - self.loss}
             for r in self.layers
             for draw, loss in enumerate(r.losses)
         ]
+        if not self.accuracy:
+            return losses
+        return [loss | own for loss, own in zip(losses, self.accuracy.rows(), strict=True)]
+
+    def effects(self) -> list[Effect]:
+        means = [Effect(None, m.over, m.increase, m.spread) for m in self.means]
+        return [Effect(r.layer, r.over, r.increase, r.spread) for r in self.layers] + means
 
     def tables(self) -> list[Table]:
-        made = table(f"{self.model}: loss with random experts in one layer, {self.text}", "layer")
-        for mean in self.means:
-            made.add_column(f"over {WHAT[mean.over]}", justify="right")
-        found = {(r.layer, r.over): r for r in self.layers}
-        for layer in sorted({r.layer for r in self.layers}):
-            cells = (found[layer, mean.over] for mean in self.means)
-            made.add_row(str(layer), *(_signed(r.increase, r.spread) for r in cells))
-        made.add_section()
-        made.add_row("mean", *(_signed(mean.increase, mean.spread) for mean in self.means))
-        return [made]
+        title = f"{self.model}: loss with random experts in one layer, {self.text}"
+        losses = effect_table(title, self.effects(), "+z.4f")
+        return [losses, *self.accuracy.tables(self.model)] if self.accuracy else [losses]
 
     def notes(self) -> list[str]:
         experts = {over: sorted({r.experts for r in self.layers if r.over == over}) for over in OVERS}
@@ -98,38 +98,27 @@ class Randomization:
             f"Learned routing: {self.loss:.4f} nats a token over {self.tokens:,} tokens; the table has the increase.",
             f"± is the standard deviation over {self.draws} draws. Drawn from: {drawn}.",
             "Gate values stay the learned ones; the experts alone are drawn, K different ones a token.",
+            *(self.accuracy.notes() if self.accuracy else []),
         ]
 
     def draw(self) -> Figure:
-        """Increase by layer, a line a protocol with its spread, and the means."""
-        figure = Figure(figsize=(7, 4.6), dpi=120, layout="constrained")
-        axes = figure.subplots()
-        for mean, colour in zip(self.means, SERIES, strict=False):
-            own = [r for r in self.layers if r.over == mean.over]
-            at, heights = [r.layer for r in own], [r.increase for r in own]
-            axes.errorbar(
-                at,
-                heights,
-                [r.spread for r in own],
-                marker="o",
-                ms=5,
-                capsize=3,
-                color=colour,
-                label=f"random over {WHAT[mean.over]}, mean {mean.increase:+.4f}",
-            )
-            axes.axhline(mean.increase, color=colour, linestyle="--", linewidth=1)
-        quiet(axes)
-        axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
-        axes.xaxis.set_major_locator(MaxNLocator(12, integer=True))
-        axes.set_xlabel("layer that is randomised", color=INK)
-        axes.set_ylabel(f"loss increase, nats (from {self.loss:.3f})", color=INK)
+        """Increase by layer, a line a protocol with its spread, and the means; below it the same of accuracy's drop."""
+        panels = 2 if self.accuracy else 1
+        figure = Figure(figsize=(7, 1.4 + 3.2 * panels), dpi=120, layout="constrained")
+        axes, *below = figure.subplots(panels, sharex=True, squeeze=False)[:, 0]
+        labels = {mean.over: f"random over {WHAT[mean.over]}, mean {mean.increase:+z.4f}" for mean in self.means}
+        if self.accuracy:
+            for drop in self.accuracy.means:
+                labels[drop.over] += f" nats, {drop.drop:z.2f} points"
+            plot_effects(below[0], self.accuracy.effects(), {})
+            learned = self.accuracy.learned.mean["acc"]
+            below[0].set_ylabel(f"accuracy drop, points (from {100 * learned:.1f} %)")
+        plot_effects(axes, self.effects(), labels)
+        axes.set_ylabel(f"loss increase, nats (from {self.loss:.3f})")
+        (below or [axes])[-1].set_xlabel("layer that is randomised", color=INK)
         figure.legend(loc="outside lower center", frameon=False, fontsize=9, labelcolor=INK)
         axes.set_title(f"{self.model}: random experts in one layer", loc="left", color=INK, fontsize=12)
         return figure
-
-
-def _signed(increase: float, spread: float) -> str:
-    return f"{increase:+.4f} ± {spread:.4f}"
 
 
 @contextmanager
@@ -220,17 +209,19 @@ def randomize(
     matched: int = 8,
     draws: int = 3,
     seed: int = 0,
+    score: Callable[[bool], Scores] | None = None,
 ) -> Randomization:
     """The loss on `text` with each of `layers` randomised, one at a time, beside that of the learned routing.
 
-    A layer's draws depend on nothing but the seed, its number and the protocol.
+    A layer's draws depend on nothing but the seed, its number and the protocol; those for tasks are others.
 
     Args:
         overs: protocols (see `candidates`); default: those that differ.
         matched: of how many most used experts the matched protocol draws; they are counted on the same text.
+        score: scores the model on tasks, as `Exam` takes it: then accuracy is measured too.
 
     Raises:
-        UserError: a protocol that the model cannot have.
+        UserError: a protocol that the model cannot have, or tasks without accuracy.
     """
     overs = overs or usual_overs(model, matched)
     if "pool" in overs and not model.any_expert:
@@ -243,28 +234,37 @@ def randomize(
         own = (choice.topk_expert_ids_TK - layer.bank.first).flatten().cpu()
         counts[layer.number] += torch.bincount(own, minlength=layer.bank.experts)
 
-    found = []
-    with progress("randomising", 1 + len(layers) * len(overs) * draws, text) as done:
+    exam = Exam(model, score) if score else None
+    found, taken = [], list[tuple[int, Over, list[Accuracies]]]()
+    routings = len(layers) * len(overs) * draws
+    forwards = (1 + routings) * len(text.batches) + (routings * exam.forwards if exam else 0)
+    with progress("randomising", forwards) as done:
         with observed(model, count):
             loss = mean_loss(model, text, done)
         for layer in layers:
             for over in overs:
                 ids_C = candidates(model, layer, over, matched, counts[layer.number])
-                losses = []
+                losses, answers = [], []
                 for draw in range(draws):
-                    state = np.random.SeedSequence([seed, draw, layer.number, OVERS.index(over)]).generate_state(1)
-                    with randomised(layer, ids_C, torch.Generator().manual_seed(int(state[0]))):
+                    numbers = (seed, draw, layer.number, OVERS.index(over))
+                    with randomised(layer, ids_C, _generator(*numbers)):
                         losses.append(mean_loss(model, text, done))
+                    if exam:
+                        with randomised(layer, ids_C, _generator(*numbers, 1)):
+                            answers.append(exam.take(done))
                 increase = statistics.fmean(losses) - loss
-                found.append(Randomised(layer.number, over, len(ids_C), tuple(losses), increase, _spread(losses)))
+                found.append(Randomised(layer.number, over, len(ids_C), tuple(losses), increase, spread_of(losses)))
+                taken.append((layer.number, over, answers))
     means = tuple(_mean_over_layers(over, loss, [r for r in found if r.over == over]) for over in overs)
-    return Randomization(model.name, text.name, text.tokens, seed, draws, loss, tuple(found), means)
+    drops = accuracy(exam.learned, taken) if exam else None
+    return Randomization(model.name, text.name, text.tokens, seed, draws, loss, tuple(found), means, drops)
+
+
+def _generator(*numbers: int) -> torch.Generator:
+    state = np.random.SeedSequence(numbers).generate_state(1)
+    return torch.Generator().manual_seed(int(state[0]))
 
 
 def _mean_over_layers(over: Over, loss: float, layers: Sequence[Randomised]) -> Mean:
-    by_draw = [statistics.fmean(losses) for losses in zip(*(r.losses for r in layers), strict=True)]
-    return Mean(over, statistics.fmean(by_draw) - loss, _spread(by_draw))
-
-
-def _spread(values: Sequence[float]) -> float:
-    return statistics.stdev(values) if len(values) > 1 else 0.0
+    by_draw = over_layers([r.losses for r in layers])
+    return Mean(over, statistics.fmean(by_draw) - loss, spread_of(by_draw))

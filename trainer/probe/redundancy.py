@@ -205,7 +205,7 @@ def _sample_inputs(model: MoEModel, text: Text, sampled: int, seed: int) -> dict
         kept[layer.number].append(choice.x_TD[own_T[(own_T >= 0) & (own_T < tokens)].to(choice.x_TD.device)])
         read_tokens[layer.number] += tokens
 
-    with progress("reading", 1, text) as done, observed(model, see):
+    with progress("reading", len(text.batches)) as done, observed(model, see):
         read(model, text, done)
     return {number: torch.cat(parts) for number, parts in kept.items()}
 

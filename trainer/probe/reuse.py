@@ -112,7 +112,7 @@ def reuse(model: MoEModel, text: Text) -> Reuse:
             histogram.add_(torch.bincount(distinct_T, minlength=len(histogram)))
             seen.clear()
 
-    with progress("reading", 1, text) as done, observed(model, see):
+    with progress("reading", len(text.batches)) as done, observed(model, see):
         read(model, text, done)
     numbers = torch.arange(len(histogram)).double()
     shares = histogram / text.tokens

@@ -107,9 +107,9 @@ def _pack(ids: Iterator[int], file: Path, window: int, tokens: int) -> Tensor:
 
 
 @contextmanager
-def progress(what: str, passes: int, text: Text) -> Iterator[Callable[[], object]]:
-    """A bar on stderr over the batches of some passes over the text; call what it gives after each batch."""
-    with tqdm(desc=what, total=passes * len(text.batches), unit=" batches", disable=None, leave=False) as bar:
+def progress(what: str, batches: int) -> Iterator[Callable[[], object]]:
+    """A bar on stderr; call what it gives after each batch. Its ETA is by the mean, as batches differ."""
+    with tqdm(desc=what, total=batches, unit=" batches", disable=None, leave=False, smoothing=0) as bar:
         yield bar.update
 
 

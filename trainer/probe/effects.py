@@ -1,0 +1,78 @@
+"""What random experts in one layer do to a number: its table and its panel, layer by layer."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
+
+from trainer.probe.output import INK, SERIES, quiet, table
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+Over = Literal["layer", "pool", "matched"]
+OVERS: tuple[Over, ...] = ("layer", "pool", "matched")
+WHAT = {"layer": "the layer's experts", "pool": "the full pool", "matched": "its most used experts"}
+
+
+@dataclass(frozen=True)
+class Effect:
+    """By how much the number changes: mean and standard deviation over the draws.
+
+    `layer` is None for the mean over the layers.
+    """
+
+    layer: int | None
+    over: Over
+    mean: float
+    spread: float
+
+
+def spread_of(values: Sequence[float]) -> float:
+    """Standard deviation; 0 for one value."""
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def over_layers(by_layer: Sequence[Sequence[float]]) -> list[float]:
+    """The mean over the layers, by draw."""
+    return [statistics.fmean(values) for values in zip(*by_layer, strict=True)]
+
+
+def effect_table(title: str, effects: Sequence[Effect], form: str) -> Table:
+    """A line a layer and one for the mean, a column a protocol; `form` is the numbers' format."""
+    overs = dict.fromkeys(effect.over for effect in effects)
+    made = table(title, "layer", *(f"over {WHAT[over]}" for over in overs))
+    cells = {(e.layer, e.over): f"{e.mean:{form}} ± {e.spread:{form.lstrip('+')}}" for e in effects}
+    for layer in sorted({e.layer for e in effects if e.layer is not None}):
+        made.add_row(str(layer), *(cells[layer, over] for over in overs))
+    made.add_section()
+    made.add_row("mean", *(cells[None, over] for over in overs))
+    return made
+
+
+def plot_effects(axes: Axes, effects: Sequence[Effect], labels: Mapping[Over, str]) -> None:
+    """A line a protocol with its spread by layer, and its mean. A protocol without a label is not in the legend."""
+    for over, colour in zip(dict.fromkeys(effect.over for effect in effects), SERIES, strict=False):
+        own = [(e.layer, e.mean, e.spread) for e in effects if e.over == over and e.layer is not None]
+        layers, means, spreads = zip(*own, strict=True)
+        axes.errorbar(
+            layers,
+            means,
+            spreads,
+            marker="o",
+            ms=5,
+            capsize=3,
+            color=colour,
+            label=labels.get(over, "_"),
+        )
+        for mean in (e.mean for e in effects if e.over == over and e.layer is None):
+            axes.axhline(mean, color=colour, linestyle="--", linewidth=1)
+    quiet(axes)
+    axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
+    axes.xaxis.set_major_locator(MaxNLocator(12, integer=True))
+    axes.yaxis.label.set_color(INK)
