@@ -28,7 +28,7 @@ def random_routing(layer: int, experts: int, seed: int, sequences: range) -> Rer
             return routing
         tokens, top_k = routing.topk_expert_ids_TK.shape
         length = tokens // len(sequences)
-        drawn = [torch.rand(length, experts, generator=_generator(seed, layer, number)) for number in sequences]
+        drawn = [torch.rand(length, experts, generator=seeded(seed, layer, number)) for number in sequences]
         ids_TK = select_experts(torch.cat(drawn), top_k)
         tokens_per_expert_M = torch.bincount(ids_TK.flatten(), minlength=experts)
         device = routing.topk_expert_ids_TK.device
@@ -39,5 +39,6 @@ def random_routing(layer: int, experts: int, seed: int, sequences: range) -> Rer
     return reroute
 
 
-def _generator(*seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
+def seeded(*numbers: int) -> torch.Generator:
+    """On the CPU, so that all devices draw the same; other numbers, other draws."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -19,6 +18,7 @@ from trainer.probe.adapters import Choice, MoELayer, MoEModel, observed, reroute
 from trainer.probe.effects import OVERS, WHAT, Effect, Over, effect_table, over_layers, plot_effects, spread_of
 from trainer.probe.output import INK
 from trainer.probe.text import Text, mean_loss, progress
+from trainer.random_routing import seeded
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -247,10 +247,10 @@ def randomize(
                 losses, answers = [], []
                 for draw in range(draws):
                     numbers = (seed, draw, layer.number, OVERS.index(over))
-                    with randomised(layer, ids_C, _generator(*numbers)):
+                    with randomised(layer, ids_C, seeded(*numbers)):
                         losses.append(mean_loss(model, text, done))
                     if exam:
-                        with randomised(layer, ids_C, _generator(*numbers, 1)):
+                        with randomised(layer, ids_C, seeded(*numbers, 1)):
                             answers.append(exam.take(done))
                 increase = statistics.fmean(losses) - loss
                 found.append(Randomised(layer.number, over, len(ids_C), tuple(losses), increase, spread_of(losses)))
@@ -258,11 +258,6 @@ def randomize(
     means = tuple(_mean_over_layers(over, loss, [r for r in found if r.over == over]) for over in overs)
     drops = accuracy(exam.learned, taken) if exam else None
     return Randomization(model.name, text.name, text.tokens, seed, draws, loss, tuple(found), means, drops)
-
-
-def _generator(*numbers: int) -> torch.Generator:
-    state = np.random.SeedSequence(numbers).generate_state(1)
-    return torch.Generator().manual_seed(int(state[0]))
 
 
 def _mean_over_layers(over: Over, loss: float, layers: Sequence[Randomised]) -> Mean:
