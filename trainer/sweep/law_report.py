@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from trainer.finite import finite
 from trainer.sweep.law import MISFIT_P
 from trainer.sweep.law_result import FARTHEST, Crossing, Estimate, Law, Term
-from trainer.sweep.result import finite
 from trainer.sweep.statistics import CONFIDENCE
 
 FORMS = {"none": "no dependence", "line": "straight line in the logarithm", "power": "power law"}

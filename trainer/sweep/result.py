@@ -14,6 +14,7 @@ import numpy as np
 
 from trainer.config import Recipe
 from trainer.costs import count_parameters
+from trainer.finite import finite
 from trainer.sweep.runs import is_done, records_of
 from trainer.sweep.spec import Cell, Experiment, Run
 from trainer.sweep.statistics import CONFIDENCE, Difference, Spread, paired, spread
@@ -166,15 +167,6 @@ def _row_json(row: Row) -> dict[str, Any]:
 def _setting(recipe: Recipe, key: str) -> Any:
     section, _, name = key.partition(".")
     return getattr(getattr(recipe, section), name)
-
-
-def finite(tree: Any) -> Any:
-    """JSON has neither NaN nor infinity: null instead."""
-    if isinstance(tree, dict):
-        return {key: finite(value) for key, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        return [finite(value) for value in tree]
-    return None if isinstance(tree, float) and not math.isfinite(tree) else tree
 
 
 def write_files(experiment: Experiment, rows: Sequence[Row]) -> list[Path]:

@@ -36,8 +36,8 @@ LOG_SECONDS = 60.0
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 _HOW = {"run.dir", "data.dir"}
-"""Keys that may differ: where things lie. And two sections:"""
-_HOW_SECTIONS = {"checkpoint", "metrics"}
+"""Keys that may differ: where things lie. And sections on which no number of the training depends:"""
+_HOW_SECTIONS = {"checkpoint", "metrics", "probe"}
 
 
 def is_done(run: Run) -> bool:

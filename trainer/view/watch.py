@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ from rich.console import Console
 from rich.live import Live
 
 from trainer.errors import UserError
+from trainer.finite import finite
 from trainer.view.frame import Frame
 from trainer.view.pages import TARGETS_FILE, fetch, page_url, targets
 from trainer.view.records import Records, is_run, saved_recipe
@@ -55,17 +55,9 @@ def _follow(look: Callable[[], View], interval: float, console: Console) -> None
 
 def to_json(view: View) -> dict[str, Any]:
     """The view for machines: numbers that are not known, or not finite, are null. The loss curve is left out."""
-    tree: dict[str, Any] = _finite(asdict(replace(view, losses=())))
+    tree: dict[str, Any] = finite(asdict(replace(view, losses=())))
     del tree["losses"]
     return tree
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _look_at(sources: Sequence[str]) -> Callable[[], View]:
