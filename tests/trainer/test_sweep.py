@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -315,6 +316,20 @@ def test_report_of_made_up_runs(made_up: Experiment) -> None:
         ElementTree.parse(made_up.folder / f"{name}.svg")
     as_json = CliRunner().invoke(cli, ["sweep", str(made_up.folder), "--report", "--json"])
     assert json.loads(as_json.stdout) == tree
+
+
+def test_curves_are_also_drawn_against_the_baseline(made_up: Experiment) -> None:
+    """Left a mean a variant; right those that are compared, which end at their difference."""
+    from trainer.sweep.plot import draw_curves
+
+    rows = {row.cell.name: row for row in collect(made_up)}
+    panels = draw_curves(made_up, list(rows.values())).axes
+    losses, differences = ([line for line in axes.lines if line.get_marker() == "o"] for axes in panels)
+    assert {line.get_label() for line in losses} == set(rows)
+    ends = sorted(float(np.asarray(line.get_ydata())[-1]) for line in differences)
+    assert ends == pytest.approx(sorted(row.difference.mean for row in rows.values() if row.difference))
+    alone = [row for row in rows.values() if row.difference is None]
+    assert len(draw_curves(made_up, alone).axes) == 1
 
 
 def axis_panels(experiment: Experiment) -> list[dict[str, Any]]:

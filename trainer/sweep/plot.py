@@ -156,27 +156,53 @@ def _line(axes: Axes, xs: Sequence[float], rows: Sequence[Row], name: str, colou
 
 
 def draw_curves(experiment: Experiment, rows: Sequence[Row]) -> Figure:
-    """Validation loss over tokens: the mean over seeds, and thin each seed's."""
-    figure = Figure(figsize=(9.5, max(5.0, 1.2 + 0.24 * len(rows))), dpi=120, layout="constrained")
-    axes = figure.subplots()
+    """Validation loss over tokens: the mean over seeds, and thin each seed's; beside it the same minus the baseline."""
+    against = {row.cell.name: curve for row in rows if (curve := _minus_baseline(row, rows))}
+    panels = 2 if against else 1
+    figure = Figure(figsize=(3.5 + 6 * panels, max(5.0, 1.2 + 0.24 * len(rows))), dpi=120, layout="constrained")
+    axes, *right = figure.subplots(1, panels, squeeze=False)[0]
     colours = _colours(experiment, [(row.cell.name, row.cell.variant) for row in rows])
     for row in rows:
-        t, colour = row.cell.recipe.train, colours[row.cell.name]
-        step_tokens = t.global_batch * row.cell.recipe.model.seq_len
-        for run in row.runs:
-            axes.plot(np.array(run.val_steps) * step_tokens, run.val_losses, color=colour, linewidth=0.7, alpha=0.35)
-        steps = row.runs[0].val_steps
-        alike = [run.val_losses for run in row.runs if run.val_steps == steps]
-        mean = np.mean(alike, axis=0)
-        marks = "o-" if len(steps) < 30 else "-"
-        axes.plot(np.array(steps) * step_tokens, mean, marks, color=colour, markersize=3.5, label=row.cell.name)
-    axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
-    axes.set_xlabel("tokens")
-    axes.set_ylabel("validation loss, nats a token")
+        own = [(run.val_steps, run.val_losses) for run in row.runs]
+        _curve(axes, row, own, colours[row.cell.name], row.cell.name)
+        if row.cell.name in against:
+            _curve(right[0], row, against[row.cell.name], colours[row.cell.name], "_")
+    for panel, what in zip((axes, *right), ("", f", minus {experiment.sweep.baseline} of the same seed"), strict=False):
+        panel.xaxis.set_major_formatter(EngFormatter(sep=" "))
+        panel.set_xlabel("tokens")
+        panel.set_ylabel(f"validation loss, nats a token{what}")
+        quiet(panel, "both")
+    for panel in right:
+        panel.axhline(0, color=INK, linestyle="--", linewidth=1)
     figure.legend(loc="outside right upper", frameon=False, fontsize=9, labelcolor=INK)
-    quiet(axes, "both")
     figure.suptitle(f"{experiment.name}: mean over seeds, thin each seed", x=0.01, ha="left", color=INK, fontsize=12)
     return figure
+
+
+_Seeds = Sequence[tuple[Sequence[int], Sequence[float]]]
+"""Steps and values of each seed."""
+
+
+def _minus_baseline(row: Row, rows: Sequence[Row]) -> _Seeds:
+    """Of the seeds that both have, where they were validated after the same steps."""
+    baseline = {run.seed: run for other in rows if other.cell.name == row.cell.baseline for run in other.runs}
+    pairs = [(run, baseline[run.seed]) for run in row.runs if run.seed in baseline]
+    return [
+        (run.val_steps, [a - b for a, b in zip(run.val_losses, other.val_losses, strict=True)])
+        for run, other in pairs
+        if run.val_steps == other.val_steps
+    ]
+
+
+def _curve(axes: Axes, row: Row, seeds: _Seeds, colour: Colour, label: str) -> None:
+    """The mean over the seeds that have the first one's steps, and thin each seed."""
+    step_tokens = row.cell.recipe.train.global_batch * row.cell.recipe.model.seq_len
+    for steps, values in seeds:
+        axes.plot(np.array(steps) * step_tokens, values, color=colour, linewidth=0.7, alpha=0.35)
+    steps = seeds[0][0]
+    mean = np.mean([values for own, values in seeds if own == steps], axis=0)
+    marks = "o-" if len(steps) < 30 else "-"
+    axes.plot(np.array(steps) * step_tokens, mean, marks, color=colour, markersize=3.5, label=label)
 
 
 def _colours(experiment: Experiment, names: Sequence[tuple[str, str]]) -> dict[str, Colour]:
