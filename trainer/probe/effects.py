@@ -73,6 +73,9 @@ def plot_effects(axes: Axes, effects: Sequence[Effect], labels: Mapping[Over, st
         for mean in (e.mean for e in effects if e.over == over and e.layer is None):
             axes.axhline(mean, color=colour, linestyle="--", linewidth=1)
     quiet(axes)
-    axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
-    axes.xaxis.set_major_locator(MaxNLocator(12, integer=True))
+    low, high = (f(0.0, limit) for f, limit in zip((min, max), axes.get_ylim(), strict=True))
+    axes.set_ylim(low, high + 0.05 * (high - low))
+    seen = [e.layer for e in effects if e.layer is not None]
+    axes.set_xlim(min(seen) - 0.5, max(seen) + 0.5)
+    axes.xaxis.set_major_locator(MaxNLocator(12, integer=True, min_n_ticks=1))
     axes.yaxis.label.set_color(INK)
