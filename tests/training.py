@@ -55,7 +55,7 @@ class Outcome:
     """What a run comes to, whatever its layout.
 
     Attributes:
-        scalars: per step: loss, balance_loss, grad_norm, lr, load_imbalance, distinct_experts.
+        scalars: per step: loss, balance_loss, grad_norm, lr, load_imbalance, distinct_experts, gates.
         gradients: of the first step, reduced, before clipping; experts by "expert/<id>/...". Empty unless ZeRO 0.
         weights: after the last step.
         val_loss: of an evaluation at the end.
@@ -147,7 +147,8 @@ def _train(
                 "distinct_experts",
                 "applied",
             )
-            result["scalars"].append({name: float(getattr(scalars, name)) for name in names})
+            gates = {f"gate of layer {layer}": gate for layer, gate in enumerate(scalars.layer_gates)}
+            result["scalars"].append({name: float(getattr(scalars, name)) for name in names} | gates)
         if saver and step + 1 == save_after:
             saver.start(save_after)
     assert saver is None or saver.finish()

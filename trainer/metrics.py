@@ -86,6 +86,7 @@ CATALOGUE = (
     _gauge("load_imbalance_ratio", "Pool load of the last step, max / mean over experts."),
     _gauge("shard_load_imbalance_ratio", "Pool load of the last step, max / mean over shards."),
     _gauge("layer_load_imbalance_ratio", "A layer's load of the last step, max / mean.", "layer", by_rank=False),
+    _gauge("layer_gate", "Sum of a token's gate values, mean over the last step's.", "layer", by_rank=False),
     _gauge("dead_experts", "Experts without a token in the last step."),
     _gauge("effective_experts", "exp of the entropy of the pool's load of the last step."),
     _gauge("distinct_experts_per_token", "Experts of the pool that a token meets over all layers, mean."),
@@ -115,8 +116,9 @@ class StepScalars:
 
     loss in nats; grad_norm over both roles; tokens of the global batch; seconds of the step on this rank;
     load_imbalance of the pool (max / mean over experts), shard_imbalance over shards, layer_imbalances of each layer
-    and layer_imbalance their mean; distinct_experts that a token meets; specialisation of the layers in bits (see
-    `router.specialisation`); pool_wait the share of the step spent waiting for the pool.
+    and layer_imbalance their mean; layer_gates the sums of a token's gate values, a mean over the tokens;
+    distinct_experts that a token meets; specialisation of the layers in bits (see `router.specialisation`); pool_wait
+    the share of the step spent waiting for the pool.
     """
 
     loss: float
@@ -131,6 +133,7 @@ class StepScalars:
     shard_imbalance: float
     layer_imbalance: float
     layer_imbalances: tuple[float, ...]
+    layer_gates: tuple[float, ...]
     dead_experts: int
     effective_experts: float
     distinct_experts: float
@@ -267,9 +270,11 @@ class MetricsServer(Collector):
         self.set("unipool_router_z_loss", s.z_loss)
         self.set("unipool_load_imbalance_ratio", s.load_imbalance)
         self.set("unipool_shard_load_imbalance_ratio", s.shard_imbalance)
-        for layer, imbalance in enumerate(s.layer_imbalances):
+        for layer, (imbalance, gate) in enumerate(zip(s.layer_imbalances, s.layer_gates, strict=True)):
+            name = padded(layer, len(s.layer_imbalances))
             # Of all digits of a float nobody has any use here, and a page of 48 layers is to stay small.
-            self.set("unipool_layer_load_imbalance_ratio", round(imbalance, 4), padded(layer, len(s.layer_imbalances)))
+            self.set("unipool_layer_load_imbalance_ratio", round(imbalance, 4), name)
+            self.set("unipool_layer_gate", round(gate, 4), name)
         self.set("unipool_dead_experts", s.dead_experts)
         self.set("unipool_effective_experts", s.effective_experts)
         self.set("unipool_distinct_experts_per_token", s.distinct_experts)

@@ -68,12 +68,14 @@ class MicroBatchResult:
     """Scalars in fp32 on the compute device; the loss is the mean cross-entropy in nats, without balance losses.
 
     distinct_experts: of the pool that a token meets over all layers, a mean over the tokens.
+    gates_L: sum of a token's gate values in each layer, a mean over the tokens.
     """
 
     loss: Tensor
     balance_loss: Tensor
     z_loss: Tensor
     distinct_experts: Tensor
+    gates_L: Tensor
     tokens_per_expert_LM: Tensor
 
 
@@ -166,6 +168,7 @@ def train_micro_batch(
     inputs: tuple[Tensor, ...] = ()
     scores: list[Tensor] = []
     z_losses: list[Tensor] = []
+    gates: list[Tensor] = []
     for layer in range(len(trunk.blocks)):
         before = layers[-1].dispatch if layers else None
         segment = _Segment(_to_request(trunk, pool_map, layer, tokens_BS, before), inputs, objective.recompute)
@@ -173,6 +176,7 @@ def train_micro_batch(
         layers.append(segment)
         scores.append(mean_scores_M.detach())
         z_losses.append(z_loss.detach())
+        gates.append(topk_scores_TK.detach().sum(dim=-1).mean())
         y_ND = yield _request(Kind.FORWARD, index, layer, rows_ND.detach(), segment.dispatch)
         inputs = (h_BSD, y_ND, topk_scores_TK)
     last = _Segment(_to_loss(trunk, targets_BS, layers[-1].dispatch), inputs, objective.recompute)
@@ -193,7 +197,8 @@ def train_micro_batch(
     if coefficients_LM is not None:
         balance_loss = (coefficients_LM * torch.stack(scores)).sum()
     distinct = distinct_experts(torch.stack([_dispatched(segment).expert_ids_TK for segment in layers]))
-    return MicroBatchResult(loss, balance_loss, objective.z_loss * torch.stack(z_losses).sum(), distinct, load_LM)
+    z_loss = objective.z_loss * torch.stack(z_losses).sum()
+    return MicroBatchResult(loss, balance_loss, z_loss, distinct, torch.stack(gates), load_LM)
 
 
 def train_dense_micro_batch(
@@ -204,8 +209,9 @@ def train_dense_micro_batch(
     with trunk.autocast():
         loss = trunk.loss(_dense_hidden(trunk, sequences_BS1[:, :-1]), sequences_BS1[:, 1:])
     (loss * objective.scale).backward()
-    zero = torch.zeros_like(loss)
-    return MicroBatchResult(loss.detach(), zero, zero, zero, torch.zeros(len(trunk.blocks), 1, dtype=torch.int64))
+    zero, layers = torch.zeros_like(loss), len(trunk.blocks)
+    no_load_L1 = torch.zeros(layers, 1, dtype=torch.int64)
+    return MicroBatchResult(loss.detach(), zero, zero, zero, zero.expand(layers), no_load_L1)
 
 
 Reroute = Callable[[int, Routing], Routing]

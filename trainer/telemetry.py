@@ -67,9 +67,10 @@ class Telemetry:
             sides["pool"] = usage[len(ACTIVITIES) :]
         for side, seconds in sides.items():
             values |= {f"{side}_{activity}": share for activity, share in shares(seconds).items()}
-        layers = values["layer_imbalances"]
-        flat = {f"train/{name}": float(value) for name, value in values.items() if name != "layer_imbalances"}
-        flat |= {f"layer_imbalance/{padded(layer, len(layers))}": imbalance for layer, imbalance in enumerate(layers)}
+        by_layer = {"layer_imbalance": scalars.layer_imbalances, "layer_gate": scalars.layer_gates}
+        flat = {f"train/{name}": float(value) for name, value in values.items() if not isinstance(value, tuple)}
+        for name, own in by_layer.items():
+            flat |= {f"{name}/{padded(layer, len(own))}": value for layer, value in enumerate(own)}
         role.monitors.write(flat, done)
         if self._progress:
             self._progress.step(done, values)

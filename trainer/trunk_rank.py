@@ -81,6 +81,7 @@ class TrunkRank:
         self.load_LM = torch.zeros(recipe.model.layers, max(1, recipe.experts_per_layer), dtype=torch.int64)
         self._recent_load_LM = torch.zeros_like(self.load_LM, dtype=torch.float64)
         self._scalars = [0.0, 0.0, 0.0, 0.0]
+        self._gates = [0.0] * recipe.model.layers
         self._losses: list[float] = []
         self.clock = UsageClock(self._pool)
         self._started = time.perf_counter()
@@ -157,17 +158,18 @@ class TrunkRank:
         """The step's scalars and load over all trunk ranks: one reduction."""
         ranks = self._job.topology.trunk_ranks
         self._losses = []
-        scalars = torch.zeros(4, dtype=torch.float64)
+        scalars = torch.zeros(4 + len(self._gates), dtype=torch.float64)
         load_LM = torch.zeros_like(self.load_LM)
         for r in results:
-            of_micro_batch = torch.stack((r.loss, r.balance_loss, r.z_loss, r.distinct_experts)).double().cpu()
-            self._losses.append(float(of_micro_batch[0]))
-            scalars += of_micro_batch
+            own = torch.stack((r.loss, r.balance_loss, r.z_loss, r.distinct_experts, *r.gates_L)).double().cpu()
+            self._losses.append(float(own[0]))
+            scalars += own
             load_LM += r.tokens_per_expert_LM.cpu()
         together = torch.cat((scalars / (len(results) * ranks), load_LM.double().flatten()))
         if ranks > 1:
             dist.all_reduce(together)
-        self._scalars, self.load_LM = together[:4].tolist(), together[4:].long().view_as(load_LM)
+        self._scalars, self._gates = together[:4].tolist(), together[4 : len(scalars)].tolist()
+        self.load_LM = together[len(scalars) :].long().view_as(load_LM)
 
     def step(self, step: int, total_norm: float) -> StepScalars:
         """Step with the norm over both roles; returns the step's scalars."""
@@ -249,6 +251,7 @@ class TrunkRank:
             shard_imbalance=float(load_imbalance(self._shard_load(load_M))),
             layer_imbalance=float(layer_imbalance_L.mean()),
             layer_imbalances=tuple(layer_imbalance_L.tolist()),
+            layer_gates=tuple(self._gates),
             dead_experts=int(dead_experts(load_M)) if recipe.model.ffn == "pool" else 0,
             effective_experts=float(effective_experts(load_M)),
             distinct_experts=distinct_experts,

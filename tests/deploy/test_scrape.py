@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import socket
 import subprocess
 import time
 import urllib.parse
@@ -74,16 +73,20 @@ def prometheus(folder: Path, targets: Path) -> Iterator[Server]:
     with (folder / "prometheus.log").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
     try:
-        wait_until(lambda: accepts(server.port), lambda: (folder / "prometheus.log").read_text())
+        wait_until(lambda: ready(server.port), lambda: (folder / "prometheus.log").read_text())
         yield server
     finally:
         process.kill()
         process.wait()
 
 
-def accepts(port: int) -> bool:
-    with socket.socket() as one:
-        return one.connect_ex(("127.0.0.1", port)) == 0
+def ready(port: int) -> bool:
+    """Whether Prometheus answers queries: it listens earlier."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/-/ready", timeout=10):
+            return True
+    except OSError:
+        return False
 
 
 def wait_until(condition: Callable[[], bool], told: Callable[[], str]) -> None:

@@ -110,12 +110,15 @@ def test_the_same_scalars_go_everywhere(folder: Path) -> None:
             assert min(parts) >= 0 and sum(parts) == pytest.approx(1)
         assert 1 <= line["distinct_experts"] <= 2 and line["shard_imbalance"] == 1
         assert line["layer_imbalance"] == pytest.approx(sum(line["layer_imbalances"]) / 2)
+        assert all(0 <= gate < 2 for gate in line["layer_gates"])
+    assert all(0.5 < gate for gate in trained[0]["layer_gates"]), "near 1 at the start"
     board = EventAccumulator(str(folder / "run" / "tensorboard"))
     board.Reload()
     for name, values in {
         "train/loss": [(line["step"], line["loss"]) for line in trained],
         "train/pool_waiting": [(line["step"], line["pool_waiting"]) for line in trained],
         "layer_imbalance/1": [(line["step"], line["layer_imbalances"][1]) for line in trained],
+        "layer_gate/1": [(line["step"], line["layer_gates"][1]) for line in trained],
         "eval/val_loss": [(line["step"], line["val_loss"]) for line in lines if "val_loss" in line],
         "random_routing/mean": [(line["step"], line["random_routing"]) for line in lines if "random_routing" in line],
     }.items():

@@ -31,6 +31,7 @@ def scalars(**values: Any) -> StepScalars:
             **dict.fromkeys(("layer_imbalance", "effective_experts", "distinct_experts"), 0.123456789),
             **dict.fromkeys(("specialisation", "pool_wait"), 0.123456789),
             "layer_imbalances": tuple(1 + 1 / (3 + layer) for layer in range(LAYERS)),
+            "layer_gates": tuple(1 / (3 + layer) for layer in range(LAYERS)),
             "tokens": 262144,
             "dead_experts": 3,
             "applied": True,
@@ -107,6 +108,7 @@ def test_a_page_stays_small() -> None:
         page = page_of(server)
         assert page.count("\nunipool_expert_") == series
         assert len(page) < 50_000
+    assert parse(page)["unipool_layer_gate"][47] == ({"layer": "47"}, 0.02)
 
 
 def test_a_dense_model_has_no_pool() -> None:
@@ -114,7 +116,7 @@ def test_a_dense_model_has_no_pool() -> None:
     server.step(scalars(), 5, has_pool=False)
     samples = parse(page_of(server))
     assert samples["unipool_step"][0][1] == 5
-    assert not [name for name in samples if "expert" in name or "imbalance" in name or "balance" in name]
+    assert not [name for name in samples if "expert" in name or "balance" in name or "gate" in name]
 
 
 def test_only_this_machine_reads_unless_asked() -> None:
