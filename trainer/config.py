@@ -61,6 +61,9 @@ class Router(Section):
     top_k: Positive = 1
     z_loss: NonNegativeFloat = 0.0
     bias_rate: NonNegativeFloat = Field(1e-3, description="step of the expert bias (sigmoid_bias only)")
+    constant_factor: PositiveFloat = Field(
+        1.0, description="what c is multiplied by (norm only): a token's gate values begin with this 2-norm, about"
+    )
 
 
 class Pool(Section):

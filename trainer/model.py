@@ -121,7 +121,7 @@ class Trunk(nn.Module):
         self.bf16 = recipe.train.precision == "bf16"
         constant = 1.0
         if m.ffn == "pool" and recipe.router.kind == "norm":
-            constant = norm_constant(recipe.experts_per_layer, recipe.router.top_k)
+            constant = norm_constant(recipe.experts_per_layer, recipe.router.top_k) * recipe.router.constant_factor
         self.embedding = nn.Embedding(m.vocab, m.hidden)
         self.blocks = nn.ModuleList(Block(recipe, constant) for _ in range(m.layers))
         self.head = Head(m.hidden, m.vocab, m.norm_eps)

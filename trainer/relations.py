@@ -73,6 +73,9 @@ def _check_pool(r: Recipe) -> None:
         raise _Relation(
             "router.top_k", r.router.top_k, f"must be at most the experts a layer sees ({r.experts_per_layer})"
         )
+    if r.router.kind != "norm" and r.router.constant_factor != 1:
+        allowed = f"must be 1 with router.kind = {r.router.kind}: c is NormRouter's"
+        raise _Relation("router.constant_factor", r.router.constant_factor, allowed)
 
 
 def _check_balance(r: Recipe) -> None:

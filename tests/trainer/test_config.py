@@ -23,6 +23,7 @@ WRONG = {
     "model.layers=null": "model.layers = None: must be a valid integer",
     "pool.experts=0": "pool.experts = 0: must be at least 1 with model.ffn = pool",
     "router.top_k=65": "router.top_k = 65: must be at most the experts a layer sees (64)",
+    "router={kind: softmax, constant_factor: 2}": "router.constant_factor = 2.0: must be 1 with router.kind = softmax",
     "balance.delay=0": "balance.delay = 0: must be at least 1 with balance.scope = global_batch",
     "train.global_batch=12": "train.global_batch = 12: must be divisible by train.micro_batch x parallel.trunk_ranks",
     "parallel.pool_ranks=3": "pool.experts = 64: must be divisible by the shards of the pool (3)",

@@ -36,7 +36,7 @@ from trainer.reshape import SavedCheckpoint, convert
 
 GROUPS: dict[str, Any] = {"model": {"groups": 3}, "pool": {"experts": 12}}
 MODELS: dict[str, dict[str, Any]] = {
-    "unipool": {},
+    "unipool": {"router": {"constant_factor": 0.5}},
     "sigmoid_bias, groups, 1+2 ranks, ZeRO": GROUPS
     | {
         "router": {"kind": "sigmoid_bias", "bias_rate": 0.3},

@@ -72,6 +72,13 @@ def test_recompute_is_exact(sections: dict[str, Any]) -> None:
     assert_same(colocated(), run_training(tiny(parallel=parallel, **sections)), tolerance=0.0)
 
 
+def test_gates_begin_with_the_constant_factor() -> None:
+    """Those of layer 0: it sees the same tokens."""
+    half = run_training(tiny(parallel=ZERO_0, router={"constant_factor": 0.5}), steps=1)
+    paper, ours = (outcome.scalars[0]["gate of layer 0"] for outcome in (colocated(), half))
+    assert paper > 0.5 and ours == pytest.approx(0.5 * paper)
+
+
 def test_same_command_twice_is_bit_for_bit_the_same() -> None:
     recipe = tiny(parallel={"trunk_ranks": 2, "pool_ranks": 2, "lanes": 3})
     assert_same(run_training(recipe), run_training(recipe), tolerance=0.0)

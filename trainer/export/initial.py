@@ -26,9 +26,10 @@ _CONFIG = {
     "num_expert_groups": "model.groups",
     "num_experts_per_tok": "router.top_k",
     "router": "router.kind",
+    "router_constant_factor": "router.constant_factor",
 }
 """Recipe's keys by their names in config.json."""
-_OF_THE_POOL = {"model.groups", "router.top_k", "router.kind"}
+_OF_THE_POOL = {"model.groups", "router.top_k", "router.kind", "router.constant_factor"}
 
 
 class ExportedWeights:

@@ -36,7 +36,7 @@ class UniPoolConfig(PretrainedConfig):
     num_expert_groups: 1 is UniPool; with G groups each num_hidden_layers / G adjacent layers share num_experts / G
         experts, and G = num_hidden_layers is a vanilla mixture of experts.
     router: "norm" (eq. 7), "softmax", or "sigmoid_bias" (arXiv:2408.15664).
-    router_constant: c of eq. 7.
+    router_constant: c of eq. 7. router_constant_factor: what c is multiplied by; 1 is the paper's.
     """
 
     model_type = "unipool"
@@ -59,6 +59,7 @@ class UniPoolConfig(PretrainedConfig):
         num_experts_per_tok: int = 1,
         router: str = "norm",
         router_constant: float = 1.0,
+        router_constant_factor: float = 1.0,
         initializer_range: float = 0.01,
         use_cache: bool = True,
         tie_word_embeddings: bool = False,
@@ -79,6 +80,7 @@ class UniPoolConfig(PretrainedConfig):
         self.num_experts_per_tok = num_experts_per_tok
         self.router = router
         self.router_constant = router_constant
+        self.router_constant_factor = router_constant_factor
         self.initializer_range = initializer_range
         self.use_cache = use_cache
         self.hidden_act = "silu"
@@ -183,7 +185,8 @@ class UniPoolRouter(nn.Module):
 
     def __init__(self, config: UniPoolConfig):
         super().__init__()
-        self.kind, self.top_k, self.constant = config.router, config.num_experts_per_tok, config.router_constant
+        self.kind, self.top_k = config.router, config.num_experts_per_tok
+        self.constant = config.router_constant * config.router_constant_factor
         experts = config.num_experts // config.num_expert_groups
         self.weight = nn.Parameter(torch.empty(experts, config.hidden_size))
         if self.kind == "norm":

@@ -164,6 +164,7 @@ def model_config(recipe: Recipe) -> UniPoolConfig:
         num_experts_per_tok=r.top_k,
         router=r.kind,
         router_constant=constant,
+        router_constant_factor=r.constant_factor,
         initializer_range=m.init_std,
     )
 

@@ -136,7 +136,8 @@ def _method(point: Point) -> tuple[Any, ...]:
     s, groups = point.settings, point.settings["model.groups"]
     sharing = "a layer each" if groups == point.layers else groups
     losses = [s[key] > 0 for key in ("balance.layer", "balance.pool")]
-    return (sharing, s["router.kind"], s["balance.scores"], s["balance.scope"], s["balance.delay"], *losses)
+    router = (s["router.kind"], s["router.constant_factor"])
+    return (sharing, *router, s["balance.scores"], s["balance.scope"], s["balance.delay"], *losses)
 
 
 def _family(points: Sequence[Point], blocks: dict[str, Point]) -> Family:

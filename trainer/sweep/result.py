@@ -29,7 +29,7 @@ MEASURES = ("train_loss", *_OF_A_POOL, "random_routing", "tokens_per_second")
 
 SETTINGS = (
     *("model.ffn", "model.groups", "model.ffn_hidden", "model.vocab", "model.seq_len"),
-    *("router.kind", "router.top_k", "balance.layer", "balance.pool", "balance.scores"),
+    *("router.kind", "router.top_k", "router.constant_factor", "balance.layer", "balance.pool", "balance.scores"),
     *("balance.scope", "balance.delay", "train.lr", "data.source", "data.tokenizer"),
 )
 """Keys of a variant's recipe that result.json has, for those who compare results of several sweeps."""
