@@ -11,7 +11,7 @@ from trainer.errors import UserError
 from trainer.evaluate.scores import Scores, with_accuracy
 from trainer.evaluate.tables import settings, show_score
 from trainer.probe.adapters import MoEModel
-from trainer.probe.effects import WHAT, Effect, Over, effect_table, over_layers, spread_of
+from trainer.probe.effects import WHAT, Effect, Over, effect_table, over_layers, show_effect, spread_of
 from trainer.probe.output import table
 
 if TYPE_CHECKING:
@@ -30,10 +30,10 @@ class Accuracies:
 
 @dataclass(frozen=True)
 class Drop:
-    """By how many percentage points an accuracy falls; mean and standard deviation (0 for one) over the draws."""
+    """By how many percentage points an accuracy falls; mean and standard deviation (None for one) over the draws."""
 
     drop: float
-    spread: float
+    spread: float | None
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class LayerDrop:
     over: Over
     accuracies: tuple[Accuracies, ...]
     drop: float
-    spread: float
+    spread: float | None
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class MeanDrop:
 
     over: Over
     drop: float
-    spread: float
+    spread: float | None
     tasks: dict[str, Drop]
 
 
@@ -88,11 +88,10 @@ class Accuracy:
         for mean in self.means:
             tasks.add_column(f"over {WHAT[mean.over]}", justify="right")
         for task in with_accuracy(self.learned.tasks):
-            drops = (f"{d.drop:z.2f} ± {d.spread:.2f}" for d in (mean.tasks[task.task] for mean in self.means))
-            tasks.add_row(task.task, f"{task.examples:,}", show_score(task.metrics["acc"]), *drops)
+            drops = [mean.tasks[task.task] for mean in self.means]
+            tasks.add_row(task.task, f"{task.examples:,}", show_score(task.metrics["acc"]), *map(_show, drops))
         tasks.add_section()
-        drops = (f"{mean.drop:z.2f} ± {mean.spread:.2f}" for mean in self.means)
-        tasks.add_row("mean", "", f"{self.learned.mean['acc']:.4f}", *drops)
+        tasks.add_row("mean", "", f"{self.learned.mean['acc']:.4f}", *map(_show, self.means))
         return [effect_table(by_layer, self.effects(), "z.2f"), tasks]
 
     def notes(self) -> list[str]:
@@ -166,7 +165,13 @@ def accuracies(scores: Scores) -> Accuracies:
     return Accuracies(scores.mean["acc"], by_task)
 
 
-def _drops(base: Accuracies, by_layer: Sequence[Sequence[Accuracies]], task: str | None = None) -> tuple[float, float]:
+def _show(drop: Drop | MeanDrop) -> str:
+    return show_effect(drop.drop, drop.spread, "z.2f")
+
+
+def _drops(
+    base: Accuracies, by_layer: Sequence[Sequence[Accuracies]], task: str | None = None
+) -> tuple[float, float | None]:
     """(drop, spread) of a task or of the mean over them, of the mean over the layers."""
     by_draw = over_layers([[_points(_pick(base, task), _pick(a, task)) for a in own] for own in by_layer])
     return statistics.fmean(by_draw), spread_of(by_draw)

@@ -22,7 +22,7 @@ WHAT = {"layer": "the layer's experts", "pool": "the full pool", "matched": "its
 
 @dataclass(frozen=True)
 class Effect:
-    """By how much the number changes: mean and standard deviation over the draws.
+    """By how much the number changes: mean and standard deviation (None for one) over the draws.
 
     `layer` is None for the mean over the layers.
     """
@@ -30,12 +30,17 @@ class Effect:
     layer: int | None
     over: Over
     mean: float
-    spread: float
+    spread: float | None
 
 
-def spread_of(values: Sequence[float]) -> float:
-    """Standard deviation; 0 for one value."""
-    return statistics.stdev(values) if len(values) > 1 else 0.0
+def spread_of(values: Sequence[float]) -> float | None:
+    """Standard deviation; None for one value."""
+    return statistics.stdev(values) if len(values) > 1 else None
+
+
+def show_effect(mean: float, spread: float | None, form: str) -> str:
+    """In a table; `form` is the numbers' format."""
+    return f"{mean:{form}}" + ("" if spread is None else f" ± {spread:{form.lstrip('+')}}")
 
 
 def over_layers(by_layer: Sequence[Sequence[float]]) -> list[float]:
@@ -47,7 +52,7 @@ def effect_table(title: str, effects: Sequence[Effect], form: str) -> Table:
     """A line a layer and one for the mean, a column a protocol; `form` is the numbers' format."""
     overs = dict.fromkeys(effect.over for effect in effects)
     made = table(title, "layer", *(f"over {WHAT[over]}" for over in overs))
-    cells = {(e.layer, e.over): f"{e.mean:{form}} ± {e.spread:{form.lstrip('+')}}" for e in effects}
+    cells = {(e.layer, e.over): show_effect(e.mean, e.spread, form) for e in effects}
     for layer in sorted({e.layer for e in effects if e.layer is not None}):
         made.add_row(str(layer), *(cells[layer, over] for over in overs))
     made.add_section()
@@ -58,7 +63,7 @@ def effect_table(title: str, effects: Sequence[Effect], form: str) -> Table:
 def plot_effects(axes: Axes, effects: Sequence[Effect], labels: Mapping[Over, str]) -> None:
     """A line a protocol with its spread by layer, and its mean. A protocol without a label is not in the legend."""
     for over, colour in zip(dict.fromkeys(effect.over for effect in effects), SERIES, strict=False):
-        own = [(e.layer, e.mean, e.spread) for e in effects if e.over == over and e.layer is not None]
+        own = [(e.layer, e.mean, e.spread or 0.0) for e in effects if e.over == over and e.layer is not None]
         layers, means, spreads = zip(*own, strict=True)
         axes.errorbar(
             layers,

@@ -34,7 +34,7 @@ class Randomised:
         over, experts: from which, and how many, they were drawn.
         losses: of every draw, nats a token.
         increase: mean over the draws, over the learned routing's loss.
-        spread: standard deviation over the draws; 0 for one.
+        spread: standard deviation over the draws; None for one.
     """
 
     layer: int
@@ -42,7 +42,7 @@ class Randomised:
     experts: int
     losses: tuple[float, ...]
     increase: float
-    spread: float
+    spread: float | None
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Mean:
 
     over: Over
     increase: float
-    spread: float
+    spread: float | None
 
 
 @dataclass(frozen=True)
@@ -94,9 +94,10 @@ class Randomization:
     def notes(self) -> list[str]:
         experts = {over: sorted({r.experts for r in self.layers if r.over == over}) for over in OVERS}
         drawn = "; ".join(f"{WHAT[over]}: {', '.join(map(str, n))}" for over, n in experts.items() if n)
+        spread = f"± is the standard deviation over {self.draws} draws. " if self.draws > 1 else ""
         return [
             f"Learned routing: {self.loss:.4f} nats a token over {self.tokens:,} tokens; the table has the increase.",
-            f"± is the standard deviation over {self.draws} draws. Drawn from: {drawn}.",
+            f"{spread}Drawn from: {drawn}.",
             "Gate values stay the learned ones; the experts alone are drawn, K different ones a token.",
             *(self.accuracy.notes() if self.accuracy else []),
         ]

@@ -162,7 +162,7 @@ def test_the_learned_routing_scores_as_by_eval(home: Path) -> None:
 
 def test_tables(home: Path) -> None:
     need_package("lm_eval", HARNESS)
-    one = ("--over", "matched", "--matched", "1", "--draws", "1", "--tasks", "mixed,same", "--include-path", str(home))
+    one = ("--over", "matched", "--matched", "1", "--draws", "2", "--tasks", "mixed,same", "--include-path", str(home))
     lines = CliRunner().invoke(cli, arguments(home, "mixtral", *one)).stdout.splitlines()
     cells = [line.replace("│", " ").split() for line in lines]
     assert ["0", "37.50", "±", "0.00"] in cells and ["mean", "18.75", "±", "0.00"] in cells
