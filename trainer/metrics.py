@@ -116,9 +116,9 @@ class StepScalars:
 
     loss in nats; grad_norm over both roles; tokens of the global batch; seconds of the step on this rank;
     load_imbalance of the pool (max / mean over experts), shard_imbalance over shards, layer_imbalances of each layer
-    and layer_imbalance their mean; layer_gates the sums of a token's gate values, a mean over the tokens;
-    distinct_experts that a token meets; specialisation of the layers in bits (see `router.specialisation`); pool_wait
-    the share of the step spent waiting for the pool.
+    and layer_imbalance their mean; distinct_experts that a token meets; specialisation of the layers in bits (see
+    `router.specialisation`); layer_gates the sums of a token's gate values in each layer, means over the tokens,
+    layer_gate their mean and smallest_gate the smallest; pool_wait the share of the step spent waiting for the pool.
     """
 
     loss: float
@@ -133,6 +133,8 @@ class StepScalars:
     shard_imbalance: float
     layer_imbalance: float
     layer_imbalances: tuple[float, ...]
+    layer_gate: float
+    smallest_gate: float
     layer_gates: tuple[float, ...]
     dead_experts: int
     effective_experts: float

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -251,6 +252,8 @@ class TrunkRank:
             shard_imbalance=float(load_imbalance(self._shard_load(load_M))),
             layer_imbalance=float(layer_imbalance_L.mean()),
             layer_imbalances=tuple(layer_imbalance_L.tolist()),
+            layer_gate=fmean(self._gates),
+            smallest_gate=min(self._gates),
             layer_gates=tuple(self._gates),
             dead_experts=int(dead_experts(load_M)) if recipe.model.ffn == "pool" else 0,
             effective_experts=float(effective_experts(load_M)),

@@ -110,7 +110,8 @@ def test_the_same_scalars_go_everywhere(folder: Path) -> None:
             assert min(parts) >= 0 and sum(parts) == pytest.approx(1)
         assert 1 <= line["distinct_experts"] <= 2 and line["shard_imbalance"] == 1
         assert line["layer_imbalance"] == pytest.approx(sum(line["layer_imbalances"]) / 2)
-        assert all(0 <= gate < 2 for gate in line["layer_gates"])
+        assert 0 <= line["smallest_gate"] == min(line["layer_gates"])
+        assert line["layer_gate"] == pytest.approx(sum(line["layer_gates"]) / 2)
     assert all(gate > 0.5 for gate in trained[0]["layer_gates"]), "near 1 at the start"
     board = EventAccumulator(str(folder / "run" / "tensorboard"))
     board.Reload()

@@ -31,6 +31,7 @@ def scalars(**values: Any) -> StepScalars:
             **dict.fromkeys(("layer_imbalance", "effective_experts", "distinct_experts"), 0.123456789),
             **dict.fromkeys(("specialisation", "pool_wait"), 0.123456789),
             "layer_imbalances": tuple(1 + 1 / (3 + layer) for layer in range(LAYERS)),
+            **dict.fromkeys(("layer_gate", "smallest_gate"), 0.123456789),
             "layer_gates": tuple(1 / (3 + layer) for layer in range(LAYERS)),
             "tokens": 262144,
             "dead_experts": 3,

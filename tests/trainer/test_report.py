@@ -78,12 +78,16 @@ def test_a_whole_run(tmp_path: Path) -> None:
     done = invoke(str(run))
     assert done.exit_code == 0 and done.output.strip() == str(run / "report.html")
     page = read(run / "report.html")
-    assert page.tags.count("svg") == 12, "eleven charts and the heat map"
+    assert page.tags.count("svg") == 13, "twelve charts and the heat map"
     for title in ("Loss, nats a token", "Gradient norm", "Learning rate", "Time of a trunk rank", "Tokens a second"):
         assert title in page.text
     for title in ("Time of a pool rank", "Load imbalance, max / mean", "Dead experts", "Different experts"):
         assert title in page.text
-    for title in ("How the layers' loads differ, bits", "Loss that random experts in a layer add, nats"):
+    for title in (
+        "How the layers' loads differ, bits",
+        "Gate values of a token, summed",
+        "Loss that random experts in a layer add, nats",
+    ):
         assert title in page.text
     assert "The pool waits for the trunk 40% of its time" in page.text
     assert "8 layers share 64 experts; 1 trunk ranks, 1 pool ranks; fp32" in page.text
@@ -126,7 +130,8 @@ def test_runs_that_lack_something(tmp_path: Path) -> None:
     dense = write_run(tmp_path / "dense", 3, "dense-182m")
     (dense / "load.npy").unlink()
     assert invoke(str(dense)).exit_code == 0
-    assert "No load" not in read(dense / "report.html").text
+    text = read(dense / "report.html").text
+    assert "Gradient norm" in text and "No load" not in text and "Gate values" not in text
 
 
 def test_a_hostile_recipe_is_text(tmp_path: Path) -> None:

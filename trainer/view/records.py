@@ -28,6 +28,7 @@ SCALARS = (
     *("loss", "grad_norm", "lr", "tokens", "seconds", "tokens_per_second", "applied"),
     *("load_imbalance", "layer_imbalance", "shard_imbalance"),
     *("dead_experts", "effective_experts", "distinct_experts", "specialisation"),
+    *("layer_gate", "smallest_gate"),
 )
 """Columns of a step's record that are shown, besides the shares of time."""
 

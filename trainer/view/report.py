@@ -57,7 +57,7 @@ def make_page(run: Path) -> str:
     sections = [
         _section("Learning", _thinned(steps) + _grid(_figures(_learning(records, recipe, steps)))),
         _section("Time", _sentence(records, recipe, run) + _grid([*_shares(records, steps), *_speed(records, steps)])),
-        _section("Experts", _grid(_figures(_experts(records, steps)))),
+        _section("Experts", _grid(_figures(_experts(records, recipe, steps)))),
         _section("Load of the experts, by layer", _load(load_LM, recipe)),
         _section("Facts", _facts(run, records, recipe)),
         _section("Recipe", _recipe_text(run)),
@@ -120,15 +120,19 @@ def _speed(records: Records, steps: Numbers) -> list[str]:
     return _figures(_with_data(charts))
 
 
-def _experts(records: Records, steps: Numbers) -> list[Chart]:
+def _experts(records: Records, recipe: Recipe | None, steps: Numbers) -> list[Chart]:
+    if recipe and recipe.model.ffn == "dense":
+        return []
     imbalance = {"load_imbalance": "pool", "layer_imbalance": "layers, mean", "shard_imbalance": "shards"}
     in_use = {"dead_experts": "dead", "effective_experts": "effective"}
+    gates = {"layer_gate": "layers, mean", "smallest_gate": "smallest"}
     probes = Curve("mean", np.array(records.probe_steps, float), np.array(records.random_routing), points=True)
     charts = [
         _chart("Load imbalance, max / mean", records, steps, imbalance),
         _chart("Dead experts, and effective number", records, steps, in_use, from_zero=True),
         _chart("Different experts that a token meets", records, steps, {"distinct_experts": "experts"}),
         _chart("How the layers' loads differ, bits", records, steps, {"specialisation": "divergence"}, from_zero=True),
+        _chart("Gate values of a token, summed", records, steps, gates, from_zero=True),
         Chart("Loss that random experts in a layer add, nats", (probes,), lines={"nothing": 0.0}),
     ]
     return _with_data(charts)
