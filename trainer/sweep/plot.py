@@ -111,7 +111,8 @@ def draw_axis(experiment: Experiment, rows: Sequence[Row], axis: str) -> Figure:
     size = (2 + 6.5 * len(panels), 5)
     figure = Figure(figsize=size, dpi=120, layout="constrained")
     colours = _colours(experiment, [(name, name) for name in experiment.sweep.variants])
-    all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    # Each has a scale of its own: losses of two lengths lie far apart.
+    all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, panel in zip(all_axes, panels, strict=True):
         shown = [row for row, point in zip(rows, points, strict=True) if point.items() <= panel.items()]
         for variant in experiment.sweep.variants:
