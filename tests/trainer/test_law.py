@@ -218,6 +218,22 @@ def test_pool_and_active_parameters_each_have_a_term(tmp_path: Path) -> None:
     assert "balance.pool is not the same at all sizes (0.01, 0.02)" in " ".join(notes(law))
 
 
+def test_terms_of_several_forms(tmp_path: Path) -> None:
+    """Each is judged beside the others as they are told, so what is said of an exponent is that of the law."""
+
+    def loss(cell: Cell) -> float:
+        found = count_parameters(cell.recipe)
+        return 4 + 50 * found.pool**-0.5 - 0.13 * math.log(found.active) - 0.5 / cell.recipe.model.layers
+
+    (family,) = read_families([write_result(tmp_path / "result", "small-law", loss)])
+    law = find_law(family, 40)
+    pool, _, layers = law.terms
+    assert [term.form for term in law.terms] == ["power", "line", "power"]
+    assert law.curve.exponents == (pool.exponent.value, 0, layers.exponent.value)
+    assert (pool.exponent.value, layers.exponent.value) == (pytest.approx(0.5, abs=0.1), pytest.approx(1, abs=0.4))
+    assert law.curve.slopes[1] == pytest.approx(0.13, abs=0.01)
+
+
 TOO_LITTLE = {
     "pool.experts: [32, 64]": "2 points with runs that are done: experts 32 and 64; a law needs at least 3 values",
     "pool.experts: [16, 32, 64]": "3 sizes (experts); a law of 3 parameters needs at least 4: 1 missing",

@@ -37,6 +37,7 @@ def law(sources: tuple[Path, ...], variants: tuple[str, ...], out: Path | None, 
       unipool law runs/sweeps/small-figure-2a
       unipool law runs/sweeps/figure-2a-182m runs/sweeps/figure-2a-469m runs/sweeps/figure-2a-650m --out law.png
     """
+    from trainer.progress import say
     from trainer.sweep import law_result
     from trainer.sweep.law_plot import write_picture
     from trainer.sweep.law_points import read_families, result_file
@@ -46,6 +47,8 @@ def law(sources: tuple[Path, ...], variants: tuple[str, ...], out: Path | None, 
     families = sorted(read_families(sources, variants), key=lambda family: -len(family.points))
     laws, skipped = [], []
     for family in families:
+        if len(family.points) > 1:
+            say(f"fitting a law to {len(family.points)} points of {family.name}")
         try:
             laws.append(law_result.find_law(family, law_result.REPLICATES))
         except UserError as error:
@@ -59,8 +62,6 @@ def law(sources: tuple[Path, ...], variants: tuple[str, ...], out: Path | None, 
     if as_json:
         print(json.dumps(all_json(laws, skipped)))
         return
-    from trainer.progress import say
-
     for found in laws:
         print_law(found)
     for line in skipped:

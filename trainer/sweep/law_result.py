@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 
@@ -28,6 +29,7 @@ REPLICATES = 1000
 FARTHEST = 2.0
 """Times the largest size that a law may be asked about."""
 
+_FORMS: tuple[Form, ...] = ("none", "line", "power")
 _LEVELS = 3
 """Values that a factor must have: a term has an exponent and a slope besides the common level."""
 _ALIKE = 0.9
@@ -53,7 +55,7 @@ class Term:
         centre: of the factor; see law.py.
         form: what the data bear out: no dependence, a straight line in the logarithm, a power law.
         doubling: change of loss when the factor doubles, of the straight lines.
-        exponent: of the power law, whether borne out or not.
+        exponent: of the power law, whether borne out or not; the other terms have the forms that are.
         left_out: error on sizes left out, root mean square in nats, with this term of each form.
     """
 
@@ -181,34 +183,44 @@ def find_law(family: Family, replicates: int) -> Law:
     means_n = matched.means[: len(u_nK)]
     baselines = {b.block: float(mean) for b, mean in zip(others, matched.means[len(u_nK) :], strict=True)}
 
-    power: list[Form] = ["power"] * len(factors)
-    (best,) = fit(u_nK, means_n[:, None], runs_n, power)
+    (best,) = fit(u_nK, means_n[:, None], runs_n, ["power"] * len(factors))
     noise = noise_of(means_n - best(u_nK), runs_n, 1 + 2 * len(factors), matched.squares, matched.freedom)
     drawn = _Drawn(noise, replicates)
-    redrawn_nB = drawn.about(best(u_nK), runs_n)
-    powers = fit(u_nK, redrawn_nB, runs_n, power)
-    lines = fit(u_nK, redrawn_nB, runs_n, ["line"] * len(factors))
+    lines = fit(u_nK, drawn.about(best(u_nK), runs_n), runs_n, ["line"] * len(factors))
     (line,) = fit(u_nK, means_n[:, None], runs_n, ["line"] * len(factors))
 
-    def error(forms: Sequence[Form]) -> float:
+    @cache
+    def error(forms: tuple[Form, ...]) -> float:
         return float(np.sqrt(np.mean(left_out(u_nK, means_n, runs_n, forms) ** 2)))
 
-    whole = error(power)
-    terms = []
-    for k, (name, x_n) in enumerate(factors.items()):
-        errors: dict[Form, float] = {"power": whole}
-        for other in ("none", "line"):
-            errors[other] = error([*power[:k], other, *power[k + 1 :]])
-        doubling = _estimate(-math.log(2) * line.slopes[k], [-math.log(2) * c.slopes[k] for c in lines])
-        exponent = _bounded(_estimate(best.exponents[k], [c.exponents[k] for c in powers]))
-        form = _form(doubling, exponent, errors)
-        values = tuple(float(value) for value in np.unique(x_n))
-        terms.append(Term(name, values, float(centres[k]), form, doubling, exponent, errors))
+    @cache
+    def fitted(forms: tuple[Form, ...]) -> tuple[Curve, list[Curve]]:
+        """The law of these forms, and its replicates."""
+        (curve,) = fit(u_nK, means_n[:, None], runs_n, forms)
+        return curve, fit(u_nK, drawn.about(curve(u_nK), runs_n), runs_n, forms)
 
-    forms = [term.form for term in terms]
-    (curve,) = fit(u_nK, means_n[:, None], runs_n, forms)
-    # About the law that is told, so that band and crossing are its own
-    curves = powers if forms == power else fit(u_nK, drawn.about(curve(u_nK), runs_n), runs_n, forms)
+    def judge(forms: tuple[Form, ...], k: int, name: str) -> Term:
+        """The k-th term, beside the others as they are in `forms`."""
+        errors = {form: error(_with(forms, k, form)) for form in _FORMS}
+        curve, curves = fitted(_with(forms, k, "power"))
+        doubling = _estimate(-math.log(2) * line.slopes[k], [-math.log(2) * c.slopes[k] for c in lines])
+        exponent = _bounded(_estimate(curve.exponents[k], [c.exponents[k] for c in curves]))
+        values = tuple(float(value) for value in np.unique(factors[name]))
+        return Term(name, values, float(centres[k]), _form(doubling, exponent, errors), doubling, exponent, errors)
+
+    # A term is judged beside the others, so they change one at a time, the one first that makes the law predict best.
+    straight: Form = "line"
+    forms = (straight,) * len(factors)
+    seen: set[tuple[Form, ...]] = set()
+    while True:
+        seen.add(forms)
+        terms = [judge(forms, k, name) for k, name in enumerate(factors)]
+        new = {_with(forms, k, term.form) for k, term in enumerate(terms)} - seen
+        if not new:
+            break
+        forms = min(sorted(new), key=error)
+    terms = [replace(term, form=form) for term, form in zip(terms, forms, strict=True)]
+    curve, curves = fitted(forms)
     floors = np.array([c.floor for c in curves]) + drawn.shifts(matched)
     return Law(
         family,
@@ -220,6 +232,10 @@ def find_law(family: Family, replicates: int) -> Law:
         combined,
         tuple(_groups(family, terms, x_nK, curve, curves, drawn, baselines)),
     )
+
+
+def _with(forms: tuple[Form, ...], k: int, form: Form) -> tuple[Form, ...]:
+    return (*forms[:k], form, *forms[k + 1 :])
 
 
 def _check_sizes(family: Family, factors: dict[str, Floats]) -> None:
