@@ -22,6 +22,8 @@ from trainer.whole import write_whole
 RESULT, CURVES = "result", "curves"
 
 INK, _QUIET, _FIRST = "#222222", "#8a8a8a", "#31688e"
+_SQUEEZED = 5
+"""Parts of its height that a panel may be squeezed to for the sake of one scale."""
 Colour = str | tuple[float, ...]
 
 _LOG_FROM = 8.0
@@ -111,7 +113,6 @@ def draw_axis(experiment: Experiment, rows: Sequence[Row], axis: str) -> Figure:
     size = (2 + 6.5 * len(panels), 5)
     figure = Figure(figsize=size, dpi=120, layout="constrained")
     colours = _colours(experiment, [(name, name) for name in experiment.sweep.variants])
-    # Each has a scale of its own: losses of two lengths lie far apart.
     all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, panel in zip(all_axes, panels, strict=True):
         shown = [row for row, point in zip(rows, points, strict=True) if point.items() <= panel.items()]
@@ -122,10 +123,19 @@ def draw_axis(experiment: Experiment, rows: Sequence[Row], axis: str) -> Figure:
         axes.set_title(", ".join(f"{key}={value}" for key, value in panel.items()), loc="left", fontsize=10)
         axes.set_xlabel(axis)
         quiet(axes, "y")
+    _share_scale(all_axes)
     all_axes[0].set_ylabel("validation loss, nats a token")
     all_axes[0].legend(frameon=False, fontsize=9, labelcolor=INK)
     _title(figure, experiment, rows)
     return figure
+
+
+def _share_scale(all_axes: Sequence[Axes]) -> None:
+    """One scale for all panels, if it leaves the lines of each room: losses of two lengths lie too far apart."""
+    lows, highs = zip(*(axes.get_ylim() for axes in all_axes), strict=True)
+    if max(highs) - min(lows) <= _SQUEEZED * min(high - low for low, high in zip(lows, highs, strict=True)):
+        for axes in all_axes:
+            axes.set_ylim(min(lows), max(highs))
 
 
 def _series(axes: Axes, axis: str, rows: Sequence[Row], variant: str, colour: Colour) -> None:
