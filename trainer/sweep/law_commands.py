@@ -26,10 +26,10 @@ def law(sources: tuple[Path, ...], variants: tuple[str, ...], out: Path | None, 
     """Fit validation loss against the size of the pool, the active parameters and the depth of a sweep's runs.
 
     RESULT is a sweep's folder, or its result.json. Variants of one method (sharing, router, balance loss) are a family;
-    each family with enough sizes
-    has its law, with a term for every factor that varies: at least 4 pool sizes for a law of the pool, 2 more sizes for
-    each factor besides. A term is a power law only if that predicts sizes left out better than a straight line and than
-    a constant, and the exponent's interval is above zero; else a straight line or no dependence is what it says.
+    each family with enough sizes has its law, with a term for every factor that varies: at least 4 pool sizes for a law
+    of the pool, 2 more sizes for each factor besides. A term is a power law only if that predicts sizes left out a
+    tenth better than a straight line, and better than a constant, and the exponent's interval is above zero and
+    bounded; else a straight line or no dependence is what it says.
     Tokens trained, data and tokenizer must be the same.
 
     \b

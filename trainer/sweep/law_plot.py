@@ -37,7 +37,7 @@ def draw(laws: Sequence[Law]) -> Figure:
         _panel(axes, law)
     panels[0].set_ylabel("validation loss, nats a token")
     figure.suptitle(
-        f"{_title(laws)}: bands {CONFIDENCE:.0%} confidence, but for what a seed's runs share; dashed: not tried",
+        f"{_title(laws)}: bands {CONFIDENCE:.0%}, but for what a seed's runs share; dashed: not tried",
         x=0.01,
         ha="left",
         color=INK,

@@ -110,7 +110,9 @@ def _verdict(term: Term) -> str:
         )
     way = "falls" if d.value < 0 else "RISES"
     if term.form == "line":
-        zero = "does not differ from zero" if a.low <= 0 else "is above zero, but predicts no better"
+        zero = "does not differ from zero" if a.low <= 0 else "is above zero, but predicts hardly better"
+        if math.isinf(a.high) and a.low > 0:
+            zero = "has no upper bound"
         return (
             f"{term.factor}: the loss {way}, {change}; the exponent, {a.value:.2f} ({_end(a.low)} to {_end(a.high)}), "
             f"{zero}: a straight line in the logarithm says as much, and no limit for large sizes can be told"

@@ -29,7 +29,10 @@ REPLICATES = 1000
 FARTHEST = 2.0
 """Times the largest size that a law may be asked about."""
 
-_FORMS: tuple[Form, ...] = ("none", "line", "power")
+_LINE: Form = "line"
+_FORMS: tuple[Form, ...] = ("none", _LINE, "power")
+_CLEARLY = 0.9
+"""Of a straight line's error on sizes left out: a power law, which has a parameter more, must come below."""
 _LEVELS = 3
 """Values that a factor must have: a term has an exponent and a slope besides the common level."""
 _ALIKE = 0.9
@@ -208,17 +211,15 @@ def find_law(family: Family, replicates: int) -> Law:
         values = tuple(float(value) for value in np.unique(factors[name]))
         return Term(name, values, float(centres[k]), _form(doubling, exponent, errors), doubling, exponent, errors)
 
-    # A term is judged beside the others, so they change one at a time, the one first that makes the law predict best.
-    straight: Form = "line"
-    forms = (straight,) * len(factors)
-    seen: set[tuple[Form, ...]] = set()
+    # A term is judged beside the others. So, from straight lines on, they change one at a time, each for good: the one
+    # first that makes the law predict best.
+    forms: tuple[Form, ...] = tuple(_LINE for _ in factors)
     while True:
-        seen.add(forms)
         terms = [judge(forms, k, name) for k, name in enumerate(factors)]
-        new = {_with(forms, k, term.form) for k, term in enumerate(terms)} - seen
-        if not new:
+        lines_left = [k for k, form in enumerate(forms) if form == _LINE and terms[k].form != _LINE]
+        if not lines_left:
             break
-        forms = min(sorted(new), key=error)
+        forms = min((_with(forms, k, terms[k].form) for k in lines_left), key=error)
     terms = [replace(term, form=form) for term, form in zip(terms, forms, strict=True)]
     curve, curves = fitted(forms)
     floors = np.array([c.floor for c in curves]) + drawn.shifts(matched)
@@ -287,7 +288,9 @@ def _bounded(e: Estimate) -> Estimate:
 def _form(doubling: Estimate, exponent: Estimate, errors: dict[Form, float]) -> Form:
     if doubling.low <= 0 <= doubling.high or errors["none"] <= min(errors["line"], errors["power"]):
         return "none"
-    return "power" if exponent.low > 0 and errors["power"] < errors["line"] else "line"
+    if exponent.low <= 0 or math.isinf(exponent.high):  # at most that the loss levels off is told, not how
+        return "line"
+    return "power" if errors["power"] < _CLEARLY * errors["line"] else "line"
 
 
 def _largest(
