@@ -162,7 +162,8 @@ class TrunkRank:
         scalars = torch.zeros(4 + len(self._gates), dtype=torch.float64)
         load_LM = torch.zeros_like(self.load_LM)
         for r in results:
-            own = torch.stack((r.loss, r.balance_loss, r.z_loss, r.distinct_experts, *r.gates_L)).double().cpu()
+            of_all = torch.stack((r.loss, r.balance_loss, r.z_loss, r.distinct_experts))
+            own = torch.cat((of_all, r.gates_L)).double().cpu()
             self._losses.append(float(own[0]))
             scalars += own
             load_LM += r.tokens_per_expert_LM.cpu()
