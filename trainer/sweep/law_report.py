@@ -110,12 +110,16 @@ def _verdict(term: Term) -> str:
         )
     way = "falls" if d.value < 0 else "RISES"
     if term.form == "line":
-        zero = "does not differ from zero" if a.low <= 0 else "is above zero, but predicts hardly better"
-        if math.isinf(a.high) and a.low > 0:
-            zero = "has no upper bound"
+        same = "a straight line in the logarithm says as much"
+        if a.low <= 0:
+            why = f"does not differ from zero: {same}"
+        elif math.isinf(a.high):
+            why = "has no upper bound: these sizes do not tell how the loss levels off"
+        else:
+            why = f"is above zero, but predicts hardly better: {same}"
         return (
             f"{term.factor}: the loss {way}, {change}; the exponent, {a.value:.2f} ({_end(a.low)} to {_end(a.high)}), "
-            f"{zero}: a straight line in the logarithm says as much, and no limit for large sizes can be told"
+            f"{why}, and no limit for large sizes can be told"
         )
     return (
         f"{term.factor}: the loss {way} by a power law of exponent {a.value:.2f} ({_end(a.low)} to {_end(a.high)}), "
