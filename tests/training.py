@@ -119,7 +119,7 @@ def _train(
     start, saved = (checkpoint.newest(resume_from) if resume_from else None) or (0, None)
     placement = agreed_placement(job, recipe, saved)
     if job.is_trunk:
-        role = TrunkRank(recipe, job, placement, SequenceStream(data, 0), SequenceStream(data, None))
+        role = TrunkRank(recipe, job, placement, SequenceStream([data], 0), SequenceStream([data], None))
     else:
         assert placement
         role = PoolRank(recipe, job, placement)

@@ -168,18 +168,11 @@ def prepare(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
     Example:
       unipool prepare quickstart
     """
-    from trainer.data.packing import SPLITS
+    from trainer.data.prepared import describe
     from trainer.prepare import prepare_for
 
     prepared = prepare_for(load_recipe(recipe, overrides))
-    splits = {split: asdict(getattr(prepared, split)) for split in SPLITS}
-    if as_json:
-        print(json.dumps({"path": str(prepared.path), "tokenizer_vocab": prepared.tokenizer_vocab, **splits}))
-        return
-    print(f"{prepared.path}, vocabulary {prepared.tokenizer_vocab:,}")
-    for split, facts in splits.items():
-        counts = f"{facts['documents']:,} documents, {facts['tokens']:,} tokens, {facts['sequences']:,} sequences"
-        print(f"{split:<12}{counts}, unigram entropy {facts['unigram_entropy']:.4f} nats")
+    print(json.dumps(asdict(prepared), default=str) if as_json else describe(prepared))
 
 
 @cli.command()

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from pool.topology import Topology
 from trainer.credentials import keys_with_credentials
@@ -103,12 +103,49 @@ class Train(Section):
     )
 
 
-class Data(Section):
+class Source(Section):
+    """One of several sources of text; what it leaves out is as the section `data` has it."""
+
     source: str = Field(description="python-stdlib, a file, folder or glob, or hub:NAME")
+    weight: PositiveFloat = Field(1.0, description="share of the sequences, relative to the other sources' weights")
+    text_field: str | None = None
+    max_documents: Positive | None = None
+    max_tokens: Positive | None = None
+
+
+_ONE, _SEVERAL = "<one>", "<several>"  # tags of a union, which pydantic puts into the locations of errors
+Sources = Annotated[
+    Annotated[str, Tag(_ONE)] | Annotated[tuple[Source, ...], Field(strict=False), Tag(_SEVERAL)],
+    Discriminator(lambda value: _SEVERAL if isinstance(value, list | tuple) else _ONE),
+]
+
+
+def source_names(sources: Sources) -> str:
+    """Sources in short, for people: "a", or "2 x a, 1 x b"."""
+    if isinstance(sources, str):
+        return sources
+    return ", ".join(f"{source.weight:g} x {source.source}" for source in sources)
+
+
+class Data(Section):
+    source: Sources = Field(
+        description="python-stdlib, a file, folder or glob, or hub:NAME; or a list of them, "
+        "[{source: a, weight: 2}, {source: b}], mixed by weight"
+    )
     tokenizer: str = Field(description="train, a tokenizer.json, or a name on the hub")
     split: tuple[NonNegative, NonNegative, NonNegative] = Field((969, 30, 1), strict=False)
-    text_field: str = "text"
-    max_documents: Positive | None = None
+    validation: Sources | None = Field(
+        None, description="held-out text of its own, as `source`; then the validation part of `split` is trained on"
+    )
+    text_field: str = Field("text", description="where a record has its text; `meta.text` is a field within a field")
+    max_documents: Positive | None = Field(None, description="read no more documents of a source than these")
+    max_tokens: Positive | None = Field(None, description="stop reading a source after this many training tokens")
+    max_bad_share: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.05, description="records without readable text are skipped; more than this share of them is an error"
+    )
+    end_of_document: str | None = Field(
+        None, description="token that ends a document, as <|endoftext|>; default: the tokenizer's own"
+    )
     dir: str = Field("data", description="folder in which prepared data is kept")
 
 
@@ -355,11 +392,12 @@ def _put(tree: dict[str, Any], key: str, value: Any, what: str) -> None:
 def first_line(error: ValidationError, root: type[BaseModel]) -> str:
     """The first thing that is wrong with a file of `root`'s keys: key, value and what is allowed."""
     first, *more = error.errors()
-    key = ".".join(str(part) for part in first["loc"])
+    location = tuple(part for part in first["loc"] if part not in (_ONE, _SEVERAL))
+    key = ".".join(str(part) for part in location)
     if first["type"] == "value_error":
         line = str(first["ctx"]["error"])
     elif first["type"] == "extra_forbidden":
-        line = f"{key}: unknown key; {_allowed_keys(first['loc'], root)}"
+        line = f"{key}: unknown key; {_allowed_keys(location, root)}"
     elif first["type"] == "missing":
         line = f"{key}: missing"
     else:
@@ -371,7 +409,8 @@ def first_line(error: ValidationError, root: type[BaseModel]) -> str:
 def _allowed_keys(location: tuple[int | str, ...], root: type[BaseModel]) -> str:
     model = root
     for part in location[:-1]:
-        model = model.model_fields[str(part)].annotation  # type: ignore[assignment]
+        # Numbers are places in a list, and the only lists of sections are those of sources.
+        model = Source if isinstance(part, int) else model.model_fields[part].annotation  # type: ignore[assignment]
     known = list(model.model_fields)
     close = difflib.get_close_matches(str(location[-1]), known, n=1)
     return f"did you mean {close[0]}?" if close else f"allowed: {', '.join(known)}"

@@ -2,21 +2,52 @@
 
 from __future__ import annotations
 
-from trainer.config import Recipe
-from trainer.data.prepare import DataSettings, PreparedData, prepare
+from dataclasses import replace
+
+from trainer.config import Recipe, Source, Sources
+from trainer.data.prepare import TRAIN, DataSettings, prepare_source, train_on
+from trainer.data.prepared import PreparedData, shares
 
 
 def prepare_for(recipe: Recipe, progress: bool = True) -> PreparedData:
-    """Prepare the recipe's data where that is not done yet; see `trainer.data.prepare.prepare`."""
+    """Prepare the recipe's data where that is not done yet.
+
+    Raises:
+        UserError: see `trainer.data.prepare.prepare_source`.
+    """
+    d = recipe.data
+    train, validation, test = d.split
+    training = _settings(recipe, d.source, d.split if d.validation is None else (train + validation, 0, test))
+    held_out = training if d.validation is None else _settings(recipe, d.validation, (0, 1, 0))
+    if d.tokenizer == TRAIN:
+        folder = train_on(training, progress)
+        training, held_out = (
+            [(replace(settings, tokenizer=folder), share) for settings, share in part] for part in (training, held_out)
+        )
+    prepared = tuple((prepare_source(settings, progress), share) for settings, share in training)
+    if d.validation is None:
+        return PreparedData(prepared, prepared)
+    return PreparedData(prepared, tuple((prepare_source(settings, progress), share) for settings, share in held_out))
+
+
+def _settings(recipe: Recipe, sources: Sources, split: tuple[int, int, int]) -> list[tuple[DataSettings, float]]:
+    """The settings of each source, and its share."""
     d, m = recipe.data, recipe.model
-    settings = DataSettings(
-        source=d.source,
-        tokenizer=d.tokenizer,
-        vocab=m.vocab,
-        seq_len=m.seq_len,
-        split=d.split,
-        text_field=d.text_field,
-        max_documents=d.max_documents,
-        directory=d.dir,
-    )
-    return prepare(settings, progress)
+    listed = (Source(source=sources),) if isinstance(sources, str) else sources
+    settings = [
+        DataSettings(
+            source=s.source,
+            tokenizer=d.tokenizer,
+            vocab=m.vocab,
+            seq_len=m.seq_len,
+            split=split,
+            text_field=s.text_field or d.text_field,
+            max_documents=s.max_documents or d.max_documents,
+            directory=d.dir,
+            max_tokens=s.max_tokens or d.max_tokens,
+            max_bad_share=d.max_bad_share,
+            end_of_document=d.end_of_document,
+        )
+        for s in listed
+    ]
+    return list(zip(settings, shares([s.weight for s in listed]), strict=True))

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 def check_relations(recipe: Recipe) -> None:
     """Raises ValueError, which names key, value and what is allowed, at the first relation that does not hold."""
     _check_model(recipe)
+    _check_data(recipe)
     _check_pool(recipe)
     _check_balance(recipe)
     _check_probe(recipe)
@@ -40,8 +41,18 @@ def _check_model(r: Recipe) -> None:
         raise _Relation("model.kv_heads", m.kv_heads, f"must divide model.heads ({m.heads})")
     if r.train.min_lr > r.train.lr:
         raise _Relation("train.min_lr", r.train.min_lr, f"must be at most train.lr ({r.train.lr})")
-    if sum(r.data.split) == 0 or r.data.split[0] == 0:
-        raise _Relation("data.split", list(r.data.split), "the first part (training) must be above 0")
+
+
+def _check_data(r: Recipe) -> None:
+    d = r.data
+    for key, sources in (("data.source", d.source), ("data.validation", d.validation)):
+        if sources is not None and not sources:
+            raise _Relation(key, sources, "must name at least one source")
+    if d.split[0] == 0:
+        raise _Relation("data.split", list(d.split), "the first part (training) must be above 0")
+    if d.split[1] == 0 and d.validation is None:
+        allowed = "the second part (validation) must be above 0, or data.validation must name held-out text"
+        raise _Relation("data.split", list(d.split), allowed)
 
 
 def _check_pool(r: Recipe) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer import checkpoint
-from trainer.config import Recipe, load_recipe
+from trainer.config import Recipe, load_recipe, source_names
 from trainer.errors import SharedUserError, UserError
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ _WEIGHTS |= {"pool.experts", "router.kind"}
 # Keys on which the numbers do not depend, but for rounding.
 _FREE_SECTIONS = {"run", "parallel", "topology", "eval", "probe", "checkpoint", "metrics"}
 _FREE = {"pool.recompute", "pool.stash_bytes", "pool.placement", "train.recompute", "train.max_skipped_steps"}
-_FREE |= {"train.micro_batch", "data.dir"}
+_FREE |= {"train.micro_batch", "data.dir", "data.max_bad_share"}
 
 
 def differences(saved: Recipe, recipe: Recipe) -> dict[str, tuple[Any, Any]]:
@@ -80,8 +80,9 @@ def check_data(recipe: Recipe, folder: Path, identity: str, force: bool) -> None
     saved = json.loads((folder / checkpoint.LAYOUT_FILE).read_text())["data"]
     if saved != identity and not force:
         raise SharedUserError(
-            f"data.source = {recipe.data.source}: its text or its tokenizer has changed since checkpoint {folder.name} "
-            f"of {recipe.run.dir}; bring the old back, use another run.dir, or --force to go on with the new"
+            f"data.source = {source_names(recipe.data.source)}: its text or its tokenizer has changed since checkpoint "
+            f"{folder.name} of {recipe.run.dir}; restore the old data, use another run.dir, or pass --force to continue "
+            "with the new data"
         )
 
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from pool.placement import Placement
 from trainer import checkpoint
 from trainer.config import Recipe
-from trainer.data.batches import SequenceStream, evaluation_steps
-from trainer.data.prepare import PreparedData
+from trainer.data.batches import evaluation_steps
+from trainer.data.prepared import PreparedData
 from trainer.errors import START_AGAIN, JobError, UserError
 from trainer.export.initial import load_initial
 from trainer.faults import FaultWatch
@@ -97,8 +97,8 @@ def agreed_data(job: Job, prepared: PreparedData | None) -> str:
     agreed = job.agree("data", lambda: own)  # rank 0 is a trunk rank
     if prepared and own != agreed:
         raise UserError(
-            f"data: {job.name} has other prepared data ({prepared.path}) than rank 0: give all nodes the same source, "
-            f"or share data.dir"
+            f"data: {job.name} has other prepared data ({prepared.files('train')}) than rank 0: give all nodes the "
+            "same source, or share data.dir"
         )
     return agreed
 
@@ -167,8 +167,8 @@ class _Loop:
         placement = agreed_placement(job, recipe, newest[1] if newest else None)
         self._trunk: TrunkRank | None = None
         if prepared:
-            training = SequenceStream(prepared.dataset("train"), recipe.run.seed)
-            validation = SequenceStream(prepared.dataset("validation"), None)
+            training = prepared.stream("train", recipe.run.seed)
+            validation = prepared.stream("validation", None)
             self._trunk = TrunkRank(recipe, job, placement, training, validation)
             job.tell("held-out rows", str(validation.rows))
         # Pool ranks have no data: they are told how long an evaluation can be.
@@ -198,7 +198,7 @@ class _Loop:
             load_initial(recipe, self._role)
         if job.rank == 0:
             assert self._prepared, "rank 0 is a trunk rank"
-            self._folder.begin(recipe, job.schedule, self._prepared.tokenizer().to_str(), start)
+            self._folder.begin(recipe, job.schedule, self._prepared.tokenizer_files, start)
             self._saver.clean()
         job.barrier()  # loading may take longer on one rank than a step may wait
         self._telemetry = Telemetry(recipe, job, self._folder, self._role, start)
@@ -277,7 +277,7 @@ class _Loop:
             trunk_ranks = range(self._recipe.parallel.trunk_ranks)
             suspects = [self._job.ask(f"suspects/{rank}") for rank in trunk_ranks]
             where = "; ".join(text for text in suspects if text) or "the losses are finite, only gradients are not"
-            data = self._prepared.path / "train.arrow" if self._prepared else ""
+            data = self._prepared.files("train") if self._prepared else ""
             say(f"unipool: step {step + 1}, of {data}: {where}")
         self._job.barrier()
         raise JobError(
@@ -326,8 +326,9 @@ class _Loop:
             self._role.serve(self._job.schedule.generation(SAMPLE_TOKENS), self._recipe.train.steps)
             return
         tokenizer = self._prepared.tokenizer()
-        prompt = self._prepared.dataset("validation")[0]["tokens"][:32]
-        sample = self._trunk.generate(list(prompt), SAMPLE_TOKENS, self._recipe.train.steps)
+        (sequence_1S1,) = self._prepared.stream("validation", None).micro_batches(0, 1, 0, 1, 1)
+        prompt = sequence_1S1[0, :32].tolist()
+        sample = self._trunk.generate(prompt, SAMPLE_TOKENS, self._recipe.train.steps)
         self._telemetry.close()
         if self._job.rank == 0:
             write_summary(
@@ -336,8 +337,8 @@ class _Loop:
                     folder=self._folder,
                     checkpoint=checkpoint.folder_of(self._folder.checkpoints, saved_at),
                     val_loss=val_loss,
-                    unigram_entropy=self._prepared.train.unigram_entropy,
-                    prompt=tokenizer.decode(list(prompt)),
+                    unigram_entropy=self._prepared.unigram_entropy,
+                    prompt=tokenizer.decode(prompt),
                     sample=tokenizer.decode(sample),
                     load_LM=self._held_out_LM.numpy() if self._recipe.model.ffn == "pool" else None,
                 )

@@ -202,12 +202,12 @@ class TrunkRank:
     def suspects(self, step: int) -> str:
         """This rank's micro-batches of the step just done whose loss is not finite, and their rows of the data."""
         recipe, job = self._recipe, self._job
-        rows = self._training.micro_batch_rows(
+        places = self._training.places(
             step, recipe.train.global_batch, job.rank, recipe.parallel.trunk_ranks, recipe.train.micro_batch
         )
         found = [
-            f"micro-batch {index} has loss {loss} (rows {', '.join(map(str, numbers))})"
-            for index, (loss, numbers) in enumerate(zip(self._losses, rows, strict=True))
+            f"micro-batch {index} has loss {loss} (rows {', '.join(map(self._training.name, rows))})"
+            for index, (loss, rows) in enumerate(zip(self._losses, places, strict=True))
             if not math.isfinite(loss)
         ]
         return f"{job.name}: {', '.join(found)}" if found else ""

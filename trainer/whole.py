@@ -8,25 +8,44 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from trainer.errors import UserError
+
+
+def partial_folder(path: Path) -> Path:
+    """Where `whole_folder` fills a folder that is to be `path`."""
+    return path.with_name(f".partial-{path.name}")
+
 
 @contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
-    """An empty folder beside `path` to fill; at the end it is brought to the disk and renamed to `path`.
+def whole_folder(path: Path, progress_file: str | None = None) -> Iterator[Path]:
+    """A folder beside `path` to fill; at the end it is brought to the disk and renamed to `path`.
 
-    After an exception it is removed. What a killed process left of it is removed by the next one that makes `path`, and
-    two must not make it at once. `path` may be an empty folder already, or nothing.
+    It is empty, and removed after an exception. What a killed process left of it is removed by the next one that makes
+    `path`, and two must not make it at once. `path` may be an empty folder already, or nothing.
+
+    Args:
+        progress_file: name of a file by which a later start can go on. A folder that has it is kept as it is, after an
+            exception too unless that is a `UserError`; at the end the file is removed.
     """
-    partial = path.with_name(f".partial-{path.name}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
+    partial = partial_folder(path)
+
+    def has_progress() -> bool:
+        return progress_file is not None and (partial / progress_file).is_file()
+
+    if not has_progress():
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
     try:
         yield partial
         for file in (*partial.iterdir(), partial):
             to_disk(file)
         os.rename(partial, path)
+        if progress_file is not None:
+            (path / progress_file).unlink(missing_ok=True)
         to_disk(path.parent)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+    except BaseException as error:
+        if isinstance(error, UserError) or not has_progress():
+            shutil.rmtree(partial, ignore_errors=True)
         raise
 
 

@@ -29,7 +29,7 @@ def main(path: str) -> None:
     placement = agreed_placement(job, recipe, None)
     role: TrunkRank | PoolRank
     if job.is_trunk:
-        role = TrunkRank(recipe, job, placement, SequenceStream(data, 0), SequenceStream(data, None))
+        role = TrunkRank(recipe, job, placement, SequenceStream([data], 0), SequenceStream([data], None))
     else:
         assert placement
         role = PoolRank(recipe, job, placement)

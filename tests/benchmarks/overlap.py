@@ -73,7 +73,7 @@ def measure(job_recipe: Recipe, rounds: int) -> dict[str, Any]:
     assert placement
     role: TrunkRank | PoolRank
     if job.is_trunk:
-        role = TrunkRank(job_recipe, job, placement, SequenceStream(data, 0), SequenceStream(data, None))
+        role = TrunkRank(job_recipe, job, placement, SequenceStream([data], 0), SequenceStream([data], None))
     else:
         role = PoolRank(job_recipe, job, placement)
     cores = sorted(os.sched_getaffinity(0))

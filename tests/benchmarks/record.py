@@ -17,7 +17,6 @@ from tqdm import tqdm
 from pool.placement import contiguous
 from trainer import checkpoint
 from trainer.config import load_recipe
-from trainer.data.batches import SequenceStream
 from trainer.drive import LocalPool
 from trainer.micro_batch import PoolMap, hidden_states
 from trainer.model import Trunk
@@ -44,7 +43,7 @@ def record(run: Path, micro_batches: int) -> NDArray[np.int64]:
         SavedCheckpoint(found[1], checkpoint.read_placement(found[1]), Path(work)).load_weights(trunk, shard)
     pool_map = PoolMap(placement.position_M, recipe.experts_per_layer, recipe.model.layers // groups)
     pool = LocalPool(shard)
-    stream = SequenceStream(prepare_for(recipe).dataset("train"), recipe.run.seed + 1)
+    stream = prepare_for(recipe).stream("train", recipe.run.seed + 1)
     size = recipe.train.micro_batch
     load_NLM = np.zeros((micro_batches, recipe.model.layers, recipe.pool.experts), dtype=np.int64)
     for number in tqdm(range(micro_batches), desc="recording"):

@@ -79,7 +79,7 @@ def measure(job_recipe: Recipe, rounds: int) -> dict[str, Any]:
     role: TrunkRank | PoolRank
     if job.is_trunk:
         data = tokens(job_recipe)
-        role = TrunkRank(job_recipe, job, placement, SequenceStream(data, 0), SequenceStream(data, None))
+        role = TrunkRank(job_recipe, job, placement, SequenceStream([data], 0), SequenceStream([data], None))
     else:
         role = PoolRank(job_recipe, job, placement)
     job.publish("address", role.metrics.address)

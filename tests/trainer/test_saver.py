@@ -53,7 +53,7 @@ def build(recipe: Recipe, checkpoints: Path) -> tuple[Any, Any, Any]:
     job = join(recipe)
     placement = agreed_placement(job, recipe, None)
     if job.is_trunk:
-        stream = SequenceStream(tokens(recipe), 0)
+        stream = SequenceStream([tokens(recipe)], 0)
         role: Any = TrunkRank(recipe, job, placement, stream, stream)
     else:
         assert placement

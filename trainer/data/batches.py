@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
+Place = tuple[int, int]
+"""A sequence: the number of its data set, and its row there."""
 
-def permutation(rows: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of the rows 0 ... rows-1 in an epoch."""
-    return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(np.arange(rows, dtype=np.uint32))
+
+def permutation(rows: int, seed: int, epoch: int, source: int = 0) -> NDArray[np.uint32]:
+    """The order of the rows 0 ... rows-1 of a data set in an epoch."""
+    entropy = [seed, epoch, source] if source else [seed, epoch]
+    return np.random.Generator(np.random.PCG64(entropy)).permutation(np.arange(rows, dtype=np.uint32))
 
 
 def evaluation_steps(rows: int, wanted: int, global_batch: int) -> int:
@@ -27,19 +32,51 @@ def evaluation_steps(rows: int, wanted: int, global_batch: int) -> int:
     return max(1, min(wanted, rows // global_batch))
 
 
-class SequenceStream:
-    """An endless stream of a split's sequences n = 0, 1, 2, ...
+def mixed(first: int, count: int, shares: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Which sources the elements first ... first+count-1 of a mixture come from, and their numbers within them.
 
-    In epoch n // rows they come in an order of its own, decided by the seed. With seed None they come as they are
-    stored, for evaluation.
+    The k-th element of source i is due at (k + 1/2) / shares[i]; elements come in the order in which they are due, of
+    several at once that of the first source first. So in any stretch each source has its share, to within one element.
+
+    Args:
+        shares: of each source; they add up to 1.
+
+    Returns:
+        (sources, numbers), both (count,).
+    """
+    sources = len(shares)
+    # Up to the time t source i has floor(shares[i] t + 1/2) elements: all together t, to within one for each source.
+    begin, end = first - sources - 1, first + count + sources + 1
+    skipped = np.maximum(np.floor(shares * begin + 0.5), 0).astype(np.int64)
+    limits = np.maximum(np.floor(shares * end + 0.5), 0).astype(np.int64)
+    source_E = np.repeat(np.arange(sources), limits - skipped)
+    number_E = np.concatenate([np.arange(a, b) for a, b in zip(skipped, limits, strict=True)])
+    order_E = np.lexsort((source_E, (number_E + 0.5) / shares[source_E]))
+    kept = order_E[first - int(skipped.sum()) :][:count]
+    return source_E[kept], number_E[kept]
+
+
+class SequenceStream:
+    """An endless stream of sequences n = 0, 1, 2, ... of one or several data sets, mixed by their shares.
+
+    The k-th sequence of a data set is of its epoch k // rows, in which its rows come in an order of its own, decided by
+    the seed. With seed None they come as they are stored, for evaluation.
+
+    Args:
+        shares: of each data set; they add up to 1.
+
+    Attributes:
+        rows: sequences until the first data set has been read once.
     """
 
-    def __init__(self, dataset: Dataset, seed: int | None):
-        self.tokens = dataset.with_format("numpy")
-        self.rows = len(dataset)
-        self.seed = seed
+    def __init__(self, datasets: Sequence[Dataset], seed: int | None, shares: Sequence[float] = (1.0,)):
+        self._tokens = [dataset.with_format("numpy") for dataset in datasets]
+        self._lengths = [len(dataset) for dataset in datasets]
+        self._shares = np.array(shares)
+        self._seed = seed
+        self.rows = min(int(length / share) for length, share in zip(self._lengths, shares, strict=True))
         # A step may straddle two epochs, and ranks of one process may be at different ones.
-        self._order = lru_cache(maxsize=2)(self._order_of_epoch)
+        self._order = lru_cache(maxsize=2 * len(datasets))(self._order_of_epoch)
 
     def micro_batches(
         self, step: int, global_batch: int, trunk_rank: int, trunk_ranks: int, micro_batch: int
@@ -49,18 +86,36 @@ class SequenceStream:
         Step s has the sequences [s * global_batch, (s + 1) * global_batch); trunk rank t of T has the t-th of T equal
         slices, cut into micro-batches in order. Inputs are [:, :-1], targets [:, 1:].
         """
-        for rows in self.micro_batch_rows(step, global_batch, trunk_rank, trunk_ranks, micro_batch):
-            yield torch.from_numpy(self.tokens[rows]["tokens"].astype(np.int64))
+        for places in self.places(step, global_batch, trunk_rank, trunk_ranks, micro_batch):
+            yield torch.from_numpy(self._read(places))
 
-    def micro_batch_rows(
+    def places(
         self, step: int, global_batch: int, trunk_rank: int, trunk_ranks: int, micro_batch: int
-    ) -> Iterator[list[int]]:
-        """Yields which rows of the split are in each of these micro-batches."""
+    ) -> Iterator[list[Place]]:
+        """Yields where the sequences of each of these micro-batches are."""
         assert global_batch % (trunk_ranks * micro_batch) == 0, "the recipe's check lets only whole micro-batches pass"
         share = global_batch // trunk_ranks
         first = step * global_batch + trunk_rank * share
-        for start in range(first, first + share, micro_batch):
-            yield [int(self._order(n // self.rows)[n % self.rows]) for n in range(start, start + micro_batch)]
+        sources, numbers = mixed(first, share, self._shares)
+        for start in range(0, share, micro_batch):
+            part = slice(start, start + micro_batch)
+            yield [self._place(int(i), int(k)) for i, k in zip(sources[part], numbers[part], strict=True)]
 
-    def _order_of_epoch(self, epoch: int) -> np.ndarray:
-        return np.arange(self.rows) if self.seed is None else permutation(self.rows, self.seed, epoch)
+    def name(self, place: Place) -> str:
+        """A place for people: the row, behind the number of the data set where there are several."""
+        source, row = place
+        return str(row) if len(self._tokens) == 1 else f"{source}:{row}"
+
+    def _place(self, source: int, number: int) -> Place:
+        epoch, index = divmod(number, self._lengths[source])
+        return source, index if self._seed is None else int(self._order(source, epoch)[index])
+
+    def _read(self, places: list[Place]) -> NDArray[np.int64]:
+        (first, _), rows = places[0], [row for _, row in places]
+        if all(source == first for source, _ in places):
+            return self._tokens[first][rows]["tokens"].astype(np.int64)  # type: ignore[no-any-return]
+        return np.stack([self._tokens[source][row]["tokens"] for source, row in places]).astype(np.int64)
+
+    def _order_of_epoch(self, source: int, epoch: int) -> NDArray[np.uint32]:
+        assert self._seed is not None
+        return permutation(self._lengths[source], self._seed, epoch, source)

@@ -1,77 +1,119 @@
-"""Packs the documents of a split, end to end, into rows of an Arrow file."""
+"""Packs the tokens of a split, document after document, into rows of an Arrow file."""
 
-import hashlib
+from __future__ import annotations
+
+import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-SPLITS = ("train", "validation", "test")
 ROWS_PER_WRITE = 1000
+_END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # of Arrow's streaming format
 
 
 @dataclass(frozen=True)
 class SplitFacts:
+    """What is in a split.
+
+    Attributes:
+        bytes: of its text in UTF-8; with `tokens` it turns nats per token into bits per byte.
+        tokens: end-of-document tokens included.
+        sequences: rows of the data set.
+        unigram_entropy: nats: the loss of a model that knows how frequent each token is, and nothing else.
+    """
+
     documents: int
-    bytes: int  # of UTF-8 text: with `tokens` it turns nats per token into bits per byte
-    tokens: int  # end-of-document tokens included
-    sequences: int  # rows of the dataset
-    unigram_entropy: float  # nats: the loss of a model that knows how frequent each token is, and nothing else
+    bytes: int
+    tokens: int
+    sequences: int
+    unigram_entropy: float
 
 
-def split_of(document: int, parts: tuple[int, int, int]) -> str:
-    """The split of the document with this index: by a hash of the index alone, in the proportion of `parts`."""
-    digest = hashlib.blake2b(f"document {document}".encode(), digest_size=8).digest()
-    place = int.from_bytes(digest, "little") % sum(parts)
-    train, validation, _ = parts
-    return "train" if place < train else "validation" if place < train + validation else "test"
+def unigram_entropy(counts_V: NDArray[Any]) -> float:
+    """Entropy in nats of tokens that are as frequent as their counts say, (V,); 0 where there are none."""
+    p_V = counts_V[counts_V > 0] / max(counts_V.sum(), 1)
+    return float((p_V * -np.log(p_V)).sum())
 
 
 class SplitWriter:
     """Writes one split: rows of S+1 tokens, each starting with the last token of the one before.
 
-    So every token but the split's first is predicted exactly once; only the last, partial row is dropped. At most
-    ROWS_PER_WRITE rows and one document are held in memory.
+    So every token but the split's first is predicted exactly once; only the last, partial row is dropped. Memory holds
+    at most ROWS_PER_WRITE rows beside what is added at once.
+
+    The file is a stream of Arrow messages, written one by one, so that a writer can go on where `state_dict` was taken:
+    what the file has beyond it is cut off.
+
+    Args:
+        saved: what `state_dict` gave; None: begin a new file.
     """
 
-    def __init__(self, path: Path, seq_len: int, vocab: int):
+    SAVED = ("numbers", "unwritten", "counts_V")
+    """Names of what `state_dict` gives."""
+
+    def __init__(self, path: Path, seq_len: int, vocab: int, saved: dict[str, Any] | None = None):
         import pyarrow as pa
 
         self.seq_len = seq_len
         self.dtype = np.dtype(np.uint16 if vocab <= 1 << 16 else np.uint32)
         tokens = pa.list_(pa.from_numpy_dtype(self.dtype), seq_len + 1)
         self.schema = pa.schema([("tokens", tokens)])
-        self.file = pa.OSFile(str(path), "wb")
-        self.stream = pa.ipc.new_stream(self.file, self.schema)
         self.unwritten = np.empty(0, self.dtype)  # the start of the next row
-        self.pending: list[np.ndarray] = []  # a document each
+        self.pending: list[NDArray[Any]] = []
         self.pending_tokens = 0
-        self.counts = np.zeros(vocab, np.int64)
-        self.documents = self.bytes = self.sequences = 0
+        self.counts_V = np.zeros(vocab, np.int64)
+        self.documents = self.bytes = self.tokens = self.sequences = 0
+        self.file = path.open("wb" if saved is None else "r+b")
+        if saved is None:
+            self.file.write(self.schema.serialize())
+            return
+        self.documents, self.bytes, self.tokens, self.sequences, size = (int(n) for n in saved["numbers"])
+        self.unwritten, self.counts_V = saved["unwritten"].astype(self.dtype), saved["counts_V"]
+        self.file.truncate(size)
+        self.file.seek(size)
 
-    def add(self, ids: list[int], text_bytes: int) -> None:
-        """Appends a document. ids: its tokens, the end-of-document token included, all below `vocab`."""
-        self.documents += 1
+    def add(self, ids: NDArray[Any], text_bytes: int, ends_document: bool = True) -> None:
+        """Append a document, or a part of one.
+
+        Args:
+            ids: its tokens, all below `vocab`; at its end the end-of-document token is among them.
+        """
+        self.documents += ends_document
         self.bytes += text_bytes
-        self.pending.append(np.array(ids, self.dtype))
+        self.tokens += len(ids)
+        self.pending.append(ids.astype(self.dtype))
         self.pending_tokens += len(ids)
         if self.pending_tokens >= ROWS_PER_WRITE * self.seq_len:
             self._write()
 
-    def close(self) -> SplitFacts:
-        """Writes what is left and finishes the file."""
+    def state_dict(self) -> dict[str, NDArray[Any]]:
+        """What it takes to go on from here, after all of it has been brought to the disk."""
         self._write()
-        self.stream.close()
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        numbers = (self.documents, self.bytes, self.tokens, self.sequences, self.file.tell())
+        return {"numbers": np.array(numbers, np.int64), "unwritten": self.unwritten, "counts_V": self.counts_V.copy()}
+
+    def close(self) -> SplitFacts:
+        """Write what is left and finish the file."""
+        self._write()
+        self.file.write(_END_OF_STREAM)
         self.file.close()
-        tokens = int(self.counts.sum())
-        p_V = self.counts[self.counts > 0] / max(tokens, 1)
-        return SplitFacts(self.documents, self.bytes, tokens, self.sequences, float((p_V * -np.log(p_V)).sum()))
+        entropy = unigram_entropy(self.counts_V)
+        return SplitFacts(self.documents, self.bytes, self.tokens, self.sequences, entropy)
+
+    def abandon(self) -> None:
+        """Close the file as it is."""
+        self.file.close()
 
     def _write(self) -> None:
         import pyarrow as pa
 
         new_T = np.concatenate([np.empty(0, self.dtype), *self.pending])
-        self.counts += np.bincount(new_T, minlength=len(self.counts))
+        self.counts_V += np.bincount(new_T, minlength=len(self.counts_V))
         self.pending, self.pending_tokens = [], 0
         tokens_T = np.concatenate([self.unwritten, new_T])
         rows = max(0, len(tokens_T) - 1) // self.seq_len
@@ -80,5 +122,5 @@ class SplitWriter:
             return
         rows_RS1 = np.lib.stride_tricks.sliding_window_view(tokens_T, self.seq_len + 1)[:: self.seq_len][:rows]
         column = pa.FixedSizeListArray.from_arrays(pa.array(rows_RS1.reshape(-1)), self.seq_len + 1)
-        self.stream.write_batch(pa.record_batch([column], schema=self.schema))
+        self.file.write(pa.record_batch([column], schema=self.schema).serialize())
         self.sequences += rows

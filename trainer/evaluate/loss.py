@@ -19,7 +19,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from trainer.checkpoint import LAYOUT_FILE
-from trainer.data.batches import SequenceStream, evaluation_steps
+from trainer.config import source_names
+from trainer.data.batches import evaluation_steps
 from trainer.data.sources import decode
 from trainer.errors import UserError
 from trainer.evaluate.subject import Subject
@@ -65,16 +66,15 @@ def validation_loss(subject: Subject, batches: int | None, batch_size: int) -> T
     prepared = prepare_for(recipe)
     if json.loads((subject.run.folder / LAYOUT_FILE).read_text())["data"] != prepared.identity:
         raise UserError(
-            f"data.source = {recipe.data.source}: its text or its tokenizer has changed since {subject.name} of "
+            f"data.source = {source_names(recipe.data.source)}: its text or its tokenizer has changed since {subject.name} of "
             f"{subject.folder}; bring the old back, or give --text FILE"
         )
-    stream = SequenceStream(prepared.dataset("validation"), None)
+    stream = prepared.stream("validation", None)
     wanted = recipe.eval.batches if batches is None else batches
     count = evaluation_steps(stream.rows, wanted, recipe.train.global_batch) * recipe.train.global_batch
     rows = (row_1S1[0] for row_1S1 in stream.micro_batches(0, count, 0, 1, 1))
     nats, tokens = total_loss(subject, rows, count, batch_size)
-    facts = prepared.validation
-    return _summary(subject, nats, tokens, round(tokens * facts.bytes / facts.tokens))
+    return _summary(subject, nats, tokens, round(tokens * prepared.bytes_per_token))
 
 
 def text_loss(subject: Subject, file: Path, batch_size: int) -> TextLoss:

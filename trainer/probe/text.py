@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -72,12 +71,13 @@ def _held_out(run: SavedRun, tokenizer: Any, tokens: int) -> Tensor:
     prepared = prepare_for(run.recipe)
     if prepared.tokenizer().get_vocab() != tokenizer.get_vocab():
         raise UserError(
-            f"{prepared.path}: was prepared with another tokenizer than the run's; bring back the data that the run "
-            "was trained on, or give --text"
+            f"{prepared.files('validation')}: was prepared with another tokenizer than the run's; restore the data "
+            "that the run was trained on, or give --text"
         )
-    rows = prepared.dataset("validation").with_format("numpy")
-    wanted = max(1, tokens // run.recipe.model.seq_len)
-    return torch.from_numpy(np.asarray(rows[: min(wanted, len(rows))]["tokens"]).astype(np.int64))
+    stream = prepared.stream("validation", None)
+    wanted = min(max(1, tokens // run.recipe.model.seq_len), max(1, stream.rows))
+    (row_RS1,) = stream.micro_batches(0, wanted, 0, 1, wanted)
+    return row_RS1
 
 
 def _token_ids(tokenizer: Any, file: Path, tokens: int) -> Iterator[int]:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from trainer import checkpoint
-from trainer.config import Recipe
+from trainer.config import Recipe, source_names
 from trainer.costs import count_parameters
 from trainer.plan import human
 from trainer.view.frame import duration
@@ -104,7 +104,7 @@ def training_facts(run: Path, recipe: Recipe) -> Facts:
     layout = facts_of(recipe, run)
     batch = f"{t.global_batch:,} sequences, {t.global_batch * recipe.model.seq_len:,} tokens"
     facts = [
-        ("data", recipe.data.source),
+        ("data", source_names(recipe.data.source)),
         ("tokenizer", recipe.data.tokenizer),
         ("batch", batch),
         ("learning rate", f"{t.lr:g} to {t.min_lr:g}, warm-up {t.warmup_fraction:.1%}"),

@@ -4,6 +4,7 @@ prepare_worker.py SETTINGS kill N     counts events (a document read, a file syn
                                       kills itself by SIGKILL at the N-th; prints the number of events
 prepare_worker.py SETTINGS meet DIR   at its first document makes DIR/reading and waits for DIR/go; prints
                                       the number of documents it read
+Both make small batches and go on from many places.
 """
 
 import json
@@ -14,8 +15,7 @@ import time
 from pathlib import Path
 
 from trainer.data import prepare as module
-from trainer.data.prepare import DataSettings, prepare
-from trainer.data.sources import read_documents
+from trainer.data.prepare import DataSettings, prepare_source
 
 
 def kill_at(last: int) -> None:
@@ -36,35 +36,38 @@ def kill_at(last: int) -> None:
 
         return call
 
-    def documents(*args):
-        for text in read_documents(*args):
-            event()
-            yield text
+    class Documents(module.Documents):
+        def __iter__(self):
+            for piece in super().__iter__():
+                event()
+                yield piece
 
-    module.read_documents = documents
+    module.Documents = Documents
     for name in ("fsync", "rename", "mkdir"):
         setattr(os, name, counted(getattr(os, name)))
-    prepare(settings, progress=False)
+    prepare_source(settings, progress=False)
     print(count)
 
 
 def meet(folder: Path) -> None:
     count = 0
 
-    def documents(*args):
-        nonlocal count
-        for text in read_documents(*args):
-            count += 1
-            (folder / "reading").touch()
-            while not (folder / "go").exists():
-                time.sleep(0.01)
-            yield text
+    class Documents(module.Documents):
+        def __iter__(self):
+            nonlocal count
+            for piece in super().__iter__():
+                count += 1
+                (folder / "reading").touch()
+                while not (folder / "go").exists():
+                    time.sleep(0.01)
+                yield piece
 
-    module.read_documents = documents
-    prepare(settings, progress=True)
+    module.Documents = Documents
+    prepare_source(settings, progress=True)
     print(count)
 
 
+module.BATCH_CHARACTERS, module.COMMIT_TOKENS = 400, 500
 fields = json.loads(sys.argv[1])
 settings = DataSettings(**fields | {"split": tuple(fields["split"])})
 if sys.argv[2] == "kill":

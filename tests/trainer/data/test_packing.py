@@ -3,32 +3,42 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer.data import packing
-from trainer.data.packing import SPLITS, SplitWriter, split_of
+from trainer.data.packing import SplitWriter
 
 DOCUMENTS = st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=30), max_size=20)
 
 
-def pack(documents, seq_len, vocab):
+def pack(documents, seq_len, vocab, restart=None):
     with tempfile.TemporaryDirectory() as folder:
-        writer = SplitWriter(Path(folder) / "split.arrow", seq_len, vocab)
-        for ids in documents:
-            writer.add(ids, text_bytes=3)
+        path = Path(folder) / "split.arrow"
+        writer = SplitWriter(path, seq_len, vocab)
+        for i, ids in enumerate(documents):
+            if i == restart:
+                saved = writer.state_dict()
+                writer.add(np.array([1, 2, 3]), text_bytes=7)  # what was written after it is lost
+                writer.state_dict()
+                writer.abandon()
+                writer = SplitWriter(path, seq_len, vocab, saved)
+            writer.add(np.array(ids), text_bytes=3)
         facts = writer.close()
         return Dataset.from_file(str(Path(folder) / "split.arrow"), in_memory=True), facts
 
 
-@given(documents=DOCUMENTS, seq_len=st.integers(1, 12), rows_per_write=st.integers(1, 5))
+@given(
+    documents=DOCUMENTS, seq_len=st.integers(1, 12), rows_per_write=st.integers(1, 5), restart=st.integers(0, 20)
+)
 @settings(max_examples=50, deadline=None)
-def test_rows_are_the_concatenation_and_predict_each_token_once(documents, seq_len, rows_per_write):
+def test_rows_are_the_concatenation_and_predict_each_token_once(documents, seq_len, rows_per_write, restart):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(packing, "ROWS_PER_WRITE", rows_per_write)
-        dataset, facts = pack(documents, seq_len, vocab=10)
+        dataset, facts = pack(documents, seq_len, 10, restart)
     stream = [token for ids in documents for token in ids]
     rows = dataset["tokens"][:]
     assert all(len(row) == seq_len + 1 for row in rows)
@@ -49,16 +59,3 @@ def test_ids_at_the_edge_of_their_type(vocab, dtype):
     dataset, _ = pack([[0, vocab - 1, 5]], 2, vocab)
     assert dataset.features["tokens"].feature.dtype == dtype
     assert dataset["tokens"][:] == [[0, vocab - 1, 5]]
-
-
-def test_split_has_the_proportions_asked_for():
-    n = 100_000
-    for parts in ((969, 30, 1), (1, 1, 0), (2, 0, 5)):
-        counts = Counter(split_of(i, parts) for i in range(n))
-        for split, part in zip(SPLITS, parts, strict=True):
-            p = part / sum(parts)
-            assert abs(counts[split] - n * p) <= 4 * math.sqrt(n * p * (1 - p))  # four standard deviations
-
-
-def test_split_does_not_change_between_versions():
-    assert [i for i in range(150) if split_of(i, (969, 30, 1)) != "train"] == [56, 84, 106, 113, 120]

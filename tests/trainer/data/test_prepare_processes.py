@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from trainer.data.prepare import prepare
+from trainer.data import prepare as module
+from trainer.data.prepare import PROGRESS_FILE, prepare_source
 
 WORKER = Path(__file__).with_name("prepare_worker.py")
 REPOSITORY = Path(__file__).parents[3]
@@ -30,7 +31,8 @@ def start(settings, *arguments) -> subprocess.Popen:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in folder.iterdir() if file.name != "facts.json"}
+    """But for what has a path in it, or is of no use any more."""
+    return {f.name: f.read_bytes() for f in folder.iterdir() if f.name not in ("facts.json", PROGRESS_FILE)}
 
 
 def folders(settings) -> list[Path]:
@@ -38,17 +40,24 @@ def folders(settings) -> list[Path]:
     return [path for path in directory.iterdir() if path.is_dir()] if directory.exists() else []
 
 
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch):
+    """As the worker has them."""
+    monkeypatch.setattr(module, "BATCH_CHARACTERS", 400)
+    monkeypatch.setattr(module, "COMMIT_TOKENS", 500)
+
+
 @pytest.fixture
 def reference(settings, tmp_path):
-    return content(prepare(replace(settings, directory=str(tmp_path / "reference")), progress=False).path)
+    return content(prepare_source(replace(settings, directory=str(tmp_path / "reference")), progress=False).path)
 
 
-def test_killed_anywhere_leaves_nothing_that_looks_finished(settings, reference, tmp_path):
+def test_killed_anywhere_it_goes_on_and_nothing_looks_finished_before_it_is(settings, reference, tmp_path):
     out, _ = start(replace(settings, directory=str(tmp_path / "whole")), "kill", 0).communicate(timeout=TIMEOUT)
     events = int(out)
     assert events > 100 + 10
     points = [1, events, events - 1, events - 2, events - 3, *random.Random(0).sample(range(2, events - 3), 4)]
-    finished = 0
+    finished = went_on = 0
     for point in points:
         at_point = replace(settings, directory=str(tmp_path / f"killed-{point}"))
         worker = start(at_point, "kill", point)
@@ -58,19 +67,55 @@ def test_killed_anywhere_leaves_nothing_that_looks_finished(settings, reference,
             if not folder.name.startswith(".partial-"):
                 assert content(folder) == reference
                 finished += 1
-        prepared = prepare(at_point, progress=False)
+            else:
+                went_on += (folder / PROGRESS_FILE).is_file()
+        prepared = prepare_source(at_point, progress=False)
         assert content(prepared.path) == reference
         assert folders(at_point) == [prepared.path]
     assert finished == 3  # after the rename, and before and after the sync of the folder above
+    assert went_on >= 2
 
 
-def test_the_next_start_removes_what_was_left_of_other_settings(settings):
-    worker = start(settings, "kill", 50)
-    worker.communicate(timeout=TIMEOUT)
+@pytest.mark.parametrize("point, kept", [(40, False), (-5, True)])
+def test_what_was_left_of_other_settings_is_kept_if_it_can_go_on(settings, tmp_path, point, kept):
+    if point < 0:
+        out, _ = start(replace(settings, directory=str(tmp_path / "whole")), "kill", 0).communicate(timeout=TIMEOUT)
+        point += int(out)
+    start(settings, "kill", point).communicate(timeout=TIMEOUT)
     (abandoned,) = folders(settings)
     assert abandoned.name.startswith(".partial-")
-    prepared = prepare(replace(settings, seq_len=7), progress=False)
-    assert folders(settings) == [prepared.path]
+    prepared = prepare_source(replace(settings, seq_len=7), progress=False)
+    assert set(folders(settings)) == {prepared.path, *([abandoned] if kept else [])}
+
+
+def test_going_on_reads_only_what_is_left(settings, reference, monkeypatch, capfd):
+    """After an interruption at the last document: 'going on' is said, and no document is tokenised twice."""
+
+    class Interrupted(module.Documents):
+        def __iter__(self):
+            for piece in super().__iter__():
+                if self.records > 90:
+                    raise KeyboardInterrupt
+                yield piece
+
+    tokenised = 0
+
+    class Counted(module.Encoder):
+        def encode(self, texts):
+            nonlocal tokenised
+            tokenised += len(texts)
+            return super().encode(texts)
+
+    monkeypatch.setattr(module, "Encoder", Counted)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module, "Documents", Interrupted)
+        prepare_source(settings, progress=False)
+    (partial,) = folders(settings)
+    assert (partial / PROGRESS_FILE).is_file()
+    before, tokenised = tokenised, 0
+    assert content(prepare_source(settings, progress=True).path) == reference
+    assert "going on with the preparation" in capfd.readouterr().err
+    assert before > 60 and tokenised < 50
 
 
 def wait_until(happened, worker) -> None:
@@ -88,7 +133,7 @@ def test_two_processes_at_once(settings, reference, tmp_path):
     (partial,) = folders(settings)
     assert partial.name.startswith(".partial-")  # the second one left the first one's alone
     (tmp_path / "go").touch()
-    assert int(first.communicate(timeout=TIMEOUT)[0]) == 100
+    assert int(first.communicate(timeout=TIMEOUT)[0]) == 34 + 100  # to see whether they are few, and to tokenise
     assert int(second.communicate(timeout=TIMEOUT)[0]) == 0
     (folder,) = folders(settings)
     assert content(folder) == reference

@@ -115,7 +115,7 @@ def test_of_a_run_on_what_it_has_held_out() -> None:
     loss = mean_loss(source.model, Text("the same", torch.from_numpy(batch)), lambda: None)
     assert loss == pytest.approx(outcome.val_loss, rel=1e-5)
     rows_NS1 = read_text(source, None, 100).rows_NS1
-    held_out = prepare_for(recipe()).dataset("validation")["tokens"]
+    held_out = prepare_for(recipe()).training[0][0].dataset("validation")["tokens"]
     assert rows_NS1.tolist() == held_out[:4]
     assert read_text(source, None, 10**9).rows_NS1.tolist() == held_out[:]
     found = json.loads(invoke("reuse", f"{folder}/checkpoints/step_00000001", "--tokens", "100", "--json").stdout)
