@@ -21,8 +21,9 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trainer.data.documents import read_documents
 from trainer.data.packing import SPLITS, SplitFacts, SplitWriter, split_of
-from trainer.data.sources import read_documents, source_files
+from trainer.data.sources import source_files
 from trainer.data.tokenizer import (
     end_of_document_id,
     load_tokenizer,

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from trainer.checkpoint import LAYOUT_FILE
 from trainer.data.batches import SequenceStream, evaluation_steps
-from trainer.data.sources import decode
+from trainer.data.content import decode
 from trainer.errors import UserError
 from trainer.evaluate.subject import Subject
 from trainer.prepare import prepare_for

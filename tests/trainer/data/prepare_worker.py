@@ -14,8 +14,8 @@ import time
 from pathlib import Path
 
 from trainer.data import prepare as module
+from trainer.data.documents import read_documents
 from trainer.data.prepare import DataSettings, prepare
-from trainer.data.sources import read_documents
 
 
 def kill_at(last: int) -> None:
