@@ -1,80 +1,141 @@
-"""Documents, one string each, of a local copy, the Hugging Face hub or Python's own standard library.
+"""Which files a source means: a file, a folder, a glob, or Python's own standard library.
 
-Whatever is wrong with the input is a `UserError` of one line that names the file and the line, row or byte.
+A folder is searched for the kinds of files that can be read. What is left out of it, and why, is kept for a message:
+nothing is passed over in silence.
 """
 
 import glob
-import json
 import os
 import sysconfig
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from trainer.errors import UserError
 
 PYTHON_STDLIB = "python-stdlib"
 HUB_PREFIX = "hub:"
-PLAIN = (".txt", ".py", ".md")
-KINDS = (*PLAIN, ".jsonl", ".jsonl.zst", ".parquet")
-ALLOWED = f"allowed are {', '.join(KINDS)}"
+
+_PLAIN = (".txt", ".text", ".md", ".markdown", ".rst", ".py")
+_JSON = (".jsonl", ".ndjson", ".jsonlines", ".json")
+_TABLES = {".csv": "csv", ".tsv": "tsv", ".parquet": "parquet", ".arrow": "arrow", ".feather": "arrow"}
+_KIND_OF_ENDING = dict.fromkeys(_PLAIN, "plain") | dict.fromkeys(_JSON, "json") | _TABLES
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zstd")
+ALLOWED = f"allowed are {', '.join(_KIND_OF_ENDING)}, all but the last three also with {', '.join(COMPRESSED)}"
+
+_ARCHIVES = (".zip", ".tar", ".tgz", ".tbz2", ".txz", ".7z", ".rar", *(f".tar{ending}" for ending in COMPRESSED))
+_TOOLS_FOLDERS = {"__macosx", "__pycache__", "_temporary", "_delta_log", "_spark_metadata"}
+# What `datasets` and the hub's repositories keep beside the records.
+_DESCRIPTIONS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
+_NOTES = {"readme", "license", "licence", "changelog", "citation", "contributing"}
+
+LeftOut = list[tuple[Path, str]]
+
+
+@dataclass
+class Files:
+    """What a source means.
+
+    Attributes:
+        read: the files to read, sorted by path.
+        left_out: files and folders that are not read, and why.
+    """
+
+    read: list[Path] = field(default_factory=list)
+    left_out: LeftOut = field(default_factory=list)
+
+
+def kind_of(name: str) -> str | None:
+    """ "plain", "json", "csv", "tsv", "parquet" or "arrow", by a file's name; None if it is of no known kind."""
+    name = name.lower()
+    ending = os.path.splitext(name)[1]
+    if ending in COMPRESSED:
+        kind = _KIND_OF_ENDING.get(os.path.splitext(name.removesuffix(ending))[1])
+        return None if kind in ("parquet", "arrow") else kind
+    return _KIND_OF_ENDING.get(ending)
+
+
+def shown(path: str | os.PathLike[str]) -> str:
+    """A path for a message: bytes that are not UTF-8, and characters that would break the line, are escaped."""
+    text = os.fsencode(path).decode("utf-8", "backslashreplace")
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 def source_files(source: str) -> list[Path]:
     """The local files that `source` names, sorted; none for the hub.
 
-    Raises UserError: nothing matched, a file of no known kind, an empty file.
+    Raises:
+        UserError: see `find_files`.
+    """
+    return find_files(source).read
+
+
+def skipped_files(source: str) -> str | None:
+    """One line that says which files of `source` are not read, and why; None if all are."""
+    return left_out_line(source, find_files(source).left_out)
+
+
+def left_out_line(source: str, left_out: LeftOut) -> str | None:
+    """As `skipped_files`, of what `find_files` has found."""
+    if not left_out:
+        return None
+    by_reason: dict[str, list[str]] = {}
+    for path, reason in left_out:
+        by_reason.setdefault(reason, []).append(shown(path.name))
+    reasons = []
+    for reason, names in by_reason.items():
+        more = ", ..." if len(names) > 3 else ""
+        reasons.append(f"{len(names)} {reason} ({', '.join(names[:3])}{more})")
+    return f"data.source {shown(source)}: left out: {'; '.join(reasons)}"
+
+
+def find_files(source: str) -> Files:
+    """The local files that `source` names, and what is left out of it.
+
+    A file that is named outright is read whatever its name is, as long as its kind is known. Of a glob's matches those
+    of a known kind are read. In a folder, hidden and temporary files are left out as well, and notes (README.md) that
+    lie beside records.
+
+    Raises:
+        UserError: nothing to read, a file of no known kind or without content, a folder that cannot be listed.
     """
     if source.startswith(HUB_PREFIX):
-        return []
+        return Files()
     if source == PYTHON_STDLIB:
-        return _stdlib_files()
-    path = Path(source).expanduser()
-    if path.is_dir():
-        files = [file for file in path.rglob("*") if file.name.endswith(KINDS)]
-    elif path.is_file():
-        files = [path]
-    else:
-        files = [Path(match) for match in glob.glob(str(path), recursive=True)]
-    files = sorted(file for file in files if file.is_file())
-    if not files:
-        raise UserError(
-            f"data.source {source}: no file found; "
-            f'give a file, folder, glob ({ALLOWED}), "hub:NAME" or "{PYTHON_STDLIB}"'
-        )
-    for file in files:
-        if not file.name.endswith(KINDS):
-            raise UserError(f"{file}: unknown kind of file; {ALLOWED}")
-        if file.stat().st_size == 0:
-            raise _empty(file)
+        return Files(_stdlib_files())
+    path = Path(os.path.expanduser(source))
+    if not source:
+        raise UserError(f"data.source: is empty; {_give()}")
+    if os.path.isfile(path):
+        return Files([_named(path)])
+    files = _in_folder(path) if os.path.isdir(path) else _matches(str(path))
+    if not files.read:
+        told = left_out_line(source, files.left_out)
+        raise UserError(f"{told or f'data.source {shown(source)}'}: no file found that can be read; {_give()}")
+    files.read.sort()
+    files.left_out.sort()
     return files
 
 
-def read_documents(source: str, text_field: str) -> Iterator[str]:
-    """Yields the documents of `source` in an order that is always the same: files sorted by name, lines as they come.
+def _give() -> str:
+    return f'give a file, folder, glob ({ALLOWED}), "{HUB_PREFIX}NAME" or "{PYTHON_STDLIB}"'
 
-    source: "python-stdlib"; "hub:NAME" or "hub:NAME:CONFIG" (its split "train", streamed); or a file, folder or glob of
-    plain text (a document a file), .jsonl, .jsonl.zst or .parquet (a document a line or row, in `text_field`).
-    Documents without a character are left out.
 
-    Raises UserError: as `source_files`; invalid UTF-8, a truncated .zst, a record without text, a hub out of reach.
-    """
-    if source.startswith(HUB_PREFIX):
-        yield from filter(None, _read_hub(source.removeprefix(HUB_PREFIX), text_field))
-        return
-    if source == PYTHON_STDLIB:
-        yield from filter(None, _read_stdlib())
-        return
-    for path in source_files(source):
-        try:
-            documents = 0
-            for text in filter(None, _read_file(path, text_field)):
-                documents += 1
-                yield text
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
-        if documents == 0:
-            raise _empty(path)
+def _named(path: Path) -> Path:
+    reason = _unreadable_kind(path.name)
+    if reason == "archive":
+        raise UserError(f"{shown(path)}: is an archive; unpack it and give the folder with its files")
+    if reason:
+        raise UserError(f"{shown(path)}: unknown kind of file; {ALLOWED}")
+    if os.stat(path).st_size == 0:
+        raise UserError(f"{shown(path)}: is empty, it holds no document; give another data.source")
+    return path
+
+
+def _unreadable_kind(name: str) -> str | None:
+    if name.lower().endswith(_ARCHIVES):
+        return "archive"
+    return None if kind_of(name) else "of unknown kind"
 
 
 def _stdlib_files() -> list[Path]:
@@ -84,137 +145,96 @@ def _stdlib_files() -> list[Path]:
         subfolders[:] = set(subfolders) - {"site-packages", "dist-packages", "__pycache__"}
         files += [Path(folder, name) for name in names if name.endswith(".py")]
     if not files:
-        raise UserError(f"data.source {PYTHON_STDLIB}: no .py file under {root}; name another source")
+        raise UserError(f"data.source {PYTHON_STDLIB}: no .py file under {shown(root)}; name another source")
     return sorted(files)
 
 
-def _read_stdlib() -> Iterator[str]:
-    for path in _stdlib_files():
-        try:
-            yield path.read_bytes().decode()
-        except UnicodeDecodeError:  # the library tests its own reading of other encodings
+def _matches(pattern: str) -> Files:
+    files = Files()
+    seen = set()
+    try:
+        matches = sorted(map(Path, glob.iglob(pattern, recursive=True)))
+    except (ValueError, RecursionError) as error:  # a NUL character; a pattern that `re` refuses
+        raise UserError(f"data.source {shown(pattern)}: not a path or glob ({error}); {_give()}") from error
+    for path in matches:
+        if path.is_dir():
             continue
+        real = os.path.realpath(path)  # "**" goes through links to folders, also through those that lead back
+        reason = "reached twice, by a link" if real in seen else _reason(path)
+        seen.add(real)
+        _sort_in(files, path, reason)
+    return files
 
 
-def _read_file(path: Path, text_field: str) -> Iterator[str]:
-    if path.name.endswith(PLAIN):
-        yield decode(path.read_bytes(), f"{path}", first_line=1)
-    elif path.name.endswith(".parquet"):
-        yield from _read_parquet(path, text_field)
-    elif path.name.endswith(".zst"):
-        yield from _read_jsonl(path, _lines(_decompress(path)), text_field)
+def _in_folder(root: Path) -> Files:
+    files = Files()
+    seen: set[str] = set()
+    for folder, entries in _walk(root, files, seen):
+        kinds = {entry.name: kind_of(entry.name) for entry in entries}
+        has_records = any(kind not in (None, "plain") for name, kind in kinds.items() if not _beside(name))
+        for entry in entries:
+            path = folder / entry.name
+            _sort_in(files, path, _beside(entry.name, has_records) or _reason(path))
+    return files
+
+
+def _walk(root: Path, files: Files, seen: set[str]) -> Iterator[tuple[Path, list[os.DirEntry[str]]]]:
+    """Folders with their files, through links as well, but into no folder twice."""
+    waiting = [root]
+    while waiting:
+        folder = waiting.pop()
+        real = os.path.realpath(folder)
+        if real in seen:
+            files.left_out.append((folder, "reached twice, by a link"))
+            continue
+        seen.add(real)
+        try:
+            with os.scandir(folder) as entries:
+                listed = sorted(entries, key=lambda entry: entry.name)
+        except OSError as error:
+            raise UserError(
+                f"{shown(folder)}: the folder cannot be listed ({error.strerror}); mend that or name other folders"
+            ) from error
+        inside = []
+        for entry in listed:
+            if not os.path.isdir(entry.path):
+                inside.append(entry)
+            elif entry.name.startswith("."):
+                files.left_out.append((folder / entry.name, "hidden"))
+            elif entry.name.lower() in _TOOLS_FOLDERS:
+                files.left_out.append((folder / entry.name, "of a tool's own"))
+            else:
+                waiting.append(folder / entry.name)
+        yield folder, inside
+
+
+def _beside(name: str, has_records: bool = True) -> str | None:
+    """Why a file is not data, by its name; `has_records`: other files of its folder hold records."""
+    name = name.lower()
+    if name.startswith("."):
+        return "hidden"
+    if name in _DESCRIPTIONS or (name.startswith("cache-") and name.endswith(".arrow")):
+        return "of the `datasets` library's own"
+    if has_records and kind_of(name) == "plain" and name.split(".")[0] in _NOTES:
+        return "beside the records"
+    return None
+
+
+def _reason(path: Path) -> str | None:
+    """Why a file cannot be read, or None."""
+    reason = _unreadable_kind(path.name)
+    if reason:
+        return f"{reason} (to be unpacked first)" if reason == "archive" else reason
+    if not os.path.isfile(path):
+        return "not a file, or a broken link" if os.path.lexists(path) else "gone"
+    kind = kind_of(path.name)
+    packed = path.name.lower().endswith(COMPRESSED)
+    # An empty file of the other kinds was cut off: reading it says so.
+    return "empty" if kind not in ("parquet", "arrow") and not packed and path.stat().st_size == 0 else None
+
+
+def _sort_in(files: Files, path: Path, reason: str | None) -> None:
+    if reason:
+        files.left_out.append((path, reason))
     else:
-        with path.open("rb") as lines:
-            yield from _read_jsonl(path, lines, text_field)
-
-
-def _read_jsonl(path: Path, lines: Iterator[bytes], text_field: str) -> Iterator[str]:
-    for number, line in enumerate(lines, start=1):
-        text = decode(line, f"{path}", first_line=number)
-        if text.isspace() or not text:
-            continue
-        try:
-            record = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {number}: not valid JSON ({error.msg}); mend or remove the line") from error
-        yield _text_of(record, text_field, f"{path}, line {number}")
-
-
-def _read_parquet(path: Path, text_field: str) -> Iterator[str]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    row = 0
-    try:
-        with pq.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            if text_field not in names:
-                raise UserError(f'{path}: no column "{text_field}"; set data.text_field to one of {", ".join(names)}')
-            for batch in file.iter_batches(batch_size=256, columns=[text_field]):
-                for value in batch.column(0):
-                    row += 1
-                    yield _text_of({text_field: value.as_py()}, text_field, f"{path}, row {row}")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}, row {row}: invalid UTF-8 at byte {error.start}; convert the text to UTF-8") from error
-    except pa.ArrowException as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path}: damaged or not a parquet file ({reason}); fetch it again") from error
-
-
-def _read_hub(name: str, text_field: str) -> Iterator[str]:
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetNotFoundError
-    from huggingface_hub.utils import httpx  # the HTTP client that this version of the hub's library uses
-
-    name, _, config = name.partition(":")
-    try:
-        records = load_dataset(name, config or None, split="train", streaming=True)
-        for row, record in enumerate(records, start=1):
-            yield _text_of(record, text_field, f"{HUB_PREFIX}{name}, row {row}")
-    except DatasetNotFoundError as error:
-        raise UserError(f"data.source {HUB_PREFIX}{name}: the hub has no such data set, or it is private") from error
-    except (OSError, httpx.HTTPError) as error:
-        raise UserError(
-            f"data.source {HUB_PREFIX}{name}: the Hugging Face hub cannot be reached ({type(error).__name__}); "
-            "try again, or give the path of a local copy"
-        ) from error
-    except ValueError as error:  # an unknown config or split: the message of `datasets` lists those there are
-        raise UserError(f"data.source {HUB_PREFIX}{name}: {' '.join(str(error).split())}") from error
-
-
-def _decompress(path: Path) -> Iterator[bytes]:
-    """The content of a .zst of one or more frames. (zstandard's own stream_reader ends a truncated one in silence.)"""
-    import zstandard
-
-    frame = None
-    with path.open("rb") as file:
-        while data := file.read(1 << 17):
-            while data:
-                frame = frame or zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
-                try:
-                    yield frame.decompress(data)
-                except zstandard.ZstdError as error:
-                    raise UserError(f"{path}: damaged or not a .zst file ({error}); fetch it again") from error
-                data = frame.unused_data if frame.eof else b""
-                frame = None if frame.eof else frame
-    if frame is not None:
-        raise UserError(f"{path}: truncated: the .zst ends in the middle of a frame; fetch it again")
-
-
-def _lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    begun: list[bytes] = []
-    for chunk in chunks:
-        end_of_line, *following = chunk.split(b"\n")
-        begun.append(end_of_line)
-        for piece in following:
-            yield b"".join(begun)
-            begun = [piece]
-    yield b"".join(begun)
-
-
-def decode(data: bytes, where: str, first_line: int) -> str:
-    """Text of UTF-8. Raises UserError, which names the line, where it is not."""
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        line = first_line + data.count(b"\n", 0, error.start)
-        column = error.start - data.rfind(b"\n", 0, error.start)
-        raise UserError(
-            f"{where}, line {line}: invalid UTF-8 at byte {column} of the line; convert the file to UTF-8"
-        ) from error
-
-
-def _text_of(record: Any, text_field: str, where: str) -> str:
-    text = record.get(text_field) if isinstance(record, dict) else None
-    if not isinstance(text, str):
-        keys = ", ".join(record) if isinstance(record, dict) else f"none, it is a {type(record).__name__}"
-        raise UserError(f'{where}: no text under "{text_field}" (its keys: {keys}); mend it or set data.text_field')
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:  # JSON can escape what UTF-8 cannot hold
-        raise UserError(f"{where}: invalid UTF-8: half a surrogate pair in its text; mend or remove it") from error
-    return text
-
-
-def _empty(path: Path) -> UserError:
-    return UserError(f"{path}: is empty, it holds no document; remove it or leave it out of data.source")
+        files.read.append(path)

@@ -76,7 +76,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def end_of_document_id(tokenizer: Tokenizer) -> int:
+def end_of_document_id(tokenizer: Tokenizer, wanted: str | None = None) -> int:
     """The id that ends a document. Raises UserError where the tokenizer has no such token."""
     for name in END_OF_DOCUMENT_NAMES:
         token_id = tokenizer.token_to_id(name)

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from trainer.checkpoint import LAYOUT_FILE
 from trainer.config import source_names
 from trainer.data.batches import evaluation_steps
-from trainer.data.sources import decode
+from trainer.data.content import decode
 from trainer.errors import UserError
 from trainer.evaluate.subject import Subject
 from trainer.prepare import prepare_for

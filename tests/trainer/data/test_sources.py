@@ -8,7 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from trainer.data.sources import read_documents, source_files
+from trainer.data.documents import read_documents
+from trainer.data.sources import source_files
 from trainer.errors import UserError
 
 LINE = b'{"text": "a document"}\n'

@@ -1,0 +1,191 @@
+"""The documents of a source as pieces, in an order that is always the same, from any position on."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from trainer.data.content import Content, identity
+from trainer.data.hub import read_hub
+from trainer.data.readers import Found, read_delimited, read_json, read_plain
+from trainer.data.records import PIECE_CHARACTERS, Bad, Piece, Position, cut
+from trainer.data.sources import HUB_PREFIX, PYTHON_STDLIB, shown, source_files
+from trainer.data.tables import read_arrow, read_parquet
+from trainer.errors import UserError
+
+__all__ = ["PIECE_CHARACTERS", "Documents", "Piece", "read_documents"]
+
+_FIRST_BAD = 5
+_BAD_SAMPLE = 100  # with as many bad records their share is judged before the end of the source
+_FEW_BAD = 10
+
+
+class Documents:
+    """Reads the documents of a source as pieces: files sorted by path, records as they come.
+
+    A record that cannot be used (no text, not JSON, invalid UTF-8) is left out and counted. A document of nothing but
+    white space is left out; one that is longer than a piece is kept.
+
+    Args:
+        source: "python-stdlib"; "hub:NAME" or "hub:NAME:CONFIG" (its split "train", streamed); or a file, folder or
+            glob of the kinds that `sources.ALLOWED` names: plain text is a document a file, in the other kinds each
+            record has one under `text_field`.
+        text_field: a key, or a path of keys and list indices joined by dots.
+        max_bad_share: more bad records than this share of all are an error; 0: the first one is.
+        state: of `state_dict`: go on behind the piece that was yielded last.
+
+    Attributes:
+        records: records read so far, good or bad.
+        bad_records: those that could not be used.
+        first_bad: "file, line N: reason" of the first five.
+    """
+
+    def __init__(
+        self, source: str, text_field: str, max_bad_share: float = 0.05, state: Mapping[str, Any] | None = None
+    ) -> None:
+        state = state or {}
+        self._source, self._text_field, self._max_bad_share = source, text_field, max_bad_share
+        self.records: int = state.get("records", 0)
+        self.bad_records: int = state.get("bad_records", 0)
+        self.first_bad: list[str] = list(state.get("first_bad", []))
+        self._documents: int = state.get("documents", 0)
+        self._files: str | None = state.get("files")
+        self._file: int = state.get("file", 0)
+        self._at: Position | None = state.get("at")
+        self._begun: int = state.get("begun", 0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position behind the piece that was yielded last, for JSON."""
+        return {
+            "files": self._files,
+            "file": self._file,
+            "at": self._at,
+            "begun": self._begun,
+            "documents": self._documents,
+            "records": self.records,
+            "bad_records": self.bad_records,
+            "first_bad": list(self.first_bad),
+        }
+
+    def __iter__(self) -> Iterator[Piece]:
+        """Goes on behind the piece that was yielded last.
+
+        Raises:
+            UserError: nothing to read or no document in it, a file that is damaged, cannot be read or changes
+                meanwhile, too many bad records, other files than those of `state`, a hub out of reach.
+        """
+        if self._source.startswith(HUB_PREFIX):
+            name = HUB_PREFIX + self._source.removeprefix(HUB_PREFIX).partition(":")[0]
+            if self._file == 0:
+                yield from self._pieces(name, read_hub(self._source, self._text_field, self._at))
+        else:
+            yield from self._pieces_of_files(source_files(self._source))
+        self._file, self._at = self._file + 1, None
+        self._judge(at_end=True)
+
+    def _pieces_of_files(self, files: list[Path]) -> Iterator[Piece]:
+        digest = hashlib.sha256()
+        for path in files:
+            try:
+                digest.update(repr((str(path), *identity(path)[1:])).encode("utf-8", "surrogateescape"))
+            except OSError as error:
+                raise _unreadable(path, error) from error
+        if self._files not in (None, digest.hexdigest()):
+            raise UserError(
+                f"data.source {shown(self._source)}: its files have changed since the position in them was saved; "
+                "start again"
+            )
+        self._files = digest.hexdigest()
+        for path in files[self._file :]:
+            try:
+                before = identity(path)
+                yield from self._pieces(shown(path), _read(path, self._text_field, self._at))
+                if identity(path) != before:
+                    raise UserError(f"{shown(path)}: has changed while it was read; start again when it is complete")
+            except OSError as error:
+                raise _unreadable(path, error) from error
+            self._file, self._at = self._file + 1, None
+
+    def _pieces(self, where: str, found_at: Found) -> Iterator[Piece]:
+        for found, position in found_at:
+            if isinstance(found, Bad):
+                self._at = position
+                self._count_bad(f"{where}, {found.where}: {found.reason}")
+            elif isinstance(found, Piece):
+                self._at = position
+                if found.ends_document:
+                    self.records += 1
+                    self._documents += 1
+                yield found
+            else:
+                yield from self._pieces_of(found, position)
+
+    def _pieces_of(self, text: str, position: Position) -> Iterator[Piece]:
+        if text and not text.isspace():
+            begin = self._begun
+            while len(text) - begin > PIECE_CHARACTERS:
+                self._begun = cut(text, begin)
+                yield Piece(text[begin : self._begun], False)
+                begin = self._begun
+            self._at, self._begun = position, 0
+            self.records += 1
+            self._documents += 1
+            yield Piece(text[begin:], True)
+        else:
+            self._at = position
+            self.records += 1
+
+    def _count_bad(self, what: str) -> None:
+        if self._source == PYTHON_STDLIB:  # it tests its own reading of other encodings
+            return
+        self.records += 1
+        self.bad_records += 1
+        if len(self.first_bad) < _FIRST_BAD:
+            self.first_bad.append(what)
+        self._judge(at_end=False)
+
+    def _judge(self, at_end: bool) -> None:
+        bad = self.bad_records
+        if self._max_bad_share == 0 and bad:
+            raise UserError(self.first_bad[0])
+        too_many = bad > self._max_bad_share * self.records
+        if too_many and (bad >= _BAD_SAMPLE or (at_end and (bad > _FEW_BAD or bad > self._documents))):
+            raise UserError(
+                f"{self.first_bad[0]} ({bad:,} of {self.records:,} records are bad, "
+                f"and data.max_bad_share is {self._max_bad_share:g})"
+            )
+        if at_end and self._documents == 0:
+            raise UserError(f"data.source {shown(self._source)}: is empty, it holds no document; give another one")
+
+
+def read_documents(source: str, text_field: str) -> Iterator[str]:
+    """Yields whole documents, as `Documents` reads them.
+
+    Raises:
+        UserError: as `Documents`.
+    """
+    pieces: list[str] = []
+    for piece in Documents(source, text_field):
+        pieces.append(piece.text)
+        if piece.ends_document:
+            yield "".join(pieces)
+            pieces = []
+
+
+def _read(path: Path, text_field: str, at: Position | None) -> Found:
+    content = Content(path)
+    if content.kind == "plain":
+        return read_plain(content, at)
+    if content.kind == "json":
+        return read_json(content, text_field, at)
+    if content.kind in ("csv", "tsv"):
+        return read_delimited(content, text_field, at)
+    if content.kind == "parquet":
+        return read_parquet(path, text_field, at)
+    return read_arrow(path, text_field, at)
+
+
+def _unreadable(path: Path, error: OSError) -> UserError:
+    return UserError(f"{shown(path)}: cannot be read ({error.strerror or error}); mend that or leave it out")

@@ -1,0 +1,61 @@
+"""The records of a data set on the Hugging Face hub, streamed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from trainer.data.readers import Found
+from trainer.data.records import text_of
+from trainer.data.sources import HUB_PREFIX, shown
+from trainer.errors import UserError
+
+_SNAPSHOT_RECORDS = 1000
+
+
+def read_hub(source: str, text_field: str, at: list[Any] | None) -> Found:
+    """The split "train" of "hub:NAME" or "hub:NAME:CONFIG".
+
+    A position is the row, rows since the snapshot, and a snapshot of the data set's own position, for that costs as
+    much as many records to take.
+    """
+    from datasets import load_dataset
+
+    name, _, config = source.removeprefix(HUB_PREFIX).partition(":")
+    row, since, snapshot = at or [0, 0, None]
+    with _faults(HUB_PREFIX + name):
+        records = load_dataset(name, config or None, split="train", streaming=True)
+        if snapshot:
+            records.load_state_dict(snapshot)
+        skipped = 0
+        for record in records:
+            if skipped < since and at:
+                skipped += 1
+                continue
+            at = None
+            row += 1
+            since += 1
+            if since == _SNAPSHOT_RECORDS:
+                snapshot, since = records.state_dict(), 0
+            yield text_of(record, text_field, f"row {row}"), [row, since, snapshot]
+
+
+@contextmanager
+def _faults(source: str) -> Iterator[None]:
+    from datasets.exceptions import DatasetNotFoundError
+    from huggingface_hub.utils import httpx  # the HTTP client that this version of the hub's library uses
+
+    where = f"data.source {shown(source)}"
+    try:
+        yield
+    except DatasetNotFoundError as error:
+        raise UserError(f"{where}: the hub has no such data set, or it is private") from error
+    except (OSError, httpx.HTTPError) as error:
+        raise UserError(
+            f"{where}: the Hugging Face hub cannot be reached ({type(error).__name__}); "
+            "try again, or give the path of a local copy"
+        ) from error
+    except Exception as error:  # an unknown config or split, files that `datasets` cannot read: it says which
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{where}: {reason[:1000]}; mend the name or give the path of a local copy") from error

@@ -1,0 +1,300 @@
+"""The records of text files: plain text, JSON in lines, arrays or single records, and tables with a delimiter.
+
+A reader yields (what it found, the position behind it), and goes on from a position that it has given before.
+"""
+
+import codecs
+import csv
+import json
+import re
+from collections.abc import Iterator
+from typing import IO, Any
+
+from trainer.data.content import Content, invalid
+from trainer.data.records import PIECE_CHARACTERS, RECORD_BYTES, Bad, Piece, Position, checked, cut, listed, text_of
+from trainer.data.sources import shown
+from trainer.errors import UserError
+
+Found = Iterator[tuple[str | Piece | Bad, Position]]
+
+_BLOCK = 1 << 20
+_CSV_FIELD = RECORD_BYTES // 4  # `csv` keeps four bytes a character
+_SPACE = re.compile(r"[ \t\n\r]*")
+_BOM = "\ufeff"
+
+
+def read_plain(content: Content, at: Position | None) -> Found:
+    """A file is a document. One that is not UTF-8 is a bad record as a whole, so a long one is read twice."""
+    offset, line = at or (0, 1)
+    if not at and (fault := _fault(content)):
+        yield fault, [0, 1]
+        return
+    decode = codecs.getincrementaldecoder("utf-8")().decode
+    text = ""
+    with content.open(offset) as stream:
+        while True:
+            while len(text) <= PIECE_CHARACTERS and (block := stream.read(_BLOCK)):
+                text += decode(block)
+            if len(text) <= PIECE_CHARACTERS:
+                break
+            end = cut(text)
+            piece, text = text[:end], text[end:]
+            offset += len(piece.encode())
+            line += piece.count("\n")
+            yield Piece(piece, False), [offset, line]
+        behind = [offset + len(text.encode()), line]
+        if offset == 0:
+            yield text, behind
+        elif text:
+            yield Piece(text, True), behind
+
+
+def _fault(content: Content) -> Bad | None:
+    decode = codecs.getincrementaldecoder("utf-8")().decode
+    line = 1
+    with content.open() as stream:
+        while True:
+            block = stream.read(_BLOCK)
+            try:
+                decode(block, final=not block)
+            except UnicodeDecodeError as error:
+                # The decoder's input begins with what it kept of the block before, which holds no line feed.
+                where = invalid(error, bytes(error.object), line)
+                place, _, reason = where.partition(": ")
+                return Bad(place, f"{reason}; convert the file to UTF-8")
+            if b"\0" in block:
+                line += block.count(b"\n", 0, block.index(b"\0"))
+                return Bad(f"line {line}", "a NUL character: not text, or UTF-16 without its mark; convert it to UTF-8")
+            if not block:
+                return None
+            line += block.count(b"\n")
+
+
+def read_json(content: Content, text_field: str, at: Position | None) -> Found:
+    """Lines of JSON, an array of records, or one record over several lines, whatever the ending says."""
+    with content.open() as stream:
+        head = stream.read(_BLOCK)
+    if _is_array(head, content.path.name.lower()):
+        return _read_values(content, text_field, at, array=True)
+    if _is_spread(head):
+        return _read_values(content, text_field, at, array=False)
+    return _read_lines(content, text_field, at)
+
+
+def _is_array(head: bytes, name: str) -> bool:
+    begin = re.match(rb"\s*\[\s*(\{|\]?\s*$)?", head)
+    return begin is not None and (begin[1] is not None or (".json" in name and ".jsonl" not in name))
+
+
+def _is_spread(head: bytes) -> bool:
+    """It begins with a record over several lines."""
+    lines = [line for line in head.split(b"\n", 50) if line.strip()]
+    if len(lines) < 2 or not lines[0].lstrip().startswith(b"{") or lines[1].lstrip().startswith(b"{"):
+        return False
+    try:
+        json.loads(lines[0])
+    except (ValueError, RecursionError):
+        return True
+    return False
+
+
+def _read_lines(content: Content, text_field: str, at: Position | None) -> Found:
+    offset, number = at or (0, 0)
+    loads = json.loads
+    with content.open(offset) as stream:
+        while line := stream.readline(RECORD_BYTES):
+            number += 1
+            offset += len(line)
+            found: str | Bad
+            if len(line) == RECORD_BYTES and not line.endswith(b"\n"):
+                offset += _skip_line(stream)
+                yield Bad(f"line {number}", _too_long()), [offset, number]
+                continue
+            try:
+                text = line.decode()
+                if text.isspace():
+                    continue
+                record = loads(text.removeprefix(_BOM))  # files with a mark that were put behind each other
+                found = text_of(record, text_field, f"line {number}")
+            except UnicodeDecodeError as error:
+                found = Bad(
+                    f"line {number}", f"invalid UTF-8 at byte {error.start + 1} of the line; convert it to UTF-8"
+                )
+            except (ValueError, RecursionError) as error:
+                found = Bad(f"line {number}", f"not valid JSON ({_reason(error)}); mend or remove the line")
+            yield found, [offset, number]
+
+
+def _read_values(content: Content, text_field: str, at: Position | None, array: bool) -> Found:
+    """Records of an array, or records behind each other, over any number of lines."""
+    offset, line, index = at or (0, 1, 0)
+    with content.open(offset) as stream:
+        window = _Window(stream, shown(content.path), offset, line)
+        if array and not at:
+            window.take("[")
+        while (char := window.next()) or array:
+            if array and char == "]":
+                window.take("]")
+                if window.next():
+                    raise window.error("something behind the end of the array")
+                return
+            if array and index:
+                window.take(",")
+                window.next()
+            where = f"line {window.line}"
+            record = window.value()
+            index += 1
+            yield text_of(record, text_field, where), [window.offset, window.line, index]
+
+
+class _Window:
+    """The text of a JSON file around the value that is parsed.
+
+    Attributes:
+        offset, line: of its next character, in the content.
+    """
+
+    def __init__(self, stream: IO[bytes], where: str, offset: int, line: int) -> None:
+        self.offset, self.line = offset, line
+        self._stream, self._where = stream, where
+        # A byte that is no UTF-8 makes one record bad, not the file.
+        self._decode = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode
+        self._parse = json.JSONDecoder().raw_decode
+        self._text, self._at = "", 0
+        self._ended = False
+
+    def next(self) -> str:
+        """The next character that is no space; "" at the end."""
+        while True:
+            match = _SPACE.match(self._text, self._at)
+            assert match
+            self._move(match.end())
+            if self._at < len(self._text):
+                return self._text[self._at]
+            if not self._more():
+                return ""
+
+    def take(self, char: str) -> None:
+        if self.next() != char:
+            raise self.error(f'"{char}" is missing' if self._text else "it ends in the middle")
+        self._move(self._at + 1)
+
+    def value(self) -> Any:
+        while True:
+            try:
+                value, end = self._parse(self._text, self._at)
+            except (ValueError, RecursionError) as error:
+                if not isinstance(error, json.JSONDecodeError) or not self._more():
+                    raise self.error(_reason(error)) from error
+            else:
+                if end < len(self._text) or not self._more():  # a number may go on
+                    self._move(end)
+                    return value
+
+    def error(self, reason: str) -> UserError:
+        return UserError(f"{self._where}, line {self.line}: not valid JSON ({reason}); mend the file or fetch it again")
+
+    def _move(self, to: int) -> None:
+        passed = self._text[self._at : to]
+        self.offset += len(passed) if passed.isascii() else len(passed.encode("utf-8", "surrogateescape"))
+        self.line += passed.count("\n")
+        self._at = to
+
+    def _more(self) -> bool:
+        self._text, self._at = self._text[self._at :], 0
+        if len(self._text) > RECORD_BYTES:
+            raise self.error(_too_long())
+        block = self._stream.read(max(_BLOCK, len(self._text)))
+        self._ended = not block
+        self._text += self._decode(block, final=not block)
+        return bool(block)
+
+
+def read_delimited(content: Content, text_field: str, at: Position | None) -> Found:
+    """Rows of a table whose first line names its columns."""
+    csv.field_size_limit(_CSV_FIELD)
+    delimiter, names, begin = _header(content, text_field)
+    column = names.index(text_field)
+    with content.open((at or begin)[0]) as stream:
+        lines = _Lines(stream, *(at or begin))
+        rows = csv.reader(lines, delimiter=delimiter, strict=True)
+        while True:
+            number = lines.number + 1
+            found: str | Bad
+            try:
+                row = next(rows)
+                if not row:
+                    continue
+                if lines.too_long:
+                    found = Bad(f"line {number}", _too_long())
+                elif len(row) != len(names):
+                    found = Bad(f"line {number}", f"{len(row)} fields, where there are {len(names)} columns; mend it")
+                else:
+                    found = checked(row[column], text_field, f"line {number}")
+            except StopIteration:
+                return
+            except csv.Error as error:
+                found = Bad(f"line {number}", f"not a row ({error}; quotes in a field are written twice); mend it")
+            lines.too_long = False
+            yield found, [lines.offset, lines.number]
+
+
+class _Lines:
+    """Lines for `csv`, which reads as many as a row has."""
+
+    def __init__(self, stream: IO[bytes], offset: int, number: int) -> None:
+        self.offset, self.number = offset, number
+        self.too_long = False
+        self._stream = stream
+
+    def __iter__(self) -> "_Lines":
+        return self
+
+    def __next__(self) -> str:
+        line = self._stream.readline(RECORD_BYTES)
+        if not line:
+            raise StopIteration
+        self.number += 1
+        self.offset += len(line)
+        if len(line) == RECORD_BYTES and not line.endswith(b"\n"):
+            self.offset += _skip_line(self._stream)
+            self.too_long = True
+        return line.decode("utf-8", "surrogateescape")
+
+
+def _header(content: Content, text_field: str) -> tuple[str, list[str], Position]:
+    """(the delimiter that makes `text_field` a column, the columns, the position behind the header)."""
+    where = shown(content.path)
+    columns: list[str] = []
+    for delimiter in "\t" if content.kind == "tsv" else ",;\t|":
+        with content.open() as stream:
+            lines = _Lines(stream, 0, 0)
+            try:
+                names = [name.strip() for name in next(csv.reader(lines, delimiter=delimiter, strict=True), [])]
+            except csv.Error as error:
+                raise UserError(f"{where}, line 1: does not name columns ({error}); mend it") from error
+        if text_field in names:
+            return delimiter, names, [lines.offset, lines.number]
+        columns = names if len(names) > len(columns) else columns
+    raise UserError(f'{where}: no column "{text_field}"; set data.text_field to one of {listed(columns)} (its line 1)')
+
+
+def _skip_line(stream: IO[bytes]) -> int:
+    size = 0
+    while block := stream.readline(_BLOCK):
+        size += len(block)
+        if block.endswith(b"\n"):
+            break
+    return size
+
+
+def _too_long() -> str:
+    return f"longer than {RECORD_BYTES:,} bytes; split it, or give it as a file of plain text"
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return error.msg
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    return "a number with too many digits"
