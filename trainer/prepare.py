@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from trainer.config import Recipe, Source, Sources
-from trainer.data.prepare import TRAIN, DataSettings, prepare_source, train_on
+from trainer.data.prepare import Shares, prepare
 from trainer.data.prepared import PreparedData, shares
+from trainer.data.settings import DataSettings
 
 
 def prepare_for(recipe: Recipe, progress: bool = True) -> PreparedData:
@@ -18,19 +17,11 @@ def prepare_for(recipe: Recipe, progress: bool = True) -> PreparedData:
     d = recipe.data
     train, validation, test = d.split
     training = _settings(recipe, d.source, d.split if d.validation is None else (train + validation, 0, test))
-    held_out = training if d.validation is None else _settings(recipe, d.validation, (0, 1, 0))
-    if d.tokenizer == TRAIN:
-        folder = train_on(training, progress)
-        training, held_out = (
-            [(replace(settings, tokenizer=folder), share) for settings, share in part] for part in (training, held_out)
-        )
-    prepared = tuple((prepare_source(settings, progress), share) for settings, share in training)
-    if d.validation is None:
-        return PreparedData(prepared, prepared)
-    return PreparedData(prepared, tuple((prepare_source(settings, progress), share) for settings, share in held_out))
+    held_out = None if d.validation is None else _settings(recipe, d.validation, (0, 1, 0))
+    return prepare(training, held_out, progress)
 
 
-def _settings(recipe: Recipe, sources: Sources, split: tuple[int, int, int]) -> list[tuple[DataSettings, float]]:
+def _settings(recipe: Recipe, sources: Sources, split: tuple[int, int, int]) -> Shares:
     """The settings of each source, and its share."""
     d, m = recipe.data, recipe.model
     listed = (Source(source=sources),) if isinstance(sources, str) else sources

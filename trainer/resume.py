@@ -81,8 +81,8 @@ def check_data(recipe: Recipe, folder: Path, identity: str, force: bool) -> None
     if saved != identity and not force:
         raise SharedUserError(
             f"data.source = {source_names(recipe.data.source)}: its text or its tokenizer has changed since checkpoint "
-            f"{folder.name} of {recipe.run.dir}; restore the old data, use another run.dir, or pass --force to continue "
-            "with the new data"
+            f"{folder.name} of {recipe.run.dir}; restore the old data, use another run.dir, or pass --force to "
+            "continue with the new data"
         )
 
 

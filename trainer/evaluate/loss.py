@@ -66,8 +66,8 @@ def validation_loss(subject: Subject, batches: int | None, batch_size: int) -> T
     prepared = prepare_for(recipe)
     if json.loads((subject.run.folder / LAYOUT_FILE).read_text())["data"] != prepared.identity:
         raise UserError(
-            f"data.source = {source_names(recipe.data.source)}: its text or its tokenizer has changed since {subject.name} of "
-            f"{subject.folder}; bring the old back, or give --text FILE"
+            f"data.source = {source_names(recipe.data.source)}: its text or its tokenizer has changed since "
+            f"{subject.name} of {subject.folder}; restore the old data, or give --text FILE"
         )
     stream = prepared.stream("validation", None)
     wanted = recipe.eval.batches if batches is None else batches

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerFast
 from router import norm_constant
 from trainer.checkpoint import MARKER_FILE, RECIPE_FILE, newest, read_placement
 from trainer.config import Recipe, load_recipe
-from trainer.data.prepare import TRAIN
+from trainer.data.settings import TRAIN
 from trainer.data.tokenizer import end_of_document_id, load_tokenizer
 from trainer.errors import UserError
 from trainer.export.modeling_unipool import UniPoolConfig, UniPoolForCausalLM

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from trainer.data.prepare import DataSettings
+from trainer.data.settings import DataSettings
 from trainer.data.tokenizer import train_tokenizer
 
 SPLIT = (6, 3, 1)

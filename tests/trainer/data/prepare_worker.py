@@ -14,8 +14,9 @@ import sys
 import time
 from pathlib import Path
 
-from trainer.data import prepare as module
-from trainer.data.prepare import DataSettings, prepare_source
+from trainer.data import preparation as module
+from trainer.data.prepare import prepare_source
+from trainer.data.settings import DataSettings
 
 
 def kill_at(last: int) -> None:

@@ -31,9 +31,7 @@ def pack(documents, seq_len, vocab, restart=None):
         return Dataset.from_file(str(Path(folder) / "split.arrow"), in_memory=True), facts
 
 
-@given(
-    documents=DOCUMENTS, seq_len=st.integers(1, 12), rows_per_write=st.integers(1, 5), restart=st.integers(0, 20)
-)
+@given(documents=DOCUMENTS, seq_len=st.integers(1, 12), rows_per_write=st.integers(1, 5), restart=st.integers(0, 20))
 @settings(max_examples=50, deadline=None)
 def test_rows_are_the_concatenation_and_predict_each_token_once(documents, seq_len, rows_per_write, restart):
     with pytest.MonkeyPatch.context() as patch:

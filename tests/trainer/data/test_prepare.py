@@ -7,11 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 
+from trainer.data import preparation
 from trainer.data import prepare as module
-from trainer.data.packing import SPLITS, split_of
-from trainer.data.prepare import open_prepared, prepare
+from trainer.data.prepare import prepare, prepare_source
+from trainer.data.prepared import PreparedData, open_prepared
+from trainer.data.splitting import SPLITS, split_of
 from trainer.data.tokenizer import load_tokenizer
 from trainer.errors import UserError
 
@@ -20,9 +23,13 @@ def rows(prepared) -> dict[str, list[list[int]]]:
     return {split: prepared.dataset(split)["tokens"][:] for split in SPLITS}
 
 
+def alone(settings, progress=False) -> PreparedData:
+    return prepare([(settings, 1.0)], None, progress)
+
+
 def message_of(settings) -> str:
     with pytest.raises(UserError) as error:
-        prepare(settings, progress=False)
+        alone(settings)
     assert "\n" not in str(error.value)
     directory = Path(settings.directory)
     assert not directory.is_dir() or not [path for path in directory.iterdir() if path.is_dir()]
@@ -33,12 +40,12 @@ def forbid_reading(monkeypatch) -> None:
     def read(*args):
         raise AssertionError("documents are read again")
 
-    monkeypatch.setattr(module, "read_documents", read)
+    monkeypatch.setattr(preparation, "Documents", read)
 
 
 def test_prepared_rows_are_the_tokenised_documents(settings, corpus, tokenizer_path, monkeypatch):
-    monkeypatch.setattr(module, "BATCH_CHARACTERS", 700)  # several documents a batch, several batches
-    prepared = prepare(settings, progress=False)
+    monkeypatch.setattr(preparation, "BATCH_CHARACTERS", 700)  # several documents a batch, several batches
+    prepared = prepare_source(settings, progress=False)
     tokenizer = load_tokenizer(str(tokenizer_path))
     end_id = tokenizer.token_to_id("<|endoftext|>")
     for split in SPLITS:
@@ -59,10 +66,10 @@ def test_prepared_rows_are_the_tokenised_documents(settings, corpus, tokenizer_p
 
 
 def test_second_time_touches_nothing(settings, monkeypatch):
-    first = prepare(settings, progress=False)
+    first = prepare_source(settings, progress=False)
     before = {file: file.stat().st_mtime_ns for file in Path(settings.directory).rglob("*")}
     forbid_reading(monkeypatch)
-    assert prepare(settings, progress=False) == first
+    assert prepare_source(settings, progress=False) == first
     assert {file: file.stat().st_mtime_ns for file in Path(settings.directory).rglob("*")} == before
 
 
@@ -72,11 +79,11 @@ def test_other_settings_files_or_tokenizers_have_other_folders(settings, setting
     tokenizer.write_bytes(tokenizer_path.read_bytes())
     base = settings_for(copy, tokenizer=str(tokenizer))
     changes = [{}, {"seq_len": 14}, {"vocab": 301}, {"split": (5, 4, 1)}, {"max_documents": 99}]
-    paths = [prepare(replace(base, **change), progress=False).path for change in changes]
+    paths = [prepare_source(replace(base, **change), progress=False).path for change in changes]
     copy.write_bytes(jsonl.read_bytes() + b'{"text": "one more"}\n')
-    paths.append(prepare(base, progress=False).path)
+    paths.append(prepare_source(base, progress=False).path)
     tokenizer.write_text(tokenizer.read_text() + "\n")
-    paths.append(prepare(base, progress=False).path)
+    paths.append(prepare_source(base, progress=False).path)
     assert len(set(paths)) == len(changes) + 2
     assert all(path.name.startswith("copy-jsonl-v30") for path in paths)
 
@@ -90,23 +97,27 @@ def test_trained_tokenizer_sees_training_documents_only_and_no_more_than_its_sam
 
     monkeypatch.setattr(module, "train_tokenizer", train_tokenizer)
     training = [text for i, text in enumerate(corpus) if split_of(i, settings.split) == "train"]
-    prepare(replace(settings, tokenizer="train"), progress=False)
+    untrained = replace(settings, tokenizer="train")
+    alone(untrained)
     assert given == training
     given.clear()
+    alone(replace(untrained, seq_len=7))  # the same tokenizer
+    assert not given
     monkeypatch.setattr(module, "TOKENIZER_SAMPLE_BYTES", sum(len(text.encode()) for text in training[:10]))
-    prepare(replace(settings, tokenizer="train", seq_len=7), progress=False)
+    elsewhere = replace(untrained, directory=f"{settings.directory}-2")
+    alone(elsewhere)
     assert given == training[:10]
 
 
 def test_training_a_tokenizer_is_deterministic(settings, tmp_path):
     one, two = (replace(settings, tokenizer="train", directory=str(tmp_path / name)) for name in ("one", "two"))
-    first, second = prepare(one, progress=False), prepare(two, progress=False)
-    assert (first.path / "tokenizer.json").read_bytes() == (second.path / "tokenizer.json").read_bytes()
-    assert rows(first) == rows(second)
+    first, second = alone(one), alone(two)
+    assert first.tokenizer_files == second.tokenizer_files and first.identity == second.identity
+    assert rows(first.training[0][0]) == rows(second.training[0][0])
 
 
 def test_max_documents(settings):
-    prepared = prepare(replace(settings, max_documents=40), progress=False)
+    prepared = prepare_source(replace(settings, max_documents=40), progress=False)
     assert sum(getattr(prepared, split).documents for split in SPLITS) == 40
 
 
@@ -115,16 +126,17 @@ def test_hub_gives_the_same_rows_as_a_local_copy(settings, settings_for, corpus,
         return datasets.IterableDataset.from_generator(lambda: ({"text": text} for text in corpus))
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    prepared = prepare(settings_for("hub:monology/pile-uncopyrighted"), progress=False)
-    assert rows(prepared) == rows(prepare(settings, progress=False))
+    prepared = prepare_source(settings_for("hub:monology/pile-uncopyrighted"), progress=False)
+    assert rows(prepared) == rows(prepare_source(settings, progress=False))
     assert prepared.path.name.startswith("pile-uncopyrighted-v300-s13-")
 
 
 def test_progress_bar_on_stderr(settings, capfd):
-    prepare(replace(settings, tokenizer="train"), progress=True)
+    alone(replace(settings, tokenizer="train"), progress=True)
     out, err = capfd.readouterr()
     assert out == "" and "training the tokenizer" in err and "tokenising" in err and "tokens/s" in err
-    prepare(replace(settings, tokenizer="train", seq_len=5), progress=False)
+    assert "documents end with <|endoftext|>" in err and "skipped" not in err and "left out" not in err
+    alone(replace(settings, tokenizer="train", seq_len=5))
     assert capfd.readouterr() == ("", "")
 
 
@@ -135,22 +147,92 @@ def test_tokenizer_larger_than_the_model_is_told_before_documents_are_read(setti
 
 
 def test_vocabulary_too_small_to_train(settings):
-    said = message_of(replace(settings, tokenizer="train", vocab=256))
-    assert "its vocabulary of 257 does not fit model.vocab = 256" in said
+    assert message_of(replace(settings, tokenizer="train", vocab=256)).startswith("model.vocab = 256: a tokenizer that")
 
 
-def test_bad_document_in_the_middle(settings_for, jsonl, tmp_path):
+def test_a_bad_document_is_skipped_and_said(settings, settings_for, jsonl, tmp_path, capfd):
     path = tmp_path / "bad.jsonl"
-    path.write_bytes(jsonl.read_bytes() + b'{"texts": "x"}\n')
-    assert message_of(settings_for(path)).startswith(f"{path}, line 101: no text")
+    lines = jsonl.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines[:50], b'{"text": 1}\n', *lines[50:]]))
+    bad = prepare_source(settings_for(path), progress=True)
+    assert f"1 of 101 records were skipped: {path}, line 51: " in capfd.readouterr().err
+    assert rows(bad) == rows(prepare_source(settings, progress=False))
+    facts = json.loads((bad.path / "facts.json").read_text())
+    assert facts["bad_records"]["count"] == 1 and facts["records"] == 101 and facts["split_by"] == "document"
+    assert message_of(settings_for(path, max_bad_share=0, directory=str(tmp_path / "strict"))).startswith(
+        f"{path}, line 51: "
+    )
 
 
 def test_too_little_text(settings, settings_for, tmp_path):
     path = tmp_path / "one.txt"
-    path.write_text("a document " * 100)
+    path.write_text("a document")
     said = message_of(settings_for(path))
-    assert "no full sequence for the" in said and "of 1 documents" in said and "6:3:1" in said
-    assert "for the validation split (0 of 100 documents" in message_of(replace(settings, split=(9, 0, 1)))
+    assert "no full sequence for the train split" in said and "of 1 documents" in said and "by size as 6:3:1" in said
+
+
+def test_one_document_is_split_by_size(settings, settings_for, corpus, tmp_path):
+    """Nothing is lost, and each part ends."""
+    path = tmp_path / "one.txt"
+    path.write_text("\n".join(corpus))
+    prepared = prepare_source(settings_for(path), progress=False)
+    text = path.read_bytes()
+    begin = 0
+    for split, part in zip(SPLITS, settings.split, strict=True):
+        facts = prepared.facts(split)
+        assert abs(facts.bytes - len(text) * part / 10) < 4 and facts.documents == 1
+        expected = load_tokenizer(settings.tokenizer).encode(text[begin : begin + facts.bytes].decode()).ids
+        packed = prepared.dataset(split)["tokens"][:]
+        assert [token for row in packed for token in row[1:]] == [*expected, 0][1:][: 13 * len(packed)]
+        begin += facts.bytes
+    assert json.loads((prepared.path / "facts.json").read_text())["split_by"] == "size"
+
+
+def test_max_tokens(settings, settings_for, corpus, tmp_path):
+    """No more of training; where text is split by size the held-out part has its share."""
+    whole = prepare_source(settings, progress=False)
+    some = prepare_source(replace(settings, max_tokens=1000), progress=False)
+    assert some.train.tokens == 1000 and 0 < some.validation.tokens < whole.validation.tokens
+    assert rows(some)["train"] == rows(whole)["train"][: some.train.sequences]
+    path = tmp_path / "one.txt"
+    path.write_text("\n".join(corpus))
+    by_size = prepare_source(settings_for(path, max_tokens=1000), progress=False)
+    assert (by_size.train.tokens, by_size.validation.tokens) == (1000, 500)
+
+
+def test_several_sources(settings, settings_for, corpus, tmp_path):
+    """Each is prepared alone, whatever its weight; one tokenizer is trained on all, on as much of each as it weighs."""
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(json.dumps({"body": {"text": "z" + text}}) + "\n" for text in corpus))
+    own = replace(settings, tokenizer="train")
+    second = replace(own, source=str(other), text_field="body.text")
+    data = prepare([(own, 0.75), (second, 0.25)], None, progress=False)
+    assert [source.path.name[:5] for source, _ in data.training] == ["corpu", "other"]
+    assert data.held_out == data.training and data.tokenizer().get_vocab_size() == 300
+    stream = data.stream("train", 3)
+    names = [stream.name(place) for (place,) in stream.places(0, 400, 0, 1, 1)]
+    assert sum(name.startswith("0:") for name in names) == 300
+    counts = [np.load(source.path / "train-counts.npy") for source, _ in data.training]
+    p = 0.75 * counts[0] / counts[0].sum() + 0.25 * counts[1] / counts[1].sum()
+    assert data.unigram_entropy == pytest.approx(-sum(x * np.log(x) for x in p if x))
+    facts = [source.validation for source, _ in data.training]
+    assert data.bytes_per_token == pytest.approx(
+        0.75 * facts[0].bytes / facts[0].tokens + 0.25 * facts[1].bytes / facts[1].tokens
+    )
+    other_weights = PreparedData(tuple(zip((s for s, _ in data.training), (0.5, 0.5), strict=True)), data.held_out)
+    assert len({data.identity, other_weights.identity, *(source.identity for source, _ in data.training)}) == 4
+
+
+def test_held_out_text_of_its_own(settings, settings_for, jsonl, tmp_path):
+    text = tmp_path / "held out.txt"
+    text.write_text("router pool expert " * 40)
+    training = replace(settings, split=(9, 0, 1))
+    data = prepare([(training, 1.0)], [(settings_for(text, split=(0, 1, 0)), 1.0)], progress=False)
+    ((own, _),), ((held_out, _),) = data.training, data.held_out
+    assert own.validation.sequences == 0 and held_out.train.tokens == 0
+    assert held_out.validation.bytes == text.stat().st_size
+    assert data.stream("validation", None).rows == held_out.validation.sequences > 0
+    assert data.identity != own.identity
 
 
 def test_directory_that_cannot_be_written(settings, tmp_path):
