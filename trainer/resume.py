@@ -87,6 +87,8 @@ def check_data(recipe: Recipe, folder: Path, identity: str, force: bool) -> None
 
 
 def _show(value: Any) -> str:
+    if isinstance(value, list):  # of sources, each without what it leaves to the section
+        value = [{k: v for k, v in part.items() if v is not None} if isinstance(part, dict) else part for part in value]
     return json.dumps(value)
 
 

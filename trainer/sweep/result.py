@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from trainer.config import Recipe
+from trainer.config import Recipe, source_names
 from trainer.costs import count_parameters
 from trainer.finite import finite
 from trainer.sweep.runs import is_done, records_of
@@ -165,6 +165,8 @@ def _row_json(row: Row) -> dict[str, Any]:
 
 
 def _setting(recipe: Recipe, key: str) -> Any:
+    if key == "data.source":
+        return source_names(recipe.data.source)
     section, _, name = key.partition(".")
     return getattr(getattr(recipe, section), name)
 
