@@ -1,10 +1,18 @@
 # make train    trains the quickstart recipe on this machine
 # make test     runs linters, type checks and tests
-PYTHON ?= python3.11
+# make fast     runs the tests that take no more than a second or two each
+# make lock     resolves constraints.txt anew: the exact versions that the above, CI and the image install
+# make newest   installs the newest versions that the requirements allow, elsewhere, and runs the fast tests with them
+PYTHON ?= python3
 VENV ?= .venv
+LOCK ?= constraints.txt
 BIN := $(VENV)/bin
+TORCH := 2.13.0
 
-.PHONY: train test lint clean
+# pip before 25.3 applies the first to what it builds packages with too, later ones the second.
+PIP := $(if $(LOCK),PIP_CONSTRAINT=$(LOCK) PIP_BUILD_CONSTRAINT=$(LOCK)) $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: train test fast lint lock newest clean
 
 train: $(VENV)/installed
 	$(BIN)/python -m trainer train quickstart
@@ -12,22 +20,47 @@ train: $(VENV)/installed
 test: $(VENV)/installed-dev lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
+fast: $(VENV)/installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow'
+
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# torch brings the CUDA libraries that it was built with; what else is left out is for other systems than Linux.
+lock: $(BIN)/python
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet 'uv>=0.9'
+	printf '%s\n' 'torch==$(TORCH)' 'setuptools>=77' wheel | $(BIN)/uv pip compile --quiet --no-config --upgrade \
+	  --universal --fork-strategy fewest --python-version 3.11 --no-annotate --custom-compile-command 'make lock' \
+	  --output-file $(VENV)/resolved requirements.txt requirements-dev.txt requirements-eval.txt - > /dev/null
+	sed -E '/^(cuda|nvidia)-|^(httpx2-jsfetch|triton|tzdata)=/d' $(VENV)/resolved > $(VENV)/lock
+	mv $(VENV)/lock constraints.txt
+
+newest:
+	rm -rf .venv-newest
+	$(MAKE) VENV=.venv-newest LOCK= fast
+	.venv-newest/bin/python -m pip --disable-pip-version-check freeze --exclude-editable
+
 $(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null || { \
+	  echo "unipool needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1 | head -n 1): name another, as in" \
+	    "make PYTHON=python3.12" >&2; exit 2; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2> /dev/null || { \
+	  echo "$(PYTHON) has no venv or ensurepip: install them (on Debian and Ubuntu the package python3-venv), or name" \
+	    "another Python, as in make PYTHON=python3.12" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/installed: requirements.txt pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.txt
-	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --editable .
+$(VENV)/installed: requirements.txt pyproject.toml $(LOCK) | $(BIN)/python
+	@$(BIN)/python -m pip --version > /dev/null 2>&1 || $(BIN)/python -m ensurepip > /dev/null || { \
+	  echo "$(VENV) has no pip and cannot get one: remove it, and run this again" >&2; exit 2; }
+	$(PIP) install -r requirements.txt
+	$(PIP) install --no-deps --editable .
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt
-	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-dev.txt
+	$(PIP) install -r requirements-dev.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) .venv-newest

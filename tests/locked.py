@@ -1,0 +1,60 @@
+"""What constraints.txt says, beside what the requirements allow and what is installed.
+
+python -m tests.locked    # names what is installed in another version than the locked one, and fails if anything is
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import tomllib
+from importlib import metadata
+
+from packaging.requirements import Requirement
+from packaging.utils import NormalizedName, canonicalize_name
+from packaging.version import Version
+
+from tests.trainer.job import ROOT
+
+LOCK = ROOT / "constraints.txt"
+NOT_LOCKED = re.compile(r"(cuda|nvidia)-.+|pip|triton|unipool")
+"""pip comes with Python, and the CUDA libraries are those that torch was built with."""
+
+
+def requirements(text: str) -> list[Requirement]:
+    """Those of a requirements or constraints file."""
+    return [Requirement(line) for line in text.splitlines() if line and not line.lstrip().startswith("#")]
+
+
+def ranges() -> list[Requirement]:
+    """Everything that the project may require, with the versions it allows."""
+    build = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
+    files = sorted(ROOT.glob("requirements*.txt"))
+    return [required for file in files for required in requirements(file.read_text())] + requirements("\n".join(build))
+
+
+def locked() -> dict[NormalizedName, Version]:
+    """The one version that the lock has of each package."""
+    versions = {}
+    for required in requirements(LOCK.read_text()):
+        (specifier,) = required.specifier
+        assert specifier.operator == "==", required
+        name = canonicalize_name(required.name)
+        assert name not in versions, f"{name} is there twice"
+        versions[name] = Version(specifier.version)
+    return versions
+
+
+def main() -> int:
+    """Compare what is installed with the lock; a local version (torch 2.13.0+cpu) counts as its public one."""
+    lock, differing = locked(), []
+    for found in metadata.distributions():
+        name, version = canonicalize_name(found.metadata["Name"]), Version(found.version)
+        if not NOT_LOCKED.fullmatch(name) and Version(version.public) != lock.get(name):
+            differing.append(f"{name} {version} is installed, constraints.txt has {lock.get(name, 'none')}")
+    print(*sorted(differing), sep="\n", file=sys.stderr, end="\n" if differing else "")
+    return 1 if differing else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
