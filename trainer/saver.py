@@ -164,6 +164,7 @@ class Saver:
             "layout": checkpoint.layout_of(self._recipe, self._role.placement),
             "data": self._data,
             "steps": pending.steps,
+            "updates": next(iter(self._role.engines.values())).updates,
             "micro_batches": self._recipe.micro_batches,
         }
         texts = {checkpoint.RECIPE_FILE: recipe_text(self._recipe), checkpoint.LAYOUT_FILE: json.dumps(about)}
@@ -287,10 +288,15 @@ class Saver:
         say(f"warning: {line}")
 
     def _rotate(self) -> None:
-        """Remove all but the newest `keep` checkpoints and every `keep_every`-th step."""
+        """Remove all but the newest `keep` checkpoints of different weights and every `keep_every`-th step.
+
+        While steps are skipped nothing is learned: such checkpoints count as one, of which the newest is kept.
+        """
         c = self._recipe.checkpoint
-        for old in checkpoint.complete(self._checkpoints)[: -c.keep]:
-            if not (c.keep_every and checkpoint.steps_of(old) % c.keep_every == 0):
+        newest = {checkpoint.weights_of(folder): folder for folder in checkpoint.complete(self._checkpoints)}
+        kept = list(newest.values())[-c.keep :]
+        for old in checkpoint.complete(self._checkpoints):
+            if old not in kept and not (c.keep_every and checkpoint.steps_of(old) % c.keep_every == 0):
                 self._remove(old)
 
     def _remove(self, folder: Path) -> None:

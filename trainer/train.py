@@ -19,6 +19,7 @@ from trainer import checkpoint
 from trainer.config import Recipe
 from trainer.data.batches import SequenceStream, evaluation_steps
 from trainer.data.prepare import PreparedData
+from trainer.documents import document_end
 from trainer.errors import START_AGAIN, JobError, UserError
 from trainer.export.initial import load_initial
 from trainer.faults import FaultWatch
@@ -169,7 +170,9 @@ class _Loop:
         if prepared:
             training = SequenceStream(prepared.dataset("train"), recipe.run.seed)
             validation = SequenceStream(prepared.dataset("validation"), None)
-            self._trunk = TrunkRank(recipe, job, placement, training, validation)
+            self._trunk = TrunkRank(
+                recipe, job, placement, training, validation, document_end(recipe, prepared)
+            )
             job.tell("held-out rows", str(validation.rows))
         # Pool ranks have no data: they are told how long an evaluation can be.
         self._held_out_rows = int(job.ask("held-out rows"))
