@@ -49,8 +49,8 @@ def norm_route(
 def broken_rows(logits_TM: Tensor) -> Tensor:
     """Which tokens have a logit that is not finite, (T, 1), bool.
 
-    Top-k of NaN may give any ids. Such a token goes to the experts 0..K-1 instead, which are distinct and there, and its
-    gate values are NaN, so that whatever is made of it shows: the loss, and the gradients, are not finite either.
+    Top-k of NaN may give any ids. Such a token goes to the experts 0..K-1 instead, which are distinct and in range, and
+    its gate values are NaN, so that everything computed from it shows it, the loss and the gradients included.
     """
     return ~logits_TM.detach().sum(dim=-1, keepdim=True).isfinite()
 

@@ -163,7 +163,9 @@ class Probe(Section):
 
 class Checkpoint(Section):
     every: NonNegative = Field(0, description="steps between checkpoints; 0: only at the end")
-    keep: Positive = Field(2, description="newest checkpoints that are kept; those between which nothing was learned are one")
+    keep: Positive = Field(
+        2, description="newest checkpoints that are kept; those between which nothing was learned are one"
+    )
     keep_every: NonNegative = Field(0, description="also keep checkpoints of every so many steps; 0: none")
 
 

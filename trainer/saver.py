@@ -27,6 +27,7 @@ from trainer import checkpoint
 from trainer.config import Recipe, recipe_text
 from trainer.job import Job
 from trainer.progress import say
+from trainer.strict_json import dumps
 from trainer.whole import to_disk
 
 if TYPE_CHECKING:
@@ -167,7 +168,7 @@ class Saver:
             "updates": next(iter(self._role.engines.values())).updates,
             "micro_batches": self._recipe.micro_batches,
         }
-        texts = {checkpoint.RECIPE_FILE: recipe_text(self._recipe), checkpoint.LAYOUT_FILE: json.dumps(about)}
+        texts = {checkpoint.RECIPE_FILE: recipe_text(self._recipe), checkpoint.LAYOUT_FILE: dumps(about)}
         for name, text in texts.items():
             self._add(pending, pending.folder / name, partial(_write_text, text))
         load_LM = self._role.recorded_load()
@@ -198,7 +199,7 @@ class Saver:
                 report["files"][name] = future.result()
             except OSError as error:
                 report["error"] = report["error"] or f"{self._job.name} could not write {name}: {error.strerror}"
-        self._job.publish("saved", json.dumps(report))
+        self._job.publish("saved", dumps(report))
         pending.told = True
 
     def settle(self, writing: float) -> None:
@@ -268,7 +269,7 @@ class Saver:
         for name, facts in files.items():
             if (folder / name).stat().st_size != facts["bytes"]:
                 raise OSError(0, "is not as it was written: all nodes must share run.dir", name)
-        manifest = json.dumps({"steps": pending.steps, "files": files}, indent=1)
+        manifest = dumps({"steps": pending.steps, "files": files}, indent=1)
         facts = _write(folder / checkpoint.MANIFEST_FILE, partial(_write_text, manifest))
         for inner in (path for path in folder.rglob("*") if path.is_dir()):
             to_disk(inner)

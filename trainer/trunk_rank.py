@@ -322,20 +322,24 @@ class TrunkRank:
             return self.trunk.loss(h_BSD, sequences_BS1[:, 1:]), load_LM
 
     @torch.no_grad()
-    def generate(self, prompt: list[int], tokens: int, step: int, temperature: float = 0.8) -> list[int]:
-        """Continue `prompt` by `tokens` sampled tokens; the same on every trunk rank."""
+    def generate(self, prompt: list[int], tokens: int, step: int, temperature: float = 0.8) -> list[int] | None:
+        """Continue `prompt` by `tokens` sampled tokens; the same on every trunk rank.
+
+        Returns None where the logits are not finite, after as many requests to the pool, which expects them.
+        """
         generator = torch.Generator().manual_seed(self._recipe.run.seed)
         lane_order = self._job.schedule.generation(tokens).lane_order[self._job.rank]
-        ids = list(prompt)
+        ids, sound = list(prompt), True
         for index in range(tokens):
             context_1S = torch.tensor([ids[-self._recipe.model.seq_len :]], device=self._job.device)
             coroutine = hidden_states(self.trunk, self._pool_map, context_1S, index)
             ((h_1SD, _),) = self._pool.run([coroutine], lane_order, step)
             with self.trunk.autocast():
                 logits_V = self.trunk.head(h_1SD[:, -1]).float().cpu()[0]
+            sound = sound and bool(logits_V.isfinite().all())
             probabilities_V = (logits_V / temperature).softmax(0)
-            ids.append(int(torch.multinomial(probabilities_V, 1, generator=generator)))
-        return ids[len(prompt) :]
+            ids.append(int(torch.multinomial(probabilities_V, 1, generator=generator)) if sound else 0)
+        return ids[len(prompt) :] if sound else None
 
     @property
     def monitors(self) -> Monitors:

@@ -25,6 +25,7 @@ from trainer.documents import attention_of, document_end
 from trainer.errors import UserError
 from trainer.evaluate.subject import Subject
 from trainer.prepare import prepare_for
+from trainer.summary import perplexity
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ def _summary(subject: Subject, nats: float, tokens: int, size: int) -> TextLoss:
     window = subject.model.config.max_position_embeddings
     return TextLoss(
         loss=loss,
-        perplexity=math.exp(loss) if loss < 700 else math.inf,
+        perplexity=perplexity(loss),
         tokens=tokens,
         bytes=size,
         bits_per_byte=nats / math.log(2) / size,
