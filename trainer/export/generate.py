@@ -17,6 +17,7 @@ from trainer.errors import UserError
 from trainer.evaluate.soundness import sound
 from trainer.export.modeling_unipool import UniPoolForCausalLM
 from trainer.export.source import empty_model, export_tokenizer, find_run, first_line, open_weights
+from trainer.machine import limit_threads
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ def generate(source: Path, prompt: str, tokens: int, sampling: Sampling, stream:
         UserError: the source is none of these, or the prompt leaves no room in the window.
         BrokenModel: its logits are not finite.
     """
+    limit_threads()
     model, tokenizer = load_model(source)
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     # A text without a beginning begins as documents do.
