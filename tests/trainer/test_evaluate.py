@@ -120,9 +120,9 @@ def test_a_text_s_loss_against_a_slow_reference(home: Path, run: tuple[Path, flo
     for source, batch_size in ((export, "1"), (run[0], "4")):
         found = evaluated(str(source), "--text", str(home / "text"), "--batch-size", batch_size)["text"]
         assert found["tokens"] == len(ids) - 1 and found["bytes"] == len(TEXT.encode()) > len(TEXT)
-        assert found["loss"] == pytest.approx(nats / (len(ids) - 1), rel=1e-6)
+        assert found["loss"] == pytest.approx(nats / (len(ids) - 1), rel=1e-5)
         assert found["perplexity"] == pytest.approx(math.exp(nats / (len(ids) - 1)), rel=1e-5)
-        assert found["bits_per_byte"] == pytest.approx(nats / math.log(2) / len(TEXT.encode()), rel=1e-6)
+        assert found["bits_per_byte"] == pytest.approx(nats / math.log(2) / len(TEXT.encode()), rel=1e-5)
 
 
 @pytest.mark.parametrize("tokens", [2, 5, 6, 7, 11])
@@ -222,8 +222,8 @@ def test_real_tasks_as_lm_eval_scores_the_export(
         assert task["examples"] == expected["sample_len"] == 8 and task["num_fewshot"] == 0
         assert task["metrics"].keys() == {key.split(",")[0] for key in expected if ",none" in key and "_std" not in key}
         for name, score in task["metrics"].items():
-            assert score["value"] == pytest.approx(expected[f"{name},none"], rel=1e-6), (task["task"], name)
-            assert score["stderr"] == pytest.approx(expected[f"{name}_stderr,none"], rel=1e-5), (task["task"], name)
+            assert score["value"] == pytest.approx(expected[f"{name},none"], rel=1e-4), (task["task"], name)
+            assert score["stderr"] == pytest.approx(expected[f"{name}_stderr,none"], rel=1e-4), (task["task"], name)
     accuracies = [theirs[task]["acc,none"] for task in tasks]
     assert ours["mean"]["acc"] == pytest.approx(sum(accuracies) / 3)
     normed = [theirs[task].get("acc_norm,none", theirs[task]["acc,none"]) for task in tasks]
