@@ -38,12 +38,26 @@ def norm_route(
     expert is chosen only after all others. normalized: each token's scores are divided by their sum before the mean,
     so that sigma and the norm cancel.
     Returns: topk_scores_TK, topk_expert_ids_TK (int64), mean_scores_M. The scores are differentiable, once; a row
-    without a positive logit has gradient 0, never NaN.
+    without a positive logit has gradient 0, never NaN. A row whose logits are not all finite: see `broken_rows`.
     """
     topk_scores_TK, ids_TK, mean_scores_M = _NormRoute.apply(
         logits_TM, sigma, constant, top_k, normalized, expert_mask_M
     )
     return topk_scores_TK, ids_TK, mean_scores_M
+
+
+def broken_rows(logits_TM: Tensor) -> Tensor:
+    """Which tokens have a logit that is not finite, (T, 1), bool.
+
+    Top-k of NaN may give any ids. Such a token goes to the experts 0..K-1 instead, which are distinct and in range, and
+    its gate values are NaN, so that everything computed from it shows it, the loss and the gradients included.
+    """
+    return ~logits_TM.detach().sum(dim=-1, keepdim=True).isfinite()
+
+
+def replace_broken(ids_TK: Tensor, broken_T1: Tensor) -> Tensor:
+    """The experts of each token, 0..K-1 for a broken one."""
+    return torch.where(broken_T1, torch.arange(ids_TK.shape[-1], device=ids_TK.device), ids_TK)
 
 
 class _NormRoute(torch.autograd.Function):
@@ -70,7 +84,9 @@ class _NormRoute(torch.autograd.Function):
         else:
             winners_TK, ids_TK = logits_TM.masked_fill(~expert_mask_M, float("-inf")).topk(top_k, dim=-1)
             logits_TM = logits_TM.masked_fill(~expert_mask_M, 0.0)
-        winners_TK.relu_()
+        broken_T1 = broken_rows(logits_TM)
+        ids_TK = replace_broken(ids_TK, broken_T1)
+        winners_TK = winners_TK.relu_().masked_fill_(broken_T1, float("nan"))
         norm_T1 = torch.linalg.vector_norm(logits_TM, dim=-1, keepdim=True)
         gain_T1 = sigma * constant / (norm_T1 + EPS)
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from router.norm import norm_route
+from router.norm import broken_rows, norm_route, replace_broken
 
 RouterKind = Literal["norm", "softmax", "sigmoid_bias"]
 Scores = Literal["raw", "normalized"]
@@ -21,8 +21,8 @@ class Routing(NamedTuple):
 
     A tuple, because ZeRO-3 finds the tensors of a module's output only in tuples, lists and dicts.
 
-    topk_scores_TK: gate values, fp32, differentiable.
-    topk_expert_ids_TK: int64, K distinct experts a token.
+    topk_scores_TK: gate values, fp32, differentiable. NaN for a token whose logits are not all finite.
+    topk_expert_ids_TK: int64, K distinct experts a token, whatever the logits are.
     tokens_per_expert_M: int64, how many of the T*K assignments go to each expert; T*K times f_i of METHOD.md.
     mean_scores_M: fp32, differentiable: P_i of METHOD.md, over raw or normalised scores.
     z_loss: fp32 scalar: the mean over tokens of logsumexp(z)^2 (ST-MoE, arXiv:2202.08906, eq. 5), differentiable.
@@ -66,12 +66,18 @@ def _normalize_per_token(scores_TM: Tensor) -> Tensor:
 
 
 def _decide(
-    scores_TM: Tensor, preference_TM: Tensor, top_k: int, normalized: bool, expert_mask_M: Tensor | None
+    scores_TM: Tensor,
+    preference_TM: Tensor,
+    broken_T1: Tensor,
+    top_k: int,
+    normalized: bool,
+    expert_mask_M: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(topk_scores_TK, topk_expert_ids_TK, mean_scores_M) under autograd; the K largest preferences win."""
-    ids_TK = select_experts(preference_TM, top_k, expert_mask_M)
+    ids_TK = replace_broken(select_experts(preference_TM, top_k, expert_mask_M), broken_T1)
     balanced_TM = _normalize_per_token(scores_TM) if normalized else scores_TM
-    return scores_TM.gather(-1, ids_TK), ids_TK, balanced_TM.mean(dim=0)
+    topk_scores_TK = scores_TM.gather(-1, ids_TK).masked_fill(broken_T1, float("nan"))
+    return topk_scores_TK, ids_TK, balanced_TM.mean(dim=0)
 
 
 def _count_tokens(topk_expert_ids_TK: Tensor, num_experts: int) -> Tensor:
@@ -161,7 +167,7 @@ class SoftmaxRouter(Router):
 
     def decide(self, logits_TM: Tensor, expert_mask_M: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         scores_TM = softmax_scores(logits_TM, expert_mask_M)
-        return _decide(scores_TM, logits_TM, self.top_k, self.normalized, expert_mask_M)
+        return _decide(scores_TM, logits_TM, broken_rows(logits_TM), self.top_k, self.normalized, expert_mask_M)
 
 
 class SigmoidBiasRouter(Router):
@@ -185,7 +191,7 @@ class SigmoidBiasRouter(Router):
     def decide(self, logits_TM: Tensor, expert_mask_M: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         scores_TM = sigmoid_scores(logits_TM, expert_mask_M)
         preference_TM = scores_TM + self.expert_bias_M
-        return _decide(scores_TM, preference_TM, self.top_k, self.normalized, expert_mask_M)
+        return _decide(scores_TM, preference_TM, broken_rows(logits_TM), self.top_k, self.normalized, expert_mask_M)
 
     @torch.no_grad()
     def update_bias(self, tokens_per_expert_M: Tensor, rate: float) -> None:

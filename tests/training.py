@@ -43,6 +43,9 @@ TINY: dict[str, Any] = {
     "data": {"source": "unused", "tokenizer": "unused"},
 }
 
+END = 0
+"""Ends a document; about every eighth of `tokens`."""
+
 
 def tiny(**sections: Any) -> Recipe:
     """The tiny recipe with some keys of some sections replaced."""
@@ -119,7 +122,9 @@ def _train(
     start, saved = (checkpoint.newest(resume_from) if resume_from else None) or (0, None)
     placement = agreed_placement(job, recipe, saved)
     if job.is_trunk:
-        role = TrunkRank(recipe, job, placement, SequenceStream([data], 0), SequenceStream([data], None))
+        document_end = END if recipe.data.document_mask else None
+        training, validation = SequenceStream([data], 0), SequenceStream([data], None)
+        role = TrunkRank(recipe, job, placement, training, validation, document_end)
     else:
         assert placement
         role = PoolRank(recipe, job, placement)

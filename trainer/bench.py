@@ -28,6 +28,7 @@ from trainer.config import Recipe
 from trainer.costs import FP32, count_flops
 from trainer.errors import UserError
 from trainer.hardware import Figure, Hardware, Profile, Rates
+from trainer.machine import limit_threads, usable_cores, usable_memory
 from trainer.micro_batch import Objective, PoolMap, train_micro_batch
 from trainer.model import Trunk
 
@@ -82,15 +83,11 @@ def run(recipe: Recipe, device: torch.device, out: Path, effort: Effort | None =
         raise UserError("bench: model.ffn = dense: has no experts and no wire to measure; take a recipe with a pool")
     if not os.access(out.parent, os.W_OK) or out.is_dir():
         raise UserError(f"--out {out}: cannot be written; choose a file in a folder that is there")
-    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, _cores() // recipe.grid.world_size))  # as a rank of this job has
+    if device.type == "cpu":
+        limit_threads(recipe.grid.world_size)  # as a rank of this job has
     profile = _measure(recipe, device, effort or EFFORT[device.type])
     profile.save(out)
     return profile
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0))
 
 
 def best_seconds(function: Callable[[], object], device: torch.device, seconds: float) -> float:
@@ -337,10 +334,10 @@ def _name(recipe: Recipe, device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     model = names[0].partition(":")[2].strip() if names else "CPU"
-    return f"{model}, {torch.get_num_threads()} of {_cores()} cores"
+    return f"{model}, {torch.get_num_threads()} of {usable_cores()} cores"
 
 
 def _memory(recipe: Recipe, device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // recipe.grid.world_size
+    return usable_memory() // recipe.grid.world_size

@@ -112,6 +112,14 @@ def damage(folder: Path, pick: Callable[[list[str]], list[str]] = list) -> str |
     return None
 
 
+def weights_of(folder: Path) -> str:
+    """What is the same for checkpoints of a run between which no step was applied, and so nothing was learned."""
+    try:
+        return f"{json.loads((folder / LAYOUT_FILE).read_text())['updates']} updates"
+    except (OSError, ValueError, LookupError, TypeError):  # of an older version, or damaged
+        return folder.name
+
+
 def layout_of(recipe: Recipe, placement: Placement | None) -> dict[str, Any]:
     """What must be equal for a checkpoint to be loaded as it is."""
     p = recipe.parallel

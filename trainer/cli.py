@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from trainer.config import Recipe, load_recipe, recipe_names
 from trainer.credentials import redacted
-from trainer.errors import UserError
+from trainer.errors import BrokenModel, UserError
 from trainer.evaluate.commands import evaluate
 from trainer.export.commands import export, generate
 from trainer.probe.commands import probe
+from trainer.strict_json import dumps
 from trainer.sweep.commands import sweep
 from trainer.sweep.law_commands import law
 from trainer.view.commands import report, watch
@@ -36,14 +36,16 @@ def main() -> None:
         _end(str(error))
     except click.ClickException as error:
         _end(error.format_message())
+    except BrokenModel as error:
+        _end(str(error), 1)
     except click.Abort:
         sys.exit(130)
 
 
-def _end(line: str) -> None:
+def _end(line: str, status: int = 2) -> NoReturn:
     if os.environ.get("RANK", "0") == "0":
         print(f"error: {redacted(line)}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(status)
 
 
 _set_option = click.option(
@@ -105,7 +107,7 @@ def train(
 
     Under a launcher (deepspeed, torchrun, mpirun) this is one rank; without one it starts the whole job on this
     machine through the deepspeed launcher, or with --hostfile one node's ranks. SIGTERM or SIGUSR1: save a checkpoint
-    and end with status 75, on all nodes.
+    and end with status 75, on all nodes. Status 1 at the end of all steps: the validation loss is not finite.
 
     \b
     Examples:
@@ -172,7 +174,7 @@ def prepare(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
     from trainer.prepare import prepare_for
 
     prepared = prepare_for(load_recipe(recipe, overrides))
-    print(json.dumps(asdict(prepared), default=str) if as_json else describe(prepared))
+    print(dumps(prepared.to_json()) if as_json else describe(prepared))
 
 
 @cli.command()
@@ -227,7 +229,7 @@ def plan(
 
     checked = load_recipe(recipe, overrides)
     if hardware and simulate:
-        checked = load_recipe(recipe, [*overrides, f"parallel.hardware={json.dumps(hardware)}"])
+        checked = load_recipe(recipe, [*overrides, f"parallel.hardware={dumps(hardware)}"])
     made = make_plan(checked)
     outlook = _forecast(checked, hardware, devices, interconnect)
     simulation = _simulate(checked, loads, timeline) if simulate else None
@@ -238,7 +240,7 @@ def plan(
         if outlook:
             own, best, found = outlook
             tree["predicted"] = asdict(own) | {"hardware": asdict(found), "splits": [asdict(f) for f in best]}
-        print(json.dumps(tree))
+        print(dumps(tree))
         return
     print_plan(made)
     if simulation:
@@ -329,7 +331,7 @@ def bench(recipe: str, overrides: tuple[str, ...], out: Path, device: str | None
 
     profile = run(checked, pick_device(device), out)
     if as_json:
-        print(json.dumps(asdict(profile)))
+        print(dumps(asdict(profile)))
         return
     print_profile(profile)
     print(f"saved {out}: unipool plan {recipe} --hardware {out}")
@@ -344,7 +346,7 @@ def recipes(as_json: bool) -> None:
     Example:
       unipool recipes
     """
-    print(json.dumps(recipe_names()) if as_json else "\n".join(recipe_names()))
+    print(dumps(recipe_names()) if as_json else "\n".join(recipe_names()))
 
 
 cli.add_command(export)

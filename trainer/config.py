@@ -147,6 +147,7 @@ class Data(Section):
         None, description="token that ends a document, as <|endoftext|>; default: the tokenizer's own"
     )
     dir: str = Field("data", description="folder in which prepared data is kept")
+    document_mask: bool = Field(False, description="a token attends to its own document only, not to all of its row")
 
 
 class Parallel(Section):
@@ -199,7 +200,9 @@ class Probe(Section):
 
 class Checkpoint(Section):
     every: NonNegative = Field(0, description="steps between checkpoints; 0: only at the end")
-    keep: Positive = Field(2, description="newest checkpoints that are kept")
+    keep: Positive = Field(
+        2, description="newest checkpoints that are kept; those between which nothing was learned are one"
+    )
     keep_every: NonNegative = Field(0, description="also keep checkpoints of every so many steps; 0: none")
 
 

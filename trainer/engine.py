@@ -163,6 +163,11 @@ class RoleEngine:
         """The rate of the next step."""
         return float(self._optimizer.param_groups[0]["lr"])
 
+    @property
+    def updates(self) -> int:
+        """Steps that were applied since the beginning of the run: where the schedule is."""
+        return int(self._schedule.last_batch_iteration)
+
     def save(self, folder: Path, write: Callable[[Path, Any], None]) -> None:
         """Give this rank's files of the role's checkpoint, copied to the host, to `write(path, state)`.
 
@@ -280,6 +285,11 @@ class FrozenRole:
     def learning_rate(self) -> float:
         """The rate of the next step."""
         return float(self._optimizer.param_groups[0]["lr"])
+
+    @property
+    def updates(self) -> int:
+        """Steps that were applied since the beginning of the run: where the schedule is."""
+        return int(self._schedule.last_batch_iteration)
 
     def save(self, folder: Path, write: Callable[[Path, Any], None]) -> None:
         """One file for the role, of the form that DeepSpeed's has without ZeRO."""

@@ -6,7 +6,6 @@ Seconds are FLOPs over (peak x share of the peak that such work reaches), and by
 from __future__ import annotations
 
 import difflib
-import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from pool.simulate import Costs
 from trainer.config import Recipe
 from trainer.costs import FP32, count_flops, count_parameters
 from trainer.errors import UserError
+from trainer.strict_json import dumps
 from trainer.whole import write_whole
 
 Above0 = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -107,7 +107,7 @@ class Profile:
         Raises:
             UserError: it cannot be written.
         """
-        text = json.dumps(asdict(self), indent=1) + "\n"
+        text = dumps(asdict(self), indent=1) + "\n"
         try:
             write_whole(path, lambda temporary: temporary.write_text(text))
         except OSError as error:

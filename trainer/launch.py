@@ -21,7 +21,7 @@ from trainer.errors import START_AGAIN
 from trainer.hostfile import Node
 
 DONE_FILE = "UNIPOOL_DONE_FILE"
-"""Environment variable: a file that local rank 0 makes when the job has come to its end."""
+"""Environment variable: a file that local rank 0 makes when the job has done all its steps."""
 
 RESTARTS = "UNIPOOL_RESTARTS"
 """Environment variable: how often this job has been started again."""
@@ -69,7 +69,7 @@ def run_locally(recipe: Recipe, arguments: Sequence[str], max_restarts: int) -> 
     while True:
         ranks = ["--num_gpus", str(recipe.grid.world_size), "--master_port", str(free_port())]
         status = job.run(_launcher(ranks, arguments), _environment() | {RESTARTS: str(before + restart)})
-        if status in (0, 2) or job.ended_by or restart == max_restarts:
+        if job.came_to_end or status in (0, 2) or job.ended_by or restart == max_restarts:
             return status
         restart += 1
         print(
@@ -114,10 +114,12 @@ class LocalJob:
 
     Attributes:
         ended_by: signals that the user ended the job with.
+        came_to_end: whether the last run has done all its steps, whatever became of the model.
     """
 
     def __init__(self) -> None:
         self.ended_by: list[int] = []
+        self.came_to_end = False
         self._launcher: subprocess.Popen[bytes] | None = None
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, lambda number, _: self._end(number))
@@ -132,6 +134,7 @@ class LocalJob:
             status = self._launcher.wait()
             _wait_for_session(self._launcher.pid)
             self._launcher = None
+            self.came_to_end = done.exists()
             if self.ended_by and status != START_AGAIN and not done.exists():
                 return 128 + self.ended_by[0]
             if status == 0 and not done.exists():

@@ -83,6 +83,7 @@ CATALOGUE = (
     _gauge("tokens_per_second", "Throughput of the last step, whole job."),
     _gauge("step_seconds", "Wall time of the last step."),
     _counter("skipped_steps", "Steps skipped for gradients that were not finite."),
+    _counter("nonfinite_router_tokens", "Tokens whose router logits were not all finite, over all layers."),
     _gauge("load_imbalance_ratio", "Pool load of the last step, max / mean over experts."),
     _gauge("shard_load_imbalance_ratio", "Pool load of the last step, max / mean over shards."),
     _gauge("layer_load_imbalance_ratio", "A layer's load of the last step, max / mean.", "layer", by_rank=False),
@@ -118,7 +119,8 @@ class StepScalars:
     load_imbalance of the pool (max / mean over experts), shard_imbalance over shards, layer_imbalances of each layer
     and layer_imbalance their mean; distinct_experts that a token meets; specialisation of the layers in bits (see
     `router.specialisation`); layer_gates the sums of a token's gate values in each layer, means over the tokens,
-    layer_gate their mean and smallest_gate the smallest; pool_wait the share of the step spent waiting for the pool.
+    layer_gate their mean and smallest_gate the smallest; nonfinite_router_tokens those whose router logits are not all
+    finite, over all layers; pool_wait the share of the step spent waiting for the pool.
     """
 
     loss: float
@@ -140,6 +142,7 @@ class StepScalars:
     effective_experts: float
     distinct_experts: float
     specialisation: float
+    nonfinite_router_tokens: int
     pool_wait: float
     applied: bool
 
@@ -281,6 +284,7 @@ class MetricsServer(Collector):
         self.set("unipool_effective_experts", s.effective_experts)
         self.set("unipool_distinct_experts_per_token", s.distinct_experts)
         self.set("unipool_specialisation_bits", s.specialisation)
+        self.add("unipool_nonfinite_router_tokens", s.nonfinite_router_tokens)
 
     def checkpoints_from(self, step: int, interval: int) -> None:
         """Rank 0, at the start: the checkpoint it begins with, or none, and every how many steps there will be one."""

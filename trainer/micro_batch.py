@@ -69,6 +69,7 @@ class MicroBatchResult:
 
     distinct_experts: of the pool that a token meets over all layers, a mean over the tokens.
     gates_L: sum of a token's gate values in each layer, a mean over the tokens.
+    nonfinite_router_tokens: tokens whose router logits are not all finite, over all layers (int64).
     """
 
     loss: Tensor
@@ -76,6 +77,7 @@ class MicroBatchResult:
     z_loss: Tensor
     distinct_experts: Tensor
     gates_L: Tensor
+    nonfinite_router_tokens: Tensor
     tokens_per_expert_LM: Tensor
 
 
@@ -164,19 +166,25 @@ def train_micro_batch(
         index: the micro-batch's number within the step, for its requests.
     """
     tokens_BS, targets_BS = sequences_BS1[:, :-1], sequences_BS1[:, 1:]
+    mask_B1SS = trunk.mask(tokens_BS)
     layers: list[_Segment] = []
     inputs: tuple[Tensor, ...] = ()
     scores: list[Tensor] = []
     z_losses: list[Tensor] = []
     gates: list[Tensor] = []
+    broken: list[Tensor] = []
     for layer in range(len(trunk.blocks)):
         before = layers[-1].dispatch if layers else None
-        segment = _Segment(_to_request(trunk, pool_map, layer, tokens_BS, before), inputs, objective.recompute)
+        segment = _Segment(
+            _to_request(trunk, pool_map, layer, tokens_BS, mask_B1SS, before), inputs, objective.recompute
+        )
         h_BSD, rows_ND, topk_scores_TK, mean_scores_M, z_loss = segment.take_roots()
         layers.append(segment)
         scores.append(mean_scores_M.detach())
         z_losses.append(z_loss.detach())
-        gates.append(topk_scores_TK.detach().sum(dim=-1).mean())
+        gates_T = topk_scores_TK.detach().sum(dim=-1)
+        gates.append(gates_T.mean())
+        broken.append(gates_T.isfinite().logical_not_().sum())
         y_ND = yield _request(Kind.FORWARD, index, layer, rows_ND.detach(), segment.dispatch)
         inputs = (h_BSD, y_ND, topk_scores_TK)
     last = _Segment(_to_loss(trunk, targets_BS, layers[-1].dispatch), inputs, objective.recompute)
@@ -198,7 +206,8 @@ def train_micro_batch(
         balance_loss = (coefficients_LM * torch.stack(scores)).sum()
     distinct = distinct_experts(torch.stack([_dispatched(segment).expert_ids_TK for segment in layers]))
     z_loss = objective.z_loss * torch.stack(z_losses).sum()
-    return MicroBatchResult(loss, balance_loss, z_loss, distinct, torch.stack(gates), load_LM)
+    nonfinite = torch.stack(broken).sum()
+    return MicroBatchResult(loss, balance_loss, z_loss, distinct, torch.stack(gates), nonfinite, load_LM)
 
 
 def train_dense_micro_batch(
@@ -211,7 +220,7 @@ def train_dense_micro_batch(
     (loss * objective.scale).backward()
     zero, layers = torch.zeros_like(loss), len(trunk.blocks)
     no_load_L1 = torch.zeros(layers, 1, dtype=torch.int64)
-    return MicroBatchResult(loss.detach(), zero, zero, zero, zero.expand(layers), no_load_L1)
+    return MicroBatchResult(loss.detach(), zero, zero, zero, zero.expand(layers), zero.long(), no_load_L1)
 
 
 Reroute = Callable[[int, Routing], Routing]
@@ -229,11 +238,12 @@ def hidden_states(
     if pool_map is None:
         with trunk.autocast():
             return _dense_hidden(trunk, tokens_BS), None
+    mask_B1SS = trunk.mask(tokens_BS)
     with trunk.autocast():
         h_BSD = trunk.embedding(tokens_BS)
     loads: list[Tensor] = []
     for layer in range(len(trunk.blocks)):
-        h_BSD, rows_ND, topk_scores_TK, _, dispatch = _dispatch(trunk, pool_map, layer, h_BSD, reroute)
+        h_BSD, rows_ND, topk_scores_TK, _, dispatch = _dispatch(trunk, pool_map, layer, h_BSD, mask_B1SS, reroute)
         y_ND = yield _request(Kind.FORWARD_ONLY, index, layer, rows_ND, dispatch)
         h_BSD = _combine(dispatch, h_BSD, y_ND, topk_scores_TK)
         loads.append(dispatch.tokens_per_expert_M)
@@ -241,20 +251,25 @@ def hidden_states(
 
 
 def _dense_hidden(trunk: Trunk, tokens_BS: Tensor) -> Tensor:
-    h_BSD = trunk.embedding(tokens_BS)
+    h_BSD, mask_B1SS = trunk.embedding(tokens_BS), trunk.mask(tokens_BS)
     for block in trunk.blocks:
-        h_BSD = block.dense(block.attend(h_BSD, trunk.rope))  # type: ignore[operator]
+        h_BSD = block.dense(block.attend(h_BSD, trunk.rope, mask_B1SS))  # type: ignore[operator]
     return h_BSD  # type: ignore[no-any-return]
 
 
 def _to_request(
-    trunk: Trunk, pool_map: PoolMap, layer: int, tokens_BS: Tensor, before: _Dispatch | None
+    trunk: Trunk,
+    pool_map: PoolMap,
+    layer: int,
+    tokens_BS: Tensor,
+    mask_B1SS: Tensor | None,
+    before: _Dispatch | None,
 ) -> Callable[..., tuple[tuple[Tensor, ...], _Dispatch]]:
     """Segment `layer`: from the last layer's answer (or the tokens) to this layer's request."""
 
     def run(*leaves: Tensor) -> tuple[tuple[Tensor, ...], _Dispatch]:
         h_BSD = trunk.embedding(tokens_BS) if before is None else _combine(before, *leaves)
-        h_BSD, rows_ND, topk_scores_TK, routing, dispatch = _dispatch(trunk, pool_map, layer, h_BSD)
+        h_BSD, rows_ND, topk_scores_TK, routing, dispatch = _dispatch(trunk, pool_map, layer, h_BSD, mask_B1SS)
         return (h_BSD, rows_ND, topk_scores_TK, routing.mean_scores_M, routing.z_loss), dispatch
 
     return run
@@ -274,12 +289,17 @@ def _to_loss(
 
 
 def _dispatch(
-    trunk: Trunk, pool_map: PoolMap, layer: int, h_BSD: Tensor, reroute: Reroute | None = None
+    trunk: Trunk,
+    pool_map: PoolMap,
+    layer: int,
+    h_BSD: Tensor,
+    mask_B1SS: Tensor | None,
+    reroute: Reroute | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Routing, _Dispatch]:
     """Attention, router and permutation of a layer: (residual stream, rows, gate values, routing, dispatch)."""
     block = trunk.blocks[layer]
     with trunk.autocast():
-        h_BSD = block.attend(h_BSD, trunk.rope)  # type: ignore[operator]
+        h_BSD = block.attend(h_BSD, trunk.rope, mask_B1SS)  # type: ignore[operator]
         x_TD, routing = block.route(h_BSD)  # type: ignore[operator]
         if reroute:
             routing = reroute(layer, routing)

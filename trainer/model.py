@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from router import Routing, build_router, norm_constant
 from trainer.config import Recipe
+from trainer.document_mask import document_mask
 
 
 class Attention(nn.Module):
@@ -26,12 +27,19 @@ class Attention(nn.Module):
         self.out = nn.Linear(hidden, hidden, bias=False)
         self.heads, self.kv_heads = heads, kv_heads
 
-    def forward(self, x_BSD: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x_BSD: Tensor, rope: tuple[Tensor, Tensor], mask_B1SS: Tensor | None = None) -> Tensor:
+        """mask_B1SS: bool, the keys that each query attends to; None: all up to its own place."""
         qkv = self.qkv(x_BSD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
         q, k = _rotate(q, rope), _rotate(k, rope)
-        grouped = self.heads != self.kv_heads
-        y = F.scaled_dot_product_attention(q, k.to(v.dtype), v, is_causal=True, enable_gqa=grouped)
+        k = k.to(v.dtype)
+        if mask_B1SS is None:
+            grouped = self.heads != self.kv_heads
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+        else:
+            # On CUDA only the kernel that keeps all S x S weights takes a mask and grouped heads at once.
+            k, v = (t.repeat_interleave(self.heads // self.kv_heads, dim=1) for t in (k, v))
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_B1SS)
         return self.out(y.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 
@@ -83,9 +91,9 @@ class Block(nn.Module):
                 constant,
             )
 
-    def attend(self, h_BSD: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    def attend(self, h_BSD: Tensor, rope: tuple[Tensor, Tensor], mask_B1SS: Tensor | None = None) -> Tensor:
         """The residual stream after attention."""
-        return h_BSD + self.attention(self.attention_norm(h_BSD), rope)  # type: ignore[no-any-return]
+        return h_BSD + self.attention(self.attention_norm(h_BSD), rope, mask_B1SS)  # type: ignore[no-any-return]
 
     def route(self, h_BSD: Tensor) -> tuple[Tensor, Routing]:
         """Normed tokens x_TD for the experts, and where they go."""
@@ -113,10 +121,14 @@ class Trunk(nn.Module):
     """Embedding, L blocks, head. Parameters are fp32; `precision: bf16` computes under autocast.
 
     The micro-batch coroutine (trainer/micro_batch.py) drives its parts; there is no forward of the whole.
+
+    Args:
+        document_end: id of the token that ends a document, where attention stays within documents; else None.
     """
 
-    def __init__(self, recipe: Recipe, device: torch.device):
+    def __init__(self, recipe: Recipe, device: torch.device, document_end: int | None = None):
         super().__init__()
+        self.document_end = document_end
         m = recipe.model
         self.bf16 = recipe.train.precision == "bf16"
         constant = 1.0
@@ -140,6 +152,10 @@ class Trunk(nn.Module):
     def autocast(self) -> torch.autocast:
         """The context in which segments run."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+    def mask(self, tokens_BS: Tensor) -> Tensor | None:
+        """What `Block.attend` takes: the keys that each query attends to, or None for all up to its own place."""
+        return None if self.document_end is None else document_mask(tokens_BS, self.document_end)
 
     def loss(self, h_BSD: Tensor, targets_BS: Tensor) -> Tensor:
         """Mean cross-entropy in nats, fp32."""

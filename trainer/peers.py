@@ -19,6 +19,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
+from trainer.strict_json import dumps
+
 T = TypeVar("T")
 
 BEAT_SECONDS = 1.0
@@ -79,7 +81,7 @@ class Peers:
         """
         self._beats.set(str(self._rank), "here")
         self._heartbeat.start()
-        self._store.set(f"arrival/{self._rank}", json.dumps(asdict(here)))
+        self._store.set(f"arrival/{self._rank}", dumps(asdict(here)))
         self._arrivals = [Arrival(**json.loads(self._store.get(f"arrival/{rank}"))) for rank in self._ranks]
         self._store.set(f"heard/{self._rank}", "")
         if self._rank == 0:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from trainer import checkpoint
 from trainer.config import Recipe, load_recipe, source_names
 from trainer.errors import SharedUserError, UserError
+from trainer.strict_json import dumps
 
 if TYPE_CHECKING:
     from trainer.job import Job
@@ -89,7 +90,7 @@ def check_data(recipe: Recipe, folder: Path, identity: str, force: bool) -> None
 def _show(value: Any) -> str:
     if isinstance(value, list):  # of sources, each without what it leaves to the section
         value = [{k: v for k, v in part.items() if v is not None} if isinstance(part, dict) else part for part in value]
-    return json.dumps(value)
+    return dumps(value)
 
 
 def early_check(recipe: Recipe, checkpoints: Path, force: bool) -> bool:
@@ -112,7 +113,7 @@ def choose(job: Job, recipe: Recipe, checkpoints: Path, force: bool) -> tuple[in
     Raises:
         SharedUserError: there are checkpoints, but all are damaged; or see `check`.
     """
-    names = json.loads(job.agree("checkpoints", lambda: json.dumps(_candidates(checkpoints))))
+    names = json.loads(job.agree("checkpoints", lambda: dumps(_candidates(checkpoints))))
     damaged: dict[str, str] = {}
     for name in reversed(names):
         folder = checkpoints / name

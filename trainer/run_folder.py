@@ -19,6 +19,7 @@ from trainer.config import Recipe, save_recipe
 from trainer.errors import UserError
 from trainer.progress import say
 from trainer.schedule import Schedule
+from trainer.strict_json import dumps, marked
 from trainer.whole import write_whole
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -75,14 +76,14 @@ class RunFolder:
         return [line for line in self.metrics_file.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
     def append_metrics(self, record: dict[str, Any]) -> None:
-        """Append one JSON object; floats keep their full precision.
+        """Append one JSON object; floats keep their full precision, and those that are not finite are null.
 
         A disk that is full or gone loses lines, and a warning says so once; training goes on.
         """
         try:
             with self.metrics_file.open("ab", buffering=0) as file:
                 size = file.tell()
-                line = (json.dumps(record) + "\n").encode()
+                line = (dumps(marked(record)) + "\n").encode()
                 if file.write(line) != len(line):
                     file.truncate(size)
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -99,7 +100,7 @@ class RunFolder:
         for file in self.targets_files:
             try:
                 file.parent.mkdir(parents=True, exist_ok=True)
-                write_whole(file, lambda path: path.write_text(json.dumps(targets) + "\n"))
+                write_whole(file, lambda path: path.write_text(dumps(targets) + "\n"))
             except OSError as error:
                 say(f"warning: {file}: cannot be written ({error.strerror}): Prometheus will not find the run by it")
 

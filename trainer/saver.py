@@ -27,6 +27,7 @@ from trainer import checkpoint
 from trainer.config import Recipe, recipe_text
 from trainer.job import Job
 from trainer.progress import say
+from trainer.strict_json import dumps
 from trainer.whole import to_disk
 
 if TYPE_CHECKING:
@@ -164,9 +165,10 @@ class Saver:
             "layout": checkpoint.layout_of(self._recipe, self._role.placement),
             "data": self._data,
             "steps": pending.steps,
+            "updates": next(iter(self._role.engines.values())).updates,
             "micro_batches": self._recipe.micro_batches,
         }
-        texts = {checkpoint.RECIPE_FILE: recipe_text(self._recipe), checkpoint.LAYOUT_FILE: json.dumps(about)}
+        texts = {checkpoint.RECIPE_FILE: recipe_text(self._recipe), checkpoint.LAYOUT_FILE: dumps(about)}
         for name, text in texts.items():
             self._add(pending, pending.folder / name, partial(_write_text, text))
         load_LM = self._role.recorded_load()
@@ -197,7 +199,7 @@ class Saver:
                 report["files"][name] = future.result()
             except OSError as error:
                 report["error"] = report["error"] or f"{self._job.name} could not write {name}: {error.strerror}"
-        self._job.publish("saved", json.dumps(report))
+        self._job.publish("saved", dumps(report))
         pending.told = True
 
     def settle(self, writing: float) -> None:
@@ -267,7 +269,7 @@ class Saver:
         for name, facts in files.items():
             if (folder / name).stat().st_size != facts["bytes"]:
                 raise OSError(0, "is not as it was written: all nodes must share run.dir", name)
-        manifest = json.dumps({"steps": pending.steps, "files": files}, indent=1)
+        manifest = dumps({"steps": pending.steps, "files": files}, indent=1)
         facts = _write(folder / checkpoint.MANIFEST_FILE, partial(_write_text, manifest))
         for inner in (path for path in folder.rglob("*") if path.is_dir()):
             to_disk(inner)
@@ -287,10 +289,15 @@ class Saver:
         say(f"warning: {line}")
 
     def _rotate(self) -> None:
-        """Remove all but the newest `keep` checkpoints and every `keep_every`-th step."""
+        """Remove all but the newest `keep` checkpoints of different weights and every `keep_every`-th step.
+
+        While steps are skipped nothing is learned: such checkpoints count as one, of which the newest is kept.
+        """
         c = self._recipe.checkpoint
-        for old in checkpoint.complete(self._checkpoints)[: -c.keep]:
-            if not (c.keep_every and checkpoint.steps_of(old) % c.keep_every == 0):
+        newest = {checkpoint.weights_of(folder): folder for folder in checkpoint.complete(self._checkpoints)}
+        kept = list(newest.values())[-c.keep :]
+        for old in checkpoint.complete(self._checkpoints):
+            if old not in kept and not (c.keep_every and checkpoint.steps_of(old) % c.keep_every == 0):
                 self._remove(old)
 
     def _remove(self, folder: Path) -> None:

@@ -13,6 +13,7 @@ from pool.simulate import Costs, evaluation_plan, training_plan
 from trainer.config import Recipe
 from trainer.costs import count_flops
 from trainer.lanes import choose_lanes
+from trainer.strict_json import dumps
 
 LAUNCH_SHARE = 0.4
 """Cost of a slot however small, as a share of one request's: the weights' way through memory. Measured on a CPU with 32
@@ -69,7 +70,7 @@ class Schedule:
 
     def to_json(self) -> str:
         """For the run's folder, and for the other ranks."""
-        return json.dumps({"shape": _shape(self.recipe), "lanes": self.lanes, "costs": asdict(self.costs)})
+        return dumps({"shape": _shape(self.recipe), "lanes": self.lanes, "costs": asdict(self.costs)})
 
     @classmethod
     def from_json(cls, recipe: Recipe, text: str) -> Schedule | None:

@@ -17,6 +17,7 @@ from pool.topology import Topology
 from trainer.config import Recipe
 from trainer.errors import SharedUserError, UserError
 from trainer.launch import free_port
+from trainer.machine import limit_threads
 from trainer.peers import Arrival, Peers, reach
 from trainer.roles import ROLE, assign_ranks, payload_device, ranks_by_order, roster
 
@@ -169,9 +170,7 @@ def _pick_device(launch: Launch) -> torch.device:
     """A GPU where there is one, unless DeepSpeed is told to use the CPU, on which this rank's threads are set."""
     if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
         return torch.device("cuda", launch.local_rank % torch.cuda.device_count())
-    if "OMP_NUM_THREADS" not in os.environ:
-        cores = len(os.sched_getaffinity(0))
-        torch.set_num_threads(max(1, cores // launch.local_world_size))
+    limit_threads(launch.local_world_size)
     return torch.device("cpu")
 
 

@@ -19,7 +19,8 @@ from trainer import checkpoint
 from trainer.config import Recipe
 from trainer.data.batches import evaluation_steps
 from trainer.data.prepared import PreparedData
-from trainer.errors import START_AGAIN, JobError, UserError
+from trainer.document_mask import document_end
+from trainer.errors import DIVERGED, START_AGAIN, JobError, UserError
 from trainer.export.initial import load_initial
 from trainer.faults import FaultWatch
 from trainer.job import Job
@@ -33,6 +34,7 @@ from trainer.run_folder import RunFolder
 from trainer.saver import Saver
 from trainer.schedule import schedule_of
 from trainer.seat import Launch, names_before, take_seat
+from trainer.strict_json import dumps
 from trainer.summary import Summary, write_summary
 from trainer.telemetry import Telemetry
 from trainer.trunk_rank import TrunkRank
@@ -50,7 +52,7 @@ def train(recipe: Recipe, launch: Launch, force: bool = False) -> int:
     Args:
         force: go on from a checkpoint though the recipe changes the mathematics.
     Returns:
-        the exit status: 0, or START_AGAIN after a signal that asks for a checkpoint.
+        the exit status: 0, DIVERGED, or START_AGAIN after a signal that asks for a checkpoint.
     """
     watch = FaultWatch(launch.rank, names_before(recipe, launch.world_size)[launch.rank])
     try:
@@ -85,10 +87,18 @@ def _train(recipe: Recipe, launch: Launch, watch: FaultWatch, force: bool) -> in
     watch.phase = "start-up"
     status = _Loop(recipe, job, folder, prepared, data, watch, newest).run()
     watch.phase = "the end"
+    if status == DIVERGED:  # at the first rank that ends so, a launcher ends the others
+        _mark_end(launch)
     job.close()
-    if launch.local_rank == 0 and status == 0 and DONE_FILE in os.environ:
-        Path(os.environ[DONE_FILE]).touch()
+    if status == 0:
+        _mark_end(launch)
     return status
+
+
+def _mark_end(launch: Launch) -> None:
+    """Tell `trainer.launch` that all steps are done."""
+    if launch.local_rank == 0 and DONE_FILE in os.environ:
+        Path(os.environ[DONE_FILE]).touch()
 
 
 def agreed_data(job: Job, prepared: PreparedData | None) -> str:
@@ -108,7 +118,7 @@ def agreed_placement(job: Job, recipe: Recipe, resumed: Path | None) -> Placemen
 
     def choose() -> str:
         chosen = checkpoint.choose_placement(recipe, resumed)
-        return json.dumps(list(chosen.order) if chosen else None)
+        return dumps(list(chosen.order) if chosen else None)
 
     order = json.loads(job.agree("placement", choose))
     return Placement(tuple(order), recipe.grid.expert_parallel) if order else None
@@ -169,7 +179,7 @@ class _Loop:
         if prepared:
             training = prepared.stream("train", recipe.run.seed)
             validation = prepared.stream("validation", None)
-            self._trunk = TrunkRank(recipe, job, placement, training, validation)
+            self._trunk = TrunkRank(recipe, job, placement, training, validation, document_end(recipe, prepared))
             job.tell("held-out rows", str(validation.rows))
         # Pool ranks have no data: they are told how long an evaluation can be.
         self._held_out_rows = int(job.ask("held-out rows"))
@@ -225,7 +235,19 @@ class _Loop:
         self._watch.may_stop = False
         self._watch.saved = True
         self._finish(val_loss, max(start, last))
-        return 0
+        return self._verdict(val_loss)
+
+    def _verdict(self, val_loss: float) -> int:
+        """The exit status of a run that has done all its steps."""
+        self._watch.phase = "the end"
+        broken = self._trunk is not None and not math.isfinite(val_loss)  # a pool rank knows no loss
+        (found,) = self._job.sum_over_ranks([float(broken)])
+        if found and self._job.rank == 0:
+            say(
+                f"unipool: all steps are done, but the validation loss is {val_loss}: the model has diverged; lower "
+                f"train.lr, or go back to an earlier checkpoint. Exit status {DIVERGED}"
+            )
+        return DIVERGED if found else 0
 
     def _finish_saving(self, done: int) -> None:
         """Wait for the last checkpoint; a disk that is full may be mended meanwhile."""
@@ -339,7 +361,7 @@ class _Loop:
                     val_loss=val_loss,
                     unigram_entropy=self._prepared.unigram_entropy,
                     prompt=tokenizer.decode(prompt),
-                    sample=tokenizer.decode(sample),
+                    sample=None if sample is None else tokenizer.decode(sample),
                     load_LM=self._held_out_LM.numpy() if self._recipe.model.ffn == "pool" else None,
                 )
             )

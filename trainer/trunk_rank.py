@@ -53,7 +53,11 @@ LOAD_STEPS = 100
 
 
 class TrunkRank:
-    """Computes attention and routers, asks the pool for the experts, and knows the step's scalars."""
+    """Computes attention and routers, asks the pool for the experts, and knows the step's scalars.
+
+    Args:
+        document_end: see `Trunk`.
+    """
 
     def __init__(
         self,
@@ -62,12 +66,13 @@ class TrunkRank:
         placement: Placement | None,
         training: SequenceStream,
         validation: SequenceStream,
+        document_end: int | None = None,
     ):
         self._recipe = recipe
         self._job = job
         self.placement = placement
         self._training, self._validation = training, validation
-        self.trunk = Trunk(recipe, job.device)
+        self.trunk = Trunk(recipe, job.device, document_end)
         self.engines = {"trunk": build_engine(self.trunk, recipe, "trunk", job.role_size)}
         self._statistics = LoadStatistics(
             recipe.balance.scope, recipe.balance.delay, recipe.model.layers, max(1, recipe.experts_per_layer)
@@ -82,6 +87,7 @@ class TrunkRank:
         self.load_LM = torch.zeros(recipe.model.layers, max(1, recipe.experts_per_layer), dtype=torch.int64)
         self._recent_load_LM = torch.zeros_like(self.load_LM, dtype=torch.float64)
         self._scalars = [0.0, 0.0, 0.0, 0.0]
+        self._nonfinite_router_tokens = 0
         self._gates = [0.0] * recipe.model.layers
         self._losses: list[float] = []
         self.clock = UsageClock(self._pool)
@@ -122,7 +128,9 @@ class TrunkRank:
                 finish_gradients(self._shard, self._recipe)
             self.clock.computed()
         self._gather(results)
-        return sum(engine.grad_norm_squared() for engine in self.engines.values())
+        squared_norm = sum(engine.grad_norm_squared() for engine in self.engines.values())
+        # Gradients may happen to be finite all the same, as those of a sigmoid at infinity are: skipped as well.
+        return math.inf if self._nonfinite_router_tokens else squared_norm
 
     def _micro_batches(self, step: int) -> Iterator[MicroBatch[MicroBatchResult]]:
         for index, sequences_BS1 in enumerate(self._sequences(self._training, step)):
@@ -160,18 +168,23 @@ class TrunkRank:
         ranks = self._job.topology.trunk_ranks
         self._losses = []
         scalars = torch.zeros(4 + len(self._gates), dtype=torch.float64)
+        broken = torch.zeros(1, dtype=torch.float64)
         load_LM = torch.zeros_like(self.load_LM)
         for r in results:
-            of_all = torch.stack((r.loss, r.balance_loss, r.z_loss, r.distinct_experts))
+            tokens = r.nonfinite_router_tokens.to(r.loss.dtype)
+            of_all = torch.stack((tokens, r.loss, r.balance_loss, r.z_loss, r.distinct_experts))
             own = torch.cat((of_all, r.gates_L)).double().cpu()
-            self._losses.append(float(own[0]))
-            scalars += own
+            self._losses.append(float(own[1]))
+            broken += own[0]
+            scalars += own[1:]
             load_LM += r.tokens_per_expert_LM.cpu()
-        together = torch.cat((scalars / (len(results) * ranks), load_LM.double().flatten()))
+        together = torch.cat((broken, scalars / (len(results) * ranks), load_LM.double().flatten()))
         if ranks > 1:
             dist.all_reduce(together)
-        self._scalars, self._gates = together[:4].tolist(), together[4 : len(scalars)].tolist()
-        self.load_LM = together[len(scalars) :].long().view_as(load_LM)
+        broken, scalars, load = together.split((1, len(scalars), load_LM.numel()))
+        self._nonfinite_router_tokens = int(broken)
+        self._scalars, self._gates = scalars[:4].tolist(), scalars[4:].tolist()
+        self.load_LM = load.long().view_as(load_LM)
 
     def step(self, step: int, total_norm: float) -> StepScalars:
         """Step with the norm over both roles; returns the step's scalars."""
@@ -183,8 +196,10 @@ class TrunkRank:
         scalars = self._step_scalars(total_norm, lr, all(outcomes))
         if recipe.model.ffn == "pool":
             self._statistics.record_step(step, self.load_LM.to(self._job.device))
-            self._recent_load_LM.lerp_(self.load_LM.double(), 1 / min(step + 1, LOAD_STEPS))
-            self._move_expert_bias()
+            if not self._nonfinite_router_tokens:  # whose experts nobody chose
+                self._recent_load_LM.lerp_(self.load_LM.double(), 1 / min(step + 1, LOAD_STEPS))
+            if scalars.applied:
+                self._move_expert_bias()
         self.clock.stepped()
         self._serve_metrics(scalars, step + 1)
         return scalars
@@ -260,6 +275,7 @@ class TrunkRank:
             effective_experts=float(effective_experts(load_M)),
             distinct_experts=distinct_experts,
             specialisation=self._specialisation(),
+            nonfinite_router_tokens=self._nonfinite_router_tokens,
             pool_wait=waited / seconds,
             applied=applied,
         )
@@ -306,20 +322,24 @@ class TrunkRank:
             return self.trunk.loss(h_BSD, sequences_BS1[:, 1:]), load_LM
 
     @torch.no_grad()
-    def generate(self, prompt: list[int], tokens: int, step: int, temperature: float = 0.8) -> list[int]:
-        """Continue `prompt` by `tokens` sampled tokens; the same on every trunk rank."""
+    def generate(self, prompt: list[int], tokens: int, step: int, temperature: float = 0.8) -> list[int] | None:
+        """Continue `prompt` by `tokens` sampled tokens; the same on every trunk rank.
+
+        Returns None where the logits are not finite, after as many requests to the pool, which expects them.
+        """
         generator = torch.Generator().manual_seed(self._recipe.run.seed)
         lane_order = self._job.schedule.generation(tokens).lane_order[self._job.rank]
-        ids = list(prompt)
+        ids, sound = list(prompt), True
         for index in range(tokens):
             context_1S = torch.tensor([ids[-self._recipe.model.seq_len :]], device=self._job.device)
             coroutine = hidden_states(self.trunk, self._pool_map, context_1S, index)
             ((h_1SD, _),) = self._pool.run([coroutine], lane_order, step)
             with self.trunk.autocast():
                 logits_V = self.trunk.head(h_1SD[:, -1]).float().cpu()[0]
+            sound = sound and bool(logits_V.isfinite().all())
             probabilities_V = (logits_V / temperature).softmax(0)
-            ids.append(int(torch.multinomial(probabilities_V, 1, generator=generator)))
-        return ids[len(prompt) :]
+            ids.append(int(torch.multinomial(probabilities_V, 1, generator=generator)) if sound else 0)
+        return ids[len(prompt) :] if sound else None
 
     @property
     def monitors(self) -> Monitors:

@@ -81,7 +81,7 @@ def test_against_the_plain_form(
     # Which of equal experts (score 0) is chosen, is up to the device.
     assert torch.equal(actual[1][actual[0] > 0], expected[1][expected[0] > 0])
     assert all(len(set(row)) == top_k for row in actual[1].tolist())
-    tolerance = 1e-6 if dtype == torch.float32 else 1e-12
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-12
     for ours, theirs in ((actual[0], expected[0]), (actual[2], expected[2])):
         assert ours.dtype == dtype
         torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=tolerance * CONSTANT)
@@ -128,8 +128,8 @@ def test_the_plain_form_agrees() -> None:
     sigma = torch.tensor([1.3])
     scores_TM = norm_scores(z_TM, sigma, CONSTANT)
     topk_TK, ids_TK, mean_M = norm_route(z_TM, sigma, CONSTANT, 3, False, None)
-    torch.testing.assert_close(topk_TK, scores_TM.gather(-1, ids_TK), rtol=1e-6, atol=0)
-    torch.testing.assert_close(mean_M, scores_TM.mean(0), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(topk_TK, scores_TM.gather(-1, ids_TK), rtol=1e-5, atol=0)
+    torch.testing.assert_close(mean_M, scores_TM.mean(0), rtol=1e-5, atol=1e-7)
 
 
 def saved_shapes(router: NormRouter, h_TD: Tensor) -> list[tuple[int, ...]]:

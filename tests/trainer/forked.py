@@ -129,8 +129,7 @@ def _rank(rank: int, environment: dict[str, str], recipe: Recipe, log: str, faul
         peers._alive = lambda _: True
     if fault and fault.rank == rank:
         _put(fault)
-    train(recipe, read_launch())
-    os._exit(0)
+    os._exit(train(recipe, read_launch()))
 
 
 def _put(fault: Fault) -> None:

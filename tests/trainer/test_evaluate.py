@@ -15,8 +15,8 @@ from click.testing import CliRunner, Result
 
 from tests.local_tasks import write_own, write_tasks
 from tests.tools import need_package
-from tests.training import run_training, tiny, tokens
-from trainer.cli import cli
+from tests.training import END, run_training, tiny, tokens
+from trainer.cli import cli, main
 from trainer.config import Recipe
 from trainer.data.tokenizer import train_tokenizer
 from trainer.errors import UserError
@@ -78,13 +78,32 @@ def refused(*arguments: str) -> str:
 
 
 def test_the_trainer_s_loss_in_bf16(home: Path, run: tuple[Path, float]) -> None:
-    """In the run's own precision it is the number that training says, in fp32 another one."""
+    """It is computed in the run's own precision unless another is asked for; the loss is training's, up to rounding."""
     rows = torch.tensor(tokens(recipe_of(home))["tokens"][:8])
-    for precision, same in ((None, True), ("fp32", False)):
+    for precision, dtype in ((None, torch.bfloat16), ("fp32", torch.float32)):
         subject = load_subject(run[0], "cpu", precision, as_trained=True)
+        dtypes = set()
+        subject.model.lm_head.register_forward_hook(lambda _m, _i, logits, seen=dtypes: seen.add(logits.dtype))
         nats, count = total_loss(subject, rows, len(rows), 3)
+        assert dtypes == {dtype}
         assert count == 8 * WINDOW
-        assert (nats / count == pytest.approx(run[1], rel=2e-5)) is same, precision
+        assert nats / count == pytest.approx(run[1], rel=5e-3)  # a mean over 960 tokens; bf16 has 8 bits
+
+
+def test_documents_are_masked_as_in_training(home: Path, tmp_path: Path) -> None:
+    """The loss of a run with `data.document_mask` is the one that training says, and another one without the mask."""
+    recipe = recipe_of(home)
+    masked = {"data": recipe.data.model_copy(update={"document_mask": True})}
+    recipe = recipe.model_copy(update={**masked, "train": recipe.train.model_copy(update={"precision": "fp32"})})
+    trained = run_training(recipe, 1, save_to=tmp_path / "checkpoints").val_loss
+    subject = load_subject(tmp_path, "cpu", None, as_trained=True)
+    rows = torch.tensor(tokens(recipe)["tokens"][:8])
+    losses = {}
+    for end in (END, None):
+        nats, count = total_loss(subject, rows, len(rows), 3, end)
+        losses[end] = nats / count
+    assert losses[END] == pytest.approx(trained, rel=1e-5)
+    assert abs(losses[None] - trained) > 1e-4 * trained
 
 
 @torch.no_grad()
@@ -101,9 +120,9 @@ def test_a_text_s_loss_against_a_slow_reference(home: Path, run: tuple[Path, flo
     for source, batch_size in ((export, "1"), (run[0], "4")):
         found = evaluated(str(source), "--text", str(home / "text"), "--batch-size", batch_size)["text"]
         assert found["tokens"] == len(ids) - 1 and found["bytes"] == len(TEXT.encode()) > len(TEXT)
-        assert found["loss"] == pytest.approx(nats / (len(ids) - 1), rel=1e-6)
+        assert found["loss"] == pytest.approx(nats / (len(ids) - 1), rel=1e-5)
         assert found["perplexity"] == pytest.approx(math.exp(nats / (len(ids) - 1)), rel=1e-5)
-        assert found["bits_per_byte"] == pytest.approx(nats / math.log(2) / len(TEXT.encode()), rel=1e-6)
+        assert found["bits_per_byte"] == pytest.approx(nats / math.log(2) / len(TEXT.encode()), rel=1e-5)
 
 
 @pytest.mark.parametrize("tokens", [2, 5, 6, 7, 11])
@@ -203,8 +222,8 @@ def test_real_tasks_as_lm_eval_scores_the_export(
         assert task["examples"] == expected["sample_len"] == 8 and task["num_fewshot"] == 0
         assert task["metrics"].keys() == {key.split(",")[0] for key in expected if ",none" in key and "_std" not in key}
         for name, score in task["metrics"].items():
-            assert score["value"] == pytest.approx(expected[f"{name},none"], rel=1e-6), (task["task"], name)
-            assert score["stderr"] == pytest.approx(expected[f"{name}_stderr,none"], rel=1e-5), (task["task"], name)
+            assert score["value"] == pytest.approx(expected[f"{name},none"], rel=1e-4), (task["task"], name)
+            assert score["stderr"] == pytest.approx(expected[f"{name}_stderr,none"], rel=1e-4), (task["task"], name)
     accuracies = [theirs[task]["acc,none"] for task in tasks]
     assert ours["mean"]["acc"] == pytest.approx(sum(accuracies) / 3)
     normed = [theirs[task].get("acc_norm,none", theirs[task]["acc,none"]) for task in tasks]
@@ -254,3 +273,72 @@ def test_groups_and_other_metrics() -> None:
     assert mean == {"acc": 0.375, "acc_norm": 0.625, "tasks": 2}
     assert _mean(scores[2:3]) == {}
     print_scores(Scores(scores, mean, None, 0, "fp32", "0"))
+
+
+@pytest.fixture(scope="module")
+def broken(home: Path, export: Path) -> Path:
+    """An export one of whose weights is NaN."""
+    from safetensors.torch import load_file, save_file
+
+    folder = Path(shutil.copytree(export, home / "broken"))
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.0.input_layernorm.weight"][3] = math.nan
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def ended(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """The exit status of a command line."""
+    monkeypatch.setattr(sys, "argv", ["unipool", *arguments])
+    try:
+        main()
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+@pytest.mark.parametrize(
+    "command", ["eval", "tasks", "reuse", "load", "redundancy", "randomize", "generate", "likeliest", "a sound model"]
+)
+def test_a_broken_model_ends_with_a_status(
+    command: str,
+    home: Path,
+    export: Path,
+    broken: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """1, and one line; what is printed and kept is JSON."""
+    file = home / "text.txt"
+    file.write_text(TEXT, encoding="utf-8")
+    text = ("--text", str(file))
+    if command == "tasks":
+        need_package("lm_eval", HARNESS)
+        text = ("--tasks", "own", "--include-path", str(_own_task(tmp_path)))
+    source = export if command == "a sound model" else broken
+    words = {
+        "generate": ("generate", "--prompt", "def"),
+        "likeliest": ("generate", "--prompt", "def", "--temperature", "0"),
+        **{name: ("probe", name, *text) for name in ("reuse", "load", "redundancy", "randomize")},
+    }.get(command, ("eval", *text))
+    status = ended(monkeypatch, *words, str(source), "--json")
+    out, err = capfd.readouterr()
+    for line in out.splitlines():
+        json.loads(line, parse_constant=refuse_constant)
+    if command == "a sound model":
+        assert status == 0 and "not_finite" not in out
+        return
+    assert status == 1
+    assert err.splitlines()[-1].startswith(f"error: {source}") and "not finite" in err.splitlines()[-1]
+    assert "Traceback" not in err
+    if command == "eval":
+        found = json.loads(out)["text"]
+        assert (found["loss"], found["perplexity"]) == (None, None)
+        assert found["not_finite"] == ["loss", "perplexity", "bits_per_byte"]
+        kept = json.loads((broken / "eval.json").read_text(), parse_constant=refuse_constant)
+        assert kept["export"][f"text {file}"] == found
+
+
+def refuse_constant(name: str) -> None:
+    raise AssertionError(f"{name} is not JSON")

@@ -48,7 +48,7 @@ def is_expert(name: str) -> bool:
 def test_begins_where_the_export_was(before: Outcome, exported: str) -> None:
     """In another layout than the exported run's; the bias of the routers is there too."""
     tuned = run_training(recipe(COLOCATED, init_from=exported), 0)
-    assert tuned.val_loss == pytest.approx(before.val_loss, rel=1e-6)
+    assert tuned.val_loss == pytest.approx(before.val_loss, rel=1e-5)
     for name, weight in before.weights.items():
         assert weight.equal(tuned.weights[name]), name
 

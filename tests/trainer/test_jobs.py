@@ -141,7 +141,7 @@ def test_eval_says_the_validation_loss_that_training_said(folder: Path) -> None:
         found = json.loads(done.stdout)["validation"]
         assert found["tokens"] == rows * 32
         if not more:
-            assert found["loss"] == pytest.approx(said["val_loss"], rel=1e-6) and found["tokens"] == said["val_tokens"]
+            assert found["loss"] == pytest.approx(said["val_loss"], rel=1e-5) and found["tokens"] == said["val_tokens"]
     facts = next((folder / "data").glob("*/facts.json")).read_text()
     split = json.loads(facts)["splits"]["validation"]
     bits = found["loss"] / math.log(2) * split["tokens"] / split["bytes"]

@@ -94,10 +94,15 @@ def test_signals(ranks: list[str], signals: list[int], status: int, tmp_path: Pa
 
 
 class Job:
-    """A job that ends with given statuses, one a start."""
+    """A job that ends with given statuses, one a start.
 
-    def __init__(self, statuses: list[int], ended_by: list[int]):
+    Args:
+        done: whether its last start does all steps.
+    """
+
+    def __init__(self, statuses: list[int], ended_by: list[int], done: bool):
         self.left, self.ended_by = list(statuses), ended_by
+        self.came_to_end, self.done = False, done
         self.restarts: list[str] = []
         self.ports: list[str] = []
         self.pauses: list[float] = []
@@ -105,6 +110,7 @@ class Job:
     def run(self, command: list[str], environment: dict[str, str]) -> int:
         self.restarts.append(environment[RESTARTS])
         self.ports.append(command[command.index("--master_port") + 1])
+        self.came_to_end = self.done and len(self.left) == 1
         return self.left.pop(0)
 
     def pause(self, seconds: float) -> bool:
@@ -113,27 +119,29 @@ class Job:
 
 
 @pytest.mark.parametrize(
-    ("statuses", "max_restarts", "ended_by", "status"),
+    ("statuses", "max_restarts", "ended_by", "done", "status"),
     [
-        ([1], 0, [], 1),
-        ([75], 0, [], 75),
-        ([1, 75, 137, 0], 3, [], 0),
-        ([1, 1, 1], 2, [], 1),
-        ([1, 2], 3, [], 2),
-        ([75], 3, [15], 75),
-        ([130], 3, [2], 130),
+        ([1], 0, [], False, 1),
+        ([75], 0, [], False, 75),
+        ([1, 75, 137, 0], 3, [], True, 0),
+        ([1, 1, 1], 2, [], False, 1),
+        ([1, 2], 3, [], False, 2),
+        ([75], 3, [15], False, 75),
+        ([130], 3, [2], False, 130),
+        ([1, 1], 3, [], True, 1),
     ],
 )
 def test_restarts(
     statuses: list[int],
     max_restarts: int,
     ended_by: list[int],
+    done: bool,
     status: int,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """After a fault, and neither a wrong input nor a signal; at most so often, and not all at once."""
-    job: Any = Job(statuses, ended_by)
+    """After a fault, neither a wrong input, a signal nor the end of a diverged run; so often at most, not at once."""
+    job: Any = Job(statuses, ended_by, done)
     ports = count(1)
     monkeypatch.setattr(launch, "LocalJob", lambda: job)
     monkeypatch.setattr(launch, "free_port", lambda: next(ports))

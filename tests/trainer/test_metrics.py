@@ -35,6 +35,7 @@ def scalars(**values: Any) -> StepScalars:
             "layer_gates": tuple(1 / (3 + layer) for layer in range(LAYERS)),
             "tokens": 262144,
             "dead_experts": 3,
+            "nonfinite_router_tokens": 0,
             "applied": True,
             **values,
         }

@@ -89,7 +89,9 @@ def test_killed_at_any_moment_the_newest_complete_checkpoint_is_whole(tmp_path: 
     moments = random.Random(seed)
     recipe = tiny(run={"dir": str(tmp_path)}, train={"steps": 10_000}, checkpoint={"keep": 2, "keep_every": 10})
     interrupted, last = 0, 0
-    for number in range(ROUNDS):
+    number = 0
+    while number < ROUNDS or (not interrupted and number < 5 * ROUNDS):
+        number += 1
         where = f"seed {seed}, round {number}"
         with fork_rank(save_without_end, recipe, tmp_path) as process:
             deadline = time.monotonic() + 60
@@ -162,3 +164,44 @@ def test_a_save_that_fails_costs_nothing_but_the_save(tmp_path: Path) -> None:
     assert checkpoint.damage(checkpoints / "step_00000003") is None
     undisturbed = run_training(tiny(), 3)
     assert trunk["losses"] == pytest.approx([s["loss"] for s in undisturbed.scalars], rel=1e-5)
+
+
+def skip_and_learn(recipe: Recipe, checkpoints: Path, steps: str) -> list[list[str]]:
+    """A step and a save for every letter: l learns, s is skipped. Which checkpoints there are after each."""
+    import math
+
+    from trainer.train import update
+
+    job, role, saver = build(recipe, checkpoints)
+    start, found = checkpoint.newest(checkpoints) or (0, None)
+    if found:
+        checkpoint.load(job, recipe, found, role)
+    kept = []
+    for number, letter in enumerate(steps, start):
+        squared_norm = role.accumulate(number)
+        outcome = update(job, role, number, squared_norm if letter == "l" else math.inf)
+        assert outcome.finite == (letter == "l")
+        assert saver.save(number + 1)
+        kept.append([str(checkpoint.steps_of(folder)) for folder in checkpoint.complete(checkpoints)])
+    job.close()
+    return kept
+
+
+@pytest.mark.parametrize("zero", [0, 1], ids=["zero 0", "zero 1"])
+def test_skipped_steps_do_not_push_out_what_was_learned(zero: int, tmp_path: Path) -> None:
+    """Also after a resume; `keep_every` holds whatever was learned."""
+    recipe = tiny(
+        run={"dir": str(tmp_path)},
+        checkpoint={"keep": 2, "keep_every": 7},
+        parallel={"trunk_zero": zero, "pool_zero": zero},
+    )
+    (kept,) = run_ranks(1, skip_and_learn, recipe, tmp_path, "llsss")
+    assert kept == [["1"], ["1", "2"], ["1", "3"], ["1", "4"], ["1", "5"]]
+    (kept,) = run_ranks(1, skip_and_learn, recipe, tmp_path, "ssll")
+    assert kept == [["1", "6"], ["1", "7"], ["7", "8"], ["7", "8", "9"]]
+
+
+def test_checkpoints_of_an_older_version_are_each_counted(tmp_path: Path) -> None:
+    for text in ("{}", "[", '{"updates": 3}'):
+        (tmp_path / "layout.json").write_text(text)
+        assert checkpoint.weights_of(tmp_path) == ("3 updates" if "3" in text else tmp_path.name)

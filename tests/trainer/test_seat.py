@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 import shutil
 from pathlib import Path
@@ -140,6 +139,6 @@ def test_a_rank_on_a_machine_with_gpus_may_be_told_to_use_the_cpu(monkeypatch: p
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     threads: list[int] = []
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8))
+    monkeypatch.setattr("trainer.machine.usable_cores", lambda: 8)
     assert _pick_device(launch) == torch.device("cpu")
     assert threads == [2]

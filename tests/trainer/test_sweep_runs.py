@@ -16,6 +16,7 @@ from tests.distributed import context
 from tests.trainer.forked import ForkedJob
 from tests.trainer.job import write_recipe
 from trainer.errors import UserError
+from trainer.machine import usable_cores
 from trainer.sweep.result import collect
 from trainer.sweep.runs import Runner, check_places, is_done
 from trainer.sweep.spec import Experiment, Run, load_sweep
@@ -104,7 +105,7 @@ def test_what_is_done_is_left_out_and_what_fails_is_said(
     said = capsys.readouterr().err
     assert "a seed 1: FAILED with status 2: error: no such data; see" in said
     assert "b seed 1: done, validation loss 3.0000" in said
-    threads = max(1, len(os.sched_getaffinity(0)) // 2)
+    threads = max(1, usable_cores() // 2)
     assert (experiment.runs[0].folder / "starts").read_text().split() == ["0", str(threads)]
     monkeypatch.setenv("FAKE", "{}")
     again = runner(experiment)

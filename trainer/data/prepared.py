@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trainer.data.packing import SplitFacts, unigram_entropy
 from trainer.data.splitting import SPLITS
@@ -117,9 +117,18 @@ class PreparedData:
         return {name: (folder / name).read_text(encoding="utf-8") for name in TOKENIZER_FILES}
 
     @property
-    def end_of_document(self) -> str:
-        """The token that ends a document."""
-        return self.training[0][0].end_of_document
+    def end_id(self) -> int:
+        """The id of the token that ends a document."""
+        end: int | None = self.tokenizer().token_to_id(self.training[0][0].end_of_document)
+        assert end is not None, "the tokenizer is the one that the text was prepared with"
+        return end
+
+    def to_json(self) -> dict[str, Any]:
+        """All that is known of it, as JSON has it."""
+        return {
+            part: [asdict(source) | {"path": str(source.path), "share": share} for source, share in sources]
+            for part, sources in (("training", self.training), ("held_out", self.held_out))
+        }
 
     @property
     def unigram_entropy(self) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -11,6 +10,7 @@ import click
 
 from trainer.errors import UserError
 from trainer.evaluate.options import batch_size_option, read_options, task_options
+from trainer.strict_json import dumps, marked
 
 
 @click.command("eval")
@@ -51,6 +51,9 @@ def evaluate(
     every token but the first predicted once. With --tasks the scores of lm-evaluation-harness, which needs the extra
     `eval`; `lm_eval --model hf` gives an export the same ones. The result is also kept in RUN, in eval.json.
 
+    Exit status 1: the model is broken: it computes numbers that are not finite. They are null in JSON, and listed under
+    not_finite.
+
     \b
     Examples:
       unipool eval runs/quickstart
@@ -72,22 +75,25 @@ def evaluate(
 
         loaded = load_tasks(wanted.names, include_path)
     from trainer.evaluate.loss import text_loss, validation_loss
+    from trainer.evaluate.soundness import sound
     from trainer.evaluate.subject import load_subject
     from trainer.evaluate.tables import print_loss, print_scores
 
     subject = load_subject(source, device, precision, as_trained=not wanted.names and text is None)
-    if wanted.names:
-        what, scores = "tasks", score(subject, loaded, wanted.num_fewshot, limit, batch_size)
-        result, show = asdict(scores), partial(print_scores, scores)
-    else:
-        what = f"text {text}" if text else "validation"
-        loss = text_loss(subject, text, batch_size) if text else validation_loss(subject, batches, batch_size)
-        result, show = asdict(loss), partial(print_loss, loss)
-    if as_json:
-        print(json.dumps({"checkpoint": subject.name, what.split()[0]: result}))
-    else:
-        print(f"{subject.path}: {subject.name}")
-        show()
-    saved = save_result(subject.folder, subject.name, what, result)
-    if not as_json:
-        print(f"saved {saved}")
+    with sound(subject.model, f"{subject.path}: {subject.name}"):
+        if wanted.names:
+            what, scores = "tasks", score(subject, loaded, wanted.num_fewshot, limit, batch_size)
+            result, show = asdict(scores), partial(print_scores, scores)
+        else:
+            what = f"text {text}" if text else "validation"
+            loss = text_loss(subject, text, batch_size) if text else validation_loss(subject, batches, batch_size)
+            result, show = asdict(loss), partial(print_loss, loss)
+        result = marked(result)
+        if as_json:
+            print(dumps({"checkpoint": subject.name, what.split()[0]: result}))
+        else:
+            print(f"{subject.path}: {subject.name}")
+            show()
+        saved = save_result(subject.folder, subject.name, what, result)
+        if not as_json:
+            print(f"saved {saved}")

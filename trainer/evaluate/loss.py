@@ -22,9 +22,11 @@ from trainer.checkpoint import LAYOUT_FILE
 from trainer.config import source_names
 from trainer.data.batches import evaluation_steps
 from trainer.data.content import decode
+from trainer.document_mask import attention_of, document_end
 from trainer.errors import UserError
 from trainer.evaluate.subject import Subject
 from trainer.prepare import prepare_for
+from trainer.summary import perplexity
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ def validation_loss(subject: Subject, batches: int | None, batch_size: int) -> T
     wanted = recipe.eval.batches if batches is None else batches
     count = evaluation_steps(stream.rows, wanted, recipe.train.global_batch) * recipe.train.global_batch
     rows = (row_1S1[0] for row_1S1 in stream.micro_batches(0, count, 0, 1, 1))
-    nats, tokens = total_loss(subject, rows, count, batch_size)
+    nats, tokens = total_loss(subject, rows, count, batch_size, document_end(recipe, prepared))
     return _summary(subject, nats, tokens, round(tokens * prepared.bytes_per_token))
 
 
@@ -103,12 +105,15 @@ def windows(ids: Sequence[int], seq_len: int) -> list[Sequence[int]]:
 
 
 @torch.inference_mode()
-def total_loss(subject: Subject, rows: Iterable[Tensor], count: int, batch_size: int) -> tuple[float, int]:
+def total_loss(
+    subject: Subject, rows: Iterable[Tensor], count: int, batch_size: int, end: int | None = None
+) -> tuple[float, int]:
     """(cross-entropy in nats, tokens) of predicting all tokens but the first of every row.
 
     Args:
         rows: int64, (S + 1,) each.
         count: how many they are, for the progress bar.
+        end: id of the token that ends a document, where attention stays within documents.
     """
     nats, tokens = 0.0, 0
     with tqdm(desc="evaluating", total=count, unit=" windows", disable=not sys.stderr.isatty()) as bar:
@@ -116,7 +121,8 @@ def total_loss(subject: Subject, rows: Iterable[Tensor], count: int, batch_size:
             row_BS1 = torch.stack(batch).to(subject.model.device)
             targets_T = row_BS1[:, 1:].flatten()
             with subject.autocast():
-                logits_BSV = subject.model(row_BS1[:, :-1], use_cache=False).logits
+                tokens_BS = row_BS1[:, :-1]
+                logits_BSV = subject.model(tokens_BS, use_cache=False, **attention_of(tokens_BS, end)).logits
             mean = F.cross_entropy(logits_BSV.float().flatten(0, 1), targets_T)
             nats += float(mean) * len(targets_T)
             tokens += len(targets_T)
@@ -136,7 +142,7 @@ def _summary(subject: Subject, nats: float, tokens: int, size: int) -> TextLoss:
     window = subject.model.config.max_position_embeddings
     return TextLoss(
         loss=loss,
-        perplexity=math.exp(loss) if loss < 700 else math.inf,
+        perplexity=perplexity(loss),
         tokens=tokens,
         bytes=size,
         bits_per_byte=nats / math.log(2) / size,

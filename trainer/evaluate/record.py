@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import UserError
+from trainer.strict_json import dumps
 from trainer.whole import write_whole
 
 RECORD_FILE = "eval.json"
@@ -22,7 +23,7 @@ def save_result(folder: Path, checkpoint: str, what: str, result: dict[str, Any]
     try:
         record = json.loads(path.read_text()) if path.exists() else {}
         record.setdefault(checkpoint, {})[what] = result
-        write_whole(path, lambda partial: partial.write_text(json.dumps(record, indent=2) + "\n"))
+        write_whole(path, lambda partial: partial.write_text(dumps(record, indent=2) + "\n"))
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); the result is above") from None
     except (ValueError, AttributeError, TypeError):

@@ -11,6 +11,7 @@ import torch
 from trainer.bench import pick_device
 from trainer.export.generate import is_export, load_model
 from trainer.export.source import SavedRun, find_run
+from trainer.machine import limit_threads
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -63,6 +64,7 @@ def load_subject(path: Path, device: str | None, precision: str | None, as_train
     Raises:
         UserError: `path` is none of these, or there is no such device.
     """
+    limit_threads()
     chosen = pick_device(device)
     run = None if is_export(path) else find_run(path)
     model, tokenizer = load_model(run.folder if run else path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from trainer.errors import UserError
+from trainer.strict_json import dumps
 
 if TYPE_CHECKING:
     from trainer.export.write import Format
@@ -51,7 +51,7 @@ def export(run: Path, out: Path, form: Format, dtype: str, as_json: bool) -> Non
 
     exported = write(run, out, form, dtype)
     if as_json:
-        print(json.dumps(asdict(exported)))
+        print(dumps(asdict(exported)))
         return
     print(f"{exported.path}: {exported.checkpoint}, {exported.parameters:,} parameters, {exported.dtype}")
     for name, size in exported.files.items():
@@ -105,6 +105,6 @@ def generate(
 
     made = run_model(source, text, tokens, Sampling(temperature, top_k, top_p, seed), stream=not as_json)
     if as_json:
-        print(json.dumps(asdict(made)))
+        print(dumps(asdict(made)))
         return
     print(f"{made.tokens} tokens, {made.tokens / made.seconds:,.0f} a second", file=sys.stderr)

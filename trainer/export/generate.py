@@ -14,8 +14,10 @@ from transformers import PreTrainedTokenizerFast, TextStreamer
 from transformers.utils import logging
 
 from trainer.errors import UserError
+from trainer.evaluate.soundness import sound
 from trainer.export.modeling_unipool import UniPoolForCausalLM
 from trainer.export.source import empty_model, export_tokenizer, find_run, first_line, open_weights
+from trainer.machine import limit_threads
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,9 @@ def generate(source: Path, prompt: str, tokens: int, sampling: Sampling, stream:
 
     Raises:
         UserError: the source is none of these, or the prompt leaves no room in the window.
+        BrokenModel: its logits are not finite.
     """
+    limit_threads()
     model, tokenizer = load_model(source)
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     # A text without a beginning begins as documents do.
@@ -76,13 +80,14 @@ def generate(source: Path, prompt: str, tokens: int, sampling: Sampling, stream:
         }
     ids_1S = torch.tensor([ids], device=model.device)
     started = time.perf_counter()
-    made_1S = model.generate(
-        ids_1S,
-        attention_mask=torch.ones_like(ids_1S),
-        max_new_tokens=tokens,
-        streamer=TextStreamer(tokenizer, skip_special_tokens=True) if stream else None,
-        **chosen,
-    )
+    with sound(model, str(source)):
+        made_1S = model.generate(
+            ids_1S,
+            attention_mask=torch.ones_like(ids_1S),
+            max_new_tokens=tokens,
+            streamer=TextStreamer(tokenizer, skip_special_tokens=True) if stream else None,
+            **chosen,
+        )
     seconds = time.perf_counter() - started
     new = made_1S[0, len(ids) :]
     return Generated(prompt, tokenizer.decode(new, skip_special_tokens=True), len(new), seconds)

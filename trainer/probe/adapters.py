@@ -28,6 +28,7 @@ from trainer.errors import UserError
 from trainer.export.generate import load_export, load_run
 from trainer.export.modeling_unipool import UniPoolConfig
 from trainer.export.source import SavedRun, find_run, first_line
+from trainer.machine import limit_threads
 
 UNIPOOL = UniPoolConfig.model_type
 FAMILIES = ("qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "olmoe", "mixtral")
@@ -255,6 +256,7 @@ def load(source: str, own_text: bool) -> Source:
     Raises:
         UserError: it is none of these, or not whole, or has no text of its own.
     """
+    limit_threads()
     logging.set_verbosity_error()
     if not sys.stderr.isatty():
         logging.disable_progress_bar()

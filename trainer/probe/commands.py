@@ -55,13 +55,17 @@ def _run(
     csv_file: Path | None,
     out: Path | None,
 ) -> None:
+    from trainer.evaluate.soundness import sound
     from trainer.probe.adapters import load as load_source
     from trainer.probe.output import check_files, deliver
     from trainer.probe.text import read_text
 
     check_files((csv_file, out))
     loaded = load_source(source, own_text=text is None)
-    deliver(measure(loaded, read_text(loaded, text, tokens)), as_json, csv_file, out)
+    read = read_text(loaded, text, tokens)
+    with sound(loaded.model.model, source):
+        result = measure(loaded, read)
+    deliver(result, as_json, csv_file, out)
 
 
 @click.group()
@@ -69,7 +73,8 @@ def probe() -> None:
     """Look into a trained model: what its routing is worth, and how it uses its experts.
 
     SOURCE is a run or a checkpoint of it, an export of format hf, or a Hugging Face model (its folder, or its name on
-    the hub) of type Qwen2-MoE, Qwen3-MoE, DeepSeek-V2, DeepSeek-V3, OLMoE or Mixtral. All but a run need --text.
+    the hub) of type Qwen2-MoE, Qwen3-MoE, DeepSeek-V2, DeepSeek-V3, OLMoE or Mixtral. All but a run need --text. Exit
+    status 1: the model is broken: it computes numbers that are not finite, of which there is nothing to show.
 
     \b
     Example:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -12,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from trainer.errors import UserError
+from trainer.strict_json import dumps
 from trainer.whole import write_whole
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def deliver(result: Result, as_json: bool, csv_file: Path | None, picture: Path 
     except OSError as error:
         raise UserError(f"{error.filename or 'file'}: cannot be written ({error.strerror})") from error
     if as_json:
-        print(json.dumps(result.to_json()))
+        print(dumps(result.to_json()))
         return
     from rich.console import Console
 

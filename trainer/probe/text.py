@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from trainer.data.documents import read_documents
+from trainer.document_mask import attention_of
 from trainer.errors import UserError
 from trainer.export.source import SavedRun
 from trainer.prepare import prepare_for
@@ -34,10 +35,12 @@ class Text:
     Attributes:
         name: what it is, for titles.
         rows_NS1: int64; inputs are [:, :-1], targets [:, 1:].
+        document_end: id of the token that ends a document, for a run that was trained with `data.document_mask`.
     """
 
     name: str
     rows_NS1: Tensor
+    document_end: int | None = None
 
     @property
     def tokens(self) -> int:
@@ -60,10 +63,13 @@ def read_text(source: Source, file: Path | None, tokens: int) -> Text:
     Raises:
         UserError: a file that cannot be read, or data that is not the run's own.
     """
+    masked = source.run is not None and source.run.recipe.data.document_mask
+    document_end = source.tokenizer.eos_token_id if masked else None
     if file:
-        return Text(file.name, _pack(_token_ids(source.tokenizer, file, tokens), file, source.model.window, tokens))
+        rows_NS1 = _pack(_token_ids(source.tokenizer, file, tokens), file, source.model.window, tokens)
+        return Text(file.name, rows_NS1, document_end)
     assert source.run, "only a run has text of its own"
-    return Text("held-out text", _held_out(source.run, source.tokenizer, tokens))
+    return Text("held-out text", _held_out(source.run, source.tokenizer, tokens), document_end)
 
 
 def _held_out(run: SavedRun, tokenizer: Any, tokens: int) -> Tensor:
@@ -119,7 +125,9 @@ def mean_loss(model: MoEModel, text: Text, done: Callable[[], object]) -> float:
     total = 0.0
     for rows_BS1 in text.batches:
         rows_BS1 = rows_BS1.to(model.model.device)
-        logits_BSV = model.model(input_ids=rows_BS1[:, :-1], use_cache=False).logits
+        tokens_BS = rows_BS1[:, :-1]
+        attention = attention_of(tokens_BS, text.document_end)
+        logits_BSV = model.model(input_ids=tokens_BS, use_cache=False, **attention).logits
         loss_T = F.cross_entropy(logits_BSV.flatten(0, 1).float(), rows_BS1[:, 1:].flatten(), reduction="none")
         total += float(loss_T.double().sum())
         done()
@@ -130,5 +138,6 @@ def mean_loss(model: MoEModel, text: Text, done: Callable[[], object]) -> float:
 def read(model: MoEModel, text: Text, done: Callable[[], object]) -> None:
     """All layers of the model over the text, without its head."""
     for rows_BS1 in text.batches:
-        model.model.model(input_ids=rows_BS1[:, :-1].to(model.model.device), use_cache=False)
+        tokens_BS = rows_BS1[:, :-1].to(model.model.device)
+        model.model.model(input_ids=tokens_BS, use_cache=False, **attention_of(tokens_BS, text.document_end))
         done()

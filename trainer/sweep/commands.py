@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from trainer.errors import UserError
+from trainer.strict_json import dumps
 
 if TYPE_CHECKING:
     from trainer.sweep.spec import Experiment
@@ -64,7 +64,7 @@ def sweep(
 
     if listed:
         names = {name: headline(name) for name in sweep_names()}
-        print(json.dumps(names) if as_json else "\n".join(f"{name:<24}{text}" for name, text in names.items()))
+        print(dumps(names) if as_json else "\n".join(f"{name:<24}{text}" for name, text in names.items()))
         return
     if source is None:
         raise UserError("sweep: name a sweep (unipool sweep --list), its file, or the folder of one that has begun")
@@ -110,7 +110,7 @@ def _report(experiment: Experiment, as_json: bool) -> None:
 
     rows = collect(experiment)
     if as_json:
-        print(json.dumps(to_json(experiment, rows)))
+        print(dumps(to_json(experiment, rows)))
     else:
         print_table(experiment, rows)
     try:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
 
 from trainer.errors import UserError
+from trainer.strict_json import dumps
 
 _PICTURE = "law.png"
 
@@ -60,7 +60,7 @@ def law(sources: tuple[Path, ...], variants: tuple[str, ...], out: Path | None, 
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror})") from None
     if as_json:
-        print(json.dumps(all_json(laws, skipped)))
+        print(dumps(all_json(laws, skipped)))
         return
     for found in laws:
         print_law(found)

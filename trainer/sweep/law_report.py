@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from trainer.finite import finite
+from trainer.strict_json import finite
 from trainer.sweep.law import MISFIT_P
 from trainer.sweep.law_result import FARTHEST, Crossing, Estimate, Law, Term
 from trainer.sweep.statistics import CONFIDENCE

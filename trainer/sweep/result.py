@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -14,7 +13,7 @@ import numpy as np
 
 from trainer.config import Recipe, source_names
 from trainer.costs import count_parameters
-from trainer.finite import finite
+from trainer.strict_json import dumps, finite
 from trainer.sweep.runs import is_done, records_of
 from trainer.sweep.spec import Cell, Experiment, Run
 from trainer.sweep.statistics import CONFIDENCE, Difference, Spread, paired, spread
@@ -175,7 +174,7 @@ def write_files(experiment: Experiment, rows: Sequence[Row]) -> list[Path]:
     """Write result.json and result.csv, which has a line a variant; each appears whole or not at all."""
     tree = to_json(experiment, rows)
     json_file, csv_file = experiment.folder / JSON_FILE, experiment.folder / CSV_FILE
-    write_whole(json_file, lambda path: path.write_text(json.dumps(tree, indent=1) + "\n"))
+    write_whole(json_file, lambda path: path.write_text(dumps(tree, indent=1) + "\n"))
     lines = [_flat(variant) for variant in tree["variants"]]
 
     def write(path: Path) -> None:

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from trainer import checkpoint
 from trainer.config import load_recipe, save_recipe
 from trainer.errors import START_AGAIN, UserError
+from trainer.machine import usable_cores
 from trainer.progress import say
 from trainer.resume import differences
 from trainer.sweep.spec import Experiment, Run
@@ -213,7 +214,7 @@ class Runner:
     def _train(self, run: Run, log: BinaryIO) -> _Active:
         environment = dict(os.environ)
         if self.jobs > 1:  # else `train` divides the cores among its own ranks
-            threads = len(os.sched_getaffinity(0)) // (self.jobs * run.recipe.grid.world_size)
+            threads = usable_cores() // (self.jobs * run.recipe.grid.world_size)
             environment.setdefault("OMP_NUM_THREADS", str(max(1, threads)))
         say(f"{run.name}: starts; its log is {run.log}")
         process = subprocess.Popen(

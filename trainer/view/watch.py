@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -15,7 +14,7 @@ from rich.console import Console
 from rich.live import Live
 
 from trainer.errors import UserError
-from trainer.finite import finite
+from trainer.strict_json import dumps, finite
 from trainer.view.frame import Frame
 from trainer.view.pages import TARGETS_FILE, fetch, page_url, targets
 from trainer.view.records import Records, is_run, saved_recipe
@@ -33,7 +32,7 @@ def watch(sources: Sequence[str], interval: float, once: bool, as_json: bool) ->
     """
     look = _look_at(sources)
     if as_json:
-        print(json.dumps(to_json(look())))
+        print(dumps(to_json(look())))
         return
     with suppress(OSError, ValueError, AttributeError):
         sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # a terminal that cannot show bars
