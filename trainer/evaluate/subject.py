@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trainer.bench import pick_device
-from trainer.export.generate import is_export, load_model
+from trainer.export.folder import is_export
+from trainer.export.generate import load_model
 from trainer.export.source import SavedRun, find_run
 from trainer.machine import limit_threads
 

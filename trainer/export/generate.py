@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from dataclasses import dataclass
@@ -15,8 +14,9 @@ from transformers.utils import logging
 
 from trainer.errors import UserError
 from trainer.evaluate.soundness import sound
+from trainer.export.folder import is_export, load_export
 from trainer.export.modeling_unipool import UniPoolForCausalLM
-from trainer.export.source import empty_model, export_tokenizer, find_run, first_line, open_weights
+from trainer.export.source import export_tokenizer, filled_model, find_run, model_config, open_weights
 from trainer.machine import limit_threads
 
 
@@ -63,6 +63,8 @@ def generate(source: Path, prompt: str, tokens: int, sampling: Sampling, stream:
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     # A text without a beginning begins as documents do.
     ids = tokenizer(prompt)["input_ids"] or [tokenizer.bos_token_id]
+    if None in ids:
+        raise UserError("--prompt: is empty, and the tokenizer has no token that begins a text; give one")
     window = model.config.max_position_embeddings
     if len(ids) >= window:
         raise UserError(f"--prompt: has {len(ids)} tokens, the model's window is {window}; give {window - 1} at most")
@@ -93,11 +95,6 @@ def generate(source: Path, prompt: str, tokens: int, sampling: Sampling, stream:
     return Generated(prompt, tokenizer.decode(new, skip_special_tokens=True), len(new), seconds)
 
 
-def is_export(path: Path) -> bool:
-    """Whether a folder is meant as an export of format hf; else it is a run or a checkpoint."""
-    return (path / "config.json").is_file()
-
-
 def load_model(path: Path) -> tuple[UniPoolForCausalLM, PreTrainedTokenizerFast]:
     """Model and tokenizer of a run's newest checkpoint, of one checkpoint, or of an export.
 
@@ -114,27 +111,7 @@ def load_run(path: Path) -> tuple[UniPoolForCausalLM, PreTrainedTokenizerFast]:
     """Model (fp32) and tokenizer of a run's newest checkpoint, or of one checkpoint."""
     run = find_run(path)
     exported = export_tokenizer(run)
-    model = empty_model(run.recipe)
     with open_weights(run) as weights:
-        model.load_state_dict({name: tensor.clone() for name, tensor in weights.items()}, assign=True)
+        model = filled_model(model_config(run.recipe), weights, torch.float32)
     model.generation_config.update(eos_token_id=exported.end_id, pad_token_id=exported.end_id)
     return model, exported.load()
-
-
-def load_export(path: Path) -> tuple[UniPoolForCausalLM, PreTrainedTokenizerFast]:
-    """Model and tokenizer of an export; none of its code is run."""
-    try:
-        kind = json.loads((path / "config.json").read_text())["model_type"]
-        if kind != UniPoolForCausalLM.config_class.model_type:
-            raise UserError(f"{path}: is a model of type {kind}; give a run, or an export made by `export --format hf`")
-        model, report = UniPoolForCausalLM.from_pretrained(
-            path, dtype="auto", local_files_only=True, output_loading_info=True
-        )
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
-    except UserError:
-        raise
-    except Exception as error:  # transformers, safetensors and tokenizers each have their own
-        raise UserError(f"{path}: not a whole export ({type(error).__name__}: {first_line(error)})") from error
-    if report["missing_keys"]:
-        raise UserError(f"{path}: not a whole export ({len(report['missing_keys'])} tensors are missing)")
-    return model, tokenizer

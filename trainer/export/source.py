@@ -24,6 +24,7 @@ from trainer.config import Recipe, load_recipe
 from trainer.data.settings import TRAIN
 from trainer.data.tokenizer import end_of_document_id, load_tokenizer
 from trainer.errors import UserError
+from trainer.export.folder import first_line
 from trainer.export.modeling_unipool import UniPoolConfig, UniPoolForCausalLM
 from trainer.export.names import Parts, expert_names, trunk_names
 from trainer.reshape import SavedCheckpoint, convert
@@ -69,9 +70,9 @@ class Weights(Mapping[str, Tensor]):
     def __init__(self, run: SavedRun, saved: SavedCheckpoint):
         self._folder = run.folder
         self._readers = _readers(run.recipe, saved)
-        model = empty_model(run.recipe)
+        model = empty_model(model_config(run.recipe))
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
-        self.expected: dict[str, Tensor] = model.state_dict()
+        self.expected = stored_tensors(model)
         assert self.expected.keys() == self._readers.keys(), self.expected.keys() ^ self._readers.keys()
 
     def __getitem__(self, name: str) -> Tensor:
@@ -113,11 +114,6 @@ def _readable(folder: Path) -> Iterator[None]:
     except Exception as error:  # torch, pickle, json and deepspeed each have their own
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(f"{folder}: a damaged checkpoint, or of another version ({reason})") from error
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's message; may be empty."""
-    return str(error).partition("\n")[0]
 
 
 def _readers(recipe: Recipe, saved: SavedCheckpoint) -> dict[str, Callable[[], Tensor]]:
@@ -169,11 +165,42 @@ def model_config(recipe: Recipe) -> UniPoolConfig:
     )
 
 
-def empty_model(recipe: Recipe) -> UniPoolForCausalLM:
-    """A recipe's model without memory for its weights (on torch's meta device)."""
-    config = model_config(recipe)
+def empty_model(config: UniPoolConfig) -> UniPoolForCausalLM:
+    """A model without memory for its weights (on torch's meta device)."""
     with torch.device("meta"):
         return UniPoolForCausalLM(config)
+
+
+def stored_tensors(model: UniPoolForCausalLM) -> dict[str, Tensor]:
+    """A model's tensors by their exported names; those of single experts are views of the model's stacks."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        if name == "model.experts.gate_up_proj":
+            for expert, gate_up in enumerate(tensor):
+                gate, up = gate_up.chunk(2)
+                found |= {f"model.experts.{expert}.{part}_proj.weight": t for part, t in (("gate", gate), ("up", up))}
+        elif name == "model.experts.down_proj":
+            found |= {f"model.experts.{expert}.down_proj.weight": down for expert, down in enumerate(tensor)}
+        else:
+            found[name] = tensor
+    return found
+
+
+def filled_model(config: UniPoolConfig, weights: Mapping[str, Tensor], dtype: torch.dtype) -> UniPoolForCausalLM:
+    """A model with weights of the given type (routers: fp32), which are read one at a time.
+
+    Args:
+        weights: by their exported names.
+    """
+    model = empty_model(config).to(dtype)
+    for layer in model.model.layers:
+        if config.ffn == "pool":
+            layer.router.float()
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for name, tensor in stored_tensors(model).items():
+            tensor.copy_(weights[name])
+    return model
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,13 @@ from transformers import GenerationConfig
 from trainer.checkpoint import damage
 from trainer.config import save_recipe
 from trainer.errors import UserError
+from trainer.export.folder import EXPORT_VERSION
 from trainer.export.source import SavedRun, Weights, export_tokenizer, find_run, model_config, open_weights
 from trainer.whole import whole_folder
 
 Format = Literal["hf", "safetensors"]
 
-_MODEL_FILE = "modeling_unipool"
+_MODEL_FILES = ("configuration_unipool.py", "experts_unipool.py", "modeling_unipool.py")
 _SHARD_SIZE = "5GB"
 
 
@@ -80,16 +81,17 @@ def _write_model_files(run: SavedRun, folder: Path, dtype: str) -> None:
         | {
             "architectures": ["UniPoolForCausalLM"],
             "auto_map": {
-                "AutoConfig": f"{_MODEL_FILE}.UniPoolConfig",
-                "AutoModelForCausalLM": f"{_MODEL_FILE}.UniPoolForCausalLM",
+                "AutoConfig": "configuration_unipool.UniPoolConfig",
+                "AutoModelForCausalLM": "modeling_unipool.UniPoolForCausalLM",
             },
             "dtype": dtype,
+            "export_version": EXPORT_VERSION,
         }
     )
     config.to_json_file(folder / "config.json")
     GenerationConfig(**ids).save_pretrained(folder)
-    model_file = f"{_MODEL_FILE}.py"
-    (folder / model_file).write_text((resources.files("trainer.export") / model_file).read_text())
+    for file in _MODEL_FILES:
+        (folder / file).write_bytes((resources.files("trainer.export") / file).read_bytes())
     (folder / "tokenizer.json").write_text(tokenizer.json, encoding="utf-8")
     about = {"tokenizer_class": "PreTrainedTokenizerFast", **tokenizer.settings}
     (folder / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n")

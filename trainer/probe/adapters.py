@@ -1,17 +1,17 @@
 """The mixture-of-experts layers of a model, seen and rerouted: the only file of the probes that knows model classes.
 
 In all of them a layer's router is a module that returns (..., topk_scores_TK, topk_expert_ids_TK), and its experts are
-a module that is called with these. What differs is inside the router: softmax, sigmoid or eq. 7; gate values that are
-renormalised or scaled; a choice limited to groups of experts, or moved by a bias. So one hook on the router sees and
-replaces the choice of each, and gate values stay what the family makes them. Shared experts, which every token meets,
-are beside the router and never touched; layers with one FFN are left out.
+a module that is called with these and keeps its weights as stacks over the experts. What differs is inside the router:
+softmax, sigmoid or eq. 7; gate values that are renormalised or scaled; a choice limited to groups of experts, or moved
+by a bias. So one hook on the router sees and replaces the choice of each, and gate values stay what the family makes
+them. Shared experts, which every token meets, are beside the router and never touched; layers with one FFN are left
+out.
 
 Letters: T tokens, D hidden, F expert width, K choices a token, E experts of a bank.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -25,9 +25,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from trainer.errors import UserError
-from trainer.export.generate import load_export, load_run
-from trainer.export.modeling_unipool import UniPoolConfig
-from trainer.export.source import SavedRun, find_run, first_line
+from trainer.export.configuration_unipool import UniPoolConfig
+from trainer.export.folder import first_line, load_export, read_object
+from trainer.export.generate import load_run
+from trainer.export.source import SavedRun, find_run
 from trainer.machine import limit_threads
 
 UNIPOOL = UniPoolConfig.model_type
@@ -43,40 +44,30 @@ class Bank:
         first: global id of its first expert; ids go on from bank to bank.
         module: the model's own, which may hold other banks too.
         offset: number of the bank's first expert within the module.
-        stacked: whether the module's weights are stacks over the experts, as in FAMILIES, else it is a list of FFNs.
     """
 
     first: int
     experts: int
     module: Any
     offset: int
-    stacked: bool
 
     @property
     def width(self) -> int:
         """F of its experts."""
-        down_proj = self.module.down_proj if self.stacked else self.module[self.offset].down_proj.weight
-        return int(down_proj.shape[-1])
+        return int(self.module.down_proj.shape[-1])
 
     def weights(self, units: slice) -> Tensor:
         """What some hidden units of each expert read and write, fp32: (E, 3 * D * units)."""
-        if self.stacked:
-            w1_EFD, w3_EFD = self.module.gate_up_proj.chunk(2, dim=1)
-            stacks = [w1_EFD[:, units], w3_EFD[:, units], self.module.down_proj[:, :, units]]
-        else:
-            own = list(self.module)[self.offset : self.offset + self.experts]
-            stacks = [
-                torch.stack([expert.gate_proj.weight[units] for expert in own]),
-                torch.stack([expert.up_proj.weight[units] for expert in own]),
-                torch.stack([expert.down_proj.weight[:, units] for expert in own]),
-            ]
+        own = slice(self.offset, self.offset + self.experts)
+        w1_EFD, w3_EFD = self.module.gate_up_proj[own].chunk(2, dim=1)
+        stacks = [w1_EFD[:, units], w3_EFD[:, units], self.module.down_proj[own, :, units]]
         return torch.cat([stack.flatten(1).float() for stack in stacks], dim=1)
 
     def run(self, expert: int, x_TD: Tensor) -> Tensor:
         """e(x) of its expert number `expert`, from 0, for every token: without gate values."""
         ids_T1 = torch.full((len(x_TD), 1), self.offset + expert, device=x_TD.device)
         gates_T1 = torch.ones_like(ids_T1, dtype=x_TD.dtype)
-        y_TD: Tensor = self.module(x_TD, *((ids_T1, gates_T1) if self.stacked else (gates_T1, ids_T1)))
+        y_TD: Tensor = self.module(x_TD, ids_T1, gates_T1)
         return y_TD
 
 
@@ -225,7 +216,7 @@ def _unipool_layers(model: Any) -> list[MoELayer]:
         MoELayer(
             number,
             block.router,
-            Bank(block.first_expert, size, model.model.experts, block.first_expert, stacked=False),
+            Bank(block.first_expert, size, model.model.experts, block.first_expert),
             block.router.top_k,
         )
         for number, block in enumerate(model.model.layers)
@@ -239,7 +230,7 @@ def _layers_with_own_experts(blocks: Any) -> list[MoELayer]:
     for number, block in enumerate(blocks):
         if not hasattr(block.mlp, "experts"):
             continue
-        bank = Bank(first, block.mlp.experts.num_experts, block.mlp.experts, 0, stacked=True)
+        bank = Bank(first, block.mlp.experts.num_experts, block.mlp.experts, 0)
         first += bank.experts
         found.append(MoELayer(number, block.mlp.gate, bank, block.mlp.gate.top_k))
     return found
@@ -277,11 +268,8 @@ def load(source: str, own_text: bool) -> Source:
 
 
 def _type_in(path: Path) -> str | None:
-    """`model_type` by a folder's config.json; None where that cannot be read."""
-    try:
-        return str(json.loads((path / "config.json").read_text())["model_type"])
-    except (OSError, ValueError, KeyError):
-        return None
+    """`model_type` by a folder's config.json; None where there is no such file."""
+    return read_object(path / "config.json").get("model_type") if path.is_dir() else None
 
 
 def _load_hugging_face(source: str, is_folder: bool) -> tuple[Any, Any]:

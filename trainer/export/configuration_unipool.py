@@ -1,0 +1,103 @@
+"""The configuration of a UniPool model for Hugging Face transformers."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from transformers import PretrainedConfig
+
+
+class UniPoolConfig(PretrainedConfig):
+    """What a UniPool model is, beside the usual fields of a LLaMA.
+
+    ffn: "pool", or "dense": one FFN a layer, and nothing below has a meaning.
+    num_experts: of the whole pool. num_experts_per_tok: K.
+    num_expert_groups: 1 is UniPool; with G groups each num_hidden_layers / G adjacent layers share num_experts / G
+        experts, and G = num_hidden_layers is a vanilla mixture of experts.
+    router: "norm" (eq. 7), "softmax", or "sigmoid_bias" (arXiv:2408.15664).
+    router_constant: c of eq. 7. router_constant_factor: what c is multiplied by; 1 is the paper's.
+    """
+
+    model_type = "unipool"
+    keys_to_ignore_at_inference: ClassVar = ["past_key_values", "cache"]
+
+    def __init__(
+        self,
+        vocab_size: int = 51200,
+        hidden_size: int = 768,
+        intermediate_size: int = 3072,
+        num_hidden_layers: int = 12,
+        num_attention_heads: int = 12,
+        num_key_value_heads: int = 4,
+        max_position_embeddings: int = 1024,
+        rms_norm_eps: float = 1e-5,
+        rope_theta: float = 1e6,
+        ffn: str = "pool",
+        num_experts: int = 96,
+        num_expert_groups: int = 1,
+        num_experts_per_tok: int = 1,
+        router: str = "norm",
+        router_constant: float = 1.0,
+        router_constant_factor: float = 1.0,
+        initializer_range: float = 0.01,
+        output_router_logits: bool = False,
+        use_cache: bool = True,
+        tie_word_embeddings: bool = False,
+        **others: Any,
+    ):
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.num_key_value_heads = num_key_value_heads
+        self.max_position_embeddings = max_position_embeddings
+        self.rms_norm_eps = rms_norm_eps
+        self.rope_theta = rope_theta
+        self.ffn = ffn
+        self.num_experts = num_experts
+        self.num_expert_groups = num_expert_groups
+        self.num_experts_per_tok = num_experts_per_tok
+        self.router = router
+        self.router_constant = router_constant
+        self.router_constant_factor = router_constant_factor
+        self.initializer_range = initializer_range
+        self.output_router_logits = output_router_logits
+        self.use_cache = use_cache
+        self.hidden_act = "silu"
+        self._check_model()
+        self.head_dim = hidden_size // num_attention_heads
+        super().__init__(tie_word_embeddings=tie_word_embeddings, **others)
+
+    def _check_model(self) -> None:
+        """Raises ValueError for what no model can be made of."""
+        counts = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
+        counts += ["num_key_value_heads", "max_position_embeddings"]
+        if self.ffn == "pool":
+            counts += ["num_experts", "num_expert_groups", "num_experts_per_tok"]
+        elif self.ffn != "dense":
+            raise ValueError(f"ffn is {self.ffn!r}: it must be pool or dense")
+        for name in counts:
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name} is {value!r}: it must be a whole number of at least 1")
+        for name in ("rms_norm_eps", "rope_theta", "router_constant", "router_constant_factor", "initializer_range"):
+            value = getattr(self, name)
+            if (
+                type(value) not in (int, float)
+                or not 0 <= value < float("inf")
+                or (name == "rope_theta" and value == 0)
+            ):
+                raise ValueError(f"{name} is {value!r}: it must be a positive number")
+        if self.router not in ("norm", "softmax", "sigmoid_bias"):
+            raise ValueError(f"router is {self.router!r}: it must be norm, softmax or sigmoid_bias")
+        whole = [("hidden_size", "num_attention_heads"), ("num_attention_heads", "num_key_value_heads")]
+        if self.ffn == "pool":
+            whole += [("num_experts", "num_expert_groups"), ("num_hidden_layers", "num_expert_groups")]
+            if self.num_experts_per_tok > self.num_experts // self.num_expert_groups:
+                raise ValueError(f"num_experts_per_tok is {self.num_experts_per_tok}: a layer sees fewer experts")
+        for name, parts in whole:
+            if getattr(self, name) % getattr(self, parts):
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be a multiple of {parts}")
+        if self.hidden_size // self.num_attention_heads % 2:
+            raise ValueError("hidden_size / num_attention_heads must be even")

@@ -1,0 +1,165 @@
+"""The router of a UniPool layer, and the pool of experts.
+
+Letters: T tokens, D hidden, F expert width, E experts of the pool, M experts that a layer sees, K experts a token, N =
+T * K rows.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
+
+from .configuration_unipool import UniPoolConfig
+
+EPS = 1e-8  # eq. 7
+
+# Few rows are computed without asking the accelerator which experts they chose; more would copy too many weights.
+_FEW_ROWS = 64
+
+
+def _grouped_linear(x_ND: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> Tensor:
+    """Rows that are sorted by expert through their experts' weights: those of experts without rows are not read.
+
+    counts_E: how many rows each expert has. Computes in the type of the rows.
+    """
+    y_NF = x_ND.new_empty(x_ND.shape[0], weight_EFD.shape[1])
+    start = 0
+    for expert, count in enumerate(counts_E.tolist()):
+        if count:
+            rows = slice(start, start + count)
+            torch.mm(x_ND[rows], weight_EFD[expert].to(x_ND.dtype).T, out=y_NF[rows])
+            start += count
+    return y_NF
+
+
+def _grouped_linear_backward(
+    grad_NF: Tensor, x_ND: Tensor, weight_EFD: Tensor, counts_E: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the rows and of the weights; the latter are zero for experts without rows."""
+    grad_x_ND, grad_weight_EFD = torch.empty_like(x_ND), torch.zeros_like(weight_EFD)
+    start = 0
+    for expert, count in enumerate(counts_E.tolist()):
+        if count:
+            rows = slice(start, start + count)
+            torch.mm(grad_NF[rows], weight_EFD[expert].to(x_ND.dtype), out=grad_x_ND[rows])
+            grad_weight_EFD[expert] = grad_NF[rows].T @ x_ND[rows]
+            start += count
+    return grad_x_ND, grad_weight_EFD
+
+
+# Operators of their own, for how many rows an expert has is known only when they run: torch.compile looks into neither.
+_operator = torch.library.custom_op(
+    "unipool::grouped_linear",
+    _grouped_linear,
+    mutates_args=(),
+    schema="(Tensor x, Tensor weight, Tensor counts) -> Tensor",
+    tags=(torch.Tag.cudagraph_unsafe,),
+)
+_operator.register_fake(lambda x, weight, counts: x.new_empty(x.shape[0], weight.shape[1]))
+_operator_backward = torch.library.custom_op(
+    "unipool::grouped_linear_backward",
+    _grouped_linear_backward,
+    mutates_args=(),
+    schema="(Tensor grad, Tensor x, Tensor weight, Tensor counts) -> (Tensor, Tensor)",
+    tags=(torch.Tag.cudagraph_unsafe,),
+)
+_operator_backward.register_fake(lambda grad, x, weight, counts: (x.new_empty(x.shape), weight.new_empty(weight.shape)))
+_operator.register_autograd(
+    lambda ctx, grad: (*_operator_backward(grad.contiguous(), *ctx.saved_tensors), None),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
+
+
+class UniPoolExperts(nn.Module):
+    """The pool. Every layer calls it with the numbers, in the whole pool, of the experts that it chose."""
+
+    def __init__(self, config: UniPoolConfig):
+        super().__init__()
+        experts, hidden, width = config.num_experts, config.hidden_size, config.intermediate_size
+        self.num_experts = experts
+        self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * width, hidden))  # gate above up
+        self.down_proj = nn.Parameter(torch.empty(experts, hidden, width))
+
+    def forward(self, x_TD: Tensor, topk_expert_ids_TK: Tensor, topk_scores_TK: Tensor) -> Tensor:
+        """sum_i g_i(x) e_i(x) over the chosen experts, summed in fp32."""
+        device, ids_N = x_TD.device.type, topk_expert_ids_TK.flatten()
+        rows_ND = x_TD.repeat_interleave(topk_expert_ids_TK.shape[1], dim=0)
+        if torch.is_autocast_enabled(device):
+            rows_ND = rows_ND.to(torch.get_autocast_dtype(device))
+        with torch.autocast(device, enabled=False):
+            few = device != "cpu" and ids_N.shape[0] <= _FEW_ROWS
+            y_ND = self.row_by_row(rows_ND, ids_N) if few else self.expert_by_expert(rows_ND, ids_N)
+            y_TKD = y_ND.float().view(*topk_scores_TK.shape, -1)
+            return (topk_scores_TK[..., None] * y_TKD).sum(dim=1).to(x_TD.dtype)
+
+    def expert_by_expert(self, x_ND: Tensor, ids_N: Tensor) -> Tensor:
+        """e_i(x) of each row, in as many products as experts were chosen."""
+        order_N = ids_N.argsort(stable=True)
+        counts_E = torch.zeros(self.num_experts, dtype=torch.int64, device=ids_N.device)
+        counts_E = counts_E.index_add(0, ids_N, torch.ones_like(ids_N))
+        # The operator costs more to call than a single row to compute.
+        linear = _operator if torch.is_grad_enabled() or torch.compiler.is_compiling() else _grouped_linear
+        gate_NF, up_NF = linear(x_ND[order_N], self.gate_up_proj, counts_E).chunk(2, dim=-1)
+        y_ND = linear(F.silu(gate_NF) * up_NF, self.down_proj, counts_E)
+        return y_ND[order_N.argsort()]
+
+    def row_by_row(self, x_ND: Tensor, ids_N: Tensor) -> Tensor:
+        """e_i(x) of each row, with a copy of its expert's weights: the same whichever experts were chosen."""
+        gate_up_ND, down_ND = self.gate_up_proj[ids_N].to(x_ND.dtype), self.down_proj[ids_N].to(x_ND.dtype)
+        gate_NF, up_NF = (gate_up_ND @ x_ND[..., None]).squeeze(-1).chunk(2, dim=-1)
+        return (down_ND @ (F.silu(gate_NF) * up_NF)[..., None]).squeeze(-1)
+
+
+register_checkpoint_conversion_mapping(
+    UniPoolConfig.model_type,
+    [
+        WeightConverter(
+            source_patterns=["experts.*.gate_proj.weight", "experts.*.up_proj.weight"],
+            target_patterns="experts.gate_up_proj",
+            operations=[MergeModulelist(dim=0), Concatenate(dim=1)],
+        ),
+        WeightConverter(
+            source_patterns=["experts.*.down_proj.weight"],
+            target_patterns="experts.down_proj",
+            operations=[MergeModulelist(dim=0)],
+        ),
+    ],
+    overwrite=True,  # this file may be loaded from several folders
+)
+
+
+class UniPoolRouter(nn.Module):
+    """From a token to its K experts, numbered within what the layer sees, and their gate values; computed in fp32."""
+
+    expert_bias: Tensor
+
+    def __init__(self, config: UniPoolConfig):
+        super().__init__()
+        self.kind, self.top_k = config.router, config.num_experts_per_tok
+        self.constant = config.router_constant * config.router_constant_factor
+        experts = config.num_experts // config.num_expert_groups
+        self.weight = nn.Parameter(torch.empty(experts, config.hidden_size))
+        if self.kind == "norm":
+            self.sigma = nn.Parameter(torch.ones(1))
+        elif self.kind == "sigmoid_bias":
+            self.register_buffer("expert_bias", torch.zeros(experts))
+
+    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(logits_TM, fp32; topk_scores_TK, fp32; topk_expert_ids_TK)"""
+        with torch.autocast(x_TD.device.type, enabled=False):
+            logits_TM = F.linear(x_TD.float(), self.weight.float())
+            if self.kind == "norm":  # eq. 7; a token's norm and the scale do not change the order of its experts
+                winners_TK, ids_TK = logits_TM.topk(self.top_k, dim=-1)
+                norm_T1 = torch.linalg.vector_norm(logits_TM, dim=-1, keepdim=True)
+                scores_TK = winners_TK.relu() * (self.sigma.float() * self.constant / (norm_T1 + EPS))
+                return logits_TM, scores_TK, ids_TK
+            if self.kind == "softmax":
+                scores_TM = preference_TM = logits_TM.softmax(dim=-1)
+            else:  # the bias chooses, and is no part of the gate values
+                scores_TM = logits_TM.sigmoid()
+                preference_TM = scores_TM + self.expert_bias.float()
+            ids_TK = preference_TM.topk(self.top_k, dim=-1).indices
+            return logits_TM, scores_TM.gather(-1, ids_TK), ids_TK
