@@ -124,7 +124,7 @@ def _make_once(
     try:
         if not path.is_dir():
             directory.mkdir(parents=True, exist_ok=True)
-            _remove_abandoned(directory)
+            _remove_abandoned(directory, name, progress)
             with _acquire(directory / f"{name}.lock", progress):
                 if not path.is_dir():
                     with whole_folder(path, progress_file) as partial:
@@ -151,15 +151,20 @@ def _acquire(lock_file: Path, say_so: bool) -> AbstractContextManager[object]:
         return lock.acquire()
 
 
-def _remove_abandoned(directory: Path) -> None:
-    """Remove what killed processes have left from which nobody could go on: partial folders whose lock nobody holds."""
+def _remove_abandoned(directory: Path, name: str, say_so: bool) -> None:
+    """Remove what killed processes have left and nobody could go on from: partial folders whose lock nobody holds.
+
+    Those of other settings than `name` that could go on are kept, and said.
+    """
     from filelock import FileLock, Timeout
 
-    for partial in directory.glob(".partial-*"):
-        if (partial / PROGRESS_FILE).is_file():
-            continue
+    for partial in sorted(directory.glob(".partial-*")):
+        whole = partial.name.removeprefix(".partial-")
         try:
-            with FileLock(directory / f"{partial.name.removeprefix('.partial-')}.lock", timeout=0):
-                shutil.rmtree(partial, ignore_errors=True)
+            with FileLock(directory / f"{whole}.lock", timeout=0):
+                if not (partial / PROGRESS_FILE).is_file():
+                    shutil.rmtree(partial, ignore_errors=True)
+                elif say_so and whole != name:
+                    print(f"{partial}: an unfinished preparation; delete it if it is not needed", file=sys.stderr)
         except Timeout:
             continue  # it is being made right now

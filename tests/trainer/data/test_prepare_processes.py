@@ -78,14 +78,15 @@ def test_killed_anywhere_it_goes_on_and_nothing_looks_finished_before_it_is(sett
 
 
 @pytest.mark.parametrize("point, kept", [(20, False), (-5, True)])
-def test_what_was_left_of_other_settings_is_kept_if_it_can_go_on(settings, tmp_path, point, kept):
+def test_what_was_left_of_other_settings_is_kept_if_it_can_go_on(settings, tmp_path, point, kept, capfd):
     if point < 0:
         out, _ = start(replace(settings, directory=str(tmp_path / "whole")), "kill", 0).communicate(timeout=TIMEOUT)
         point += int(out)
     start(settings, "kill", point).communicate(timeout=TIMEOUT)
     (abandoned,) = folders(settings)
     assert abandoned.name.startswith(".partial-")
-    prepared = prepare_source(replace(settings, seq_len=7), progress=False)
+    prepared = prepare_source(replace(settings, seq_len=7), progress=True)
+    assert (f"{abandoned}: an unfinished preparation" in capfd.readouterr().err) == kept
     assert set(folders(settings)) == {prepared.path, *([abandoned] if kept else [])}
 
 
