@@ -36,8 +36,14 @@ END_OF_DOCUMENT_NAMES = (
 )
 _SAYS_ITS_TOKEN = ("tokenizer_config.json", "special_tokens_map.json")
 _SAYS_ITS_ID = ("generation_config.json", "config.json")
-# Other forms of tokenizers, which transformers turns into a tokenizer.json.
-_OTHER_FORMS = ("tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model", "sentencepiece.bpe.model")
+# Other forms of tokenizers, by the endings of their files: what in transformers makes a tokenizer.json of them.
+_OTHER_FORMS = (
+    (("vocab.json", "merges.txt"), "GPT2TokenizerFast, or its family's own class"),
+    (("vocab.txt",), "BertTokenizerFast, or its family's own class"),
+    ((".model",), "LlamaTokenizerFast, or its family's own class, and the package sentencepiece"),
+    (("tekken.json", ".tiktoken"), "AutoTokenizer, and the package tiktoken"),
+)
+_CONVERT = "make a tokenizer.json by transformers: CLASS.from_pretrained(FOLDER).save_pretrained(FOLDER)"
 _EVERYDAY = [chr(code) for code in range(ord("!"), ord("~") + 1)]
 _RARE = ["é", "\u044f", "中", "ꙮ", "🙂"]
 
@@ -51,22 +57,23 @@ def tokenizer_file(name_or_path: str) -> Path | None:
     path = Path(os.path.expanduser(name_or_path))
     if os.path.isdir(path):
         if not os.path.isfile(path / "tokenizer.json"):
-            found = sorted(name for name in os.listdir(path) if _is_other_form(name))
-            there = f" but {', '.join(found)}; {_CONVERT}" if found else ""
-            raise UserError(f"data.tokenizer {shown(name_or_path)}: the folder has no tokenizer.json{there}")
+            other = _other_form(os.listdir(path)) or "give another folder, or a tokenizer.json"
+            raise UserError(f"data.tokenizer {shown(name_or_path)}: the folder has no tokenizer.json; {other}")
         path = path / "tokenizer.json"
-    elif _is_other_form(path.name) and os.path.isfile(path):
-        raise UserError(f"data.tokenizer {shown(path)}: is not a tokenizer.json; {_CONVERT}")
+    elif os.path.isfile(path) and (other := _other_form([path.name])):
+        raise UserError(f"data.tokenizer {shown(path)}: is not a tokenizer.json; {other}")
     elif path.name == "tokenizer_config.json":
         raise UserError(f"data.tokenizer {shown(path)}: is not a tokenizer.json; name the one beside it")
     return path if os.path.isfile(path) else None
 
 
-_CONVERT = "make one by AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) of transformers"
-
-
-def _is_other_form(name: str) -> bool:
-    return name in _OTHER_FORMS or name.endswith((".model", ".tiktoken", ".bpe", ".vocab")) or name == "merges.txt"
+def _other_form(names: Iterable[str]) -> str | None:
+    """What to do with a tokenizer in another form; None if no name is of one."""
+    for name in sorted(names):
+        for endings, by in _OTHER_FORMS:
+            if name.endswith(endings):
+                return f"{shown(name)} is another form of one; {_CONVERT} (by {by})"
+    return None
 
 
 def tokenizer_files(name_or_path: str) -> list[Path]:
@@ -74,10 +81,8 @@ def tokenizer_files(name_or_path: str) -> list[Path]:
     path = tokenizer_file(name_or_path)
     if path is None:
         return []
-    return [
-        path,
-        *(path.with_name(name) for name in (*_SAYS_ITS_TOKEN, *_SAYS_ITS_ID) if path.with_name(name).is_file()),
-    ]
+    beside = [path.with_name(name) for name in (*_SAYS_ITS_TOKEN, *_SAYS_ITS_ID)]
+    return [path, *(file for file in beside if file.is_file())]
 
 
 def load_tokenizer(name_or_path: str, end_of_document: str | None = None) -> Tokenizer:
@@ -180,7 +185,7 @@ def _specials(tokenizer: Tokenizer) -> str:
 
 
 def _own_ends(tokenizer: Tokenizer, path: Path | None, name_or_path: str) -> Iterator[str]:
-    """The tokens that the files beside tokenizer.json name as the end of a sequence, as far as the vocabulary has them."""
+    """What the files beside tokenizer.json name as the end of a sequence, as far as the vocabulary has it."""
     for file in _SAYS_ITS_TOKEN:
         token = _beside(path, name_or_path, file).get("eos_token")
         token = token.get("content") if isinstance(token, dict) else token
