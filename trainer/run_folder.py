@@ -6,9 +6,8 @@ import errno
 import json
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,17 +53,16 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"run.dir = {self.path}: cannot be written ({error.strerror}); choose another") from None
 
-    def begin(self, recipe: Recipe, schedule: Schedule, tokenizer: Mapping[str, str], done_steps: int) -> None:
+    def begin(self, recipe: Recipe, schedule: Schedule, tokenizer: str, done_steps: int) -> None:
         """Save the resolved recipe, the schedule and the tokenizer, and cut the metrics after `done_steps`.
 
         The evaluation and the probe after these steps are cut too: a checkpoint is of before them.
 
         Args:
-            tokenizer: the texts of its files, by name.
+            tokenizer: the text of its tokenizer.json.
         """
         write_whole(self.plan_file, lambda path: path.write_text(schedule.to_json()))
-        for name, text in tokenizer.items():
-            write_whole(self.path / name, partial(Path.write_text, data=text, encoding="utf-8"))
+        write_whole(self.path / TOKENIZER_FILE, lambda path: path.write_text(tokenizer, encoding="utf-8"))
         write_whole(self.recipe_file, lambda path: save_recipe(recipe, path))
         kept = [line for line in self._lines() if _is_before(json.loads(line), done_steps)]
         write_whole(self.metrics_file, lambda path: path.write_text("".join(kept)))

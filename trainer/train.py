@@ -208,7 +208,7 @@ class _Loop:
             load_initial(recipe, self._role)
         if job.rank == 0:
             assert self._prepared, "rank 0 is a trunk rank"
-            self._folder.begin(recipe, job.schedule, self._prepared.tokenizer_files, start)
+            self._folder.begin(recipe, job.schedule, self._prepared.tokenizer().to_str(), start)
             self._saver.clean()
         job.barrier()  # loading may take longer on one rank than a step may wait
         self._telemetry = Telemetry(recipe, job, self._folder, self._role, start)

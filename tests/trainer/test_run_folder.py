@@ -72,7 +72,7 @@ def test_a_resumed_run_cuts_what_came_after_its_checkpoint(tmp_path: Path) -> No
     with run.metrics_file.open("a") as file:
         file.write('{"step": 4, "lo')  # a killed run's last line
     schedule: Any = SimpleNamespace(to_json=lambda: "{}")
-    run.begin(tiny(), schedule, {"tokenizer.json": "{}"}, done_steps=2)
+    run.begin(tiny(), schedule, "{}", done_steps=2)
     assert [json.loads(line) for line in run.metrics_file.read_text().splitlines()] == records[:3]
 
 

@@ -205,14 +205,15 @@ def decode(data: bytes, where: str, first_line: int) -> str:
     try:
         return data.decode()
     except UnicodeDecodeError as error:
-        raise UserError(f"{where}, {invalid(error, data, first_line)}; convert the file to UTF-8") from error
+        line, reason = invalid(error, data, first_line)
+        raise UserError(f"{where}, {line}: {reason}; convert the file to UTF-8") from error
 
 
-def invalid(error: UnicodeDecodeError, data: bytes, first_line: int) -> str:
-    """Says in which line of `data` the error is."""
+def invalid(error: UnicodeDecodeError, data: bytes, first_line: int) -> tuple[str, str]:
+    """(the line of `data`, what is wrong in it)."""
     line = first_line + data.count(b"\n", 0, error.start)
     column = error.start - data.rfind(b"\n", 0, error.start)
-    return f"line {line}: invalid UTF-8 at byte {column} of the line"
+    return f"line {line}", f"invalid UTF-8 at byte {column} of the line"
 
 
 def identity(path: Path) -> tuple[int, int, int]:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from trainer.data.documents import Documents
 from trainer.data.encoding import Encoder
 from trainer.data.packing import SplitWriter
-from trainer.data.prepared import COUNTS_FILE, FACTS_FILE, TOKENIZER_FILES
+from trainer.data.prepared import COUNTS_FILE, FACTS_FILE, TOKENIZER_FILE
 from trainer.data.settings import DataSettings, limited, pieces, readable
 from trainer.data.sources import skipped_files
 from trainer.data.splitting import SPLITS, Passage, Splitter, choose_splitter
@@ -57,14 +57,13 @@ class Preparation:
         tokenizer = _load(settings)
         if self.progress and (left_out := skipped_files(settings.source)):
             print(left_out, file=sys.stderr)
-        end_id = end_of_document_id(tokenizer, settings.end_of_document)
+        end_id = end_of_document_id(tokenizer)
         end = str(tokenizer.id_to_token(end_id))
-        (folder / TOKENIZER_FILES[0]).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
-        (folder / TOKENIZER_FILES[1]).write_text(json.dumps({"eos_token": end}) + "\n", encoding="utf-8")
+        (folder / TOKENIZER_FILE).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
         saved = self._saved()
         reader = saved["reader"] if saved else None
         self._documents = Documents(settings.source, settings.text_field, settings.max_bad_share, reader)
-        self._splitter = Splitter(**saved["splitter"]) if saved else choose_splitter(pieces(settings), settings.split)
+        self._splitter = Splitter(**saved["splitter"]) if saved else self._choose_splitter()
         with ExitStack() as stack:
             self._writers = {}
             for split in SPLITS:
@@ -76,6 +75,14 @@ class Preparation:
             splits = {split: writer.close() for split, writer in self._writers.items()}
         self._check(splits)
         self._write_facts(tokenizer, end, splits)
+
+    def _choose_splitter(self) -> Splitter:
+        from tqdm import tqdm
+
+        # Long only where a few documents are very long.
+        what = f"measuring {readable(self.settings.source)}"
+        looked_at = tqdm(pieces(self.settings), what, unit=" pieces", delay=2, leave=False, disable=not self.progress)
+        return choose_splitter(looked_at, self.settings.split)
 
     def _tokenise(self, tokenizer: Tokenizer, end_id: int) -> None:
         import numpy as np
@@ -227,7 +234,7 @@ class Preparation:
 
 
 def _load(settings: DataSettings) -> Tokenizer:
-    tokenizer = load_tokenizer(settings.tokenizer)
+    tokenizer = load_tokenizer(settings.tokenizer, settings.end_of_document)
     entries = vocabulary(tokenizer)
     if entries > settings.vocab:
         raise UserError(

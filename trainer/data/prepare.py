@@ -3,7 +3,7 @@
 What is kept:
 
     <directory>/<source>-v<vocab>-s<seq_len>-<fingerprint>/
-        train.arrow  validation.arrow  test.arrow  train-counts.npy  tokenizer.json  tokenizer_config.json  facts.json
+        train.arrow  validation.arrow  test.arrow  train-counts.npy  tokenizer.json  facts.json
 
 While it is made the folder's name begins with `.partial-`; a later start goes on from there.
 """
@@ -20,7 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from trainer.data.preparation import PROGRESS_FILE, Preparation
-from trainer.data.prepared import TOKENIZER_FILES, PreparedData, PreparedSource, open_prepared
+from trainer.data.prepared import TOKENIZER_FILE, PreparedData, PreparedSource, open_prepared
 from trainer.data.settings import TRAIN, DataSettings, fingerprint, pieces, readable
 from trainer.data.splitting import choose_splitter
 from trainer.data.tokenizer import train_tokenizer
@@ -96,7 +96,7 @@ def _train_on(sources: Shares, progress: bool) -> str:
 
         bar = tqdm(sample(), "training the tokenizer", unit=" documents", disable=not progress)
         tokenizer = train_tokenizer(bar, vocab)
-        (folder / TOKENIZER_FILES[0]).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+        (folder / TOKENIZER_FILE).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
 
     fingerprints = [(fingerprint(replace(settings, seq_len=0)), share) for settings, share in sources]
     digest = hashlib.sha256(json.dumps(fingerprints).encode()).hexdigest()[:12]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from trainer.data.batches import SequenceStream
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+TOKENIZER_FILE = "tokenizer.json"
 FACTS_FILE = "facts.json"
 COUNTS_FILE = "train-counts.npy"
 
@@ -109,12 +109,6 @@ class PreparedData:
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of all sources."""
         return self.training[0][0].tokenizer()
-
-    @property
-    def tokenizer_files(self) -> dict[str, str]:
-        """Texts of the tokenizer's files by name, from which a folder can be loaded as a tokenizer."""
-        folder = self.training[0][0].path
-        return {name: (folder / name).read_text(encoding="utf-8") for name in TOKENIZER_FILES}
 
     @property
     def end_id(self) -> int:

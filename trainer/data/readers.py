@@ -11,7 +11,18 @@ from collections.abc import Iterator
 from typing import IO, Any
 
 from trainer.data.content import Content, invalid
-from trainer.data.records import PIECE_CHARACTERS, RECORD_BYTES, Bad, Piece, Position, checked, cut, listed, text_of
+from trainer.data.records import (
+    PIECE_CHARACTERS,
+    RECORD_BYTES,
+    Bad,
+    Piece,
+    Position,
+    checked,
+    cut,
+    listed,
+    text_of,
+    too_long,
+)
 from trainer.data.sources import shown
 from trainer.errors import UserError
 
@@ -25,11 +36,11 @@ _BOM = "\ufeff"
 
 def read_plain(content: Content, at: Position | None) -> Found:
     """A file is a document. One that is not UTF-8 is a bad record as a whole, so a long one is read twice."""
-    offset, line = at or (0, 1)
-    if not at and (fault := _fault(content)):
-        yield fault, [0, 1]
+    if not at and (found := _short_or_bad(content)) is not None:
+        yield found, [len(found.encode()) if isinstance(found, str) else 0, 1]
         return
-    decode = codecs.getincrementaldecoder("utf-8")().decode
+    offset, line = at or (0, 1)
+    decode = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode  # what is bad was found before
     text = ""
     with content.open(offset) as stream:
         while True:
@@ -39,35 +50,32 @@ def read_plain(content: Content, at: Position | None) -> Found:
                 break
             end = cut(text)
             piece, text = text[:end], text[end:]
-            offset += len(piece.encode())
+            offset += len(piece.encode("utf-8", "surrogateescape"))
             line += piece.count("\n")
             yield Piece(piece, False), [offset, line]
-        behind = [offset + len(text.encode()), line]
-        if offset == 0:
-            yield text, behind
-        elif text:
-            yield Piece(text, True), behind
+        if text:
+            yield Piece(text, True), [offset + len(text.encode("utf-8", "surrogateescape")), line]
 
 
-def _fault(content: Content) -> Bad | None:
+def _short_or_bad(content: Content) -> str | Bad | None:
+    """The text of a short file, or what is wrong with a file; None if it is long and good."""
     decode = codecs.getincrementaldecoder("utf-8")().decode
-    line = 1
+    line, blocks, text = 1, 0, ""
     with content.open() as stream:
-        while True:
-            block = stream.read(_BLOCK)
-            try:
-                decode(block, final=not block)
-            except UnicodeDecodeError as error:
-                # The decoder's input begins with what it kept of the block before, which holds no line feed.
-                where = invalid(error, bytes(error.object), line)
-                place, _, reason = where.partition(": ")
-                return Bad(place, f"{reason}; convert the file to UTF-8")
-            if b"\0" in block:
-                line += block.count(b"\n", 0, block.index(b"\0"))
-                return Bad(f"line {line}", "a NUL character: not text, or UTF-16 without its mark; convert it to UTF-8")
-            if not block:
-                return None
-            line += block.count(b"\n")
+        try:
+            while block := stream.read(_BLOCK):
+                if (nul := block.find(b"\0")) >= 0:
+                    line += block.count(b"\n", 0, nul)
+                    return Bad(f"line {line}", "a NUL character: not text, or UTF-16 without its mark; convert it")
+                text = decode(block)
+                blocks += 1
+                line += block.count(b"\n")
+            decode(b"", final=True)
+        except UnicodeDecodeError as error:
+            # The decoder's input begins with what it kept of the block before, which holds no line feed.
+            place, reason = invalid(error, bytes(error.object), line)
+            return Bad(place, f"{reason}; convert the file to UTF-8")
+    return text if blocks <= 1 else None
 
 
 def read_json(content: Content, text_field: str, at: Position | None) -> Found:
@@ -108,7 +116,7 @@ def _read_lines(content: Content, text_field: str, at: Position | None) -> Found
             found: str | Bad
             if len(line) == RECORD_BYTES and not line.endswith(b"\n"):
                 offset += _skip_line(stream)
-                yield Bad(f"line {number}", _too_long()), [offset, number]
+                yield Bad(f"line {number}", too_long()), [offset, number]
                 continue
             try:
                 text = line.decode()
@@ -203,7 +211,7 @@ class _Window:
     def _more(self) -> bool:
         self._text, self._at = self._text[self._at :], 0
         if len(self._text) > RECORD_BYTES:
-            raise self.error(_too_long())
+            raise self.error(too_long())
         block = self._stream.read(max(_BLOCK, len(self._text)))
         self._ended = not block
         self._text += self._decode(block, final=not block)
@@ -226,7 +234,7 @@ def read_delimited(content: Content, text_field: str, at: Position | None) -> Fo
                 if not row:
                     continue
                 if lines.too_long:
-                    found = Bad(f"line {number}", _too_long())
+                    found = Bad(f"line {number}", too_long())
                 elif len(row) != len(names):
                     found = Bad(f"line {number}", f"{len(row)} fields, where there are {len(names)} columns; mend it")
                 else:
@@ -286,10 +294,6 @@ def _skip_line(stream: IO[bytes]) -> int:
         if block.endswith(b"\n"):
             break
     return size
-
-
-def _too_long() -> str:
-    return f"longer than {RECORD_BYTES:,} bytes; split it, or give it as a file of plain text"
 
 
 def _reason(error: Exception) -> str:

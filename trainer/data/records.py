@@ -7,8 +7,8 @@ from itertools import chain, islice
 from typing import Any
 
 PIECE_CHARACTERS = 1 << 20
-RECORD_BYTES = 1 << 28
-"""The longest line of JSON, or record of a .json or .csv file, that is read."""
+RECORD_BYTES = 1 << 27
+"""The longest record that is read: a line of JSON, an element of an array, a row's text. It is in memory as a whole."""
 
 Position = list[int]
 """Behind a record, for its file's reader; JSON can hold it."""
@@ -79,6 +79,11 @@ def not_text(text_field: str, kind: str) -> str:
             f"or set data.text_field to a text in it ({text_field}.0)"
         )
     return f'no text under "{text_field}" (it is {kind}); mend it or set data.text_field'
+
+
+def too_long() -> str:
+    """Why a record is not read."""
+    return f"longer than {RECORD_BYTES:,} bytes; split it, or give it as a file of plain text"
 
 
 def cut(text: str, begin: int = 0) -> int:

@@ -10,10 +10,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from trainer.data.documents import Documents, Piece
-from trainer.data.prepared import TOKENIZER_FILES
 from trainer.data.sources import shown, source_files
 from trainer.data.splitting import Parts
-from trainer.data.tokenizer import tokenizer_file
+from trainer.data.tokenizer import tokenizer_files
 from trainer.errors import UserError
 
 FORMAT = 2  # part of the fingerprint: raise it when the same settings give other files
@@ -83,8 +82,6 @@ def fingerprint(settings: DataSettings) -> str:
     for key in ("directory", "max_bad_share"):  # what they let pass is the same data
         del decisive[key]
     decisive["files"] = [_identity(file) for file in source_files(settings.source)]
-    local_tokenizer = tokenizer_file(settings.tokenizer) if settings.tokenizer != TRAIN else None
-    if local_tokenizer:
-        named = (local_tokenizer.with_name(name) for name in {local_tokenizer.name, *TOKENIZER_FILES})
-        decisive["tokenizer"] = sorted(hashlib.sha256(f.read_bytes()).hexdigest() for f in named if f.is_file())
+    if settings.tokenizer != TRAIN and (files := tokenizer_files(settings.tokenizer)):
+        decisive["tokenizer"] = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:12]

@@ -4,20 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trainer.data.content import identity
 from trainer.data.readers import Found
-from trainer.data.records import Bad, Position, checked, listed, not_text, splits, under
+from trainer.data.records import RECORD_BYTES, Bad, Position, checked, listed, not_text, splits, too_long, under
 from trainer.data.sources import shown
 from trainer.errors import UserError
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-_BATCH_ROWS = 256
+_BATCH_ROWS = 32
 _BATCH_BYTES = 1 << 24
+
+
+@dataclass(frozen=True)
+class _Column:
+    """Where a table has its texts.
+
+    Attributes:
+        top: the column's name.
+        index: of the column.
+        rest: the way to the text in what the column holds; "" if it holds texts.
+        read: what pyarrow reads of a Parquet file, which may be one field of a struct.
+    """
+
+    top: str
+    index: int
+    rest: str
+    read: str
 
 
 def read_parquet(path: Path, text_field: str, at: Position | None) -> Found:
@@ -27,18 +46,17 @@ def read_parquet(path: Path, text_field: str, at: Position | None) -> Found:
     (done,) = at or [0]
     row = 0
     with path.open("rb") as opened, _faults(path, "parquet"), pq.ParquetFile(opened, buffer_size=1 << 20) as file:
-        column, _ = _column(file.schema_arrow, text_field, path)
+        column = _column(file.schema_arrow, text_field, path)
         for group in range(file.num_row_groups):
             facts = file.metadata.row_group(group)
             if row + facts.num_rows <= done:
                 row += facts.num_rows
                 continue
             size = _BATCH_BYTES * facts.num_rows // max(1, facts.total_byte_size)
-            for batch in file.iter_batches(max(1, min(_BATCH_ROWS, size)), row_groups=[group], columns=[column]):
-                rest = batch.slice(min(batch.num_rows, max(0, done - row)))
-                number = row + batch.num_rows - rest.num_rows
-                for found in _texts(rest, text_field, number):
-                    number += 1
+            for batch in file.iter_batches(max(1, min(_BATCH_ROWS, size)), row_groups=[group], columns=[column.read]):
+                begin = min(batch.num_rows, max(0, done - row))
+                texts = _texts(batch.column(column.top).slice(begin), column.rest, text_field, row + begin)
+                for number, found in enumerate(texts, start=row + begin + 1):
                     yield found, [number]
                 row += batch.num_rows
 
@@ -53,34 +71,27 @@ def read_arrow(path: Path, text_field: str, at: Position | None) -> Found:
 
     before = identity(path)
     first, done, row = at or [0, 0, 0]
-    with path.open("rb") as opened, _faults(path, "arrow"), _mapped(opened.fileno()) as source:
+    # Opened by us, for pyarrow refuses paths that are not UTF-8.
+    with path.open("rb") as opened, _faults(path, "arrow"), pa.memory_map(f"/dev/fd/{opened.fileno()}") as source:
         is_file = source.read(6) == b"ARROW1"
-        open_ = pa.ipc.open_file if is_file else pa.ipc.open_stream
         source.seek(0)
-        _, index = _column(open_(source).schema, text_field, path)
-        source.seek(0)
-        reader = open_(source, options=pa.ipc.IpcReadOptions(included_fields=[index]))
+        reader = (pa.ipc.open_file if is_file else pa.ipc.open_stream)(source)
+        column = _column(reader.schema, text_field, path)
         if is_file:
-            batches = (reader.get_batch(i) for i in range(first, reader.num_record_batches))
+            batches: Iterator[Any] = (reader.get_batch(i) for i in range(first, reader.num_record_batches))
         else:
-            for _ in range(first):
-                reader.read_next_batch()
-            batches = iter(reader)
+            batches = islice(reader, first, None)
         for number, batch in enumerate(batches, start=first):
-            batch.validate()
-            for begin in range(done, batch.num_rows, _BATCH_ROWS):
+            array = batch.column(column.index)
+            array.validate()
+            for begin in range(done, len(array), _BATCH_ROWS):
                 if identity(path) != before:  # to read behind the end of a mapped file kills the process
                     raise UserError(f"{shown(path)}: has changed while it was read; start again when it is complete")
-                for i, found in enumerate(_texts(batch.slice(begin, _BATCH_ROWS), text_field, row + begin), begin + 1):
-                    yield found, [number, i, row]
-            row += batch.num_rows
+                texts = _texts(array.slice(begin, _BATCH_ROWS), column.rest, text_field, row + begin)
+                for done_in_batch, found in enumerate(texts, start=begin + 1):
+                    yield found, [number, done_in_batch, row]
+            row += len(array)
             done = 0
-
-
-def _mapped(descriptor: int) -> pa.MemoryMappedFile:
-    import pyarrow as pa
-
-    return pa.memory_map(f"/dev/fd/{descriptor}")  # a path may have bytes that pyarrow refuses
 
 
 @contextmanager
@@ -97,35 +108,38 @@ def _faults(path: Path, kind: str) -> Iterator[None]:
         raise UserError(f"{shown(path)}: damaged or not a .{kind} file ({reason}); fetch it again") from error
 
 
-def _column(schema: pa.Schema, text_field: str, path: Path) -> tuple[str, int]:
-    """(what pyarrow reads a Parquet column by, the index of the top column in the schema)."""
+def _column(schema: pa.Schema, text_field: str, path: Path) -> _Column:
+    """Raises UserError where there is no column of that name, or it holds no text."""
     import pyarrow as pa
 
-    for top, rest in splits(text_field):
-        if top not in schema.names:
-            continue
+    top, rest = next(((top, rest) for top, rest in splits(text_field) if top in schema.names), ("", text_field))
+    if top:
         index = schema.names.index(top)
-        kind = schema.field(index).type
-        names = [top]
-        while rest and pa.types.is_struct(kind):
-            inner = {field.name: field.type for field in kind}
-            key, rest = next(((key, rest) for key, rest in splits(rest) if key in inner), ("", rest))
-            if not key:
-                break
-            names.append(key)
-            kind = inner[key]
-        if rest and not _is_list(kind):
-            break
-        if not rest and not _is_text(kind):
+        kind, left = _inner(schema.field(index).type, rest)
+        if not left and not _is_text(kind):
             reason = not_text(text_field, f"list of {kind.value_type}" if _is_list(kind) else str(kind))
             raise UserError(f"{shown(path)}: {reason}")
-        return ".".join(names), index
-    nested = [
-        f"{field.name}.{inner.name}" for field in schema if pa.types.is_struct(field.type) for inner in field.type
-    ]
+        if not left:
+            return _Column(top, index, rest, text_field)
+        if _is_list(kind):
+            return _Column(top, index, rest, top)
+    structs = [field for field in schema if pa.types.is_struct(field.type)]
+    nested = [f"{field.name}.{inner.name}" for field in structs for inner in field.type]
     raise UserError(
         f'{shown(path)}: no column "{text_field}"; set data.text_field to one of {listed(schema.names + nested)}'
     )
+
+
+def _inner(kind: pa.DataType, path: str) -> tuple[pa.DataType, str]:
+    """(the type under a path through structs, what is left of the path)."""
+    import pyarrow as pa
+
+    if path and pa.types.is_struct(kind):
+        fields = {field.name: field.type for field in kind}
+        for key, rest in splits(path):
+            if key in fields:
+                return _inner(fields[key], rest)
+    return kind, path
 
 
 def _is_list(kind: pa.DataType) -> bool:
@@ -139,24 +153,23 @@ def _is_text(kind: pa.DataType) -> bool:
 
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
-    return kind in (
-        pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary(), pa.binary_view(), pa.null()
-    )  # fmt: skip
+    strings = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    binaries = pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
+    return bool(strings or binaries or pa.types.is_null(kind))
 
 
-def _texts(batch: pa.RecordBatch, text_field: str, row: int) -> Iterator[str | Bad]:
-    """The texts of a batch, whose first row is row + 1 of the file."""
+def _texts(array: pa.Array, rest: str, text_field: str, row: int) -> Iterator[str | Bad]:
+    """The texts of a part of a column, whose first row is row + 1 of the file."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    array = batch.column(text_field if text_field in batch.schema.names else 0)
-    rest = "" if text_field in batch.schema.names else text_field.removeprefix(batch.schema.names[0] + ".")
     while rest and pa.types.is_struct(array.type):
         inner = [field.name for field in array.type]
         key, rest = next((key, rest) for key, rest in splits(rest) if key in inner)
         array = pc.struct_field(array, inner.index(key))
-    if rest:
+    if rest or pa.types.is_dictionary(array.type):
         array.validate(full=True)
+    if rest:
         for number, value in enumerate(array, start=row + 1):
             try:
                 found = under(value.as_py(), rest)
@@ -165,11 +178,14 @@ def _texts(batch: pa.RecordBatch, text_field: str, row: int) -> Iterator[str | B
             yield checked(found, text_field, f"row {number}")
         return
     if pa.types.is_dictionary(array.type):
-        array.validate(full=True)
         array = array.dictionary_decode()
-    # As bytes, for pyarrow raises for a whole batch where one text is not UTF-8.
+    # As bytes, for pyarrow raises for the whole of an array where one text is not UTF-8.
     as_bytes = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary(), pa.string_view(): pa.binary_view()}
     array = array.cast(as_bytes.get(array.type, array.type))
     array.validate(full=True)
-    for number, value in enumerate(array.to_pylist(), start=row + 1):
-        yield checked(value, text_field, f"row {number}")
+    for number, value in enumerate(array, start=row + 1):
+        where = f"row {number}"
+        if value.is_valid and value.as_buffer().size > RECORD_BYTES:
+            yield Bad(where, too_long())
+        else:
+            yield checked(value.as_py(), text_field, where)

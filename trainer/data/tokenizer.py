@@ -1,40 +1,102 @@
-"""Byte-level BPE tokenizers: a local tokenizer.json, one of the hub, or one trained on the source itself."""
+"""Tokenizers: a local tokenizer.json, one of the hub, or a byte-level BPE trained on the source itself.
+
+Which token ends a document is a tokenizer's own affair, and its files say so in many places. The choice is kept in
+tokenizer.json, as the token that its post-processor puts behind a text: so every copy of the file knows it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from trainer.data.sources import shown
 from trainer.errors import UserError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 END_OF_DOCUMENT = "<|endoftext|>"
-# The same token under the names of other families, tried in this order.
-END_OF_DOCUMENT_NAMES = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>")
+# The same token under the names of other families, tried in this order where the tokenizer does not say which it is.
+END_OF_DOCUMENT_NAMES = (
+    END_OF_DOCUMENT,
+    "<|end_of_text|>",
+    "<｜end▁of▁sentence｜>",  # noqa: RUF001
+    "</s>",
+    "<eos>",
+    "<|eos|>",
+    "<EOS>",
+    "[EOS]",
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<|end|>",
+    "[SEP]",
+)
+_SAYS_ITS_TOKEN = ("tokenizer_config.json", "special_tokens_map.json")
+_SAYS_ITS_ID = ("generation_config.json", "config.json")
+# Other forms of tokenizers, by the endings of their files: what in transformers makes a tokenizer.json of them.
+_OTHER_FORMS = (
+    (("vocab.json", "merges.txt"), "GPT2TokenizerFast, or its family's own class"),
+    (("vocab.txt",), "BertTokenizerFast, or its family's own class"),
+    ((".model",), "LlamaTokenizerFast, or its family's own class, and the package sentencepiece"),
+    (("tekken.json", ".tiktoken"), "AutoTokenizer, and the package tiktoken"),
+)
+_CONVERT = "make a tokenizer.json by transformers: CLASS.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+_EVERYDAY = [chr(code) for code in range(ord("!"), ord("~") + 1)]
+_RARE = ["é", "\u044f", "中", "ꙮ", "🙂"]
 
 
 def tokenizer_file(name_or_path: str) -> Path | None:
     """The local tokenizer.json that is meant, or None: then it is a name on the hub.
 
-    Raises UserError: a folder without tokenizer.json.
+    Raises:
+        UserError: a folder without tokenizer.json, a tokenizer in another form.
     """
-    path = Path(name_or_path).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(name_or_path))
+    if os.path.isdir(path):
+        if not os.path.isfile(path / "tokenizer.json"):
+            other = _other_form(os.listdir(path)) or "give another folder, or a tokenizer.json"
+            raise UserError(f"data.tokenizer {shown(name_or_path)}: the folder has no tokenizer.json; {other}")
         path = path / "tokenizer.json"
-        if not path.is_file():
-            raise UserError(f"data.tokenizer {name_or_path}: the folder has no tokenizer.json")
-    return path if path.is_file() else None
+    elif os.path.isfile(path) and (other := _other_form([path.name])):
+        raise UserError(f"data.tokenizer {shown(path)}: is not a tokenizer.json; {other}")
+    elif path.name == "tokenizer_config.json":
+        raise UserError(f"data.tokenizer {shown(path)}: is not a tokenizer.json; name the one beside it")
+    return path if os.path.isfile(path) else None
 
 
-def load_tokenizer(name_or_path: str) -> Tokenizer:
+def _other_form(names: Iterable[str]) -> str | None:
+    """What to do with a tokenizer in another form; None if no name is of one."""
+    for name in sorted(names):
+        for endings, by in _OTHER_FORMS:
+            if name.endswith(endings):
+                return f"{shown(name)} is another form of one; {_CONVERT} (by {by})"
+    return None
+
+
+def tokenizer_files(name_or_path: str) -> list[Path]:
+    """The local files that decide what `load_tokenizer` gives: tokenizer.json, and those beside it that name tokens."""
+    path = tokenizer_file(name_or_path)
+    if path is None:
+        return []
+    beside = [path.with_name(name) for name in (*_SAYS_ITS_TOKEN, *_SAYS_ITS_ID)]
+    return [path, *(file for file in beside if file.is_file())]
+
+
+def load_tokenizer(name_or_path: str, end_of_document: str | None = None) -> Tokenizer:
     """Loads a tokenizer.json, a folder that holds one, or a name on the hub.
 
     The tokenizer neither cuts nor pads, and reads special tokens that are spelled out in a text as plain text.
+    `end_of_document_id` finds the token that ends a document in it, and in what `to_str` makes of it.
 
-    Raises UserError: no such file, not a tokenizer, the hub cannot be reached.
+    Args:
+        end_of_document: the token that ends a document. None: what the files beside tokenizer.json name as the end of
+            a sequence, or else what `end_of_document_id` finds.
+
+    Raises:
+        UserError: no such file, not a tokenizer, the hub cannot be reached, no such token, characters that it drops.
     """
     from tokenizers import Tokenizer
 
@@ -43,14 +105,26 @@ def load_tokenizer(name_or_path: str) -> Tokenizer:
         tokenizer = Tokenizer.from_file(str(path)) if path else Tokenizer.from_pretrained(name_or_path)
     except Exception as error:  # tokenizers raises plain Exceptions
         if path:
-            raise UserError(f"data.tokenizer {path}: not a tokenizer.json of `tokenizers` ({error})") from error
+            raise UserError(
+                f"data.tokenizer {shown(path)}: not a tokenizer.json of `tokenizers` ({_line(error)})"
+            ) from error
         raise UserError(
-            f"data.tokenizer {name_or_path}: no such file, and not to be had from the hub ({type(error).__name__}); "
-            'give the path of a tokenizer.json, or "train"'
+            f"data.tokenizer {shown(name_or_path)}: no such file, and not to be had from the hub "
+            f'({type(error).__name__}); give the path of a tokenizer.json, or "train"'
         ) from error
+    where = f"data.tokenizer {shown(path or name_or_path)}"
+    if not tokenizer.get_vocab_size():
+        raise UserError(f"{where}: has no tokens; give another one")
+    if end_of_document is None:
+        end_of_document = next(_own_ends(tokenizer, path, name_or_path), None)
+    if end_of_document is not None:
+        end_id = end_of_document_id(tokenizer, end_of_document)
+        if end_id != _default_end(tokenizer):  # the file is left as it is where it gives the same
+            tokenizer = _putting(tokenizer, end_of_document, end_id)
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True
+    _check_lossless(tokenizer, where)
     return tokenizer
 
 
@@ -76,17 +150,132 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def end_of_document_id(tokenizer: Tokenizer, wanted: str | None = None) -> int:
-    """The id that ends a document. Raises UserError where the tokenizer has no such token."""
-    for name in END_OF_DOCUMENT_NAMES:
+def end_of_document_id(tokenizer: Tokenizer, name: str | None = None) -> int:
+    """The id that ends a document: of the token `name`, of what the post-processor puts behind a text, or a known one.
+
+    Raises:
+        UserError: the tokenizer has no such token.
+    """
+    if name is not None:
         token_id = tokenizer.token_to_id(name)
-        if token_id is not None:
-            return token_id
+        if token_id is None:
+            raise UserError(f'data.end_of_document: the tokenizer has no token "{name}"; {_specials(tokenizer)}')
+        return int(token_id)
+    if (default := _default_end(tokenizer)) is not None:
+        return default
     raise UserError(
-        f"data.tokenizer: it has no end-of-document token; add one of {', '.join(END_OF_DOCUMENT_NAMES)} to it"
+        f"data.tokenizer: it has no end-of-document token that is known by name; set data.end_of_document to the one "
+        f"it has; {_specials(tokenizer)}"
     )
 
 
 def vocabulary(tokenizer: Tokenizer) -> int:
     """The entries a model needs for this tokenizer: its largest id + 1."""
     return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+
+def _specials(tokenizer: Tokenizer) -> str:
+    names = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
+    return f"its special tokens: {', '.join(map(json.dumps, names[:20])) or 'none'}{', ...' if len(names) > 20 else ''}"
+
+
+def _own_ends(tokenizer: Tokenizer, path: Path | None, name_or_path: str) -> Iterator[str]:
+    """What the files beside tokenizer.json name as the end of a sequence, as far as the vocabulary has it."""
+    for file in _SAYS_ITS_TOKEN:
+        token = _beside(path, name_or_path, file).get("eos_token")
+        token = token.get("content") if isinstance(token, dict) else token
+        if isinstance(token, str) and tokenizer.token_to_id(token) is not None:
+            yield token
+    for file in _SAYS_ITS_ID:
+        token_id = _beside(path, name_or_path, file).get("eos_token_id")
+        token_id = token_id[0] if isinstance(token_id, list) and token_id else token_id
+        if type(token_id) is int and 0 <= token_id < 1 << 32 and (token := tokenizer.id_to_token(token_id)) is not None:
+            yield token
+
+
+def _beside(path: Path | None, name: str, file: str) -> dict[str, Any]:
+    """The content of a file beside tokenizer.json; {} if there is none."""
+    if path:
+        beside = path.with_name(file)
+        if not beside.is_file():
+            return {}
+    else:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+        try:
+            beside = Path(hf_hub_download(name, file))
+        except (EntryNotFoundError, LocalEntryNotFoundError):  # offline, its cache has what was fetched before
+            return {}
+        except Exception as error:  # of the HTTP client, which differs between versions
+            raise UserError(f"data.tokenizer {shown(name)}: the hub cannot be reached ({_line(error)})") from error
+    try:
+        content = json.loads(beside.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(
+            f"data.tokenizer {shown(beside)}: cannot be read as JSON ({_line(error)}); mend or remove it"
+        ) from error
+    return content if isinstance(content, dict) else {}
+
+
+def _default_end(tokenizer: Tokenizer) -> int | None:
+    """The id of the token that the post-processor puts behind a text, or else of the first known one."""
+    put = _end_it_puts(tokenizer)
+    known = (tokenizer.token_to_id(name) for name in END_OF_DOCUMENT_NAMES)
+    return put if put is not None else next((token_id for token_id in known if token_id is not None), None)
+
+
+def _end_it_puts(tokenizer: Tokenizer) -> int | None:
+    """The id of the token that the post-processor puts behind a text."""
+    if tokenizer.post_processor is None:
+        return None
+    token = _last_token(json.loads(tokenizer.post_processor.__getstate__()))
+    token_id = None if token is None else tokenizer.token_to_id(token)
+    return None if token_id is None else int(token_id)
+
+
+def _last_token(processor: dict[str, Any]) -> str | None:
+    if processor["type"] == "Sequence":
+        return next(filter(None, map(_last_token, reversed(processor["processors"]))), None)
+    if processor["type"] == "TemplateProcessing":
+        last = processor["single"][-1] if processor["single"] else {}
+        return str(last["SpecialToken"]["id"]) if "SpecialToken" in last else None
+    return str(processor["sep"][0]) if "sep" in processor else None  # as of BERT or RoBERTa
+
+
+def _putting(tokenizer: Tokenizer, token: str, token_id: int) -> Tokenizer:
+    """The tokenizer with a post-processor that puts `token` behind a text."""
+    from tokenizers import Tokenizer
+
+    def sequence(name: str) -> dict[str, Any]:
+        return {"Sequence": {"id": name, "type_id": 0}}
+
+    end = {"SpecialToken": {"id": token, "type_id": 0}}
+    content = json.loads(tokenizer.to_str())
+    content["post_processor"] = {  # as JSON, for the library's own constructor cannot take every token
+        "type": "TemplateProcessing",
+        "single": [sequence("A"), end],
+        "pair": [sequence("A"), end, sequence("B"), end],
+        "special_tokens": {token: {"id": token, "ids": [token_id], "tokens": [token]}},
+    }
+    return Tokenizer.from_str(json.dumps(content))
+
+
+def _check_lossless(tokenizer: Tokenizer, where: str) -> None:
+    """Raises UserError where text would be dropped: characters without a token, a byte or an unknown token for them."""
+    lost = []
+    for character in (*_EVERYDAY, *_RARE):
+        try:
+            kept = tokenizer.encode(character, add_special_tokens=False).ids
+        except Exception:  # tokenizers raises plain Exceptions
+            kept = []
+        lost += [] if kept else [character]
+    if lost:
+        raise UserError(
+            f"{where}: has no token for some characters ({' '.join(lost[:10])}), and no unknown token for them; "
+            "give it one, or train it on bytes"
+        )
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
