@@ -107,7 +107,9 @@ class Source(Section):
     """One of several sources of text; what it leaves out is as the section `data` has it."""
 
     source: str = Field(description="python-stdlib, a file, folder or glob, or hub:NAME")
-    weight: PositiveFloat = Field(1.0, description="share of the sequences, relative to the other sources' weights")
+    weight: Annotated[float, Field(ge=1e-6, le=1e6)] = Field(
+        1.0, description="share of the sequences, relative to the other sources' weights"
+    )
     text_field: str | None = None
     max_documents: Positive | None = None
     max_tokens: Positive | None = None
