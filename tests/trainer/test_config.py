@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from trainer.config import load_recipe, recipe_names, save_recipe
+from trainer.config import load_recipe, recipe_names, save_recipe, source_names
 from trainer.errors import UserError
 
 WRONG = {
@@ -37,6 +37,14 @@ WRONG = {
     "topology.order=pool_first": "topology.order = 'pool_first': must be 'pool_last' or 'interleaved'",
     "train.min_lr=1": "train.min_lr = 1.0: must be at most train.lr (0.002)",
     "data.split=[0, 1, 1]": "data.split = [0, 1, 1]: the first part (training) must be above 0",
+    "data.split=[3, 0, 1]": "data.split = [3, 0, 1]: the second part (validation) must be above 0, or data.validation",
+    "data.source=3": "data.source = 3: must be a valid string",
+    "data.source=[]": "data.source = (): must name at least one source",
+    "data.source=[{weight: 1}]": "data.source.0.source: missing",
+    "data.source=[{source: a, wieght: 2}]": "data.source.0.wieght: unknown key; did you mean weight?",
+    "data.source=[{source: a}, {source: b, weight: 0}]": "data.source.1.weight = 0: must be greater than or equal to 1",
+    "data.validation=[{source: a, weight: .inf}]": "data.validation.0.weight = inf: must be ",
+    "data.max_bad_share=2": "data.max_bad_share = 2: must be less than or equal to 1",
     "metrics.port=65535": "metrics.port = 65535: port + rank must stay below 65536, the last would be 65536",
     "train.steps": "--set train.steps: must be key=value, as in --set train.steps=100",
     "train.steps.x=1": "steps is a value, not a section",
@@ -63,6 +71,16 @@ def test_probed_layers() -> None:
     assert load_recipe("quickstart", ["probe={every: 1, layers: [0, 2]}"]).probed_layers == (0, 2)
     with pytest.raises(UserError, match="probe.every = 5: must be 0 with model.ffn = dense"):
         load_recipe("dense-182m", ["probe.every=5"])
+
+
+def test_sources(tmp_path: Path) -> None:
+    """One, or several with weights; the saved recipe gives the same."""
+    recipe = load_recipe("quickstart", ["data.source=[{source: a, weight: 2}, {source: b, max_tokens: 9}]"])
+    assert source_names(recipe.data.source) == "2 x a, 1 x b"
+    save_recipe(recipe, tmp_path / "recipe.yaml")
+    assert load_recipe(str(tmp_path / "recipe.yaml")) == recipe
+    own = load_recipe("quickstart", ["data.split=[9, 0, 1]", "data.validation=held-out.txt"])
+    assert own.data.validation == source_names("held-out.txt") == "held-out.txt"
 
 
 @pytest.mark.parametrize(
