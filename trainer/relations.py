@@ -47,7 +47,7 @@ def _check_data(r: Recipe) -> None:
     d = r.data
     for key, sources in (("data.source", d.source), ("data.validation", d.validation)):
         if sources is not None and not sources:
-            raise _Relation(key, sources, "must name at least one source")
+            raise _Relation(key, list(sources), "must name at least one source")
     if d.split[0] == 0:
         raise _Relation("data.split", list(d.split), "the first part (training) must be above 0")
     if d.split[1] == 0 and d.validation is None:
