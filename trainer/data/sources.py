@@ -57,8 +57,17 @@ def kind_of(name: str) -> str | None:
 
 def shown(path: str | os.PathLike[str]) -> str:
     """A path for a message: bytes that are not UTF-8, and characters that would break the line, are escaped."""
-    text = os.fsencode(path).decode("utf-8", "backslashreplace")
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+    return _printable(os.fsencode(path).decode("utf-8", "backslashreplace"))
+
+
+def one_line(text: object) -> str:
+    """A library's message, a key or a name for a message of one line; its first 300 characters."""
+    line = " ".join(str(text).split()) or (type(text).__name__ if isinstance(text, Exception) else "")
+    return _printable(line)[:300]
+
+
+def _printable(text: str) -> str:
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def source_files(source: str) -> list[Path]:

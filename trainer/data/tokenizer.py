@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.data.sources import shown
+from trainer.data.sources import one_line, shown
 from trainer.errors import UserError
 
 if TYPE_CHECKING:
@@ -67,13 +67,13 @@ def tokenizer_file(name_or_path: str) -> Path | None:
     return path if os.path.isfile(path) else None
 
 
-def _other_form(names: Iterable[str]) -> str | None:
-    """What to do with a tokenizer in another form; None if no name is of one."""
+def _other_form(names: Iterable[str]) -> str:
+    """What to do with a tokenizer in another form; "" if no name is of one."""
     for name in sorted(names):
         for endings, by in _OTHER_FORMS:
             if name.endswith(endings):
                 return f"{shown(name)} is another form of one; {_CONVERT} (by {by})"
-    return None
+    return ""
 
 
 def tokenizer_files(name_or_path: str) -> list[Path]:
@@ -106,7 +106,7 @@ def load_tokenizer(name_or_path: str, end_of_document: str | None = None) -> Tok
     except Exception as error:  # tokenizers raises plain Exceptions
         if path:
             raise UserError(
-                f"data.tokenizer {shown(path)}: not a tokenizer.json of `tokenizers` ({_line(error)})"
+                f"data.tokenizer {shown(path)}: not a tokenizer.json of `tokenizers` ({one_line(error)})"
             ) from error
         raise UserError(
             f"data.tokenizer {shown(name_or_path)}: no such file, and not to be had from the hub "
@@ -159,7 +159,9 @@ def end_of_document_id(tokenizer: Tokenizer, name: str | None = None) -> int:
     if name is not None:
         token_id = tokenizer.token_to_id(name)
         if token_id is None:
-            raise UserError(f'data.end_of_document: the tokenizer has no token "{name}"; {_specials(tokenizer)}')
+            raise UserError(
+                f'data.end_of_document: the tokenizer has no token "{one_line(name)}"; {_specials(tokenizer)}'
+            )
         return int(token_id)
     put = _end_it_puts(tokenizer)
     if put is not None:
@@ -213,12 +215,12 @@ def _beside(path: Path | None, name: str, file: str) -> dict[str, Any]:
         except EntryNotFoundError:
             return {}
         except Exception as error:  # of the HTTP client, which differs between versions
-            raise UserError(f"data.tokenizer {shown(name)}: the hub cannot be reached ({_line(error)})") from error
+            raise UserError(f"data.tokenizer {shown(name)}: the hub cannot be reached ({one_line(error)})") from error
     try:
         content = json.loads(beside.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(
-            f"data.tokenizer {shown(beside)}: cannot be read as JSON ({_line(error)}); mend or remove it"
+            f"data.tokenizer {shown(beside)}: cannot be read as JSON ({one_line(error)}); mend or remove it"
         ) from error
     return content if isinstance(content, dict) else {}
 
@@ -273,7 +275,3 @@ def _check_lossless(tokenizer: Tokenizer, where: str) -> None:
             f"{where}: has no token for some characters ({' '.join(lost[:10])}), and no unknown token for them; "
             "give it one, or train it on bytes"
         )
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
