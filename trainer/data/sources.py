@@ -162,13 +162,13 @@ def _matches(pattern: str) -> Files:
     files = Files()
     seen = set()
     try:
-        matches = sorted(map(Path, glob.iglob(pattern, recursive=True)))
+        matches = sorted(map(Path, glob.iglob(pattern, recursive=True)), key=lambda path: (len(path.parts), path))
     except (ValueError, RecursionError) as error:  # a NUL character; a pattern that `re` refuses
         raise UserError(f"data.source {shown(pattern)}: not a path or glob ({error}); {_give()}") from error
     for path in matches:
-        if path.is_dir():
+        if os.path.isdir(path):
             continue
-        real = os.path.realpath(path)  # "**" goes through links to folders, also through those that lead back
+        real = os.path.realpath(path)  # "**" goes through links to folders, also round through those that lead back
         reason = "reached twice, by a link" if real in seen else _reason(path)
         seen.add(real)
         _sort_in(files, path, reason)

@@ -67,7 +67,7 @@ def _files() -> dict[str, bytes]:
 FILES = _files()
 # Always the same, and few; UNIPOOL_FUZZ=1000 tries as many others of each kind.
 MORE = int(os.environ.get("UNIPOOL_FUZZ", "0"))
-fast = settings(max_examples=MORE or 40, deadline=5000, derandomize=not MORE, database=None)
+fast = settings(max_examples=MORE or 40, deadline=None, derandomize=not MORE, database=None)
 
 edits = st.lists(
     st.tuples(
@@ -138,8 +138,10 @@ def test_damaged_tokenizer(folder: Path) -> None:
     check()
 
 
-@fast
-@given(source=st.text(alphabet=st.characters() | st.sampled_from("*?[]{}~/.:\0\n"), max_size=300))
-def test_odd_source(source: str) -> None:
-    only_user_errors(lambda: find_files("/nonexistent" + source))
-    only_user_errors(lambda: find_files(source.replace("/", "").replace("*", "")))
+def test_odd_source(folder: Path) -> None:
+    @fast
+    @given(source=st.text(alphabet=st.characters() | st.sampled_from("*?[]{}~/:\0\n"), max_size=300))
+    def check(source: str) -> None:
+        only_user_errors(lambda: find_files(f"{folder}/{source.replace('.', '')}"))
+
+    check()
