@@ -111,9 +111,9 @@ def cut(text: str, begin: int = 0) -> int:
 
 
 def splits(path: str) -> Iterator[tuple[str, str]]:
-    """(first key, rest of the path): the whole path may be one key, for keys may hold dots; then up to each dot."""
+    """(first key, rest of the path): as keys may hold dots, the whole path first, then up to its last dot, and so on."""
     yield path, ""
-    for dot in re.finditer(r"\.", path):
+    for dot in reversed([*re.finditer(r"\.", path)]):
         yield path[: dot.start()], path[dot.end() :]
 
 

@@ -57,7 +57,11 @@ def kind_of(name: str) -> str | None:
 
 def shown(path: str | os.PathLike[str]) -> str:
     """A path for a message: bytes that are not UTF-8, and characters that would break the line, are escaped."""
-    return _printable(os.fsencode(path).decode("utf-8", "backslashreplace"))
+    try:
+        name = os.fsencode(path)
+    except UnicodeEncodeError:  # no file has such a name
+        name = str(path).encode("utf-8", "backslashreplace")
+    return _printable(name.decode("utf-8", "backslashreplace"))
 
 
 def one_line(text: object) -> str:

@@ -146,12 +146,8 @@ def test_links(tmp_path):
         "self.txt": "not a file, or a broken link",
     }
     every = source_files(f"{data}/**/*.txt")
-    assert sorted(os.path.realpath(file) for file in every) == sorted({os.path.realpath(file) for file in every})
-    assert [os.path.relpath(file, data) for file in every] == [
-        "a.txt",
-        "b/c.txt",
-        "file.txt",
-    ]  # d.txt by the shorter of its names
+    # Each file once, by the shortest of its names.
+    assert [os.path.relpath(file, data) for file in every] == ["a.txt", "b/c.txt", "file.txt"]
 
 
 def test_what_is_no_file(tmp_path):
@@ -171,7 +167,7 @@ def test_names_that_are_not_text(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "source", ["", "a" * 5000, "x\0y", "x\0*", "~nobody-here/x.txt", "[", "**/" * 300 + "[!", "hub"]
+    "source", ["", "a" * 5000, "x\0y", "x\0*", "~nobody-here/x.txt", "[", "x\ud800", "**/" * 300 + "[!", "hub"]
 )
 def test_no_path_at_all(source, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
