@@ -111,7 +111,7 @@ def cut(text: str, begin: int = 0) -> int:
 
 
 def splits(path: str) -> Iterator[tuple[str, str]]:
-    """(first key, rest of the path): as keys may hold dots, the whole path first, then up to its last dot, and so on."""
+    """(first key, rest of the path), the longest key first, for keys may hold dots."""
     yield path, ""
     for dot in reversed([*re.finditer(r"\.", path)]):
         yield path[: dot.start()], path[dot.end() :]

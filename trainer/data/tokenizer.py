@@ -36,14 +36,13 @@ END_OF_DOCUMENT_NAMES = (
 )
 _SAYS_ITS_TOKEN = ("tokenizer_config.json", "special_tokens_map.json")
 _SAYS_ITS_ID = ("generation_config.json", "config.json")
-# Other forms of tokenizers, by the endings of their files: what in transformers makes a tokenizer.json of them.
+# Other forms of tokenizers, by the endings of their files: what in transformers reads them, and what else it takes.
 _OTHER_FORMS = (
-    (("vocab.json", "merges.txt"), "GPT2TokenizerFast, or its family's own class"),
-    (("vocab.txt",), "BertTokenizerFast, or its family's own class"),
-    ((".model",), "LlamaTokenizerFast, or its family's own class, and the package sentencepiece"),
-    (("tekken.json", ".tiktoken"), "AutoTokenizer, and the package tiktoken"),
+    (("vocab.json", "merges.txt"), "GPT2TokenizerFast", "or its family's own class"),
+    (("vocab.txt",), "BertTokenizerFast", "or its family's own class"),
+    ((".model",), "LlamaTokenizerFast", "or its family's own class, with the package sentencepiece"),
+    (("tekken.json", ".tiktoken"), "AutoTokenizer", "with the package tiktoken"),
 )
-_CONVERT = "make a tokenizer.json by transformers: CLASS.from_pretrained(FOLDER).save_pretrained(FOLDER)"
 _EVERYDAY = [chr(code) for code in range(ord("!"), ord("~") + 1)]
 _RARE = ["é", "\u044f", "中", "ꙮ", "🙂"]
 
@@ -70,9 +69,12 @@ def tokenizer_file(name_or_path: str) -> Path | None:
 def _other_form(names: Iterable[str]) -> str:
     """What to do with a tokenizer in another form; "" if no name is of one."""
     for name in sorted(names):
-        for endings, by in _OTHER_FORMS:
+        for endings, by, also in _OTHER_FORMS:
             if name.endswith(endings):
-                return f"{shown(name)} is another form of one; {_CONVERT} (by {by})"
+                return (
+                    f"{shown(name)} is another form of one; make it by {by}.from_pretrained(FOLDER)"
+                    f".save_pretrained(FOLDER) of transformers ({also})"
+                )
     return ""
 
 
