@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from trainer.data.sources import COMPRESSED, kind_of, shown
+from trainer.data.sources import COMPRESSED, kind_of, one_line, shown
 from trainer.errors import UserError
 
 _BLOCK = 1 << 16
@@ -176,8 +176,9 @@ def _unpack(chunks: Iterator[bytes], codec: str, where: str) -> Iterator[bytes]:
                 EOFError,
                 MemoryError,
             ) as error:
-                reason = " ".join(str(error).split())
-                raise UserError(f"{where}: damaged or not a {codec} file ({reason}); fetch it again") from error
+                raise UserError(
+                    f"{where}: damaged or not a {codec} file ({one_line(error)}); fetch it again"
+                ) from error
             chunk = member.unused_data if member.eof else b""
             member = None if member.eof else member
     if member is not None:

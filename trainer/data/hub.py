@@ -8,7 +8,7 @@ from typing import Any
 
 from trainer.data.readers import Found
 from trainer.data.records import text_of
-from trainer.data.sources import HUB_PREFIX, shown
+from trainer.data.sources import HUB_PREFIX, one_line, shown
 from trainer.errors import UserError
 
 _SNAPSHOT_RECORDS = 1000
@@ -57,5 +57,4 @@ def _faults(source: str) -> Iterator[None]:
             "try again, or give the path of a local copy"
         ) from error
     except Exception as error:  # an unknown config or split, files that `datasets` cannot read: it says which
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{where}: {reason[:1000]}; mend the name or give the path of a local copy") from error
+        raise UserError(f"{where}: {one_line(error)}; mend the name or give the path of a local copy") from error

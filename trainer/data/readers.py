@@ -23,7 +23,7 @@ from trainer.data.records import (
     text_of,
     too_long,
 )
-from trainer.data.sources import shown
+from trainer.data.sources import one_line, shown
 from trainer.errors import UserError
 
 Found = Iterator[tuple[str | Piece | Bad, Position]]
@@ -280,11 +280,13 @@ def _header(content: Content, text_field: str) -> tuple[str, list[str], Position
             try:
                 names = [name.strip() for name in next(csv.reader(lines, delimiter=delimiter, strict=True), [])]
             except csv.Error as error:
-                raise UserError(f"{where}, line 1: does not name columns ({error}); mend it") from error
+                raise UserError(f"{where}, line 1: does not name columns ({one_line(error)}); mend it") from error
         if text_field in names:
             return delimiter, names, [lines.offset, lines.number]
         columns = names if len(names) > len(columns) else columns
-    raise UserError(f'{where}: no column "{text_field}"; set data.text_field to one of {listed(columns)} (its line 1)')
+    raise UserError(
+        f'{where}: no column "{one_line(text_field)}"; set data.text_field to one of {listed(columns)} (its line 1)'
+    )
 
 
 def _skip_line(stream: IO[bytes]) -> int:

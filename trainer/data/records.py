@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any
 
+from trainer.data.sources import one_line
+
 PIECE_CHARACTERS = 1 << 20
 RECORD_BYTES = 1 << 27
 """The longest record that is read: a line of JSON, an element of an array, a row's text. It is in memory as a whole."""
@@ -49,7 +51,9 @@ def text_of(record: Any, text_field: str, where: str) -> str | Bad:
         try:
             value = under(record, text_field)
         except KeyError:
-            return Bad(where, f'no text under "{text_field}" ({_keys(record)}); mend it or set data.text_field')
+            return Bad(
+                where, f'no text under "{one_line(text_field)}" ({_keys(record)}); mend it or set data.text_field'
+            )
     return checked(value, text_field, where)
 
 
@@ -73,12 +77,13 @@ def checked(value: Any, text_field: str, where: str) -> str | Bad:
 
 def not_text(text_field: str, kind: str) -> str:
     """Why there is no text under a key that is there."""
+    name = one_line(text_field)
     if kind.startswith("list"):
         return (
-            f'"{text_field}" is a {kind}, as of chat messages or sentences; make one text of each first, '
-            f"or set data.text_field to a text in it ({text_field}.0)"
+            f'"{name}" is a {kind}, as of chat messages or sentences; make one text of each first, '
+            f"or set data.text_field to a text in it ({name}.0)"
         )
-    return f'no text under "{text_field}" (it is {kind}); mend it or set data.text_field'
+    return f'no text under "{name}" (it is {kind}); mend it or set data.text_field'
 
 
 def too_long() -> str:
@@ -106,9 +111,9 @@ def cut(text: str, begin: int = 0) -> int:
 
 
 def splits(path: str) -> Iterator[tuple[str, str]]:
-    """(first key, rest of the path): the whole path may be one key, for keys may hold dots; then up to each dot."""
+    """(first key, rest of the path), the longest key first, for keys may hold dots."""
     yield path, ""
-    for dot in re.finditer(r"\.", path):
+    for dot in reversed([*re.finditer(r"\.", path)]):
         yield path[: dot.start()], path[dot.end() :]
 
 
@@ -129,7 +134,7 @@ def under(record: Any, path: str) -> Any:
 
 def listed(names: Iterable[str]) -> str:
     """The first twenty names, for a message."""
-    names = [name[:80] if name.isprintable() else ascii(name)[1:81] for name in islice(names, 21)]
+    names = [one_line(name)[:80] for name in islice(names, 21)]
     return ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
 
 

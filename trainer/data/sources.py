@@ -57,8 +57,21 @@ def kind_of(name: str) -> str | None:
 
 def shown(path: str | os.PathLike[str]) -> str:
     """A path for a message: bytes that are not UTF-8, and characters that would break the line, are escaped."""
-    text = os.fsencode(path).decode("utf-8", "backslashreplace")
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+    try:
+        name = os.fsencode(path)
+    except UnicodeEncodeError:  # no file has such a name
+        name = str(path).encode("utf-8", "backslashreplace")
+    return _printable(name.decode("utf-8", "backslashreplace"))
+
+
+def one_line(text: object) -> str:
+    """A library's message, a key or a name for a message of one line; its first 300 characters."""
+    line = " ".join(str(text).split()) or (type(text).__name__ if isinstance(text, Exception) else "")
+    return _printable(line)[:300]
+
+
+def _printable(text: str) -> str:
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def source_files(source: str) -> list[Path]:
@@ -153,13 +166,13 @@ def _matches(pattern: str) -> Files:
     files = Files()
     seen = set()
     try:
-        matches = sorted(map(Path, glob.iglob(pattern, recursive=True)))
+        matches = sorted(map(Path, glob.iglob(pattern, recursive=True)), key=lambda path: (len(path.parts), path))
     except (ValueError, RecursionError) as error:  # a NUL character; a pattern that `re` refuses
         raise UserError(f"data.source {shown(pattern)}: not a path or glob ({error}); {_give()}") from error
     for path in matches:
-        if path.is_dir():
+        if os.path.isdir(path):
             continue
-        real = os.path.realpath(path)  # "**" goes through links to folders, also through those that lead back
+        real = os.path.realpath(path)  # "**" goes through links to folders, also round through those that lead back
         reason = "reached twice, by a link" if real in seen else _reason(path)
         seen.add(real)
         _sort_in(files, path, reason)

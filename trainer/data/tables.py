@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from trainer.data.content import identity
 from trainer.data.readers import Found
 from trainer.data.records import RECORD_BYTES, Bad, Position, checked, listed, not_text, splits, too_long, under
-from trainer.data.sources import shown
+from trainer.data.sources import one_line, shown
 from trainer.errors import UserError
 
 if TYPE_CHECKING:
@@ -104,8 +104,7 @@ def _faults(path: Path, kind: str) -> Iterator[None]:
     except (pa.ArrowException, OSError, ValueError, MemoryError, OverflowError) as error:
         if isinstance(error, OSError) and error.errno:
             raise
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{shown(path)}: damaged or not a .{kind} file ({reason}); fetch it again") from error
+        raise UserError(f"{shown(path)}: damaged or not a .{kind} file ({one_line(error)}); fetch it again") from error
 
 
 def _column(schema: pa.Schema, text_field: str, path: Path) -> _Column:
@@ -125,9 +124,8 @@ def _column(schema: pa.Schema, text_field: str, path: Path) -> _Column:
             return _Column(top, index, rest, top)
     structs = [field for field in schema if pa.types.is_struct(field.type)]
     nested = [f"{field.name}.{inner.name}" for field in structs for inner in field.type]
-    raise UserError(
-        f'{shown(path)}: no column "{text_field}"; set data.text_field to one of {listed(schema.names + nested)}'
-    )
+    name = one_line(text_field)
+    raise UserError(f'{shown(path)}: no column "{name}"; set data.text_field to one of {listed(schema.names + nested)}')
 
 
 def _inner(kind: pa.DataType, path: str) -> tuple[pa.DataType, str]:

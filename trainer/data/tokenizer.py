@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.data.sources import shown
+from trainer.data.sources import one_line, shown
 from trainer.errors import UserError
 
 if TYPE_CHECKING:
@@ -36,14 +36,13 @@ END_OF_DOCUMENT_NAMES = (
 )
 _SAYS_ITS_TOKEN = ("tokenizer_config.json", "special_tokens_map.json")
 _SAYS_ITS_ID = ("generation_config.json", "config.json")
-# Other forms of tokenizers, by the endings of their files: what in transformers makes a tokenizer.json of them.
+# Other forms of tokenizers, by the endings of their files: what in transformers reads them, and what else it takes.
 _OTHER_FORMS = (
-    (("vocab.json", "merges.txt"), "GPT2TokenizerFast, or its family's own class"),
-    (("vocab.txt",), "BertTokenizerFast, or its family's own class"),
-    ((".model",), "LlamaTokenizerFast, or its family's own class, and the package sentencepiece"),
-    (("tekken.json", ".tiktoken"), "AutoTokenizer, and the package tiktoken"),
+    (("vocab.json", "merges.txt"), "GPT2TokenizerFast", "or its family's own class"),
+    (("vocab.txt",), "BertTokenizerFast", "or its family's own class"),
+    ((".model",), "LlamaTokenizerFast", "or its family's own class, with the package sentencepiece"),
+    (("tekken.json", ".tiktoken"), "AutoTokenizer", "with the package tiktoken"),
 )
-_CONVERT = "make a tokenizer.json by transformers: CLASS.from_pretrained(FOLDER).save_pretrained(FOLDER)"
 _EVERYDAY = [chr(code) for code in range(ord("!"), ord("~") + 1)]
 _RARE = ["é", "\u044f", "中", "ꙮ", "🙂"]
 
@@ -67,13 +66,16 @@ def tokenizer_file(name_or_path: str) -> Path | None:
     return path if os.path.isfile(path) else None
 
 
-def _other_form(names: Iterable[str]) -> str | None:
-    """What to do with a tokenizer in another form; None if no name is of one."""
+def _other_form(names: Iterable[str]) -> str:
+    """What to do with a tokenizer in another form; "" if no name is of one."""
     for name in sorted(names):
-        for endings, by in _OTHER_FORMS:
+        for endings, by, also in _OTHER_FORMS:
             if name.endswith(endings):
-                return f"{shown(name)} is another form of one; {_CONVERT} (by {by})"
-    return None
+                return (
+                    f"{shown(name)} is another form of one; make it by {by}.from_pretrained(FOLDER)"
+                    f".save_pretrained(FOLDER) of transformers ({also})"
+                )
+    return ""
 
 
 def tokenizer_files(name_or_path: str) -> list[Path]:
@@ -106,7 +108,7 @@ def load_tokenizer(name_or_path: str, end_of_document: str | None = None) -> Tok
     except Exception as error:  # tokenizers raises plain Exceptions
         if path:
             raise UserError(
-                f"data.tokenizer {shown(path)}: not a tokenizer.json of `tokenizers` ({_line(error)})"
+                f"data.tokenizer {shown(path)}: not a tokenizer.json of `tokenizers` ({one_line(error)})"
             ) from error
         raise UserError(
             f"data.tokenizer {shown(name_or_path)}: no such file, and not to be had from the hub "
@@ -159,7 +161,9 @@ def end_of_document_id(tokenizer: Tokenizer, name: str | None = None) -> int:
     if name is not None:
         token_id = tokenizer.token_to_id(name)
         if token_id is None:
-            raise UserError(f'data.end_of_document: the tokenizer has no token "{name}"; {_specials(tokenizer)}')
+            raise UserError(
+                f'data.end_of_document: the tokenizer has no token "{one_line(name)}"; {_specials(tokenizer)}'
+            )
         return int(token_id)
     if (default := _default_end(tokenizer)) is not None:
         return default
@@ -208,12 +212,12 @@ def _beside(path: Path | None, name: str, file: str) -> dict[str, Any]:
         except (EntryNotFoundError, LocalEntryNotFoundError):  # offline, its cache has what was fetched before
             return {}
         except Exception as error:  # of the HTTP client, which differs between versions
-            raise UserError(f"data.tokenizer {shown(name)}: the hub cannot be reached ({_line(error)})") from error
+            raise UserError(f"data.tokenizer {shown(name)}: the hub cannot be reached ({one_line(error)})") from error
     try:
         content = json.loads(beside.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(
-            f"data.tokenizer {shown(beside)}: cannot be read as JSON ({_line(error)}); mend or remove it"
+            f"data.tokenizer {shown(beside)}: cannot be read as JSON ({one_line(error)}); mend or remove it"
         ) from error
     return content if isinstance(content, dict) else {}
 
@@ -275,7 +279,3 @@ def _check_lossless(tokenizer: Tokenizer, where: str) -> None:
             f"{where}: has no token for some characters ({' '.join(lost[:10])}), and no unknown token for them; "
             "give it one, or train it on bytes"
         )
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

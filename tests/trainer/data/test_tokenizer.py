@@ -1,8 +1,45 @@
-import pytest
-from tokenizers import Tokenizer
+import json
 
-from trainer.data.tokenizer import end_of_document_id, load_tokenizer, train_tokenizer, vocabulary
+import pytest
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
+
+from trainer.data.tokenizer import (
+    END_OF_DOCUMENT_NAMES,
+    end_of_document_id,
+    load_tokenizer,
+    tokenizer_files,
+    train_tokenizer,
+    vocabulary,
+)
 from trainer.errors import UserError
+
+
+def message_of(*args) -> str:
+    with pytest.raises(UserError) as error:
+        load_tokenizer(*map(str, args))
+    assert str(error.value).isprintable()
+    return str(error.value)
+
+
+@pytest.fixture
+def folder(tmp_path, tokenizer_path):
+    """A folder with a tokenizer of several special tokens: <|endoftext|> and others; what else is given lies beside."""
+
+    def make(processor=None, **beside):
+        tokenizer = Tokenizer.from_file(str(tokenizer_path))
+        tokenizer.add_special_tokens(["<|im_end|>", "<end: of $A>", "</s>"])
+        if processor:
+            tokenizer.post_processor = processor(tokenizer)
+        tokenizer.save(str(tmp_path / "tokenizer.json"))
+        for name, content in beside.items():
+            (tmp_path / f"{name}.json").write_text(json.dumps(content))
+        return tmp_path
+
+    return make
+
+
+def end_of(tokenizer: Tokenizer) -> str:
+    return tokenizer.id_to_token(end_of_document_id(tokenizer))
 
 
 def test_training_is_deterministic(corpus):
@@ -36,21 +73,175 @@ def test_loading_undoes_truncation_and_padding(tmp_path, tokenizer_path):
     assert load_tokenizer(str(tmp_path)).encode(text).ids == expected
 
 
-def test_other_names_of_the_end_of_document():
+@pytest.mark.parametrize("name", END_OF_DOCUMENT_NAMES)
+def test_known_names_of_the_end_of_document(name):
     tokenizer = train_tokenizer(["a b c"], 300)
-    as_llama = Tokenizer.from_str(tokenizer.to_str().replace("<|endoftext|>", "</s>"))
-    assert end_of_document_id(as_llama) == as_llama.token_to_id("</s>") is not None
-    nameless = Tokenizer.from_str(tokenizer.to_str().replace("<|endoftext|>", "<none>"))
-    with pytest.raises(UserError, match="no end-of-document token"):
-        end_of_document_id(nameless)
+    renamed = Tokenizer.from_str(tokenizer.to_str().replace("<|endoftext|>", name))
+    assert end_of(renamed) == name
 
 
-def test_bad_tokenizer_files(tmp_path):
-    with pytest.raises(UserError, match="the folder has no tokenizer.json"):
-        load_tokenizer(str(tmp_path))
-    (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(UserError, match="not a tokenizer.json"):
-        load_tokenizer(str(tmp_path))
+def test_no_known_name():
+    tokenizer = Tokenizer.from_str(train_tokenizer(["a b c"], 300).to_str().replace("<|endoftext|>", "<none>"))
+    with pytest.raises(UserError, match=r'set data.end_of_document .*; its special tokens: "<none>"'):
+        end_of_document_id(tokenizer)
+    assert end_of_document_id(tokenizer, "<none>") == tokenizer.token_to_id("<none>")
+
+
+@pytest.mark.parametrize(
+    "beside, end",
+    [
+        ({}, "<|endoftext|>"),
+        ({"tokenizer_config": {"eos_token": "<|im_end|>"}}, "<|im_end|>"),
+        ({"tokenizer_config": {"eos_token": {"content": "</s>", "lstrip": False}}}, "</s>"),
+        ({"tokenizer_config": {"eos_token": None}, "special_tokens_map": {"eos_token": "</s>"}}, "</s>"),
+        (
+            {"tokenizer_config": {"eos_token": "<not there>"}, "generation_config": {"eos_token_id": [300, 2]}},
+            "<|im_end|>",
+        ),
+        ({"config": {"eos_token_id": 302}}, "</s>"),
+        ({"config": {"eos_token_id": 10**12}}, "<|endoftext|>"),
+        (
+            {"config": [], "tokenizer_config": {"eos_token": 5}, "generation_config": {"eos_token_id": []}},
+            "<|endoftext|>",
+        ),
+    ],
+)
+def test_the_tokenizer_s_own_end(folder, beside, end):
+    path = folder(**beside)
+    tokenizer = load_tokenizer(str(path))
+    assert end_of(tokenizer) == end
+    assert end_of(load_tokenizer(str(path / "tokenizer.json"))) == end
+    # A copy of its content alone, as a run keeps it, says the same; and it tokenises as before.
+    assert end_of(Tokenizer.from_str(tokenizer.to_str())) == end
+    text = "pool expert </s>"
+    original = load_tokenizer(str(path), "<|endoftext|>")
+    assert tokenizer.encode(text, add_special_tokens=False).ids == original.encode(text, add_special_tokens=False).ids
+    assert vocabulary(tokenizer) == vocabulary(original) == 303
+    assert {file.name for file in tokenizer_files(str(path))} == {
+        "tokenizer.json",
+        *(f"{name}.json" for name in beside),
+    }
+
+
+def template(tokenizer):
+    return processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", tokenizer.token_to_id("</s>"))])
+
+
+def roberta(tokenizer):
+    return processors.RobertaProcessing(*((token, tokenizer.token_to_id(token)) for token in ("</s>", "<|im_end|>")))
+
+
+def sequence(tokenizer):
+    return processors.Sequence([processors.ByteLevel(), roberta(tokenizer)])
+
+
+@pytest.mark.parametrize("processor", [template, roberta, sequence])
+def test_the_post_processor_s_end(folder, processor):
+    assert end_of(load_tokenizer(str(folder(processor)))) == "</s>"
+    beside = {"tokenizer_config": {"eos_token": "<|im_end|>"}}
+    assert end_of(load_tokenizer(str(folder(processor, **beside)))) == "<|im_end|>"
+
+
+def test_a_post_processor_without_an_end(folder):
+    def begins(tokenizer):
+        return processors.TemplateProcessing(single="</s> $A", special_tokens=[("</s>", tokenizer.token_to_id("</s>"))])
+
+    assert end_of(load_tokenizer(str(folder(begins)))) == "<|endoftext|>"
+    assert end_of(load_tokenizer(str(folder(lambda tokenizer: processors.ByteLevel())))) == "<|endoftext|>"
+
+
+def test_the_end_that_is_asked_for(folder):
+    path = folder(tokenizer_config={"eos_token": "<|im_end|>"})
+    for name in ("<|endoftext|>", "</s>", "<end: of $A>", "a"):
+        assert end_of(Tokenizer.from_str(load_tokenizer(str(path), name).to_str())) == name
+    said = message_of(path, "<nowhere>")
+    assert said.startswith('data.end_of_document: the tokenizer has no token "<nowhere>"; its special tokens: "<|endof')
+
+
+def with_words(model, tmp_path, normalizer=None):
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    if normalizer:
+        tokenizer.normalizer = normalizer
+    tokenizer.add_special_tokens([AddedToken("[SEP]")])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    return tmp_path
+
+
+WORDS = {"[UNK]": 0, "a": 1, "b": 2, "##b": 9}
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        models.WordLevel(WORDS, unk_token="[UNK]"),
+        models.WordPiece(WORDS, unk_token="[UNK]"),
+        models.Unigram([("<unk>", 0.0), ("a", -1.0)], unk_id=0),
+        models.BPE({"<unk>": 0, "a": 1}, [], unk_token="<unk>"),
+    ],
+)
+def test_other_models(model, tmp_path):
+    path = with_words(model, tmp_path, normalizers.BertNormalizer(lowercase=True))
+    tokenizer = load_tokenizer(str(path))
+    assert end_of(tokenizer) == "[SEP]"
+    assert tokenizer.encode("A").ids == [1] and tokenizer.encode("ж").ids == [0]
+    assert vocabulary(tokenizer) == max(tokenizer.get_vocab().values()) + 1
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        models.WordLevel(WORDS, unk_token="<no such>"),
+        models.WordPiece({"a": 0}, unk_token="[UNK]"),
+        models.Unigram([("a", 0.0)]),
+        models.BPE({chr(code): code for code in range(32, 127)}, []),  # drops what it does not know
+        models.BPE({"a": 0}, [], unk_token="<no such>"),
+    ],
+)
+def test_models_that_drop_text_or_fail(model, tmp_path):
+    said = message_of(with_words(model, tmp_path))
+    assert "has no token for some characters" in said and "no unknown token for them" in said
+
+
+def test_holes_and_large_ids(tmp_path, folder):
+    vocab = {"[UNK]": 7, "a": 4_000_000_000}
+    tokenizer = load_tokenizer(str(with_words(models.WordLevel(vocab, unk_token="[UNK]"), tmp_path)))
+    assert vocabulary(tokenizer) == 4_000_000_001
+
+
+def test_bad_tokenizer_files(tmp_path, tokenizer_path):
+    assert message_of(tmp_path) == (
+        f"data.tokenizer {tmp_path}: the folder has no tokenizer.json; give another folder, or a tokenizer.json"
+    )
+    path = tmp_path / "tokenizer.json"
+    content = tokenizer_path.read_bytes()
+    for damaged in (b"", b"{}", b"[]", b"\xff", content[:-5], b"[" * 100_000, content.replace(b'"BPE"', b'"EPB"')):
+        path.write_bytes(damaged)
+        assert message_of(path).startswith(f"data.tokenizer {path}: not a tokenizer.json of `tokenizers`")
+    path.write_text(Tokenizer(models.BPE()).to_str())
+    assert "has no tokens" in message_of(path)
+    path.write_bytes(content)
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    assert message_of(path).startswith(f"data.tokenizer {tmp_path}/tokenizer_config.json: cannot be read as JSON")
+    assert "name the one beside it" in message_of(tmp_path / "tokenizer_config.json")
+
+
+@pytest.mark.parametrize(
+    "name, by",
+    [
+        ("vocab.json", "GPT2TokenizerFast"),
+        ("merges.txt", "GPT2TokenizerFast"),
+        ("vocab.txt", "BertTokenizerFast"),
+        ("spiece.model", "LlamaTokenizerFast"),
+        ("tekken.json", "AutoTokenizer"),
+        ("o200k_base.tiktoken", "AutoTokenizer"),
+    ],
+)
+def test_other_forms_of_tokenizers(tmp_path, name, by):
+    (tmp_path / name).write_text("x")
+    for path in (tmp_path, tmp_path / name):
+        said = message_of(path)
+        assert f"tokenizer.json; {name} is another form of one; make it by {by}.from_pretrained" in said
 
 
 def test_hub_out_of_reach(monkeypatch):
@@ -58,5 +249,34 @@ def test_hub_out_of_reach(monkeypatch):
         raise ConnectionError("no route")
 
     monkeypatch.setattr("tokenizers.Tokenizer", type("Unreachable", (), {"from_pretrained": from_pretrained}))
-    with pytest.raises(UserError, match="data.tokenizer gpt2: no such file, and not to be had from the hub"):
-        load_tokenizer("gpt2")
+    for name in ("gpt2", "x" * 5000, "a\0b", "~nobody-here/tokenizer.json"):
+        assert "no such file, and not to be had from the hub" in message_of(name)
+
+
+def test_the_hub_s_own_end(monkeypatch, folder):
+    """Files beside tokenizer.json are asked for, and those that the hub does not have are passed over."""
+    import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError
+
+    path = folder(special_tokens_map={"eos_token": "</s>"})
+    asked = []
+
+    def hf_hub_download(name, file):
+        asked.append((name, file))
+        if not (path / file).is_file():
+            raise EntryNotFoundError("404")
+        return str(path / file)
+
+    def from_pretrained(name):
+        return Tokenizer.from_file(str(path / "tokenizer.json"))
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hf_hub_download)
+    monkeypatch.setattr(Tokenizer, "from_pretrained", from_pretrained, raising=False)
+    assert end_of(load_tokenizer("owner/name")) == "</s>"
+    assert asked == [("owner/name", "tokenizer_config.json"), ("owner/name", "special_tokens_map.json")]
+
+    def refuse(name, file):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
+    assert message_of("owner/name") == "data.tokenizer owner/name: the hub cannot be reached (no route)"
