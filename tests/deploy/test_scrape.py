@@ -111,6 +111,7 @@ def expressions() -> dict[str, bool]:
     return found
 
 
+@pytest.mark.slow
 def test_every_expression_finds_data(tmp_path: Path) -> None:
     need("prometheus", "prometheus")
     folder = tmp_path / "some run"

@@ -185,11 +185,11 @@ def test_balanced_with_nothing_to_gain_is_contiguous() -> None:
 
 
 def test_balanced_at_the_largest_recipe_is_fast() -> None:
-    """About 0.2 s; the limit leaves room for a busy machine."""
+    """About 0.2 s of this process's own; the limit leaves room for a slow machine."""
     load_LM = skewed(48, 384, seed=0, rows=100_000)
-    started = time.perf_counter()
+    started = time.process_time()
     placement = balanced(load_LM, 16)
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 20
     assert imbalance(load_LM, placement).lockstep < 0.85 * imbalance(load_LM, contiguous(384, 1, 16)).lockstep
 
 

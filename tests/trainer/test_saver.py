@@ -17,6 +17,8 @@ from tests.training import run_training, tiny, tokens
 from trainer import checkpoint
 from trainer.config import Recipe
 
+pytestmark = pytest.mark.slow
+
 ROUNDS = 8
 
 EXACT: dict[str, dict[str, Any]] = {
