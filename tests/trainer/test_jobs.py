@@ -189,7 +189,7 @@ def test_two_nodes_with_a_hostfile(recipe: str, folder: Path) -> None:
     with started(*common, "--node_rank", "1", *arguments) as (second, log):
         first = run(*common, "--node_rank", "0", *arguments)
         assert first.returncode == 0, first.stderr + log.read_text()
-        assert second.wait(60) == 0
+        assert second.wait(TIME_LIMIT) == 0
     for record, other in zip(steps(folder / "nodes"), steps(folder / "run"), strict=True):
         name = next(name for name in ("loss", "val_loss", "probe_loss") if name in record)
         assert record[name] == pytest.approx(other[name], rel=1e-5)
