@@ -1,16 +1,19 @@
 # make train    trains the quickstart recipe on this machine
 # make test     runs linters, type checks and tests
-# make fast     runs the tests that take no more than a second or two each
+# make fast     runs the tests but for those that start whole jobs or break them
 # make lock     resolves constraints.txt anew: the exact versions that the above, CI and the image install
 # make newest   installs the newest versions that the requirements allow, elsewhere, and runs the fast tests with them
 PYTHON ?= python3
 VENV ?= .venv
 LOCK ?= constraints.txt
+# Tests at once: more than two cores, for many wait.
+JOBS ?= 3
 BIN := $(VENV)/bin
 TORCH := 2.13.0
 
 # pip before 25.3 applies the first to what it builds packages with too, later ones the second.
 PIP := $(if $(LOCK),PIP_CONSTRAINT=$(LOCK) PIP_BUILD_CONSTRAINT=$(LOCK)) $(BIN)/python -m pip --disable-pip-version-check
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadgroup --no-loadscope-reorder
 
 .PHONY: train test fast lint lock newest clean
 
@@ -18,10 +21,10 @@ train: $(VENV)/installed
 	$(BIN)/python -m trainer train quickstart
 
 test: $(VENV)/installed-dev lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	$(PYTEST)
 
 fast: $(VENV)/installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow'
+	$(PYTEST) -m 'not slow'
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
@@ -39,12 +42,13 @@ lock: $(BIN)/python
 
 newest:
 	rm -rf .venv-newest
+	$(MAKE) VENV=.venv-newest LOCK= .venv-newest/installed-dev
+	-.venv-newest/bin/python -m tests.locked
 	$(MAKE) VENV=.venv-newest LOCK= fast
-	.venv-newest/bin/python -m pip --disable-pip-version-check freeze --exclude-editable
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null || { \
-	  echo "unipool needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1 | head -n 1): name another, as in" \
+	  echo "unipool needs Python 3.11 or newer; $(PYTHON) is $$(v=$$($(PYTHON) --version 2>&1) && echo $$v || echo not there): name another, as in" \
 	    "make PYTHON=python3.12" >&2; exit 2; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2> /dev/null || { \
 	  echo "$(PYTHON) has no venv or ensurepip: install them (on Debian and Ubuntu the package python3-venv), or name" \

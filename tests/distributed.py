@@ -24,7 +24,7 @@ TIME_LIMIT = 240.0
 context = multiprocessing.get_context("forkserver")
 # The last three deepspeed and the datasets would import in every rank, in two to three seconds.
 context.set_forkserver_preload(
-    ["torch", "deepspeed", "trainer.train", "datasets", "torch._inductor.compile_fx", "torch.utils.tensorboard"]
+    ["torch", "deepspeed", "trainer.train", "datasets", "torch._dynamo", "torch.utils.tensorboard"]
 )
 
 

@@ -47,12 +47,28 @@ def _import_deepspeed() -> Any:
     from deepspeed.utils.tensor_fragment import fragment_address
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    _import_muon()
     # DeepSpeed would run whatever a checkpoint's files say; torch overrules that, and lets these types in them through.
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
     torch.serialization.add_safe_globals([LossScaler, ZeroStageEnum, fragment_address])
     logging.getLogger("DeepSpeed").setLevel(os.environ.get("UNIPOOL_DEEPSPEED_LOG", "ERROR").upper())
     return deepspeed
+
+
+def _import_muon() -> None:
+    """Import DeepSpeed's Muon, which every engine does and none of ours uses, without torch's compiler.
+
+    It asks for a compiled function as it is imported, and to load the compiler for that takes a second and more.
+    """
+    before = os.environ.get("TORCHDYNAMO_DISABLE")
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+
+    if before is None:
+        del os.environ["TORCHDYNAMO_DISABLE"]
+    else:
+        os.environ["TORCHDYNAMO_DISABLE"] = before
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ OVERLAYS = sorted(path.parent for path in KUBERNETES.glob("*/*/kustomization.yam
 @cache
 def _render(folder: Path) -> str:
     command = [need("kubectl", "kubectl"), "kustomize", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -138,7 +138,7 @@ def test_what_start_sh_makes_of_the_numbers_is_a_job(overlay: str, tmp_path: Pat
         for index in range(group["template"]["spec"]["completions"]):
             place = {"RUN": "unipool", "GROUP": group["name"], "JOB_COMPLETION_INDEX": str(index)}
             environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "TMPDIR": str(tmp_path)} | maps["split"] | place
-            done = subprocess.run(["sh", str(script)], env=environment, capture_output=True, text=True, timeout=20)
+            done = subprocess.run(["sh", str(script)], env=environment, capture_output=True, text=True, timeout=120)
             assert done.returncode == 0, done.stderr
             *hosts, arguments = done.stdout.splitlines()
             words = arguments.split()
@@ -152,6 +152,8 @@ def test_what_start_sh_makes_of_the_numbers_is_a_job(overlay: str, tmp_path: Pat
                 assert (made.parallel.trunk_ranks, made.parallel.pool_ranks) == (16, 16)
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("pods")
 def test_the_pods_train_stop_and_go_on(tmp_path: Path) -> None:
     """The CPU overlay's four pods: their names are known late; one gets SIGTERM, and all save and end with status 75.
 

@@ -22,7 +22,7 @@ RUN = r'run="([\w ]+)"'
 
 def promtool(*arguments: str) -> None:
     done = subprocess.run(
-        [need("promtool", "prometheus"), *arguments], capture_output=True, text=True, timeout=60, check=False
+        [need("promtool", "prometheus"), *arguments], capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
 

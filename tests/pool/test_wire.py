@@ -30,7 +30,7 @@ from tests.distributed import RankFailed, run_ranks
 M, D, F, L = 6, 5, 7, 2
 MICRO_BATCHES = 2
 STEP = 7
-SHORT = 1.0
+SHORT = 2.0
 LONG = 60.0
 SETTLE = 0.5
 """Time in which the end of a process becomes known on all its connections."""
@@ -407,14 +407,14 @@ def test_silent_peers() -> None:
     trunk, _, pool = run_ranks(3, silence)
     message = "FORWARD, lane 0, layer 0, micro-batch 0, step 7 ("
     me, other = "rank 2 (pool 0, shard 0)", "rank 1 (trunk 1)"
-    assert pool["trunk without a word"].startswith(f"{me} could not get a header from {other} within 1 s: {message}")
-    assert pool["trunk without its tokens"].startswith(f"{me} could not get tokens from {other} within 1 s: {message}")
+    assert pool["trunk without a word"].startswith(f"{me} could not get a header from {other} within 2 s: {message}")
+    assert pool["trunk without its tokens"].startswith(f"{me} could not get tokens from {other} within 2 s: {message}")
     assert pool["trunk that takes no answer"].startswith(
-        f"{me} could not send an answer to {other} within 1 s: {message}"
+        f"{me} could not send an answer to {other} within 2 s: {message}"
     )
     me, other = "rank 0 (trunk 0)", "rank 2 (pool 0, shard 0)"
-    assert trunk["pool without a word"].startswith(f"{me} could not send a header to {other} within 1 s: {message}")
-    assert trunk["pool without an answer"].startswith(f"{me} could not get the answer of {other} within 1 s: {message}")
+    assert trunk["pool without a word"].startswith(f"{me} could not send a header to {other} within 2 s: {message}")
+    assert trunk["pool without an answer"].startswith(f"{me} could not get the answer of {other} within 2 s: {message}")
 
 
 # --- peers that are gone ---

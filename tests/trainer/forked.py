@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.distributed import context, job_environment
-from trainer.config import Recipe
+from trainer.config import Recipe, load_recipe
 from trainer.roles import ROLE
 
 POLL_SECONDS = 0.01
@@ -60,6 +61,7 @@ class ForkedJob:
     """A job under way; its launcher rank r writes to `r.log` in `folder`.
 
     Args:
+        command: what each rank runs, behind `python -m trainer`; if empty it trains the recipe.
         roles: `UNIPOOL_ROLE` of each rank; "" leaves it out.
         apart: whether the ranks see nothing of each other's processes, as on machines of their own.
     """
@@ -71,13 +73,16 @@ class ForkedJob:
         fault: Fault | None = None,
         roles: Sequence[str] = (),
         apart: bool = False,
+        command: Sequence[str] = (),
     ):
         world_size = recipe.grid.world_size
         environment = job_environment(world_size)
         environments = [environment | ({ROLE: role} if role else {}) for role in roles or [""] * world_size]
         self.logs = [folder / f"{rank}.log" for rank in range(world_size)]
         self._ranks = [
-            context.Process(target=_rank, args=(rank, environments[rank], recipe, str(log), fault, apart), daemon=True)
+            context.Process(
+                target=_rank, args=(rank, environments[rank], recipe, str(log), fault, apart, command), daemon=True
+            )
             for rank, log in enumerate(self.logs)
         ]
         for rank in self._ranks:
@@ -112,7 +117,22 @@ class ForkedJob:
         return self.logs[rank].read_text()
 
 
-def _rank(rank: int, environment: dict[str, str], recipe: Recipe, log: str, fault: Fault | None, apart: bool) -> None:
+def train_as_forked(folder: Path, recipe: str, *sets: str) -> tuple[int | None, str]:
+    """`train RECIPE --set ...` as a launcher's ranks run it: rank 0's exit status, and what it says."""
+    command = ["train", recipe, *(word for value in sets for word in ("--set", value))]
+    job = ForkedJob(load_recipe(recipe, sets), folder, command=command)
+    return job.end(240.0)[0], job.log(0)
+
+
+def _rank(
+    rank: int,
+    environment: dict[str, str],
+    recipe: Recipe,
+    log: str,
+    fault: Fault | None,
+    apart: bool,
+    command: Sequence[str],
+) -> None:
     os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
@@ -120,6 +140,7 @@ def _rank(rank: int, environment: dict[str, str], recipe: Recipe, log: str, faul
     import torch
 
     from trainer import faults, peers
+    from trainer.cli import main
     from trainer.seat import read_launch
     from trainer.train import train
 
@@ -129,7 +150,18 @@ def _rank(rank: int, environment: dict[str, str], recipe: Recipe, log: str, faul
         peers._alive = lambda _: True
     if fault and fault.rank == rank:
         _put(fault)
-    os._exit(train(recipe, read_launch()))
+    status: Any = 0
+    if command:
+        sys.argv[1:] = command
+        try:
+            main()
+        except SystemExit as ended:
+            status = ended.code
+    else:
+        status = train(recipe, read_launch())
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(status or 0)
 
 
 def _put(fault: Fault) -> None:

@@ -17,12 +17,14 @@ import pytest
 
 from pool.plan import Kind, RequestKey
 from tests.trainer.forked import POLL_SECONDS, Fault, ForkedJob, Place, fail, kill, stop
-from tests.trainer.job import processes_of, rank_process, started, steps, wait_for, write_recipe
+from tests.trainer.job import TIME_LIMIT, processes_of, rank_process, started, steps, wait_for, write_recipe
 from trainer.checkpoint import newest
 from trainer.config import Recipe, load_recipe
 from trainer.errors import START_AGAIN
 
-GRACE = 25.0
+pytestmark = pytest.mark.slow
+
+GRACE = 90.0
 """Seconds that a rank has, beyond the configured limit, to find out about a fault and to end."""
 
 NAMES = ("rank 0 (trunk 0)", "rank 1 (pool 0, shard 0)")
@@ -139,9 +141,10 @@ def test_an_exception_is_named_by_both(
     assert_named(job.log(1 - victim), STEP, victim, "died")
 
 
-LIMIT = 2.0
-START_LIMIT = 5.0
-SAVE_LIMIT = 12.0
+# Long enough that, where all these jobs start at once on a busy machine, only the stopped rank is late.
+LIMIT = 8.0
+START_LIMIT = 12.0
+SAVE_LIMIT = 25.0
 STOPS = {
     "before the store is there": (TRUNK, START_UP, Place("trainer.train:take_seat"), START_LIMIT, "has not come"),
     "before the roll call": (POOL, START_UP, Place("trainer.train:take_seat"), START_LIMIT, "has not come"),
@@ -193,7 +196,7 @@ def test_too_many_skipped_steps_end_the_job_and_name_their_data(recipe: Callable
 
 
 KILLS = 8
-KEYS = {"train__steps": 60, "eval__every": 10, "checkpoint__every": 3, "parallel__start_timeout_seconds": 10}
+KEYS = {"train__steps": 60, "eval__every": 10, "checkpoint__every": 3, "parallel__start_timeout_seconds": 20}
 
 
 @pytest.fixture(scope="module")
@@ -201,10 +204,11 @@ def undisturbed(recipe: Callable[..., Recipe], tmp_path_factory: pytest.TempPath
     """What a run of KEYS comes to when nothing happens."""
     folder = tmp_path_factory.mktemp("undisturbed")
     job = ForkedJob(recipe(folder / "run", **KEYS), folder)
-    assert job.end(120) == [0, 0], job.log(0)
+    assert job.end(TIME_LIMIT) == [0, 0], job.log(0)
     return steps(folder / "run")
 
 
+@pytest.mark.xdist_group("undisturbed")
 def test_training_goes_through_random_kills(
     recipe: Callable[..., Recipe], undisturbed: list[dict[str, float]], tmp_path: Path
 ) -> None:
@@ -219,12 +223,12 @@ def test_training_goes_through_random_kills(
         victim = choose.randrange(2)
         assert job.running[1 - victim], job.log(1 - victim)
         job.kill(victim)
-        statuses = job.end(10 + GRACE)
+        statuses = job.end(20 + GRACE)
         assert statuses[victim] == -9
         assert statuses[1 - victim] == 1, job.log(1 - victim)
         assert NAMES[victim] in job.log(1 - victim)
     job = ForkedJob(disturbed, tmp_path)
-    assert job.end(120) == [0, 0], job.log(0)
+    assert job.end(TIME_LIMIT) == [0, 0], job.log(0)
     assert steps(tmp_path / "disturbed") == undisturbed
 
 
@@ -248,6 +252,7 @@ def _lines(metrics: Path) -> int:
 LONG = ("--set", "train.steps=100000", "--set", "eval.every=0")
 
 
+@pytest.mark.xdist_group("undisturbed")
 def test_restarts_after_a_fault(recipe_file: str, undisturbed: list[dict[str, float]], tmp_path: Path) -> None:
     """`--max-restarts 2`: a rank is killed, and the job comes to the end of an undisturbed run."""
     mark = f"run.dir={tmp_path / 'run'}"
@@ -260,22 +265,24 @@ def test_restarts_after_a_fault(recipe_file: str, undisturbed: list[dict[str, fl
         text = wait_for(log, "; restart 1 of 2, from the newest checkpoint")
         assert f"{NAMES[POOL]} died first" in text
         assert f"{START_AGAIN}; restart" not in text
-        assert job.wait(60) == 0, log.read_text()
+        assert job.wait(TIME_LIMIT) == 0, log.read_text()
         assert processes_of(mark) == []
         assert log.read_text().count("resuming after step") == 1
     assert steps(tmp_path / "run") == undisturbed
 
 
+@pytest.mark.xdist_group("launched")
 def test_ctrl_c_ends_every_process(recipe_file: str, tmp_path: Path) -> None:
     mark = f"run.dir={tmp_path / 'run'}"
     with started(*TRAIN, recipe_file, *LONG, "--set", mark) as (job, log):
         wait_for(log, "step 1/")
         job.send_signal(signal.SIGINT)
-        assert job.wait(60) == 128 + signal.SIGINT
+        assert job.wait(TIME_LIMIT) == 128 + signal.SIGINT
         assert processes_of(mark) == []
         assert "Traceback" not in log.read_text()
 
 
+@pytest.mark.xdist_group("launched")
 def test_sigterm_and_sigusr1_save_and_ask_to_be_started_again(
     recipe_file: str, recipe: Callable[..., Recipe], tmp_path: Path
 ) -> None:
@@ -285,7 +292,7 @@ def test_sigterm_and_sigusr1_save_and_ask_to_be_started_again(
         with started(*TRAIN, recipe_file, *LONG, "--set", mark) as (job, log):
             wait_for(log, "/100000: loss")
             job.send_signal(number)
-            assert job.wait(60) == START_AGAIN, log.read_text()
+            assert job.wait(TIME_LIMIT) == START_AGAIN, log.read_text()
             assert processes_of(mark) == []
             assert "Traceback" not in log.read_text()
     assert "resuming after step" in log.read_text()
@@ -298,11 +305,12 @@ def test_sigterm_and_sigusr1_save_and_ask_to_be_started_again(
     assert steps(tmp_path / "other")[: len(done)] == done
 
 
+@pytest.mark.xdist_group("launched")
 def test_no_process_outlives_a_killed_launcher(recipe_file: str, tmp_path: Path) -> None:
     mark = f"run.dir={tmp_path / 'run'}"
     with started(*TRAIN, recipe_file, *LONG, "--set", mark) as (job, log):
         wait_for(log, "step 1/")
         job.kill()
         wait_for(log, "its launcher is gone")
-        psutil.wait_procs(processes_of(mark), timeout=60)
+        psutil.wait_procs(processes_of(mark), timeout=TIME_LIMIT)
         assert [p for p in processes_of(mark) if p.pid != job.pid] == []

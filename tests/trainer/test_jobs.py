@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from tests.trainer.forked import ForkedJob, train_as_forked
 from tests.trainer.job import (
     EXTENSIONS,
     TIME_LIMIT,
@@ -40,7 +41,7 @@ NOT_IN_A_FIRST_STEP = {
 }
 """Metrics of evaluations, checkpoints, and two that are opt-in."""
 
-LONG = ("--set", "train.steps=100000", "--set", "eval.every=0", "--set", "probe.every=0")
+LONG = ("train.steps=100000", "eval.every=0", "probe.every=0")
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +163,7 @@ def test_no_credential_of_the_environment_is_kept(reference: subprocess.Complete
     assert TOKEN not in reference.stdout + reference.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["deepspeed", "torchrun", "mpirun"])
 @pytest.mark.usefixtures("reference")
 def test_every_launcher_runs_the_same_job(launcher: str, recipe: str, folder: Path) -> None:
@@ -175,6 +177,7 @@ def test_every_launcher_runs_the_same_job(launcher: str, recipe: str, folder: Pa
     assert steps(folder / launcher) == steps(folder / "run")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("reference")
 def test_two_nodes_with_a_hostfile(recipe: str, folder: Path) -> None:
     """`deepspeed --hostfile --no_ssh`, started once on each of two "nodes", of which one holds ranks of both roles."""
@@ -186,7 +189,7 @@ def test_two_nodes_with_a_hostfile(recipe: str, folder: Path) -> None:
     with started(*common, "--node_rank", "1", *arguments) as (second, log):
         first = run(*common, "--node_rank", "0", *arguments)
         assert first.returncode == 0, first.stderr + log.read_text()
-        assert second.wait(60) == 0
+        assert second.wait(TIME_LIMIT) == 0
     for record, other in zip(steps(folder / "nodes"), steps(folder / "run"), strict=True):
         name = next(name for name in ("loss", "val_loss", "probe_loss") if name in record)
         assert record[name] == pytest.approx(other[name], rel=1e-5)
@@ -203,13 +206,13 @@ def copy_at_step_2(folder: Path, name: str) -> Path:
 def test_resume_goes_on_where_the_checkpoint_was(recipe: str, folder: Path) -> None:
     """Steps 3 and 4 after a resume are those of an undisturbed run, bit for bit."""
     run_dir = copy_at_step_2(folder, "resumed")
-    arguments = ("train", recipe, "--set", "checkpoint.every=2", "--set", f"run.dir={run_dir}")
-    again = unipool(*arguments)
-    assert "resuming after step 2" in again.stderr
+    sets = ("checkpoint.every=2", f"run.dir={run_dir}")
+    status, told = train_as_forked(folder, recipe, *sets)
+    assert status == 0 and "resuming after step 2" in told, told
     assert steps(run_dir) == steps(folder / "run")
-    scope = unipool(*arguments, "--set", "balance.scope=micro_batch")
-    assert scope.returncode == 2
-    assert 'balance.scope "global_batch" -> "micro_batch"; use the same, another run.dir, or --force' in scope.stderr
+    status, told = train_as_forked(folder, recipe, *sets, "balance.scope=micro_batch")
+    assert status == 2, told
+    assert 'balance.scope "global_batch" -> "micro_batch"; use the same, another run.dir, or --force' in told
 
 
 @pytest.mark.usefixtures("reference")
@@ -217,14 +220,14 @@ def test_resume_in_another_layout_and_placement(recipe: str, folder: Path) -> No
     """Steps 3 and 4 in another layout come to the same losses, and nothing of the reshaping is left behind."""
     run_dir = copy_at_step_2(folder, "reshaped")
     before = steps(run_dir)
-    arguments = ("train", recipe, "--set", "checkpoint.every=2", "--set", f"run.dir={run_dir}")
-    other = unipool(*arguments, "--set", "parallel.pool_ranks=2", "--set", "pool.placement=auto")
-    assert other.returncode == 0, other.stderr
-    assert "checkpoint step_00000002 is of another layout: reshaping it" in other.stderr
+    sets = ("checkpoint.every=2", f"run.dir={run_dir}", "parallel.pool_ranks=2", "pool.placement=auto")
+    status, told = train_as_forked(folder, recipe, *sets)
+    assert status == 0, told
+    assert "checkpoint step_00000002 is of another layout: reshaping it" in told
     for record, undisturbed in zip(steps(run_dir), before, strict=True):
         name = next(name for name in ("loss", "val_loss", "probe_loss") if name in record)
         assert record[name] == pytest.approx(undisturbed[name], rel=1e-5)
-    assert "the recipe differs from that of step_00000002: pool.placement" in other.stderr
+    assert "the recipe differs from that of step_00000002: pool.placement" in told
     assert {path.name for path in (run_dir / "checkpoints").iterdir()} == {"step_00000002", "step_00000004"}
 
 
@@ -240,14 +243,15 @@ def scraped(url: str) -> dict[str, list[tuple[dict[str, str], float]]]:
 
 
 def test_metrics_of_every_rank(recipe: str, folder: Path) -> None:
-    with started(sys.executable, "-m", "trainer", "train", recipe, *LONG, "--set", f"run.dir={folder / 'scraped'}") as (
-        _,
-        log,
-    ):
-        urls = re.findall(r"metrics: rank . \((\w+).*?\): (http\S+)", wait_for(log, "step 1/"))
+    job = ForkedJob(load_recipe(recipe, [*LONG, f"run.dir={folder / 'scraped'}"]), folder)
+    try:
+        wait_for(job.logs[0], "step 1/")
+        urls = re.findall(r"metrics: rank . \((\w+).*?\): (http\S+)", job.log(0) + job.log(1))
         assert [role for role, _ in urls] == ["trunk", "pool"]
         trunk, pool = (scraped(url) for _, url in urls)
         targets = json.loads((folder / "scraped" / "targets.json").read_text())
+    finally:
+        job.end(0.0)
     assert targets == [{"targets": [url.split("/")[2] for _, url in urls], "labels": {"run": "scraped"}}]
     samples = trunk | pool
     assert {name for name in samples if name.startswith("unipool_")} == {
@@ -265,6 +269,7 @@ def test_metrics_of_every_rank(recipe: str, folder: Path) -> None:
     assert sum(tokens for _, tokens in served) % tokens_of_a_step == 0
 
 
+@pytest.mark.slow
 def test_a_port_that_is_taken(recipe: str, folder: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

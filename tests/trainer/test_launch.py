@@ -86,7 +86,7 @@ def test_signals(ranks: list[str], signals: list[int], status: int, tmp_path: Pa
             if number != signals[-1]:  # else the two may come as one
                 with pytest.raises(subprocess.TimeoutExpired):
                     user.wait(1)
-        assert user.wait(30) == status, log.read_text()
+        assert user.wait(120) == status, log.read_text()
     told = log.read_text().splitlines()
     assert (f"launcher got {int(signal.SIGTERM)}" in told) == (status != 75)
     if status == 75:
@@ -176,6 +176,6 @@ def test_a_container_s_first_process_heeds_signals_before_there_are_ranks() -> N
             assert process.stdout and process.stdout.readline() == "there\n"
             (first,) = psutil.Process(process.pid).children()
             first.send_signal(signal.SIGTERM)
-            assert process.wait(20) == 128 + signal.SIGTERM
+            assert process.wait(120) == 128 + signal.SIGTERM
         finally:
             process.kill()

@@ -26,6 +26,8 @@ from trainer.errors import UserError
 from trainer.model import Trunk
 from trainer.reshape import SavedCheckpoint, convert
 
+pytestmark = pytest.mark.slow
+
 HALF, WHOLE = 2, 4
 LOCK_STEP = {"lanes": 1, "stagger": False}
 

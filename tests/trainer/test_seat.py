@@ -18,7 +18,7 @@ from trainer.config import Recipe, load_recipe
 from trainer.errors import UserError
 from trainer.seat import Launch, _pick_device
 
-LIMIT = 60.0
+LIMIT = 120.0
 FOUR = ("parallel.trunk_ranks=2", "parallel.pool_ranks=2", "train.micro_batch=2", "checkpoint.every=2", "eval.every=0")
 
 

@@ -140,7 +140,7 @@ def test_the_next_start_waits_for_the_runs_of_a_killed_sweep(
     a, b = experiment.runs[:2]
     killed = context.Process(target=_sweep, args=(experiment,))
     killed.start()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not all((run.folder / "metrics.jsonl").exists() for run in (a, b)) and time.monotonic() < deadline:
         time.sleep(0.01)
     killed.kill()
@@ -225,7 +225,7 @@ def test_real_runs_are_known_as_done(tmp_path: Path) -> None:
     for run in experiment.runs:
         job = ForkedJob(run.recipe, run.folder.parent)
         jobs.append(job)
-    assert [job.end(90.0) for job in jobs] == [[0], [0]], [job.log(0) for job in jobs]
+    assert [job.end(240.0) for job in jobs] == [[0], [0]], [job.log(0) for job in jobs]
     check_places(experiment, force=False)
     nothing = Runner(experiment, command=("false",))
     assert nothing.run() == 0 and len(nothing.done) == 2
