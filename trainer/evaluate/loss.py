@@ -5,7 +5,6 @@ Windows do not overlap: the first token of one is predicted with no context but 
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from trainer.checkpoint import LAYOUT_FILE
+from trainer.checkpoint import read_about
 from trainer.data.batches import SequenceStream, evaluation_steps
 from trainer.data.sources import decode
 from trainer.documents import attention_of, document_end
@@ -65,7 +64,7 @@ def validation_loss(subject: Subject, batches: int | None, batch_size: int) -> T
         )
     recipe = subject.run.recipe
     prepared = prepare_for(recipe)
-    if json.loads((subject.run.folder / LAYOUT_FILE).read_text())["data"] != prepared.identity:
+    if read_about(subject.run.folder).data != prepared.identity:
         raise UserError(
             f"data.source = {recipe.data.source}: its text or its tokenizer has changed since {subject.name} of "
             f"{subject.folder}; bring the old back, or give --text FILE"

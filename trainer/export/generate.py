@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from trainer.evaluate.soundness import sound
 from trainer.export.modeling_unipool import UniPoolForCausalLM
 from trainer.export.source import empty_model, export_tokenizer, find_run, first_line, open_weights
 from trainer.machine import limit_threads
+from trainer.strict_json import loads
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def load_run(path: Path) -> tuple[UniPoolForCausalLM, PreTrainedTokenizerFast]:
 def load_export(path: Path) -> tuple[UniPoolForCausalLM, PreTrainedTokenizerFast]:
     """Model and tokenizer of an export; none of its code is run."""
     try:
-        kind = json.loads((path / "config.json").read_text())["model_type"]
+        kind = loads((path / "config.json").read_text())["model_type"]
         if kind != UniPoolForCausalLM.config_class.model_type:
             raise UserError(f"{path}: is a model of type {kind}; give a run, or an export made by `export --format hf`")
         model, report = UniPoolForCausalLM.from_pretrained(

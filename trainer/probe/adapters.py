@@ -11,7 +11,6 @@ Letters: T tokens, D hidden, F expert width, K choices a token, E experts of a b
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -29,6 +28,7 @@ from trainer.export.generate import load_export, load_run
 from trainer.export.modeling_unipool import UniPoolConfig
 from trainer.export.source import SavedRun, find_run, first_line
 from trainer.machine import limit_threads
+from trainer.strict_json import loads
 
 UNIPOOL = UniPoolConfig.model_type
 FAMILIES = ("qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "olmoe", "mixtral")
@@ -279,7 +279,7 @@ def load(source: str, own_text: bool) -> Source:
 def _type_in(path: Path) -> str | None:
     """`model_type` by a folder's config.json; None where that cannot be read."""
     try:
-        return str(json.loads((path / "config.json").read_text())["model_type"])
+        return str(loads((path / "config.json").read_text())["model_type"])
     except (OSError, ValueError, KeyError):
         return None
 

@@ -40,6 +40,7 @@ from trainer.config import (
 )
 from trainer.errors import UserError
 from trainer.relations import show
+from trainer.text_file import Unreadable, read_text
 from trainer.whole import write_whole
 
 SWEEP_FILE = "sweep.yaml"
@@ -265,13 +266,13 @@ def _read(source: str) -> tuple[str, str]:
         return (resources.files("trainer") / "sweeps" / f"{source}.yaml").read_text(), source
     file = path / SWEEP_FILE if path.is_dir() else path
     try:
-        return file.read_text(), path.resolve().stem if file is path else path.resolve().name
-    except (OSError, UnicodeDecodeError):
+        return read_text(file), path.resolve().stem if file is path else path.resolve().name
+    except Unreadable as error:
         known = sweep_names()
         close = difflib.get_close_matches(source, known, n=3) or known
         raise UserError(
-            f"sweep {source}: neither a readable file, nor a sweep's folder (with {SWEEP_FILE}), nor a known name; "
-            f"did you mean: {', '.join(close)}"
+            f"sweep {source}: neither a readable file ({error}), nor a sweep's folder (with {SWEEP_FILE}), nor a known "
+            f"name; did you mean: {', '.join(close)}"
         ) from None
 
 
