@@ -74,7 +74,7 @@ def _read(path: Path) -> dict[str, int]:
             continue
         host, *rest = words
         count = rest[0].removeprefix("slots=") if len(rest) == 1 and rest[0].startswith("slots=") else ""
-        if not (count.isascii() and count.isdigit() and int(count)):
+        if not (count.isascii() and count.isdigit() and 0 < len(count) < 7 and int(count)):
             raise UserError(f"--hostfile {path}, line {number}: {line.strip()!r} must be HOST slots=RANKS")
         if host in slots:
             raise UserError(f"--hostfile {path}, line {number}: {host} is there twice")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -80,7 +81,7 @@ def read_loads(path: Path, recipe: Recipe) -> Counts:
         UserError: there are none, or they are another model's.
     """
     file = path
-    if path.is_dir():
+    if os.path.isdir(path):
         found = checkpoint.newest(path / "checkpoints")
         if found is None:
             raise UserError(f"--loads {path}: has no checkpoint in {path / 'checkpoints'}")

@@ -11,12 +11,21 @@ LARGEST = 100_000
 """Values of a file at most, those that aliases repeat included."""
 
 
+DEEPEST = 50
+"""Collections within each other at most."""
+
+
 class NotYaml(Exception):
     """A text that is not YAML, or not what anybody means; the message says where and what, without the line itself."""
 
 
 class _Loader(yaml.SafeLoader):
     """YAML 1.1 reads 1e-3 as a string for want of a dot; people write learning rates so."""
+
+    def fetch_more_tokens(self) -> None:
+        if self.flow_level + len(self.indents) > DEEPEST:  # here, for scanning on would take minutes
+            raise NotYaml("nested too deeply")
+        super().fetch_more_tokens()
 
 
 _Loader.add_implicit_resolver(

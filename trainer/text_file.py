@@ -10,7 +10,7 @@ from typing import Any
 
 from trainer.errors import unprintable
 
-LARGEST = 4 * 2**20
+LARGEST = 2**20
 """Bytes of such a file at most."""
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -238,7 +239,7 @@ def load_sweep(source: str, overrides: Sequence[str] = (), folder: Path | None =
         UserError: the sweep is not there, a key of it or one of its recipes is wrong.
     """
     text, name = _read(source)
-    if Path(source).is_dir():
+    if os.path.isdir(source):
         folder = folder or Path(source)
     what = f"sweep {source}"
     try:
@@ -264,7 +265,7 @@ def _read(source: str) -> tuple[str, str]:
     path = Path(source)
     if source in sweep_names():
         return (resources.files("trainer") / "sweeps" / f"{source}.yaml").read_text(), source
-    file = path / SWEEP_FILE if path.is_dir() else path
+    file = path / SWEEP_FILE if os.path.isdir(path) else path
     try:
         return read_text(file), path.resolve().stem if file is path else path.resolve().name
     except Unreadable as error:
