@@ -10,16 +10,17 @@ wrote it it is loaded as it is; in another one it is reshaped.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Protocol, Self
 
-from trainer.config import Recipe
-from trainer.errors import UserError
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError, model_validator
+
+from trainer.config import LARGEST, Recipe
+from trainer.errors import UserError, one_line
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,6 +35,62 @@ LOAD_FILE = "load.npy"
 RECIPE_FILE = "recipe.yaml"
 MANIFEST_FILE = "manifest.json"
 MARKER_FILE = "COMPLETE"
+
+
+_Count = Annotated[int, Field(ge=0, le=LARGEST)]
+
+
+class Layout(BaseModel, frozen=True):
+    """How a checkpoint is divided among ranks.
+
+    Attributes:
+        ranks: trunk ranks, pool ranks, shards of the pool.
+        zero: stages of trunk and pool.
+        freeze: train.freeze of the recipe.
+        placement: global expert ids in shard-major order; None for a dense model.
+    """
+
+    ranks: tuple[Annotated[int, Field(ge=1)], _Count, Annotated[int, Field(ge=1)]]
+    zero: tuple[_Count, _Count]
+    freeze: str = "none"
+    placement: tuple[_Count, ...] | None
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        """Every expert is somewhere, and each shard has as many."""
+        order = self.placement
+        if order is not None and (sorted(order) != list(range(len(order))) or not order or len(order) % self.ranks[2]):
+            raise ValueError("is no placement")
+        return self
+
+
+class About(BaseModel, frozen=True):
+    """What layout.json says of its checkpoint.
+
+    Attributes:
+        data: what identifies the prepared data.
+        steps: done, the skipped ones included.
+        updates: steps of these that were applied; None in checkpoints of older versions.
+        micro_batches: of a trunk rank in a step.
+    """
+
+    layout: Layout
+    data: str
+    steps: _Count
+    updates: _Count | None = None
+    micro_batches: Annotated[int, Field(ge=1)]
+
+
+class _File(BaseModel):
+    bytes: _Count
+    sha256: str
+
+
+class _Manifest(BaseModel):
+    files: dict[str, _File]
+
+
+_ABOUT, _MANIFEST = TypeAdapter(About), TypeAdapter(_Manifest)
 
 
 class Role(Protocol):
@@ -99,36 +156,59 @@ def damage(folder: Path, pick: Callable[[list[str]], list[str]] = list) -> str |
         manifest = (folder / name).read_bytes()
         if hashlib.sha256(manifest).hexdigest() != marker:
             return f"{MANIFEST_FILE} is not the one that {MARKER_FILE} was written for"
-        files = json.loads(manifest)["files"]
+        files = _MANIFEST.validate_json(manifest).files
+        _ABOUT.validate_json((folder / LAYOUT_FILE).read_bytes())
         for name in pick(sorted(files)):
+            if not (folder / name).resolve().is_relative_to(folder.resolve()):
+                return f"{MANIFEST_FILE} names {one_line(name)}, which is not in the checkpoint"
             size = (folder / name).stat().st_size
-            if size != files[name]["bytes"]:
-                return f"{name} has {size:,} bytes, its manifest says {files[name]['bytes']:,}"
+            if size != files[name].bytes:
+                return f"{name} has {size:,} bytes, its manifest says {files[name].bytes:,}"
             with (folder / name).open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != files[name]["sha256"]:
+                if hashlib.file_digest(file, "sha256").hexdigest() != files[name].sha256:
                     return f"{name} has another checksum than its manifest says"
     except (OSError, UnicodeDecodeError) as error:
         return f"{name} cannot be read ({error.strerror if isinstance(error, OSError) else 'not text'})"
+    except ValidationError as error:
+        where = ".".join(map(str, error.errors()[0]["loc"]))
+        return f"{LAYOUT_FILE if error.title == About.__name__ else MANIFEST_FILE} is not one ({where or 'not JSON'})"
+    except ValueError:  # a path with a null byte
+        return f"{MANIFEST_FILE} names a file that cannot be"
     return None
 
 
 def weights_of(folder: Path) -> str:
     """What is the same for checkpoints of a run between which no step was applied, and so nothing was learned."""
     try:
-        return f"{json.loads((folder / LAYOUT_FILE).read_text())['updates']} updates"
-    except (OSError, ValueError, LookupError, TypeError):  # of an older version, or damaged
-        return folder.name
+        updates = _ABOUT.validate_json((folder / LAYOUT_FILE).read_bytes()).updates
+    except (OSError, ValueError):  # damaged
+        updates = None
+    return folder.name if updates is None else f"{updates} updates"
 
 
-def layout_of(recipe: Recipe, placement: Placement | None) -> dict[str, Any]:
+def read_about(folder: Path) -> About:
+    """What checkpoint `folder` says of itself.
+
+    Raises:
+        UserError: it cannot be read, or is damaged.
+    """
+    try:
+        return _ABOUT.validate_json((folder / LAYOUT_FILE).read_bytes())
+    except (OSError, ValueError):
+        raise UserError(
+            f"{folder / LAYOUT_FILE}: cannot be read, or is damaged; take another checkpoint of this run"
+        ) from None
+
+
+def layout_of(recipe: Recipe, placement: Placement | None) -> Layout:
     """What must be equal for a checkpoint to be loaded as it is."""
     p = recipe.parallel
-    return {
-        "ranks": [p.trunk_ranks, p.pool_ranks, recipe.grid.expert_parallel],
-        "zero": [p.trunk_zero, p.pool_zero if placement else 0],
-        "freeze": recipe.train.freeze,
-        "placement": list(placement.order) if placement else None,
-    }
+    return Layout(
+        ranks=(p.trunk_ranks, p.pool_ranks, recipe.grid.expert_parallel),
+        zero=(p.trunk_zero, p.pool_zero if placement else 0),
+        freeze=recipe.train.freeze,
+        placement=tuple(placement.order) if placement else None,
+    )
 
 
 def choose_placement(recipe: Recipe, folder: Path | None) -> Placement | None:
@@ -149,19 +229,23 @@ def read_placement(folder: Path) -> Placement | None:
     """Where the experts are in checkpoint `folder`; None for a dense model."""
     from pool.placement import Placement
 
-    layout = json.loads((folder / LAYOUT_FILE).read_text())["layout"]
-    return Placement(tuple(layout["placement"]), layout["ranks"][2]) if layout["placement"] else None
+    layout = read_about(folder).layout
+    return Placement(layout.placement, layout.ranks[2]) if layout.placement else None
 
 
 def read_load(folder: Path) -> NDArray[np.int64]:
     """Assignments a step by layer and global expert, (L, M), as checkpoint `folder` remembers them."""
     import numpy as np
 
+    from trainer.arrays import read_array
+
     try:
-        load_LM: NDArray[np.int64] = np.load(folder / LOAD_FILE, allow_pickle=False)
-    except ValueError as error:
+        load_LM = read_array(folder / LOAD_FILE)
+        if load_LM.ndim != 2 or load_LM.dtype.kind not in "iu" or (load_LM < 0).any():
+            raise ValueError(f"{load_LM.dtype} {load_LM.shape}, and not counts by layer and expert")
+        return load_LM.astype(np.int64)
+    except (OSError, ValueError) as error:
         raise UserError(f"{folder / LOAD_FILE}: is not numbers alone: refused ({error})") from None
-    return load_LM
 
 
 def state_file(folder: Path, trunk_rank: int) -> Path:
@@ -173,17 +257,17 @@ def load(job: Job, recipe: Recipe, folder: Path, role: Role) -> None:
     """Load this rank's part, reshaped if the layout is another one. A collective of all ranks."""
     from trainer.load_file import load_file
 
-    about = json.loads((folder / LAYOUT_FILE).read_text())
-    if about["layout"] == layout_of(recipe, role.placement):
+    about = read_about(folder)
+    if about.layout == layout_of(recipe, role.placement):
         for name, engine in role.engines.items():
             engine.load(folder / name)
     else:
         _reshape(job, folder, role)
     state: dict[str, Any] = {}
     if job.is_trunk:
-        saved_ranks = about["layout"]["ranks"][0]
+        saved_ranks = about.layout.ranks[0]
         state = load_file(state_file(folder, job.rank % saved_ranks), job.device)
-    role.restore(state, about["steps"], about["steps"] * (recipe.micro_batches - about["micro_batches"]))
+    role.restore(state, about.steps, about.steps * (recipe.micro_batches - about.micro_batches))
 
 
 def _reshape(job: Job, folder: Path, role: Role) -> None:

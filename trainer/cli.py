@@ -7,13 +7,13 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from trainer.config import Recipe, load_recipe, recipe_names
-from trainer.credentials import redacted
-from trainer.errors import BrokenModel, UserError
+from trainer.endings import told
+from trainer.errors import UserError
 from trainer.evaluate.commands import evaluate
 from trainer.export.commands import export, generate
 from trainer.probe.commands import probe
@@ -30,22 +30,8 @@ if TYPE_CHECKING:
 
 def main() -> None:
     """Entry point of `python -m trainer` and of `unipool`."""
-    try:
+    with told():
         cli.main(prog_name="unipool", standalone_mode=False)
-    except UserError as error:
-        _end(str(error))
-    except click.ClickException as error:
-        _end(error.format_message())
-    except BrokenModel as error:
-        _end(str(error), 1)
-    except click.Abort:
-        sys.exit(130)
-
-
-def _end(line: str, status: int = 2) -> NoReturn:
-    if os.environ.get("RANK", "0") == "0":
-        print(f"error: {redacted(line)}", file=sys.stderr)
-    sys.exit(status)
 
 
 _set_option = click.option(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import difflib
-import re
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -19,24 +18,31 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from pool.topology import Topology
+from trainer import safe_yaml
 from trainer.credentials import keys_with_credentials
 from trainer.errors import UserError
 from trainer.relations import check_relations, show
+from trainer.text_file import Unreadable, keys_with_odd_text, read_text
 
-Positive = Annotated[int, Field(ge=1)]
-NonNegative = Annotated[int, Field(ge=0)]
+LARGEST = 2**62
+"""Of a whole number: beyond it, numbers that are made from several keys leave what floats and tensors can hold."""
+
+Positive = Annotated[int, Field(ge=1, le=LARGEST)]
+NonNegative = Annotated[int, Field(ge=0, le=LARGEST)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 class Run(Section):
     dir: str = Field(
+        min_length=1,
         description="folder of the run: recipe.yaml, plan.json, tokenizer.json, metrics.jsonl, checkpoints/, "
-        "tensorboard/, load.png"
+        "tensorboard/, load.png",
     )
     seed: NonNegative = 0
 
@@ -91,7 +97,7 @@ class Train(Section):
     min_lr: NonNegativeFloat
     warmup_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01
     weight_decay: NonNegativeFloat = 0.1
-    betas: tuple[float, float] = Field((0.9, 0.95), strict=False)
+    betas: tuple[Beta, Beta] = Field((0.9, 0.95), strict=False)
     eps: PositiveFloat = Field(1e-8, description="AdamW's term against division by zero")
     clip: NonNegativeFloat = Field(1.0, description="largest global gradient norm; 0 does not clip")
     precision: Literal["fp32", "bf16"] = "bf16"
@@ -294,6 +300,8 @@ def check_recipe(tree: dict[str, Any], settings: Sequence[tuple[str, Any]], what
     tree = copy.deepcopy(tree)
     for key, value in settings:
         _put(tree, key, value, what)
+    for key in keys_with_odd_text(tree):
+        raise UserError(f"{what}: {key}: has a control character, or half of one; leave it out")
     for key in keys_with_credentials(tree):  # before any line shows a value
         raise UserError(
             f"{what}: {key}: holds a credential, which recipe.yaml, checkpoints and logs would repeat; "
@@ -325,12 +333,12 @@ def read_tree(name_or_path: str) -> dict[str, Any]:
         text = (resources.files("trainer") / "recipes" / f"{name_or_path}.yaml").read_text()
     else:
         try:
-            text = Path(name_or_path).read_text()
-        except (OSError, UnicodeDecodeError) as error:
+            text = read_text(Path(name_or_path))
+        except Unreadable as error:
             known = recipe_names()
             close = difflib.get_close_matches(name_or_path, known, n=3) or known
             raise UserError(
-                f"recipe {name_or_path}: neither a readable file ({_reason(error)}) nor a known name; "
+                f"recipe {name_or_path}: neither a readable file ({error}) nor a known name; "
                 f"did you mean: {', '.join(close)}"
             ) from None
     return parse_mapping(text, f"recipe {name_or_path}", f"sections ({', '.join(Recipe.model_fields)})")
@@ -343,30 +351,12 @@ def parse_mapping(text: str, what: str, parts: str) -> dict[str, Any]:
         UserError: it is not.
     """
     try:
-        tree = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise UserError(f"{what}: not YAML: {_problem(error)}") from None
+        tree = safe_yaml.parse(text)
+    except safe_yaml.NotYaml as error:
+        raise UserError(f"{what}: not YAML: {error}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{what}: must be a mapping of {parts}")
     return tree
-
-
-def _problem(error: yaml.YAMLError) -> str:
-    """Where and what, without the line itself, which may hold a credential."""
-    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
-        return f"line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}: {error.problem}"
-    return " ".join(str(error).split())
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-3 as a string for want of a dot; people write learning rates so."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:\d+(?:\.\d*)?|\.\d+)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
-)
 
 
 def parse_override(text: str) -> tuple[str, Any]:
@@ -376,12 +366,12 @@ def parse_override(text: str) -> tuple[str, Any]:
         UserError: it is not of this form.
     """
     key, separator, value = text.partition("=")
-    if not separator or not key:
+    if not separator or not all(part.strip() for part in key.split(".")):
         raise UserError(f"--set {text}: must be key=value, as in --set train.steps=100")
     try:
-        return key, yaml.load(value, Loader=_Loader)
-    except yaml.YAMLError:
-        raise UserError(f"--set {text}: the value is not YAML") from None
+        return key, safe_yaml.parse(value)
+    except safe_yaml.NotYaml as error:
+        raise UserError(f"--set {text}: the value is not YAML: {error}") from None
 
 
 def _put(tree: dict[str, Any], key: str, value: Any, what: str) -> None:
@@ -419,7 +409,3 @@ def _allowed_keys(location: tuple[int | str, ...], root: type[BaseModel]) -> str
     known = list(model.model_fields)
     close = difflib.get_close_matches(str(location[-1]), known, n=1)
     return f"did you mean {close[0]}?" if close else f"allowed: {', '.join(known)}"
-
-
-def _reason(error: Exception) -> str:
-    return error.strerror.lower() if isinstance(error, OSError) and error.strerror else "not text"

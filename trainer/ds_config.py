@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from importlib import resources
 from importlib.util import find_spec
 from typing import Any
 
 from trainer.config import Recipe
 from trainer.errors import UserError
+from trainer.strict_json import loads
 
 _LARGEST_BUCKET = 500_000_000
 """Elements of a reduction at once: DeepSpeed's default. It allocates a buffer of that size every step."""
@@ -22,7 +22,7 @@ def deepspeed_config(recipe: Recipe, role: str, role_size: int, parameters: int)
     """
     stage = recipe.parallel.trunk_zero if role == "trunk" else recipe.parallel.pool_zero
     text = (resources.files("ds_configs") / f"{role}_zero{stage}.json").read_text()
-    config: dict[str, Any] = json.loads(text)
+    config: dict[str, Any] = loads(text)
     t = recipe.train
     warmup = max(2, round(t.warmup_fraction * t.steps))
     # DeepSpeed sees one flush a step: a "micro-batch" of its own is all that a rank does between two steps.

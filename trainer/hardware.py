@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -18,6 +19,7 @@ from trainer.config import Recipe
 from trainer.costs import FP32, count_flops, count_parameters
 from trainer.errors import UserError
 from trainer.strict_json import dumps
+from trainer.text_file import Unreadable, read_text
 from trainer.whole import write_whole
 
 Above0 = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -124,9 +126,9 @@ def load_profile(path: Path) -> Profile:
         UserError: no such file, or a key in it is wrong.
     """
     try:
-        return _PROFILE.validate_json(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"profile {path}: cannot be read ({error.strerror})") from None
+        return _PROFILE.validate_json(read_text(path))
+    except Unreadable as error:
+        raise UserError(f"profile {path}: cannot be read ({error})") from None
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
@@ -180,7 +182,7 @@ def find_hardware(name_or_path: str, key: str = "--hardware") -> Hardware:
     if name_or_path in DATA_SHEETS:
         return DATA_SHEETS[name_or_path]
     path = Path(name_or_path)
-    if not path.exists():
+    if not os.path.exists(path):  # which says no where Path.exists would raise, as for a name that is too long
         known = ", ".join(DATA_SHEETS)
         close = difflib.get_close_matches(name_or_path, DATA_SHEETS, n=1)
         hint = f"did you mean {close[0]}?" if close else f"allowed: {known}, or a file that `unipool bench` made"

@@ -9,6 +9,7 @@ from pathlib import Path
 from trainer.config import Recipe
 from trainer.errors import UserError
 from trainer.roles import ROLE, ranks_by_order
+from trainer.text_file import Unreadable, read_text
 
 DEFAULT_PORT = 29500
 """deepspeed's: where rank 0 holds the job's store."""
@@ -63,10 +64,9 @@ def find_node(
 def _read(path: Path) -> dict[str, int]:
     """Slots by host, in the order of the file."""
     try:
-        text = path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not text"
-        raise UserError(f"--hostfile {path}: cannot be read ({reason})") from None
+        text = read_text(path)
+    except Unreadable as error:
+        raise UserError(f"--hostfile {path}: cannot be read ({error})") from None
     slots: dict[str, int] = {}
     for number, line in enumerate(text.splitlines(), 1):
         words = line.partition("#")[0].split()
@@ -74,7 +74,7 @@ def _read(path: Path) -> dict[str, int]:
             continue
         host, *rest = words
         count = rest[0].removeprefix("slots=") if len(rest) == 1 and rest[0].startswith("slots=") else ""
-        if not (count.isascii() and count.isdigit() and int(count)):
+        if not (count.isascii() and count.isdigit() and 0 < len(count) < 7 and int(count)):
             raise UserError(f"--hostfile {path}, line {number}: {line.strip()!r} must be HOST slots=RANKS")
         if host in slots:
             raise UserError(f"--hostfile {path}, line {number}: {host} is there twice")

@@ -7,7 +7,6 @@ meanwhile. Ranks here are the launcher's: which rank of the job each of them is,
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import threading
@@ -19,7 +18,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
-from trainer.strict_json import dumps
+from trainer.strict_json import dumps, loads
 
 T = TypeVar("T")
 
@@ -82,7 +81,7 @@ class Peers:
         self._beats.set(str(self._rank), "here")
         self._heartbeat.start()
         self._store.set(f"arrival/{self._rank}", dumps(asdict(here)))
-        self._arrivals = [Arrival(**json.loads(self._store.get(f"arrival/{rank}"))) for rank in self._ranks]
+        self._arrivals = [Arrival(**loads(self._store.get(f"arrival/{rank}"))) for rank in self._ranks]
         self._store.set(f"heard/{self._rank}", "")
         if self._rank == 0:
             self._store.wait([f"heard/{rank}" for rank in self._ranks])

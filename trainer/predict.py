@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,10 +15,12 @@ from pool.plan import Plan, lockstep_plan
 from pool.replay import Replay, replay, shard_loads
 from pool.simulate import Costs
 from trainer import checkpoint
+from trainer.arrays import read_array
 from trainer.config import Recipe
 from trainer.costs import estimate_memory, pool_row_bytes
 from trainer.errors import UserError
 from trainer.schedule import Schedule
+from trainer.text_file import reason
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -78,18 +81,18 @@ def read_loads(path: Path, recipe: Recipe) -> Counts:
         UserError: there are none, or they are another model's.
     """
     file = path
-    if path.is_dir():
+    if os.path.isdir(path):
         found = checkpoint.newest(path / "checkpoints")
         if found is None:
             raise UserError(f"--loads {path}: has no checkpoint in {path / 'checkpoints'}")
         file = found[1] / checkpoint.LOAD_FILE
     try:
-        load: Counts = np.load(file, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        load: Counts = read_array(file)
+    except OSError as error:
+        raise UserError(f"--loads {file}: cannot be read ({reason(error)})") from None
+    except ValueError as error:
         raise UserError(f"--loads {file}: not a .npy file of counts ({error})") from None
     wanted = (recipe.model.layers, recipe.pool.experts)
-    if not isinstance(load, np.ndarray):
-        raise UserError(f"--loads {file}: several arrays: must be one .npy file of counts")
     whole = np.issubdtype(load.dtype, np.integer)
     if load.ndim not in (2, 3) or load.shape[-2:] != wanted or not whole or (load < 0).any():
         raise UserError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from trainer import checkpoint
 from trainer.config import Recipe, load_recipe, source_names
 from trainer.errors import SharedUserError, UserError
-from trainer.strict_json import dumps
+from trainer.strict_json import dumps, loads
 
 if TYPE_CHECKING:
     from trainer.job import Job
@@ -78,8 +77,7 @@ def check_data(recipe: Recipe, folder: Path, identity: str, force: bool) -> None
     Raises:
         SharedUserError: it is not, and `force` is not set.
     """
-    saved = json.loads((folder / checkpoint.LAYOUT_FILE).read_text())["data"]
-    if saved != identity and not force:
+    if checkpoint.read_about(folder).data != identity and not force:
         raise SharedUserError(
             f"data.source = {source_names(recipe.data.source)}: its text or its tokenizer has changed since checkpoint "
             f"{folder.name} of {recipe.run.dir}; restore the old data, use another run.dir, or pass --force to "
@@ -113,7 +111,7 @@ def choose(job: Job, recipe: Recipe, checkpoints: Path, force: bool) -> tuple[in
     Raises:
         SharedUserError: there are checkpoints, but all are damaged; or see `check`.
     """
-    names = json.loads(job.agree("checkpoints", lambda: dumps(_candidates(checkpoints))))
+    names = loads(job.agree("checkpoints", lambda: dumps(_candidates(checkpoints))))
     damaged: dict[str, str] = {}
     for name in reversed(names):
         folder = checkpoints / name

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import tempfile
 from collections.abc import Sequence
@@ -18,14 +17,18 @@ from trainer.config import Recipe, save_recipe
 from trainer.errors import UserError
 from trainer.progress import say
 from trainer.schedule import Schedule
-from trainer.strict_json import dumps, marked
+from trainer.strict_json import dumps, loads, marked
 from trainer.whole import write_whole
 
 TOKENIZER_FILE = "tokenizer.json"
 
 
 class RunFolder:
-    """Paths of a run, and its metrics file. Only rank 0 writes."""
+    """Paths of a run, and its metrics file. Only rank 0 writes.
+
+    Raises:
+        UserError: run.dir cannot be a folder's path.
+    """
 
     def __init__(self, recipe: Recipe):
         self.path = Path(recipe.run.dir)
@@ -40,6 +43,19 @@ class RunFolder:
         if recipe.metrics.targets_dir:
             self.targets_files.append(Path(recipe.metrics.targets_dir) / f"{self.path.name}.json")
         self._warned = False
+        self._check_path()
+
+    def _check_path(self) -> None:
+        """Whether there can be such a folder: nothing is made yet."""
+        try:
+            self.checkpoints.lstat()
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise self._not_writable(error) from None
+
+    def _not_writable(self, error: OSError) -> UserError:
+        return UserError(f"run.dir = {self.path}: cannot be written ({error.strerror}); choose another")
 
     def make(self) -> None:
         """Make the folder.
@@ -51,7 +67,7 @@ class RunFolder:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=self.path).close()
         except OSError as error:
-            raise UserError(f"run.dir = {self.path}: cannot be written ({error.strerror}); choose another") from None
+            raise self._not_writable(error) from None
 
     def begin(self, recipe: Recipe, schedule: Schedule, tokenizer: str, done_steps: int) -> None:
         """Save the resolved recipe, the schedule and the tokenizer, and cut the metrics after `done_steps`.
@@ -64,7 +80,7 @@ class RunFolder:
         write_whole(self.plan_file, lambda path: path.write_text(schedule.to_json()))
         write_whole(self.path / TOKENIZER_FILE, lambda path: path.write_text(tokenizer, encoding="utf-8"))
         write_whole(self.recipe_file, lambda path: save_recipe(recipe, path))
-        kept = [line for line in self._lines() if _is_before(json.loads(line), done_steps)]
+        kept = [line for line in self._lines() if _is_before(line, done_steps)]
         write_whole(self.metrics_file, lambda path: path.write_text("".join(kept)))
 
     def _lines(self) -> list[str]:
@@ -119,5 +135,10 @@ class RunFolder:
             write_whole(self.load_file, write)
 
 
-def _is_before(record: dict[str, Any], done_steps: int) -> bool:
-    return int(record["step"]) < done_steps + ("loss" in record)
+def _is_before(line: str, done_steps: int) -> bool:
+    """Whether a record is of before; one that cannot be read is not."""
+    try:
+        record = loads(line)
+        return int(record["step"]) < done_steps + ("loss" in record)
+    except (ValueError, TypeError, LookupError, OverflowError):
+        return False

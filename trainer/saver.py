@@ -9,7 +9,6 @@ interval tries again.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import time
@@ -27,7 +26,7 @@ from trainer import checkpoint
 from trainer.config import Recipe, recipe_text
 from trainer.job import Job
 from trainer.progress import say
-from trainer.strict_json import dumps
+from trainer.strict_json import dumps, loads
 from trainer.whole import to_disk
 
 if TYPE_CHECKING:
@@ -162,7 +161,7 @@ class Saver:
     def _describe(self, pending: _Pending) -> None:
         """What rank 0 writes for all: the recipe, the layout, the load."""
         about = {
-            "layout": checkpoint.layout_of(self._recipe, self._role.placement),
+            "layout": checkpoint.layout_of(self._recipe, self._role.placement).model_dump(),
             "data": self._data,
             "steps": pending.steps,
             "updates": next(iter(self._role.engines.values())).updates,
@@ -243,7 +242,7 @@ class Saver:
 
     def _conclude(self, pending: _Pending) -> None:
         """Rank 0, in its thread: commit what all ranks have written, or give it up."""
-        reports = [json.loads(text) for text in self._job.look_up("saved")]
+        reports = [loads(text) for text in self._job.look_up("saved")]
         problem = next((report["error"] for report in reports if report["error"]), None)
         if problem is None:
             files = {name: facts for report in reports for name, facts in report["files"].items()}

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Self
+
+from pydantic import BaseModel, Field, TypeAdapter, model_validator
 
 from pool.plan import Plan, forward_only_plan
 from pool.simulate import Costs, evaluation_plan, training_plan
 from trainer.config import Recipe
 from trainer.costs import count_flops
+from trainer.errors import UserError
 from trainer.lanes import choose_lanes
 from trainer.strict_json import dumps
 
@@ -35,6 +37,25 @@ def nominal_costs(recipe: Recipe) -> Costs:
         transfer=TRANSFER_SHARE * trunk_layer,
     )
 
+
+Cost = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class _Saved(BaseModel):
+    """plan.json."""
+
+    shape: dict[str, Any]
+    lanes: Annotated[int, Field(ge=1, le=1024)]
+    costs: dict[str, Cost]
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if {field.name for field in fields(Costs)} != self.costs.keys():
+            raise ValueError("its costs are others")
+        return self
+
+
+_SAVED = TypeAdapter(_Saved)
 
 LANES_OF_UNKNOWN_MEMORY = 4
 """Chosen where the memory is not known: each lane keeps a micro-batch's activations."""
@@ -74,11 +95,15 @@ class Schedule:
 
     @classmethod
     def from_json(cls, recipe: Recipe, text: str) -> Schedule | None:
-        """What `to_json` gave; None if that was of another shape or layout."""
-        saved = json.loads(text)
-        if saved.get("shape") != _shape(recipe) or recipe.parallel.lanes not in (None, saved["lanes"]):
+        """What `to_json` gave; None if that was of another shape or layout.
+
+        Raises:
+            ValueError: it is something else.
+        """
+        saved = _SAVED.validate_json(text)
+        if saved.shape != _shape(recipe) or recipe.parallel.lanes not in (None, saved.lanes):
             return None
-        return cls(recipe, saved["lanes"], Costs(**saved["costs"]))
+        return cls(recipe, saved.lanes, Costs(**saved.costs))
 
 
 def make_schedule(recipe: Recipe) -> Schedule:
@@ -101,8 +126,17 @@ def make_schedule(recipe: Recipe) -> Schedule:
 
 
 def schedule_of(recipe: Recipe, file: Path, resume: bool) -> Schedule:
-    """The run's saved schedule if it resumes in the same shape and layout, else a new one."""
-    saved = Schedule.from_json(recipe, file.read_text()) if resume and file.exists() else None
+    """The run's saved schedule if it resumes in the same shape and layout, else a new one.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    saved = None
+    if resume and file.exists():
+        try:
+            saved = Schedule.from_json(recipe, file.read_text())
+        except (OSError, ValueError):
+            raise UserError(f"{file}: is damaged; remove it, and the run makes a new plan") from None
     return saved or make_schedule(recipe)
 
 

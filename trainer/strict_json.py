@@ -37,3 +37,15 @@ def has_not_finite(tree: Any) -> bool:
     if isinstance(tree, list | tuple):
         return any(map(has_not_finite, tree))
     return isinstance(tree, float) and not math.isfinite(tree)
+
+
+def loads(text: str | bytes) -> Any:
+    """What a JSON text holds.
+
+    Raises:
+        ValueError: it is not JSON, not UTF-8, or nested too deeply.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None

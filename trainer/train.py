@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
@@ -34,7 +33,7 @@ from trainer.run_folder import RunFolder
 from trainer.saver import Saver
 from trainer.schedule import schedule_of
 from trainer.seat import Launch, names_before, take_seat
-from trainer.strict_json import dumps
+from trainer.strict_json import dumps, loads
 from trainer.summary import Summary, write_summary
 from trainer.telemetry import Telemetry
 from trainer.trunk_rank import TrunkRank
@@ -120,7 +119,7 @@ def agreed_placement(job: Job, recipe: Recipe, resumed: Path | None) -> Placemen
         chosen = checkpoint.choose_placement(recipe, resumed)
         return dumps(list(chosen.order) if chosen else None)
 
-    order = json.loads(job.agree("placement", choose))
+    order = loads(job.agree("placement", choose))
     return Placement(tuple(order), recipe.grid.expert_parallel) if order else None
 
 

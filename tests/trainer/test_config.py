@@ -42,7 +42,7 @@ WRONG = {
     "data.source=[]": "data.source = []: must name at least one source",
     "data.source=[{weight: 1}]": "data.source.0.source: missing",
     "data.source=[{source: a, wieght: 2}]": "data.source.0.wieght: unknown key; did you mean weight?",
-    "data.source=[{source: a}, {source: b, weight: 0}]": "data.source.1.weight = 0: must be greater than or equal to 0.000001",
+    "data.source=[{source: a}, {source: b, weight: 0}]": "data.source.1.weight = 0: must be greater than or",
     "data.validation=[{source: a, weight: .inf}]": "data.validation.0.weight = inf: must be ",
     "data.max_bad_share=2": "data.max_bad_share = 2: must be less than or equal to 1",
     "metrics.port=65535": "metrics.port = 65535: port + rank must stay below 65536, the last would be 65536",

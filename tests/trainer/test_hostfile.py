@@ -68,7 +68,7 @@ def test_what_is_wrong_is_said_in_one_line(tmp_path: Path, text: str, node_rank:
 
 
 def test_a_hostfile_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--hostfile .*/none: cannot be read \\(No such file or directory\\)"):
+    with pytest.raises(UserError, match="--hostfile .*/none: cannot be read \\(no such file or directory\\)"):
         find_node(RECIPE, tmp_path / "none", 0, None, None)
 
 

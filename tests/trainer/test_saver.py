@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import resource
@@ -204,6 +205,8 @@ def test_skipped_steps_do_not_push_out_what_was_learned(zero: int, tmp_path: Pat
 
 
 def test_checkpoints_of_an_older_version_are_each_counted(tmp_path: Path) -> None:
-    for text in ("{}", "[", '{"updates": 3}'):
+    layout = {"ranks": [1, 0, 1], "zero": [1, 1], "freeze": "none", "placement": [1, 0]}
+    old = {"layout": layout, "data": "", "steps": 5, "micro_batches": 2}
+    for text in (json.dumps(old), "[", json.dumps(old | {"updates": 3})):
         (tmp_path / "layout.json").write_text(text)
-        assert checkpoint.weights_of(tmp_path) == ("3 updates" if "3" in text else tmp_path.name)
+        assert checkpoint.weights_of(tmp_path) == ("3 updates" if "updates" in text else tmp_path.name)

@@ -5,7 +5,6 @@ Windows do not overlap: the first token of one is predicted with no context but 
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from trainer.checkpoint import LAYOUT_FILE
+from trainer.checkpoint import read_about
 from trainer.config import source_names
 from trainer.data.batches import evaluation_steps
 from trainer.data.content import decode
@@ -66,7 +65,7 @@ def validation_loss(subject: Subject, batches: int | None, batch_size: int) -> T
         )
     recipe = subject.run.recipe
     prepared = prepare_for(recipe)
-    if json.loads((subject.run.folder / LAYOUT_FILE).read_text())["data"] != prepared.identity:
+    if read_about(subject.run.folder).data != prepared.identity:
         raise UserError(
             f"data.source = {source_names(recipe.data.source)}: its text or its tokenizer has changed since "
             f"{subject.name} of {subject.folder}; restore the old data, or give --text FILE"

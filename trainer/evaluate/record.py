@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from trainer.errors import UserError
-from trainer.strict_json import dumps
+from trainer.strict_json import dumps, loads
 from trainer.whole import write_whole
 
 RECORD_FILE = "eval.json"
@@ -21,7 +20,7 @@ def save_result(folder: Path, checkpoint: str, what: str, result: dict[str, Any]
     """
     path = folder / RECORD_FILE
     try:
-        record = json.loads(path.read_text()) if path.exists() else {}
+        record = loads(path.read_text()) if path.exists() else {}
         record.setdefault(checkpoint, {})[what] = result
         write_whole(path, lambda partial: partial.write_text(dumps(record, indent=2) + "\n"))
     except OSError as error:

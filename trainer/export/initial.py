@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from trainer.config import Recipe, load_recipe
 from trainer.errors import SharedUserError
 from trainer.export.names import Parts, expert_names, trunk_names
+from trainer.strict_json import loads
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,7 +46,7 @@ class ExportedWeights:
         index = folder / f"{_FILE}.index.json"
         try:
             if index.is_file():
-                self._files = {n: folder / file for n, file in json.loads(index.read_text())["weight_map"].items()}
+                self._files = {n: folder / file for n, file in loads(index.read_text())["weight_map"].items()}
             else:
                 with self._open(folder / _FILE) as file:
                     self._files = dict.fromkeys(file.keys(), folder / _FILE)
@@ -90,7 +90,7 @@ class ExportedWeights:
         """Settings that no shape tells, by config.json or recipe.yaml."""
         config = self._folder / "config.json"
         if config.is_file():
-            said = json.loads(config.read_text())
+            said = loads(config.read_text())
             saved = {key: said[name] for name, key in _CONFIG.items() if name in said}
         else:
             recipe = load_recipe(str(self._folder / "recipe.yaml"))

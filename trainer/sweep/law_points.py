@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from trainer.errors import UserError
+from trainer.strict_json import loads
 from trainer.sweep.result import JSON_FILE, SETTINGS
 
 _COMPARABLE = ("tokens", "data.source", "data.tokenizer", "model.vocab", "model.seq_len")
@@ -100,7 +100,7 @@ def _read(file: Path) -> tuple[list[Point], dict[str, Point]]:
     """The points of a result, and its baselines by block."""
     again = f"make it with: unipool sweep {file.parent} --report"
     try:
-        variants = json.loads(file.read_text())["variants"]
+        variants = loads(file.read_text())["variants"]
         points = {v["name"]: _point(v, f"{file}: {v['compared_with'] or v['name']}") for v in variants if v["runs"]}
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror}); {again}") from None

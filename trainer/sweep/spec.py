@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -40,6 +41,7 @@ from trainer.config import (
 )
 from trainer.errors import UserError
 from trainer.relations import show
+from trainer.text_file import Unreadable, read_text
 from trainer.whole import write_whole
 
 SWEEP_FILE = "sweep.yaml"
@@ -237,7 +239,7 @@ def load_sweep(source: str, overrides: Sequence[str] = (), folder: Path | None =
         UserError: the sweep is not there, a key of it or one of its recipes is wrong.
     """
     text, name = _read(source)
-    if Path(source).is_dir():
+    if os.path.isdir(source):
         folder = folder or Path(source)
     what = f"sweep {source}"
     try:
@@ -263,15 +265,15 @@ def _read(source: str) -> tuple[str, str]:
     path = Path(source)
     if source in sweep_names():
         return (resources.files("trainer") / "sweeps" / f"{source}.yaml").read_text(), source
-    file = path / SWEEP_FILE if path.is_dir() else path
+    file = path / SWEEP_FILE if os.path.isdir(path) else path
     try:
-        return file.read_text(), path.resolve().stem if file is path else path.resolve().name
-    except (OSError, UnicodeDecodeError):
+        return read_text(file), path.resolve().stem if file is path else path.resolve().name
+    except Unreadable as error:
         known = sweep_names()
         close = difflib.get_close_matches(source, known, n=3) or known
         raise UserError(
-            f"sweep {source}: neither a readable file, nor a sweep's folder (with {SWEEP_FILE}), nor a known name; "
-            f"did you mean: {', '.join(close)}"
+            f"sweep {source}: neither a readable file ({error}), nor a sweep's folder (with {SWEEP_FILE}), nor a known "
+            f"name; did you mean: {', '.join(close)}"
         ) from None
 
 

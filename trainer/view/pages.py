@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import http.client
-import json
 import re
 import time
 import urllib.error
@@ -16,6 +15,7 @@ from urllib.parse import urlsplit
 
 from trainer.errors import UserError
 from trainer.metrics import parse
+from trainer.strict_json import loads
 
 TARGETS_FILE = "targets.json"
 TIMEOUT_SECONDS = 2.0
@@ -67,7 +67,7 @@ def page_url(text: str) -> str:
 def targets(run: Path) -> tuple[list[str], str]:
     """URLs of the pages of a run that goes on or has crashed, in rank order, and its name; none once it has ended."""
     try:
-        (group,) = json.loads((run / TARGETS_FILE).read_text())
+        (group,) = loads((run / TARGETS_FILE).read_text())
         return [page_url(address) for address in group["targets"]], str(group["labels"]["run"])
     except (OSError, ValueError, TypeError, KeyError, UserError):
         return [], ""

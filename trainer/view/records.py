@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from array import array
 from pathlib import Path
@@ -12,8 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer import checkpoint
+from trainer.arrays import read_array
 from trainer.config import Recipe, load_recipe
 from trainer.errors import UserError
+from trainer.strict_json import loads
 from trainer.usage import ACTIVITIES
 from trainer.view.pages import TARGETS_FILE
 from trainer.view.rates import Shares
@@ -75,7 +76,7 @@ class Records:
 
     def _add(self, line: bytes) -> None:
         try:
-            record = json.loads(line)
+            record = loads(line)
             step = int(record["step"])
         except (ValueError, TypeError, KeyError):
             return
@@ -127,10 +128,10 @@ def recorded_load(run: Path) -> NDArray[np.int64] | None:
     found = checkpoint.newest(run / CHECKPOINTS)
     for file in (run / LOAD_FILE, *([found[1] / checkpoint.LOAD_FILE] if found else [])):
         try:
-            load_LM = np.load(file, allow_pickle=False)
-        except (OSError, ValueError, EOFError):
+            load_LM = read_array(file)
+        except (OSError, ValueError):
             continue
-        if isinstance(load_LM, np.ndarray) and load_LM.ndim == 2 and np.issubdtype(load_LM.dtype, np.number):
+        if load_LM.ndim == 2 and load_LM.dtype.kind in "iu":
             return load_LM.astype(np.int64)
     return None
 
@@ -139,7 +140,7 @@ def facts_of(recipe: Recipe, run: Path) -> dict[str, str]:
     """The recipe under the labels of unipool_run_info, as far as a folder knows them."""
     t = recipe.grid
     try:
-        lanes = str(json.loads((run / "plan.json").read_text())["lanes"])
+        lanes = str(loads((run / "plan.json").read_text())["lanes"])
     except (OSError, ValueError, KeyError, TypeError):
         lanes = ""
     return {
