@@ -21,7 +21,8 @@ from pool.topology import Topology
 from trainer import safe_yaml
 from trainer.credentials import keys_with_credentials
 from trainer.errors import UserError
-from trainer.relations import check_relations, show
+from trainer.key_errors import first_line
+from trainer.relations import check_relations
 from trainer.text_file import Unreadable, keys_with_odd_text, read_text
 
 LARGEST = 2**62
@@ -382,30 +383,3 @@ def _put(tree: dict[str, Any], key: str, value: Any, what: str) -> None:
         if not isinstance(node, dict):
             raise UserError(f"{what}: {key} cannot be set: {section} is a value, not a section")
     node[leaf] = value
-
-
-def first_line(error: ValidationError, root: type[BaseModel]) -> str:
-    """The first thing that is wrong with a file of `root`'s keys: key, value and what is allowed."""
-    first, *more = error.errors()
-    location = tuple(part for part in first["loc"] if part not in (_ONE, _SEVERAL))
-    key = ".".join(str(part) for part in location)
-    if first["type"] == "value_error":
-        line = str(first["ctx"]["error"])
-    elif first["type"] == "extra_forbidden":
-        line = f"{key}: unknown key; {_allowed_keys(location, root)}"
-    elif first["type"] == "missing":
-        line = f"{key}: missing"
-    else:
-        message = first["msg"].replace("Input should be", "must be")
-        line = f"{key} = {show(first['input'])}: {message[0].lower()}{message[1:]}"
-    return line + (f" (and {len(more)} more)" if more else "")
-
-
-def _allowed_keys(location: tuple[int | str, ...], root: type[BaseModel]) -> str:
-    model = root
-    for part in location[:-1]:
-        # Numbers are places in a list, and the only lists of sections are those of sources.
-        model = Source if isinstance(part, int) else model.model_fields[part].annotation  # type: ignore[assignment]
-    known = list(model.model_fields)
-    close = difflib.get_close_matches(str(location[-1]), known, n=1)
-    return f"did you mean {close[0]}?" if close else f"allowed: {', '.join(known)}"

@@ -34,12 +34,12 @@ from trainer.config import (
     Recipe,
     Section,
     check_recipe,
-    first_line,
     parse_mapping,
     parse_override,
     read_tree,
 )
 from trainer.errors import UserError
+from trainer.key_errors import first_line
 from trainer.relations import show
 from trainer.text_file import Unreadable, read_text
 from trainer.whole import write_whole
