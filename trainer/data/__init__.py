@@ -1,7 +1,13 @@
 """The way from documents to token sequences.
 
-sources    documents of a file, folder, glob, the hub, or Python's own library
-tokenizer  a byte-level BPE: loaded or trained
+sources    which files are meant by a file, folder, glob, or Python's own library
+content    a text file's content as UTF-8: unpacked, converted
+records    the text of a record, and where it is cut into pieces
+readers    records of plain text, JSON and CSV
+tables     records of Parquet and Arrow files
+hub        records of a data set on the hub
+documents  all documents of a source, from any position on
+tokenizer  loaded or trained, and which token ends a document
 packing    one split's documents, packed into rows of an Arrow file
 prepare    all of it once, atomically, into a folder that later runs find again
 batches    a step's sequences: shuffled by seed, sliced over trunk ranks

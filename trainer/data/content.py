@@ -198,11 +198,12 @@ def _to_utf8(chunks: Iterator[bytes], encoding: str, where: str) -> Iterator[byt
 
 
 def decode(data: bytes, where: str, first_line: int) -> str:
-    """Text of UTF-8.
+    """Text of UTF-8, without its byte-order mark.
 
     Raises:
         UserError: it is not; names the line.
     """
+    data = data.removeprefix(codecs.BOM_UTF8)
     try:
         return data.decode()
     except UnicodeDecodeError as error:

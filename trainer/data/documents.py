@@ -80,9 +80,9 @@ class Documents:
             name = HUB_PREFIX + self._source.removeprefix(HUB_PREFIX).partition(":")[0]
             if self._file == 0:
                 yield from self._pieces(name, read_hub(self._source, self._text_field, self._at))
+                self._file, self._at = 1, None
         else:
             yield from self._pieces_of_files(source_files(self._source))
-        self._file, self._at = self._file + 1, None
         self._judge(at_end=True)
 
     def _pieces_of_files(self, files: list[Path]) -> Iterator[Piece]:

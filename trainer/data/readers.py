@@ -211,7 +211,7 @@ class _Window:
     def _more(self) -> bool:
         self._text, self._at = self._text[self._at :], 0
         if len(self._text) > RECORD_BYTES:
-            raise self.error(too_long())
+            raise UserError(f"{self._where}, line {self.line}: a record {too_long()}")
         block = self._stream.read(max(_BLOCK, len(self._text)))
         self._ended = not block
         self._text += self._decode(block, final=not block)
@@ -285,7 +285,8 @@ def _header(content: Content, text_field: str) -> tuple[str, list[str], Position
             return delimiter, names, [lines.offset, lines.number]
         columns = names if len(names) > len(columns) else columns
     raise UserError(
-        f'{where}: no column "{one_line(text_field)}"; set data.text_field to one of {listed(columns)} (its line 1)'
+        f'{where}: no column "{one_line(text_field)}"; '
+        f"set data.text_field to one of {listed(columns)}, or leave the file out"
     )
 
 

@@ -151,4 +151,4 @@ def _kind(value: Any) -> str:
     if isinstance(value, list):
         kinds = sorted({type(item).__name__ for item in value})
         return f"list of {' and '.join(kinds)}" if kinds else "list"
-    return f"a {type(value).__name__}"
+    return type(value).__name__

@@ -123,11 +123,22 @@ def find_files(source: str) -> Files:
         return Files([_named(path)])
     files = _in_folder(path) if os.path.isdir(path) else _matches(str(path))
     if not files.read:
-        told = left_out_line(source, files.left_out)
-        raise UserError(f"{told or f'data.source {shown(source)}'}: no file found that can be read; {_give()}")
+        told = left_out_line(source, files.left_out) or f"data.source {shown(source)}{_why_not(path)}"
+        raise UserError(f"{told}: no file found that can be read; {_give()}")
     files.read.sort()
     files.left_out.sort()
     return files
+
+
+def _why_not(path: Path) -> str:
+    """Why a path that is no glob is neither a file nor a folder."""
+    if glob.has_magic(str(path)) or os.path.isdir(path):
+        return ""
+    try:
+        os.stat(path)
+    except (OSError, ValueError) as error:
+        return f" ({one_line(getattr(error, 'strerror', None) or error)})"
+    return " (a device, a pipe or a socket)"
 
 
 def _give() -> str:

@@ -124,8 +124,10 @@ def _column(schema: pa.Schema, text_field: str, path: Path) -> _Column:
             return _Column(top, index, rest, top)
     structs = [field for field in schema if pa.types.is_struct(field.type)]
     nested = [f"{field.name}.{inner.name}" for field in structs for inner in field.type]
-    name = one_line(text_field)
-    raise UserError(f'{shown(path)}: no column "{name}"; set data.text_field to one of {listed(schema.names + nested)}')
+    raise UserError(
+        f'{shown(path)}: no column "{one_line(text_field)}"; '
+        f"set data.text_field to one of {listed(schema.names + nested)}, or leave the file out"
+    )
 
 
 def _inner(kind: pa.DataType, path: str) -> tuple[pa.DataType, str]:

@@ -245,9 +245,9 @@ def test_odd_inputs(tmp_path):
     "line, said",
     [
         (b'{"content": "x", "meta": {"a": 1}}', 'no text under "text" (its keys: content, meta, meta.a); mend it'),
-        (b'{"text": 5}', 'no text under "text" (it is a int); mend it or set data.text_field'),
+        (b'{"text": 5}', 'no text under "text" (it is int); mend it or set data.text_field'),
         (b'["text"]', 'no text under "text" (its keys: none, it is list of str)'),
-        (b'"text"', 'no text under "text" (its keys: none, it is a str)'),
+        (b'"text"', 'no text under "text" (its keys: none, it is str)'),
         (b'{"text": ["a", "b"]}', '"text" is a list of str, as of chat messages or sentences; make one text of each'),
         (b'{"text": "cut o', "not valid JSON (Invalid control character at)"),
         (b'{"text": "x", "n": ' + b"9" * 5000 + b"}", "not valid JSON (a number with too many digits)"),
@@ -362,7 +362,7 @@ def test_long_lines(tmp_path, monkeypatch):
     pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet")
     assert bad_records_of(tmp_path / "a.parquet")[0].startswith("row 2: longer than")
     (tmp_path / "a.json").write_bytes(b"[" + long + b"]")
-    assert "line 1: not valid JSON (longer than" in message_of(tmp_path / "a.json")
+    assert "line 1: a record longer than" in message_of(tmp_path / "a.json")
 
 
 def test_rows_of_csv(tmp_path):
@@ -378,7 +378,10 @@ def test_rows_of_csv(tmp_path):
     path.write_bytes(b"text\n" + b"a\n" * 60 + b"caf\xe9\n")
     assert bad_records_of(path) == ["line 62: invalid UTF-8 in its text; mend or remove it"]
     path.write_text("content;id\na;1\n")
-    assert message_of(path) == f'{path}: no column "text"; set data.text_field to one of content, id (its line 1)'
+    assert (
+        message_of(path)
+        == f'{path}: no column "text"; set data.text_field to one of content, id, or leave the file out'
+    )
 
 
 def test_text_fields(tmp_path):
@@ -401,7 +404,7 @@ def test_json_files_with_faults(tmp_path):
         ('[\n{"text": "x}]', "line 2: not valid JSON (Unterminated string starting at)"),
         ('[{"text": ' + "[" * 100_000, "line 1: not valid JSON (nested too deeply)"),
         ('{\n"text": "x"\n', "line 1: not valid JSON (Expecting ',' delimiter)"),
-        ('["a", "b"]', 'line 1: no text under "text" (its keys: none, it is a str)'),
+        ('["a", "b"]', 'line 1: no text under "text" (its keys: none, it is str)'),
         ('{"data": [{"text": "x"}]}', 'line 1: no text under "text" (its keys: data)'),
     ):
         path.write_text(text)
@@ -414,7 +417,7 @@ def test_tables_with_faults(tmp_path):
     pq.write_table(table, path)
     feather.write_feather(table, tmp_path / "a.feather")
     for file in (path, tmp_path / "a.feather"):
-        expected = "set data.text_field to one of content, id, chat, meta, meta.text"
+        expected = "set data.text_field to one of content, id, chat, meta, meta.text, or leave the file out"
         assert message_of(file) == f'{file}: no column "text"; {expected}'
         assert message_of(file, "meta.x").endswith(expected)
         assert 'no text under "id" (it is int64)' in message_of(file, "id")

@@ -153,8 +153,10 @@ def test_links(tmp_path):
 def test_what_is_no_file(tmp_path):
     os.mkfifo(tmp_path / "pipe.txt")
     assert "left out: 1 not a file, or a broken link (pipe.txt): no file found" in message_of(tmp_path)
-    assert "no file found" in message_of(tmp_path / "pipe.txt")
-    assert "no file found" in message_of("/dev/null")
+    for source in (tmp_path / "pipe.txt", "/dev/null"):
+        assert f"{source} (a device, a pipe or a socket): no file found" in message_of(source)
+    assert "a.txt (No such file or directory): no file found" in message_of(tmp_path / "a.txt")
+    assert "(File name too long): no file found" in message_of(tmp_path / ("a" * 300))
 
 
 def test_names_that_are_not_text(tmp_path):
