@@ -81,7 +81,7 @@ def run(recipe: Recipe, device: torch.device, out: Path, effort: Effort | None =
     """
     if recipe.model.ffn == "dense":
         raise UserError("bench: model.ffn = dense: has no experts and no wire to measure; take a recipe with a pool")
-    if not os.access(out.parent, os.W_OK) or out.is_dir():
+    if not (os.path.isdir(out.parent) and os.access(out.parent, os.W_OK)) or os.path.isdir(out):
         raise UserError(f"--out {out}: cannot be written; choose a file in a folder that is there")
     if device.type == "cpu":
         limit_threads(recipe.grid.world_size)  # as a rank of this job has

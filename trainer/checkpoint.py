@@ -158,6 +158,9 @@ def damage(folder: Path, pick: Callable[[list[str]], list[str]] = list) -> str |
             return f"{MANIFEST_FILE} is not the one that {MARKER_FILE} was written for"
         files = _MANIFEST.validate_json(manifest).files
         _ABOUT.validate_json((folder / LAYOUT_FILE).read_bytes())
+        for name in (RECIPE_FILE, LAYOUT_FILE):
+            if name not in files:
+                return f"{MANIFEST_FILE} does not name {name}"
         for name in pick(sorted(files)):
             if not (folder / name).resolve().is_relative_to(folder.resolve()):
                 return f"{MANIFEST_FILE} names {one_line(name)}, which is not in the checkpoint"

@@ -38,7 +38,7 @@ def told() -> Iterator[None]:
         sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:  # as of `unipool recipes | head -1`
         _forget_stdout()
-        sys.exit(128 + signal.SIGPIPE)
+        sys.exit(1)  # as click does where it meets this itself
     except OSError as error:
         if error.filename is None and error.errno not in _OF_A_DISK:
             raise

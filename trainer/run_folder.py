@@ -81,13 +81,13 @@ class RunFolder:
         write_whole(self.path / TOKENIZER_FILE, lambda path: path.write_text(tokenizer, encoding="utf-8"))
         write_whole(self.recipe_file, lambda path: save_recipe(recipe, path))
         kept = [line for line in self._lines() if _is_before(line, done_steps)]
-        write_whole(self.metrics_file, lambda path: path.write_text("".join(kept)))
+        write_whole(self.metrics_file, lambda path: path.write_text("".join(kept), encoding="utf-8"))
 
     def _lines(self) -> list[str]:
         if not self.metrics_file.exists():
             return []
-        # A killed run may leave half a line at the end.
-        return [line for line in self.metrics_file.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        lines = self.metrics_file.read_text("utf-8", "replace").splitlines(keepends=True)
+        return [line for line in lines if line.endswith("\n")]  # a killed run may leave half a line at the end
 
     def append_metrics(self, record: dict[str, Any]) -> None:
         """Append one JSON object; floats keep their full precision, and those that are not finite are null.

@@ -18,8 +18,11 @@ class Unreadable(Exception):
     """A file that cannot be read as text; the message says why in a few words."""
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, largest: int = LARGEST) -> str:
     """The text of a file in UTF-8, without a byte-order mark.
+
+    Args:
+        largest: bytes that it may have.
 
     Raises:
         Unreadable: it is not there, no regular file (a pipe would never end), too large, or not UTF-8.
@@ -29,13 +32,13 @@ def read_text(path: Path) -> str:
         with os.fdopen(descriptor, "rb") as file:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 raise Unreadable("no regular file")
-            content = file.read(LARGEST + 1)
+            content = file.read(largest + 1)
     except OSError as error:
         raise Unreadable(reason(error)) from None
     except ValueError:  # of a path with a null byte, or one that cannot be encoded
         raise Unreadable("no such path can exist") from None
-    if len(content) > LARGEST:
-        raise Unreadable(f"larger than {LARGEST // 2**20} MiB")
+    if len(content) > largest:
+        raise Unreadable(f"larger than {largest // 2**20} MiB")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError:

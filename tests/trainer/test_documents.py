@@ -15,6 +15,7 @@ from trainer.drive import LocalPool, NoPool
 from trainer.micro_batch import Objective, PoolMap, hidden_states, train_dense_micro_batch, train_micro_batch
 from trainer.model import Trunk
 from trainer.pool_rank import build_shard, finish_gradients
+from trainer.resume import changes_mathematics
 
 CPU = torch.device("cpu")
 MASKED: dict[str, Any] = {"data": {"document_mask": True}}
@@ -127,3 +128,7 @@ def test_layouts_come_to_the_same(parallel: dict[str, Any]) -> None:
     one = run_training(tiny(parallel=zero, **MASKED), steps=2)
     assert_same(one, run_training(tiny(parallel={**zero, **parallel}, **MASKED), steps=2))
     assert one.scalars[0]["loss"] != run_training(tiny(parallel=zero), steps=1).scalars[0]["loss"]
+
+
+def test_a_resume_with_another_mask_is_other_mathematics() -> None:
+    assert changes_mathematics("data.document_mask", tiny())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +11,15 @@ from typing import Any
 from trainer.errors import UserError
 from trainer.strict_json import loads
 from trainer.sweep.result import JSON_FILE, SETTINGS
+from trainer.text_file import Unreadable, read_text
 
 _COMPARABLE = ("tokens", "data.source", "data.tokenizer", "model.vocab", "model.seq_len")
 """Must be equal: a loss says nothing beside one of other text or another length of training."""
 _SCALED = ("balance.layer", "balance.pool", "train.lr")
 """May be another at another size, as in the paper; said if so."""
+
+LARGEST = 2**28
+"""Bytes of a result at most: it has the curves of all runs."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,7 @@ class Family:
 
 def result_file(source: Path) -> Path:
     """The result.json of a sweep's folder; a file is itself."""
-    return source / JSON_FILE if source.is_dir() else source
+    return source / JSON_FILE if os.path.isdir(source) else source
 
 
 def read_families(sources: Sequence[Path], variants: Sequence[str] = ()) -> list[Family]:
@@ -100,10 +105,10 @@ def _read(file: Path) -> tuple[list[Point], dict[str, Point]]:
     """The points of a result, and its baselines by block."""
     again = f"make it with: unipool sweep {file.parent} --report"
     try:
-        variants = loads(file.read_text())["variants"]
+        variants = loads(read_text(file, LARGEST))["variants"]
         points = {v["name"]: _point(v, f"{file}: {v['compared_with'] or v['name']}") for v in variants if v["runs"]}
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror}); {again}") from None
+    except Unreadable as error:
+        raise UserError(f"{file}: cannot be read ({error}); {again}") from None
     except ValueError:
         raise UserError(f"{file}: not JSON; {again}") from None
     except (KeyError, TypeError, AttributeError):
