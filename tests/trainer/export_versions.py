@@ -25,7 +25,9 @@ def environment(folder: Path, version: str) -> Path:
         venv.create(folder, with_pip=True, clear=True)
         site = subprocess.run(
             [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
-            check=True, capture_output=True, text=True,
+            check=True,
+            capture_output=True,
+            text=True,
         ).stdout.strip()
         (Path(site) / "shared.pth").write_text(sysconfig.get_path("purelib") + "\n")
         subprocess.run([python, "-m", "pip", "install", "--quiet", f"transformers=={version}"], check=True)
