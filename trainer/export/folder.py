@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from trainer.export.configuration_unipool import UniPoolConfig
     from trainer.export.modeling_unipool import UniPoolForCausalLM
 
+MODEL_FILES = ("configuration_unipool.py", "experts_unipool.py", "modeling_unipool.py")
+"""The model for transformers, which every export has a copy of."""
+
 EXPORT_VERSION = 2
 """Of the model's files in an export, `export_version` in config.json. Exports of version 1 have none: their
 modeling_unipool.py cannot generate with transformers 5.24 and later."""
@@ -141,7 +144,7 @@ def load_export(path: Path) -> tuple[UniPoolForCausalLM, PreTrainedTokenizerFast
     if kind not in dtypes:
         raise UserError(f"{path}: its weights are {kind}; exports are {', '.join(dtypes)}")
     model = filled_model(config, tensors, dtypes[kind])
-    tokenizer = _read_tokenizer(path, config.vocab_size)
+    tokenizer = _read_tokenizer(path, config)
     ends = _end_ids(path, config.vocab_size) or tokenizer.eos_token_id
     model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id)
     return model, tokenizer
@@ -172,21 +175,50 @@ def _read_config(path: Path) -> UniPoolConfig:
         raise UserError(f"{path / 'config.json'}: {first_line(error)}") from None
 
 
-def _read_tokenizer(path: Path, vocab_size: int) -> PreTrainedTokenizerFast:
+def tokenizer_settings(special: Mapping[str, str], window: int) -> dict[str, Any]:
+    """Arguments of `PreTrainedTokenizerFast`.
+
+    Args:
+        special: bos_token, eos_token and pad_token.
+        window: tokens that the model was trained on at once.
+    """
+    return {
+        **special,
+        "padding_side": "left",
+        "model_max_length": window,
+        "model_input_names": ["input_ids", "attention_mask"],
+        "clean_up_tokenization_spaces": False,
+    }
+
+
+def _read_tokenizer(path: Path, config: UniPoolConfig) -> PreTrainedTokenizerFast:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
+    file, said = path / "tokenizer.json", read_object(path / "tokenizer_config.json")
     try:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
-        largest = max(tokenizer.get_vocab().values(), default=-1)
+        tokenizer = Tokenizer.from_file(str(file))
     except BaseException as error:  # tokenizers panics with one that is no Exception
         if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
             raise
+        raise UserError(f"{file}: cannot be read ({first_line(error)}); export the run again") from error
+    largest = max(tokenizer.get_vocab().values(), default=-1)
+    if not 0 <= largest < config.vocab_size:
         raise UserError(
-            f"{path}: its tokenizer cannot be read ({type(error).__name__}: {first_line(error)}); export the run again"
-        ) from error
-    if not 0 <= largest < vocab_size:
-        raise UserError(f"{path}: its tokenizer has ids up to {largest}, its model those below {vocab_size}")
-    return tokenizer
+            f"{file}: has ids up to {largest}, the model by its config.json those below {config.vocab_size}"
+        )
+    special = {}
+    for name in ("bos_token", "eos_token", "pad_token"):
+        token = said.get(name)
+        if isinstance(token, dict):  # so some versions of transformers write it
+            token = token.get("content")
+        if not isinstance(token, str) or tokenizer.token_to_id(token) is None:
+            raise UserError(
+                f"{path / 'tokenizer_config.json'}: {name} is {token!r}, which tokenizer.json does not have"
+            )
+        special[name] = token
+    settings = tokenizer_settings(special, config.max_position_embeddings)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **settings)
 
 
 def _end_ids(path: Path, vocab_size: int) -> list[int]:

@@ -63,8 +63,6 @@ def generate(source: Path, prompt: str, tokens: int, sampling: Sampling, stream:
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     # A text without a beginning begins as documents do.
     ids = tokenizer(prompt)["input_ids"] or [tokenizer.bos_token_id]
-    if None in ids:
-        raise UserError("--prompt: is empty, and the tokenizer has no token that begins a text; give one")
     window = model.config.max_position_embeddings
     if len(ids) >= window:
         raise UserError(f"--prompt: has {len(ids)} tokens, the model's window is {window}; give {window - 1} at most")

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.config import Recipe, load_recipe
-from trainer.errors import SharedUserError
+from trainer.errors import SharedUserError, UserError
+from trainer.export.folder import StoredTensors, read_object
 from trainer.export.names import Parts, expert_names, trunk_names
-from trainer.strict_json import loads
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from trainer.checkpoint import Role
     from trainer.engine import Engine, ParameterState
 
-_FILE = "model.safetensors"
 _CONFIG = {
     "num_attention_heads": "model.heads",
     "num_key_value_heads": "model.kv_heads",
@@ -43,22 +42,12 @@ class ExportedWeights:
         self._recipe = recipe
         self._folder = folder = Path(str(recipe.train.init_from))
         self._where = f"train.init_from = {folder}"
-        index = folder / f"{_FILE}.index.json"
         try:
-            if index.is_file():
-                self._files = {n: folder / file for n, file in loads(index.read_text())["weight_map"].items()}
-            else:
-                with self._open(folder / _FILE) as file:
-                    self._files = dict.fromkeys(file.keys(), folder / _FILE)
-        except Exception as error:  # safetensors has its own for a file that is none
+            self._tensors = StoredTensors(folder)
+        except UserError as error:
             raise SharedUserError(
                 f"{self._where}: no export of this trainer ({error}); make one with `unipool export`"
             ) from None
-
-    def _open(self, path: Path, framework: str = "numpy") -> Any:
-        from safetensors import safe_open
-
-        return safe_open(path, framework=framework)
 
     def check(self) -> None:
         """All tensors of the recipe's model are there, and none else, in its shapes. Reads no tensor.
@@ -73,24 +62,26 @@ class ExportedWeights:
             for parts in names.values()
             for name, rows in parts.items()
         }
-        for name in sorted(wanted.keys() ^ self._files.keys()):
+        for name in sorted(wanted.keys() ^ self._tensors.keys()):
             has, lacks = ("the recipe", "the export") if name in wanted else ("the export", "the recipe")
             raise SharedUserError(f"{self._where}: {has} has a tensor {name}, {lacks} has not: another model")
         self._check_settings()
         for name, rows in wanted.items():
-            with self._open(self._files[name]) as file:
-                shape = file.get_slice(name).get_shape()
+            shape = self._tensors.shapes[name]
             columns = self._recipe.model.ffn_hidden if "down_proj" in name else self._recipe.model.hidden
-            if shape not in ([rows], [rows, columns]):
+            if shape not in ((rows,), (rows, columns)):
                 raise SharedUserError(
-                    f"{self._where}: {name} has shape {shape}, by the recipe it has {rows} rows: another model"
+                    f"{self._where}: {name} has shape {list(shape)}, by the recipe it has {rows} rows: another model"
                 )
 
     def _check_settings(self) -> None:
         """Settings that no shape tells, by config.json or recipe.yaml."""
         config = self._folder / "config.json"
         if config.is_file():
-            said = loads(config.read_text())
+            try:
+                said = read_object(config)
+            except UserError as error:
+                raise SharedUserError(f"{self._where}: {error}") from None
             saved = {key: said[name] for name, key in _CONFIG.items() if name in said}
         else:
             recipe = load_recipe(str(self._folder / "recipe.yaml"))
@@ -104,10 +95,7 @@ class ExportedWeights:
         """A tensor of the trainer's from its exported parts, fp32."""
         import torch
 
-        found = []
-        for name in parts:
-            with self._open(self._files[name], "pt") as file:
-                found.append(file.get_tensor(name).float())
+        found = [self._tensors[name].float() for name in parts]
         return found[0] if len(found) == 1 else torch.cat(found)
 
     def take_over(self, name: str, engine: Engine) -> None:

@@ -46,6 +46,7 @@ _EMBEDS = "inputs_embeds" if "inputs_embeds" in _MASK_PARAMETERS else "input_emb
 # loss), positions in the cache (before 5.4), arguments of attention functions, and those of the loss.
 _KEYWORDS = frozenset(TransformersKwargs.__annotations__) | {
     "cache_position",
+    "is_causal",
     "kernel_options",
     "block_table",
     "read_index",

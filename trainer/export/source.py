@@ -24,7 +24,7 @@ from trainer.config import Recipe, load_recipe
 from trainer.data.settings import TRAIN
 from trainer.data.tokenizer import end_of_document_id, load_tokenizer
 from trainer.errors import UserError
-from trainer.export.folder import first_line
+from trainer.export.folder import first_line, tokenizer_settings
 from trainer.export.modeling_unipool import UniPoolConfig, UniPoolForCausalLM
 from trainer.export.names import Parts, expert_names, trunk_names
 from trainer.reshape import SavedCheckpoint, convert
@@ -239,14 +239,7 @@ def export_tokenizer(run: SavedRun) -> ExportedTokenizer:
     # Training adds no special tokens round a text.
     tokenizer.post_processor = None
     end = tokenizer.id_to_token(end_id)
-    settings = {
-        # A document begins behind the end of another one.
-        "bos_token": end,
-        "eos_token": end,
-        "pad_token": end,
-        "padding_side": "left",
-        "model_max_length": run.recipe.model.seq_len,
-        "model_input_names": ["input_ids", "attention_mask"],
-        "clean_up_tokenization_spaces": False,
-    }
+    # A document begins behind the end of another one.
+    special = {"bos_token": end, "eos_token": end, "pad_token": end}
+    settings = tokenizer_settings(special, run.recipe.model.seq_len)
     return ExportedTokenizer(tokenizer.to_str(pretty=True), settings, end_id)

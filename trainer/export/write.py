@@ -14,13 +14,12 @@ from transformers import GenerationConfig
 from trainer.checkpoint import damage
 from trainer.config import save_recipe
 from trainer.errors import UserError
-from trainer.export.folder import EXPORT_VERSION
+from trainer.export.folder import EXPORT_VERSION, MODEL_FILES
 from trainer.export.source import SavedRun, Weights, export_tokenizer, find_run, model_config, open_weights
 from trainer.whole import whole_folder
 
 Format = Literal["hf", "safetensors"]
 
-_MODEL_FILES = ("configuration_unipool.py", "experts_unipool.py", "modeling_unipool.py")
 _SHARD_SIZE = "5GB"
 
 
@@ -90,7 +89,7 @@ def _write_model_files(run: SavedRun, folder: Path, dtype: str) -> None:
     )
     config.to_json_file(folder / "config.json")
     GenerationConfig(**ids).save_pretrained(folder)
-    for file in _MODEL_FILES:
+    for file in MODEL_FILES:
         (folder / file).write_bytes((resources.files("trainer.export") / file).read_bytes())
     (folder / "tokenizer.json").write_text(tokenizer.json, encoding="utf-8")
     about = {"tokenizer_class": "PreTrainedTokenizerFast", **tokenizer.settings}

@@ -52,14 +52,9 @@ def made(name: str) -> Any:
     embed[END, 4] = 1
     embed[[YES, NO, *range(5, len(WORDS))], 5] = 1
     for expert in range(2):
-        if name == "unipool":
-            own = model.model.experts[expert]
-            own.gate_proj.weight.data[0, :2] = own.up_proj.weight.data[0, :2] = 1
-            own.down_proj.weight.data[2 + expert, 0] = 1
-        else:
-            own = model.model.layers[0].mlp.experts
-            own.gate_up_proj.data[expert, [0, own.gate_up_proj.shape[1] // 2], :2] = 1
-            own.down_proj.data[expert, 2 + expert, 0] = 1
+        own = model.model.experts if name == "unipool" else model.model.layers[0].mlp.experts
+        own.gate_up_proj.data[expert, [0, own.gate_up_proj.shape[1] // 2], :2] = 1
+        own.down_proj.data[expert, 2 + expert, 0] = 1
     first, second = (block.router if name == "unipool" else block.mlp.gate for block in model.model.layers)
     first.weight.data[0, 0] = first.weight.data[1, 1] = 1
     second.weight.data[:, :2] = -1  # gate values of 0 in the pool's model; in the other its experts make nothing

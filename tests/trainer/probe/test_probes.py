@@ -14,7 +14,6 @@ from torch import Tensor
 from router import layer_divergence
 from tests.trainer.probe.tiny_models import MODELS, built, expert_by_hand, fresh, some_text, tiny
 from trainer.errors import UserError
-from trainer.export.modeling_unipool import UniPoolForCausalLM
 from trainer.probe.adapters import Choice, MoELayer, MoEModel, adapt, observed, rerouted
 from trainer.probe.load import coverage, load
 from trainer.probe.randomize import Over, candidates, pick_layers, randomised, randomize, usual_overs
@@ -48,9 +47,6 @@ def same_experts(name: str) -> MoEModel:
         if hasattr(module, "gate_up_proj"):
             module.gate_up_proj.data[:] = module.gate_up_proj.data[:1].clone()
             module.down_proj.data[:] = module.down_proj.data[:1].clone()
-    if isinstance(model, UniPoolForCausalLM):
-        for expert in model.model.experts:
-            expert.load_state_dict(model.model.experts[0].state_dict())
     return adapt(model, name)
 
 
@@ -62,8 +58,8 @@ def test_random_routing_matters_only_among_different_experts(name: str) -> None:
     )
     assert same.loss == pytest.approx(mean_loss(same_experts(name), text, nothing), abs=1e-6)
     assert all(loss == pytest.approx(same.loss, abs=5e-6) for r in same.layers for loss in r.losses)
-    assert all(abs(loss - different.loss) > 1e-4 for r in different.layers for loss in r.losses)
-    assert all(r.spread > 1e-4 for r in different.layers)
+    assert all(abs(loss - different.loss) > 2e-5 for r in different.layers for loss in r.losses)
+    assert all(r.spread > 2e-5 for r in different.layers)
 
 
 def test_means_and_spreads() -> None:
@@ -238,17 +234,10 @@ def test_layers_of_sub_pools_differ_from_those_of_others() -> None:
 def test_cosines_by_pairs(name: str) -> None:
     """Of a copy, of one with its hidden units in another order, and of one that makes the opposite."""
     model = fresh(name)
-    order = torch.randperm(8, generator=torch.Generator().manual_seed(0))
-    if name == "unipool":
-        order = torch.randperm(12, generator=torch.Generator().manual_seed(0))
-        w1, w3, w2 = (
-            [getattr(expert, part).weight for expert in model.model.experts]
-            for part in ("gate_proj", "up_proj", "down_proj")
-        )
-    else:
-        experts = model.model.layers[1].mlp.experts
-        w1, w3 = ([w.chunk(2)[half] for w in experts.gate_up_proj] for half in (0, 1))
-        w2 = list(experts.down_proj)
+    experts = model.model.experts if name == "unipool" else model.model.layers[1].mlp.experts
+    w1, w3 = ([w.chunk(2)[half] for w in experts.gate_up_proj] for half in (0, 1))
+    w2 = list(experts.down_proj)
+    order = torch.randperm(len(w1[0]), generator=torch.Generator().manual_seed(0))
     for to, rows, sign in ((1, torch.arange(len(order)), 1), (2, order, 1), (3, torch.arange(len(order)), -1)):
         w1[to].copy_(w1[0][rows])
         w3[to].copy_(w3[0][rows])

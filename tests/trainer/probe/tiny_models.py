@@ -110,11 +110,8 @@ def gates(name: str, router: Any, x_D: Tensor) -> dict[int, float]:
 
 def expert_by_hand(model: Any, layer: int, expert: int, x_D: Tensor) -> Tensor:
     """SwiGLU of a layer's own expert, or of an expert of our pool by its global id."""
-    if isinstance(model, UniPoolForCausalLM):
-        own = model.model.experts[expert]
-        w1, w3, w2 = own.gate_proj.weight, own.up_proj.weight, own.down_proj.weight
-    else:
-        stack = model.model.layers[layer].mlp.experts
-        (w1, w3), w2 = stack.gate_up_proj[expert].chunk(2), stack.down_proj[expert]
+    shared = isinstance(model, UniPoolForCausalLM)
+    stack = model.model.experts if shared else model.model.layers[layer].mlp.experts
+    (w1, w3), w2 = stack.gate_up_proj[expert].chunk(2), stack.down_proj[expert]
     read = w1.double() @ x_D.double()
     return w2.double() @ (read / (1 + (-read).exp()) * (w3.double() @ x_D.double()))
