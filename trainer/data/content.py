@@ -49,6 +49,9 @@ _NOT_TEXT = (
 class Content:
     """The content of one text file, which can be read from any of its bytes on.
 
+    Args:
+        keep_mark: take a byte-order mark for text, and the file for UTF-8.
+
     Attributes:
         path: the file.
         kind: as `kind_of` gives it, by the first bytes where they tell.
@@ -58,7 +61,7 @@ class Content:
         UserError: it is of a kind that is not read, though its ending says otherwise.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, keep_mark: bool = False) -> None:
         self.path = path
         self.kind = kind_of(path.name) or "plain"
         self._codec = ""
@@ -73,7 +76,8 @@ class Content:
                 raise UserError(f"{shown(path)}: is packed twice; unpack it once")
         elif path.name.lower().endswith(COMPRESSED) and not _looks_like_text(head):
             raise UserError(f"{shown(path)}: damaged or not a {path.suffix.lower()} file; fetch it again")
-        self._encoding = next((encoding for mark, encoding in _MARKS if head.startswith(mark)), "")
+        if not keep_mark:
+            self._encoding = next((encoding for mark, encoding in _MARKS if head.startswith(mark)), "")
         for at, magic, what in _NOT_TEXT:
             if head[at:].startswith(magic):
                 raise UserError(f"{shown(path)}: is {what}")

@@ -101,12 +101,16 @@ class Documents:
         for path in files[self._file :]:
             try:
                 before = identity(path)
-                yield from self._pieces(shown(path), _read(path, self._text_field, self._at))
+                yield from self._pieces(shown(path), self._read(path))
                 if identity(path) != before:
                     raise UserError(f"{shown(path)}: has changed while it was read; start again when it is complete")
             except OSError as error:
                 raise _unreadable(path, error) from error
             self._file, self._at = self._file + 1, None
+
+    def _read(self, path: Path) -> Found:
+        # The library is read as it always was: what was trained on it can be compared.
+        return _read(Content(path, keep_mark=self._source == PYTHON_STDLIB), self._text_field, self._at)
 
     def _pieces(self, where: str, found_at: Found) -> Iterator[Piece]:
         for found, position in found_at:
@@ -174,8 +178,7 @@ def read_documents(source: str, text_field: str) -> Iterator[str]:
             pieces = []
 
 
-def _read(path: Path, text_field: str, at: Position | None) -> Found:
-    content = Content(path)
+def _read(content: Content, text_field: str, at: Position | None) -> Found:
     if content.kind == "plain":
         return read_plain(content, at)
     if content.kind == "json":
@@ -183,8 +186,8 @@ def _read(path: Path, text_field: str, at: Position | None) -> Found:
     if content.kind in ("csv", "tsv"):
         return read_delimited(content, text_field, at)
     if content.kind == "parquet":
-        return read_parquet(path, text_field, at)
-    return read_arrow(path, text_field, at)
+        return read_parquet(content.path, text_field, at)
+    return read_arrow(content.path, text_field, at)
 
 
 def _unreadable(path: Path, error: OSError) -> UserError:

@@ -8,6 +8,7 @@ import json
 import lzma
 import os
 import sys
+import sysconfig
 from pathlib import Path
 
 import datasets
@@ -537,3 +538,13 @@ def test_hub_without_the_data_set_or_config(monkeypatch):
     assert "no such data set" in message_of("hub:owner/name")
     assert "Available: ['a', 'b']" in message_of("hub:owner/name:c")
     assert "scripts are no longer supported" in message_of("hub:owner/name:script")
+
+
+def test_the_standard_library_keeps_its_marks(tmp_path, monkeypatch):
+    """A mark is dropped elsewhere; runs on the library from before that can be compared and resumed."""
+    (tmp_path / "a.py").write_bytes(b"\xef\xbb\xbfimport a\n")
+    (tmp_path / "b.py").write_bytes(b"# latin-1: \xe9\n")
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    assert list(read_documents("python-stdlib", "text")) == ["\ufeffimport a\n"]
+    (tmp_path / "b.py").unlink()
+    assert list(read_documents(str(tmp_path), "text")) == ["import a\n"]
