@@ -121,9 +121,14 @@ def find_files(source: str) -> Files:
         raise UserError(f"data.source: is empty; {_give()}")
     if os.path.isfile(path):
         return Files([_named(path)])
-    files = _in_folder(path) if os.path.isdir(path) else _matches(str(path))
+    if os.path.isdir(path):
+        files = _in_folder(path)
+    elif glob.has_magic(str(path)):
+        files = _matches(str(path))
+    else:
+        raise UserError(f"data.source {shown(source)}: cannot be read ({_why_not(path)}); {_give()}")
     if not files.read:
-        told = left_out_line(source, files.left_out) or f"data.source {shown(source)}{_why_not(path)}"
+        told = left_out_line(source, files.left_out) or f"data.source {shown(source)}"
         raise UserError(f"{told}: no file found that can be read; {_give()}")
     files.read.sort()
     files.left_out.sort()
@@ -131,14 +136,12 @@ def find_files(source: str) -> Files:
 
 
 def _why_not(path: Path) -> str:
-    """Why a path that is no glob is neither a file nor a folder."""
-    if glob.has_magic(str(path)) or os.path.isdir(path):
-        return ""
+    """Why a path is neither a file nor a folder."""
     try:
         os.stat(path)
     except (OSError, ValueError) as error:
-        return f" ({one_line(getattr(error, 'strerror', None) or error)})"
-    return " (a device, a pipe or a socket)"
+        return one_line(getattr(error, "strerror", None) or error)
+    return "a device, a pipe or a socket"
 
 
 def _give() -> str:

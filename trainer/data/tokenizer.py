@@ -43,6 +43,7 @@ _OTHER_FORMS = (
     ((".model",), "LlamaTokenizerFast", "or its family's own class, with the package sentencepiece"),
     (("tekken.json", ".tiktoken"), "AutoTokenizer", "with the package tiktoken"),
 )
+_LARGEST_VOCABULARY = 1 << 24
 _EVERYDAY = [chr(code) for code in range(ord("!"), ord("~") + 1)]
 _RARE = ["é", "\u044f", "中", "ꙮ", "🙂"]
 
@@ -117,6 +118,8 @@ def load_tokenizer(name_or_path: str, end_of_document: str | None = None) -> Tok
     where = f"data.tokenizer {shown(path or name_or_path)}"
     if not tokenizer.get_vocab_size():
         raise UserError(f"{where}: has no tokens; give another one")
+    if vocabulary(tokenizer) > _LARGEST_VOCABULARY:  # to write it takes memory by the largest id
+        raise UserError(f"{where}: has an id of {vocabulary(tokenizer) - 1:,}, which no model can have; mend it")
     if end_of_document is None:
         end_of_document = next(_own_ends(tokenizer, path, name_or_path), None)
     if end_of_document is not None:

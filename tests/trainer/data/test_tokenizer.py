@@ -203,10 +203,13 @@ def test_models_that_drop_text_or_fail(model, tmp_path):
     assert "has no token for some characters" in said and "no unknown token for them" in said
 
 
-def test_holes_and_large_ids(tmp_path, folder):
-    vocab = {"[UNK]": 7, "a": 4_000_000_000}
-    tokenizer = load_tokenizer(str(with_words(models.WordLevel(vocab, unk_token="[UNK]"), tmp_path)))
-    assert vocabulary(tokenizer) == 4_000_000_001
+def test_holes_and_large_ids(tmp_path):
+    path = with_words(models.WordLevel({"[UNK]": 7, "a": 4000}, unk_token="[UNK]"), tmp_path) / "tokenizer.json"
+    assert vocabulary(load_tokenizer(str(path))) == 4001
+    path.write_text(path.read_text().replace("4000", "4000000000"))
+    assert "has an id of 4,000,000,000, which no model can have" in message_of(path)
+    path.write_text(path.read_text().replace("4000000000", "40000000000"))
+    assert "not a tokenizer.json" in message_of(path)
 
 
 def test_bad_tokenizer_files(tmp_path, tokenizer_path):
