@@ -34,7 +34,8 @@ class BrokenModel(Exception):
 def one_line(text: str) -> str:
     """The text on one line that any terminal shows: what is no character for it is escaped as Python does."""
     shown = "".join(ascii(c)[1:-1] if unprintable(c) else c for c in text)
-    return shown if len(shown) <= _LONGEST else f"{shown[: _LONGEST - 3]}..."
+    # What is wrong stands at the beginning of a message, and how to mend it at the end.
+    return shown if len(shown) <= _LONGEST else f"{shown[: _LONGEST // 2]}...{shown[3 - _LONGEST // 2 :]}"
 
 
 def unprintable(character: str) -> bool:
