@@ -1,4 +1,4 @@
-"""In which order tests run: `make test` runs files side by side, each in one process, for its tests share what they set up."""
+"""The order of the tests. `make test` runs several files at once, each in one process, for its tests share their set-up."""
 
 from __future__ import annotations
 
