@@ -1,4 +1,4 @@
-"""The order of the tests. `make test` runs several files at once, each in one process, for its tests share their set-up."""
+"""The order of the tests. `make test` runs several files at once, each in one process: its tests share their set-up."""
 
 from __future__ import annotations
 
