@@ -6,14 +6,14 @@
 PYTHON ?= python3
 VENV ?= .venv
 LOCK ?= constraints.txt
-# Tests at once: more than two cores, for many wait.
+# Files of tests that run at once: more than two cores, for many tests wait.
 JOBS ?= 3
 BIN := $(VENV)/bin
 TORCH := 2.13.0
 
 # pip before 25.3 applies the first to what it builds packages with too, later ones the second.
 PIP := $(if $(LOCK),PIP_CONSTRAINT=$(LOCK) PIP_BUILD_CONSTRAINT=$(LOCK)) $(BIN)/python -m pip --disable-pip-version-check
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadgroup --no-loadscope-reorder
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: train test fast lint lock newest clean
 

@@ -153,7 +153,6 @@ def test_what_start_sh_makes_of_the_numbers_is_a_job(overlay: str, tmp_path: Pat
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("pods")
 def test_the_pods_train_stop_and_go_on(tmp_path: Path) -> None:
     """The CPU overlay's four pods: their names are known late; one gets SIGTERM, and all save and end with status 75.
 

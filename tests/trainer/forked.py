@@ -22,6 +22,16 @@ from trainer.roles import ROLE
 
 POLL_SECONDS = 0.01
 
+NAMES = ("rank 0 (trunk 0)", "rank 1 (pool 0, shard 0)")
+TRUNK, POOL = 0, 1
+"""The ranks of `saving_recipe`, and what they are called."""
+
+
+def saving_recipe(recipe_file: str, run_dir: Path, **keys: Any) -> Recipe:
+    """The recipe of `write_recipe` with a checkpoint every other step, and with some keys set: `train__steps=9`."""
+    sets = [f"{key.replace('__', '.')}={value}" for key, value in keys.items()]
+    return load_recipe(recipe_file, [f"run.dir={run_dir}", "checkpoint.every=2", *sets])
+
 
 def every_call(*_: Any, **__: Any) -> bool:
     return True
