@@ -59,7 +59,7 @@ _KEYWORDS = frozenset(TransformersKwargs.__annotations__) | {
 
 
 def eager_attention_forward(
-    module: nn.Module,
+    module: UniPoolAttention,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -275,7 +275,7 @@ class UniPoolModel(UniPoolPreTrainedModel):
         keep_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         keep_weights = config.output_attentions if output_attentions is None else output_attentions
         keep_logits = config.output_router_logits if output_router_logits is None else output_router_logits
-        states, weights, logits = [], [], []
+        states, weights, logits = [], [], []  # only what is asked for: they would keep memory
         attention = {
             "rope": _rotary_table(position_ids, config.head_dim, config.rope_theta),
             "attention_mask": mask,
@@ -286,16 +286,19 @@ class UniPoolModel(UniPoolPreTrainedModel):
             **kwargs,
         }
         for layer in self.layers:
-            states.append(h_BSD)
+            if keep_states:
+                states.append(h_BSD)
             h_BSD, weights_of_layer, logits_TM = layer(h_BSD, experts=self.experts, **attention)
-            weights.append(weights_of_layer)
-            logits.append(logits_TM)
+            if keep_weights and weights_of_layer is not None:
+                weights.append(weights_of_layer)
+            if keep_logits and logits_TM is not None:
+                logits.append(logits_TM)
         h_BSD = self.norm(h_BSD)
         return MoeModelOutputWithPast(
             last_hidden_state=h_BSD,
             hidden_states=(*states, h_BSD) if keep_states else None,
-            attentions=tuple(weights) if keep_weights and None not in weights else None,
-            router_logits=tuple(logits) if keep_logits and self.experts is not None else None,
+            attentions=tuple(weights) or None,
+            router_logits=tuple(logits) or None,
             **{_CACHE: cache},
         )
 

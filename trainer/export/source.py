@@ -192,7 +192,8 @@ def filled_model(config: UniPoolConfig, weights: Mapping[str, Tensor], dtype: to
     Args:
         weights: by their exported names.
     """
-    model = empty_model(config).to(dtype)
+    model = empty_model(config)
+    model.to(dtype)
     for layer in model.model.layers:
         if config.ffn == "pool":
             layer.router.float()
@@ -240,6 +241,6 @@ def export_tokenizer(run: SavedRun) -> ExportedTokenizer:
     tokenizer.post_processor = None
     end = tokenizer.id_to_token(end_id)
     # A document begins behind the end of another one.
-    special = {"bos_token": end, "eos_token": end, "pad_token": end}
+    special = dict.fromkeys(("bos_token", "eos_token", "pad_token"), str(end))
     settings = tokenizer_settings(special, run.recipe.model.seq_len)
     return ExportedTokenizer(tokenizer.to_str(pretty=True), settings, end_id)
