@@ -132,6 +132,7 @@ def test_damaged_tokenizer(folder: Path) -> None:
             tokenizer = load_tokenizer(str(path))
             vocabulary(tokenizer)
             end_of_document_id(tokenizer)
+            tokenizer.to_str()
 
         only_user_errors(load)
 
