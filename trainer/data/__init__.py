@@ -1,14 +1,13 @@
-"""The way from documents to token sequences.
+"""From documents to the sequences of a step.
 
-sources    which files are meant by a file, folder, glob, or Python's own library
-content    a text file's content as UTF-8: unpacked, converted
-records    the text of a record, and where it is cut into pieces
-readers    records of plain text, JSON and CSV
-tables     records of Parquet and Arrow files
-hub        records of a data set on the hub
-documents  all documents of a source, from any position on
-tokenizer  loaded or trained, and which token ends a document
-packing    one split's documents, packed into rows of an Arrow file
-prepare    all of it once, atomically, into a folder that later runs find again
-batches    a step's sequences: shuffled by seed, sliced over trunk ranks
+reading/     files, or the hub, to documents
+tokenizer    loaded or trained, and which token ends a document
+encoding     texts to token ids, many at once
+splitting    which text is trained on and which is held out
+packing      one split's tokens, packed into rows of an Arrow file
+settings     what decides the prepared data of a source
+preparation  one source into a folder, from the beginning or from where it was interrupted
+prepare      all sources once, atomically, into folders that later runs find again
+prepared     these folders, as a run reads them
+batches      a step's sequences: mixed by weight, shuffled by seed, sliced over trunk ranks
 """

@@ -16,12 +16,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.data.documents import Documents
 from trainer.data.encoding import Encoder
 from trainer.data.packing import SplitWriter
 from trainer.data.prepared import COUNTS_FILE, FACTS_FILE, TOKENIZER_FILE
+from trainer.data.reading.documents import Documents
+from trainer.data.reading.sources import skipped_files
 from trainer.data.settings import DataSettings, limited, pieces, readable
-from trainer.data.sources import skipped_files
 from trainer.data.splitting import SPLITS, Passage, Splitter, choose_splitter
 from trainer.data.tokenizer import end_of_document_id, load_tokenizer, vocabulary
 from trainer.errors import UserError

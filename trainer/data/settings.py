@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from trainer.data.documents import Documents, Piece
-from trainer.data.sources import shown, source_files
+from trainer.data.reading.documents import Documents, Piece
+from trainer.data.reading.sources import shown, source_files
 from trainer.data.splitting import Parts
 from trainer.data.tokenizer import tokenizer_files
 from trainer.errors import UserError

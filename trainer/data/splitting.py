@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from trainer.data.documents import Piece
+from trainer.data.reading.documents import Piece
 
 SPLITS = ("train", "validation", "test")
 Parts = tuple[int, int, int]

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.data.sources import one_line, shown
+from trainer.data.reading.sources import one_line, shown
 from trainer.errors import UserError
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from trainer.checkpoint import read_about
 from trainer.config import source_names
 from trainer.data.batches import evaluation_steps
-from trainer.data.content import decode
+from trainer.data.reading.content import decode
 from trainer.document_mask import attention_of, document_end
 from trainer.errors import UserError
 from trainer.evaluate.subject import Subject

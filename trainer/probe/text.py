@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from trainer.data.documents import read_documents
+from trainer.data.reading.documents import read_documents
 from trainer.document_mask import attention_of
 from trainer.errors import UserError
 from trainer.export.source import SavedRun

@@ -16,8 +16,8 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.data.documents import Documents
-from trainer.data.sources import find_files
+from trainer.data.reading.documents import Documents
+from trainer.data.reading.sources import find_files
 from trainer.data.tokenizer import end_of_document_id, load_tokenizer, train_tokenizer, vocabulary
 from trainer.errors import UserError
 

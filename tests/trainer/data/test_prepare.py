@@ -255,7 +255,7 @@ def test_disk_that_fills_up(settings, limit):
 def test_import_is_quick():
     """The libraries are loaded by the functions that use them."""
     code = (
-        "import sys, trainer.data.prepare, trainer.data.sources, trainer.data.tokenizer\n"
+        "import sys, trainer.data.prepare, trainer.data.reading.sources, trainer.data.tokenizer\n"
         "assert not {'datasets', 'pyarrow', 'tokenizers', 'torch', 'tqdm', 'filelock'} & set(sys.modules)"
     )
     repository = str(Path(__file__).parents[3])

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.data.sources import find_files, kind_of, shown, skipped_files, source_files
+from trainer.data.reading.sources import find_files, kind_of, shown, skipped_files, source_files
 from trainer.errors import UserError
 
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.data.documents import Piece
+from trainer.data.reading.documents import Piece
 from trainer.data.splitting import SPLITS, Splitter, choose_splitter, split_of
 
 

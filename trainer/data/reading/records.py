@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any
 
-from trainer.data.sources import one_line
+from trainer.data.reading.sources import one_line
 
 PIECE_CHARACTERS = 1 << 20
 RECORD_BYTES = 1 << 27

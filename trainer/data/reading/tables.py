@@ -9,10 +9,10 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.data.content import identity
-from trainer.data.readers import Found
-from trainer.data.records import RECORD_BYTES, Bad, Position, checked, listed, not_text, splits, too_long, under
-from trainer.data.sources import one_line, shown
+from trainer.data.reading.content import identity
+from trainer.data.reading.readers import Found
+from trainer.data.reading.records import RECORD_BYTES, Bad, Position, checked, listed, not_text, splits, too_long, under
+from trainer.data.reading.sources import one_line, shown
 from trainer.errors import UserError
 
 if TYPE_CHECKING:

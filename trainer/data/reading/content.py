@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from trainer.data.sources import COMPRESSED, kind_of, one_line, shown
+from trainer.data.reading.sources import COMPRESSED, kind_of, one_line, shown
 from trainer.errors import UserError
 
 _BLOCK = 1 << 16

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from trainer.data.readers import Found
-from trainer.data.records import text_of
-from trainer.data.sources import HUB_PREFIX, one_line, shown
+from trainer.data.reading.readers import Found
+from trainer.data.reading.records import text_of
+from trainer.data.reading.sources import HUB_PREFIX, one_line, shown
 from trainer.errors import UserError
 
 _SNAPSHOT_RECORDS = 1000

@@ -10,8 +10,8 @@ import re
 from collections.abc import Iterator
 from typing import IO, Any
 
-from trainer.data.content import Content, invalid
-from trainer.data.records import (
+from trainer.data.reading.content import Content, invalid
+from trainer.data.reading.records import (
     PIECE_CHARACTERS,
     RECORD_BYTES,
     Bad,
@@ -23,7 +23,7 @@ from trainer.data.records import (
     text_of,
     too_long,
 )
-from trainer.data.sources import one_line, shown
+from trainer.data.reading.sources import one_line, shown
 from trainer.errors import UserError
 
 Found = Iterator[tuple[str | Piece | Bad, Position]]
