@@ -17,8 +17,8 @@ from packaging.version import Version
 from tests.trainer.job import ROOT
 
 LOCK = ROOT / "constraints.txt"
-NOT_LOCKED = re.compile(r"(cuda|nvidia)-.+|pip|triton|unipool")
-"""pip comes with Python, and the CUDA libraries are those that torch was built with."""
+NOT_LOCKED = re.compile(r"(cuda|nvidia)-.+|pip|triton|unipool|uv")
+"""pip comes with Python, uv makes the lock, and the CUDA libraries are those that torch was built with."""
 
 
 def requirements(text: str) -> list[Requirement]:

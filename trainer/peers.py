@@ -81,7 +81,8 @@ class Peers:
         self._beats.set(str(self._rank), "here")
         self._heartbeat.start()
         self._store.set(f"arrival/{self._rank}", dumps(asdict(here)))
-        self._arrivals = [Arrival(**loads(self._store.get(f"arrival/{rank}"))) for rank in self._ranks]
+        for rank in self._ranks:  # those who have come may die before the others come
+            self._arrivals.append(Arrival(**loads(self._store.get(f"arrival/{rank}"))))
         self._store.set(f"heard/{self._rank}", "")
         if self._rank == 0:
             self._store.wait([f"heard/{rank}" for rank in self._ranks])
@@ -107,9 +108,7 @@ class Peers:
 
     def dead(self) -> list[int]:
         """Ranks of this machine whose process is gone."""
-        if not self._arrivals:
-            return []
-        me = self._arrivals[self._rank].machine
+        me = _machine()
         return [rank for rank, peer in enumerate(self._arrivals) if peer.machine == me and not _alive(peer.pid)]
 
     def meet(self, call: Callable[[], T], limit: timedelta) -> T:
@@ -145,6 +144,8 @@ class Peers:
             time.sleep(_LOOK_SECONDS)
         if dead := self.dead():
             return f"{self.describe(dead)} died"
+        if not self._arrivals and "onnection" in str(error):
+            return f"{self.describe([0])}, which holds the job's store, is gone"
         return self._who_is_late() if "imed out" in str(error) or "imeout" in str(error) else ""
 
     def _who_is_late(self) -> str:
@@ -194,6 +195,8 @@ def reach(open_store: Callable[[], T], holder: str, limit: timedelta) -> T:
         if error is None:
             return future.result()
         if "imed out" not in str(error):
+            if "onnection" in str(error):
+                raise PeerLost(f"{holder}, which holds the job's store, is gone: {error}") from error
             raise error
         reason = f": {error}"
     raise PeerLost(f"{holder}, which holds the job's store, has not come within {limit.total_seconds():g} s{reason}")

@@ -89,6 +89,8 @@ class ForkedJob:
         environment = job_environment(world_size)
         environments = [environment | ({ROLE: role} if role else {}) for role in roles or [""] * world_size]
         self.logs = [folder / f"{rank}.log" for rank in range(world_size)]
+        for log in self.logs:
+            log.write_text("")  # an earlier job's, or none until the rank runs
         self._ranks = [
             context.Process(
                 target=_rank, args=(rank, environments[rank], recipe, str(log), fault, apart, command), daemon=True

@@ -45,7 +45,7 @@ def served(kind: Kind, _service: Any, served_kind: Kind, keys: list[RequestKey],
 
 START_UP = "start-up"
 STEP = r"[a-z ]*step [01]"
-WHILE_SAVING = r"(the (checkpoint|evaluation) after step [24]|[a-z ]*step [23])"
+WHILE_SAVING = r"(the (checkpoint|evaluation|probe) after step [24]|[a-z ]*step [23])"
 """The other rank goes on while a checkpoint is written."""
 LAST_SAVE = Place("trainer.train:_Loop._finish_saving")
 PLACES = {
@@ -75,7 +75,7 @@ PLACES = {
     ),
     "copying for a save": (WHILE_SAVING, [Place("trainer.engine:RoleEngine.save")] * 2),
     "writing a save": (WHILE_SAVING, [Place("trainer.saver:_write", number=2)] * 2),
-    "last save": ("the (last checkpoint|evaluation after step 4)", [LAST_SAVE] * 2),
+    "last save": ("the (last checkpoint|evaluation after step 4|probe after step 4)", [LAST_SAVE] * 2),
 }
 """Where a fault happens: the phase in which the other rank then is, and the place on a trunk and on a pool rank."""
 

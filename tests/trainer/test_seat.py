@@ -5,11 +5,15 @@ from __future__ import annotations
 import dataclasses
 import re
 import shutil
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed
 
+import trainer.peers
 from tests.distributed import run_ranks
 from tests.trainer.forked import Fault, ForkedJob, Place, kill, stop
 from tests.trainer.job import steps, write_recipe
@@ -98,6 +102,28 @@ def test_a_rank_that_never_comes_is_named_by_the_launchers_number(name: str, at_
         rf"^unipool: launcher rank {1 - absent} failed in start-up: PeerLost: launcher rank {absent}.* has not come"
     )
     assert re.search(wanted, job.log(1 - absent), re.M), job.log(1 - absent)
+
+
+class BrokenStore:
+    """The store of a host whose process is gone: whatever one asks, the connection breaks."""
+
+    def __getattr__(self, name: str) -> Any:
+        def ask(*_: Any) -> None:
+            raise torch.distributed.DistNetworkError("Connection reset by peer")
+
+        return ask
+
+
+def test_a_store_that_breaks_before_anybody_was_heard_of_names_its_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer.peers, "_SETTLE_SECONDS", 0.0)
+    store = BrokenStore()
+    peers = trainer.peers.Peers(1, ["rank 0 (trunk 0)", "rank 1 (pool 0, shard 0)"], store, store)
+    wanted = r"rank 0 \(trunk 0\), which holds the job's store, is gone \(Connection reset by peer\)"
+    with pytest.raises(trainer.peers.PeerLost, match=wanted):
+        peers.meet(lambda: store.get("arrival/0"), timedelta(seconds=20))
+    wanted = "rank 0, which holds the job's store, is gone: Connection reset by peer"
+    with pytest.raises(trainer.peers.PeerLost, match=wanted):
+        trainer.peers.reach(lambda: store.get("anything"), "rank 0", timedelta(seconds=20))
 
 
 def test_a_death_in_data_preparation_is_noticed_by_the_pool(recipe_file: str, tmp_path: Path) -> None:
