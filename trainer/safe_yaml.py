@@ -10,7 +10,6 @@ import yaml
 LARGEST = 100_000
 """Values of a file at most, those that aliases repeat included."""
 
-
 DEEPEST = 50
 """Collections within each other at most."""
 

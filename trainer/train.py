@@ -233,20 +233,16 @@ class _Loop:
         self._finish_saving(last)
         self._watch.may_stop = False
         self._watch.saved = True
+        # While all are here: at the end rank 0 draws pictures, for longer than a step may wait.
+        own = self._trunk is not None and not math.isfinite(val_loss)  # a pool rank knows no loss
+        (diverged,) = self._job.sum_over_ranks([float(own)])
         self._finish(val_loss, max(start, last))
-        return self._verdict(val_loss)
-
-    def _verdict(self, val_loss: float) -> int:
-        """The exit status of a run that has done all its steps."""
-        self._watch.phase = "the end"
-        broken = self._trunk is not None and not math.isfinite(val_loss)  # a pool rank knows no loss
-        (found,) = self._job.sum_over_ranks([float(broken)])
-        if found and self._job.rank == 0:
+        if diverged and self._job.rank == 0:
             say(
                 f"unipool: all steps are done, but the validation loss is {val_loss}: the model has diverged; lower "
                 f"train.lr, or go back to an earlier checkpoint. Exit status {DIVERGED}"
             )
-        return DIVERGED if found else 0
+        return DIVERGED if diverged else 0
 
     def _finish_saving(self, done: int) -> None:
         """Wait for the last checkpoint; a disk that is full may be mended meanwhile."""
