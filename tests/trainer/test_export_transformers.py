@@ -76,6 +76,8 @@ ONLY_WITH_CACHE = ("cache_implementation", "disable_compile", "prompt_lookup_num
 @pytest.mark.parametrize("kind", GENERATE)
 def test_generate_gives_the_same_tokens_with_and_without_cache(kind: str) -> None:
     settings = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False} | GENERATE[kind]()
+    if kind == "assistant":  # transformers 5.0 refuses both together
+        del settings["min_new_tokens"]
     if "inputs_embeds" not in settings:
         settings = {"input_ids": some_tokens(2, 5)} | settings
     torch.manual_seed(5)

@@ -102,7 +102,7 @@ class UniPoolAttention(nn.Module):
         rope: tuple[Tensor, Tensor],
         attention_mask: Tensor | None,
         cache: Cache | None,
-        cache_position: Tensor,
+        cache_position: Tensor | None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """The output, and the attention's weights (B, H, S, positions) where its function makes them."""
@@ -121,7 +121,7 @@ class UniPoolAttention(nn.Module):
 
 
 def _update(
-    cache: Cache, k: Tensor, v: Tensor, layer_idx: int, cache_position: Tensor, kwargs: dict[str, Any]
+    cache: Cache, k: Tensor, v: Tensor, layer_idx: int, cache_position: Tensor | None, kwargs: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
     """Appends keys and values to a cache: all that are in it."""
     if _CACHE == "cache":
@@ -259,18 +259,18 @@ class UniPoolModel(UniPoolPreTrainedModel):
         causal = {"config": self.config, _EMBEDS: h_BSD, "attention_mask": attention_mask, _CACHE: cache}
         if cache is None and not recompute and (self.config.use_cache if use_cache is None else use_cache):
             cache = DynamicCache(config=self.config)
-        queries = h_BSD.shape[1]
         cache_position = kwargs.pop("cache_position", None)
-        if cache_position is None:
+        # A paged cache does not know how much it holds: its caller says positions.
+        if cache_position is None and (position_ids is None or "cache_position" in _MASK_PARAMETERS):
             past = 0 if cache is None else cache.get_seq_length()
-            cache_position = torch.arange(queries, device=h_BSD.device) + past
+            cache_position = torch.arange(h_BSD.shape[1], device=h_BSD.device) + past
         if "cache_position" in _MASK_PARAMETERS:
             causal["cache_position"] = cache_position
         mask = create_causal_mask(**causal, position_ids=position_ids)
         if position_ids is None:
             position_ids = cache_position[None]
             if attention_mask is not None and attention_mask.ndim == 2:
-                position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -queries:]
+                position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -h_BSD.shape[1] :]
         config = self.config
         keep_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         keep_weights = config.output_attentions if output_attentions is None else output_attentions
