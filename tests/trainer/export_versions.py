@@ -14,7 +14,11 @@ import tempfile
 import venv
 from pathlib import Path
 
-TESTS = ["tests/trainer/test_export.py", "tests/trainer/test_export_folder.py", "tests/trainer/test_export_transformers.py"]
+TESTS = [
+    "tests/trainer/test_export.py",
+    "tests/trainer/test_export_folder.py",
+    "tests/trainer/test_export_transformers.py",
+]
 
 
 def environment(folder: Path, version: str) -> Path:
