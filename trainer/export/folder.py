@@ -203,7 +203,7 @@ def _read_tokenizer(path: Path, config: UniPoolConfig) -> PreTrainedTokenizerFas
         raise UserError(
             f"{file}: has ids up to {largest}, the model by its config.json those below {config.vocab_size}"
         )
-    special = {}
+    special: dict[str, str] = {}
     for name in ("eos_token", "bos_token", "pad_token"):
         token = said.get(name)
         if isinstance(token, dict):  # so some versions of transformers write it
