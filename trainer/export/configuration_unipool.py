@@ -6,6 +6,9 @@ from typing import Any, ClassVar
 
 from transformers import PretrainedConfig
 
+# Of these files, said in config.json. Those of version 1, which do not say it, cannot generate with transformers 5.24.
+EXPORT_VERSION = 2
+
 
 class UniPoolConfig(PretrainedConfig):
     """What a UniPool model is, beside the usual fields of a LLaMA.
@@ -65,6 +68,8 @@ class UniPoolConfig(PretrainedConfig):
         self.output_router_logits = output_router_logits
         self.use_cache = use_cache
         self.hidden_act = "silu"
+        self.export_version = EXPORT_VERSION
+        others.pop("export_version", None)
         self._check_model()
         self.head_dim = hidden_size // num_attention_heads
         super().__init__(tie_word_embeddings=tie_word_embeddings, **others)

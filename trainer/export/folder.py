@@ -21,10 +21,6 @@ if TYPE_CHECKING:
 MODEL_FILES = ("configuration_unipool.py", "experts_unipool.py", "modeling_unipool.py")
 """The model for transformers, which every export has a copy of."""
 
-EXPORT_VERSION = 2
-"""Of the model's files in an export, `export_version` in config.json. Exports of version 1 have none: their
-modeling_unipool.py cannot generate with transformers 5.24 and later."""
-
 WEIGHTS_FILE = "model.safetensors"
 
 
@@ -151,7 +147,7 @@ def load_export(path: Path) -> tuple[UniPoolForCausalLM, PreTrainedTokenizerFast
 
 
 def _read_config(path: Path) -> UniPoolConfig:
-    from trainer.export.configuration_unipool import UniPoolConfig
+    from trainer.export.configuration_unipool import EXPORT_VERSION, UniPoolConfig
 
     said = read_object(path / "config.json")
     kind, version = said.get("model_type"), said.get("export_version", 1)
@@ -207,11 +203,13 @@ def _read_tokenizer(path: Path, config: UniPoolConfig) -> PreTrainedTokenizerFas
         raise UserError(
             f"{file}: has ids up to {largest}, the model by its config.json those below {config.vocab_size}"
         )
-    special = {}
-    for name in ("bos_token", "eos_token", "pad_token"):
+    special: dict[str, str] = {}
+    for name in ("eos_token", "bos_token", "pad_token"):
         token = said.get(name)
         if isinstance(token, dict):  # so some versions of transformers write it
             token = token.get("content")
+        if token is None and "eos_token" in special:
+            token = special["eos_token"]
         if not isinstance(token, str) or tokenizer.token_to_id(token) is None:
             raise UserError(
                 f"{path / 'tokenizer_config.json'}: {name} is {token!r}, which tokenizer.json does not have"

@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 from trainer.checkpoint import damage
 from trainer.config import save_recipe
 from trainer.errors import UserError
-from trainer.export.folder import EXPORT_VERSION, MODEL_FILES
+from trainer.export.folder import MODEL_FILES
 from trainer.export.source import SavedRun, Weights, export_tokenizer, find_run, model_config, open_weights
 from trainer.whole import whole_folder
 
@@ -84,7 +84,6 @@ def _write_model_files(run: SavedRun, folder: Path, dtype: str) -> None:
                 "AutoModelForCausalLM": "modeling_unipool.UniPoolForCausalLM",
             },
             "dtype": dtype,
-            "export_version": EXPORT_VERSION,
         }
     )
     config.to_json_file(folder / "config.json")
