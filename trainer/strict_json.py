@@ -10,9 +10,9 @@ NOT_FINITE = "not_finite"
 """Key under which an object names its own keys that are null because the number was NaN or infinite."""
 
 
-def dumps(tree: Any, indent: int | None = None) -> str:
+def dumps(tree: Any, indent: int | None = None, sort_keys: bool = False) -> str:
     """The tree as JSON text. A float that is NaN or infinite becomes null; see `finite`."""
-    return json.dumps(finite(tree), indent=indent, allow_nan=False)
+    return json.dumps(finite(tree), indent=indent, sort_keys=sort_keys, allow_nan=False)
 
 
 def finite(tree: Any) -> Any:

@@ -36,7 +36,7 @@ metrics: {{csv: true}}
 
 def write_recipe(folder: Path) -> Path:
     """A tiny recipe and its text; returns the recipe's file."""
-    documents = [f"def f{i}(x):\n    return x * {i} + {i * i}\n" * 20 for i in range(30)]
+    documents = [f"def f{i}(x):\n    return x * {i} + {i * i}\n" * 10 for i in range(60)]
     (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
     path = folder / "tiny.yaml"
     path.write_text(RECIPE.format(folder=folder))

@@ -154,7 +154,7 @@ def test_bad_input_is_one_line(home: Path, run: tuple[Path, float], export: Path
     assert "No such file" in refused(source, "--text", str(tmp_path / "gone"))
     assert "has no complete checkpoint" in refused(str(tmp_path))
     assert "an export has no held-out text" in refused(source)
-    assert "no file found" in refused(str(run[0])), "its data are gone"
+    assert "data.source gone: cannot be read" in refused(str(run[0])), "its data are gone"
     assert "goes with --tasks" in refused(source, "--limit", "3")
     assert "not with --tasks" in refused(source, "--tasks", "piqa", "--text", "x")
     assert "names no task" in refused(source, "--tasks", ",")

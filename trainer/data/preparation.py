@@ -6,7 +6,6 @@ batch of pieces of documents, whatever the documents are.
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Generator, Iterator
@@ -25,6 +24,7 @@ from trainer.data.settings import DataSettings, limited, pieces, readable
 from trainer.data.splitting import SPLITS, Passage, Splitter, choose_splitter
 from trainer.data.tokenizer import end_of_document_id, load_tokenizer, vocabulary
 from trainer.errors import UserError
+from trainer.strict_json import dumps, loads
 from trainer.whole import write_whole
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ class Preparation:
             for split, writer in self._writers.items()
             for name, array in writer.state_dict().items()
         }
-        position = np.array(json.dumps({"reader": batch.reader, "splitter": batch.splitter}))
+        position = np.array(dumps({"reader": batch.reader, "splitter": batch.splitter}))
 
         def write(path: Path) -> None:
             with path.open("wb") as file:
@@ -187,7 +187,7 @@ class Preparation:
         if not path.is_file():
             return None
         with np.load(path, allow_pickle=False) as arrays:
-            saved: dict[str, Any] = json.loads(str(arrays["position"]))
+            saved: dict[str, Any] = loads(str(arrays["position"]))
             saved["writers"] = {
                 split: {name: arrays[f"{split}/{name}"] for name in SplitWriter.SAVED} for split in SPLITS
             }
@@ -222,7 +222,7 @@ class Preparation:
         }
         with (self.folder / COUNTS_FILE).open("wb") as file:
             np.save(file, self._writers["train"].counts_V)
-        (self.folder / FACTS_FILE).write_text(json.dumps(facts, indent=1) + "\n")
+        (self.folder / FACTS_FILE).write_text(dumps(facts, indent=1) + "\n")
         if self.progress:
             print(f"documents end with {end}", file=sys.stderr)
             if documents.bad_records:

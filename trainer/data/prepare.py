@@ -11,7 +11,6 @@ While it is made the folder's name begins with `.partial-`; a later start goes o
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -25,6 +24,7 @@ from trainer.data.settings import TRAIN, DataSettings, fingerprint, pieces, read
 from trainer.data.splitting import choose_splitter
 from trainer.data.tokenizer import train_tokenizer
 from trainer.errors import UserError
+from trainer.strict_json import dumps
 from trainer.whole import partial_folder, whole_folder
 
 TOKENIZER_SAMPLE_BYTES = 50_000_000
@@ -99,7 +99,7 @@ def _train_on(sources: Shares, progress: bool) -> str:
         (folder / TOKENIZER_FILE).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
 
     fingerprints = [(fingerprint(replace(settings, seq_len=0)), share) for settings, share in sources]
-    digest = hashlib.sha256(json.dumps(fingerprints).encode()).hexdigest()[:12]
+    digest = hashlib.sha256(dumps(fingerprints).encode()).hexdigest()[:12]
     directory = Path(sources[0][0].directory).expanduser()
     return str(_make_once(directory, f"tokenizer-v{vocab}-{digest}", fill, progress))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from trainer.data.packing import SplitFacts, unigram_entropy
 from trainer.data.splitting import SPLITS
 from trainer.data.tokenizer import load_tokenizer
+from trainer.strict_json import dumps, loads
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -44,7 +44,7 @@ class PreparedSource:
     def identity(self) -> str:
         """Of what the model reads, wherever it lies and whenever it was made: the tokenizer and the splits' facts."""
         facts = {split: asdict(self.facts(split)) for split in SPLITS}
-        text = self.tokenizer().to_str() + json.dumps(facts, sort_keys=True)
+        text = self.tokenizer().to_str() + dumps(facts, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def facts(self, split: str) -> SplitFacts:
@@ -65,7 +65,7 @@ class PreparedSource:
 
 def open_prepared(path: Path) -> PreparedSource:
     """Open a finished folder."""
-    facts = json.loads((path / FACTS_FILE).read_text())
+    facts = loads((path / FACTS_FILE).read_text())
     splits = {split: SplitFacts(**facts["splits"][split]) for split in SPLITS}
     return PreparedSource(path, facts["tokenizer_vocab"], facts["end_of_document"], **splits)
 
@@ -89,7 +89,7 @@ class PreparedData:
         if not more and self.held_out == self.training:
             return first.identity
         shares = [[(source.identity, share) for source, share in part] for part in (self.training, self.held_out)]
-        return hashlib.sha256(json.dumps(shares).encode()).hexdigest()[:16]
+        return hashlib.sha256(dumps(shares).encode()).hexdigest()[:16]
 
     def sources(self, split: str) -> tuple[tuple[PreparedSource, float], ...]:
         """The sources of training ("train") or validation, and their shares."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -14,6 +13,7 @@ from trainer.data.reading.sources import shown, source_files
 from trainer.data.splitting import Parts
 from trainer.data.tokenizer import tokenizer_files
 from trainer.errors import UserError
+from trainer.strict_json import dumps
 
 FORMAT = 2  # part of the fingerprint: raise it when the same settings give other files
 TRAIN = "train"  # as data.tokenizer: train one on the source
@@ -84,4 +84,4 @@ def fingerprint(settings: DataSettings) -> str:
     decisive["files"] = [_identity(file) for file in source_files(settings.source)]
     if settings.tokenizer != TRAIN and (files := tokenizer_files(settings.tokenizer)):
         decisive["tokenizer"] = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
-    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:12]
+    return hashlib.sha256(dumps(decisive, sort_keys=True).encode()).hexdigest()[:12]

@@ -6,7 +6,6 @@ tokenizer.json, as the token that its post-processor puts behind a text: so ever
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.data.reading.sources import one_line, shown
 from trainer.errors import UserError
+from trainer.strict_json import dumps, loads
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -183,7 +183,7 @@ def vocabulary(tokenizer: Tokenizer) -> int:
 
 def _specials(tokenizer: Tokenizer) -> str:
     names = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
-    return f"its special tokens: {', '.join(map(json.dumps, names[:20])) or 'none'}{', ...' if len(names) > 20 else ''}"
+    return f"its special tokens: {', '.join(map(dumps, names[:20])) or 'none'}{', ...' if len(names) > 20 else ''}"
 
 
 def _own_ends(tokenizer: Tokenizer, path: Path | None, name_or_path: str) -> Iterator[str]:
@@ -217,7 +217,7 @@ def _beside(path: Path | None, name: str, file: str) -> dict[str, Any]:
         except Exception as error:  # of the HTTP client, which differs between versions
             raise UserError(f"data.tokenizer {shown(name)}: the hub cannot be reached ({one_line(error)})") from error
     try:
-        content = json.loads(beside.read_bytes())
+        content = loads(beside.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(
             f"data.tokenizer {shown(beside)}: cannot be read as JSON ({one_line(error)}); mend or remove it"
@@ -236,7 +236,7 @@ def _end_it_puts(tokenizer: Tokenizer) -> int | None:
     """The id of the token that the post-processor puts behind a text."""
     if tokenizer.post_processor is None:
         return None
-    token = _last_token(json.loads(tokenizer.post_processor.__getstate__()))
+    token = _last_token(loads(tokenizer.post_processor.__getstate__()))
     token_id = None if token is None else tokenizer.token_to_id(token)
     return None if token_id is None else int(token_id)
 
@@ -258,14 +258,14 @@ def _putting(tokenizer: Tokenizer, token: str, token_id: int) -> Tokenizer:
         return {"Sequence": {"id": name, "type_id": 0}}
 
     end = {"SpecialToken": {"id": token, "type_id": 0}}
-    content = json.loads(tokenizer.to_str())
+    content = loads(tokenizer.to_str())
     content["post_processor"] = {  # as JSON, for the library's own constructor cannot take every token
         "type": "TemplateProcessing",
         "single": [sequence("A"), end],
         "pair": [sequence("A"), end, sequence("B"), end],
         "special_tokens": {token: {"id": token, "ids": [token_id], "tokens": [token]}},
     }
-    return Tokenizer.from_str(json.dumps(content))
+    return Tokenizer.from_str(dumps(content))
 
 
 def _check_lossless(tokenizer: Tokenizer, where: str) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import inspect
-import json
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.errors import UserError
+from trainer.strict_json import loads
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -99,7 +99,7 @@ def read_object(path: Path) -> dict[str, Any]:
         UserError: there is none.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({type(error).__name__}: {first_line(error)})") from None
     if not isinstance(value, dict):

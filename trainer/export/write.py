@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -16,6 +15,7 @@ from trainer.config import save_recipe
 from trainer.errors import UserError
 from trainer.export.folder import MODEL_FILES
 from trainer.export.source import SavedRun, Weights, export_tokenizer, find_run, model_config, open_weights
+from trainer.strict_json import dumps
 from trainer.whole import whole_folder
 
 Format = Literal["hf", "safetensors"]
@@ -92,7 +92,7 @@ def _write_model_files(run: SavedRun, folder: Path, dtype: str) -> None:
         (folder / file).write_bytes((resources.files("trainer.export") / file).read_bytes())
     (folder / "tokenizer.json").write_text(tokenizer.json, encoding="utf-8")
     about = {"tokenizer_class": "PreTrainedTokenizerFast", **tokenizer.settings}
-    (folder / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n")
+    (folder / "tokenizer_config.json").write_text(dumps(about, indent=2) + "\n")
 
 
 def _write_weights(weights: Weights, folder: Path, dtype: torch.dtype) -> None:
@@ -116,7 +116,7 @@ def _write_weights(weights: Weights, folder: Path, dtype: torch.dtype) -> None:
             save_file(tensors, folder / file, metadata={"format": "pt"})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        (folder / "model.safetensors.index.json").write_text(dumps(index, indent=2) + "\n")
 
 
 def _dtype(name: str, dtype: torch.dtype) -> torch.dtype:
