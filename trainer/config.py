@@ -15,14 +15,24 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from pool.topology import Topology
 from trainer import safe_yaml
 from trainer.credentials import keys_with_credentials
 from trainer.errors import UserError
 from trainer.key_errors import first_line
-from trainer.relations import check_relations
+from trainer.relations import check_relations, sources_or_list
 from trainer.text_file import Unreadable, keys_with_odd_text, read_text
 
 LARGEST = 2**62
@@ -157,6 +167,11 @@ class Data(Section):
     )
     dir: str = Field("data", description="folder in which prepared data is kept")
     document_mask: bool = Field(False, description="a token attends to its own document only, not to all of its row")
+
+    @field_validator("source", "validation", mode="before")
+    @classmethod
+    def _sources(cls, value: Any, info: ValidationInfo) -> Any:
+        return sources_or_list(f"data.{info.field_name}", value)
 
 
 class Parallel(Section):

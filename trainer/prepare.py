@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from trainer.config import Recipe, Source, Sources
 from trainer.data.prepare import Shares, prepare
 from trainer.data.prepared import PreparedData, shares
 from trainer.data.settings import DataSettings
+from trainer.errors import UserError
+
+if TYPE_CHECKING:
+    from trainer.export.source import SavedRun
 
 
 def prepare_for(recipe: Recipe, progress: bool = True) -> PreparedData:
@@ -21,9 +27,22 @@ def prepare_for(recipe: Recipe, progress: bool = True) -> PreparedData:
     return prepare(training, held_out, progress)
 
 
+def data_of(run: SavedRun) -> PreparedData:
+    """The data that a run was trained on.
+
+    Raises:
+        UserError: they are neither prepared nor to be had any more.
+    """
+    try:
+        return prepare_for(run.recipe)
+    except UserError as error:
+        raise UserError(f"{run.folder}: the data of this run: {error}; or give other text by --text") from error
+
+
 def _settings(recipe: Recipe, sources: Sources, split: tuple[int, int, int]) -> Shares:
-    """The settings of each source, and its share."""
+    """The settings of each source, and its share. The section's `max_tokens` is of what is trained on."""
     d, m = recipe.data, recipe.model
+    max_tokens = d.max_tokens if split[0] else None
     listed = (Source(source=sources),) if isinstance(sources, str) else sources
     settings = [
         DataSettings(
@@ -35,7 +54,7 @@ def _settings(recipe: Recipe, sources: Sources, split: tuple[int, int, int]) -> 
             text_field=s.text_field or d.text_field,
             max_documents=s.max_documents or d.max_documents,
             directory=d.dir,
-            max_tokens=s.max_tokens or d.max_tokens,
+            max_tokens=s.max_tokens or max_tokens,
             max_bad_share=d.max_bad_share,
             end_of_document=d.end_of_document,
         )

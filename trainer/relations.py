@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from trainer.config import Recipe
@@ -22,6 +22,15 @@ def show(value: object) -> str:
     """A value in a message, shortened."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def sources_or_list(key: str, value: Any) -> Any:
+    """The value, which must be a text or a list of mappings; what these hold is checked later."""
+    listed = value if isinstance(value, list | tuple) else ()
+    of_a_kind = value is None or isinstance(value, str | list | tuple)
+    if not of_a_kind or any(source is None or isinstance(source, str | int | float | list) for source in listed):
+        raise _Relation(key, value, "must be a name in quotes, or a list as [{source: a, weight: 2}, {source: b}]")
+    return value
 
 
 class _Relation(ValueError):

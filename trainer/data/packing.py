@@ -75,6 +75,11 @@ class SplitWriter:
         self.file.truncate(size)
         self.file.seek(size)
 
+    @staticmethod
+    def holds(path: Path, saved: dict[str, Any]) -> bool:
+        """Whether a file has all that was written when `state_dict` gave `saved`."""
+        return path.stat().st_size >= int(saved["numbers"][-1])
+
     def add(self, ids: NDArray[Any], text_bytes: int, ends_document: bool = True) -> None:
         """Append a document, or a part of one.
 

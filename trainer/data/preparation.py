@@ -14,6 +14,7 @@ from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zipfile import BadZipFile
 
 from trainer.data.encoding import Encoder
 from trainer.data.packing import SplitWriter
@@ -50,6 +51,8 @@ class Preparation:
 
     def __init__(self, settings: DataSettings, folder: Path, progress: bool):
         self.settings, self.folder, self.progress = settings, folder, progress
+        # What max_tokens limits: what is trained on, or held-out text of its own.
+        self._main = next(split for split, part in zip(SPLITS, settings.split, strict=True) if part)
 
     def run(self) -> None:
         """Read, tokenise and pack everything."""
@@ -103,7 +106,7 @@ class Preparation:
             closing(_ahead(self._batches())) as batches,
         ):
             for batch in batches:
-                wanted = [passage for passage in batch.passages if self._room(passage.split)]
+                wanted = [passage for passage in batch.passages if self._room(passage.split) > 0]
                 for passage, ids in zip(wanted, encoder.encode([passage.text for passage in wanted]), strict=True):
                     if not self._enough():
                         self._add(passage, ids, end_1)
@@ -132,15 +135,15 @@ class Preparation:
 
     def _enough(self) -> bool:
         """Whether nothing more is to be read; of a text that is split by size, what is held out comes later."""
-        return self._splitter.size is None and not self._room("train")
+        return self._splitter.size is None and self._room(self._main) <= 0
 
     def _room(self, split: str) -> int:
         """Tokens that a split still takes."""
         limit = self.settings.max_tokens
-        if limit is None or (split != "train" and self._splitter.size is None):
+        if limit is None or (split != self._main and self._splitter.size is None):
             return sys.maxsize
         parts = dict(zip(SPLITS, self.settings.split, strict=True))
-        return -(-limit * parts[split] // max(parts["train"], 1)) - self._writers[split].tokens
+        return -(-limit * parts[split] // parts[self._main]) - self._writers[split].tokens
 
     def _tokens(self) -> int:
         return sum(writer.tokens for writer in self._writers.values())
@@ -186,13 +189,21 @@ class Preparation:
         path = self.folder / PROGRESS_FILE
         if not path.is_file():
             return None
-        with np.load(path, allow_pickle=False) as arrays:
-            saved: dict[str, Any] = loads(str(arrays["position"]))
-            saved["writers"] = {
-                split: {name: arrays[f"{split}/{name}"] for name in SplitWriter.SAVED} for split in SPLITS
-            }
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                saved: dict[str, Any] = loads(str(arrays["position"]))
+                saved["writers"] = {
+                    split: {name: arrays[f"{split}/{name}"] for name in SplitWriter.SAVED} for split in SPLITS
+                }
+            whole = all(SplitWriter.holds(self.folder / f"{split}.arrow", saved["writers"][split]) for split in SPLITS)
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile):
+            whole = False
         if self.progress:
-            print(f"going on with the preparation in {self.folder}", file=sys.stderr)
+            how = "going on with" if whole else "beginning again, for what was left is damaged:"
+            print(f"{how} the preparation in {self.folder}", file=sys.stderr)
+        if not whole:
+            path.unlink()
+            return None
         return saved
 
     def _check(self, splits: dict[str, Any]) -> None:
@@ -222,6 +233,8 @@ class Preparation:
         }
         with (self.folder / COUNTS_FILE).open("wb") as file:
             np.save(file, self._writers["train"].counts_V)
+        made = (*(f"{split}.arrow" for split in SPLITS), COUNTS_FILE, TOKENIZER_FILE)
+        facts["files"] = {name: (self.folder / name).stat().st_size for name in made}
         (self.folder / FACTS_FILE).write_text(dumps(facts, indent=1) + "\n")
         if self.progress:
             print(f"documents end with {end}", file=sys.stderr)

@@ -20,8 +20,9 @@ from pathlib import Path
 
 from trainer.data.preparation import PROGRESS_FILE, Preparation
 from trainer.data.prepared import TOKENIZER_FILE, PreparedData, PreparedSource, open_prepared
+from trainer.data.reading.documents import refuse_bad_share
 from trainer.data.settings import TRAIN, DataSettings, fingerprint, pieces, readable
-from trainer.data.splitting import choose_splitter
+from trainer.data.splitting import SPLITS, choose_splitter
 from trainer.data.tokenizer import train_tokenizer
 from trainer.errors import UserError
 from trainer.strict_json import dumps
@@ -47,9 +48,14 @@ def prepare(training: Shares, held_out: Shares | None, progress: bool) -> Prepar
     if training[0][0].tokenizer == TRAIN:
         folder = _train_on(training, progress)
         sources = [(replace(settings, tokenizer=folder), share) for settings, share in sources]
-    prepared = tuple((prepare_source(settings, progress), share) for settings, share in sources)
-    own = prepared[: len(training)]
-    return PreparedData(own, own if held_out is None else prepared[len(training) :])
+    own = tuple((prepare_source(settings, progress), share) for settings, share in sources[: len(training)])
+    if held_out is None:
+        return PreparedData(own, own)
+    try:
+        others = tuple((prepare_source(settings, progress), share) for settings, share in sources[len(training) :])
+    except UserError as error:
+        raise UserError(str(error).replace("data.source", "data.validation", 1)) from error
+    return PreparedData(own, others)
 
 
 def prepare_source(settings: DataSettings, progress: bool) -> PreparedSource:
@@ -71,7 +77,10 @@ def prepare_source(settings: DataSettings, progress: bool) -> PreparedSource:
         Preparation(settings, folder, progress).run()
 
     name = f"{readable(settings.source)}-v{settings.vocab}-s{settings.seq_len}-{fingerprint(settings)}"
-    return open_prepared(_make_once(Path(settings.directory).expanduser(), name, fill, progress, PROGRESS_FILE))
+    prepared = open_prepared(_make_once(Path(settings.directory).expanduser(), name, fill, progress, PROGRESS_FILE))
+    bad, documents = prepared.bad_records, sum(prepared.facts(split).documents for split in SPLITS)
+    refuse_bad_share(bad.count, bad.records, documents, bad.first, settings.max_bad_share)
+    return prepared
 
 
 def _train_on(sources: Shares, progress: bool) -> str:

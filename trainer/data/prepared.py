@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from trainer.data.packing import SplitFacts, unigram_entropy
 from trainer.data.splitting import SPLITS
 from trainer.data.tokenizer import load_tokenizer
+from trainer.errors import UserError
 from trainer.strict_json import dumps, loads
 
 if TYPE_CHECKING:
@@ -25,6 +26,20 @@ COUNTS_FILE = "train-counts.npy"
 
 
 @dataclass(frozen=True)
+class BadRecords:
+    """Records that were skipped.
+
+    Attributes:
+        records: read, good or bad.
+        first: what was wrong with the first ones.
+    """
+
+    count: int
+    records: int
+    first: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class PreparedSource:
     """A finished folder: the packed text of one source.
 
@@ -36,6 +51,7 @@ class PreparedSource:
     path: Path
     tokenizer_vocab: int
     end_of_document: str
+    bad_records: BadRecords
     train: SplitFacts
     validation: SplitFacts
     test: SplitFacts
@@ -64,10 +80,28 @@ class PreparedSource:
 
 
 def open_prepared(path: Path) -> PreparedSource:
-    """Open a finished folder."""
-    facts = loads((path / FACTS_FILE).read_text())
-    splits = {split: SplitFacts(**facts["splits"][split]) for split in SPLITS}
-    return PreparedSource(path, facts["tokenizer_vocab"], facts["end_of_document"], **splits)
+    """Open a finished folder.
+
+    Raises:
+        UserError: a file is missing, or not as it was made.
+    """
+    try:
+        facts = loads((path / FACTS_FILE).read_text())
+        for name, size in facts["files"].items():
+            if (path / name).stat().st_size != size:
+                raise ValueError(f"{name} does not have its {size:,} bytes")
+        splits = {split: SplitFacts(**facts["splits"][split]) for split in SPLITS}
+        bad = BadRecords(facts["bad_records"]["count"], facts["records"], tuple(facts["bad_records"]["first"]))
+        return PreparedSource(path, facts["tokenizer_vocab"], facts["end_of_document"], bad, **splits)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        what = (
+            f"{FACTS_FILE} is not what was written"
+            if isinstance(error, KeyError | TypeError | AttributeError)
+            else error
+        )
+        raise UserError(
+            f"{path}: prepared data that are damaged ({what}); delete this folder, and it will be made again"
+        ) from error
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,11 @@ from tqdm import tqdm
 from trainer.checkpoint import read_about
 from trainer.config import source_names
 from trainer.data.batches import evaluation_steps
-from trainer.data.reading.content import decode
+from trainer.data.reading.documents import read_text
 from trainer.document_mask import attention_of, document_end
 from trainer.errors import UserError
 from trainer.evaluate.subject import Subject
-from trainer.prepare import prepare_for
+from trainer.prepare import data_of
 from trainer.summary import perplexity
 
 
@@ -64,7 +64,7 @@ def validation_loss(subject: Subject, batches: int | None, batch_size: int) -> T
             f"{subject.path}: an export has no held-out text; give the run, or --text FILE or --tasks for the export"
         )
     recipe = subject.run.recipe
-    prepared = prepare_for(recipe)
+    prepared = data_of(subject.run)
     if read_about(subject.run.folder).data != prepared.identity:
         raise UserError(
             f"data.source = {source_names(recipe.data.source)}: its text or its tokenizer has changed since "
@@ -79,23 +79,27 @@ def validation_loss(subject: Subject, batches: int | None, batch_size: int) -> T
 
 
 def text_loss(subject: Subject, file: Path, batch_size: int) -> TextLoss:
-    """The loss on a text file, which is one document: all its tokens but the first are predicted, from those before.
+    """The loss on a text: all tokens but the first are predicted, from those before; documents end as in training.
+
+    Args:
+        file: in any of the formats that can be trained on; a plain-text file is one document.
 
     Raises:
-        UserError: the file cannot be read, is not UTF-8, or has fewer than two tokens.
+        UserError: the file cannot be read, or has fewer than two tokens.
     """
-    try:
-        content = file.read_bytes()
-    except OSError as error:
-        raise UserError(f"--text {file}: cannot be read ({error.strerror})") from None
-    text = decode(content, f"--text {file}", first_line=1)
-    # As in training: what is spelled like a special token is text.
-    ids = subject.tokenizer(text, split_special_tokens=True, verbose=False)["input_ids"]
+    ids: list[int] = []
+    size = 0
+    for document in read_text(file):
+        if ids:
+            ids.append(subject.tokenizer.eos_token_id)
+        # As in training: what is spelled like a special token is text.
+        ids += subject.tokenizer(document, split_special_tokens=True, verbose=False)["input_ids"]
+        size += len(document.encode())
     if len(ids) < 2:
         raise UserError(f"--text {file}: has {len(ids)} tokens; one cannot be predicted from another")
     rows = windows(ids, subject.model.config.max_position_embeddings)
     nats, tokens = total_loss(subject, map(torch.tensor, rows), len(rows), batch_size)
-    return _summary(subject, nats, tokens, len(content))
+    return _summary(subject, nats, tokens, size)
 
 
 def windows(ids: Sequence[int], seq_len: int) -> list[Sequence[int]]:

@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from trainer.data.reading.documents import read_documents
+from trainer.data.reading.documents import read_text as documents_of
 from trainer.document_mask import attention_of
 from trainer.errors import UserError
 from trainer.export.source import SavedRun
-from trainer.prepare import prepare_for
+from trainer.prepare import data_of
 from trainer.probe.adapters import MoEModel, Source
 
 LONGEST = 1024
@@ -74,7 +74,7 @@ def read_text(source: Source, file: Path | None, tokens: int) -> Text:
 
 def _held_out(run: SavedRun, tokenizer: Any, tokens: int) -> Tensor:
     """The first sequences of the run's validation split, as the trainer evaluates them."""
-    prepared = prepare_for(run.recipe)
+    prepared = data_of(run)
     if prepared.tokenizer().get_vocab() != tokenizer.get_vocab():
         raise UserError(
             f"{prepared.files('validation')}: was prepared with another tokenizer than the run's; restore the data "
@@ -87,7 +87,7 @@ def _held_out(run: SavedRun, tokenizer: Any, tokens: int) -> Tensor:
 
 
 def _token_ids(tokenizer: Any, file: Path, tokens: int) -> Iterator[int]:
-    for document in read_documents(str(file), "text"):
+    for document in documents_of(file):
         yield from tokenizer(document[: _CHARACTERS * tokens], add_special_tokens=False)["input_ids"]
         if tokenizer.eos_token_id is not None:
             yield tokenizer.eos_token_id

@@ -260,3 +260,61 @@ def test_import_is_quick():
     )
     repository = str(Path(__file__).parents[3])
     subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": repository}, check=True, timeout=60)
+
+
+def test_limits_of_held_out_text_are_its_own(settings, settings_for, corpus, tmp_path):
+    text = tmp_path / "held-out.jsonl"
+    text.write_text("".join(json.dumps({"text": document}) + "\n" for document in corpus))
+    held_out = prepare_source(settings_for(text, split=(0, 1, 0), max_tokens=500), progress=False)
+    assert held_out.validation.tokens == 500 and held_out.train.tokens == held_out.test.tokens == 0
+
+
+def damaged(path: Path, damage) -> str:
+    damage(path)
+    with pytest.raises(UserError) as error:
+        open_prepared(path)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    "damage, what",
+    [
+        (lambda path: (path / "facts.json").write_text("{}"), "facts.json is not what was written"),
+        (lambda path: (path / "facts.json").write_text('{"files": []}'), "facts.json is not what was written"),
+        (lambda path: (path / "facts.json").write_text("x"), "Expecting value"),
+        (lambda path: (path / "facts.json").unlink(), "No such file"),
+        (lambda path: os.truncate(path / "train.arrow", 100), "train.arrow does not have its "),
+        (lambda path: (path / "validation.arrow").unlink(), "validation.arrow"),
+        (lambda path: (path / "tokenizer.json").write_text("{}"), "tokenizer.json does not have its "),
+    ],
+)
+def test_damaged_prepared_data_say_how_to_make_them_again(settings, damage, what):
+    path = prepare_source(settings, progress=False).path
+    said = damaged(path, damage)
+    assert said.startswith(f"{path}: prepared data that are damaged (") and what in said and "\n" not in said
+    assert said.endswith("delete this folder, and it will be made again")
+
+
+def test_a_share_of_bad_records_holds_for_data_that_are_there(settings_for, jsonl, tmp_path):
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(jsonl.read_bytes() + b'{"text": 1}\n' * 30)
+    prepare_source(settings_for(path, max_bad_share=1), progress=False)
+    for share, said in ((0, "line 101: no text"), (0.05, "30 of 130 records are bad")):
+        with pytest.raises(UserError, match=said):
+            prepare_source(settings_for(path, max_bad_share=share), progress=False)
+
+
+def test_what_was_made_here_is_no_source(settings_for, jsonl, tmp_path, capfd):
+    """Prepared data, runs and exports may lie within the folder of the texts."""
+    folder = tmp_path / "texts"
+    (folder / "run" / "checkpoints").mkdir(parents=True)
+    (folder / "run" / "recipe.yaml").touch()
+    (folder / "export").mkdir()
+    (folder / "export" / "modeling_unipool.py").write_text("import torch")
+    (folder / "a.jsonl").write_bytes(jsonl.read_bytes())
+    settings = settings_for(folder, tokenizer="train", directory=str(folder / "data"))
+    first = alone(settings, progress=True)
+    said = capfd.readouterr().err
+    assert "3 made by this trainer (tokenizer-v300-" in said and "export, run)" in said
+    assert alone(settings) == first
+    assert first.training[0][0].bad_records.count == 0

@@ -140,3 +140,13 @@ def test_two_processes_at_once(settings, reference, tmp_path):
     assert int(second.communicate(timeout=TIMEOUT)[0]) == 0
     (folder,) = folders(settings)
     assert content(folder) == reference
+
+
+@pytest.mark.parametrize("what", [PROGRESS_FILE, "train.arrow"])
+def test_a_damaged_beginning_is_begun_again(settings, reference, tmp_path, what, capfd):
+    out, _ = start(replace(settings, directory=str(tmp_path / "whole")), "kill", 0).communicate(timeout=TIMEOUT)
+    start(settings, "kill", int(out) - 5).communicate(timeout=TIMEOUT)
+    (partial,) = folders(settings)
+    os.truncate(partial / what, 100)
+    assert content(prepare_source(settings, progress=True).path) == reference
+    assert "beginning again, for what was left is damaged" in capfd.readouterr().err

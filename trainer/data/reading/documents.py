@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from trainer.data.reading.content import Content, identity
 from trainer.data.reading.hub import read_hub
 from trainer.data.reading.readers import Found, read_delimited, read_json, read_plain
 from trainer.data.reading.records import PIECE_CHARACTERS, Bad, Piece, Position, cut
-from trainer.data.reading.sources import HUB_PREFIX, PYTHON_STDLIB, shown, source_files
+from trainer.data.reading.sources import HUB_PREFIX, PYTHON_STDLIB, kind_of, shown, source_files
 from trainer.data.reading.tables import read_arrow, read_parquet
 from trainer.errors import UserError
 
@@ -151,31 +152,63 @@ class Documents:
         self._judge(at_end=False)
 
     def _judge(self, at_end: bool) -> None:
-        bad = self.bad_records
-        if self._max_bad_share == 0 and bad:
-            raise UserError(self.first_bad[0])
-        too_many = bad > self._max_bad_share * self.records
-        if too_many and (bad >= _BAD_SAMPLE or (at_end and (bad > _FEW_BAD or bad > self._documents))):
-            raise UserError(
-                f"{self.first_bad[0]} ({bad:,} of {self.records:,} records are bad, "
-                f"and data.max_bad_share is {self._max_bad_share:g})"
-            )
+        if at_end or self.bad_records >= _BAD_SAMPLE or self._max_bad_share == 0:
+            refuse_bad_share(self.bad_records, self.records, self._documents, self.first_bad, self._max_bad_share)
         if at_end and self._documents == 0:
             raise UserError(f"data.source {shown(self._source)}: is empty, it holds no document; give another one")
 
 
-def read_documents(source: str, text_field: str) -> Iterator[str]:
+def refuse_bad_share(bad: int, records: int, documents: int, first_bad: Sequence[str], max_bad_share: float) -> None:
+    """Raises UserError where too many records are bad: more than the share, and more than a few or than are good.
+
+    With a share of 0 the first one is too many.
+    """
+    if max_bad_share == 0 and bad:
+        raise UserError(first_bad[0])
+    if bad > max_bad_share * records and (bad > _FEW_BAD or bad > documents):
+        raise UserError(
+            f"{first_bad[0]} ({bad:,} of {records:,} records are bad, and data.max_bad_share is {max_bad_share:g})"
+        )
+
+
+def read_documents(source: str, text_field: str, max_bad_share: float = 0.05) -> Iterator[str]:
     """Yields whole documents, as `Documents` reads them.
 
     Raises:
         UserError: as `Documents`.
     """
     pieces: list[str] = []
-    for piece in Documents(source, text_field):
+    for piece in Documents(source, text_field, max_bad_share):
         pieces.append(piece.text)
         if piece.ends_document:
             yield "".join(pieces)
             pieces = []
+
+
+def read_text(file: Path) -> Iterator[str]:
+    """The documents of what the option --text names, in any of the formats of `data.source`; bad records are errors.
+
+    Raises:
+        UserError: as `Documents`.
+    """
+    try:
+        if os.path.isfile(file) and kind_of(file.name) is None:  # such as a README: plain text
+            yield _plain_text(file)
+        else:
+            yield from read_documents(str(file), "text", max_bad_share=0)
+    except OSError as error:
+        raise UserError(f"--text {shown(file)}: cannot be read ({error.strerror})") from error
+    except UserError as error:
+        raise UserError(f"--text {str(error).removeprefix('data.source ')}") from error
+
+
+def _plain_text(file: Path) -> str:
+    pieces = []
+    for found, _ in read_plain(Content(file), None):
+        if isinstance(found, Bad):
+            raise UserError(f"{shown(file)}, {found.where}: {found.reason}")
+        pieces.append(found.text if isinstance(found, Piece) else found)
+    return "".join(pieces)
 
 
 def _read(content: Content, text_field: str, at: Position | None) -> Found:

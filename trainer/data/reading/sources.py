@@ -230,9 +230,23 @@ def _walk(root: Path, files: Files, seen: set[str]) -> Iterator[tuple[Path, list
                 files.left_out.append((folder / entry.name, "hidden"))
             elif entry.name.lower() in _TOOLS_FOLDERS:
                 files.left_out.append((folder / entry.name, "of a tool's own"))
+            elif _made_here(folder / entry.name):
+                files.left_out.append((folder / entry.name, "made by this trainer"))
             else:
                 waiting.append(folder / entry.name)
         yield folder, inside
+
+
+def _made_here(folder: Path) -> bool:
+    """Whether a folder is this trainer's own: prepared data, their tokenizer, a run, a sweep or an export."""
+    try:
+        names = set(os.listdir(folder))
+    except OSError:
+        return False  # it is said when it is listed
+    if folder.name.startswith("tokenizer-v") and names == {"tokenizer.json"}:
+        return True
+    marks = ({"facts.json", "train.arrow"}, {"recipe.yaml", "checkpoints"}, {"sweep.yaml"}, {"modeling_unipool.py"})
+    return any(mark <= names for mark in marks)
 
 
 def _beside(name: str, has_records: bool = True) -> str | None:
