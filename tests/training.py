@@ -41,6 +41,7 @@ TINY: dict[str, Any] = {
         "precision": "fp32",
     },
     "data": {"source": "unused", "tokenizer": "unused"},
+    "metrics": {"tensorboard": False},
 }
 
 END = 0
