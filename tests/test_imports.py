@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -92,3 +93,18 @@ def test_start_up_path_is_light() -> None:
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=120
     )
     assert done.stdout.split() == []
+
+
+def test_the_engine_leaves_the_compiler_on() -> None:
+    """It is off while DeepSpeed is imported; what is compiled afterwards, such as SwiGLU on a GPU, is compiled."""
+    code = (
+        "import os; os.environ['DS_ACCELERATOR'] = 'cpu'; import torch, trainer.engine as engine\n"
+        "engine._import_deepspeed(); calls = []\n"
+        "torch.compile(torch.nn.functional.silu, backend=lambda graph, _: calls.append(1) or graph)(torch.ones(2))\n"
+        "print(len(calls), 'TORCHDYNAMO_DISABLE' in os.environ)"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "TORCHDYNAMO_DISABLE"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True, timeout=240
+    )
+    assert done.stdout.splitlines()[-1] == "1 False"

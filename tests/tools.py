@@ -1,10 +1,13 @@
-"""What some tests need and requirements-dev.txt does not install."""
+"""What tests of several files use: programs that may be missing, and a command line run in this process."""
 
 import os
 import shutil
+import sys
 from importlib.util import find_spec
 
 import pytest
+
+from trainer.cli import main
 
 
 def need(program: str, package: str) -> str:
@@ -19,3 +22,13 @@ def need_package(module: str, how: str) -> None:
     """Without the package the test is skipped, on CI it fails."""
     if find_spec(module) is None:
         (pytest.fail if os.environ.get("CI") else pytest.skip)(f"needs {module}: {how}")
+
+
+def ended(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """The exit status of a command line."""
+    monkeypatch.setattr(sys, "argv", ["unipool", *arguments])
+    try:
+        main()
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0

@@ -158,7 +158,7 @@ class Data(Section):
     )
     text_field: str = Field("text", description="where a record has its text; `meta.text` is a field within a field")
     max_documents: Positive | None = Field(None, description="read no more documents of a source than these")
-    max_tokens: Positive | None = Field(None, description="stop reading a source after this many training tokens")
+    max_tokens: Positive | None = Field(None, description="most tokens of a source, without those held out of it")
     max_bad_share: Annotated[float, Field(ge=0, le=1)] = Field(
         0.05, description="records without readable text are skipped; more than this share of them is an error"
     )

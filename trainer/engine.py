@@ -63,12 +63,12 @@ def _import_muon() -> None:
     """
     before = os.environ.get("TORCHDYNAMO_DISABLE")
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
-    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
-
-    if before is None:
+    try:
+        import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+    finally:
         del os.environ["TORCHDYNAMO_DISABLE"]
-    else:
-        os.environ["TORCHDYNAMO_DISABLE"] = before
+        if before is not None:
+            os.environ["TORCHDYNAMO_DISABLE"] = before
 
 
 @dataclass(frozen=True)

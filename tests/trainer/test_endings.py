@@ -14,21 +14,12 @@ from typing import Any
 import click
 import pytest
 
+from tests.tools import ended
 from tests.trainer.job import ROOT, write_recipe
-from trainer.cli import cli, main
+from trainer.cli import cli
 from trainer.endings import told
 
 UNIPOOL = (sys.executable, "-m", "trainer")
-
-
-def ended(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    """The exit status of a command line."""
-    monkeypatch.setattr(sys, "argv", ["unipool", *arguments])
-    try:
-        main()
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
 
 
 def started(arguments: tuple[str, ...], **options: Any) -> subprocess.Popen[bytes]:

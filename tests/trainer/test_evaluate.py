@@ -14,9 +14,9 @@ import torch
 from click.testing import CliRunner, Result
 
 from tests.local_tasks import write_own, write_tasks
-from tests.tools import need_package
+from tests.tools import ended, need_package
 from tests.training import END, run_training, tiny, tokens
-from trainer.cli import cli, main
+from trainer.cli import cli
 from trainer.config import Recipe
 from trainer.data.tokenizer import train_tokenizer
 from trainer.errors import UserError
@@ -285,16 +285,6 @@ def broken(home: Path, export: Path) -> Path:
     weights["model.layers.0.input_layernorm.weight"][3] = math.nan
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
-
-
-def ended(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    """The exit status of a command line."""
-    monkeypatch.setattr(sys, "argv", ["unipool", *arguments])
-    try:
-        main()
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
 
 
 @pytest.mark.parametrize(

@@ -94,11 +94,7 @@ def open_prepared(path: Path) -> PreparedSource:
         bad = BadRecords(facts["bad_records"]["count"], facts["records"], tuple(facts["bad_records"]["first"]))
         return PreparedSource(path, facts["tokenizer_vocab"], facts["end_of_document"], bad, **splits)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        what = (
-            f"{FACTS_FILE} is not what was written"
-            if isinstance(error, KeyError | TypeError | AttributeError)
-            else error
-        )
+        what = error if isinstance(error, OSError | ValueError) else f"{FACTS_FILE} is not what was written"
         raise UserError(
             f"{path}: prepared data that are damaged ({what}); delete this folder, and it will be made again"
         ) from error

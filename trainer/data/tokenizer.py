@@ -218,7 +218,7 @@ def _beside(path: Path | None, name: str, file: str) -> dict[str, Any]:
             raise UserError(f"data.tokenizer {shown(name)}: the hub cannot be reached ({one_line(error)})") from error
     try:
         content = loads(beside.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(
             f"data.tokenizer {shown(beside)}: cannot be read as JSON ({one_line(error)}); mend or remove it"
         ) from error

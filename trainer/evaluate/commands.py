@@ -16,7 +16,9 @@ from trainer.strict_json import dumps, marked
 @click.command("eval")
 @click.argument("source", metavar="RUN", type=click.Path(path_type=Path))
 @task_options
-@click.option("--text", type=click.Path(path_type=Path), metavar="FILE", help="The loss on a text file in UTF-8.")
+@click.option(
+    "--text", type=click.Path(path_type=Path), metavar="FILE", help="The loss on a text, in any format of data.source."
+)
 @click.option(
     "--batches",
     type=click.IntRange(min=1),

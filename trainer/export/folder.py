@@ -100,7 +100,7 @@ def read_object(path: Path) -> dict[str, Any]:
     """
     try:
         value = loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({type(error).__name__}: {first_line(error)})") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: must hold a JSON object")

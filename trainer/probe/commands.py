@@ -34,7 +34,7 @@ def _probe(command: Callable[..., None]) -> Callable[..., None]:
             "--text",
             type=click.Path(exists=True, path_type=Path),
             metavar="FILE",
-            help="Read this text; default: what the run has held out.",
+            help="Read this text, in any format of data.source; default: what the run has held out.",
         ),
         click.argument("source"),
     ):

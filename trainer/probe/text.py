@@ -58,7 +58,7 @@ def read_text(source: Source, file: Path | None, tokens: int) -> Text:
     """About `tokens` tokens: of the file, or of the text that the run has held out.
 
     Args:
-        file: plain text, .jsonl, .jsonl.zst, .parquet, or a folder of those; documents are packed as for training.
+        file: in any of the formats that can be trained on; documents are packed as for training.
 
     Raises:
         UserError: a file that cannot be read, or data that is not the run's own.
