@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ class Outcome:
 
     Attributes:
         scalars: per step: loss, balance_loss, grad_norm, lr, load_imbalance, distinct_experts, gates.
-        gradients: of the first step, reduced, before clipping; experts by "expert/<id>/...". Empty unless ZeRO 0.
+        gradients: of the first step, reduced, before clipping; experts by "expert/<id>/...". Empty if it began later.
         weights: after the last step.
         val_loss: of an evaluation at the end.
         load_LM: tokens per expert of the last step.
@@ -140,7 +141,7 @@ def _train(
         saver.start(start)
     for step in range(start, steps):
         if step == 0:
-            _keep_gradients(role, engines, result)
+            before_update(role, lambda: result["gradients"].update(_of_all(engines, full_gradients)))
         scalars = optimizer_step(job, role, step)
         if scalars is not None:
             names = (
@@ -165,34 +166,42 @@ def _train(
     else:
         for _ in range(2):
             role.serve(job.schedule.evaluation(recipe.micro_batches), steps)
-    result["weights"] = {}
-    for engine in engines.values():
-        result["weights"].update(_by_expert(engine.module, _full_parameters(engine)))
+    result["weights"] = _of_all(engines, full_parameters)
     job.close()
     return result
 
 
-def _keep_gradients(role: Any, engines: dict[str, Any], result: dict[str, Any]) -> None:
+def before_update(role: Any, act: Callable[[], None]) -> None:
+    """`act()` in the role's next step, when its gradients are reduced and not yet clipped."""
     original = role.step
 
     def step(number: int, total_norm: float) -> Any:
-        for engine in engines.values():
-            if engine.stage == 0:
-                grads = {n: p.grad.clone() for n, p in engine.module.named_parameters() if p.grad is not None}
-                result["gradients"].update(_by_expert(engine.module, grads))
+        act()
         role.step = original
         return original(number, total_norm)
 
     role.step = step
 
 
-def _full_parameters(engine: Any) -> dict[str, Tensor]:
+def full_gradients(engine: Any) -> dict[str, Tensor]:
+    """All reduced gradients by name, whole on every rank, on the host; to be read before the step. A collective."""
+    from deepspeed.utils import safe_get_full_grad
+
+    return {name: safe_get_full_grad(p).cpu().clone() for name, p in engine.module.named_parameters()}
+
+
+def full_parameters(engine: Any) -> dict[str, Tensor]:
     """All parameters by name, whole on every rank, on the host. A collective at ZeRO-3."""
     import deepspeed
 
     gathered = deepspeed.zero.GatheredParameters(list(engine.module.parameters()), enabled=engine.stage == 3)
     with gathered:
         return {name: p.detach().cpu().clone() for name, p in engine.module.named_parameters()}
+
+
+def _of_all(engines: dict[str, Any], function: Callable[[Any], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """`function` of every engine's, experts apart."""
+    return {k: v for engine in engines.values() for k, v in _by_expert(engine.module, function(engine)).items()}
 
 
 def _by_expert(module: Any, values: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -219,17 +228,17 @@ def tokens(recipe: Recipe) -> Any:
 def assert_same(a: Outcome, b: Outcome, tolerance: float = 1e-5) -> None:
     """Both runs come to the same numbers, each tensor relative to its largest element."""
     for step, (mine, other) in enumerate(zip(a.scalars, b.scalars, strict=True)):
+        assert mine.keys() == other.keys()
         for name, value in mine.items():
             assert abs(value - other[name]) <= tolerance * max(abs(value), 1e-3), (step, name, value, other[name])
     for mine, other in ((a.val_loss, b.val_loss), (a.random_loss, b.random_loss)):
         assert abs(mine - other) <= tolerance * abs(mine), (mine, other)
     _assert_tensors_same(a.weights, b.weights, tolerance)
-    both = a.gradients.keys() & b.gradients.keys()
-    _assert_tensors_same({n: a.gradients[n] for n in both}, {n: b.gradients[n] for n in both}, tolerance)
+    _assert_tensors_same(a.gradients, b.gradients, tolerance)
 
 
 def _assert_tensors_same(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float) -> None:
-    assert a.keys() == b.keys()
+    assert a and a.keys() == b.keys()
     for name, value in a.items():
         scale = max(float(value.abs().max()), 1e-8)
         worst = float((value - b[name]).abs().max())
