@@ -96,13 +96,13 @@ def run_training(
         recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update={"dir": folder})})
         last = recipe.train.steps if steps is None else steps
         ranks = run_ranks(recipe.grid.world_size, _train, recipe, last, save_to, resume_from, save_after or last)
-    gradients = [_together(parts) for parts in zip(*(rank["gradients"] for rank in ranks), strict=True)]
-    weights = _together([rank["weights"] for rank in ranks])
+    gradients = [together(parts) for parts in zip(*(rank["gradients"] for rank in ranks), strict=True)]
+    weights = together([rank["weights"] for rank in ranks])
     trunk = ranks[0]
     return Outcome(trunk["scalars"], gradients, weights, trunk["val_loss"], trunk["load_LM"], trunk["random_loss"])
 
 
-def _together(parts: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
+def together(parts: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Tensors of all ranks; what several have is the same to the bit."""
     everything: dict[str, Tensor] = {}
     for part in parts:
@@ -146,7 +146,7 @@ def _train(
     if saver and start == save_after:
         saver.start(start)
     for step in range(start, steps):
-        before_update(role, lambda: result["gradients"].append(_of_all(engines, full_gradients)))
+        before_update(role, lambda: result["gradients"].append(of_all(role, full_gradients)))
         scalars = optimizer_step(job, role, step)
         if scalars is not None:
             names = (
@@ -171,7 +171,7 @@ def _train(
     else:
         for _ in range(2):
             role.serve(make_schedule(recipe).evaluation(recipe.micro_batches), steps)
-    result["weights"] = _of_all(engines, full_parameters)
+    result["weights"] = of_all(role, full_parameters)
     job.close()
     return result
 
@@ -205,9 +205,28 @@ def full_parameters(engine: Any) -> dict[str, Tensor]:
         return {name: p.detach().cpu().clone() for name, p in engine.module.named_parameters()}
 
 
-def _of_all(engines: dict[str, Any], function: Callable[[Any], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """`function` of every engine's, experts apart."""
-    return {k: v for engine in engines.values() for k, v in _by_expert(engine.module, function(engine)).items()}
+def of_all(role: Any, function: Callable[[Any], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """`function` of every engine of a role, experts apart."""
+    return {k: v for engine in role.engines.values() for k, v in _by_expert(engine.module, function(engine)).items()}
+
+
+def set_weights(role: Any, weights: dict[str, Tensor]) -> None:
+    """Give a role its weights and buffers, named as in `Outcome.weights`, and moments of zeros."""
+    from pool.shard import ExpertShard
+    from trainer.engine.role_engine import ParameterState
+
+    for engine in role.engines.values():
+
+        def read(name: str, module: Any = engine.module) -> ParameterState:
+            if isinstance(module, ExpertShard):
+                weight = torch.stack([weights[f"expert/{expert}/{name}"] for expert in module.expert_ids])
+            else:
+                weight = weights[name]
+            weight = weight.to(torch.float32)
+            return ParameterState(weight, torch.zeros_like(weight), torch.zeros_like(weight))
+
+        buffers = {name: weights.get(name, buffer) for name, buffer in engine.module.named_buffers()}
+        engine.take_over(read, buffers, 0, fresh=True)
 
 
 def _by_expert(module: Any, values: dict[str, Tensor]) -> dict[str, Tensor]:

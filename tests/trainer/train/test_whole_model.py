@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tests.distributed import join, run_ranks
 from tests.double import float32_is_float64
-from tests.training import before_update, full_gradients, full_parameters
+from tests.training import before_update, full_gradients, full_parameters, of_all, set_weights, together
 from trainer.config.recipe import Recipe
 from trainer.planning.schedule import make_schedule
 
@@ -36,27 +36,35 @@ def recipe_of(case: str, parallel: dict[str, Any]) -> Recipe:
     return Recipe.model_validate(sections | {"run": {"dir": "unused"}, "parallel": sections["parallel"] | parallel})
 
 
-def follow(case: str, parallel: dict[str, Any], double: bool) -> Numbers:
-    """The golden file's numbers as the trainer finds them, experts put together from their shards."""
-    recipe = recipe_of(case, parallel)
+def unstacked(values: Numbers) -> Numbers:
+    """Every `.../pool.NAME` as a `.../expert/I/NAME` for each expert."""
     found: Numbers = {}
-    parts: dict[str, dict[int, Tensor]] = {}
-    for rank in run_ranks(recipe.grid.world_size, _follow, recipe, case, double):
-        for key, value in rank["experts"].items():
-            parts.setdefault(key, {}).update(value)
-        for key, value in rank["trunk"].items():
-            # A trunk rank has some of a step's micro-batches, and all of the rest.
-            of_micro_batches = key.split("/")[-1] in ("losses", "balance_losses", "tokens_per_expert")
-            found[key] = torch.cat([found[key], value]) if key in found and of_micro_batches else value
-    return found | {key: torch.stack([part[i] for i in sorted(part)]) for key, part in parts.items()}
+    for key, value in values.items():
+        prefix, pool, name = key.partition("pool.")
+        found |= {f"{prefix}expert/{expert}/{name}": part for expert, part in enumerate(value)} if pool else {key: value}
+    return found
 
 
-def _follow(recipe: Recipe, case: str, double: bool) -> dict[str, Any]:
+def follow(case: str, parallel: dict[str, Any], double: bool) -> Numbers:
+    """The golden file's numbers as the trainer finds them."""
+    recipe = recipe_of(case, parallel)
+    ranks = run_ranks(recipe.grid.world_size, _follow, recipe, case, double)
+    kept = {what: together(rank[what] for rank in ranks) for what in ("step0/gradient", "final")}
+    found = {f"{what}/{name}": value for what, values in kept.items() for name, value in values.items()}
+    for rank in ranks[: recipe.grid.trunk_ranks]:
+        # Of a step's micro-batches each trunk rank has some, of the rest all.
+        for key, value in rank["steps"].items():
+            parts = key.split("/")[-1] in ("losses", "balance_losses", "tokens_per_expert") and key in found
+            found[key] = torch.cat([found[key], value]) if parts else value
+    return found
+
+
+def _follow(recipe: Recipe, case: str, double: bool) -> dict[str, Numbers]:
     with float32_is_float64(double):
         return _follow_here(recipe, case)
 
 
-def _follow_here(recipe: Recipe, case: str) -> dict[str, Any]:
+def _follow_here(recipe: Recipe, case: str) -> dict[str, Numbers]:
     from datasets import Dataset
 
     from trainer.data.batches import SequenceStream
@@ -69,7 +77,6 @@ def _follow_here(recipe: Recipe, case: str) -> dict[str, Any]:
     _, golden = golden_of(case)
     trunk_module.norm_constant = lambda *_: golden["router_constant"].item()  # type: ignore[assignment]
     results: list[MicroBatchResult] = []
-    logits: list[Tensor] = []
 
     def recorded(*arguments: Any) -> Generator[Any, Any, MicroBatchResult]:
         results.append((yield from train_micro_batch(*arguments)))
@@ -79,70 +86,39 @@ def _follow_here(recipe: Recipe, case: str) -> dict[str, Any]:
     job = join(recipe)
     placement, schedule = agreed_placement(job, recipe, None), make_schedule(recipe)
     assert placement
+    found: dict[str, Numbers] = {"steps": {}}
     role: trunk_rank.TrunkRank | PoolRank
     if job.is_trunk:
         stream = SequenceStream([Dataset.from_dict({"tokens": golden["tokens"].tolist()})], None)
         role = trunk_rank.TrunkRank(recipe, job, schedule, placement, stream, stream)
-        role.trunk.head.register_forward_hook(lambda *call: logits.append(call[-1].detach().float()))
+        if job.rank == 0:
+            logits: list[Tensor] = []
+            role.trunk.head.register_forward_hook(lambda *call: logits.append(call[-1].detach()))
     else:
         role = PoolRank(recipe, job, schedule, placement)
-    _begin(role, golden)
-
-    trunk: Numbers = {}
-    experts: dict[str, dict[int, Tensor]] = {}
-
-    def keep(what: str, values: dict[str, dict[str, Tensor]]) -> None:
-        for engine, tensors in values.items():
-            for name, value in tensors.items():
-                if engine == "trunk":
-                    trunk[f"{what}/{name}"] = value
-                else:
-                    ids = role.engines[engine].module.expert_ids
-                    experts[f"{what}/pool.{name}"] = dict(zip(ids, value, strict=True))
-
+    initial = {key.removeprefix("initial/"): value for key, value in golden.items() if key.startswith("initial/")}
+    set_weights(role, unstacked(initial))
     for step in range(STEPS):
         for engine in role.engines.values():
             for group in engine._optimizer.param_groups:
                 group["lr"] = golden[f"step{step}/lr"].item()
         results.clear()
         if step == 0:
-            before_update(role, lambda: keep("step0/gradient", _of_engines(role, full_gradients)))
+            before_update(role, lambda: found.update({"step0/gradient": of_all(role, full_gradients)}))
         scalars = optimizer_step(job, role, step)
         if scalars:
-            trunk[f"step{step}/losses"] = torch.stack([r.loss for r in results])
-            trunk[f"step{step}/balance_losses"] = torch.stack([r.balance_loss for r in results])
-            trunk[f"step{step}/tokens_per_expert"] = torch.stack([r.tokens_per_expert_LM for r in results])
-            trunk[f"step{step}/grad_norm"] = torch.tensor(scalars.grad_norm)
-            trunk[f"step{step}/lr"] = torch.tensor(scalars.lr)
-            biases = [buffer.clone() for name, buffer in role.trunk.named_buffers() if name.endswith("expert_bias_M")]
-            if biases:
-                trunk[f"step{step}/expert_bias"] = torch.stack(biases)
+            values = {name: torch.tensor(getattr(scalars, name)) for name in ("grad_norm", "lr")}
+            values["losses"] = torch.stack([r.loss for r in results])
+            values["balance_losses"] = torch.stack([r.balance_loss for r in results])
+            values["tokens_per_expert"] = torch.stack([r.tokens_per_expert_LM for r in results])
+            if biases := [value.clone() for name, value in role.trunk.named_buffers() if "expert_bias" in name]:
+                values["expert_bias"] = torch.stack(biases)
+            found["steps"].update({f"step{step}/{name}": value for name, value in values.items()})
     if job.rank == 0:
-        trunk["step0/logits"] = logits[0]
-    keep("final", _of_engines(role, full_parameters))
+        found["steps"]["step0/logits"] = logits[0]
+    found["final"] = of_all(role, full_parameters)
     job.close()
-    return {"trunk": trunk, "experts": experts}
-
-
-def _of_engines(role: Any, function: Any) -> dict[str, dict[str, Tensor]]:
-    return {name: function(engine) for name, engine in role.engines.items()}
-
-
-def _begin(role: Any, golden: Numbers) -> None:
-    """Give the role the file's initial weights, and moments of zeros."""
-    from trainer.engine.role_engine import ParameterState
-
-    for engine_name, engine in role.engines.items():
-
-        def read(name: str, engine_name: str = engine_name, engine: Any = engine) -> ParameterState:
-            if engine_name == "trunk":
-                weight = golden[f"initial/{name}"]
-            else:
-                weight = golden[f"initial/pool.{name}"][list(engine.module.expert_ids)]
-            weight = weight.to(torch.float32)
-            return ParameterState(weight, torch.zeros_like(weight), torch.zeros_like(weight))
-
-        engine.take_over(read, dict(engine.module.named_buffers()), 0, fresh=True)
+    return found
 
 
 def assert_met(found: Numbers, golden: Numbers, tolerance: float) -> None:
@@ -151,7 +127,8 @@ def assert_met(found: Numbers, golden: Numbers, tolerance: float) -> None:
     Of float32 weights after steps the mean counts: where a gradient is almost 0, AdamW makes a step of its rounding.
     """
     given = {"tokens", "router_constant", *(key for key in golden if key.startswith("initial/"))}
-    assert found.keys() == golden.keys() - given
+    golden = unstacked({key: value for key, value in golden.items() if key not in given})
+    assert found.keys() == golden.keys()
     for key, value in found.items():
         expected = golden[key]
         assert value.shape == expected.shape, key
