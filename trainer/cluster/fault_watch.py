@@ -17,7 +17,7 @@ from typing import NoReturn
 
 import psutil
 
-from trainer.cluster.liveness import Peers
+from trainer.cluster.liveness import Liveness
 from trainer.cluster.rendezvous import Member
 from trainer.common.credentials import redacted
 from trainer.common.errors import START_AGAIN, JobError, SharedUserError, UserError
@@ -53,7 +53,7 @@ class FaultWatch:
         self.stop_asked = False
         self.saved = False
         """Whether a stop has been done: nothing is lost if the process ends now."""
-        self._peers: Peers | None = None
+        self._liveness: Liveness | None = None
         self._rank = rank
         self._end_said = False
         self._launchers = _launchers()
@@ -66,7 +66,7 @@ class FaultWatch:
 
     def joined_as(self, member: Member) -> None:
         """The rank knows which one it is, and its peers."""
-        self.name, self._rank, self._peers = member.name, member.rank, member.peers
+        self.name, self._rank, self._liveness = member.name, member.rank, member.liveness
 
     def _watch(self, read_end: int) -> None:
         while True:
@@ -89,7 +89,7 @@ class FaultWatch:
         self._leave(f"{got} after {dead} died" if dead else got, 128 + number)
 
     def _dead_peers(self) -> str:
-        return self._peers.describe(self._peers.dead()) if self._peers else ""
+        return self._liveness.describe(self._liveness.dead()) if self._liveness else ""
 
     def _leave(self, reason: str, status: int) -> NoReturn:
         if not self._end_said:
@@ -118,8 +118,8 @@ class FaultWatch:
             time.sleep(0.1)  # a connection breaks some moments before its process is gone
             dead = self._dead_peers()
         silent = ""
-        if self._peers and not dead and any(word in str(error) for word in _OF_PEERS):
-            silent = self._peers.describe(self._peers.silent())
+        if self._liveness and not dead and any(word in str(error) for word in _OF_PEERS):
+            silent = self._liveness.describe(self._liveness.silent())
         if dead or silent:
             fate = f"{dead} died first" if dead else f"{silent} does not respond"
             _say(f"unipool: {self.name} stops in {self.phase}: {fate} ({type(error).__name__}: {error})")

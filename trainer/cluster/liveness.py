@@ -55,7 +55,7 @@ class Arrival:
     pid: int = field(default_factory=os.getpid)
 
 
-class Peers:
+class Liveness:
     """The other ranks of a job, as this one knows them.
 
     Args:
@@ -73,7 +73,7 @@ class Peers:
         self._left = threading.Event()
         self._heartbeat = threading.Thread(target=self._beat, daemon=True, name="heartbeat")
 
-    def call_roll(self, here: Arrival) -> list[Arrival]:
+    def exchange_arrivals(self, here: Arrival) -> list[Arrival]:
         """Tell the others that this rank is here; returns what all say, when all are. Heartbeats begin.
 
         Launcher rank 0 returns last: it may end at once because of what it has heard, and it holds the store.

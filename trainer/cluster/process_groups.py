@@ -32,11 +32,11 @@ class Job:
         self.rank, self.local_rank = member.rank, member.local_rank
         self.name, self.is_trunk = member.name, member.is_trunk
         self.device, self.payload_device = member.device, member.payload_device
-        self.shared, self.peers, self._store = member.shared, member.peers, member.store
+        self.shared, self.liveness, self._store = member.shared, member.liveness, member.store
         self.timeout = timedelta(seconds=recipe.parallel.timeout_seconds)
         self.start_timeout = timedelta(seconds=recipe.parallel.start_timeout_seconds)
         self._choose_gpu()
-        self.peers.meet(lambda: self._join(lanes), self.start_timeout)
+        self.liveness.meet(lambda: self._join(lanes), self.start_timeout)
 
     def _choose_gpu(self) -> None:
         if self.device.type == "cuda":
@@ -87,7 +87,7 @@ class Job:
 
     def close(self) -> None:
         """Leave the job. Threads of a group that is still open at the interpreter's end would abort the process."""
-        self.peers.leave()
+        self.liveness.leave()
         self.barrier()
         for group in self._cross_groups:
             group.shutdown()

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from pool.topology import Topology
 from trainer.cluster.launch import free_port
-from trainer.cluster.liveness import Arrival, Peers, reach
+from trainer.cluster.liveness import Arrival, Liveness, reach
 from trainer.cluster.rank_assignment import ROLE, assign_ranks, payload_device, ranks_by_order, roster
 from trainer.common.errors import SharedUserError, UserError
 from trainer.common.machine import limit_threads
@@ -93,8 +93,8 @@ class KeyValueStore:
         limit: how long a read waits for its key.
     """
 
-    def __init__(self, store: dist.Store, peers: Peers, rank: int, world_size: int, limit: timedelta):
-        self._store, self._peers, self._rank, self._world_size = store, peers, rank, world_size
+    def __init__(self, store: dist.Store, peers: Liveness, rank: int, world_size: int, limit: timedelta):
+        self._store, self._liveness, self._rank, self._world_size = store, peers, rank, world_size
         self._limit = limit
 
     def set(self, key: str, value: str) -> None:
@@ -107,7 +107,7 @@ class KeyValueStore:
         Raises:
             PeerLost: a rank died or stands still, or the time limit has passed.
         """
-        return self._peers.meet(lambda: self._store.get(key), self._limit).decode()
+        return self._liveness.meet(lambda: self._store.get(key), self._limit).decode()
 
     def broadcast(self, key: str, make: Callable[[], str]) -> str:
         """Return what rank 0 makes, on all ranks."""
@@ -146,7 +146,7 @@ class Member:
     payload_device: torch.device
     store: dist.Store
     shared: KeyValueStore
-    peers: Peers
+    peers: Liveness
     roster: str
 
     @property
@@ -185,9 +185,9 @@ def rendezvous(recipe: Recipe, launch: Launch) -> Member:
     # Heartbeats have a connection of their own: one that hangs must not hold up the rest.
     stores = reach(lambda: _open_stores(launch, limit), names[0], limit)
     store, beats = (dist.PrefixStore(_attempt() + path, s) for path, s in zip(("", "/beat"), stores, strict=True))
-    peers = Peers(launch.rank, names, store, beats)
+    peers = Liveness(launch.rank, names, store, beats)
     here = Arrival(os.environ.get(ROLE, ""), device.type, f"{grid} {order}")
-    arrivals = peers.meet(lambda: peers.call_roll(here), limit)
+    arrivals = peers.meet(lambda: peers.exchange_arrivals(here), limit)
     if any(arrival.numbering != here.numbering for arrival in arrivals):
         raise SharedUserError("the ranks were started with different recipes: give all of them the same")
     ranks = assign_ranks(grid, order, [arrival.role for arrival in arrivals])

@@ -305,7 +305,7 @@ class MetricsServer(Collector):
         self.count_load(served.tokens_Le.numpy(), served.gradients_e.numpy())
         self.add("unipool_service_tokens", int(served.tokens_Le.sum()))
         self.set("unipool_service_queue_depth", served.queue_depth)
-        self.set("unipool_stash_bytes", served.stash_bytes)
+        self.set("unipool_stash_bytes", served.deferred_bytes)
 
     def count_load(self, tokens_Le: NDArray[np.int64], gradients_e: NDArray[np.int64]) -> None:
         """Assignments served forward and backward."""

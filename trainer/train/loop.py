@@ -306,11 +306,11 @@ class _Loop:
         """Too many steps in a row were skipped: say on which data."""
         self._saver.finish()
         if self._trunk and self._prepared:
-            self._job.shared.put("suspects", self._trunk.suspects(step))
+            self._job.shared.put("nonfinite_rows", self._trunk.nonfinite_rows(step))
         if self._job.rank == 0:
             trunk_ranks = range(self._recipe.parallel.trunk_ranks)
-            suspects = [self._job.shared.get(f"suspects/{rank}") for rank in trunk_ranks]
-            where = "; ".join(text for text in suspects if text) or "the losses are finite, only gradients are not"
+            nonfinite_rows = [self._job.shared.get(f"nonfinite_rows/{rank}") for rank in trunk_ranks]
+            where = "; ".join(text for text in nonfinite_rows if text) or "the losses are finite, only gradients are not"
             data = self._prepared.files("train") if self._prepared else ""
             say(f"unipool: step {step + 1}, of {data}: {where}")
         self._job.barrier()

@@ -117,7 +117,7 @@ class BrokenStore:
 def test_a_store_that_breaks_before_anybody_was_heard_of_names_its_host(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trainer.cluster.liveness, "_SETTLE_SECONDS", 0.0)
     store = BrokenStore()
-    peers = trainer.cluster.liveness.Peers(1, ["rank 0 (trunk 0)", "rank 1 (pool 0, shard 0)"], store, store)
+    peers = trainer.cluster.liveness.Liveness(1, ["rank 0 (trunk 0)", "rank 1 (pool 0, shard 0)"], store, store)
     wanted = r"rank 0 \(trunk 0\), which holds the job's store, is gone \(Connection reset by peer\)"
     with pytest.raises(trainer.cluster.liveness.PeerLost, match=wanted):
         peers.meet(lambda: store.get("arrival/0"), timedelta(seconds=20))
