@@ -12,8 +12,8 @@ from itertools import takewhile
 import torch
 from torch import Tensor
 
-from pool.experts import ExpertServer, ExpertShard
-from pool.plan import Kind, RequestKey, Slot
+from pool.schedule import Kind, RequestKey, Slot
+from pool.shard import ExpertServer, ExpertShard
 from pool.wire import PoolWire, WireError
 
 _Received = tuple[list[tuple[Tensor, list[int]]], float]

@@ -6,7 +6,7 @@ buffers are sized without touching the device; payloads go over the lane's own g
 without tokens gets the header only. Only this file talks to process groups about tokens.
 
 Every wait has a time limit, and every error names the ranks, the lane, the layer and the micro-batch. With
-`WireSettings.check` both ends also check every message, and every answer has a header too (see `pool.check`).
+`WireSettings.check` both ends also check every message, and every answer has a header too (see `pool.wire_check`).
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from pool.check import SEAL_FIELDS, altered, not_conserved, not_finite, seal
-from pool.plan import Kind, RequestKey
+from pool.schedule import Kind, RequestKey
 from pool.topology import Topology
+from pool.wire_check import SEAL_FIELDS, altered, not_conserved, not_finite, seal
 
 _HEADER_FIELDS = 5
 # Of payloads, in a lane's own group. A request's header has its lane as tag; an answer's the number of lanes more.

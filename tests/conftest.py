@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 
 FIRST = (
-    "trainer/test_jobs.py",
-    "trainer/test_restarts.py",
+    "trainer/train/test_jobs.py",
+    "trainer/train/test_restarts.py",
     "deploy/test_kubernetes.py",
-    "trainer/test_faults.py",
-    "trainer/test_reshape.py",
-    "trainer/test_layouts.py",
-    "trainer/test_saver.py",
+    "trainer/train/test_faults.py",
+    "trainer/checkpoint/test_reshard.py",
+    "trainer/train/test_layouts.py",
+    "trainer/checkpoint/test_save.py",
     "deploy/test_scrape.py",
 )
 """Files that take longest: begun last, one of them would run alone at the end."""

@@ -16,15 +16,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from trainer.config import Recipe
-from trainer.launch import free_port
+from trainer.cluster.launch import free_port
+from trainer.config.recipe import Recipe
 
 TIME_LIMIT = 240.0
 
 context = multiprocessing.get_context("forkserver")
 # The last three deepspeed and the datasets would import in every rank, in two to three seconds.
 context.set_forkserver_preload(
-    ["torch", "deepspeed", "trainer.train", "datasets", "torch._dynamo", "torch.utils.tensorboard"]
+    ["torch", "deepspeed", "trainer.train.loop", "datasets", "torch._dynamo", "torch.utils.tensorboard"]
 )
 
 
@@ -67,10 +67,11 @@ def fork_rank(function: Callable[..., Any], *arguments: Any) -> Iterator[Any]:
 
 def join(recipe: Recipe) -> Any:
     """This rank's `Job`, with nothing done between its two parts."""
-    from trainer.job import Job
-    from trainer.seat import read_launch, take_seat
+    from trainer.cluster.process_groups import Job
+    from trainer.cluster.rendezvous import read_launch, rendezvous
+    from trainer.planning.schedule import make_schedule
 
-    return Job(recipe, take_seat(recipe, read_launch()))
+    return Job(recipe, rendezvous(recipe, read_launch()), make_schedule(recipe).lanes)
 
 
 def job_environment(world_size: int) -> dict[str, str]:

@@ -48,16 +48,53 @@ def test_direction(package: str, allowed: set[str]) -> None:
         assert ours <= allowed, f"{path} imports {ours - allowed}"
 
 
+ROOMS = (
+    *("common", "config", "data", "model", "cluster", "telemetry", "engine", "checkpoint", "planning", "bench"),
+    *("export", "train", "evaluate", "probe", "view", "sweep", "scaling_law", "cli", "__main__"),
+)
+"""The rooms of trainer/, from the lowest up: a room imports from itself and from lower ones."""
+
+
+def test_rooms_import_only_downwards() -> None:
+    trainer = ROOT / "trainer"
+    assert {path.stem for path in trainer.iterdir() if not path.name.startswith("__")} == set(ROOMS) - {"__main__"}
+    for path in trainer.rglob("*.py"):
+        room = path.relative_to(trainer).parts[0].removesuffix(".py")
+        for name in imports(path):
+            parts = name.split(".")
+            if parts[0] == "trainer" and len(parts) > 1 and room in ROOMS:
+                assert ROOMS.index(parts[1]) <= ROOMS.index(room), f"{path} imports {name} from a room above"
+
+
+def test_no_room_is_crowded() -> None:
+    for folder in {path.parent for package in OURS for path in (ROOT / package).rglob("*.py")}:
+        files = [path for path in folder.glob("*.py") if path.name != "__init__.py"]
+        assert len(files) <= 12, f"{folder} has {len(files)} files"
+
+
+def test_no_private_name_is_imported() -> None:
+    for package in OURS:
+        for path in (ROOT / package).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in OURS:
+                    private = [alias.name for alias in node.names if alias.name.startswith("_")]
+                    assert private in ([], ["__version__"]), f"{path} imports {private}"
+
+
 def test_libraries_with_one_home() -> None:
-    assert importers("deepspeed") == {"trainer/engine.py"}
-    assert importers("prometheus_client") == {"trainer/metrics.py"}
+    assert importers("deepspeed") == {"trainer/engine/role_engine.py"}
+    assert importers("prometheus_client") == {"trainer/telemetry/prometheus.py"}
     assert importers("safetensors") == {"trainer/export/folder.py", "trainer/export/write.py"}
     exports = {str(path.relative_to(ROOT)) for path in EXPORTED}
     exports |= {f"trainer/export/{name}.py" for name in ("folder", "source", "write", "generate")}
     # Probes read other people's models through it, in one adapter; evaluation needs its types.
     assert importers("transformers") == exports | {"trainer/probe/adapters.py", "trainer/evaluate/subject.py"}
     assert importers("lm_eval") == {"trainer/evaluate/tasks.py"}
-    assert importers("torch.distributed") == {"trainer/job.py", "trainer/seat.py", "trainer/trunk_rank.py"}
+    assert importers("torch.distributed") == {
+        "trainer/cluster/process_groups.py",
+        "trainer/cluster/rendezvous.py",
+        "trainer/train/trunk_rank.py",
+    }
 
 
 def test_the_exported_model_stands_alone() -> None:
@@ -85,7 +122,8 @@ def test_no_file_is_too_long() -> None:
 def test_start_up_path_is_light() -> None:
     """`--help` and a recipe's check load no torch, no deepspeed, no datasets."""
     code = (
-        "import sys; from trainer.cli import cli; from trainer.config import load_recipe; load_recipe('quickstart');"
+        "import sys; from trainer.cli import cli; from trainer.config.recipe import load_recipe;"
+        "load_recipe('quickstart');"
         "print(*{'torch', 'deepspeed', 'datasets', 'transformers', 'lm_eval', 'matplotlib', 'numpy', 'rich'}"
         " & set(sys.modules))"
     )
@@ -98,7 +136,7 @@ def test_start_up_path_is_light() -> None:
 def test_the_engine_leaves_the_compiler_on() -> None:
     """It is off while DeepSpeed is imported; what is compiled afterwards, such as SwiGLU on a GPU, is compiled."""
     code = (
-        "import os; os.environ['DS_ACCELERATOR'] = 'cpu'; import torch, trainer.engine as engine\n"
+        "import os; os.environ['DS_ACCELERATOR'] = 'cpu'; import torch, trainer.engine.role_engine as engine\n"
         "engine._import_deepspeed(); calls = []\n"
         "torch.compile(torch.nn.functional.silu, backend=lambda graph, _: calls.append(1) or graph)(torch.ones(2))\n"
         "print(len(calls), 'TORCHDYNAMO_DISABLE' in os.environ)"

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from tests.distributed import join, run_ranks
-from trainer.config import Recipe
+from trainer.config.recipe import Recipe
+from trainer.planning.schedule import make_schedule
 
 TINY: dict[str, Any] = {
     "run": {"dir": "unused", "seed": 3},
@@ -109,13 +110,13 @@ def run_training(
 def _train(
     recipe: Recipe, steps: int, save_to: Path | None, resume_from: Path | None, save_after: int
 ) -> dict[str, Any]:
-    from trainer import checkpoint
+    from trainer.checkpoint import format as checkpoint
+    from trainer.checkpoint.save import Saver
     from trainer.data.batches import SequenceStream
     from trainer.export.initial import load_initial
-    from trainer.pool_rank import PoolRank
-    from trainer.saver import Saver
-    from trainer.train import agreed_placement, optimizer_step
-    from trainer.trunk_rank import TrunkRank
+    from trainer.train.loop import agreed_placement, optimizer_step
+    from trainer.train.pool_rank import PoolRank
+    from trainer.train.trunk_rank import TrunkRank
 
     job = join(recipe)
     data = tokens(recipe)
@@ -125,10 +126,10 @@ def _train(
     if job.is_trunk:
         document_end = END if recipe.data.document_mask else None
         training, validation = SequenceStream([data], 0), SequenceStream([data], None)
-        role = TrunkRank(recipe, job, placement, training, validation, document_end)
+        role = TrunkRank(recipe, job, make_schedule(recipe), placement, training, validation, document_end)
     else:
         assert placement
-        role = PoolRank(recipe, job, placement)
+        role = PoolRank(recipe, job, make_schedule(recipe), placement)
     engines = role.engines
     result: dict[str, Any] = {"scalars": [], "gradients": {}, "val_loss": 0.0, "load_LM": None, "random_loss": 0.0}
     if saved:
@@ -164,7 +165,7 @@ def _train(
         result["load_LM"] = role.load_LM
     else:
         for _ in range(2):
-            role.serve(job.schedule.evaluation(recipe.micro_batches), steps)
+            role.serve(make_schedule(recipe).evaluation(recipe.micro_batches), steps)
     result["weights"] = {}
     for engine in engines.values():
         result["weights"].update(_by_expert(engine.module, _full_parameters(engine)))
@@ -196,7 +197,7 @@ def _full_parameters(engine: Any) -> dict[str, Tensor]:
 
 
 def _by_expert(module: Any, values: dict[str, Tensor]) -> dict[str, Tensor]:
-    from pool.experts import ExpertShard
+    from pool.shard import ExpertShard
 
     if not isinstance(module, ExpertShard):
         return values

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from trainer.launch import free_port
+from trainer.cluster.launch import free_port
 
 START_LIMIT = 300.0
 RUN_LIMIT = 900.0

@@ -33,7 +33,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pool import grouped_experts, loop_experts
-from pool.experts import ExpertServer, ExpertShard
+from pool.shard import ExpertServer, ExpertShard
 from tests.benchmarks.contenders import Contender, end_in_order
 from tests.benchmarks.peers import peers_python
 from tests.benchmarks.report import print_report, ratios

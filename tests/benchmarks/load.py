@@ -17,8 +17,8 @@ lane of every trunk rank of its replica: within so many requests a hot shard can
 for it. Hence the windows:
 - lock step: slot by slot the trunk ranks that a replica serves, with one lane each, all in the same layer. A pool rank
   that is done waits for the slot to end, so windows do not overlap;
-- staggered: the requests of a replica in the order of the plan that the recipe's costs give (`trainer.schedule`), and
-  over them a window of trunk ranks served x lanes that slides by one request.
+- staggered: the requests of a replica in the order of the schedule that the recipe's costs give
+  (`trainer.planning.schedule`), and over them a window of trunk ranks served x lanes that slides by one request.
 
 The imbalance is the sum over windows of the largest work of any pool rank over the sum of the mean work. All shards of
 all replicas count: their first windows are taken together, their second ones, and so on. Replicas wait for each other
@@ -39,12 +39,12 @@ import torch
 from numpy.typing import NDArray
 
 from pool.placement import Placement, balanced, contiguous
-from pool.plan import RequestKey, Slot, lockstep_plan
+from pool.schedule import RequestKey, Slot, lockstep_plan
 from pool.topology import Topology
 from tests.benchmarks.report import print_report
-from trainer import checkpoint
-from trainer.config import Recipe, load_recipe
-from trainer.schedule import make_schedule
+from trainer.checkpoint import format as checkpoint
+from trainer.config.recipe import Recipe, load_recipe
+from trainer.planning.schedule import make_schedule
 
 Counts = NDArray[np.int64]
 

@@ -8,13 +8,14 @@ import torch
 
 from tests.benchmarks.peer_protocol import pin, serve, take_stdout
 from tests.training import tokens
-from trainer.config import load_recipe
+from trainer.cluster.process_groups import Job
+from trainer.cluster.rendezvous import read_launch, rendezvous
+from trainer.config.recipe import load_recipe
 from trainer.data.batches import SequenceStream
-from trainer.job import Job
-from trainer.pool_rank import PoolRank
-from trainer.seat import read_launch, take_seat
-from trainer.train import agreed_placement, optimizer_step
-from trainer.trunk_rank import TrunkRank
+from trainer.planning.schedule import make_schedule
+from trainer.train.loop import agreed_placement, optimizer_step
+from trainer.train.pool_rank import PoolRank
+from trainer.train.trunk_rank import TrunkRank
 
 
 def main(path: str) -> None:
@@ -24,15 +25,17 @@ def main(path: str) -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False
     recipe = load_recipe(path)
-    job = Job(recipe, take_seat(recipe, read_launch()))
+    job = Job(recipe, rendezvous(recipe, read_launch()), make_schedule(recipe).lanes)
     data = tokens(recipe)
     placement = agreed_placement(job, recipe, None)
     role: TrunkRank | PoolRank
     if job.is_trunk:
-        role = TrunkRank(recipe, job, placement, SequenceStream([data], 0), SequenceStream([data], None))
+        role = TrunkRank(
+            recipe, job, make_schedule(recipe), placement, SequenceStream([data], 0), SequenceStream([data], None)
+        )
     else:
         assert placement
-        role = PoolRank(recipe, job, placement)
+        role = PoolRank(recipe, job, make_schedule(recipe), placement)
     if job.topology.world_size > 1:
         pin(job.rank)
     done = 0

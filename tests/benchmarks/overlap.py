@@ -15,12 +15,12 @@ from typing import Any
 import click
 import torch
 
-from pool.plan import lockstep_plan
+from pool.schedule import lockstep_plan
 from tests.benchmarks.report import print_report, ratios
 from tests.distributed import join, run_ranks
 from tests.training import tokens
-from trainer.config import Recipe
-from trainer.schedule import Schedule
+from trainer.config.recipe import Recipe
+from trainer.planning.schedule import ScheduleSpec, make_schedule
 
 LANES = (1, 2, 4)
 LOCK_STEP = 0
@@ -63,9 +63,9 @@ def recipe(precision: str, folder: str) -> Recipe:
 def measure(job_recipe: Recipe, rounds: int) -> dict[str, Any]:
     """On every rank: seconds of a step under each plan, and the share of it spent waiting, round by round."""
     from trainer.data.batches import SequenceStream
-    from trainer.pool_rank import PoolRank
-    from trainer.train import agreed_placement, optimizer_step
-    from trainer.trunk_rank import TrunkRank
+    from trainer.train.loop import agreed_placement, optimizer_step
+    from trainer.train.pool_rank import PoolRank
+    from trainer.train.trunk_rank import TrunkRank
 
     job = join(job_recipe)
     data = tokens(job_recipe)
@@ -73,12 +73,19 @@ def measure(job_recipe: Recipe, rounds: int) -> dict[str, Any]:
     assert placement
     role: TrunkRank | PoolRank
     if job.is_trunk:
-        role = TrunkRank(job_recipe, job, placement, SequenceStream([data], 0), SequenceStream([data], None))
+        role = TrunkRank(
+            job_recipe,
+            job,
+            make_schedule(job_recipe),
+            placement,
+            SequenceStream([data], 0),
+            SequenceStream([data], None),
+        )
     else:
-        role = PoolRank(job_recipe, job, placement)
+        role = PoolRank(job_recipe, job, make_schedule(job_recipe), placement)
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[job.rank % len(cores)]})  # this thread only: gloo's threads stay free
-    plans = {lanes: Schedule(job_recipe, lanes, job.schedule.costs).step for lanes in LANES}
+    plans = {lanes: ScheduleSpec(job_recipe, lanes, make_schedule(job_recipe).costs).step for lanes in LANES}
     in_order = tuple(lockstep_plan(1, MICRO_BATCHES, job_recipe.model.layers))
     plans[LOCK_STEP] = dataclasses.replace(plans[1], slots=in_order)
     seconds: dict[int, list[float]] = {lanes: [] for lanes in plans}

@@ -15,14 +15,14 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from pool.placement import contiguous
-from trainer import checkpoint
-from trainer.config import load_recipe
-from trainer.drive import LocalPool
-from trainer.micro_batch import PoolMap, hidden_states
-from trainer.model import Trunk
-from trainer.pool_rank import build_shard
-from trainer.prepare import prepare_for
-from trainer.reshape import SavedCheckpoint, convert
+from trainer.checkpoint import format as checkpoint
+from trainer.checkpoint.reshard import SavedCheckpoint, convert
+from trainer.config.recipe import load_recipe
+from trainer.data.recipe_data import prepare_for
+from trainer.model.micro_batch import PoolMap, hidden_states
+from trainer.model.pool_client import LocalPool
+from trainer.model.trunk import Trunk
+from trainer.train.pool_rank import build_shard
 
 
 def record(run: Path, micro_batches: int) -> NDArray[np.int64]:

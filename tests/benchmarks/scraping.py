@@ -22,7 +22,8 @@ import torch
 from tests.benchmarks.report import print_report, ratios
 from tests.distributed import join, run_ranks
 from tests.training import tokens
-from trainer.config import Recipe
+from trainer.config.recipe import Recipe
+from trainer.planning.schedule import make_schedule
 
 PERIODS = {"never": 0.0, "every_second": 1.0, "ten_a_second": 0.1}
 """Prometheus' own default is a minute, deploy/prometheus/ has 15 s."""
@@ -69,9 +70,9 @@ def scrape(addresses: Sequence[str], period: float) -> None:
 def measure(job_recipe: Recipe, rounds: int) -> dict[str, Any]:
     """On rank 0: mean seconds of a step by how often it is scraped, round by round, and what the scrapes saw."""
     from trainer.data.batches import SequenceStream
-    from trainer.pool_rank import PoolRank
-    from trainer.train import agreed_placement, optimizer_step
-    from trainer.trunk_rank import TrunkRank
+    from trainer.train.loop import agreed_placement, optimizer_step
+    from trainer.train.pool_rank import PoolRank
+    from trainer.train.trunk_rank import TrunkRank
 
     job = join(job_recipe)
     placement = agreed_placement(job, job_recipe, None)
@@ -79,12 +80,19 @@ def measure(job_recipe: Recipe, rounds: int) -> dict[str, Any]:
     role: TrunkRank | PoolRank
     if job.is_trunk:
         data = tokens(job_recipe)
-        role = TrunkRank(job_recipe, job, placement, SequenceStream([data], 0), SequenceStream([data], None))
+        role = TrunkRank(
+            job_recipe,
+            job,
+            make_schedule(job_recipe),
+            placement,
+            SequenceStream([data], 0),
+            SequenceStream([data], None),
+        )
     else:
-        role = PoolRank(job_recipe, job, placement)
-    job.publish("address", role.metrics.address)
+        role = PoolRank(job_recipe, job, make_schedule(job_recipe), placement)
+    job.shared.put("address", role.metrics.address)
     job.barrier()
-    addresses = job.look_up("address")
+    addresses = job.shared.gather("address")
     step = 0
     seconds: dict[str, list[float]] = {name: [] for name in PERIODS}
     scrapes: list[str] = []

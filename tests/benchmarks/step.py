@@ -29,7 +29,7 @@ from tqdm import tqdm
 from tests.benchmarks.contenders import Contender, end_in_order
 from tests.benchmarks.peers import peers_python
 from tests.benchmarks.report import print_report, ratios
-from trainer.config import Recipe, save_recipe
+from trainer.config.recipe import Recipe, save_recipe
 
 CORES = 2
 TRIALS = 2

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from pool.placement import Placement
-from pool.plan import Kind, RequestKey, lockstep_plan
+from pool.schedule import Kind, RequestKey, lockstep_plan
 from pool.topology import Topology
 from tests.benchmarks.load import (
     MICRO_BATCHES,
@@ -25,8 +25,8 @@ from tests.benchmarks.load import (
     requests_of,
     work_in_windows,
 )
-from trainer.config import Recipe, load_recipe
-from trainer.schedule import make_schedule
+from trainer.config.recipe import Recipe, load_recipe
+from trainer.planning.schedule import make_schedule
 
 BLOCK = RANKS * MICRO_BATCHES
 

@@ -22,7 +22,7 @@ from typing import Any
 import psutil
 
 from tests.trainer.job import BIN, ROOT
-from trainer.launch import free_port
+from trainer.cluster.launch import free_port
 
 NETWORK = "10.88.0"
 """Addresses that exist in the namespaces made here only."""

@@ -17,8 +17,8 @@ from tests.deploy.pods import Cluster
 from tests.deploy.schemas import check
 from tests.tools import need
 from tests.trainer.job import ROOT
-from trainer.config import load_recipe
-from trainer.metrics import parse
+from trainer.config.recipe import load_recipe
+from trainer.telemetry.prometheus import parse
 
 KUBERNETES = ROOT / "deploy/kubernetes"
 OVERLAYS = sorted(path.parent for path in KUBERNETES.glob("*/*/kustomization.yaml") if "components" not in path.parts)

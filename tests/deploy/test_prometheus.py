@@ -10,7 +10,7 @@ import yaml
 
 from tests.deploy.observability import PROMETHEUS, RUNBOOK, dashboards, names, panels, rules
 from tests.tools import need
-from trainer.metrics import CATALOGUE
+from trainer.telemetry.prometheus import CATALOGUE
 
 ALERTS = {rule["alert"]: rule for rule in rules("alert")}
 RECORDED = {rule["record"]: rule["expr"] for rule in rules("record")}

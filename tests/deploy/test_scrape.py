@@ -21,9 +21,9 @@ from tests.deploy.observability import PROMETHEUS, dashboards, panels, rules
 from tests.tools import need
 from tests.trainer.forked import ForkedJob
 from tests.trainer.job import write_recipe
-from trainer.config import load_recipe
-from trainer.errors import START_AGAIN
-from trainer.launch import free_port
+from trainer.cluster.launch import free_port
+from trainer.common.errors import START_AGAIN
+from trainer.config.recipe import load_recipe
 
 TIME_LIMIT = 240.0
 

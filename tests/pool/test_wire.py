@@ -1,7 +1,7 @@
 """The wire and the service between real processes: the same numbers as a local server, and errors that say who.
 
 Rank functions are at module level and return plain values; assertions stand in the tests. Every job makes its groups
-as `trainer.job.Job` does: gloo by hand over one TCPStore.
+as `trainer.cluster.process_groups.Job` does: gloo by hand over one TCPStore.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pool.experts import ExpertServer, ExpertShard
 from pool.placement import Placement, contiguous
-from pool.plan import Kind, RequestKey, Slot
+from pool.schedule import Kind, RequestKey, Slot
 from pool.service import PoolService
+from pool.shard import ExpertServer, ExpertShard
 from pool.topology import Topology
 from pool.wire import PoolWire, TrunkWire, WireError, WireSettings
 from tests.distributed import RankFailed, run_ranks

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.distributed import context, job_environment
-from trainer.config import Recipe, load_recipe
-from trainer.roles import ROLE
+from trainer.cluster.rank_assignment import ROLE
+from trainer.config.recipe import Recipe, load_recipe
 
 POLL_SECONDS = 0.01
 
@@ -151,10 +151,11 @@ def _rank(
         os.dup2(descriptor, stream)
     import torch
 
-    from trainer import faults, peers
     from trainer.cli import main
-    from trainer.seat import read_launch
-    from trainer.train import train
+    from trainer.cluster import fault_watch as faults
+    from trainer.cluster import liveness as peers
+    from trainer.cluster.rendezvous import read_launch
+    from trainer.train.loop import train
 
     torch.set_num_threads(1)
     faults._COURTESY_SECONDS = 0.0  # there is no launcher that should notice another rank first

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-from trainer.usage import ACTIVITIES
+from trainer.telemetry.time_breakdown import ACTIVITIES
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from trainer.config import load_recipe, save_recipe
+from trainer.config.recipe import load_recipe, save_recipe
 
 ACTIVITIES = ("computing", "waiting", "wire", "optimizer")
 SHARES = {"trunk": (0.9, 0.05, 0.03, 0.02), "pool": (0.5, 0.4, 0.06, 0.04)}

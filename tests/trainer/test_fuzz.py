@@ -25,14 +25,15 @@ from hypothesis import strategies as st
 
 from pool.placement import contiguous
 from tests.training import tiny
-from trainer import checkpoint, resume
-from trainer.config import Recipe, check_recipe, load_recipe, read_tree, save_recipe
-from trainer.errors import UserError
-from trainer.hardware import find_hardware, load_profile
-from trainer.hostfile import find_node
-from trainer.plan import make_plan
-from trainer.predict import read_loads
-from trainer.schedule import schedule_of
+from trainer.checkpoint import format as checkpoint
+from trainer.checkpoint.format import resume
+from trainer.cluster.hostfile import find_node
+from trainer.common.errors import UserError
+from trainer.config.recipe import Recipe, check_recipe, load_recipe, read_tree, save_recipe
+from trainer.planning.hardware import find_hardware, load_profile
+from trainer.planning.report import make_plan
+from trainer.planning.schedule import schedule_of
+from trainer.planning.what_if import read_loads
 from trainer.sweep.spec import load_sweep
 from trainer.view.pages import targets
 from trainer.view.records import recorded_load

@@ -16,6 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from zipfile import BadZipFile
 
+from trainer.common.atomic import write_whole
+from trainer.common.errors import UserError
+from trainer.common.strict_json import dumps, loads
 from trainer.data.encoding import Encoder
 from trainer.data.packing import SplitWriter
 from trainer.data.prepared import COUNTS_FILE, FACTS_FILE, TOKENIZER_FILE
@@ -24,9 +27,6 @@ from trainer.data.reading.sources import skipped_files
 from trainer.data.settings import DataSettings, limited, pieces, readable
 from trainer.data.splitting import SPLITS, Passage, Splitter, choose_splitter
 from trainer.data.tokenizer import end_of_document_id, load_tokenizer, vocabulary
-from trainer.errors import UserError
-from trainer.strict_json import dumps, loads
-from trainer.whole import write_whole
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -18,15 +18,15 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
+from trainer.common.atomic import partial_folder, whole_folder
+from trainer.common.errors import UserError
+from trainer.common.strict_json import dumps
 from trainer.data.preparation import PROGRESS_FILE, Preparation
 from trainer.data.prepared import TOKENIZER_FILE, PreparedData, PreparedSource, open_prepared
 from trainer.data.reading.documents import refuse_bad_share
 from trainer.data.settings import TRAIN, DataSettings, fingerprint, pieces, readable
 from trainer.data.splitting import SPLITS, choose_splitter
 from trainer.data.tokenizer import train_tokenizer
-from trainer.errors import UserError
-from trainer.strict_json import dumps
-from trainer.whole import partial_folder, whole_folder
 
 TOKENIZER_SAMPLE_BYTES = 50_000_000
 

@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trainer.common.errors import UserError
+from trainer.common.strict_json import dumps, loads
 from trainer.data.packing import SplitFacts, unigram_entropy
 from trainer.data.splitting import SPLITS
 from trainer.data.tokenizer import load_tokenizer
-from trainer.errors import UserError
-from trainer.strict_json import dumps, loads
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from trainer.common.errors import UserError
+from trainer.common.strict_json import dumps
 from trainer.data.reading.documents import Documents, Piece
 from trainer.data.reading.sources import shown, source_files
 from trainer.data.splitting import Parts
 from trainer.data.tokenizer import tokenizer_files
-from trainer.errors import UserError
-from trainer.strict_json import dumps
 
 FORMAT = 2  # part of the fingerprint: raise it when the same settings give other files
 TRAIN = "train"  # as data.tokenizer: train one on the source

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trainer.common.errors import UserError
+from trainer.common.strict_json import dumps, loads
 from trainer.data.reading.sources import one_line, shown
-from trainer.errors import UserError
-from trainer.strict_json import dumps, loads
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

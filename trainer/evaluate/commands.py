@@ -8,9 +8,9 @@ from pathlib import Path
 
 import click
 
-from trainer.errors import UserError
+from trainer.common.errors import UserError
+from trainer.common.strict_json import dumps, marked
 from trainer.evaluate.options import batch_size_option, read_options, task_options
-from trainer.strict_json import dumps, marked
 
 
 @click.command("eval")
@@ -77,9 +77,9 @@ def evaluate(
 
         loaded = load_tasks(wanted.names, include_path)
     from trainer.evaluate.loss import text_loss, validation_loss
-    from trainer.evaluate.soundness import sound
     from trainer.evaluate.subject import load_subject
     from trainer.evaluate.tables import print_loss, print_scores
+    from trainer.export.soundness import sound
 
     subject = load_subject(source, device, precision, as_trained=not wanted.names and text is None)
     with sound(subject.model, f"{subject.path}: {subject.name}"):

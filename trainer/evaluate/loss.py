@@ -17,15 +17,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from trainer.checkpoint import read_about
-from trainer.config import source_names
+from trainer.checkpoint.format import read_about
+from trainer.common.errors import UserError
+from trainer.config.recipe import source_names
 from trainer.data.batches import evaluation_steps
 from trainer.data.reading.documents import read_text
-from trainer.document_mask import attention_of, document_end
-from trainer.errors import UserError
 from trainer.evaluate.subject import Subject
-from trainer.prepare import data_of
-from trainer.summary import perplexity
+from trainer.export.source import data_of
+from trainer.model.document_mask import attention_of, document_end
+from trainer.train.summary import perplexity
 
 
 @dataclass(frozen=True)

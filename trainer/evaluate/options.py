@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from trainer.errors import UserError
+from trainer.common.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from trainer.errors import UserError
-from trainer.strict_json import dumps, loads
-from trainer.whole import write_whole
+from trainer.common.atomic import write_whole
+from trainer.common.errors import UserError
+from trainer.common.strict_json import dumps, loads
 
 RECORD_FILE = "eval.json"
 

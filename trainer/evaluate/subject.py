@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trainer.bench import pick_device
+from trainer.common.machine import limit_threads, pick_device
 from trainer.export.folder import is_export
 from trainer.export.generate import load_model
 from trainer.export.source import SavedRun, find_run
-from trainer.machine import limit_threads
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from trainer.errors import UserError
+from trainer.common.errors import UserError
 from trainer.evaluate.scores import Score, Scores, TaskScores, with_accuracy
 from trainer.evaluate.subject import Subject
-from trainer.progress import say
+from trainer.telemetry.console import say
 
 try:
     from lm_eval import __version__ as harness_version

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from trainer.errors import UserError
-from trainer.strict_json import dumps
+from trainer.common.errors import UserError
+from trainer.common.strict_json import dumps
 
 if TYPE_CHECKING:
     from trainer.export.write import Format

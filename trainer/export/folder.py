@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.errors import UserError
-from trainer.strict_json import loads
+from trainer.common.errors import UserError
+from trainer.common.strict_json import loads
 
 if TYPE_CHECKING:
     from torch import Tensor

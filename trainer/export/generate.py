@@ -12,12 +12,12 @@ import torch
 from transformers import PreTrainedTokenizerFast, TextStreamer
 from transformers.utils import logging
 
-from trainer.errors import UserError
-from trainer.evaluate.soundness import sound
+from trainer.common.errors import UserError
+from trainer.common.machine import limit_threads
 from trainer.export.folder import is_export, load_export
 from trainer.export.modeling_unipool import UniPoolForCausalLM
+from trainer.export.soundness import sound
 from trainer.export.source import export_tokenizer, filled_model, find_run, model_config, open_weights
-from trainer.machine import limit_threads
 
 
 @dataclass(frozen=True)

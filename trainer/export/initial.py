@@ -6,16 +6,16 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.config import Recipe, load_recipe
-from trainer.errors import SharedUserError, UserError
+from trainer.common.errors import SharedUserError, UserError
+from trainer.config.recipe import Recipe, load_recipe
 from trainer.export.folder import StoredTensors, read_object
 from trainer.export.names import Parts, expert_names, trunk_names
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from trainer.checkpoint import Role
-    from trainer.engine import Engine, ParameterState
+    from trainer.checkpoint.format import Role
+    from trainer.engine.role_engine import Engine, ParameterState
 
 _CONFIG = {
     "num_attention_heads": "model.heads",
@@ -123,7 +123,7 @@ def _value(recipe: Recipe, key: str) -> Any:
 def _fresh(weight: Tensor) -> ParameterState:
     import torch
 
-    from trainer.engine import ParameterState
+    from trainer.engine.role_engine import ParameterState
 
     return ParameterState(weight, torch.zeros_like(weight), torch.zeros_like(weight))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from trainer.config import Recipe
+from trainer.config.recipe import Recipe
 
 Parts = dict[str, int]
 """Exported names, in order, and how many rows of the trainer's tensor each has."""

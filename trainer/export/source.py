@@ -19,16 +19,18 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from router import norm_constant
-from trainer.checkpoint import MARKER_FILE, RECIPE_FILE, newest, read_placement
-from trainer.config import Recipe, load_recipe
+from trainer.checkpoint.format import MARKER_FILE, RECIPE_FILE, newest, read_placement
+from trainer.checkpoint.reshard import SavedCheckpoint, convert
+from trainer.common.errors import UserError
+from trainer.config.recipe import Recipe, load_recipe
+from trainer.data.prepared import PreparedData
+from trainer.data.recipe_data import prepare_for
 from trainer.data.settings import TRAIN
 from trainer.data.tokenizer import end_of_document_id, load_tokenizer
-from trainer.errors import UserError
 from trainer.export.folder import first_line, tokenizer_settings
 from trainer.export.modeling_unipool import UniPoolConfig, UniPoolForCausalLM
 from trainer.export.names import Parts, expert_names, trunk_names
-from trainer.reshape import SavedCheckpoint, convert
-from trainer.run_folder import TOKENIZER_FILE
+from trainer.telemetry.run_folder import TOKENIZER_FILE
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,18 @@ def find_run(path: Path) -> SavedRun:
             f"{path}: has no complete checkpoint; give a run's folder that has one, or one of its checkpoints/step_*"
         )
     return SavedRun(load_recipe(str(step / RECIPE_FILE)), step)
+
+
+def data_of(run: SavedRun) -> PreparedData:
+    """The data that a run was trained on.
+
+    Raises:
+        UserError: they are neither prepared nor to be had any more.
+    """
+    try:
+        return prepare_for(run.recipe)
+    except UserError as error:
+        raise UserError(f"{run.folder}: the data of this run: {error}; or give other text by --text") from error
 
 
 class Weights(Mapping[str, Tensor]):

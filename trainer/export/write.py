@@ -10,13 +10,13 @@ from typing import Literal
 import torch
 from transformers import GenerationConfig
 
-from trainer.checkpoint import damage
-from trainer.config import save_recipe
-from trainer.errors import UserError
+from trainer.checkpoint.format import damage
+from trainer.common.atomic import whole_folder
+from trainer.common.errors import UserError
+from trainer.common.strict_json import dumps
+from trainer.config.recipe import save_recipe
 from trainer.export.folder import MODEL_FILES
 from trainer.export.source import SavedRun, Weights, export_tokenizer, find_run, model_config, open_weights
-from trainer.strict_json import dumps
-from trainer.whole import whole_folder
 
 Format = Literal["hf", "safetensors"]
 

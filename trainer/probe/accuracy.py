@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from trainer.errors import UserError
+from trainer.common.errors import UserError
 from trainer.evaluate.scores import Scores, with_accuracy
 from trainer.evaluate.tables import settings, show_score
 from trainer.probe.adapters import MoEModel

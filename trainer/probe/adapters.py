@@ -24,12 +24,12 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from trainer.errors import UserError
+from trainer.common.errors import UserError
+from trainer.common.machine import limit_threads
 from trainer.export.configuration_unipool import UniPoolConfig
 from trainer.export.folder import first_line, load_export, read_object
 from trainer.export.generate import load_run
 from trainer.export.source import SavedRun, find_run
-from trainer.machine import limit_threads
 
 UNIPOOL = UniPoolConfig.model_type
 FAMILIES = ("qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "olmoe", "mixtral")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from trainer.errors import UserError
+from trainer.common.errors import UserError
 from trainer.evaluate.options import TaskOptions, batch_size_option, read_options, task_options
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def _run(
     csv_file: Path | None,
     out: Path | None,
 ) -> None:
-    from trainer.evaluate.soundness import sound
+    from trainer.export.soundness import sound
     from trainer.probe.adapters import load as load_source
     from trainer.probe.output import check_files, deliver
     from trainer.probe.text import read_text

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from router import dead_experts, effective_experts, layer_divergence, load_imbalance
-from trainer.heat_map import draw_shares, draw_totals, over_all_experts
 from trainer.probe.adapters import Choice, MoELayer, MoEModel, observed
 from trainer.probe.output import INK, SERIES, table
 from trainer.probe.text import Text, progress, read
+from trainer.telemetry.expert_heatmap import draw_shares, draw_totals, over_all_experts
 
 if TYPE_CHECKING:
     from rich.table import Table

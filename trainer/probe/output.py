@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from trainer.errors import UserError
-from trainer.strict_json import dumps
-from trainer.whole import write_whole
+from trainer.common.atomic import write_whole
+from trainer.common.errors import UserError
+from trainer.common.strict_json import dumps
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

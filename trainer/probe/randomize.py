@@ -12,13 +12,13 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from trainer.errors import UserError
+from trainer.common.errors import UserError
+from trainer.model.random_routing import seeded
 from trainer.probe.accuracy import Accuracies, Accuracy, Exam, accuracy
 from trainer.probe.adapters import Choice, MoELayer, MoEModel, observed, rerouted
 from trainer.probe.effects import OVERS, WHAT, Effect, Over, effect_table, over_layers, plot_effects, spread_of
 from trainer.probe.output import INK
 from trainer.probe.text import Text, mean_loss, progress
-from trainer.random_routing import seeded
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from trainer.errors import UserError
+from trainer.common.errors import UserError
 from trainer.probe.adapters import Bank, Choice, MoELayer, MoEModel, observed
 from trainer.probe.output import INK, SERIES, quiet, table
 from trainer.probe.text import Text, progress, read

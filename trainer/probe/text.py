@@ -13,11 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from trainer.common.errors import UserError
 from trainer.data.reading.documents import read_text as documents_of
-from trainer.document_mask import attention_of
-from trainer.errors import UserError
-from trainer.export.source import SavedRun
-from trainer.prepare import data_of
+from trainer.export.source import SavedRun, data_of
+from trainer.model.document_mask import attention_of
 from trainer.probe.adapters import MoEModel, Source
 
 LONGEST = 1024

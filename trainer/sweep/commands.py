@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from trainer.errors import UserError
-from trainer.strict_json import dumps
+from trainer.common.errors import UserError
+from trainer.common.strict_json import dumps
 
 if TYPE_CHECKING:
     from trainer.sweep.spec import Experiment
@@ -78,8 +78,8 @@ def sweep(
             raise UserError(f"--report: {experiment.folder}: not there; train first, or give --dir")
         _report(experiment, as_json)
         return
-    from trainer.progress import say
     from trainer.sweep.runs import Runner, check_places
+    from trainer.telemetry.console import say
 
     check_places(experiment, force)
     try:
@@ -103,10 +103,10 @@ def sweep(
 
 def _report(experiment: Experiment, as_json: bool) -> None:
     """Table, files and pictures of the runs that are done."""
-    from trainer.progress import say
     from trainer.sweep.plot import write_pictures
     from trainer.sweep.result import collect, to_json, write_files
     from trainer.sweep.table import print_table
+    from trainer.telemetry.console import say
 
     rows = collect(experiment)
     if as_json:

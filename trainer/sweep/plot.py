@@ -14,10 +14,10 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator, NullLocator
 
+from trainer.common.atomic import write_whole
 from trainer.sweep.result import Row
 from trainer.sweep.spec import Experiment
 from trainer.sweep.statistics import CONFIDENCE, Spread
-from trainer.whole import write_whole
 
 RESULT, CURVES = "result", "curves"
 

@@ -11,14 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from trainer.config import Recipe, source_names
-from trainer.costs import count_parameters
-from trainer.strict_json import dumps, finite
+from trainer.common.atomic import write_whole
+from trainer.common.strict_json import dumps, finite
+from trainer.config.recipe import Recipe, source_names
+from trainer.planning.model_costs import count_parameters
 from trainer.sweep.runs import is_done, records_of
 from trainer.sweep.spec import Cell, Experiment, Run
 from trainer.sweep.statistics import CONFIDENCE, Difference, Spread, paired, spread
 from trainer.view.records import RECENT
-from trainer.whole import write_whole
 
 JSON_FILE, CSV_FILE = "result.json", "result.csv"
 

@@ -20,15 +20,15 @@ from typing import BinaryIO, Never
 
 from tqdm import tqdm
 
-from trainer import checkpoint
-from trainer.config import load_recipe, save_recipe
-from trainer.errors import START_AGAIN, UserError
-from trainer.machine import usable_cores
-from trainer.progress import say
-from trainer.resume import differences
+from trainer.checkpoint import format as checkpoint
+from trainer.checkpoint.resume import differences
+from trainer.common.atomic import write_whole
+from trainer.common.errors import START_AGAIN, UserError
+from trainer.common.machine import usable_cores
+from trainer.config.recipe import load_recipe, save_recipe
 from trainer.sweep.spec import Experiment, Run
+from trainer.telemetry.console import say
 from trainer.view.records import CHECKPOINTS, METRICS_FILE, RECIPE_FILE, Records
-from trainer.whole import write_whole
 
 TRAIN = (sys.executable, "-m", "trainer", "train")
 POLL_SECONDS = 0.5

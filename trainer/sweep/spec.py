@@ -28,7 +28,12 @@ from typing import Annotated, Any, Self
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from trainer.config import (
+from trainer.common.atomic import write_whole
+from trainer.common.errors import UserError
+from trainer.common.text_file import Unreadable, read_text
+from trainer.config.constraints import show
+from trainer.config.key_errors import first_line
+from trainer.config.recipe import (
     Data,
     NonNegative,
     Recipe,
@@ -38,11 +43,6 @@ from trainer.config import (
     parse_override,
     read_tree,
 )
-from trainer.errors import UserError
-from trainer.key_errors import first_line
-from trainer.relations import show
-from trainer.text_file import Unreadable, read_text
-from trainer.whole import write_whole
 
 SWEEP_FILE = "sweep.yaml"
 SWEEPS_FOLDER = "runs/sweeps"
@@ -219,13 +219,13 @@ class Experiment:
 
 def sweep_names() -> list[str]:
     """Names of the sweeps that come with the trainer."""
-    folder = resources.files("trainer") / "sweeps"
+    folder = resources.files("trainer.sweep") / "sweeps"
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
 def headline(name: str) -> str:
     """The first comment of a sweep that comes with the trainer."""
-    text = (resources.files("trainer") / "sweeps" / f"{name}.yaml").read_text()
+    text = (resources.files("trainer.sweep") / "sweeps" / f"{name}.yaml").read_text()
     return text.splitlines()[0].removeprefix("# ")
 
 
@@ -264,7 +264,7 @@ def _read(source: str) -> tuple[str, str]:
     """Text and name."""
     path = Path(source)
     if source in sweep_names():
-        return (resources.files("trainer") / "sweeps" / f"{source}.yaml").read_text(), source
+        return (resources.files("trainer.sweep") / "sweeps" / f"{source}.yaml").read_text(), source
     file = path / SWEEP_FILE if os.path.isdir(path) else path
     try:
         return read_text(file), path.resolve().stem if file is path else path.resolve().name

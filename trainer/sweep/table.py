@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from trainer.costs import count_parameters
+from trainer.planning.model_costs import count_parameters
 from trainer.sweep.result import Row
 from trainer.sweep.spec import Experiment
 from trainer.sweep.statistics import CONFIDENCE

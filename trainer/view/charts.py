@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 
-from trainer.heat_map import draw_heat_map
+from trainer.telemetry.expert_heatmap import draw_heat_map
 
 POINTS = 400
 """Points of a curve at most: more records than that share points."""

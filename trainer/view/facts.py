@@ -7,10 +7,10 @@ import statistics
 from collections.abc import Iterable
 from pathlib import Path
 
-from trainer import checkpoint
-from trainer.config import Recipe, source_names
-from trainer.costs import count_parameters
-from trainer.plan import human
+from trainer.checkpoint import format as checkpoint
+from trainer.config.recipe import Recipe, source_names
+from trainer.planning.model_costs import count_parameters
+from trainer.planning.report import human
 from trainer.view.frame import duration
 from trainer.view.records import CHECKPOINTS, RECENT, ROLES, Records, facts_of
 

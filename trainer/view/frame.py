@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
-from trainer.metrics import padded
-from trainer.usage import ACTIVITIES
+from trainer.telemetry.prometheus import padded
+from trainer.telemetry.time_breakdown import ACTIVITIES
 from trainer.view.bars import GROUP, Grid, column, gauge, grid, spark, stacked
 from trainer.view.rates import Shares
 from trainer.view.view import View, who_waits

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from trainer.errors import UserError
-from trainer.metrics import parse
-from trainer.strict_json import loads
+from trainer.common.errors import UserError
+from trainer.common.strict_json import loads
+from trainer.telemetry.prometheus import parse
 
 TARGETS_FILE = "targets.json"
 TIMEOUT_SECONDS = 2.0

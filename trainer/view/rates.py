@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from trainer.usage import ACTIVITIES
+from trainer.telemetry.time_breakdown import ACTIVITIES
 from trainer.view.pages import Samples
 
 Shares = Mapping[str, float]

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer import checkpoint
-from trainer.arrays import read_array
-from trainer.config import Recipe, load_recipe
-from trainer.errors import UserError
-from trainer.strict_json import loads
-from trainer.usage import ACTIVITIES
+from trainer.checkpoint import format as checkpoint
+from trainer.common.arrays import read_array
+from trainer.common.errors import UserError
+from trainer.common.strict_json import loads
+from trainer.config.recipe import Recipe, load_recipe
+from trainer.telemetry.time_breakdown import ACTIVITIES
 from trainer.view.pages import TARGETS_FILE
 from trainer.view.rates import Shares
 

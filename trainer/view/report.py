@@ -11,15 +11,15 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.config import Recipe
-from trainer.errors import UserError
-from trainer.progress import describe
-from trainer.usage import ACTIVITIES
+from trainer.common.atomic import write_whole
+from trainer.common.errors import UserError
+from trainer.config.recipe import Recipe
+from trainer.telemetry.console import describe
+from trainer.telemetry.time_breakdown import ACTIVITIES
 from trainer.view import facts
 from trainer.view.charts import COLOURS, POINTS, SERIES, Chart, Curve, Numbers, draw_chart, draw_load, draw_shares
 from trainer.view.records import RECIPE_FILE, ROLES, Records, facts_of, is_run, recorded_load, saved_recipe
 from trainer.view.view import who_waits
-from trainer.whole import write_whole
 
 REPORT_FILE = "report.html"
 _FEW = 40

@@ -10,9 +10,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from trainer import checkpoint
-from trainer.credentials import redacted
-from trainer.usage import ACTIVITIES
+from trainer.checkpoint import format as checkpoint
+from trainer.common.credentials import redacted
+from trainer.telemetry.time_breakdown import ACTIVITIES
 from trainer.view.pages import Page, Samples
 from trainer.view.rates import Shares, Window, value
 from trainer.view.records import CHECKPOINTS, RECENT, ROLES, Records, facts_of, recorded_load, saved_recipe

@@ -13,8 +13,8 @@ from typing import Any
 from rich.console import Console
 from rich.live import Live
 
-from trainer.errors import UserError
-from trainer.strict_json import dumps, finite
+from trainer.common.errors import UserError
+from trainer.common.strict_json import dumps, finite
 from trainer.view.frame import Frame
 from trainer.view.pages import TARGETS_FILE, fetch, page_url, targets
 from trainer.view.records import Records, is_run, saved_recipe

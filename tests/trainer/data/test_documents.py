@@ -19,9 +19,9 @@ import pytest
 import zstandard
 
 from tests.trainer.data.odd_inputs import DOCUMENTS, write_odd_inputs
+from trainer.common.errors import UserError
 from trainer.data.reading import content, documents, hub, readers, records, tables
 from trainer.data.reading.documents import Documents, read_documents
-from trainer.errors import UserError
 
 LINE = b'{"text": "a document"}\n'
 BOM = b"\xef\xbb\xbf"

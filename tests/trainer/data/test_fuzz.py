@@ -16,10 +16,10 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from trainer.common.errors import UserError
 from trainer.data.reading.documents import Documents
 from trainer.data.reading.sources import find_files
 from trainer.data.tokenizer import end_of_document_id, load_tokenizer, train_tokenizer, vocabulary
-from trainer.errors import UserError
 
 
 def _tables() -> dict[str, bytes]:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from trainer.common.errors import UserError
 from trainer.data.reading.sources import find_files, kind_of, shown, skipped_files, source_files
-from trainer.errors import UserError
 
 
 def make(root: Path, *names: str) -> Path:

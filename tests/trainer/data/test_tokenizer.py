@@ -3,6 +3,7 @@ import json
 import pytest
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
 
+from trainer.common.errors import UserError
 from trainer.data.tokenizer import (
     END_OF_DOCUMENT_NAMES,
     end_of_document_id,
@@ -11,7 +12,6 @@ from trainer.data.tokenizer import (
     train_tokenizer,
     vocabulary,
 )
-from trainer.errors import UserError
 
 
 def message_of(*args) -> str:

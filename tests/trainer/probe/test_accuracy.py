@@ -27,7 +27,7 @@ from tests.local_tasks import write_own
 from tests.tools import need_package
 from tests.trainer.probe.tiny_models import fresh
 from trainer.cli import cli
-from trainer.errors import UserError
+from trainer.common.errors import UserError
 from trainer.evaluate.scores import Score, Scores, TaskScores
 from trainer.probe.accuracy import Accuracies, accuracy
 from trainer.probe.adapters import MoEModel, adapt

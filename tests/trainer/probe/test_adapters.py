@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.trainer.probe.tiny_models import FAMILIES, MODELS, built, expert_by_hand, fresh, gates, some_text, tiny
-from trainer.errors import UserError
+from trainer.common.errors import UserError
 from trainer.probe.adapters import Choice, MoELayer, adapt, observed, rerouted
 
 ROUTING_LAYERS = {"qwen3_moe": [0, 2], "deepseek_v2": [1, 2], "deepseek_v3": [1, 2]}

@@ -18,10 +18,10 @@ from transformers import PreTrainedTokenizerFast
 from tests.trainer.probe.tiny_models import VOCAB, built
 from tests.training import Outcome, run_training, tiny, tokens
 from trainer.cli import cli
-from trainer.config import Recipe
+from trainer.common.errors import UserError
+from trainer.config.recipe import Recipe
+from trainer.data.recipe_data import prepare_for
 from trainer.data.tokenizer import END_OF_DOCUMENT, load_tokenizer, train_tokenizer
-from trainer.errors import UserError
-from trainer.prepare import prepare_for
 from trainer.probe.adapters import Source, load
 from trainer.probe.text import Text, mean_loss, read_text
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from router import layer_divergence
 from tests.trainer.probe.tiny_models import MODELS, built, expert_by_hand, fresh, some_text, tiny
-from trainer.errors import UserError
+from trainer.common.errors import UserError
 from trainer.probe.adapters import Choice, MoELayer, MoEModel, adapt, observed, rerouted
 from trainer.probe.load import coverage, load
 from trainer.probe.randomize import Over, candidates, pick_layers, randomised, randomize, usual_overs

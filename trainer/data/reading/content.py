@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from trainer.common.errors import UserError
 from trainer.data.reading.sources import COMPRESSED, kind_of, one_line, shown
-from trainer.errors import UserError
 
 _BLOCK = 1 << 16
 _PACKED_BLOCK = 1 << 12  # unpacked at once: some codecs make 32,000 bytes of one, so that little at a time fills memory

@@ -8,13 +8,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from trainer.common.errors import UserError
 from trainer.data.reading.content import Content, identity
 from trainer.data.reading.hub import read_hub
 from trainer.data.reading.readers import Found, read_delimited, read_json, read_plain
 from trainer.data.reading.records import PIECE_CHARACTERS, Bad, Piece, Position, cut
 from trainer.data.reading.sources import HUB_PREFIX, PYTHON_STDLIB, kind_of, shown, source_files
 from trainer.data.reading.tables import read_arrow, read_parquet
-from trainer.errors import UserError
 
 __all__ = ["PIECE_CHARACTERS", "Documents", "Piece", "read_documents"]
 

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from trainer.common.errors import UserError
 from trainer.data.reading.readers import Found
 from trainer.data.reading.records import text_of
 from trainer.data.reading.sources import HUB_PREFIX, one_line, shown
-from trainer.errors import UserError
 
 _SNAPSHOT_RECORDS = 1000
 

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 from typing import IO, Any
 
+from trainer.common.errors import UserError
 from trainer.data.reading.content import Content, invalid
 from trainer.data.reading.records import (
     PIECE_CHARACTERS,
@@ -24,7 +25,6 @@ from trainer.data.reading.records import (
     too_long,
 )
 from trainer.data.reading.sources import one_line, shown
-from trainer.errors import UserError
 
 Found = Iterator[tuple[str | Piece | Bad, Position]]
 

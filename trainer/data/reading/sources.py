@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from trainer.errors import UserError
+from trainer.common.errors import UserError
 
 PYTHON_STDLIB = "python-stdlib"
 HUB_PREFIX = "hub:"

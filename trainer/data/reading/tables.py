@@ -9,11 +9,11 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trainer.common.errors import UserError
 from trainer.data.reading.content import identity
 from trainer.data.reading.readers import Found
 from trainer.data.reading.records import RECORD_BYTES, Bad, Position, checked, listed, not_text, splits, too_long, under
 from trainer.data.reading.sources import one_line, shown
-from trainer.errors import UserError
 
 if TYPE_CHECKING:
     import pyarrow as pa

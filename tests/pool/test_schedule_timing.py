@@ -1,0 +1,278 @@
+"""The replay of a plan beside an event simulation of every rank and message, and beside what the plan itself claims."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections import defaultdict
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from pool.placement import Placement, contiguous
+from pool.schedule import Kind, PoolSchedule, lockstep_plan
+from pool.schedule_builder import Costs, training_plan
+from pool.schedule_timing import Replay, Work, replay, shard_loads
+from pool.topology import Topology
+
+COSTS = Costs(trunk_layer=3.0, head=7.0, pool_layer=4.0, slot=0.5, transfer=0.3)
+CHEAP_POOL = Costs(trunk_layer=3.0, head=7.0, pool_layer=0.4, slot=0.05, transfer=0.1)
+GRIDS = [(1, 1, 1), (2, 1, 1), (3, 2, 1), (2, 4, 2), (1, 2, 1), (5, 6, 2), (4, 5, 5)]
+LANES = [(1, False), (1, True), (2, True), (3, False), (4, True)]
+
+
+def skewed(layers: int, shards: int, seed: int = 0) -> NDArray[np.float64]:
+    """A load in which a shard may get nothing of a layer."""
+    load_LS = np.random.default_rng(seed).gamma(0.5, 1.0, (layers, shards))
+    if shards > 1:
+        load_LS[0, 0] = 0.0
+    return load_LS / load_LS.sum(axis=1, keepdims=True)
+
+
+Bar = tuple[int, float, float, Work]
+
+
+@dataclass
+class Followed:
+    """What the reference has seen: bars by world rank, and the peaks."""
+
+    bars: list[Bar] = field(default_factory=list)
+    open: dict[int, int] = field(default_factory=lambda: defaultdict(int))
+    kept: dict[int, float] = field(default_factory=lambda: defaultdict(float))
+    stash: dict[int, float] = field(default_factory=lambda: defaultdict(float))
+
+
+def follow(plan: PoolSchedule, topology: Topology, layers: int, costs: Costs, load_LS: NDArray[np.float64]) -> Followed:
+    """Every rank does what it can at every moment, every message is an event of its own."""
+    seen = Followed()
+    program = [(costs.trunk_layer, Kind.FORWARD, layer, Work.TRUNK_FORWARD) for layer in range(layers)]
+    program += [(2 * costs.trunk_layer, Kind.BACKWARD, layer, Work.TRUNK_BACKWARD) for layer in range(layers)[::-1]]
+    program.append((2 * costs.trunk_layer, None, -1, Work.TRUNK_BACKWARD))
+    program[layers] = (3 * costs.head, Kind.BACKWARD, layers - 1, Work.HEAD)
+    trunks, pools = range(topology.trunk_ranks), range(topology.trunk_ranks, topology.world_size)
+    orders = {t: list(plan.lane_order[t]) for t in trunks}
+    fresh = {t: itertools.count() for t in trunks}
+    lanes: dict[int, dict[int, list[int]]] = {t: {} for t in trunks}  # lane -> [micro-batch, segment, answers there]
+    queues = {p: [[k for k in s if k.trunk_rank in topology.served_trunk_ranks(p)] for s in plan.slots] for p in pools}
+    for p in pools:  # slots of other ranks only are none of its business
+        queues[p] = [keys for keys, slot in zip(queues[p], plan.slots, strict=True) if keys or not slot] + [[]]
+    inbox: dict[int, set[object]] = {p: set() for p in pools}
+    free_at: dict[int, float] = defaultdict(float)
+    kept: dict[int, float] = defaultdict(float)
+    stash: dict[int, list[float]] = defaultdict(list)
+    backlog: dict[int, float] = defaultdict(float)
+    events: list[tuple[float, int, int, object]] = []
+    number = itertools.count()
+
+    def at(time: float, rank: int, message: object = None) -> None:
+        heapq.heappush(events, (time, next(number), rank, message))
+
+    def work(rank: int, now: float, parts: list[tuple[float, Work]]) -> float:
+        for seconds, kind in parts:
+            seen.bars.append((rank, now, now + seconds, kind))
+            now += seconds
+        free_at[rank] = now
+        at(now, rank)
+        return now
+
+    def run_trunk(t: int, now: float) -> None:
+        if now < free_at[t] or not orders[t]:
+            return
+        lane = orders[t][0]
+        if lane not in lanes[t]:
+            lanes[t][lane] = [next(fresh[t]), 0, topology.expert_parallel]
+        state = lanes[t][lane]
+        if state[2] < topology.expert_parallel:
+            return
+        orders[t].pop(0)
+        seen.open[t] = max(seen.open[t], len(lanes[t]))
+        seconds, kind, layer, what = program[state[1]]
+        end = work(t, now, [(seconds, what)])
+        state[1:] = [state[1] + 1, 0]
+        if kind is None:
+            del lanes[t][lane]
+        else:
+            for shard in range(topology.expert_parallel):
+                at(end + costs.transfer, topology.pool_rank(shard, t), (t, lane, state[0], layer, kind))
+
+    def run_pool(p: int, now: float) -> None:
+        if now < free_at[p] or not queues[p]:
+            return
+        keys = queues[p][0]
+        if not {(k.trunk_rank, k.lane, k.micro_batch, k.layer, k.kind) for k in keys} <= inbox[p]:
+            return
+        queues[p].pop(0)
+        rows = {k: topology.expert_parallel * load_LS[k.layer, topology.shard(p)] for k in keys}
+        if not keys:
+            if stash[p]:
+                backlog[p] += costs.slot + costs.pool_layer * sum(stash[p])
+            stash[p] = []
+            if not queues[p] and backlog[p]:
+                work(p, now, [(backlog[p], Work.WEIGHT_GRADIENTS)])
+            at(max(now, free_at[p]), p)
+            return
+        made = min(backlog[p], now - free_at[p])
+        if made > 0:
+            seen.bars.append((p, free_at[p], free_at[p] + made, Work.WEIGHT_GRADIENTS))
+            backlog[p] -= made
+        launch, parts = costs.slot, []
+        for kind, what in ((Kind.FORWARD, Work.POOL_FORWARD), (Kind.BACKWARD, Work.POOL_BACKWARD)):
+            these = [rows[k] for k in keys if k.kind == kind]
+            if these:
+                parts.append((launch + costs.pool_layer * sum(these), what))
+                launch = 0.0
+            if kind == Kind.FORWARD:
+                kept[p] += sum(these)
+                seen.kept[p] = max(seen.kept[p], kept[p])
+            else:
+                kept[p] -= sum(these)
+                stash[p] += these
+                if these:
+                    seen.stash[p] = max(seen.stash[p], sum(stash[p]) + backlog[p] / costs.pool_layer)
+        end = work(p, now, parts)
+        for key in keys:
+            at(end + costs.transfer, key.trunk_rank, key.lane)
+
+    for rank in range(topology.world_size):
+        at(0.0, rank)
+    while events:
+        now, _, rank, message = heapq.heappop(events)
+        if topology.is_trunk(rank):
+            if message is not None:
+                lanes[rank][message][2] += 1  # type: ignore[index]
+            run_trunk(rank, now)
+        else:
+            if message is not None:
+                inbox[rank].add(message)
+            run_pool(rank, now)
+    assert not any(orders.values()) and not any(queues.values())
+    return seen
+
+
+def assert_same(got: Replay, seen: Followed, topology: Topology) -> None:
+    i = got.intervals
+    bars = sorted(zip(i.rank_I.tolist(), i.start_I.tolist(), i.end_I.tolist(), i.work_I.tolist(), strict=True))
+    expected = sorted(seen.bars)
+    assert [(rank, work) for rank, _, _, work in bars] == [(rank, work) for rank, _, _, work in expected]
+    times, expected_times = ([bar[1:3] for bar in these] for these in (bars, expected))
+    np.testing.assert_allclose(times, expected_times, rtol=0, atol=1e-9)
+    seconds = max(end for _, _, end, _ in expected)
+    assert got.seconds == pytest.approx(seconds, abs=1e-9)
+    busy = np.zeros(topology.world_size)
+    for rank, start, end, _ in expected:
+        busy[rank] += end - start
+    np.testing.assert_allclose(np.concatenate((got.trunk_busy_T, got.pool_busy_P)), busy / seconds, rtol=0, atol=1e-9)
+    pools = range(topology.trunk_ranks, topology.world_size)
+    assert got.peak_open_T.tolist() == [seen.open[t] for t in range(topology.trunk_ranks)]
+    np.testing.assert_allclose(got.peak_kept_P, [seen.kept[p] for p in pools], rtol=0, atol=1e-9)
+    np.testing.assert_allclose(got.peak_stash_P, [seen.stash[p] for p in pools], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("costs", [COSTS, CHEAP_POOL])
+@pytest.mark.parametrize(("lanes", "stagger"), LANES)
+@pytest.mark.parametrize("grid", GRIDS)
+def test_as_every_rank_for_itself(grid: tuple[int, int, int], lanes: int, stagger: bool, costs: Costs) -> None:
+    topology = Topology(*grid)
+    for layers, micro_batches in ((1, 1), (3, 4), (2, 5)):
+        plan = training_plan(topology, layers, micro_batches, lanes, stagger, costs)
+        for load_LS in (np.full((layers, grid[2]), 1 / grid[2]), skewed(layers, grid[2])):
+            got = replay(plan, topology, layers, costs, load_LS, range(topology.world_size))
+            assert_same(got, follow(plan, topology, layers, costs, load_LS), topology)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_lock_step_slots_that_cross_replicas(grid: tuple[int, int, int]) -> None:
+    topology, layers, micro_batches = Topology(*grid), 3, 2
+    order = ((0,) * (micro_batches * (2 * layers + 1)),) * topology.trunk_ranks
+    plan = PoolSchedule(tuple(lockstep_plan(topology.trunk_ranks, micro_batches, layers)), order, 0.0, 0.0, 0.0)
+    load_LS = skewed(layers, grid[2])
+    got = replay(plan, topology, layers, COSTS, load_LS, range(topology.world_size))
+    assert_same(got, follow(plan, topology, layers, COSTS, load_LS), topology)
+    assert set(got.peak_open_T) == {1}
+
+
+@pytest.mark.parametrize(("lanes", "stagger"), LANES)
+@pytest.mark.parametrize("grid", GRIDS)
+def test_an_even_load_takes_the_predicted_time(grid: tuple[int, int, int], lanes: int, stagger: bool) -> None:
+    """Without stagger a step ends when the plan says; staggered never later, since nobody begins later."""
+    topology, layers = Topology(*grid), 4
+    plan = training_plan(topology, layers, 5, lanes, stagger, COSTS)
+    got = replay(plan, topology, layers, COSTS, ranks=range(topology.world_size))
+    assert got.seconds == pytest.approx(got.intervals.end_I.max(), abs=1e-9)
+    if stagger:
+        assert got.seconds <= plan.seconds + 1e-9
+    elif topology.replicas == 1:  # in a plan of several replicas a cut of one is a cut of all
+        assert got.seconds == pytest.approx(plan.seconds, abs=1e-9)
+        assert got.trunk_busy_T == pytest.approx(plan.trunk_busy, abs=1e-9)
+        assert got.pool_busy_P == pytest.approx(plan.pool_busy, abs=1e-9)
+
+
+def test_imbalance_is_of_rows_over_all_pool_ranks() -> None:
+    layers, topology = 2, Topology(3, 4, 2)  # replica 0 serves two trunk ranks, replica 1 one
+    load_LS = np.array([[0.9, 0.1], [0.7, 0.3]])
+    plan = training_plan(topology, layers, 2, 2, False, COSTS)
+    got = replay(plan, topology, layers, COSTS, load_LS)
+    rows_P = [2 * 1.6, 2 * 0.4, 1.6, 0.4]
+    assert got.imbalance == pytest.approx(max(rows_P) / np.mean(rows_P))
+    assert replay(plan, Topology(3, 4, 2), layers, COSTS).imbalance == pytest.approx(4 / 3)
+
+
+def test_only_the_ranks_asked_for_have_intervals() -> None:
+    topology, layers = Topology(4, 6, 3), 3
+    plan = training_plan(topology, layers, 4, 2, True, COSTS)
+    load_LS = skewed(layers, 3)
+    whole = replay(plan, topology, layers, COSTS, load_LS, range(topology.world_size))
+    some = replay(plan, topology, layers, COSTS, load_LS, [8, 1])
+    assert some.ranks == (1, 8) and set(some.intervals.rank_I.tolist()) == {1, 8}
+    for rank in (1, 8):
+        for name in ("start_I", "end_I", "work_I"):
+            of_rank = [getattr(r.intervals, name)[r.intervals.rank_I == rank] for r in (whole, some)]
+            np.testing.assert_array_equal(*of_rank)
+    assert some.seconds == whole.seconds
+    assert replay(plan, topology, layers, COSTS, load_LS).intervals.rank_I.size == 0
+
+
+def test_intervals_of_a_rank_are_in_order_and_apart() -> None:
+    topology, layers = Topology(3, 4, 2), 3
+    plan = training_plan(topology, layers, 4, 3, True, COSTS)
+    i = replay(plan, topology, layers, COSTS, skewed(layers, 2), range(topology.world_size)).intervals
+    for rank in range(topology.world_size):
+        start_I, end_I = i.start_I[i.rank_I == rank], i.end_I[i.rank_I == rank]
+        assert (end_I >= start_I).all() and (start_I[1:] >= end_I[:-1] - 1e-9).all()
+
+
+def test_skew_makes_a_lock_step_as_long_as_its_hottest_shards() -> None:
+    layers, topology = 2, Topology(1, 2, 2)
+    load_LS = np.array([[0.75, 0.25], [0.4, 0.6]])
+    plan = training_plan(topology, layers, 1, 1, False, COSTS)
+    waits = sum(2 * (COSTS.slot + 2 * hot * COSTS.pool_layer + 2 * COSTS.transfer) for hot in (0.75, 0.6))
+    trunk = 3 * layers * COSTS.trunk_layer + 3 * COSTS.head
+    got = replay(plan, topology, layers, COSTS, load_LS, [0])
+    assert got.intervals.end_I.max() == pytest.approx(trunk + waits)
+
+
+def test_a_plan_that_cannot_be_followed() -> None:
+    topology, layers = Topology(2, 1, 1), 2
+    plan = training_plan(topology, layers, 2, 2, False, COSTS)
+    with pytest.raises(AssertionError, match="is not there when the plan serves it"):
+        replay(replace(plan, slots=plan.slots[::-1]), topology, layers, COSTS)
+    with pytest.raises(AssertionError, match="end before"):
+        replay(replace(plan, slots=plan.slots[:2]), topology, layers, COSTS)
+
+
+@pytest.mark.parametrize("placement", [contiguous(12, 1, 3), contiguous(12, 4, 3), Placement((3, 1, 0, 2), 2)])
+def test_shard_loads_are_sums_over_their_experts(placement: Placement) -> None:
+    load_LM = np.random.default_rng(0).poisson(3, (5, placement.num_experts))
+    load_LM[2] = 0
+    got_LS = shard_loads(load_LM, placement)
+    for layer, row in enumerate(load_LM.tolist()):
+        for shard in range(placement.shards):
+            mine = sum(row[expert] for expert in placement.experts_of(shard))
+            assert got_LS[layer, shard] == pytest.approx(mine / sum(row) if sum(row) else 1 / placement.shards)
+
+
+def test_counts_of_other_experts_than_the_placement_has() -> None:
+    with pytest.raises(AssertionError, match="counts of 8 experts, a placement of 12"):
+        shard_loads(np.ones((2, 8), dtype=np.int64), contiguous(12, 1, 3))

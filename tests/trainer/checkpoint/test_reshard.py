@@ -1,0 +1,190 @@
+"""A checkpoint of any layout continues in any other: as if it had been that layout from the start."""
+
+from __future__ import annotations
+
+import pickle
+import re
+import shutil
+import tempfile
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pool.placement import Placement, imbalance
+from tests.distributed import RankFailed
+from tests.training import Outcome, assert_same, run_training, tiny
+from trainer.checkpoint.format import newest, read_load, read_placement
+from trainer.checkpoint.reshard import SavedCheckpoint, convert
+from trainer.common.errors import UserError
+from trainer.config.recipe import Recipe
+from trainer.engine import role_engine as engine
+from trainer.engine.role_engine import ParameterState
+from trainer.model.trunk import Trunk
+
+pytestmark = pytest.mark.slow
+
+HALF, WHOLE = 2, 4
+LOCK_STEP = {"lanes": 1, "stagger": False}
+
+COLOCATED = {"trunk_zero": 0, "pool_zero": 0}
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "colocated": COLOCATED,
+    "colocated-zero2": {"trunk_ranks": 2, "trunk_zero": 2, "pool_zero": 1},
+    "1+2": {"pool_ranks": 2, "trunk_zero": 1, "pool_zero": 0},
+    "2+1": {"trunk_ranks": 2, "pool_ranks": 1, "trunk_zero": 0, "pool_zero": 1},
+    "2+2-replicas": {"trunk_ranks": 2, "pool_ranks": 2, "expert_parallel": 1, "trunk_zero": 1, "pool_zero": 2},
+    "2+2-zero3": {"trunk_ranks": 2, "pool_ranks": 2, "trunk_zero": 3, "pool_zero": 1, **LOCK_STEP},
+}
+
+
+def recipe(parallel: dict[str, Any], **sections: Any) -> Recipe:
+    return tiny(router={"kind": "sigmoid_bias", "top_k": 2, "bias_rate": 0.05}, parallel=parallel, **sections)
+
+
+@cache
+def undisturbed() -> Outcome:
+    return run_training(recipe(COLOCATED), WHOLE)
+
+
+@cache
+def saved(layout: str) -> Path:
+    """Folder of a checkpoint after half of the steps."""
+    folder = Path(tempfile.mkdtemp())
+    run_training(recipe(LAYOUTS[layout]), HALF, save_to=folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "before, after",
+    [
+        ("colocated", "2+2-zero3"),
+        ("2+2-zero3", "1+2"),
+        ("1+2", "colocated-zero2"),
+        ("colocated-zero2", "2+2-replicas"),
+        ("2+2-replicas", "2+1"),
+        ("2+1", "colocated"),
+    ],
+)
+def test_goes_on_as_if_nothing_had_changed(before: str, after: str) -> None:
+    """What comes after is that of a run in one layout, so weights, moments, schedule and balance load came over."""
+    resumed = run_training(recipe(LAYOUTS[after]), WHOLE, resume_from=saved(before))
+    reference = undisturbed()
+    rest = replace(reference, scalars=reference.scalars[HALF:], gradients={})
+    assert_same(rest, resumed)
+
+
+def test_experts_move_to_where_the_recorded_load_wants_them(tmp_path: Path) -> None:
+    """`placement: auto` takes effect at a resume, evens the recorded load out, and changes no number."""
+    moved = recipe(LAYOUTS["1+2"], pool={"placement": "auto"})
+    resumed = run_training(moved, WHOLE, save_to=tmp_path, resume_from=saved("1+2"))
+    reference = undisturbed()
+    rest = replace(reference, scalars=reference.scalars[HALF:], gradients={})
+    assert_same(rest, resumed)
+    before, after = (placement_of(folder) for folder in (saved("1+2"), tmp_path))
+    assert before.order == tuple(range(8)) != after.order
+    found = newest(saved("1+2"))
+    assert found
+    load_LM = torch.from_numpy(read_load(found[1]))
+    # layers, top-k, global batch, sequence; each number is rounded
+    assert abs(load_LM.sum() - 3 * 2 * 8 * 9) <= load_LM.numel() / 2
+    assert imbalance(load_LM, after).lockstep < imbalance(load_LM, before).lockstep
+
+
+@pytest.mark.parametrize("after", LAYOUTS)
+def test_moments_are_the_same_ones(after: str, tmp_path: Path) -> None:
+    """Loaded into another layout and saved from there at once, every weight and moment is bit for bit what it was."""
+    run_training(recipe(LAYOUTS[after]), HALF, save_to=tmp_path, resume_from=saved("1+2"))
+    for name, state in states(saved("1+2")).items():
+        other = states(tmp_path)[name]
+        for key in ("weight", "exp_avg", "exp_avg_sq"):
+            assert torch.equal(getattr(state, key), getattr(other, key)), (name, key)
+        assert state.exp_avg_sq.abs().max() > 0, name
+
+
+class Code:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, proof: Path):
+        self.proof = proof
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open, (str(self.proof), "w")
+
+
+MODEL, OPTIMIZER = "mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+
+
+@pytest.fixture
+def altered(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A checkpoint of layout 1+2 of which one file, the test's parameter, has been replaced by somebody."""
+    folder = tmp_path / "checkpoints" / "step_00000002"
+    shutil.copytree(saved("1+2") / folder.name, folder)
+    torch.save({"module": Code(tmp_path / "proof")}, folder / request.param)
+    return folder
+
+
+def refusal(altered: Path, file: str) -> str:
+    return re.escape(f"{altered / file}: refused, and nothing of it was run: it holds io.open, which no")
+
+
+@pytest.mark.parametrize(
+    "altered, file",
+    [(file, file) for file in (f"trunk/state/{MODEL}", f"trunk/state/{OPTIMIZER}")],
+    indirect=["altered"],
+)
+def test_a_resume_runs_nothing_that_a_checkpoint_holds(altered: Path, file: str) -> None:
+    with pytest.raises(RankFailed, match=refusal(altered, file)):
+        run_training(recipe(LAYOUTS["1+2"]), WHOLE, resume_from=altered.parent)
+    assert not (altered.parents[1] / "proof").exists()
+
+
+@pytest.mark.parametrize(
+    "altered, file",
+    [(file, file) for file in (f"trunk/state/{MODEL}", f"trunk/state/{OPTIMIZER}", f"pool/shard_1/state/{MODEL}")],
+    indirect=["altered"],
+)
+def test_a_conversion_runs_nothing_that_a_checkpoint_holds(
+    altered: Path, file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read() -> None:
+        convert(altered, tmp_path / "work")
+        SavedCheckpoint(altered, read_placement(altered), tmp_path / "work")
+
+    with pytest.raises(UserError, match=refusal(altered, file)):
+        read()
+    monkeypatch.setattr(engine, "load_file", lambda *_, **__: None)  # as if it had been altered a moment later
+    with pytest.raises((UserError, pickle.UnpicklingError)):
+        read()
+    assert not (tmp_path / "proof").exists()
+
+
+def test_a_recorded_load_that_is_no_numbers_is_refused(tmp_path: Path) -> None:
+    np.save(tmp_path / "load.npy", np.array([Code(tmp_path / "proof")], dtype=object))
+    with pytest.raises(UserError, match=f"{tmp_path}/load.npy: is not numbers alone: refused"):
+        read_load(tmp_path)
+    assert not (tmp_path / "proof").exists()
+
+
+def states(checkpoints: Path) -> dict[str, ParameterState]:
+    """Every parameter of the newest checkpoint with its moments; the pool's in the order of global ids."""
+    found = newest(checkpoints)
+    assert found
+    work = Path(tempfile.mkdtemp())
+    convert(found[1], work)
+    everything = SavedCheckpoint(found[1], placement_of(checkpoints), work)
+    trunk = Trunk(recipe(COLOCATED), torch.device("cpu"))
+    every_expert = tuple(range(8))
+    pool = {name: everything.read_experts(name, every_expert) for name in ("w13_e2FD", "w2_eDF")}
+    return {name: everything.trunk.read(name) for name, _ in trunk.named_parameters()} | pool
+
+
+def placement_of(checkpoints: Path) -> Placement:
+    found = newest(checkpoints)
+    placement = read_placement(found[1]) if found else None
+    assert placement
+    return placement

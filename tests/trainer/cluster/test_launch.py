@@ -1,0 +1,182 @@
+"""`train` without a launcher: which process gets which signal, the exit status, and starting again after a fault."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import urllib.request
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.deploy.pods import can_isolate
+from tests.trainer.job import ROOT, environment, wait_for
+from trainer.cluster import launch
+from trainer.cluster.launch import RESTARTS, run_locally
+from trainer.config.recipe import Metrics, load_recipe
+from trainer.telemetry.prometheus import MetricsServer
+
+RANK = """
+import os, signal, sys, time
+def leave(number, _):
+    os.write(1, b"rank got %d\\n" % number)
+    time.sleep({seconds})
+    sys.exit(75)
+for number in (signal.SIGTERM, signal.SIGUSR1):
+    signal.signal(number, leave if "{heeds}" else signal.SIG_IGN)
+signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # without a word, as a rank does in the middle of leaving
+os.write(1, b"rank is there\\n")
+time.sleep(60)
+"""
+LAUNCHER = """
+# Ends as deepspeed's does: with the status of the first rank that fails, or 1 if it is told to.
+import os, signal, subprocess, sys, time
+def leave(number, _):
+    os.write(1, b"launcher got %d\\n" % number)
+    for rank in ranks:
+        rank.kill()
+    sys.exit(1)
+signal.signal(signal.SIGTERM, leave)
+ranks = [subprocess.Popen([sys.executable, "-c", rank]) for rank in sys.argv[2:]]
+os.write(1, b"launcher is there\\n")
+while all(rank.poll() is None for rank in ranks):
+    time.sleep(0.05)
+sys.exit(next(rank.poll() for rank in ranks if rank.poll()))
+"""
+USER = """
+import os, sys
+from trainer.cluster.launch import LocalJob
+sys.exit(LocalJob().run(sys.argv[1:], dict(os.environ)))
+"""
+
+
+def rank(seconds: float = 0.0, heeds: bool = True) -> str:
+    return RANK.format(seconds=seconds, heeds="yes" if heeds else "")
+
+
+QUICK, SLOW, DEAF = rank(), rank(0.5), rank(heeds=False)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "signals", "status"),
+    [
+        ([QUICK, SLOW], [signal.SIGTERM], 75),
+        ([SLOW, SLOW], [signal.SIGUSR1], 75),
+        ([QUICK, QUICK], [signal.SIGINT], 128 + signal.SIGINT),
+        ([DEAF], [signal.SIGUSR1, signal.SIGTERM], 128 + signal.SIGUSR1),
+        ([], [signal.SIGTERM], 128 + signal.SIGTERM),
+    ],
+    ids=["SIGTERM", "SIGUSR1", "SIGINT", "a second signal", "before there are ranks"],
+)
+def test_signals(ranks: list[str], signals: list[int], status: int, tmp_path: Path) -> None:
+    """The ranks get what may end in a checkpoint, and the launcher nothing then; all else ends every process."""
+    log = tmp_path / "log"
+    command = [sys.executable, "-c", USER, sys.executable, "-c", LAUNCHER, "deepspeed.launcher.launch", *ranks]
+    with log.open("w") as output:
+        user = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=output, stderr=subprocess.STDOUT)
+        wait_for(log, "launcher is there")
+        while log.read_text().count("rank is there") < len(ranks):
+            assert user.poll() is None, log.read_text()
+        for number in signals:
+            user.send_signal(number)
+            if number != signals[-1]:  # else the two may come as one
+                with pytest.raises(subprocess.TimeoutExpired):
+                    user.wait(1)
+        assert user.wait(120) == status, log.read_text()
+    told = log.read_text().splitlines()
+    assert (f"launcher got {int(signal.SIGTERM)}" in told) == (status != 75)
+    if status == 75:
+        assert told.count(f"rank got {int(signals[0])}") == len(ranks)
+
+
+class Job:
+    """A job that ends with given statuses, one a start.
+
+    Args:
+        done: whether its last start does all steps.
+    """
+
+    def __init__(self, statuses: list[int], ended_by: list[int], done: bool):
+        self.left, self.ended_by = list(statuses), ended_by
+        self.came_to_end, self.done = False, done
+        self.restarts: list[str] = []
+        self.ports: list[str] = []
+        self.pauses: list[float] = []
+
+    def run(self, command: list[str], environment: dict[str, str]) -> int:
+        self.restarts.append(environment[RESTARTS])
+        self.ports.append(command[command.index("--master_port") + 1])
+        self.came_to_end = self.done and len(self.left) == 1
+        return self.left.pop(0)
+
+    def pause(self, seconds: float) -> bool:
+        self.pauses.append(seconds)
+        return True
+
+
+@pytest.mark.parametrize(
+    ("statuses", "max_restarts", "ended_by", "done", "status"),
+    [
+        ([1], 0, [], False, 1),
+        ([75], 0, [], False, 75),
+        ([1, 75, 137, 0], 3, [], True, 0),
+        ([1, 1, 1], 2, [], False, 1),
+        ([1, 2], 3, [], False, 2),
+        ([75], 3, [15], False, 75),
+        ([130], 3, [2], False, 130),
+        ([1, 1], 3, [], True, 1),
+    ],
+)
+def test_restarts(
+    statuses: list[int],
+    max_restarts: int,
+    ended_by: list[int],
+    done: bool,
+    status: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """After a fault, neither a wrong input, a signal nor the end of a diverged run; so often at most, not at once."""
+    job: Any = Job(statuses, ended_by, done)
+    ports = count(1)
+    monkeypatch.setattr(launch, "LocalJob", lambda: job)
+    monkeypatch.setattr(launch, "free_port", lambda: next(ports))
+    assert run_locally(load_recipe("quickstart"), ["train", "quickstart"], max_restarts) == status
+    assert job.left == []
+    assert job.restarts == [str(n) for n in range(len(statuses))]
+    assert job.pauses == [2.0**n for n in range(len(statuses) - 1)]
+    assert job.ports == [str(port) for port in range(1, len(statuses) + 1)]
+    assert capsys.readouterr().err.splitlines() == [
+        f"unipool: the job ended with status {ended}; restart {n} of {max_restarts}, from the newest checkpoint"
+        for n, ended in enumerate(statuses[:-1], 1)
+    ]
+
+
+def test_restarts_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(RESTARTS, "2")
+    server = MetricsServer(Metrics(), "trunk", 0, 0)
+    page = urllib.request.urlopen(f"http://{server.address}/metrics", timeout=10).read().decode()
+    assert 'unipool_restarts_total{rank="0",role="trunk"} 2.0' in page.splitlines()
+
+
+def test_a_container_s_first_process_heeds_signals_before_there_are_ranks() -> None:
+    """The kernel gives process 1 no signal that it has no handler for."""
+    if not can_isolate():
+        pytest.skip("needs the right to make namespaces")
+    code = (
+        "from trainer.cluster.launch import end_on_signals as e; e(); print('there', flush=True); "
+        "import time; time.sleep(60)"
+    )
+    command = ["unshare", "--pid", "--fork", "--kill-child", sys.executable, "-c", code]
+    with subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout and process.stdout.readline() == "there\n"
+            (first,) = psutil.Process(process.pid).children()
+            first.send_signal(signal.SIGTERM)
+            assert process.wait(120) == 128 + signal.SIGTERM
+        finally:
+            process.kill()

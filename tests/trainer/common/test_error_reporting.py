@@ -1,0 +1,169 @@
+"""How commands end whatever their streams, environment and paths are: one line and a status, no traceback."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+
+from tests.tools import ended
+from tests.trainer.job import ROOT, write_recipe
+from trainer.cli import cli
+from trainer.common.error_reporting import told
+
+UNIPOOL = (sys.executable, "-m", "trainer")
+
+
+def started(arguments: tuple[str, ...], **options: Any) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([*UNIPOOL, *arguments], stderr=subprocess.PIPE, **{"cwd": ROOT, **options})
+
+
+def test_streams_of_every_kind(tmp_path: Path) -> None:
+    """All at once, for they mostly load: a reader that is gone, a full disk, closed streams, no home, no folder."""
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    bare = {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"}
+    with open("/dev/full", "w") as full:
+        jobs = {
+            "broken pipe": started(("recipes",), stdout=write_end),
+            "full": started(("recipes",), stdout=full),
+            "closed": started(("recipes",), preexec_fn=lambda: [os.close(number) for number in (0, 1)]),
+            "bare": started(("plan", "quickstart", "--json"), stdout=subprocess.PIPE, env=bare, cwd="/"),
+            "no folder": started(
+                ("plan", "quickstart"), stdout=subprocess.PIPE, env=bare, cwd=gone, preexec_fn=gone.rmdir
+            ),
+        }
+    os.close(write_end)
+    found = {name: (job.communicate(timeout=60)[1].decode(), job.returncode) for name, job in jobs.items()}
+    assert found == {
+        "broken pipe": ("", 1),
+        "full": ("error: no space left on device\n", 1),
+        "closed": ("", 0),
+        "bare": ("", 0),
+        "no folder": ("", 0),
+    }
+
+
+def leaves() -> list[tuple[str, ...]]:
+    """Every command with its groups."""
+
+    def below(command: click.Command, words: tuple[str, ...]) -> list[tuple[str, ...]]:
+        if not isinstance(command, click.Group):
+            return [words]
+        return [leaf for name, inner in command.commands.items() for leaf in below(inner, (*words, name))]
+
+    return below(cli, ())
+
+
+@pytest.mark.parametrize("words", leaves(), ids=" ".join)
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENAMETOOLONG, "Too long", "x")])
+def test_interrupted_in_any_command(
+    words: tuple[str, ...], error: BaseException, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def stop(*_: Any, **__: Any) -> None:
+        raise error
+
+    command: Any = cli
+    for word in words:
+        command = command.commands[word]
+    monkeypatch.setattr(command, "invoke", stop)
+    monkeypatch.setattr(command, "parse_args", lambda *_: [])
+    monkeypatch.setattr(os, "dup2", lambda *_: None)
+    status = 2 if isinstance(error, OSError) else 130
+    assert ended(monkeypatch, *words) == status
+    assert capfd.readouterr().err.strip() == ("error: x: too long" if status == 2 else "")
+
+
+def test_what_stdout_cannot_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A question mark, and no error."""
+    content = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(content, "ascii"))
+    with told():
+        print("naïve café ± 東京")
+    assert content.getvalue() == b"na?ve caf? ? ??\n"
+
+
+def test_an_error_that_is_ours_keeps_its_traceback() -> None:
+    with pytest.raises(ConnectionRefusedError), told():
+        raise ConnectionRefusedError(errno.ECONNREFUSED, "refused")
+    with pytest.raises(ValueError, match="ours"), told():
+        raise ValueError("ours")
+
+
+PATHS: dict[str, Callable[[Path], Path]] = {
+    "too long": lambda folder: folder / ("x" * 300),
+    "a file": lambda folder: folder / "file",
+    "below a file": lambda folder: folder / "file" / "run",
+    "a dangling link": lambda folder: folder / "dangling",
+    "a link to itself": lambda folder: folder / "loop",
+    "a pipe": lambda folder: folder / "pipe",
+    "not to be made": lambda _: Path("/proc/run"),
+}
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_a_run_folder_that_cannot_be(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """`train` says so before anything is prepared or started."""
+    recipe = write_recipe(tmp_path)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere" / "deep")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    os.mkfifo(tmp_path / "pipe")
+    before = sorted(tmp_path.iterdir())
+    for variable in ("RANK", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr("trainer.cluster.launch.end_on_signals", lambda: None)
+    monkeypatch.setattr("trainer.cluster.launch.run_locally", lambda *_: pytest.fail("started"))
+    path = PATHS[name](tmp_path)
+    assert ended(monkeypatch, "train", str(recipe), "--set", f"run.dir={path}") == 2
+    err = capfd.readouterr().err
+    assert err.startswith(f"error: run.dir = {path}: cannot be written (") and err.count("\n") == 1, err
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(("eval", "PATH"), ("export", "PATH", "out"), ("generate", "PATH", "--prompt", "x"), ("watch", "PATH")),
+        *(("report", "PATH"), ("probe", "load", "PATH"), ("sweep", "PATH"), ("law", "PATH"), ("plan", "PATH")),
+        *(("prepare", "PATH"), ("bench", "PATH"), ("train", "PATH")),
+        ("plan", "quickstart", "--hardware", "PATH"),
+        ("plan", "quickstart", "--simulate", "--loads", "PATH"),
+        ("plan", "quickstart", "--simulate", "--timeline", "PATH/x.png"),
+        ("train", "quickstart", "--hostfile", "PATH", "--node-rank", "0"),
+        ("bench", "quickstart", "--out", "PATH/p.json"),
+        ("sweep", "small-scores", "--dir", "PATH"),
+    ],
+    ids=" ".join,
+)
+@pytest.mark.parametrize("kind", ["too long", "a file", "below a file", "a pipe"])
+def test_paths_that_cannot_be(
+    words: tuple[str, ...],
+    kind: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Wherever a command takes one: an error of one line, status 2, and nothing hangs."""
+    (tmp_path / "file").write_bytes(b"\xff\xfe")
+    os.mkfifo(tmp_path / "pipe")
+    for variable in ("RANK", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr("trainer.cluster.launch.end_on_signals", lambda: None)
+    path = str(PATHS[kind](tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert ended(monkeypatch, *(word.replace("PATH", path) for word in words)) == 2
+    lines = [line for line in capfd.readouterr().err.splitlines() if not line.startswith("warning: ")]
+    assert len(lines) == 1 and lines[0].startswith("error: "), lines

@@ -1,0 +1,107 @@
+"""Damaged exports, those of other models and those of an older version, as our commands meet them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from tests.trainer.export.test_export import VOCAB, exported, invoke, refused, some_tokens, trained
+from trainer.common.errors import UserError
+from trainer.export.folder import load_export
+
+
+def change(file: Path, **changes: Any) -> None:
+    """Sets keys of a JSON object in a file."""
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def test_damaged_exports_are_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.export.write._SHARD_SIZE", "40KB")
+    whole = tmp_path / "whole"
+    assert invoke("export", str(trained("unipool")[0]), str(whole)).exit_code == 0
+
+    def line_after(damage: Callable[[Path], object]) -> str:
+        broken = tmp_path / "broken"
+        shutil.copytree(whole, broken)
+        damage(broken)
+        line = refused("generate", str(broken), "--prompt", "x")
+        assert line == refused("eval", str(broken), "--text", str(whole / "config.json"))
+        assert str(broken) in refused("probe", "reuse", str(broken), "--text", str(whole / "config.json"))
+        shutil.rmtree(broken)
+        assert str(broken) in line
+        return line
+
+    config, index = "config.json", "model.safetensors.index.json"
+    shard = next(whole.glob("model-00001*")).name
+    assert "JSONDecodeError" in line_after(lambda folder: (folder / config).write_text("{"))
+    assert "must hold a JSON object" in line_after(lambda folder: (folder / config).write_text("[]"))
+    assert "type llama" in line_after(lambda folder: change(folder / config, model_type="llama"))
+    assert "export_version is 9" in line_after(lambda folder: change(folder / config, export_version=9))
+    assert "hidden_size is -1" in line_after(lambda folder: change(folder / config, hidden_size=-1))
+    assert "multiple of num_attention_heads" in line_after(lambda folder: change(folder / config, hidden_size=33))
+    assert "tensors are missing" in line_after(lambda folder: change(folder / config, num_hidden_layers=4))
+    assert "tensors are missing" in line_after(lambda folder: change(folder / config, num_experts=10**9))
+    assert "by its config.json" in line_after(lambda folder: change(folder / config, vocab_size=VOCAB + 1))
+    assert f"{shard} is missing" in line_after(lambda folder: (folder / shard).unlink())
+    assert f"{shard}: a damaged file" in line_after(lambda folder: (folder / shard).write_bytes(b"no weights"))
+    assert "weight_map" in line_after(lambda folder: change(folder / index, weight_map={"a": "../a"}))
+    assert "does not agree" in line_after(lambda folder: change(folder / index, weight_map={"a": shard}))
+    assert "tokenizer.json: cannot be read" in line_after(lambda folder: (folder / "tokenizer.json").write_text("{}"))
+    assert "bos_token is 'x!'" in line_after(lambda folder: change(folder / "tokenizer_config.json", bos_token="x!"))
+    assert "eos_token_id" in line_after(lambda folder: change(folder / "generation_config.json", eos_token_id="x"))
+
+
+@settings(max_examples=25, deadline=None, database=None)
+@given(
+    file=st.sampled_from(["config.json", "generation_config.json", "tokenizer_config.json", "index"]),
+    place=st.integers(0, 99),
+    value=st.one_of(
+        st.none(), st.booleans(), st.integers(-2, 9), st.floats(), st.text(max_size=3), st.lists(st.none(), max_size=1)
+    ),
+)
+def test_any_value_in_an_export_s_json_works_or_is_refused_in_one_line(file: str, place: int, value: Any) -> None:
+    """One value anywhere: the model continues a text, or a UserError says why not."""
+    with tempfile.TemporaryDirectory() as work:
+        folder = Path(work) / "export"
+        shutil.copytree(exported("unipool"), folder)
+        if file == "index":
+            names = load_file(folder / "model.safetensors").keys()
+            path = folder / "model.safetensors.index.json"
+            said: dict[str, Any] = {"metadata": {}, "weight_map": dict.fromkeys(names, "model.safetensors")}
+            place_in = said["weight_map"] if place % 3 else said
+        else:
+            path = folder / file
+            said = place_in = json.loads(path.read_text())
+        place_in[sorted(place_in)[place % len(place_in)]] = value
+        path.write_text(json.dumps(said))
+        done = invoke("generate", str(folder), "--prompt", "def", "--tokens", "2")
+    error = done.exception
+    assert error is None or (isinstance(error, UserError) and "\n" not in str(error) and str(folder) in str(error)), (
+        done
+    )
+
+
+def test_exports_of_an_older_version_work_and_say_how_to_make_them_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = tmp_path / "old"
+    shutil.copytree(exported("unipool"), old)
+    config = json.loads((old / "config.json").read_text())
+    del config["export_version"]
+    (old / "config.json").write_text(json.dumps(config))
+    model, _ = load_export(old)
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and "unipool export RUN --format hf DIR" in line and str(old) in line
+    new, _ = load_export(exported("unipool"))
+    assert capsys.readouterr().err == ""
+    assert torch.equal(model(some_tokens()).logits, new(some_tokens()).logits)

@@ -1,0 +1,210 @@
+"""Seconds of a recipe's work: against arithmetic by hand; profiles; the wire; splits and lanes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pool.schedule_builder import training_plan
+from trainer.common.errors import UserError
+from trainer.config.recipe import Recipe, load_recipe
+from trainer.planning.hardware import (
+    DATA_SHEETS,
+    Figure,
+    Profile,
+    bytes_a_second,
+    find_hardware,
+    load_profile,
+    seconds,
+    step_end,
+)
+from trainer.planning.lanes import choose_lanes
+from trainer.planning.step_time import best_splits, forecast
+
+ONE_SHARD = "parallel.expert_parallel=1"
+H100 = DATA_SHEETS["h100"]
+PROFILE = Profile(H100, (Figure("dense product", "fp32", 67e12, "FLOP/s", 1.0, "GEMM peak"),))
+
+
+def at_182m(*overrides: str) -> Recipe:
+    return load_recipe("unipool-182m", overrides)
+
+
+def test_costs_at_182m_by_hand() -> None:
+    """A layer of 4.72 + 0.147 MFLOP, head 78.6, expert 14.16 over 4 shards; half and 0.7 of 989 TFLOP/s."""
+    costs = seconds(at_182m(), H100, bytes_a_second(400))
+    assert costs.trunk_layer == pytest.approx(16384 * 4.866e6 / 494.5e12, rel=1e-3)
+    assert costs.head == pytest.approx(16384 * 78.64e6 / 494.5e12, rel=1e-3)
+    assert costs.pool_layer == pytest.approx(16384 * 14.156e6 / 4 / 692.3e12, rel=1e-3)
+    assert costs.slot == pytest.approx(50e-6 + 24 * 3 * 768 * 3072 * 2 / 3.35e12)
+    # a request has 16384 x 768 bf16 numbers; 400 Gbit/s are 50 GB/s, and 4 pool ranks serve 4 trunk ranks
+    assert costs.transfer == pytest.approx(100e-6 + 16384 * 768 * 2 / 50e9)
+
+
+def test_transfer_goes_at_the_slower_side() -> None:
+    sent = 16384 * 768 * 2
+    for trunk_ranks, pool_ranks, shards, slower in ((8, 4, 4, 2), (4, 8, 4, 1), (8, 4, 2, 2), (2, 4, 4, 1)):
+        layout = (f"parallel.trunk_ranks={trunk_ranks}", f"parallel.pool_ranks={pool_ranks}")
+        costs = seconds(at_182m(*layout, f"parallel.expert_parallel={shards}"), H100)
+        assert costs.transfer == pytest.approx(100e-6 + slower * sent / 450e9), (trunk_ranks, pool_ranks, shards)
+
+
+def test_step_end_by_hand() -> None:
+    """2 trunk ranks at ZeRO 0: a ring sends the fp32 gradients once, AdamW moves 28 bytes a parameter."""
+    recipe = at_182m("parallel.trunk_ranks=2", "parallel.trunk_zero=0", "pool.experts=4")
+    trunk = 98_421_516 - 12 * 92 * 768  # with routers of 4 experts instead of 96
+    assert step_end(recipe, H100) == pytest.approx(4 * trunk / 450e9 + 28 * trunk / 3.35e12, rel=1e-3)
+
+
+def test_one_400_gbit_link_at_182m() -> None:
+    """Each of 4 + 4 ranks sends 12 layers x 2 x 8 micro-batches of 25.2 MB a step: 4.83 GB, 97 ms at 50 GB/s.
+
+    At half of the peak the trunk computes 109 ms, so that one such link is enough, just, and 200 Gbit/s are not.
+    At the whole peak one would not be.
+    """
+    traffic = 2 * 12 * 8 * 16384 * 768 * 2
+    trunk_seconds = 3 * 8 * 16384 * 137.04e6 / 494.5e12
+    assert traffic / 50e9 == pytest.approx(0.0966, rel=1e-3)
+    assert trunk_seconds == pytest.approx(0.109, rel=1e-2)
+    fine, half = (forecast(at_182m("parallel.lanes=8"), H100, bytes_a_second(gbit)) for gbit in (400, 200))
+    assert fine.wire is not None and half.wire is not None
+    assert not fine.wire.binds
+    assert fine.wire.needed <= traffic / trunk_seconds < fine.wire.available
+    assert half.wire.binds
+    assert half.seconds - half.step_end >= traffic / 25e9
+    ideal = replace(H100, bf16=replace(H100.bf16, trunk=1.0, head=1.0, experts=1.0), launch_latency=0.0)
+    assert traffic / (trunk_seconds / 2) > 50e9
+    at_peak = forecast(at_182m("parallel.lanes=8"), ideal, bytes_a_second(400)).wire
+    assert at_peak is not None and at_peak.needed > fine.wire.needed
+
+
+def test_wire_of_the_pool_where_it_serves_more() -> None:
+    overrides = ("parallel.trunk_ranks=8", "parallel.pool_ranks=2")
+    few = forecast(at_182m(*overrides), H100, bytes_a_second(100))
+    assert few.wire is not None and few.wire.role == "pool" and few.wire.binds
+    # 4 micro-batches of each of 8 trunk ranks, half of each to either shard
+    traffic = 2 * 12 * 4 * 8 * 16384 * 768 * 2 / 2
+    assert few.seconds >= traffic / 12.5e9
+    assert few.wire.slowdown > 1
+
+
+def test_forecast_adds_up() -> None:
+    recipe = at_182m()
+    f = forecast(recipe, H100)
+    assert f.tokens_per_second * f.seconds == pytest.approx(512 * 1024)
+    assert f.mfu == pytest.approx(3 * (137.04e6 + 169.87e6) * f.tokens_per_second / (8 * 989e12), rel=1e-3)
+    # The trunk works at half of the peak on half of the ranks
+    assert f.trunk_busy == pytest.approx(f.mfu * 2 / 0.5 * 137.04 / (137.04 + 169.87), rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["dense-182m", "unipool-182m"])
+def test_without_pool_ranks_nothing_overlaps(name: str) -> None:
+    f = forecast(load_recipe(name, ["parallel.pool_ranks=0"]), H100)
+    assert f.wire is None and f.pool_ranks == 0
+    assert (f.trunk_busy + f.pool_busy) * f.seconds == pytest.approx(f.seconds - f.step_end)
+    assert (f.pool_busy == 0) == (name == "dense-182m")
+
+
+def test_best_splits_are_valid_and_ordered() -> None:
+    recipe = at_182m()
+    best = best_splits(recipe, 8, H100)
+    assert [f.tokens_per_second for f in best] == sorted((f.tokens_per_second for f in best), reverse=True)
+    assert (best[0].trunk_ranks, best[0].pool_ranks, best[0].expert_parallel) == (4, 4, 4)
+    assert best[0].tokens_per_second >= forecast(recipe, H100).tokens_per_second
+    for f in best:
+        layout = (f"parallel.trunk_ranks={f.trunk_ranks}", f"parallel.pool_ranks={f.pool_ranks}")
+        lanes = (f"parallel.expert_parallel={f.expert_parallel}", f"parallel.lanes={f.lanes}")
+        checked = at_182m(*layout, *lanes)
+        assert f.trunk_ranks + f.pool_ranks == 8 and f.lanes <= checked.micro_batches
+        assert f == forecast(checked, H100)
+        assert f.memory <= 0.9 * H100.memory
+
+
+def test_splits_of_zero_3_run_in_order() -> None:
+    zero3 = ("parallel.trunk_zero=3", "parallel.lanes=1", "parallel.stagger=false")
+    assert all(f.lanes == 1 for f in best_splits(at_182m(*zero3), 8, H100) if f.trunk_ranks > 1)
+
+
+def test_no_split() -> None:
+    with pytest.raises(UserError, match=r"--devices 2: no split fits into 80 GB"):
+        best_splits(load_recipe("unipool-978m"), 2, H100)
+    odd = at_182m("train.global_batch=7", "train.micro_batch=1", "parallel.trunk_ranks=7", "pool.experts=97", ONE_SHARD)
+    assert all((f.trunk_ranks, f.expert_parallel) in ((1, 1), (7, 1)) for f in best_splits(odd, 8, H100))
+
+
+def test_chosen_lanes_are_the_fewest_of_the_good() -> None:
+    recipe = at_182m()
+    for link in (None, bytes_a_second(400)):
+        costs = seconds(recipe, H100, link)
+        taken = [training_plan(recipe.grid, 12, 8, lanes, True, costs).seconds for lanes in range(1, 9)]
+        chosen = choose_lanes(recipe, costs)
+        assert taken[chosen - 1] <= 1.03 * min(taken)
+        assert all(seconds > 1.03 * min(taken) for seconds in taken[: chosen - 1])
+    slow, fast = (choose_lanes(recipe, seconds(recipe, H100, link)) for link in (bytes_a_second(400), None))
+    assert slow > fast > 1
+
+
+def test_lanes_are_at_most_the_micro_batches() -> None:
+    recipe = at_182m("train.global_batch=128")
+    assert recipe.micro_batches == 2
+    assert choose_lanes(recipe, seconds(recipe, H100)) <= 2
+    dense = load_recipe("dense-182m")
+    assert choose_lanes(dense, seconds(dense, H100)) == 1
+
+
+def test_profile_comes_back_equal(tmp_path: Path) -> None:
+    path = tmp_path / "profile.json"
+    PROFILE.save(path)
+    assert load_profile(path) == PROFILE
+    assert find_hardware(str(path)) == H100
+    assert [p.name for p in tmp_path.iterdir()] == ["profile.json"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "value", "said"),
+    [
+        (("hardware", "bf16", "trunk"), 1.5, "hardware.bf16.trunk: must be less than or equal to 1"),
+        (("hardware", "memory"), "much", "hardware.memory: must be a valid number"),
+        (("hardware", "wire_bandwidth"), float("inf"), "hardware.wire_bandwidth: must be a finite number"),
+        (("hardware", "colour"), "red", "hardware.colour: Unexpected"),
+    ],
+)
+def test_bad_profile(tmp_path: Path, keys: tuple[str, ...], value: object, said: str) -> None:
+    path = tmp_path / "profile.json"
+    PROFILE.save(path)
+    tree = json.loads(path.read_text())
+    node = tree
+    for key in keys[:-1]:
+        node = node[key]
+    node[keys[-1]] = value
+    path.write_text(json.dumps(tree))
+    with pytest.raises(UserError) as error:
+        find_hardware(str(path))
+    assert str(error.value).startswith(f"profile {path}: {said}") and "\n" not in str(error.value)
+
+
+def test_bad_names(tmp_path: Path) -> None:
+    for name, said in (("h10", "did you mean h100"), ("tpu", "allowed: h100, h200, a100, or a file")):
+        with pytest.raises(UserError, match=said):
+            find_hardware(name)
+    with pytest.raises(UserError, match="cannot be read"):
+        find_hardware(str(tmp_path))
+    with pytest.raises(UserError, match="cannot be written"):
+        PROFILE.save(tmp_path / "none" / "profile.json")
+    for gbit in (-3.0, 0.0, float("nan"), float("inf")):
+        with pytest.raises(UserError, match=r"--interconnect .* above 0"):
+            bytes_a_second(gbit)
+
+
+def test_needs_no_torch() -> None:
+    code = (
+        "import sys; from trainer.cli import cli;"
+        "cli.main(['plan', 'unipool-182m', '--hardware', 'h100', '--json'], standalone_mode=False);"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)

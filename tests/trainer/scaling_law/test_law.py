@@ -1,0 +1,299 @@
+"""Laws of size: of results with known laws, of noise, of too little, and of what cannot be compared."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from trainer.cli import cli
+from trainer.common.errors import UserError
+from trainer.planning.model_costs import count_parameters
+from trainer.scaling_law import result as law_result
+from trainer.scaling_law.law import Curve, fit, interval, left_out, match_seeds
+from trainer.scaling_law.points import Family, Point, read_families
+from trainer.scaling_law.report import formula, notes
+from trainer.scaling_law.result import Law, find_law
+from trainer.sweep.result import MEASURES, Row, RunResult, write_files
+from trainer.sweep.spec import Cell, load_sweep
+from trainer.sweep.statistics import spread
+
+REPLICATES = 100
+NOISE = 0.003
+SIZES = "pool.experts: [16, 24, 32, 48, 64, 96]"
+
+
+def write_result(folder: Path, sweep: str, loss: Callable[[Cell], float], seeds: int = 3) -> Path:
+    """A sweep's result.json as if it had run, each run `noise` about loss(cell), and all of one seed shifted alike."""
+    experiment = load_sweep(sweep, [], folder)
+    random = np.random.default_rng(5)
+    shifts = 0.05 * random.standard_normal(len(experiment.sweep.seeds))
+    nothing = dict.fromkeys(MEASURES, math.nan)
+    rows = []
+    for cell in experiment.cells:
+        runs = tuple(
+            RunResult(
+                run.seed,
+                val_loss=loss(cell) + float(shift + NOISE * random.standard_normal()),
+                val_steps=(),
+                val_losses=(),
+                **nothing,
+            )
+            for run, shift in list(zip(cell.runs, shifts, strict=True))[:seeds]
+        )
+        rows.append(Row(cell, runs, spread([run.val_loss for run in runs]), None, nothing))
+    folder.mkdir(parents=True)
+    write_files(experiment, rows)
+    return folder
+
+
+def sweep_file(folder: Path, sizes: str = SIZES) -> str:
+    path = folder / "mine.yaml"
+    path.write_text(
+        f"{{base: small, baseline: vanilla, set: {{train.steps: 10}}, variants: {{vanilla: {{model.groups: 8, "
+        f"router.kind: softmax, balance.pool: 0.0, balance.layer: 1e-2, pool.experts: 64}}, unipool: {{}}}}, "
+        f"grid: {{{sizes}}}}}"
+    )
+    return str(path)
+
+
+def pool_law(cell: Cell) -> float:
+    """Reaches the baseline's 2.4 at M = 36."""
+    return 2.4 if cell.variant == "vanilla" else 2.0 + 4.8 * (12 * cell.recipe.pool.experts) ** -0.4096
+
+
+def find(folder: Path) -> Law:
+    return find_law(max(read_families([folder]), key=lambda family: len(family.points)), REPLICATES)
+
+
+@pytest.fixture(scope="module")
+def powers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("powers")
+    return write_result(folder / "result", sweep_file(folder), pool_law)
+
+
+def test_a_power_law_is_found_again(powers: Path) -> None:
+    law = find(powers)
+    (term,) = law.terms
+    assert (term.factor, term.values, term.form) == ("experts", (16, 24, 32, 48, 64, 96), "power")
+    assert term.exponent.low < 0.4096 < term.exponent.high and term.exponent.low > 0
+    assert law.floor and law.floor.low < 2.0 < law.floor.high
+    assert 0.5 * NOISE < law.noise.sd < 2 * NOISE, "without what seeds have in common"
+    size, measured, predicted = law.largest
+    assert size == 96 and abs(predicted - measured) < 0.02
+    (group,) = law.groups
+    crossing = group.crossing
+    assert crossing and crossing.smallest and crossing.baseline == "vanilla"
+    smallest = (4.8 / 0.4) ** (1 / 0.4096) / 12
+    assert crossing.smallest.low < smallest < crossing.smallest.high < 1.5 * smallest
+    assert crossing.measured == 48 > smallest > 32
+    assert group.xs[-1] == pytest.approx(2 * 96) and np.all(group.low <= group.high)
+    inside = (2.0 + 4.8 * (12 * group.xs) ** -0.4096)[group.xs <= 96]
+    shift = np.mean([sum(point.losses.values()) / 3 for point in group.points]) - np.mean(
+        [2.0 + 4.8 * (12 * x) ** -0.4096 for x in group.x]
+    )
+    near = abs(group.law[group.xs <= 96] - inside - shift)
+    assert near.max() < 2 * NOISE
+    text = " ".join(notes(law))
+    assert "differs from zero" in text and "3 seeds" in text and "beyond 2 times that (192 experts)" in text
+    assert f"{10 * 16 * 128:,} tokens" in text
+
+
+def test_the_formula_is_the_law(powers: Path) -> None:
+    law = find(powers)
+    text = (
+        formula(law).replace("loss = ", "").replace(" experts", " * experts").replace("^", "**").replace("experts", "x")
+    )
+    for x in (16.0, 50.0, 96.0):
+        (value,) = law.curve(np.array([[math.log(x / law.terms[0].centre)]]))
+        assert eval(text, {"x": x}) == pytest.approx(value, abs=2e-3)
+
+
+def test_noise_alone_is_no_law(tmp_path: Path) -> None:
+    law = find(write_result(tmp_path / "result", sweep_file(tmp_path), lambda _: 2.4))
+    (term,) = law.terms
+    assert term.form == "none" and law.floor is None and set(law.curve.slopes) == {0.0}
+    text = " ".join(notes(law))
+    assert "no law" in text and "no size that a law could name" in text and "E, for" not in text
+
+
+def family_of(losses: dict[int, list[float]]) -> Family:
+    """Points that have these losses, by experts."""
+    settings = {"balance.layer": 0.0, "balance.pool": 0.01, "train.lr": 1e-3}
+    points = [
+        Point(f"m{experts}", "m", "block", experts, 10, 8, 1000, 5, dict(enumerate(runs)), settings)
+        for experts, runs in losses.items()
+    ]
+    return Family("m", tuple(points), {}, ())
+
+
+def test_noise_is_seldom_a_law() -> None:
+    """Of 8 draws; intervals that leave out 5 % let hardly one pass."""
+    random = np.random.default_rng(0)
+    draws = [{m: random.normal(2, 0.01, 2).tolist() for m in (16, 24, 32, 48, 64)} for _ in range(8)]
+    assert sum(find_law(family_of(draw), 40).terms[0].form != "none" for draw in draws) <= 2
+
+
+def test_a_straight_line_is_no_power_law() -> None:
+    random = np.random.default_rng(1)
+    losses = {m: (3 - 0.1 * math.log(m) + random.normal(0, 0.003, 3)).tolist() for m in (16, 24, 32, 48, 64, 96)}
+    law = find_law(family_of(losses), REPLICATES)
+    (term,) = law.terms
+    assert term.form == "line" and law.floor is None and term.exponent.low <= 0
+    assert term.doubling.low < -0.1 * math.log(2) < term.doubling.high < 0
+    assert "no limit for large sizes can be told" in " ".join(notes(law))
+
+
+def test_one_seed_is_said_and_is_wider() -> None:
+    random = np.random.default_rng(2)
+    sizes = (8, 16, 32, 64, 128)
+    many = {m: (2 + 2 * m**-0.5 + random.normal(0, 0.004, 6)).tolist() for m in sizes}
+    six, one = (find_law(family_of({m: runs[:n] for m, runs in many.items()}), REPLICATES) for n in (6, 1))
+    assert "with 1 seed" in " ".join(notes(one)) and "with 1 seed" not in " ".join(notes(six))
+    widths = [law.terms[0].doubling.high - law.terms[0].doubling.low for law in (six, one)]
+    assert widths[1] > 1.5 * widths[0]
+    assert math.isnan(one.noise.misfit_p) and one.noise.freedom == 2 and six.noise.freedom == 2 + 5 * 4
+
+
+def test_points_off_the_law_are_said() -> None:
+    """Runs agree to 1e-4, points do not lie on any law of the kind."""
+    off = {16: 2.5, 24: 2.46, 32: 2.35, 48: 2.34, 64: 2.2, 96: 2.19}
+    law = find_law(family_of({m: [loss, loss + 1e-4, loss - (m % 3) * 1e-4] for m, loss in off.items()}), REPLICATES)
+    assert law.noise.freedom == 3 and law.noise.sd > 0.01 and "F-test" in " ".join(notes(law))
+
+
+def test_fit_against_known_curves() -> None:
+    """Two factors, exact losses; and a curve that is left alone by its own leave-one-out."""
+    u_nK = np.random.default_rng(0).uniform(-1, 1, (12, 2))
+    true = Curve(3.0, (0.1, 0.2), (0.5, 1.2))
+    exact_n = 3.0 + 0.1 * (np.exp(-0.5 * u_nK[:, 0]) - 1) / 0.5 + 0.2 * (np.exp(-1.2 * u_nK[:, 1]) - 1) / 1.2
+    assert true(u_nK) == pytest.approx(exact_n)
+    (found,) = fit(u_nK, exact_n[:, None], np.ones(12), ["power", "power"])
+    assert found.level == pytest.approx(3.0, abs=1e-5) and found.floor == pytest.approx(3 - 0.2 - 0.2 / 1.2, abs=1e-3)
+    assert found.exponents == pytest.approx(true.exponents, abs=1e-3)
+    assert abs(left_out(u_nK, exact_n, np.ones(12), ["power", "power"])).max() < 1e-4
+    assert true.reach(float(exact_n[4]), 0, u_nK[4].tolist()) == pytest.approx(u_nK[4, 0])
+    assert true.reach(true.floor, 0, [0.0, 0.0]) == math.inf
+    assert Curve(3.0, (0.1,), (0.0,)).reach(2.9, 0, [0.0]) == pytest.approx(1.0)
+    assert Curve(3.0, (-0.1,), (0.0,)).reach(2.9, 0, [0.0]) == math.inf
+    assert Curve(3.0, (0.1,), (0.0,)).floor == -math.inf
+    assert interval([*np.arange(1, 100), math.inf]) == (3.0, 98.0)
+
+
+def test_seeds_are_matched() -> None:
+    """Means 1, 2, 4 and seeds -0.3, 0, 0.3; the last point lacks a seed, which shall not move it."""
+    full = [{seed: mean + shift for seed, shift in enumerate((-0.3, 0.0, 0.3))} for mean in (1, 2, 4)]
+    del full[2][0]
+    m = match_seeds(full)
+    assert m.means == pytest.approx([1, 2, 4]) and m.squares == pytest.approx(0) and m.freedom == 8 - 5
+    assert (m.seeds, m.level_se) == (3, pytest.approx(0.3 / math.sqrt(3)))
+    apart = match_seeds([{0: 1.0, 1: 2.0}, {2: 5.0}])
+    assert apart.means == pytest.approx([1.5, 5.0]) and (apart.seeds, apart.freedom, apart.squares) == (1, 1, 0.5)
+
+
+def test_pool_and_active_parameters_each_have_a_term(tmp_path: Path) -> None:
+    """The paper's scales: depth goes with the other two."""
+
+    def loss(cell: Cell) -> float:
+        active, pool = count_parameters(cell.recipe).active, count_parameters(cell.recipe).pool
+        return 1.05 + 900 * active**-0.37 + 60 * (pool if cell.variant == "unipool" else 0.6 * pool) ** -0.28
+
+    folders = [write_result(tmp_path / s, f"figure-2a-{s}", loss, seeds=2) for s in ("182m", "469m", "650m", "830m")]
+    family = max(read_families(folders), key=lambda family: len(family.points))
+    law = find_law(family, 80)
+    pool, active = law.terms
+    assert (pool.factor, active.factor) == ("pool parameters", "active parameters") and "layers" in law.combined
+    assert pool.exponent.low < 0.28 < pool.exponent.high and active.exponent.low < 0.37 < active.exponent.high
+    assert pool.form == active.form == "power"
+    for group in law.groups:
+        true = 0.6 * group.points[-1].experts * group.points[-1].expert_parameters
+        assert group.crossing and group.crossing.smallest
+        assert group.crossing.smallest.low / 1.1 < true < group.crossing.smallest.high * 1.1
+    assert "balance.pool is not the same at all sizes (0.01, 0.02)" in " ".join(notes(law))
+
+
+def test_terms_of_several_forms(tmp_path: Path) -> None:
+    """Each is judged beside the others as they are told, so what is said of an exponent is that of the law."""
+
+    def loss(cell: Cell) -> float:
+        found = count_parameters(cell.recipe)
+        return 4 + 50 * found.pool**-0.5 - 0.13 * math.log(found.active) - 0.5 / cell.recipe.model.layers
+
+    (family,) = read_families([write_result(tmp_path / "result", "small-law", loss)])
+    law = find_law(family, 40)
+    pool, _, layers = law.terms
+    assert [term.form for term in law.terms] == ["power", "line", "power"]
+    assert law.curve.exponents == (pool.exponent.value, 0, layers.exponent.value)
+    assert (pool.exponent.value, layers.exponent.value) == (pytest.approx(0.5, abs=0.1), pytest.approx(1, abs=0.4))
+    assert law.curve.slopes[1] == pytest.approx(0.13, abs=0.01)
+
+
+TOO_LITTLE = {
+    "pool.experts: [32, 64]": "2 points with runs that are done: experts 32 and 64; a law needs at least 3 values",
+    "pool.experts: [16, 32, 64]": "3 sizes (experts); a law of 3 parameters needs at least 4: 1 missing",
+    "balance.scores: [raw, normalized]": "all of one size; a law needs at least 4 pool sizes",
+    "pool.experts: [8, 16, 32, 64], balance.pool: [1e-3, 1e-2]": "have the same size (balance.pool differs): choose",
+}
+
+
+@pytest.mark.parametrize("sizes", TOO_LITTLE)
+def test_too_little_is_one_line(sizes: str, tmp_path: Path) -> None:
+    folder = write_result(tmp_path / "result", sweep_file(tmp_path, sizes), pool_law)
+    error = CliRunner().invoke(cli, ["law", str(folder)]).exception
+    assert isinstance(error, UserError) and TOO_LITTLE[sizes] in str(error) and "\n" not in str(error)
+    assert not list(folder.glob("*law*"))
+
+
+def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
+    first = write_result(tmp_path / "first", sweep_file(tmp_path), pool_law)
+    tree = json.loads((first / "result.json").read_text())
+    for place, value in enumerate((40_960, 20_480)):
+        tree["variants"][-1 - place]["tokens"] = value
+    other = tmp_path / "other.json"
+
+    def said(changed: object, *options: str) -> str:
+        other.write_text(changed if isinstance(changed, str) else json.dumps(changed))
+        error = CliRunner().invoke(cli, ["law", str(other), *options]).exception
+        assert isinstance(error, UserError) and "\n" not in str(error)
+        return str(error)
+
+    assert "unipool: tokens trained differ (20480, 40960): a law of sizes needs them equal" in said(tree)
+    assert (
+        "not JSON" in said("{")
+        and "not a sweep's result" in said({"variants": [{}]})
+        and "there is" in said({"variants": []})
+    )
+    del tree["variants"][0]["settings"]["model.vocab"]
+    assert "one of an older version; make it with: unipool sweep" in said(tree)
+    assert "--variant uni: has no run that is done; there are: unipool, " in said_of(first, "--variant", "uni")
+    assert "cannot be written" in said_of(first, "--out", str(tmp_path / "none" / "law.png"))
+
+
+def said_of(folder: Path, *options: str) -> str:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(law_result, "REPLICATES", 20)
+        return str(CliRunner().invoke(cli, ["law", str(folder), *options]).exception)
+
+
+def test_the_command(powers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Table, notes, pictures, JSON; the same each time. Vanilla, of one size, is said to have no law."""
+    monkeypatch.setattr(law_result, "REPLICATES", 40)
+    first = CliRunner().invoke(cli, ["law", str(powers), str(powers / "result.json")])
+    assert first.exit_code == 0, first.output
+    assert "16 to 96" in first.output and "power law" in first.output
+    assert "not fitted: vanilla: 1 point with runs that are done, all of one size" in first.output
+    assert (powers / "law.png").read_bytes().startswith(b"\x89PNG")
+    ElementTree.parse(powers / "law.svg")
+    out = powers / "again.png"
+    tree = json.loads(CliRunner().invoke(cli, ["law", str(powers), "--json", "--out", str(out)]).stdout)
+    assert out.exists() and out.with_suffix(".svg").read_bytes() == (powers / "law.svg").read_bytes()
+    (found,) = tree["laws"]
+    assert found["terms"][0]["form"] == "power" and found["seeds"] == {"fewest": 3, "most": 3}
+    assert found["baselines"][0]["measured"] == 48 and len(tree["not_fitted"]) == 1
+    assert all(note.split()[0] in first.output for note in found["notes"])

@@ -1,0 +1,354 @@
+"""Sweeps: their files, what is matched between variants, statistics, tables and pictures of runs nobody trained."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+from pool.placement import Placement
+from tests.trainer.made_up import write_run
+from trainer.cli import cli
+from trainer.common.errors import UserError
+from trainer.data.batches import permutation
+from trainer.model.trunk import Trunk
+from trainer.planning.model_costs import count_parameters
+from trainer.sweep.result import collect, to_json
+from trainer.sweep.spec import Experiment, load_sweep, sweep_names
+from trainer.sweep.statistics import paired, spread
+from trainer.train.pool_rank import build_shard
+
+SWEEP = """
+base: small
+baseline: vanilla
+seeds: [0, 1]
+set: {train.steps: 12, data.dir: kept}
+variants:
+  vanilla: {model.groups: 8, router.kind: softmax, balance.pool: 0.0, balance.layer: 1e-2}
+  raw: {}
+  normalized: {balance.scores: normalized}
+grid:
+  balance.pool: [1e-3, 1e-2]
+  train.lr: [1e-3, 2e-3]
+"""
+
+
+def write(folder: Path, text: str = SWEEP) -> str:
+    path = folder / "mine.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+@pytest.mark.parametrize("name", sweep_names())
+def test_shipped_sweeps_have_valid_recipes(name: str) -> None:
+    experiment = load_sweep(name)
+    assert experiment.folder == Path("runs/sweeps") / name
+    assert list(experiment.warnings()) == []
+    assert all(cell.baseline for cell in experiment.cells if cell.variant != experiment.sweep.baseline)
+    assert len({run.folder for run in experiment.runs}) == len(experiment.runs)
+    small = name.startswith("small-")
+    assert small == (experiment.cells[0].recipe.data.source == "python-stdlib")
+    assert len(experiment.sweep.seeds) >= 3
+
+
+def test_shipped_sweeps_say_what_the_paper_has() -> None:
+    ours = {"scores", "statistic", "coefficient", "table-5", "figure-2b"}
+    assert ours | {f"small-{name}" for name in ours} | {"small-reproduction", "small-figure-2a"} <= set(sweep_names())
+    for scale, smallest in {"182m": 64, "469m": 96, "650m": 144, "830m": 160}.items():
+        pools = {cell.recipe.pool.experts for cell in load_sweep(f"figure-2a-{scale}").cells}
+        assert smallest in pools
+        vanilla, *_, full = load_sweep(f"figure-2a-{scale}").cells
+        assert full.recipe.pool.experts == vanilla.recipe.pool.experts == 8 * full.recipe.model.layers
+    table_5 = {cell.name: cell.recipe for cell in load_sweep("table-5").cells}
+    assert {name: recipe.model.groups for name, recipe in table_5.items() if "groups" in name} == {
+        "groups-6": 6,
+        "groups-4": 4,
+        "groups-2": 2,
+    }
+    assert table_5["vanilla-sigmoid-bias"].balance.layer == table_5["vanilla-sigmoid-bias"].balance.pool == 0
+    granularity = [cell.recipe for cell in load_sweep("figure-2b").cells]
+    assert [(r.pool.experts / 12, r.router.top_k, r.model.groups) for r in granularity] == [
+        *((8, 1, 12), (16, 2, 12), (32, 4, 12)),
+        *((8, 1, 1), (16, 2, 1), (32, 4, 1)),
+    ]
+
+
+def test_the_reproduction_has_equal_active_parameters() -> None:
+    recipes = {cell.name: cell.recipe for cell in load_sweep("small-reproduction").cells}
+    assert len(recipes) == 10
+    assert len({count_parameters(recipe).active for recipe in recipes.values()}) == 1
+    assert [recipes[f"unipool-{experts}"].pool.experts for experts in (43, 32, 21)] == [43, 32, 21]
+    b = {name: (r.balance.layer, r.balance.pool, r.balance.scores, r.router.kind) for name, r in recipes.items()}
+    assert b["vanilla-norm"] == (1e-2, 0.0, "raw", "norm") and recipes["vanilla-norm"].model.groups == 8
+    assert b["shared-layer-loss-softmax"] == (1e-2, 0.0, "raw", "softmax")
+    assert b["shared-pool-loss-softmax"] == (0.0, 1e-2, "raw", "softmax")
+    assert b["unipool"] == (0.0, 1e-2, "raw", "norm")
+    assert b["unipool-normalized"] == (0.0, 1e-2, "normalized", "norm")
+
+
+def test_axes_multiply_and_cells_find_their_baseline(tmp_path: Path) -> None:
+    """vanilla sets balance.pool itself: that axis is not its own, train.lr is."""
+    experiment = load_sweep(write(tmp_path), folder=tmp_path / "runs")
+    cells = {cell.name: cell for cell in experiment.cells}
+    assert list(cells)[:3] == [
+        "vanilla,train.lr=0.001",
+        "vanilla,train.lr=0.002",
+        "raw,balance.pool=0.001,train.lr=0.001",
+    ]
+    assert len(cells) == 2 + 4 + 4
+    assert cells["normalized,balance.pool=0.01,train.lr=0.002"].baseline == "vanilla,train.lr=0.002"
+    recipe = cells["normalized,balance.pool=0.01,train.lr=0.002"].recipe
+    assert (recipe.balance.scores, recipe.balance.pool, recipe.train.lr) == ("normalized", 1e-2, 2e-3)
+    assert (recipe.train.steps, recipe.data.dir) == (12, "kept")
+    assert [run.seed for run in experiment.runs] == [0] * 10 + [1] * 10, "all variants once before any twice"
+    last = experiment.runs[-1]
+    assert last.folder == tmp_path / "runs" / "normalized,balance.pool=0.01,train.lr=0.002" / "seed_1"
+    assert last.recipe.run.seed == 1
+
+
+def test_several_keys_are_one_axis(tmp_path: Path) -> None:
+    text = SWEEP.partition("grid:")[0] + "grid: {'pool.experts, router.top_k': [[64, 1], [128, 2]]}"
+    cells = load_sweep(write(tmp_path, text)).cells
+    assert [(cell.recipe.pool.experts, cell.recipe.router.top_k) for cell in cells] == [(64, 1), (128, 2)] * 3
+    assert cells[-1].baseline == "vanilla,pool.experts=128,router.top_k=2"
+
+
+def test_a_folder_has_all_of_its_sweep(tmp_path: Path) -> None:
+    """Bases and overrides are kept with it."""
+    base = tmp_path / "base.yaml"
+    base.write_text("{model: {layers: 2, hidden: 8, heads: 2, kv_heads: 1, ffn_hidden: 8, vocab: 300, seq_len: 8},"
+        "pool: {experts: 4}, train: {steps: 4, global_batch: 4, micro_batch: 4, lr: 1e-2, min_lr: 0.0},"
+        "data: {source: x, tokenizer: train}, run: {dir: x}}")  # fmt: skip
+    text = f"{{base: {base}, baseline: a, variants: {{a: {{}}, b: {{base: {base}, pool.experts: 8}}}}, dir: elsewhere}}"
+    first = load_sweep(write(tmp_path, text), ["train.steps=9"], tmp_path / "kept")
+    first.folder.mkdir()
+    first.save()
+    base.unlink()
+    again = load_sweep(str(tmp_path / "kept"))
+    assert again.runs == first.runs and again.folder == tmp_path / "kept"
+    assert {run.recipe.train.steps for run in again.runs} == {9}
+
+
+WRONG = {
+    "baseline: vanilla": ("baseline: dense", "baseline = 'dense': must be a variant (vanilla, raw, normalized)"),
+    "base: small": ("base: smal", "recipe smal: neither a readable file"),
+    "base: small\n": ("", "base: missing"),
+    "seeds: [0, 1]": ("seeds: [0, 0]", "seeds = [0, 0]: one is there twice"),
+    "seeds: [0": ("seeds: [-1", "seeds.0 = -1: must be greater than or equal to 0"),
+    "seeds:": ("seed:", "seed: unknown key; did you mean seeds?"),
+    "  raw: {}": ("  ra/w: {}", "variants.ra/w: the name is a folder's"),
+    "  raw: {": ("  raw: {run.seed: 3", "variants.raw.run.seed: the sweep sets it itself"),
+    "{train.steps: 12": ("{train: {steps: 12}", "set.train: must be a recipe's key with its section, as train.steps"),
+    "[1e-3, 1e-2]": ("[1e-2, 1e-2]", "grid.balance.pool = [0.01, 0.01]: one value is there twice"),
+    "  train.lr: [1e-3, 2e-3]": ("  train.lr, train.min_lr: [[1e-3]]", "each must be a list of 2, a value a key"),
+    "[1e-3, 2e-3]": ("[1e-3, fast]", "variant vanilla,train.lr=fast: train.lr = 'fast': must be a valid number"),
+    "groups: 8": ("groups: 3", "variant vanilla,train.lr=0.001: model.groups = 3: must divide model.layers (8)"),
+    "train.steps: 12": ("train.steps.more: 1", "train.steps.more cannot be set: steps is a value, not a section"),
+    "data.dir: kept": ("metrics.targets_dir: t", "set.metrics.targets_dir: not in a sweep"),
+    "set:": ("set: [", "not YAML: line 6"),
+}
+
+
+@pytest.mark.parametrize("place", WRONG)
+def test_what_is_wrong_is_one_line(place: str, tmp_path: Path) -> None:
+    new, said = WRONG[place]
+    with pytest.raises(UserError) as error:
+        load_sweep(write(tmp_path, SWEEP.replace(place, new, 1)))
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_wrong_commands(tmp_path: Path) -> None:
+    def said(*arguments: str) -> str:
+        return str(CliRunner().invoke(cli, ["sweep", *arguments]).exception)
+
+    assert "did you mean: small-scores" in said("small-score")
+    assert "name a sweep" in said()
+    assert "train first" in said("small-scores", "--report", "--dir", str(tmp_path / "none"))
+    assert "metrics.port=0" in said("small-scores", "--jobs", "2", "--set", "metrics.port=9400")
+    assert "must be a recipe's key" in said("small-scores", "--set", "seed=1")
+    assert "--set train.steps: grid sets it" in said("small-scores", "--set", "train.steps=9")
+    assert "--set router.kind: variants.vanilla sets it" in said("small-scores", "--set", "router.kind=norm")
+    assert "train.lr = 'x': must be a valid number" in said("small-scores", "--set", "train.lr=x")
+    listed = CliRunner().invoke(cli, ["sweep", "--list"]).output.splitlines()
+    assert [line.split()[0] for line in listed] == sweep_names()
+    assert all(len(line.split()) > 5 for line in listed)
+
+
+def test_recipes_for_a_cluster(tmp_path: Path) -> None:
+    invoked = CliRunner().invoke(cli, ["sweep", write(tmp_path), "--write-recipes", "--dir", str(tmp_path / "runs")])
+    files = [Path(line) for line in invoked.output.splitlines()]
+    assert len(files) == 20 and all(file.is_file() for file in files)
+    assert not any(file.with_suffix("").exists() for file in files), "nothing has run"
+
+
+def test_variants_of_a_seed_are_matched() -> None:
+    """What spec.py says: the trunk, routers of one width, experts by their number in the pool; another seed nothing."""
+    tiny = (
+        "{model.hidden: 16, model.ffn_hidden: 8, model.vocab: 300, model.seq_len: 8, model.layers: 4, pool.experts: 16}"
+    )
+    text = SWEEP.replace("groups: 8", "groups: 4").partition("grid:")[0]
+    text = text.replace("{train.steps: 12, data.dir: kept}", tiny)
+    text += "  half: {pool.experts: 8}\n  dense: {model.ffn: dense, pool.experts: 0, balance.pool: 0.0}\n"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("trainer.sweep.spec._read", lambda _: (text, "tiny"))
+        runs = load_sweep("tiny").runs
+    of = {(run.variant, run.seed): run.recipe for run in runs}
+    device = torch.device("cpu")
+    trunks = {name: dict(Trunk(recipe, device).named_parameters()) for name, recipe in of.items()}
+    first = trunks["raw", 0]
+    for name, trunk in trunks.items():
+        same = {key for key in trunk.keys() & first.keys() if trunk[key].shape == first[key].shape}
+        drawn = {key for key in same if first[key].ndim > 1}
+        equal = {key for key in drawn if torch.equal(trunk[key], first[key])}
+        assert len(drawn) > 4 * 2 and (equal == drawn if name[1] == 0 else not equal), name
+    experts = {}
+    for name, recipe in of.items():
+        if recipe.model.ffn == "pool":
+            placement = Placement(tuple(range(recipe.pool.experts)), 1)
+            experts[name] = build_shard(recipe, placement, 0, device).w13_e2FD
+    assert torch.equal(experts["vanilla", 0], experts["raw", 0])
+    assert torch.equal(experts["half", 0], experts["raw", 0][:8])
+    assert not torch.equal(experts["raw", 1], experts["raw", 0])
+    assert (permutation(50, 1, 0) == permutation(50, 1, 0)).all() and (
+        permutation(50, 1, 0) != permutation(50, 2, 0)
+    ).any()
+
+
+def test_other_data_than_the_baselines_is_said(tmp_path: Path) -> None:
+    text = SWEEP.replace("raw: {}", "raw: {train.global_batch: 32, data.split: [8, 1, 1]}").partition("grid:")[0]
+    (warning,) = load_sweep(write(tmp_path, text)).warnings()
+    assert warning.startswith("raw: data.split, train.global_batch not as vanilla's: other sequences")
+
+
+def test_statistics_by_hand() -> None:
+    """With two degrees of freedom Student's t has a closed form: p = 1 - t / sqrt(t^2 + 2)."""
+    d = paired({1: 1.9, 2: 2.0, 3: 2.4, 9: 5.0}, {1: 2.0, 2: 2.2, 3: 2.5, 4: 1.0})
+    t = 4.0  # differences -0.1, -0.2, -0.1: mean -2/15, standard deviation 1/sqrt(300), standard error 1/30
+    assert d.n == 3 and d.mean == pytest.approx(-2 / 15)
+    assert d.p == pytest.approx(1 - t / math.sqrt(t * t + 2))
+    quantile = 0.95 * math.sqrt(2 / (1 - 0.95**2))
+    assert (d.low, d.high) == pytest.approx((-2 / 15 - quantile / 30, -2 / 15 + quantile / 30))
+    s = spread([1.0, 2.0, 6.0])
+    assert (s.n, s.mean, s.sd) == (3, 3.0, pytest.approx(math.sqrt(7)))
+    assert s.high - s.mean == pytest.approx(quantile * math.sqrt(7 / 3))
+
+
+def test_statistics_of_little() -> None:
+    one = paired({0: 1.0}, {0: 3.0})
+    assert (one.n, one.mean) == (1, -2.0) and math.isnan(one.p) and math.isnan(one.low)
+    none = paired({0: 1.0}, {1: 1.0})
+    assert none.n == 0 and math.isnan(none.mean)
+    assert math.isnan(spread([1.0]).sd) and math.isnan(spread([]).mean)
+    same = paired({0: 1.0, 1: 2.0}, {0: 1.0, 1: 2.0})
+    assert (same.mean, same.low, same.high) == (0.0, 0.0, 0.0) and math.isnan(same.p)
+
+
+LOSSES = {"vanilla": (2.0, 2.2, 2.5), "raw": (1.9, 2.0, 2.4), "normalized": (1.8, 2.1), "dense": (2.6, 2.7, 2.6)}
+
+
+@pytest.fixture
+def made_up(tmp_path: Path) -> Experiment:
+    """Three seeds; one run of `normalized` is not done."""
+    text = SWEEP.partition("grid:")[0].replace("[0, 1]", "[0, 1, 2]")
+    text += "  dense: {model.ffn: dense, pool.experts: 0, balance.pool: 0.0}\n"
+    experiment = load_sweep(write(tmp_path, text), folder=tmp_path / "mine")
+    for run in experiment.runs:
+        keys = {"model.ffn": "dense", "pool.experts": 0, "balance.pool": 0.0} if run.variant == "dense" else {}
+        overrides = [f"{key}={value}" for key, value in {"train.steps": 12, **keys}.items()]
+        losses = LOSSES[run.variant]
+        write_run(run.folder, 12 if run.seed < len(losses) else 7, "small", overrides)
+        file = run.folder / "metrics.jsonl"
+        records = [json.loads(line) for line in file.read_text().splitlines()]
+        for record in records:
+            if "val_loss" in record and run.seed < len(losses):
+                record["val_loss"] = losses[run.seed] + (12 - record["step"]) / 10
+        file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    experiment.save()
+    return experiment
+
+
+def test_rows_of_made_up_runs(made_up: Experiment) -> None:
+    rows = {row.cell.name: row for row in collect(made_up)}
+    assert rows["raw"].losses == dict(enumerate(LOSSES["raw"]))
+    assert rows["raw"].difference == paired(dict(enumerate(LOSSES["raw"])), dict(enumerate(LOSSES["vanilla"])))
+    assert rows["vanilla"].difference is None
+    assert rows["normalized"].val_loss.n == 2 and rows["normalized"].difference.n == 2
+    lines = [json.loads(line) for line in (made_up.runs[0].folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "loss" in line]
+    run = rows["vanilla"].runs[0]
+    assert run.train_loss == pytest.approx(sum(line["loss"] for line in steps) / 12)
+    assert run.tokens_per_second == pytest.approx(12 * 2048 / sum(line["seconds"] for line in steps))
+    assert run.val_steps == tuple(range(2, 13, 2))
+    probes = [line["random_routing"] for line in lines if "random_routing" in line]
+    assert run.random_routing == probes[-1] and run.specialisation == pytest.approx(
+        sum(line["specialisation"] for line in steps) / 12
+    )
+    assert math.isnan(rows["dense"].measures["dead_experts"]) and rows["raw"].measures["dead_experts"] >= 0
+
+
+def test_report_of_made_up_runs(made_up: Experiment) -> None:
+    """Table, JSON, CSV, pictures."""
+    invoked = CliRunner().invoke(cli, ["sweep", str(made_up.folder), "--report"])
+    assert invoked.exit_code == 0, invoked.output
+    lines = {line.split()[0]: " ".join(line.split()) for line in invoked.output.splitlines() if line.strip()}
+    assert "2.1000 0.2646" in lines["raw"] and "-0.1333" in lines["raw"] and "0.0572" in lines["raw"]
+    assert "2/3" in lines["normalized"] and "raw 2.0M 0.6M 3/3" in lines["raw"] and "dense 0.6M 0.6M" in lines["dense"]
+    assert "not corrected for 3 comparisons" in " ".join(invoked.output.split())
+    tree = json.loads((made_up.folder / "result.json").read_text())
+    assert tree == json.loads(json.dumps(to_json(made_up, collect(made_up))))
+    raw = tree["variants"][1]
+    assert raw["name"] == "raw" and raw["difference"]["p"] == pytest.approx(0.0571910) and raw["experts"] == 64
+    assert tree["variants"][3]["dead_experts"] is None
+    with (made_up.folder / "result.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert [float(line["val_loss_mean"]) for line in table] == [v["val_loss"]["mean"] for v in tree["variants"]]
+    assert table[0]["difference_mean"] == "" and float(table[1]["difference_p"]) == raw["difference"]["p"]
+    for name in ("result", "curves"):
+        assert (made_up.folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        ElementTree.parse(made_up.folder / f"{name}.svg")
+    as_json = CliRunner().invoke(cli, ["sweep", str(made_up.folder), "--report", "--json"])
+    assert json.loads(as_json.stdout) == tree
+
+
+def test_curves_are_also_drawn_against_the_baseline(made_up: Experiment) -> None:
+    """Left a mean a variant; right those that are compared, which end at their difference."""
+    from trainer.sweep.plot import draw_curves
+
+    rows = {row.cell.name: row for row in collect(made_up)}
+    panels = draw_curves(made_up, list(rows.values())).axes
+    losses, differences = ([line for line in axes.lines if line.get_marker() == "o"] for axes in panels)
+    assert {line.get_label() for line in losses} == set(rows)
+    ends = sorted(float(np.asarray(line.get_ydata())[-1]) for line in differences)
+    assert ends == pytest.approx(sorted(row.difference.mean for row in rows.values() if row.difference))
+    alone = [row for row in rows.values() if row.difference is None]
+    assert len(draw_curves(made_up, alone).axes) == 1
+
+
+def axis_panels(experiment: Experiment) -> list[dict[str, Any]]:
+    from trainer.sweep.plot import draw_axis, numeric_axis
+
+    for run in experiment.runs:
+        write_run(run.folder, 12, "small", ["train.steps=12"])
+    axis = numeric_axis(experiment)
+    assert axis
+    panels = draw_axis(experiment, collect(experiment), axis).axes
+    return [{"axes": axes, **{str(line.get_label()): line for line in axes.lines}} for axes in panels]
+
+
+def test_a_numeric_axis_is_a_curve(tmp_path: Path) -> None:
+    """A panel for each point of the other axes; there vanilla, without the axis, is a level line."""
+    experiment = load_sweep(write(tmp_path, SWEEP.replace("seeds: [0, 1]", "seeds: [0]")), folder=tmp_path / "runs")
+    panels = axis_panels(experiment)
+    assert [drawn["axes"].get_title(loc="left") for drawn in panels] == ["train.lr=0.001", "train.lr=0.002"]
+    for drawn in panels:
+        assert list(drawn["raw"].get_xdata()) == [1e-3, 1e-2] == list(drawn["normalized"].get_xdata())
+        assert drawn["axes"].get_xscale() == "log" and drawn["axes"].get_xlabel() == "balance.pool"
+        assert len(set(drawn["vanilla"].get_ydata())) == 1

@@ -1,0 +1,177 @@
+"""What ranks serve: names, labels, sizes, and who may read it."""
+
+from __future__ import annotations
+
+import socket
+import time
+import urllib.error
+import urllib.request
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pool.service import Served
+from trainer.cluster.launch import free_port
+from trainer.common.errors import UserError
+from trainer.config.recipe import Metrics
+from trainer.telemetry.prometheus import CATALOGUE, ExpertLoad, MetricsServer, StepScalars, parse
+from trainer.telemetry.time_breakdown import Usage, UsageClock, shares
+
+LAYERS, EXPERTS = 48, 384
+"""Of unipool-830m."""
+
+
+def scalars(**values: Any) -> StepScalars:
+    return StepScalars(
+        **{
+            **dict.fromkeys(("loss", "balance_loss", "z_loss", "grad_norm", "lr", "seconds"), 1.2345678901234567),
+            **dict.fromkeys(("tokens_per_second", "load_imbalance", "shard_imbalance"), 1.2345678901234567),
+            **dict.fromkeys(("layer_imbalance", "effective_experts", "distinct_experts"), 0.123456789),
+            **dict.fromkeys(("specialisation", "pool_wait"), 0.123456789),
+            "layer_imbalances": tuple(1 + 1 / (3 + layer) for layer in range(LAYERS)),
+            **dict.fromkeys(("layer_gate", "smallest_gate"), 0.123456789),
+            "layer_gates": tuple(1 / (3 + layer) for layer in range(LAYERS)),
+            "tokens": 262144,
+            "dead_experts": 3,
+            "nonfinite_router_tokens": 0,
+            "applied": True,
+            **values,
+        }
+    )
+
+
+def page_of(server: MetricsServer, host: str = "") -> str:
+    address = server.address if not host else f"{host}:{server.address.rsplit(':', 1)[1]}"
+    return str(urllib.request.urlopen(f"http://{address}/metrics", timeout=10).read().decode())
+
+
+def full(load: ExpertLoad, steps: int) -> MetricsServer:
+    """The only rank of a colocated run, `steps` steps of 830m's into it."""
+    server = MetricsServer(Metrics(), "trunk", 0, 0, load)
+    tokens_LM = np.full((LAYERS, EXPERTS), steps * 262144 // EXPERTS + 12345, dtype=np.int64)
+    server.used(Usage(1e5 / 3, 1e5 / 7, 1e5 / 9, 1e5 / 11), 123456789012345, 123456789012345)
+    server.trained(262144, 0.123456789)
+    server.step(scalars(), steps, has_pool=True)
+    server.checkpoints_from(steps, 1000)
+    server.checkpoint_saved(steps, 1 / 3, 1 / 7)
+    server.count_load(tokens_LM, tokens_LM.sum(0))
+    return server
+
+
+def test_names_follow_the_conventions() -> None:
+    """Base units, no unit twice, `_total` left to the exposition, and nothing is there twice."""
+    names = [metric.name for metric in CATALOGUE]
+    assert len(set(names)) == len(names)
+    for metric in CATALOGUE:
+        assert metric.name.startswith("unipool_") and not metric.name.endswith("_total")
+        assert not any(unit in metric.name for unit in ("milli", "_ms", "_kb", "_mb", "percent")), metric.name
+        assert metric.text.endswith(".") and len(metric.text) < 90
+
+
+def test_counters_gauges_and_labels() -> None:
+    load = ExpertLoad([10, 3], 12, layers=0)
+    server = MetricsServer(Metrics(), "pool", 7, 0, load)
+    tokens_Le = np.array([[1, 2], [30, 0], [0, 5]])
+    server.count_load(tokens_Le, np.array([9, 8]))
+    server.count_load(tokens_Le, np.array([9, 8]))
+    server.set("unipool_loss_nats", float("nan"))
+    page = page_of(server)
+    samples = parse(page)
+    assert samples["unipool_expert_tokens_total"] == [({"expert": "10"}, 62.0), ({"expert": "03"}, 14.0)]
+    assert samples["unipool_expert_gradients_total"] == [({"expert": "10"}, 18.0), ({"expert": "03"}, 16.0)]
+    assert samples["unipool_restarts_total"] == [({"role": "pool", "rank": "7"}, 0.0)]
+    assert "unipool_layer_expert_tokens_total" not in samples
+    assert 'unipool_loss_nats{rank="7",role="pool"} NaN' in page.splitlines()
+    assert "_created" not in page
+    assert samples["process_resident_memory_bytes"][0][1] > 1e6
+
+
+def test_layers_by_experts_on_request() -> None:
+    load = ExpertLoad([10, 3], 12, layers=3)
+    server = MetricsServer(Metrics(), "pool", 7, 0, load)
+    server.count_load(np.array([[1, 2], [30, 0], [0, 5]]), np.array([31, 7]))
+    got = {
+        (labels["layer"], labels["expert"]): value
+        for labels, value in parse(page_of(server))["unipool_layer_expert_tokens_total"]
+    }
+    assert got == {("0", "10"): 1, ("0", "03"): 2, ("1", "10"): 30, ("1", "03"): 0, ("2", "10"): 0, ("2", "03"): 5}
+
+
+def test_a_page_stays_small() -> None:
+    """All of 830m's experts on one pool rank, or in a single process, 100,000 steps into a run: below 50 kB."""
+    pool = MetricsServer(Metrics(), "pool", 1, 0, ExpertLoad(range(EXPERTS), EXPERTS, 0))
+    pool.used(Usage(1e5 / 3, 1e5 / 7, 1e5 / 9, 1e5 / 11), 123456789012345, 123456789012345)
+    tokens_e = torch.full((EXPERTS,), 3_276_800_123)
+    pool.served(Served(tokens_e.expand(LAYERS, -1) // LAYERS, tokens_e, 4 / 3, 123456789))
+    colocated = full(ExpertLoad(range(EXPERTS), EXPERTS, 0, backward=False), 100_000)
+    for server, series in ((pool, 2 * EXPERTS), (colocated, EXPERTS)):
+        page = page_of(server)
+        assert page.count("\nunipool_expert_") == series
+        assert len(page) < 50_000
+    assert parse(page)["unipool_layer_gate"][47] == ({"layer": "47"}, 0.02)
+
+
+def test_a_dense_model_has_no_pool() -> None:
+    server = MetricsServer(Metrics(), "trunk", 0, 0)
+    server.step(scalars(), 5, has_pool=False)
+    samples = parse(page_of(server))
+    assert samples["unipool_step"][0][1] == 5
+    assert not [name for name in samples if "expert" in name or "balance" in name or "gate" in name]
+
+
+def test_only_this_machine_reads_unless_asked() -> None:
+    """The default answers on the loopback address and on no other; 0.0.0.0 on all, and names the machine."""
+    others = {info[4][0] for info in socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)}
+    outward = next((str(address) for address in others if not str(address).startswith("127.")), "127.0.0.2")
+    private = MetricsServer(Metrics(), "trunk", 0, 0)
+    assert private.address.startswith("127.0.0.1:")
+    with pytest.raises(urllib.error.URLError, match="refused"):
+        page_of(private, outward)
+    public = MetricsServer(Metrics(host="0.0.0.0"), "trunk", 0, 0)
+    assert "unipool_restarts_total" in page_of(public, outward)
+    assert public.address.startswith(socket.gethostname() + ":")
+
+
+def test_ports_by_rank_or_by_local_rank() -> None:
+    port = free_port()
+    by_rank = MetricsServer(Metrics(port=port - 5), "pool", 5, 1)
+    assert by_rank.address == f"127.0.0.1:{port}"
+    port = free_port()
+    by_place = MetricsServer(Metrics(port=port - 1, port_by="local_rank"), "pool", 5, 1)
+    assert by_place.address == f"127.0.0.1:{port}"
+    with pytest.raises(UserError, match=rf"metrics.port: rank 6 cannot listen on port {port} of 127.0.0.1"):
+        MetricsServer(Metrics(port=port - 1, port_by="local_rank"), "pool", 6, 1)
+    with pytest.raises(UserError, match="cannot listen on port 0 of 203.0.113.1"):
+        MetricsServer(Metrics(host="203.0.113.1"), "pool", 6, 1)
+
+
+class Waiter:
+    seconds_waiting = 5.0
+    seconds_on_wire = 7.0
+
+
+def test_usage_adds_up_to_the_time_of_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter([100.0, 110.0, 111.5, 200.0, 204.0, 204.5])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(now))
+    waiter = Waiter()
+    clock = UsageClock(waiter)
+    clock.begin()
+    waiter.seconds_waiting += 3
+    waiter.seconds_on_wire += 1
+    clock.computed()
+    clock.stepped()
+    first = clock.total
+    assert first == Usage(computing=6.0, waiting=3.0, wire=1.0, optimizer=1.5)
+    waiter.seconds_waiting += 50  # an evaluation
+    clock.begin()
+    waiter.seconds_waiting += 1
+    clock.computed()
+    clock.stepped()
+    assert clock.total.since(first) == Usage(computing=3.0, waiting=1.0, wire=0.0, optimizer=0.5)
+
+
+def test_shares() -> None:
+    assert shares([6, 3, 0, 3]) == {"computing": 0.5, "waiting": 0.25, "wire": 0.0, "optimizer": 0.25}
+    assert shares([0, 0, 0, 0]) == dict.fromkeys(("computing", "waiting", "wire", "optimizer"), 0.0)

@@ -1,0 +1,85 @@
+"""The run's folder: metrics that survive resumes and full disks, monitors that a full disk ends alone."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import resource
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tests.distributed import run_ranks
+from tests.training import tiny
+from trainer.engine.monitors import Monitors
+from trainer.telemetry.run_folder import RunFolder
+
+
+def write_on_a_full_disk(folder: Path) -> str:
+    """What is said on stderr."""
+    run = RunFolder(tiny(run={"dir": str(folder)}))
+    run.make()
+    said = io.StringIO()
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with contextlib.redirect_stderr(said):
+        run.append_metrics({"step": 1})
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20, hard))  # room for half of the second line
+        for step in (2, 3):
+            run.append_metrics({"step": step})
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        run.append_metrics({"step": 4})
+    return said.getvalue()
+
+
+def test_a_full_disk_loses_whole_lines_and_says_so_once(tmp_path: Path) -> None:
+    (said,) = run_ranks(1, write_on_a_full_disk, tmp_path / "run")
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 4]
+    assert said.count("metrics.jsonl: lines are lost (") == 1
+
+
+def test_prometheus_finds_a_run_for_as_long_as_it_lasts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In the run's folder and in the one that is watched; if that is gone, the run goes on with a warning."""
+    watched = tmp_path / "watched"
+    run = RunFolder(tiny(run={"dir": str(tmp_path / "run")}, metrics={"targets_dir": str(watched)}))
+    run.make()
+    run.announce(["127.0.0.1:9400", "127.0.0.1:9401"])
+    files = [tmp_path / "run" / "targets.json", watched / "run.json"]
+    for file in files:
+        assert json.loads(file.read_text()) == [
+            {"targets": ["127.0.0.1:9400", "127.0.0.1:9401"], "labels": {"run": "run"}}
+        ]
+    run.withdraw()
+    assert not any(file.exists() for file in files)
+    watched.rmdir()
+    watched.write_text("no folder")
+    run.announce(["127.0.0.1:9400"])
+    run.withdraw()
+    assert f"warning: {watched}/run.json: cannot be written" in capsys.readouterr().err
+
+
+def test_a_resumed_run_cuts_what_came_after_its_checkpoint(tmp_path: Path) -> None:
+    """The evaluation and the probe after the checkpoint's step too: they are made again."""
+    run = RunFolder(tiny(run={"dir": str(tmp_path)}))
+    run.make()
+    records = [{"step": 1, "loss": 3.0}, {"step": 1, "val_loss": 3.0}, {"step": 2, "loss": 2.0}]
+    records += [{"step": 2, "val_loss": 2.0}, {"step": 2, "random_routing": 0.1}, {"step": 3, "loss": 1.0}]
+    for record in records:
+        run.append_metrics(record)
+    with run.metrics_file.open("a") as file:
+        file.write('{"step": 4, "lo')  # a killed run's last line
+    run.begin(tiny(), "{}", "{}", done_steps=2)
+    assert [json.loads(line) for line in run.metrics_file.read_text().splitlines()] == records[:3]
+
+
+def test_monitors_end_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    def write_events(events: list[Any]) -> None:
+        raise OSError(28, "No space left on device")
+
+    monitor = SimpleNamespace(write_events=write_events, enabled=True)
+    Monitors(monitor).write({"loss": 1.0}, 1)
+    assert not monitor.enabled
+    assert "monitors are off until the next start (No space left on device)" in capsys.readouterr().err

@@ -1,0 +1,180 @@
+"""Faults: whoever dies, stands still or raises, and wherever, the job ends in time and names it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pool.schedule import Kind, RequestKey
+from tests.trainer.forked import NAMES, POOL, TRUNK, Fault, ForkedJob, Place, fail, kill, saving_recipe, stop
+from tests.trainer.job import write_recipe
+from trainer.checkpoint.format import newest
+from trainer.config.recipe import Recipe
+
+pytestmark = pytest.mark.slow
+
+GRACE = 90.0
+"""Seconds that a rank has, beyond the configured limit, to find out about a fault and to end."""
+
+
+@pytest.fixture(scope="module")
+def recipe_file(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_recipe(tmp_path_factory.mktemp("faults")))
+
+
+@pytest.fixture(scope="module")
+def recipe(recipe_file: str) -> Callable[..., Recipe]:
+    """Makes the tiny recipe with some keys set; its data is prepared once."""
+    return partial(saving_recipe, recipe_file)
+
+
+def requested(kind: Kind, _wire: Any, key: RequestKey, step: int, *_: Any) -> bool:
+    """Whether a trunk rank asks for this in step 1: not its first request, so the pool is there too."""
+    return key.kind == kind and step >= 1 and key.layer == 1
+
+
+def served(kind: Kind, _service: Any, served_kind: Kind, keys: list[RequestKey], _requests: Any, step: int) -> bool:
+    """Whether a pool rank serves this in step 1."""
+    return served_kind == kind and step >= 1 and bool(keys)
+
+
+START_UP = "start-up"
+STEP = r"[a-z ]*step [01]"
+WHILE_SAVING = r"(the (checkpoint|evaluation|probe) after step [24]|[a-z ]*step [23])"
+"""The other rank goes on while a checkpoint is written."""
+LAST_SAVE = Place("trainer.train.loop:_Loop._finish_saving")
+PLACES = {
+    "start-up": (START_UP, [Place("trainer.cluster.process_groups:Job._cross_group")] * 2),
+    "engines": (START_UP, [Place("trainer.telemetry.prometheus:MetricsServer.__init__")] * 2),
+    "forward": (
+        STEP,
+        [
+            Place("pool.wire:TrunkWire.request", partial(requested, Kind.FORWARD)),
+            Place("pool.service:PoolService._serve_kind", partial(served, Kind.FORWARD)),
+        ],
+    ),
+    "backward": (
+        STEP,
+        [
+            Place("pool.wire:TrunkWire.request", partial(requested, Kind.BACKWARD)),
+            Place("pool.service:PoolService._serve_kind", partial(served, Kind.BACKWARD)),
+        ],
+    ),
+    "step": (STEP, [Place("trainer.engine.role_engine:RoleEngine.step")] * 2),
+    "evaluation": (
+        "the evaluation after step 2",
+        [
+            Place("pool.wire:TrunkWire.request", partial(requested, Kind.FORWARD_ONLY)),
+            Place("pool.service:PoolService._serve_kind", partial(served, Kind.FORWARD_ONLY)),
+        ],
+    ),
+    "copying for a save": (WHILE_SAVING, [Place("trainer.engine.role_engine:RoleEngine.save")] * 2),
+    "writing a save": (WHILE_SAVING, [Place("trainer.checkpoint.save:_write", number=2)] * 2),
+    "last save": ("the (last checkpoint|evaluation after step 4|probe after step 4)", [LAST_SAVE] * 2),
+}
+"""Where a fault happens: the phase in which the other rank then is, and the place on a trunk and on a pool rank."""
+
+
+def assert_named(log: str, phase: str, victim: int, fate: str) -> None:
+    """The rank that wrote `log` says in which phase it stopped, and why."""
+    wanted = rf"^unipool: rank {1 - victim}.* (stops|failed) in {phase}.*: .*{re.escape(NAMES[victim])}.*{fate}"
+    assert re.search(wanted, log, re.M), f"no {wanted!r} in:\n{log}"
+
+
+@pytest.mark.parametrize("victim", [TRUNK, POOL])
+@pytest.mark.parametrize("phase", PLACES)
+def test_a_killed_rank_is_named(phase: str, victim: int, recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    """All limits are long here: a death is noticed at once."""
+    others_phase, places = PLACES[phase]
+    job = ForkedJob(recipe(tmp_path / "run"), tmp_path, Fault(victim, places[victim], kill))
+    statuses = job.end(GRACE)
+    assert statuses[victim] == -9
+    assert statuses[1 - victim] == 1, job.log(1 - victim)
+    assert_named(job.log(1 - victim), others_phase, victim, "died")
+
+
+@pytest.mark.parametrize("victim", [TRUNK, POOL])
+def test_a_rank_killed_on_another_machine_is_named(victim: int, recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    """All limits are long here: its connections break, and it is known by its heartbeats. Rank 0 holds the store."""
+    others_phase, places = PLACES["forward"]
+    job = ForkedJob(recipe(tmp_path / "run"), tmp_path, Fault(victim, places[victim], kill), apart=True)
+    assert job.end(GRACE)[1 - victim] == 1, job.log(1 - victim)
+    assert_named(job.log(1 - victim), others_phase, victim, "does not respond")
+
+
+@pytest.mark.parametrize(
+    ("victim", "place"),
+    [
+        (TRUNK, Place("trainer.data.batches:SequenceStream.micro_batches", number=2)),
+        (POOL, Place("pool.shard:ExpertServer.forward", number=5)),
+    ],
+)
+def test_an_exception_is_named_by_both(
+    victim: int, place: Place, recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    """User data that raises in its second step, and experts that do."""
+    job = ForkedJob(recipe(tmp_path / "run"), tmp_path, Fault(victim, place, fail))
+    assert job.end(GRACE) == [1, 1]
+    wanted = rf"^unipool: {re.escape(NAMES[victim])} failed in {STEP}.*: ValueError: this row is broken"
+    assert re.search(wanted, job.log(victim), re.M), job.log(victim)
+    assert "Traceback" in job.log(victim)
+    assert_named(job.log(1 - victim), STEP, victim, "died")
+
+
+# Long enough that, where all these jobs start at once on a busy machine, only the stopped rank is late.
+LIMIT = 8.0
+START_LIMIT = 12.0
+SAVE_LIMIT = 25.0
+STOPS = {
+    "before the store is there": (TRUNK, START_UP, Place("trainer.train.loop:rendezvous"), START_LIMIT, "has not come"),
+    "before the roll call": (POOL, START_UP, Place("trainer.train.loop:rendezvous"), START_LIMIT, "has not come"),
+    "start-up, trunk": (TRUNK, START_UP, PLACES["start-up"][1][TRUNK], START_LIMIT, "does not respond"),
+    "start-up, pool": (POOL, START_UP, PLACES["start-up"][1][POOL], START_LIMIT, "does not respond"),
+    "forward": (POOL, STEP, PLACES["forward"][1][POOL], LIMIT, "does not respond"),
+    "step": (TRUNK, STEP, PLACES["step"][1][TRUNK], LIMIT, "does not respond"),
+    "evaluation": (POOL, PLACES["evaluation"][0], PLACES["evaluation"][1][POOL], LIMIT, "does not respond"),
+    "last save": (TRUNK, "the last checkpoint", LAST_SAVE, SAVE_LIMIT, "does not respond"),
+}
+
+
+@pytest.fixture(scope="module")
+def stopped(recipe: Callable[..., Recipe], tmp_path_factory: pytest.TempPathFactory) -> dict[str, ForkedJob]:
+    """All jobs with a stopped rank at once, for they mostly wait."""
+    jobs = {}
+    for name, (victim, _, place, limit, _) in STOPS.items():
+        folder = tmp_path_factory.mktemp("stopped")
+        limits = {"parallel__timeout_seconds": LIMIT}
+        if limit != LIMIT:
+            limits["parallel__start_timeout_seconds"] = limit
+        jobs[name] = ForkedJob(recipe(folder / "run", **limits), folder, Fault(victim, place, stop))
+    return jobs
+
+
+@pytest.mark.parametrize("name", STOPS)
+def test_a_stopped_rank_is_named(name: str, stopped: dict[str, ForkedJob]) -> None:
+    """SIGSTOP: nothing is closed, only time tells."""
+    victim, phase, _, limit, fate = STOPS[name]
+    job = stopped[name]
+    statuses = job.end(limit + GRACE, without=victim)
+    assert statuses[victim] is None
+    assert statuses[1 - victim] == 1, job.log(1 - victim)
+    assert_named(job.log(1 - victim), phase, victim, fate)
+
+
+def test_too_many_skipped_steps_end_the_job_and_name_their_data(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    """Weights that a huge rate has blown up: three steps in a row are skipped, no checkpoint is lost."""
+    blown_up = {"train__lr": 1e20, "train__min_lr": 1e20, "train__max_skipped_steps": 3, "train__steps": 20}
+    job = ForkedJob(recipe(tmp_path / "run", **blown_up), tmp_path)
+    assert job.end(GRACE) == [1, 1], job.log(0)
+    log = job.log(0)
+    assert re.search(
+        r"^unipool: step 4, of .*train.arrow: rank 0 \(trunk 0\): micro-batch 0 has loss nan \(rows \d+, ", log, re.M
+    )
+    assert "unipool: 3 steps in a row, the last is step 4, had gradients that are not finite" in log
+    assert "Traceback" not in log + job.log(1)
+    assert newest(tmp_path / "run" / "checkpoints") == (2, tmp_path / "run" / "checkpoints" / "step_00000002")

@@ -1,0 +1,1 @@
+"""Measures what a machine does with a recipe's shapes."""

@@ -1,0 +1,43 @@
+"""The command `bench`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from trainer.common.strict_json import dumps
+from trainer.config.options import json_option, set_option
+from trainer.config.recipe import load_recipe
+
+
+@click.command()
+@click.argument("recipe", default="quickstart")
+@set_option
+@click.option("--out", type=click.Path(path_type=Path), default="profile.json", show_default=True, help="The profile.")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Default: cuda where there is one.")
+@json_option
+def bench(recipe: str, overrides: tuple[str, ...], out: Path, device: str | None, as_json: bool) -> None:
+    """Measure what this machine does with the shapes of RECIPE (default: quickstart); save that for `plan --hardware`.
+
+    Products, memory, experts, router, a layer and the head of the trunk, and the wire between two processes; some
+    minutes at most.
+
+    \b
+    Examples:
+      unipool bench
+      unipool bench unipool-182m --device cuda --out h100.json
+      unipool plan unipool-182m --hardware h100.json
+    """
+    checked = load_recipe(recipe, overrides)
+    from trainer.bench.measure import run
+    from trainer.bench.tables import print_profile
+    from trainer.common.machine import pick_device
+
+    profile = run(checked, pick_device(device), out)
+    if as_json:
+        print(dumps(asdict(profile)))
+        return
+    print_profile(profile)
+    print(f"saved {out}: unipool plan {recipe} --hardware {out}")

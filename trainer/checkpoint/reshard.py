@@ -1,0 +1,154 @@
+"""A checkpoint of one layout, loaded into another: other ranks, replicas, ZeRO stages, placement, colocated or not.
+
+Each role's folder is brought into DeepSpeed's universal format (ZeRO 1 to 3; at ZeRO 0 its file is read as it is), and
+every rank picks the parameters that it has now: trunk parameters by name, experts by their global id.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pool.placement import Placement
+from pool.shard import ExpertShard
+from trainer.common.safe_load import load_file
+from trainer.engine.role_engine import CHECKPOINT_TAG, Engine, ParameterState, to_universal
+from trainer.model.trunk import Trunk
+
+
+class SavedRole:
+    """The parameters that one role's folder of a checkpoint holds, whole, each read when it is asked for.
+
+    Args:
+        folder: what `RoleEngine.save` wrote.
+        universal: what `to_universal` made of it; not there for ZeRO 0, which needs none.
+    """
+
+    def __init__(self, folder: Path, universal: Path):
+        model_states = sorted((folder / CHECKPOINT_TAG).glob("*mp_rank_00_model_states.pt"))
+        self._saved: dict[str, Any] = load_file(model_states[0], mmap=True)
+        self._universal = universal
+        self.frozen: bool = self._saved["optimizer"] is None and not is_partitioned(folder)
+        self._places = {} if self.frozen or is_partitioned(folder) else _optimizer_places(self._saved)
+
+    def read(self, name: str) -> ParameterState:
+        """A parameter and its moments, by its name in the module. What was frozen has moments of zeros."""
+        weight = self.weight(name)
+        if self.frozen:
+            return ParameterState(weight, torch.zeros_like(weight), torch.zeros_like(weight))
+        if name not in self._places:
+            return ParameterState(weight, self._part(name, "exp_avg"), self._part(name, "exp_avg_sq"))
+        moments = self._saved["optimizer"]["state"][self._places[name]]
+        return ParameterState(weight, moments["exp_avg"], moments["exp_avg_sq"])
+
+    def weight(self, name: str) -> Tensor:
+        """A parameter alone, or a buffer. It is mapped: only what is used of it is read."""
+        whole = self.frozen or name in self._places or name in self._saved["buffer_names"]
+        weight: Tensor = self._saved["module"][name] if whole else self._part(name, "fp32")
+        return weight
+
+    def _part(self, name: str, key: str) -> Tensor:
+        """A file of the universal format: `key` is fp32, exp_avg or exp_avg_sq."""
+        shape = next(shapes[name] for shapes in self._saved["param_shapes"] if name in shapes)
+        return _load(self._universal / "zero" / name / f"{key}.pt").view(shape)
+
+    @property
+    def buffers(self) -> dict[str, Tensor]:
+        """The module's buffers, by name."""
+        return {name: self._saved["module"][name] for name in self._saved["buffer_names"]}
+
+    @property
+    def updates(self) -> int:
+        """How often the parameters had been updated: the schedule moves on with every step that is not skipped."""
+        return int(self._saved["lr_scheduler"]["last_batch_iteration"])
+
+
+def is_partitioned(folder: Path) -> bool:
+    """Whether a role's folder was saved at ZeRO 1, 2 or 3."""
+    return any((folder / CHECKPOINT_TAG).glob("*_optim_states.pt"))
+
+
+def _optimizer_places(saved: dict[str, Any]) -> dict[str, int]:
+    """The optimizer's number of each parameter: matrices first, as `parameter_groups` orders them."""
+    weights = {name: value for name, value in saved["module"].items() if name not in saved["buffer_names"]}
+    ordered = sorted(weights, key=lambda name: weights[name].ndim <= 1)
+    numbers = [number for group in saved["optimizer"]["param_groups"] for number in group["params"]]
+    return dict(zip(ordered, numbers, strict=True))
+
+
+def _load(path: Path) -> Tensor:
+    value: Tensor | dict[str, Tensor] = load_file(path, mmap=True)
+    return value if isinstance(value, Tensor) else value["param"]  # ZeRO 3: flat, and alone
+
+
+class SavedCheckpoint:
+    """The trunk and the whole pool of a checkpoint, once every folder has been converted.
+
+    Args:
+        folder: the checkpoint.
+        placement: where its experts are; None for a dense model.
+        work: what `convert` made of it.
+    """
+
+    def __init__(self, folder: Path, placement: Placement | None, work: Path):
+        self.trunk = SavedRole(folder / "trunk", work / "trunk")
+        self._placement = placement
+        self._shards = []
+        if placement:
+            names = [f"pool/shard_{shard}" for shard in range(placement.shards)]
+            self._shards = [SavedRole(folder / name, work / name) for name in names]
+
+    def take_over(self, name: str, engine: Engine) -> None:
+        """Load role `name` ("trunk" or "pool/shard_N") of this rank."""
+        if name == "trunk":
+            engine.take_over(self.trunk.read, self.trunk.buffers, self.trunk.updates, self.trunk.frozen)
+            return
+        assert isinstance(engine.module, ExpertShard)
+        ids = engine.module.expert_ids
+        first = self._shards[0]
+        engine.take_over(lambda weight: self.read_experts(weight, ids), {}, first.updates, first.frozen)
+
+    def load_weights(self, trunk: Trunk, shard: ExpertShard | None) -> None:
+        """Only the weights, for use without engines."""
+        with torch.no_grad():
+            for name, parameter in trunk.named_parameters():
+                parameter.copy_(self.trunk.read(name).weight)
+            for name, buffer in trunk.named_buffers():
+                buffer.copy_(self.trunk.buffers[name])
+            if shard is not None:
+                for name, parameter in shard.named_parameters():
+                    parameter.copy_(self.read_experts(name, shard.expert_ids).weight)
+                shard.weights_changed()
+
+    def read_experts(self, name: str, expert_ids: tuple[int, ...]) -> ParameterState:
+        """Weight `name` of an `ExpertShard` and its moments, stacked in the order of `expert_ids`."""
+        assert self._placement is not None
+        places = [
+            divmod(int(p), self._placement.num_local_experts) for p in self._placement.position_M[list(expert_ids)]
+        ]
+        states = {shard: self._shards[shard].read(name) for shard in sorted({shard for shard, _ in places})}
+
+        def stacked(key: str) -> Tensor:
+            return torch.stack([getattr(states[shard], key)[place] for shard, place in places])
+
+        return ParameterState(stacked("weight"), stacked("exp_avg"), stacked("exp_avg_sq"))
+
+    def expert_weight(self, name: str, expert: int) -> Tensor:
+        """Weight `name` of an `ExpertShard`, of one expert, by its global id; see `SavedRole.weight`."""
+        assert self._placement is not None
+        shard, place = divmod(int(self._placement.position_M[expert]), self._placement.num_local_experts)
+        return self._shards[shard].weight(name)[place]
+
+
+def convert(folder: Path, work: Path, part: int = 0, parts: int = 1) -> None:
+    """Convert role folders of a checkpoint into `work`: every `parts`-th from the `part`-th on, for ranks to share."""
+    roles = [folder / "trunk", *sorted((folder / "pool").glob("shard_*"))]
+    for role in roles[part::parts]:
+        if is_partitioned(role):
+            target = work / role.relative_to(folder)
+            shutil.rmtree(target, ignore_errors=True)
+            to_universal(role, target)

@@ -1,0 +1,306 @@
+"""Saving beside training: training waits only while a checkpoint's state is copied to the host's memory.
+
+A thread of each rank writes, syncs and hashes that rank's files. In every step's reduction over the ranks each says
+whether it still writes; when none does, rank 0's thread writes the manifest and the marker and gives the folder its
+name. A save that fails anywhere is given up as a whole, said in one line and counted; training goes on, and the next
+interval tries again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import numpy as np
+import torch
+
+from trainer.checkpoint import format as checkpoint
+from trainer.cluster.process_groups import Job
+from trainer.common.atomic import to_disk
+from trainer.common.strict_json import dumps, loads
+from trainer.config.recipe import Recipe, recipe_text
+from trainer.telemetry.console import say
+
+if TYPE_CHECKING:
+    from trainer.checkpoint.format import Role
+    from trainer.telemetry.prometheus import MetricsServer
+
+
+class _HashedFile:
+    """A file for writing that knows its size and SHA-256 so far, and why writing failed."""
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+        self._hash = hashlib.sha256()
+        self._bytes = 0
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        self._hash.update(data)
+        self._bytes += len(data)
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        return {"bytes": self._bytes, "sha256": self._hash.hexdigest()}
+
+
+def _write(path: Path, write: Callable[[Any], None]) -> dict[str, Any]:
+    """Write a file to the disk itself; returns its size and checksum."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        hashed = _HashedFile(file)
+        try:
+            write(hashed)
+        except RuntimeError as error:  # what torch's writer makes of it
+            raise hashed.error or error from None
+        file.flush()
+        os.fsync(file.fileno())
+    return hashed.facts
+
+
+def _write_text(text: str, file: Any) -> None:
+    file.write(text.encode())
+
+
+@dataclass
+class _Pending:
+    """A checkpoint that is being written."""
+
+    steps: int
+    folder: Path
+    started: float
+    stalled: float
+    files: dict[str, Future[dict[str, Any]]]
+    told: bool = False
+    written: bool = False
+    """By all ranks."""
+    commit: Future[None] | None = None
+    """Rank 0's."""
+
+
+class Saver:
+    """Saves checkpoints of a run. All ranks make one and call it in the same order.
+
+    Args:
+        role: this rank's.
+        data: what identifies the prepared data.
+        metrics: rank 0's counts and times the checkpoints.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        recipe: Recipe,
+        checkpoints: Path,
+        role: Role,
+        data: str = "",
+        metrics: MetricsServer | None = None,
+    ):
+        self._job, self._recipe, self._checkpoints, self._role, self._data = job, recipe, checkpoints, role, data
+        self._metrics = metrics if job.rank == 0 else None
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: _Pending | None = None
+        self.error: str | None = None
+        """Rank 0: why the last save failed."""
+
+    def clean(self) -> None:
+        """Remove what killed saves have left. Rank 0, before the first save."""
+        for leftover in self._checkpoints.glob(".step_*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+    def start(self, steps: int) -> None:
+        """Copy the state and begin to write it. A collective of all ranks; waits for a save that is not finished."""
+        asked = time.perf_counter()
+        self.finish()
+        started = time.perf_counter()
+        job, final = self._job, checkpoint.folder_of(self._checkpoints, steps)
+        folder = self._checkpoints / f".{final.name}.partial"
+        problem = self._make(folder) if job.rank == 0 else None
+        job.barrier()  # a slow disk has more time than a step
+        (failed,) = job.sum_over_ranks([float(problem is not None)])
+        if failed:
+            if problem is not None:
+                self._report_failure(steps, problem)
+            return
+        pending = _Pending(steps, folder, started, 0.0, {})
+        for name, engine in self._role.engines.items():
+            engine.save(folder / name, lambda path, state: self._add(pending, path, partial(torch.save, state)))
+        if job.is_trunk:
+            state = self._role.state_dict()
+            self._add(pending, checkpoint.state_file(folder, job.rank), partial(torch.save, state))
+        if job.rank == 0:
+            self._describe(pending)
+        pending.stalled = time.perf_counter() - asked
+        self._pending = pending
+
+    def _make(self, folder: Path) -> str | None:
+        """Make the folder to write into; returns why that failed."""
+        try:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+        except OSError as error:
+            return f"{self._job.name} could not make {folder}: {error.strerror}"
+        return None
+
+    def _describe(self, pending: _Pending) -> None:
+        """What rank 0 writes for all: the recipe, the layout, the load."""
+        about = {
+            "layout": checkpoint.layout_of(self._recipe, self._role.placement).model_dump(),
+            "data": self._data,
+            "steps": pending.steps,
+            "updates": next(iter(self._role.engines.values())).updates,
+            "micro_batches": self._recipe.micro_batches,
+        }
+        texts = {checkpoint.RECIPE_FILE: recipe_text(self._recipe), checkpoint.LAYOUT_FILE: dumps(about)}
+        for name, text in texts.items():
+            self._add(pending, pending.folder / name, partial(_write_text, text))
+        load_LM = self._role.recorded_load()
+        if load_LM is not None:
+            self._add(pending, pending.folder / checkpoint.LOAD_FILE, lambda file: np.save(file, load_LM))
+
+    def _add(self, pending: _Pending, path: Path, write: Callable[[Any], None]) -> None:
+        name = str(path.relative_to(pending.folder))
+        pending.files[name] = self._thread.submit(_write, path, write)
+
+    def vote(self) -> float:
+        """For the step's sum over ranks: 1 while this rank still writes, or commits."""
+        pending = self._pending
+        if pending is None:
+            return 0.0
+        if pending.told:
+            return float(pending.commit is not None and not pending.commit.done())
+        if not all(future.done() for future in pending.files.values()):
+            return 1.0
+        self._tell(pending)
+        return 0.0
+
+    def _tell(self, pending: _Pending) -> None:
+        """Leave for rank 0 what this rank has written, or why it could not."""
+        report: dict[str, Any] = {"files": {}, "error": None}
+        for name, future in pending.files.items():
+            try:
+                report["files"][name] = future.result()
+            except OSError as error:
+                report["error"] = report["error"] or f"{self._job.name} could not write {name}: {error.strerror}"
+        self._job.shared.put("saved", dumps(report))
+        pending.told = True
+
+    def settle(self, writing: float) -> None:
+        """Go on with the checkpoint that is being written if the ranks' votes add up to none that still writes."""
+        pending = self._pending
+        if pending is None or writing:
+            return
+        if pending.written:
+            self._end(pending)
+        else:
+            self._begin_commit(pending)
+
+    def _begin_commit(self, pending: _Pending) -> None:
+        pending.written = True
+        if self._job.rank == 0:
+            pending.commit = self._thread.submit(self._conclude, pending)
+
+    def _end(self, pending: _Pending) -> None:
+        if pending.commit:
+            pending.commit.result()
+        self._pending = None
+
+    def finish(self) -> bool:
+        """Wait until nothing is being written any more; whether the last save succeeded. A collective of all ranks."""
+        pending = self._pending
+        if pending is not None:
+            if not pending.told:
+                self._tell(pending)
+            self._job.barrier()
+            if not pending.written:
+                self._begin_commit(pending)
+            self._end(pending)
+        self._job.barrier()
+        (failed,) = self._job.sum_over_ranks([float(self.error is not None)])
+        return not failed
+
+    def save(self, steps: int) -> bool:
+        """Save and wait for it; whether it succeeded. A collective of all ranks."""
+        self.start(steps)
+        return self.finish()
+
+    def _conclude(self, pending: _Pending) -> None:
+        """Rank 0, in its thread: commit what all ranks have written, or give it up."""
+        reports = [loads(text) for text in self._job.shared.gather("saved")]
+        problem = next((report["error"] for report in reports if report["error"]), None)
+        if problem is None:
+            files = {name: facts for report in reports for name, facts in report["files"].items()}
+            try:
+                self._commit(pending, files)
+            except OSError as error:
+                problem = f"{self._job.name} could not write {error.filename}: {error.strerror}"
+        if problem is not None:
+            shutil.rmtree(pending.folder, ignore_errors=True)
+            self._report_failure(pending.steps, problem)
+            return
+        self.error = None
+        if self._metrics:
+            seconds = time.perf_counter() - pending.started
+            self._metrics.checkpoint_saved(pending.steps, seconds, pending.stalled)
+        try:
+            self._rotate()
+        except OSError as error:
+            say(f"warning: an old checkpoint could not be removed: {error.filename}: {error.strerror}")
+
+    def _commit(self, pending: _Pending, files: dict[str, Any]) -> None:
+        folder = pending.folder
+        for name, facts in files.items():
+            if (folder / name).stat().st_size != facts["bytes"]:
+                raise OSError(0, "is not as it was written: all nodes must share run.dir", name)
+        manifest = dumps({"steps": pending.steps, "files": files}, indent=1)
+        facts = _write(folder / checkpoint.MANIFEST_FILE, partial(_write_text, manifest))
+        for inner in (path for path in folder.rglob("*") if path.is_dir()):
+            to_disk(inner)
+        _write(folder / checkpoint.MARKER_FILE, partial(_write_text, facts["sha256"]))
+        to_disk(folder)
+        final = checkpoint.folder_of(self._checkpoints, pending.steps)
+        if final.exists():
+            self._remove(final)
+        folder.rename(final)
+        to_disk(self._checkpoints)
+
+    def _report_failure(self, steps: int, problem: str) -> None:
+        self.error = problem
+        if self._metrics:
+            self._metrics.add("unipool_checkpoint_failures", 1)
+        line = f"the checkpoint after step {steps} failed: {problem}; training goes on, the next interval tries again"
+        say(f"warning: {line}")
+
+    def _rotate(self) -> None:
+        """Remove all but the newest `keep` checkpoints of different weights and every `keep_every`-th step.
+
+        While steps are skipped nothing is learned: such checkpoints count as one, of which the newest is kept.
+        """
+        c = self._recipe.checkpoint
+        newest = {checkpoint.weights_of(folder): folder for folder in checkpoint.complete(self._checkpoints)}
+        kept = list(newest.values())[-c.keep :]
+        for old in checkpoint.complete(self._checkpoints):
+            if old not in kept and not (c.keep_every and checkpoint.steps_of(old) % c.keep_every == 0):
+                self._remove(old)
+
+    def _remove(self, folder: Path) -> None:
+        """Under another name first: killed meanwhile, it leaves nothing that looks like a checkpoint."""
+        doomed = folder.with_name(f".{folder.name}.removed")
+        folder.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)

@@ -1,0 +1,1 @@
+"""Launchers, ranks, rendezvous, liveness, faults, process groups."""

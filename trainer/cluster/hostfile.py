@@ -1,0 +1,84 @@
+"""The nodes of a job and this one's place among them: deepspeed's hostfile, checked before anything starts."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from trainer.cluster.rank_assignment import ROLE, ranks_by_order
+from trainer.common.errors import UserError
+from trainer.common.text_file import Unreadable, read_text
+from trainer.config.recipe import Recipe
+
+DEFAULT_PORT = 29500
+"""deepspeed's: where rank 0 holds the job's store."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """One node of a job.
+
+    Attributes:
+        hostfile: lines `HOST slots=RANKS`, the same on all nodes; ranks are numbered in their order.
+        rank: this node's line, from 0.
+        has_trunk_ranks: whether some of its ranks are trunk ranks, which need data.
+        master_addr: name or address of node 0. The name need not be known yet: ranks ask for it again until
+            `parallel.start_timeout_seconds` are over.
+    """
+
+    hostfile: Path
+    rank: int
+    has_trunk_ranks: bool
+    master_addr: str
+    master_port: int
+
+
+def find_node(
+    recipe: Recipe, hostfile: Path, node_rank: int | None, master_addr: str | None, master_port: int | None
+) -> Node:
+    """This node's place.
+
+    Raises:
+        UserError: the hostfile is not there or not one, the node is none of it, or the ranks are not as many as the
+            recipe has.
+    """
+    slots = _read(hostfile)
+    if node_rank is None or not 0 <= node_rank < len(slots):
+        given = "--node-rank is missing" if node_rank is None else f"--node-rank {node_rank}"
+        raise UserError(f"{given}: {hostfile} has {len(slots)} hosts, so it must be 0 to {len(slots) - 1}")
+    total, grid = sum(slots.values()), recipe.grid
+    if total != grid.world_size:
+        raise UserError(
+            f"--hostfile {hostfile}: its slots are {' + '.join(map(str, slots.values()))} = {total}, "
+            f"parallel.trunk_ranks + parallel.pool_ranks = {grid.trunk_ranks} + {grid.pool_ranks} = {grid.world_size}: "
+            "make them equal"
+        )
+    first = sum(list(slots.values())[:node_rank])
+    mine = ranks_by_order(grid, recipe.topology.order)[first : first + list(slots.values())[node_rank]]
+    role = os.environ.get(ROLE)
+    has_trunk_ranks = role == "trunk" if role else any(grid.is_trunk(rank) for rank in mine)
+    return Node(hostfile, node_rank, has_trunk_ranks, master_addr or next(iter(slots)), master_port or DEFAULT_PORT)
+
+
+def _read(path: Path) -> dict[str, int]:
+    """Slots by host, in the order of the file."""
+    try:
+        text = read_text(path)
+    except Unreadable as error:
+        raise UserError(f"--hostfile {path}: cannot be read ({error})") from None
+    slots: dict[str, int] = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        words = line.partition("#")[0].split()
+        if not words:
+            continue
+        host, *rest = words
+        count = rest[0].removeprefix("slots=") if len(rest) == 1 and rest[0].startswith("slots=") else ""
+        if not (count.isascii() and count.isdigit() and 0 < len(count) < 7 and int(count)):
+            raise UserError(f"--hostfile {path}, line {number}: {line.strip()!r} must be HOST slots=RANKS")
+        if host in slots:
+            raise UserError(f"--hostfile {path}, line {number}: {host} is there twice")
+        slots[host] = int(count)
+    if not slots:
+        raise UserError(f"--hostfile {path}: has no line HOST slots=RANKS")
+    return slots

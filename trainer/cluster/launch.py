@@ -1,0 +1,205 @@
+"""`train` without a launcher: start this machine's ranks through deepspeed's, all of the job's or one node's."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+
+from trainer.cluster.hostfile import Node
+from trainer.common.errors import START_AGAIN
+from trainer.config.recipe import Recipe
+
+DONE_FILE = "UNIPOOL_DONE_FILE"
+"""Environment variable: a file that local rank 0 makes when the job has done all its steps."""
+
+RESTARTS = "UNIPOOL_RESTARTS"
+"""Environment variable: how often this job has been started again."""
+
+GRACE_SECONDS = 20.0
+"""How long the ranks have to end by themselves once their launcher has ended."""
+
+LONGEST_PAUSE_SECONDS = 30.0
+"""Between two restarts: 1 s, then twice as long each time, up to this."""
+
+_POLL_SECONDS = 0.1
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on now, if possible one that no outgoing connection can be given meanwhile."""
+    first_given = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    candidates = range(min(10_000, first_given - 1), first_given)
+    for port in random.SystemRandom().sample(candidates, min(100, len(candidates))):
+        with socket.socket() as s, suppress(OSError):
+            s.bind(("", port))
+            return port
+    with socket.socket() as s:
+        s.bind(("", 0))
+        return int(s.getsockname()[1])
+
+
+def restarts() -> int:
+    """How often this job has been started again, by `train --max-restarts`, torchrun or a cluster."""
+    return int(os.environ.get(RESTARTS) or os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0)
+
+
+def run_locally(recipe: Recipe, arguments: Sequence[str], max_restarts: int) -> int:
+    """Start one process a rank with `deepspeed` and wait; after a fault start again. Returns the job's exit status.
+
+    SIGTERM and SIGUSR1 go to the ranks, which save a checkpoint and end with `START_AGAIN`; SIGINT, or a second signal,
+    ends every process at once.
+
+    Args:
+        arguments: the command line behind `python -m trainer`, which every rank runs again.
+        max_restarts: how often the job is started again after a fault: neither a wrong input nor a signal to here.
+    """
+    before = restarts()
+    job = LocalJob()
+    restart = 0
+    while True:
+        ranks = ["--num_gpus", str(recipe.grid.world_size), "--master_port", str(free_port())]
+        status = job.run(_launcher(ranks, arguments), _environment() | {RESTARTS: str(before + restart)})
+        if job.came_to_end or status in (0, 2) or job.ended_by or restart == max_restarts:
+            return status
+        restart += 1
+        print(
+            f"unipool: the job ended with status {status}; restart {restart} of {max_restarts}, "
+            "from the newest checkpoint",
+            file=sys.stderr,
+        )
+        if not job.pause(min(2.0 ** (restart - 1), LONGEST_PAUSE_SECONDS)):
+            return 128 + job.ended_by[0]
+
+
+def run_node(node: Node, arguments: Sequence[str]) -> int:
+    """Start the ranks of one node of a job and wait. Returns this node's exit status; signals as in `run_locally`.
+
+    A signal to one node asks the whole job: its ranks agree on the step after which all save and end.
+    """
+    ranks = ["--hostfile", str(node.hostfile), "--no_ssh", "--node_rank", str(node.rank)]
+    ranks += ["--master_addr", node.master_addr, "--master_port", str(node.master_port)]
+    return LocalJob().run(_launcher(ranks, arguments), _environment())
+
+
+def end_on_signals() -> None:
+    """SIGTERM and SIGUSR1 end this process while it has no ranks: a container's first process would ignore them."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda number, _: os._exit(128 + number))
+
+
+def _launcher(ranks: Sequence[str], arguments: Sequence[str]) -> list[str]:
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--no_local_rank"]
+    return [*command, *ranks, "--module", "trainer", *arguments]
+
+
+def _environment() -> dict[str, str]:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
+    if not any(Path("/dev").glob("nvidia*")) and not Path("/dev/kfd").exists():
+        environment.setdefault("DS_ACCELERATOR", "cpu")  # else the launcher warns that it found no GPU
+    return environment
+
+
+class LocalJob:
+    """A launcher, its ranks, and the signals that this process gets for them. To be made in the main thread.
+
+    Attributes:
+        ended_by: signals that the user ended the job with.
+        came_to_end: whether the last run has done all its steps, whatever became of the model.
+    """
+
+    def __init__(self) -> None:
+        self.ended_by: list[int] = []
+        self.came_to_end = False
+        self._launcher: subprocess.Popen[bytes] | None = None
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, lambda number, _: self._end(number))
+
+    def run(self, command: list[str], environment: dict[str, str]) -> int:
+        """Start the launcher and wait until it and all its ranks have ended. Returns the exit status of the job."""
+        with tempfile.TemporaryDirectory() as folder:
+            done = Path(folder) / "done"
+            self._launcher = subprocess.Popen(command, env=environment | {DONE_FILE: str(done)}, start_new_session=True)
+            if self.ended_by:  # while it was starting
+                _signal_session(self._launcher.pid, signal.SIGTERM)
+            status = self._launcher.wait()
+            _wait_for_session(self._launcher.pid)
+            self._launcher = None
+            self.came_to_end = done.exists()
+            if self.ended_by and status != START_AGAIN and not done.exists():
+                return 128 + self.ended_by[0]
+            if status == 0 and not done.exists():
+                # The deepspeed launcher says 0 when its per-node process was killed.
+                print("unipool: the job ended before its last step; its launcher was killed", file=sys.stderr)
+                return 1
+        return status if status >= 0 else 128 - status
+
+    def pause(self, seconds: float) -> bool:
+        """Wait; False if the user ends the job meanwhile."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and not self.ended_by:
+            time.sleep(_POLL_SECONDS)
+        return not self.ended_by
+
+    def _end(self, number: int) -> None:
+        first = not self.ended_by
+        self.ended_by.append(number)
+        if self._launcher is None:
+            return
+        ranks = list(_ranks(self._launcher.pid))
+        save = bool(ranks) and first and number != signal.SIGINT
+        if not save:
+            # The deepspeed launcher does not pass signals on by itself; every process of its session gets this one.
+            _signal_session(self._launcher.pid, signal.SIGTERM)
+        for rank in ranks:
+            # To save, only to them: the launcher's handler would leave them 30 s for it, and says 1 for any status.
+            with suppress(psutil.NoSuchProcess):
+                rank.send_signal(number if save else signal.SIGINT)  # at which a rank leaves whatever it does
+
+
+def _ranks(launcher: int) -> Iterator[psutil.Process]:
+    """The ranks that a deepspeed launcher has started: the processes below it that are no launchers themselves."""
+    try:
+        process = psutil.Process(launcher)
+        starts_ranks = "deepspeed.launcher.launch" in process.cmdline()
+        children = process.children()
+    except psutil.Error:
+        return
+    for child in children:
+        try:
+            is_launcher = any("deepspeed.launcher" in word for word in child.cmdline())
+        except psutil.Error:
+            continue
+        if is_launcher:
+            yield from _ranks(child.pid)
+        elif starts_ranks:
+            yield child
+
+
+def _signal_session(leader: int, number: int) -> bool:
+    """Send a signal to every process of a session that this process started; False if none is left."""
+    try:
+        os.killpg(leader, number)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _wait_for_session(leader: int) -> None:
+    """Return when no process of the session is left; after a grace time kill what is."""
+    deadline = time.monotonic() + GRACE_SECONDS
+    while _signal_session(leader, 0):
+        if time.monotonic() > deadline:
+            _signal_session(leader, signal.SIGKILL)
+        with suppress(ChildProcessError):
+            os.waitpid(-leader, os.WNOHANG)  # as a container's first process this one inherits the launcher's children
+        time.sleep(_POLL_SECONDS)

@@ -1,0 +1,95 @@
+"""The process groups of a job: one for the ranks of a role, others that join the roles."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from pool.topology import Topology
+from trainer.cluster.rendezvous import Member
+from trainer.config.recipe import Recipe
+
+
+class Job:
+    """This rank's place in the job and the groups that join the roles.
+
+    Its torch.distributed world is role-local: all trunk ranks, or all replicas of one shard. Cross-role groups span
+    all ranks and are made by hand: `control` and `host` (gloo), and one a lane for payloads.
+
+    Args:
+        lanes: micro-batches in flight on each trunk rank; each lane has a group of its own.
+    Raises:
+        PeerLost: another rank died, stands still or did not come within `parallel.start_timeout_seconds`.
+    """
+
+    def __init__(self, recipe: Recipe, member: Member, lanes: int):
+        self.topology: Topology = member.topology
+        self.rank, self.local_rank = member.rank, member.local_rank
+        self.name, self.is_trunk = member.name, member.is_trunk
+        self.device, self.payload_device = member.device, member.payload_device
+        self.shared, self.peers, self._store = member.shared, member.peers, member.store
+        self.timeout = timedelta(seconds=recipe.parallel.timeout_seconds)
+        self.start_timeout = timedelta(seconds=recipe.parallel.start_timeout_seconds)
+        self._choose_gpu()
+        self.peers.meet(lambda: self._join(lanes), self.start_timeout)
+
+    def _choose_gpu(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+
+    def _join(self, lanes: int) -> None:
+        """Make the groups, in which all ranks meet. Runs in a thread of its own."""
+        self._choose_gpu()
+        self.role_name, self.role_rank, self.role_size = self.topology.role_world(self.rank)
+        os.environ.update(RANK=str(self.role_rank), WORLD_SIZE=str(self.role_size))
+        os.environ.update(LOCAL_RANK=str(self.local_rank))
+        dist.init_process_group(
+            backend="cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo",
+            store=dist.PrefixStore(self.role_name, self._store),
+            rank=self.role_rank,
+            world_size=self.role_size,
+            timeout=self.timeout,
+        )
+        self._cross_groups: list[Any] = []
+        self._control = self._cross_group("control", torch.device("cpu"))
+        if not self.topology.colocated:
+            self.host_group = self._cross_group("host", torch.device("cpu"))
+            self.lane_groups = [self._cross_group(f"lane{lane}", self.payload_device) for lane in range(lanes)]
+
+    def _cross_group(self, name: str, device: torch.device) -> Any:
+        store = dist.PrefixStore(name, self._store)
+        size = self.topology.world_size
+        if device.type == "cuda":
+            options = dist.ProcessGroupNCCL.Options()
+            options._timeout = self.timeout
+            group: Any = dist.ProcessGroupNCCL(store, self.rank, size, options)
+        else:
+            group = dist.ProcessGroupGloo(store, self.rank, size, self.timeout)
+        self._cross_groups.append(group)
+        return group
+
+    def sum_over_ranks(self, values: Sequence[float]) -> list[float]:
+        """Sum of every rank's values, in float64, the same on all ranks. A collective of all ranks."""
+        total = torch.tensor(values, dtype=torch.float64)
+        self._control.allreduce([total]).wait(self.timeout)
+        return total.tolist()
+
+    def barrier(self) -> None:
+        """Wait, with the long limit, until all ranks are here: at the start, after a checkpoint, at the end."""
+        options = dist.AllreduceOptions()
+        options.timeout = self.start_timeout
+        self._control.allreduce([torch.zeros(1)], options).wait(self.start_timeout)
+
+    def close(self) -> None:
+        """Leave the job. Threads of a group that is still open at the interpreter's end would abort the process."""
+        self.peers.leave()
+        self.barrier()
+        for group in self._cross_groups:
+            group.shutdown()
+        self._cross_groups.clear()
+        dist.destroy_process_group()

@@ -1,0 +1,111 @@
+"""Which of the launcher's ranks is which rank of the job, and what runs where.
+
+Inside the job ranks have the numbers of `pool.topology`: trunk ranks first. The launcher numbers its processes node by
+node; `topology.order`, or `UNIPOOL_ROLE` in the environment of every rank, says which of them are trunk and which pool
+ranks. Within a role the numbers follow the launcher's. Nothing else knows the launcher's ranks, so that losses,
+checkpoints and the plan do not depend on them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import count
+from typing import Literal
+
+from pool.topology import Topology
+from trainer.common.errors import SharedUserError
+
+ROLE = "UNIPOOL_ROLE"
+"""Environment variable: the role of this rank, "trunk" or "pool", instead of `topology.order`."""
+
+Order = Literal["pool_last", "interleaved"]
+
+
+def ranks_by_order(grid: Topology, order: Order) -> list[int]:
+    """Job rank of each launcher rank.
+
+    interleaved: any s consecutive launcher ranks hold s P / W pool ranks, rounded up or down, so that each of n nodes
+    with equal slots holds both roles if there are n ranks of both. Launcher rank 0 is a trunk rank.
+    """
+    world = grid.world_size
+    if order == "pool_last":
+        return list(range(world))
+    return _number(grid, [(r + 1) * grid.pool_ranks // world > r * grid.pool_ranks // world for r in range(world)])
+
+
+def assign_ranks(grid: Topology, order: Order, told: Sequence[str]) -> list[int]:
+    """Job rank of each launcher rank, where launcher rank r has `told[r]` as its `UNIPOOL_ROLE`, "" for none.
+
+    Raises:
+        SharedUserError: only some have one, or they do not fit the recipe.
+    """
+    if not any(told):
+        return ranks_by_order(grid, order)
+    if without := [r for r, role in enumerate(told) if not role]:
+        raise SharedUserError(
+            f"{ROLE} is set on {len(told) - len(without)} of {len(told)} ranks, not on launcher rank {spans(without)}: "
+            f"set it on all ranks or on none"
+        )
+    for rank, role in enumerate(told):
+        if role not in ("trunk", "pool"):
+            raise SharedUserError(f"{ROLE} = {role!r} on launcher rank {rank}: must be trunk or pool")
+    counts = told.count("trunk"), told.count("pool")
+    if counts != (grid.trunk_ranks, grid.pool_ranks):
+        raise SharedUserError(
+            f"{ROLE} makes {counts[0]} trunk and {counts[1]} pool ranks, parallel.trunk_ranks and parallel.pool_ranks "
+            f"are {grid.trunk_ranks} and {grid.pool_ranks}: make them equal"
+        )
+    return _number(grid, [role == "pool" for role in told])
+
+
+def _number(grid: Topology, is_pool: Sequence[bool]) -> list[int]:
+    trunk, pool = count(), count(grid.trunk_ranks)
+    return [next(pool if in_pool else trunk) for in_pool in is_pool]
+
+
+def payload_device(grid: Topology, devices: Sequence[str], wire: Literal["auto", "gloo"]) -> str:
+    """The device type that the wire takes its payloads from: "cuda" only where NCCL joins all ranks.
+
+    Args:
+        devices: device type of each job rank.
+    Raises:
+        SharedUserError: ranks that average gradients with each other (all trunk ranks; the replicas of a shard) have
+            different device types.
+    """
+    first: dict[str, int] = {}
+    for rank, device in enumerate(devices):
+        other = first.setdefault(grid.role_world(rank)[0], rank)
+        if device != devices[other]:
+            raise SharedUserError(
+                f"{grid.describe(other)} is on {devices[other]}, {grid.describe(rank)} on {device}: trunk ranks, and "
+                f"pool ranks of one shard, need devices of one type (DS_ACCELERATOR=cpu leaves a rank's GPU alone)"
+            )
+    return "cuda" if wire == "auto" and set(devices) == {"cuda"} else "cpu"
+
+
+def roster(grid: Topology, hosts: Sequence[str], devices: Sequence[str]) -> str:
+    """Which ranks of each role are where, in one line: "a: trunk 0-1, pool 0-1; b: trunk 2-3, pool 2-3".
+
+    Args:
+        hosts, devices: host name and device type of each job rank; types are said where there are several.
+    """
+    found: dict[str, dict[str, list[int]]] = {}
+    for rank, (host, device) in enumerate(zip(hosts, devices, strict=True)):
+        role, number = ("trunk", rank) if grid.is_trunk(rank) else ("pool", rank - grid.trunk_ranks)
+        suffix = f" on {device}" if len(set(devices)) > 1 else ""
+        found.setdefault(host, {}).setdefault(f"{role} {{}}{suffix}", []).append(number)
+    return "; ".join(
+        f"{host}: " + ", ".join(text.format(spans(numbers)) for text, numbers in roles.items())
+        for host, roles in found.items()
+    )
+
+
+def spans(numbers: Iterable[int]) -> str:
+    """Rising numbers in short: "0-2,5"."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

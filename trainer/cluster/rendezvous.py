@@ -1,0 +1,236 @@
+"""A rank finds its seat in the job: the launcher's environment, the meeting of all ranks, rank and role.
+
+This comes before all else that a rank does, for what it has to do depends on its role.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from pool.topology import Topology
+from trainer.cluster.launch import free_port
+from trainer.cluster.liveness import Arrival, Peers, reach
+from trainer.cluster.rank_assignment import ROLE, assign_ranks, payload_device, ranks_by_order, roster
+from trainer.common.errors import SharedUserError, UserError
+from trainer.common.machine import limit_threads
+from trainer.config.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What the launcher says of this process."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    master_addr: str
+    master_port: int
+
+
+def launched() -> bool:
+    """Whether a launcher (deepspeed, torchrun, MPI) started this process as one rank of a job."""
+    return "RANK" in os.environ or _mpi_launched()
+
+
+def _mpi_launched() -> bool:
+    return "OMPI_COMM_WORLD_SIZE" in os.environ or "PMI_SIZE" in os.environ
+
+
+def read_launch() -> Launch:
+    """Read the launcher's environment; under MPI ask mpi4py for it, as DeepSpeed's MPI discovery does."""
+    env = os.environ
+    if "RANK" not in env:
+        return _discover_mpi()
+    try:
+        world_size = int(env["WORLD_SIZE"])
+        return Launch(
+            rank=int(env["RANK"]),
+            world_size=world_size,
+            local_rank=int(env.get("LOCAL_RANK", "0")),
+            local_world_size=int(env.get("LOCAL_SIZE") or env.get("LOCAL_WORLD_SIZE") or world_size),
+            master_addr=env["MASTER_ADDR"],
+            master_port=int(env["MASTER_PORT"]),
+        )
+    except (KeyError, ValueError) as error:
+        raise UserError(
+            f"launcher environment: {error} (RANK is set, so WORLD_SIZE, MASTER_ADDR and MASTER_PORT must be numbers "
+            f"and names too; start with deepspeed, torchrun or mpirun)"
+        ) from None
+
+
+def _discover_mpi() -> Launch:
+    try:
+        from mpi4py import MPI
+    except ImportError:
+        raise UserError("started by mpirun, but mpi4py is not installed: pip install mpi4py") from None
+    world = MPI.COMM_WORLD
+    local = world.Split_type(MPI.COMM_TYPE_SHARED)
+    address, port = world.bcast((socket.gethostbyname(socket.gethostname()), free_port()), root=0)
+    return Launch(
+        rank=world.Get_rank(),
+        world_size=world.Get_size(),
+        local_rank=local.Get_rank(),
+        local_world_size=local.Get_size(),
+        master_addr=os.environ.get("MASTER_ADDR", address),
+        master_port=int(os.environ.get("MASTER_PORT", port)),
+    )
+
+
+class KeyValueStore:
+    """Short texts that the ranks of a job leave for each other on its store.
+
+    Args:
+        rank: this process's rank in the grid.
+        world_size: ranks of the job.
+        limit: how long a read waits for its key.
+    """
+
+    def __init__(self, store: dist.Store, peers: Peers, rank: int, world_size: int, limit: timedelta):
+        self._store, self._peers, self._rank, self._world_size = store, peers, rank, world_size
+        self._limit = limit
+
+    def set(self, key: str, value: str) -> None:
+        """Set a key that one rank writes and any rank may `get`."""
+        self._store.set(key, value)
+
+    def get(self, key: str) -> str:
+        """Return the value of a key, once some rank has set it.
+
+        Raises:
+            PeerLost: a rank died or stands still, or the time limit has passed.
+        """
+        return self._peers.meet(lambda: self._store.get(key), self._limit).decode()
+
+    def broadcast(self, key: str, make: Callable[[], str]) -> str:
+        """Return what rank 0 makes, on all ranks."""
+        if self._rank == 0:
+            self.set(key, make())
+        return self.get(key)
+
+    def put(self, key: str, value: str) -> None:
+        """Set this rank's part of a key that other ranks `gather`."""
+        self.set(f"{key}/{self._rank}", value)
+
+    def gather(self, key: str) -> list[str]:
+        """Return every rank's part of a key, by rank."""
+        return [self.get(f"{key}/{rank}") for rank in range(self._world_size)]
+
+
+@dataclass(frozen=True)
+class Member:
+    """A rank's place in the job, and how it reaches the other ranks.
+
+    Attributes:
+        rank: its number in the grid: its rank for everything but the launcher.
+        leads_machine: whether it is the first trunk rank of its machine.
+        device: where it computes.
+        payload_device: where the wire takes its payloads from; the same type on all ranks.
+        store: the job's; process groups meet there.
+        shared: short texts for the other ranks, on the same store.
+        roster: who is where, in one line.
+    """
+
+    topology: Topology
+    rank: int
+    local_rank: int
+    leads_machine: bool
+    device: torch.device
+    payload_device: torch.device
+    store: dist.Store
+    shared: KeyValueStore
+    peers: Peers
+    roster: str
+
+    @property
+    def is_trunk(self) -> bool:
+        return self.topology.is_trunk(self.rank)
+
+    @property
+    def name(self) -> str:
+        return self.topology.describe(self.rank)
+
+
+def names_before(recipe: Recipe, world_size: int) -> list[str]:
+    """How errors name each launcher rank before all have met: by the rank that it will have, if that is known."""
+    grid = recipe.grid
+    if os.environ.get(ROLE) or grid.world_size != world_size:
+        return [f"launcher rank {rank}" for rank in range(world_size)]
+    return [grid.describe(rank) for rank in ranks_by_order(grid, recipe.topology.order)]
+
+
+def rendezvous(recipe: Recipe, launch: Launch) -> Member:
+    """Meet all other ranks on the job's store, and learn the rank and role of each.
+
+    Raises:
+        UserError: the launcher's ranks do not fit the recipe.
+        PeerLost: another rank died, stands still or did not come within `parallel.start_timeout_seconds`.
+    """
+    grid, order = recipe.grid, recipe.topology.order
+    if grid.world_size != launch.world_size:
+        raise SharedUserError(
+            f"the launcher started {launch.world_size} ranks, parallel.trunk_ranks + parallel.pool_ranks = "
+            f"{grid.trunk_ranks} + {grid.pool_ranks} = {grid.world_size}: make them equal"
+        )
+    device = _pick_device(launch)
+    limit = timedelta(seconds=recipe.parallel.start_timeout_seconds)
+    names = names_before(recipe, launch.world_size)
+    # Heartbeats have a connection of their own: one that hangs must not hold up the rest.
+    stores = reach(lambda: _open_stores(launch, limit), names[0], limit)
+    store, beats = (dist.PrefixStore(_attempt() + path, s) for path, s in zip(("", "/beat"), stores, strict=True))
+    peers = Peers(launch.rank, names, store, beats)
+    here = Arrival(os.environ.get(ROLE, ""), device.type, f"{grid} {order}")
+    arrivals = peers.meet(lambda: peers.call_roll(here), limit)
+    if any(arrival.numbering != here.numbering for arrival in arrivals):
+        raise SharedUserError("the ranks were started with different recipes: give all of them the same")
+    ranks = assign_ranks(grid, order, [arrival.role for arrival in arrivals])
+    peers.names = [grid.describe(rank) for rank in ranks]
+    by_rank = [arrivals[ranks.index(rank)] for rank in range(grid.world_size)]
+    devices, machines = [a.device for a in by_rank], [a.machine for a in by_rank]
+    rank = ranks[launch.rank]
+    on_gpu = payload_device(grid, devices, recipe.parallel.wire) == "cuda"
+    return Member(
+        topology=grid,
+        rank=rank,
+        local_rank=launch.local_rank,
+        leads_machine=machines.index(machines[rank]) == rank and grid.is_trunk(rank),
+        device=device,
+        payload_device=device if on_gpu else torch.device("cpu"),
+        store=store,
+        shared=KeyValueStore(store, peers, rank, grid.world_size, limit),
+        peers=peers,
+        roster=roster(grid, [a.host for a in by_rank], devices),
+    )
+
+
+def _pick_device(launch: Launch) -> torch.device:
+    """A GPU where there is one, unless DeepSpeed is told to use the CPU, on which this rank's threads are set."""
+    if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
+        return torch.device("cuda", launch.local_rank % torch.cuda.device_count())
+    limit_threads(launch.local_world_size)
+    return torch.device("cpu")
+
+
+def _attempt() -> str:
+    """Keys of one start of the job; torchrun keeps its store over restarts."""
+    return f"unipool/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+
+
+def _open_stores(launch: Launch, timeout: timedelta) -> tuple[dist.TCPStore, dist.TCPStore]:
+    """Two connections to the job's store, which launcher rank 0 holds unless the launcher's agent does."""
+    agent_has_it = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = dist.TCPStore(
+        launch.master_addr,
+        launch.master_port,
+        is_master=launch.rank == 0 and not agent_has_it,
+        timeout=timeout,
+        wait_for_workers=False,  # the roll call waits for them, and can say who is missing
+    )
+    return store, store.clone()  # type: ignore[attr-defined]

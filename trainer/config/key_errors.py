@@ -1,0 +1,48 @@
+"""What is wrong with the keys of a YAML file, in one line."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Iterator
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from trainer.config.constraints import show
+
+
+def first_line(error: ValidationError, root: type[BaseModel]) -> str:
+    """The first thing that is wrong with a file of `root`'s keys: key, value and what is allowed."""
+    first, *more = error.errors()
+    # A union's tags are in locations, too.
+    location = tuple(part for part in first["loc"] if not str(part).startswith("<"))
+    key = ".".join(str(part) for part in location)
+    if first["type"] == "value_error":
+        line = str(first["ctx"]["error"])
+    elif first["type"] == "extra_forbidden":
+        line = f"{key}: unknown key; {_allowed_keys(location, root)}"
+    elif first["type"] == "missing":
+        line = f"{key}: missing"
+    else:
+        message = first["msg"].replace("Input should be", "must be")
+        line = f"{key} = {show(first['input'])}: {message[0].lower()}{message[1:]}"
+    return line + (f" (and {len(more)} more)" if more else "")
+
+
+def _allowed_keys(location: tuple[int | str, ...], root: type[BaseModel]) -> str:
+    model = root
+    for part in location[:-1]:
+        if isinstance(part, str):  # numbers are places in a list of sections
+            model = next(_sections(model.model_fields[part].annotation))
+    known = list(model.model_fields)
+    close = difflib.get_close_matches(str(location[-1]), known, n=1)
+    return f"did you mean {close[0]}?" if close else f"allowed: {', '.join(known)}"
+
+
+def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The sections that a key of this type holds: itself, or in a list or union."""
+    if inspect.isclass(annotation) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _sections(part)

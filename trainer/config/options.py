@@ -1,0 +1,18 @@
+"""Arguments and options that several commands share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+set_option = click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key, as in --set train.steps=100."
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+
+
+def recipe_arguments(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the argument RECIPE and the option --set."""
+    return click.argument("recipe")(set_option(command))

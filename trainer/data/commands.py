@@ -1,0 +1,26 @@
+"""The command `prepare`."""
+
+from __future__ import annotations
+
+import click
+
+from trainer.common.strict_json import dumps
+from trainer.config.options import json_option, recipe_arguments
+from trainer.config.recipe import load_recipe
+
+
+@click.command()
+@recipe_arguments
+@json_option
+def prepare(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Tokenise and pack the data of RECIPE; does nothing where that is done.
+
+    \b
+    Example:
+      unipool prepare quickstart
+    """
+    from trainer.data.prepared import describe
+    from trainer.data.recipe_data import prepare_for
+
+    prepared = prepare_for(load_recipe(recipe, overrides))
+    print(dumps(prepared.to_json()) if as_json else describe(prepared))

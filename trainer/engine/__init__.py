@@ -1,0 +1,1 @@
+"""DeepSpeed, in one place."""

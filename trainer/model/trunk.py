@@ -1,0 +1,191 @@
+"""The trunk: everything of the model but the experts. LLaMA style, as METHOD.md's backbone.
+
+Letters: B batch, S sequence, T = B * S tokens, D hidden, H heads, V vocabulary, L layers, M experts that a layer sees.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from router import Routing, build_router, norm_constant
+from trainer.config.recipe import Recipe
+from trainer.model.document_mask import document_mask
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention with rotary embeddings, without biases."""
+
+    def __init__(self, hidden: int, heads: int, kv_heads: int):
+        super().__init__()
+        self.head_dim = hidden // heads
+        self.qkv = nn.Linear(hidden, (heads + 2 * kv_heads) * self.head_dim, bias=False)
+        self.out = nn.Linear(hidden, hidden, bias=False)
+        self.heads, self.kv_heads = heads, kv_heads
+
+    def forward(self, x_BSD: Tensor, rope: tuple[Tensor, Tensor], mask_B1SS: Tensor | None = None) -> Tensor:
+        """mask_B1SS: bool, the keys that each query attends to; None: all up to its own place."""
+        qkv = self.qkv(x_BSD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
+        q, k = _rotate(q, rope), _rotate(k, rope)
+        k = k.to(v.dtype)
+        if mask_B1SS is None:
+            grouped = self.heads != self.kv_heads
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+        else:
+            # On CUDA only the kernel that keeps all S x S weights takes a mask and grouped heads at once.
+            k, v = (t.repeat_interleave(self.heads // self.kv_heads, dim=1) for t in (k, v))
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_B1SS)
+        return self.out(y.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
+def rotary_table(seq_len: int, head_dim: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin of every position and frequency, (S, head_dim / 2), fp32. Source: arXiv:2104.09864."""
+    frequencies = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    angles = torch.outer(torch.arange(seq_len, dtype=torch.float64), frequencies)
+    return angles.cos().float().to(device), angles.sin().float().to(device)
+
+
+def _rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    cos, sin = (table[: x.shape[-2]] for table in rope)
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+class DenseFFN(nn.Module):
+    """One SwiGLU FFN a layer: the dense baseline."""
+
+    def __init__(self, hidden: int, ffn_hidden: int):
+        super().__init__()
+        self.w13 = nn.Linear(hidden, 2 * ffn_hidden, bias=False)
+        self.w2 = nn.Linear(ffn_hidden, hidden, bias=False)
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        a, b = self.w13(x_BSD).chunk(2, dim=-1)
+        return self.w2(F.silu(a) * b)  # type: ignore[no-any-return]
+
+
+class Block(nn.Module):
+    """One layer up to its FFN: attention, and the router of its own (or the dense FFN)."""
+
+    def __init__(self, recipe: Recipe, constant: float):
+        super().__init__()
+        m = recipe.model
+        self.attention_norm = nn.RMSNorm(m.hidden, eps=m.norm_eps)
+        self.attention = Attention(m.hidden, m.heads, m.kv_heads)
+        self.ffn_norm = nn.RMSNorm(m.hidden, eps=m.norm_eps)
+        if m.ffn == "dense":
+            self.ffn = DenseFFN(m.hidden, m.ffn_hidden)
+        else:
+            self.router = build_router(
+                recipe.router.kind,
+                m.hidden,
+                recipe.experts_per_layer,
+                recipe.router.top_k,
+                recipe.balance.scores,
+                recipe.router.z_loss > 0,
+                constant,
+            )
+
+    def attend(self, h_BSD: Tensor, rope: tuple[Tensor, Tensor], mask_B1SS: Tensor | None = None) -> Tensor:
+        """The residual stream after attention."""
+        return h_BSD + self.attention(self.attention_norm(h_BSD), rope, mask_B1SS)  # type: ignore[no-any-return]
+
+    def route(self, h_BSD: Tensor) -> tuple[Tensor, Routing]:
+        """Normed tokens x_TD for the experts, and where they go."""
+        x_TD = self.ffn_norm(h_BSD).flatten(0, 1)
+        return x_TD, self.router(x_TD)
+
+    def dense(self, h_BSD: Tensor) -> Tensor:
+        """The residual stream after the dense FFN."""
+        return h_BSD + self.ffn(self.ffn_norm(h_BSD))  # type: ignore[no-any-return]
+
+
+class Head(nn.Module):
+    """Final norm and output projection (untied)."""
+
+    def __init__(self, hidden: int, vocab: int, norm_eps: float):
+        super().__init__()
+        self.norm = nn.RMSNorm(hidden, eps=norm_eps)
+        self.out = nn.Linear(hidden, vocab, bias=False)
+
+    def forward(self, h_BSD: Tensor) -> Tensor:
+        return self.out(self.norm(h_BSD))  # type: ignore[no-any-return]
+
+
+class Trunk(nn.Module):
+    """Embedding, L blocks, head. Parameters are fp32; `precision: bf16` computes under autocast.
+
+    The micro-batch coroutine (trainer/model/micro_batch.py) drives its parts; there is no forward of the whole.
+
+    Args:
+        document_end: id of the token that ends a document, where attention stays within documents; else None.
+    """
+
+    def __init__(self, recipe: Recipe, device: torch.device, document_end: int | None = None):
+        super().__init__()
+        self.document_end = document_end
+        m = recipe.model
+        self.bf16 = recipe.train.precision == "bf16"
+        constant = 1.0
+        if m.ffn == "pool" and recipe.router.kind == "norm":
+            constant = norm_constant(recipe.experts_per_layer, recipe.router.top_k) * recipe.router.constant_factor
+        self.embedding = nn.Embedding(m.vocab, m.hidden)
+        self.blocks = nn.ModuleList(Block(recipe, constant) for _ in range(m.layers))
+        self.head = Head(m.hidden, m.vocab, m.norm_eps)
+        self._reset_parameters(recipe)
+        self.to(device)
+        self.rope = rotary_table(m.seq_len, m.hidden // m.heads, m.rope_base, device)
+
+    @property
+    def device(self) -> torch.device:
+        return self.rope[0].device
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.bf16 else torch.float32
+
+    def autocast(self) -> torch.autocast:
+        """The context in which segments run."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+    def mask(self, tokens_BS: Tensor) -> Tensor | None:
+        """What `Block.attend` takes: the keys that each query attends to, or None for all up to its own place."""
+        return None if self.document_end is None else document_mask(tokens_BS, self.document_end)
+
+    def loss(self, h_BSD: Tensor, targets_BS: Tensor) -> Tensor:
+        """Mean cross-entropy in nats, fp32."""
+        logits_BSV = self.head(h_BSD)
+        return F.cross_entropy(logits_BSV.float().flatten(0, 1), targets_BS.flatten())
+
+    def _reset_parameters(self, recipe: Recipe) -> None:
+        """N(0, init_std), output projections N(0, init_std / sqrt(2 L)), drawn from (seed, name)."""
+        std, output_std = init_stds(recipe)
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                # torch's generator on the CPU takes 32 bits of a seed, so both must be in these.
+                generator = torch.Generator().manual_seed(zlib.crc32(name.encode(), recipe.run.seed))
+                if name.endswith((".attention.out.weight", ".ffn.w2.weight")):
+                    parameter.normal_(0.0, output_std, generator=generator)
+                elif parameter.ndim > 1:
+                    parameter.normal_(0.0, std, generator=generator)
+                else:
+                    parameter.fill_(1.0)  # norms and the routers' sigma
+
+
+def init_stds(recipe: Recipe) -> tuple[float, float]:
+    """Standard deviations of weights and of output projections, as in Megatron-LM."""
+    std = recipe.model.init_std
+    return std, std / math.sqrt(2 * recipe.model.layers)
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+    """Weight decay on matrices, none on norms, scales and other vectors."""
+    matrices = [p for p in module.parameters() if p.ndim > 1]
+    vectors = [p for p in module.parameters() if p.ndim <= 1]
+    groups = [(matrices, weight_decay), (vectors, 0.0)]
+    return [{"params": params, "weight_decay": decay} for params, decay in groups if params]

@@ -1,0 +1,1 @@
+"""Costs, schedules and predictions of a recipe."""

@@ -1,0 +1,1 @@
+"""A law of loss over sizes, fitted to a sweep."""

@@ -1,0 +1,1 @@
+"""Prometheus metrics, the console, the run's folder."""

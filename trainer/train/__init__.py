@@ -1,0 +1,1 @@
+"""Training: the loop, the trunk rank, the pool rank, what they report."""

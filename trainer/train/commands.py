@@ -1,0 +1,107 @@
+"""The command `train`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import click
+
+from trainer.common.errors import UserError
+from trainer.config.options import recipe_arguments
+from trainer.config.recipe import load_recipe
+
+
+@click.command()
+@recipe_arguments
+@click.option("--force", is_flag=True, help="Go on from a checkpoint though the recipe changes the mathematics.")
+@click.option(
+    "--max-restarts",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    metavar="N",
+    help="Start the job again after a fault, at most N times. Under a launcher it restarts.",
+)
+@click.option(
+    "--hostfile",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Start only this node's ranks of a job on several nodes; lines HOST slots=RANKS, the same on all nodes.",
+)
+@click.option("--node-rank", type=int, metavar="N", help="This node's line in the hostfile, from 0.  [with --hostfile]")
+@click.option(
+    "--master-addr", metavar="HOST", help="Where rank 0 is; default: the hostfile's first host.  [with --hostfile]"
+)
+@click.option(
+    "--master-port",
+    type=click.IntRange(1, 65535),
+    metavar="PORT",
+    help="Where rank 0 listens; default: 29500.  [with --hostfile]",
+)
+def train(
+    recipe: str,
+    overrides: tuple[str, ...],
+    force: bool,
+    max_restarts: int,
+    hostfile: Path | None,
+    node_rank: int | None,
+    master_addr: str | None,
+    master_port: int | None,
+) -> None:
+    """Train RECIPE; go on from the newest checkpoint of its folder that is whole.
+
+    Under a launcher (deepspeed, torchrun, mpirun) this is one rank; without one it starts the whole job on this
+    machine through the deepspeed launcher, or with --hostfile one node's ranks. SIGTERM or SIGUSR1: save a checkpoint
+    and end with status 75, on all nodes. Status 1 at the end of all steps: the validation loss is not finite.
+
+    \b
+    Examples:
+      unipool train quickstart
+      unipool train quickstart --max-restarts 3 --set checkpoint.every=20
+      unipool train quickstart --set train.steps=20 --set run.dir=runs/short
+      unipool train recipe.yaml --hostfile hosts --node-rank 1
+      deepspeed --num_accelerators 2 --module trainer train quickstart
+    """
+    from trainer.cluster.launch import end_on_signals, run_locally, run_node
+
+    end_on_signals()
+    checked = load_recipe(recipe, overrides)
+    # Else torch prints a C++ stack for every connection that another rank's end breaks; our message says whose.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    from trainer.cluster.rendezvous import launched, read_launch
+
+    if launched():
+        from trainer.train.loop import train as train_rank
+
+        sys.exit(train_rank(checked, read_launch(), force))
+    from trainer.checkpoint.resume import early_check
+    from trainer.cluster.hostfile import find_node
+    from trainer.data.recipe_data import prepare_for
+    from trainer.export.initial import ExportedWeights
+    from trainer.planning.hardware import find_hardware
+    from trainer.telemetry.run_folder import RunFolder
+
+    node = None
+    if hostfile:
+        node = find_node(checked, hostfile, node_rank, master_addr, master_port)
+        if max_restarts:
+            raise UserError(
+                f"--max-restarts {max_restarts}: not with --hostfile: all nodes must start again together, which is "
+                "the cluster's to do"
+            )
+    else:
+        for option, value in (("node-rank", node_rank), ("master-addr", master_addr), ("master-port", master_port)):
+            if value is not None:
+                raise UserError(f"--{option} {value}: goes with --hostfile, as in --hostfile hosts --node-rank 1")
+    if checked.parallel.hardware:  # a wrong one is found before anything starts
+        find_hardware(checked.parallel.hardware, "parallel.hardware =")
+    folder = RunFolder(checked)
+    if not early_check(checked, folder.checkpoints, force) and checked.train.init_from:
+        ExportedWeights(checked).check()
+    folder.make()
+    if node is None or node.has_trunk_ranks:
+        prepare_for(checked)
+    arguments = sys.argv[1:]
+    sys.exit(run_node(node, arguments) if node else run_locally(checked, arguments, max_restarts))

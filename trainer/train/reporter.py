@@ -1,0 +1,146 @@
+"""What a run tells the world: progress line, metrics.jsonl, Prometheus, DeepSpeed's monitors, its load's picture."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, astuple
+from importlib.metadata import version
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from trainer import __version__
+from trainer.cluster.process_groups import Job
+from trainer.config.recipe import Recipe
+from trainer.telemetry.console import Progress
+from trainer.telemetry.prometheus import StepScalars, padded
+from trainer.telemetry.run_folder import RunFolder
+from trainer.telemetry.time_breakdown import ACTIVITIES, Usage, shares
+from trainer.train.pool_rank import PoolRank
+from trainer.train.trunk_rank import TrunkRank
+
+
+class Telemetry:
+    """Each rank has one; what is the same for all is told by rank 0.
+
+    Args:
+        done: steps that a resumed run has behind it.
+        lanes: micro-batches in flight on each trunk rank.
+    """
+
+    def __init__(self, recipe: Recipe, job: Job, folder: RunFolder, role: TrunkRank | PoolRank, done: int, lanes: int):
+        self._recipe, self._job, self._folder, self._role = recipe, job, folder, role
+        self._told = Usage()
+        role.metrics.info("unipool_build_info", _build())
+        self._progress: Progress | None = None
+        if job.rank:
+            return
+        addresses = job.shared.gather("metrics")
+        folder.announce(addresses)
+        names = [job.topology.describe(rank) for rank in range(job.topology.world_size)]
+        where = [f"{name}: http://{address}/metrics" for name, address in zip(names, addresses, strict=True)]
+        self._progress = Progress(recipe, done, where)
+        role.metrics.info("unipool_run_info", _run(recipe, job, lanes))
+        role.metrics.set("unipool_step", done)
+        role.metrics.set("unipool_target_steps", recipe.train.steps)
+        role.metrics.checkpoints_from(done, recipe.checkpoint.every)
+
+    def usage(self) -> list[float]:
+        """For the step's sum over ranks: seconds by activity since the last call, the trunk's, then the pool's."""
+        now = self._role.clock.total
+        seconds, nothing = list(astuple(now.since(self._told))), [0.0] * len(ACTIVITIES)
+        self._told = now
+        return seconds + nothing if self._job.is_trunk else nothing + seconds
+
+    def step(self, done: int, scalars: StepScalars | None, usage: Sequence[float]) -> None:
+        """A step; `usage` is summed over the ranks."""
+        role = self._role
+        if not isinstance(role, TrunkRank) or scalars is None:
+            return
+        values: dict[str, Any] = asdict(scalars)
+        sides = {"trunk": usage[: len(ACTIVITIES)]}
+        if not self._job.topology.colocated:
+            sides["pool"] = usage[len(ACTIVITIES) :]
+        for side, seconds in sides.items():
+            values |= {f"{side}_{activity}": share for activity, share in shares(seconds).items()}
+        by_layer = {"layer_imbalance": scalars.layer_imbalances, "layer_gate": scalars.layer_gates}
+        flat = {f"train/{name}": float(value) for name, value in values.items() if not isinstance(value, tuple)}
+        for name, own in by_layer.items():
+            flat |= {f"{name}/{padded(layer, len(own))}": value for layer, value in enumerate(own)}
+        role.monitors.write(flat, done)
+        if self._progress:
+            self._progress.step(done, values)
+            self._folder.append_metrics({"step": done, **values})
+
+    def evaluation(self, done: int, val_loss: float, tokens: int, load_LM: Tensor) -> None:
+        """An evaluation, and the load that held-out text has made by layer and the experts that it sees."""
+        role = self._role
+        assert isinstance(role, TrunkRank), "pool ranks know no loss"
+        role.monitors.write({"eval/val_loss": val_loss}, done)
+        if not self._progress:
+            return
+        role.metrics.set("unipool_validation_loss_nats", val_loss)
+        self._progress.evaluation(done, val_loss)
+        self._folder.append_metrics({"step": done, "val_loss": val_loss, "val_tokens": tokens})
+        recorded_LM = role.recorded_load()
+        if recorded_LM is None:
+            return
+        self._folder.save_load(recorded_LM)
+
+        def draw() -> NDArray[np.uint8]:
+            from trainer.telemetry.expert_heatmap import heat_map_image
+
+            title = f"{self._folder.path.name}: experts chosen on held-out text after step {done}"
+            return heat_map_image(load_LM.numpy(), title, self._recipe.model.groups)
+
+        role.monitors.write_image("load", draw, done)
+
+    def probe(self, done: int, loss: float, random_losses: Mapping[int, float], tokens: int) -> None:
+        """A probe of the routing: held-out loss, and that with random experts in one layer, by layer."""
+        role, layers = self._role, self._recipe.model.layers
+        assert isinstance(role, TrunkRank), "pool ranks know no loss"
+        added = {layer: random_loss - loss for layer, random_loss in random_losses.items()}
+        mean = fmean(added.values())
+        named = {padded(layer, layers): nats for layer, nats in added.items()}
+        role.monitors.write({f"random_routing/{name}": nats for name, nats in {"mean": mean, **named}.items()}, done)
+        if not self._progress:
+            return
+        for name, nats in named.items():
+            role.metrics.set("unipool_random_routing_loss_nats", nats, name)
+        self._progress.probe(done, mean, list(added))
+        record = {"step": done, "probe_loss": loss, "probe_tokens": tokens, "random_routing": mean}
+        self._folder.append_metrics({**record, "random_routing_by_layer": named})
+
+    def close(self) -> None:
+        """The run ends as it should: nobody is to look for its metrics any more."""
+        if self._progress:
+            self._progress.close()
+            self._folder.withdraw()
+
+
+def _build() -> dict[str, str]:
+    versions = {name: version(name) for name in ("torch", "deepspeed")}
+    return {"version": __version__, "python": platform.python_version(), **versions}
+
+
+def _run(recipe: Recipe, job: Job, lanes: int) -> dict[str, object]:
+    m, t = recipe.model, job.topology
+    model = "dense" if m.ffn == "dense" else {1: "unipool", m.layers: "vanilla"}.get(m.groups, "grouped")
+    return {
+        "run": Path(recipe.run.dir).name,
+        "model": model,
+        "layers": m.layers,
+        "experts": recipe.pool.experts,
+        "top_k": recipe.router.top_k,
+        "router": recipe.router.kind,
+        "trunk_ranks": t.trunk_ranks,
+        "pool_ranks": t.pool_ranks,
+        "expert_parallel": t.expert_parallel,
+        "lanes": lanes,
+        "precision": recipe.train.precision,
+    }
