@@ -1,4 +1,4 @@
-# make train    trains the quickstart recipe on this machine
+# make train    trains the quickstart recipe on this machine; ARGS is passed on, as in make train ARGS='--set train.steps=20'
 # make test     runs linters, type checks and tests
 # make fast     runs the tests but for those that start whole jobs or break them
 # make lock     resolves constraints.txt anew: the exact versions that the above, CI and the image install
@@ -19,7 +19,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dis
 .PHONY: train test fast lint docs lock newest clean
 
 train: $(VENV)/installed
-	$(BIN)/python -m trainer train quickstart
+	$(BIN)/python -m trainer train quickstart $(ARGS)
 
 test: $(VENV)/installed-dev lint
 	$(PYTEST)
