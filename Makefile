@@ -33,7 +33,7 @@ lint: $(VENV)/installed-dev
 	$(BIN)/mypy
 
 docs: $(VENV)/installed
-	$(BIN)/python -m docs.reference.generate
+	$(BIN)/python docs/reference/generate.py
 
 # torch brings the CUDA libraries that it was built with; what else is left out is for other systems than Linux.
 lock: $(BIN)/python

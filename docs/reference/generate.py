@@ -1,7 +1,4 @@
-"""Generate docs/reference/recipe.md and docs/reference/metrics.md from the code.
-
-Run `make docs`, or `python -m docs.reference.generate` in the root of the repository.
-"""
+"""Generate docs/reference/recipe.md and docs/reference/metrics.md from the code: `make docs`."""
 
 from __future__ import annotations
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import runpy
+
 import pytest
 
-from docs.reference.generate import PAGES
 from tests.docs.markdown import ROOT
 from trainer.config.recipe import Recipe
+
+PAGES = runpy.run_path(str(ROOT / "docs" / "reference" / "generate.py"))["PAGES"]
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -30,6 +33,6 @@ def test_every_key_is_described_in_a_sentence() -> None:
 
 
 def test_the_picture_is_what_its_script_draws() -> None:
-    from docs.images.make_overview import overview
-
-    assert (ROOT / "docs" / "images" / "overview.svg").read_text() == overview()
+    images = ROOT / "docs" / "images"
+    overview = runpy.run_path(str(images / "make_overview.py"))["overview"]
+    assert (images / "overview.svg").read_text() == overview()
