@@ -114,7 +114,7 @@ class ExpertShard(nn.Module):
         return self._compute_weights
 
     def _kernels(self) -> ModuleType:
-        """The back end of this shard's device and dtype; the faster one where both can (docs/performance.md, "Experts")."""
+        """The back end of this shard's device and dtype; the faster one where both can (README, "Experts")."""
         grouped = self.w2_eDF.is_cuda and self.compute_dtype == torch.bfloat16
         return grouped_experts if grouped else loop_experts
 

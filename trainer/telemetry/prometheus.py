@@ -22,7 +22,7 @@ from prometheus_client.registry import Collector
 
 from trainer.cluster.launch import restarts
 from trainer.common.errors import UserError
-from trainer.config.sections import Metrics
+from trainer.config.recipe import Metrics
 from trainer.telemetry.time_breakdown import Usage
 
 if TYPE_CHECKING:
