@@ -18,7 +18,7 @@ from pool.placement import contiguous
 from trainer.checkpoint import format as checkpoint
 from trainer.checkpoint.reshard import SavedCheckpoint, convert
 from trainer.config.recipe import load_recipe
-from trainer.data.recipe_data import prepare_for
+from trainer.data.prepare import prepare_for
 from trainer.model.micro_batch import PoolMap, hidden_states
 from trainer.model.pool_client import LocalPool
 from trainer.model.trunk import Trunk

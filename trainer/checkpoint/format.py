@@ -189,7 +189,7 @@ def weights_of(folder: Path) -> str:
     return folder.name if updates is None else f"{updates} updates"
 
 
-def read_about(folder: Path) -> About:
+def read_info(folder: Path) -> About:
     """What checkpoint `folder` says of itself.
 
     Raises:
@@ -232,7 +232,7 @@ def read_placement(folder: Path) -> Placement | None:
     """Where the experts are in checkpoint `folder`; None for a dense model."""
     from pool.placement import Placement
 
-    layout = read_about(folder).layout
+    layout = read_info(folder).layout
     return Placement(layout.placement, layout.ranks[2]) if layout.placement else None
 
 
@@ -240,7 +240,7 @@ def read_load(folder: Path) -> NDArray[np.int64]:
     """Assignments a step by layer and global expert, (L, M), as checkpoint `folder` remembers them."""
     import numpy as np
 
-    from trainer.common.arrays import read_array
+    from trainer.common.safe_read import read_array
 
     try:
         load_LM = read_array(folder / LOAD_FILE)
@@ -258,9 +258,9 @@ def state_file(folder: Path, trunk_rank: int) -> Path:
 
 def load(job: Job, recipe: Recipe, folder: Path, role: Role) -> None:
     """Load this rank's part, reshaped if the layout is another one. A collective of all ranks."""
-    from trainer.common.safe_load import load_file
+    from trainer.common.safe_read import read_tensors
 
-    about = read_about(folder)
+    about = read_info(folder)
     if about.layout == layout_of(recipe, role.placement):
         for name, engine in role.engines.items():
             engine.load(folder / name)
@@ -269,7 +269,7 @@ def load(job: Job, recipe: Recipe, folder: Path, role: Role) -> None:
     state: dict[str, Any] = {}
     if job.is_trunk:
         saved_ranks = about.layout.ranks[0]
-        state = load_file(state_file(folder, job.rank % saved_ranks), job.device)
+        state = read_tensors(state_file(folder, job.rank % saved_ranks), job.device)
     role.restore(state, about.steps, about.steps * (recipe.micro_batches - about.micro_batches))
 
 

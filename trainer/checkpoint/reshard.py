@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pool.placement import Placement
 from pool.shard import ExpertShard
-from trainer.common.safe_load import load_file
+from trainer.common.safe_read import read_tensors
 from trainer.engine.role_engine import CHECKPOINT_TAG, Engine, ParameterState, to_universal
 from trainer.model.trunk import Trunk
 
@@ -30,7 +30,7 @@ class SavedRole:
 
     def __init__(self, folder: Path, universal: Path):
         model_states = sorted((folder / CHECKPOINT_TAG).glob("*mp_rank_00_model_states.pt"))
-        self._saved: dict[str, Any] = load_file(model_states[0], mmap=True)
+        self._saved: dict[str, Any] = read_tensors(model_states[0], mmap=True)
         self._universal = universal
         self.frozen: bool = self._saved["optimizer"] is None and not is_partitioned(folder)
         self._places = {} if self.frozen or is_partitioned(folder) else _optimizer_places(self._saved)
@@ -81,7 +81,7 @@ def _optimizer_places(saved: dict[str, Any]) -> dict[str, int]:
 
 
 def _load(path: Path) -> Tensor:
-    value: Tensor | dict[str, Tensor] = load_file(path, mmap=True)
+    value: Tensor | dict[str, Tensor] = read_tensors(path, mmap=True)
     return value if isinstance(value, Tensor) else value["param"]  # ZeRO 3: flat, and alone
 
 

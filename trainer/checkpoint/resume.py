@@ -77,7 +77,7 @@ def check_data(recipe: Recipe, folder: Path, identity: str, force: bool) -> None
     Raises:
         SharedUserError: it is not, and `force` is not set.
     """
-    if checkpoint.read_about(folder).data != identity and not force:
+    if checkpoint.read_info(folder).data != identity and not force:
         raise SharedUserError(
             f"data.source = {source_names(recipe.data.source)}: its text or its tokenizer has changed since checkpoint "
             f"{folder.name} of {recipe.run.dir}; restore the old data, use another run.dir, or pass --force to "

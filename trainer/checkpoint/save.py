@@ -24,7 +24,7 @@ import torch
 
 from trainer.checkpoint import format as checkpoint
 from trainer.cluster.process_groups import Job
-from trainer.common.atomic import to_disk
+from trainer.common.atomic import fsync
 from trainer.common.strict_json import dumps, loads
 from trainer.config.recipe import Recipe, recipe_text
 from trainer.telemetry.console import say
@@ -271,14 +271,14 @@ class Saver:
         manifest = dumps({"steps": pending.steps, "files": files}, indent=1)
         facts = _write(folder / checkpoint.MANIFEST_FILE, partial(_write_text, manifest))
         for inner in (path for path in folder.rglob("*") if path.is_dir()):
-            to_disk(inner)
+            fsync(inner)
         _write(folder / checkpoint.MARKER_FILE, partial(_write_text, facts["sha256"]))
-        to_disk(folder)
+        fsync(folder)
         final = checkpoint.folder_of(self._checkpoints, pending.steps)
         if final.exists():
             self._remove(final)
         folder.rename(final)
-        to_disk(self._checkpoints)
+        fsync(self._checkpoints)
 
     def _report_failure(self, steps: int, problem: str) -> None:
         self.error = problem

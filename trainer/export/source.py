@@ -23,8 +23,8 @@ from trainer.checkpoint.format import MARKER_FILE, RECIPE_FILE, newest, read_pla
 from trainer.checkpoint.reshard import SavedCheckpoint, convert
 from trainer.common.errors import UserError
 from trainer.config.recipe import Recipe, load_recipe
-from trainer.data.prepared import PreparedData
-from trainer.data.recipe_data import prepare_for
+from trainer.data.prepare import prepare_for
+from trainer.data.prepared_data import PreparedData
 from trainer.data.settings import TRAIN
 from trainer.data.tokenizer import end_of_document_id, load_tokenizer
 from trainer.export.folder import first_line, tokenizer_settings

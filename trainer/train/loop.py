@@ -25,8 +25,8 @@ from trainer.common.errors import DIVERGED, START_AGAIN, JobError, UserError
 from trainer.common.strict_json import dumps, loads
 from trainer.config.recipe import Recipe
 from trainer.data.batches import evaluation_steps
-from trainer.data.prepared import PreparedData
-from trainer.data.recipe_data import prepare_for
+from trainer.data.prepare import prepare_for
+from trainer.data.prepared_data import PreparedData
 from trainer.export.initial import load_initial
 from trainer.model.document_mask import document_end
 from trainer.planning.schedule import ScheduleSpec, schedule_of

@@ -129,7 +129,7 @@ def altered(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 def refusal(altered: Path, file: str) -> str:
-    return re.escape(f"{altered / file}: refused, and nothing of it was run: it holds io.open, which no")
+    return re.escape(f"{altered / file}: refused, and nothing in it was executed: it holds io.open, which no")
 
 
 @pytest.mark.parametrize(
