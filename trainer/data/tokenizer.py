@@ -104,9 +104,9 @@ def load_tokenizer(name_or_path: str, end_of_document: str | None = None) -> Tok
         _check_end(tokenizer, end_of_document)
     else:
         end_of_document = next(_own_ends(tokenizer, path, name_or_path), None)
-    if end_of_document is not None:
-        if tokenizer.token_to_id(end_of_document) != _default_end(tokenizer):  # otherwise the file is left as it is
-            tokenizer = _plain(_appending(tokenizer, end_of_document))
+    # A file that already gives this token is left as it is.
+    if end_of_document is not None and tokenizer.token_to_id(end_of_document) != _default_end(tokenizer):
+        tokenizer = _plain(_appending(tokenizer, end_of_document))
     return tokenizer
 
 

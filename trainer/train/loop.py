@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pool.placement import Placement
 from trainer.checkpoint import format as checkpoint
-from trainer.checkpoint.resume import check_data, choose, early_check
+from trainer.checkpoint.resume import check_data, choose, early_check, load_checkpoint
 from trainer.checkpoint.save import Saver
 from trainer.cluster.fault_watch import FaultWatch
 from trainer.cluster.launch import DONE_FILE
@@ -218,7 +218,7 @@ class _Loop:
         if self._newest:
             self._watch.phase = "loading the checkpoint"
             start, saved = self._newest
-            checkpoint.load(job, recipe, saved, self._role)
+            load_checkpoint(job, recipe, saved, self._role)
         elif recipe.train.init_from:
             self._watch.phase = f"reading {recipe.train.init_from}"
             load_initial(recipe, self._role)
