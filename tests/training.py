@@ -117,6 +117,7 @@ def _train(
     recipe: Recipe, steps: int, save_to: Path | None, resume_from: Path | None, save_after: int
 ) -> dict[str, Any]:
     from trainer.checkpoint import format as checkpoint
+    from trainer.checkpoint.resume import load_checkpoint
     from trainer.checkpoint.save import Saver
     from trainer.data.batches import SequenceStream
     from trainer.export.initial import load_initial
@@ -139,7 +140,7 @@ def _train(
     engines = role.engines
     result: dict[str, Any] = {"scalars": [], "gradients": [], "val_loss": 0.0, "load_LM": None, "random_loss": 0.0}
     if saved:
-        checkpoint.load(job, recipe, saved, role)
+        load_checkpoint(job, recipe, saved, role)
     elif recipe.train.init_from:
         load_initial(recipe, role)
     saver = Saver(job, recipe, save_to, role) if save_to else None

@@ -8,7 +8,7 @@ from __future__ import annotations
 import click
 
 from trainer.bench.commands import bench
-from trainer.common.error_reporting import told
+from trainer.common.error_reporting import report_errors
 from trainer.config.commands import recipes
 from trainer.data.commands import prepare
 from trainer.evaluate.commands import evaluate
@@ -23,7 +23,7 @@ from trainer.view.commands import report, watch
 
 def main() -> None:
     """Entry point of `python -m trainer` and of `unipool`."""
-    with told():
+    with report_errors():
         cli.main(prog_name="unipool", standalone_mode=False)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from trainer.common.errors import UserError
-from trainer.common.strict_json import dumps, marked
+from trainer.common.strict_json import dumps, name_not_finite
 from trainer.evaluate.options import batch_size_option, read_options, task_options
 
 
@@ -90,7 +90,7 @@ def evaluate(
             what = f"text {text}" if text else "validation"
             loss = text_loss(subject, text, batch_size) if text else validation_loss(subject, batches, batch_size)
             result, show = asdict(loss), partial(print_loss, loss)
-        result = marked(result)
+        result = name_not_finite(result)
         if as_json:
             print(dumps({"checkpoint": subject.name, what.split()[0]: result}))
         else:

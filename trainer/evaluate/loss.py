@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from trainer.checkpoint.format import read_about
+from trainer.checkpoint.format import read_info
 from trainer.common.errors import UserError
 from trainer.config.sections import source_names
 from trainer.data.batches import evaluation_steps
-from trainer.data.reading.documents import read_text
+from trainer.data.reading.documents import read_text_option
 from trainer.evaluate.subject import Subject
 from trainer.export.source import data_of
 from trainer.model.document_mask import attention_of, document_end
@@ -65,7 +65,7 @@ def validation_loss(subject: Subject, batches: int | None, batch_size: int) -> T
         )
     recipe = subject.run.recipe
     prepared = data_of(subject.run)
-    if read_about(subject.run.folder).data != prepared.identity:
+    if read_info(subject.run.folder).data != prepared.identity:
         raise UserError(
             f"data.source = {source_names(recipe.data.source)}: its text or its tokenizer has changed since "
             f"{subject.name} of {subject.folder}; restore the old data, or give --text FILE"
@@ -89,7 +89,7 @@ def text_loss(subject: Subject, file: Path, batch_size: int) -> TextLoss:
     """
     ids: list[int] = []
     size = 0
-    for document in read_text(file):
+    for document in read_text_option(file):
         if ids:
             ids.append(subject.tokenizer.eos_token_id)
         # As in training: what is spelled like a special token is text.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from trainer.common.atomic import write_whole
+from trainer.common.atomic import atomic_write
 from trainer.common.errors import UserError
 from trainer.common.strict_json import dumps, loads
 
@@ -22,7 +22,7 @@ def save_result(folder: Path, checkpoint: str, what: str, result: dict[str, Any]
     try:
         record = loads(path.read_text()) if path.exists() else {}
         record.setdefault(checkpoint, {})[what] = result
-        write_whole(path, lambda partial: partial.write_text(dumps(record, indent=2) + "\n"))
+        atomic_write(path, lambda partial: partial.write_text(dumps(record, indent=2) + "\n"))
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); the result is above") from None
     except (ValueError, AttributeError, TypeError):

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from pool.schedule_timing import Intervals, Replay, Work
 from pool.topology import Topology
-from trainer.common.atomic import write_whole
+from trainer.common.atomic import atomic_write
 
 _INK, _QUIET, _IDLE = "#222222", "#8a8a8a", "#e8e8e8"
 _FORWARD, _BACKWARD, _HEAD, _WEIGHT_GRADIENTS = "#31688e", "#e08a3c", "#440154", "#35a06b"
@@ -80,7 +80,7 @@ def draw_timeline(replay: Replay, topology: Topology, path: Path, title: str, un
     figure.legend(
         handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9, labelcolor=_INK
     )
-    write_whole(path, lambda temporary: canvas.print_figure(temporary, format="png"))
+    atomic_write(path, lambda temporary: canvas.print_figure(temporary, format="png"))
 
 
 def _name(axes: Axes, role: str, names: Sequence[str], busy: NDArray[np.float64]) -> None:

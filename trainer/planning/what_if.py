@@ -15,9 +15,8 @@ from pool.schedule import PoolSchedule, lockstep_plan
 from pool.schedule_builder import Costs
 from pool.schedule_timing import Replay, replay, shard_loads
 from trainer.checkpoint import format as checkpoint
-from trainer.common.arrays import read_array
-from trainer.common.errors import UserError
-from trainer.common.text_file import reason
+from trainer.common.errors import UserError, os_reason
+from trainer.common.safe_read import read_array
 from trainer.config.recipe import Recipe
 from trainer.planning.model_costs import estimate_memory, pool_row_bytes
 from trainer.planning.schedule import ScheduleSpec
@@ -89,7 +88,7 @@ def read_loads(path: Path, recipe: Recipe) -> Counts:
     try:
         load: Counts = read_array(file)
     except OSError as error:
-        raise UserError(f"--loads {file}: cannot be read ({reason(error)})") from None
+        raise UserError(f"--loads {file}: cannot be read ({os_reason(error)})") from None
     except ValueError as error:
         raise UserError(f"--loads {file}: not a .npy file of counts ({error})") from None
     wanted = (recipe.model.layers, recipe.pool.experts)

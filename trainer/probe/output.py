@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from trainer.common.atomic import write_whole
+from trainer.common.atomic import atomic_write
 from trainer.common.errors import UserError
 from trainer.common.strict_json import dumps
 
@@ -58,10 +58,10 @@ def deliver(result: Result, as_json: bool, csv_file: Path | None, picture: Path 
     """
     try:
         if csv_file:
-            write_whole(csv_file, lambda path: _write_csv(result.rows(), path))
+            atomic_write(csv_file, lambda path: _write_csv(result.rows(), path))
         if picture:
             canvas = FigureCanvasAgg(result.draw())
-            write_whole(picture, lambda path: canvas.print_figure(path, format="png"))
+            atomic_write(picture, lambda path: canvas.print_figure(path, format="png"))
     except OSError as error:
         raise UserError(f"{error.filename or 'file'}: cannot be written ({error.strerror})") from error
     if as_json:

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from trainer.common.errors import UserError
-from trainer.data.reading.documents import read_text as documents_of
+from trainer.data.reading.documents import read_text_option
 from trainer.export.source import SavedRun, data_of
 from trainer.model.document_mask import attention_of
 from trainer.probe.adapters import MoEModel, Source
@@ -86,7 +86,7 @@ def _held_out(run: SavedRun, tokenizer: Any, tokens: int) -> Tensor:
 
 
 def _token_ids(tokenizer: Any, file: Path, tokens: int) -> Iterator[int]:
-    for document in documents_of(file):
+    for document in read_text_option(file):
         yield from tokenizer(document[: _CHARACTERS * tokens], add_special_tokens=False)["input_ids"]
         if tokenizer.eos_token_id is not None:
             yield tokenizer.eos_token_id

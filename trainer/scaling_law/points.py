@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from trainer.common.errors import UserError
+from trainer.common.safe_read import Unreadable, read_text
 from trainer.common.strict_json import loads
-from trainer.common.text_file import Unreadable, read_text
 from trainer.sweep.result import JSON_FILE, SETTINGS
 
 _COMPARABLE = ("tokens", "data.source", "data.tokenizer", "model.vocab", "model.seq_len")

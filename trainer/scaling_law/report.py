@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from trainer.common.strict_json import finite
+from trainer.common.strict_json import json_safe
 from trainer.scaling_law.law import MISFIT_P
 from trainer.scaling_law.result import FARTHEST, Crossing, Estimate, Law, Term
 from trainer.sweep.statistics import CONFIDENCE
@@ -199,7 +199,7 @@ def to_json(law: Law) -> dict[str, Any]:
         "combined": law.combined,
         "notes": list(notes(law)),
     }
-    return finite(tree)  # type: ignore[no-any-return]  # a tree stays one
+    return json_safe(tree)  # type: ignore[no-any-return]  # a tree stays one
 
 
 def _json(e: Estimate | None) -> dict[str, float] | None:

@@ -14,7 +14,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator, NullLocator
 
-from trainer.common.atomic import write_whole
+from trainer.common.atomic import atomic_write
 from trainer.sweep.result import Row
 from trainer.sweep.spec import Experiment
 from trainer.sweep.statistics import CONFIDENCE, Spread
@@ -44,10 +44,12 @@ def write_pictures(experiment: Experiment, rows: Sequence[Row]) -> list[Path]:
 def write_figure(figure: Figure, path: Path) -> list[Path]:
     """Write it as PNG and SVG, each whole; the suffix of `path` is replaced."""
     png, svg = path.with_suffix(".png"), path.with_suffix(".svg")
-    write_whole(png, lambda file: FigureCanvasAgg(figure).print_figure(file, format="png"))
+    atomic_write(png, lambda file: FigureCanvasAgg(figure).print_figure(file, format="png"))
     # Without a date, and with ids that are not drawn by chance, the same rows make the same file.
     with rc_context({"svg.hashsalt": "unipool"}):
-        write_whole(svg, lambda file: FigureCanvasSVG(figure).print_figure(file, format="svg", metadata={"Date": None}))
+        atomic_write(
+            svg, lambda file: FigureCanvasSVG(figure).print_figure(file, format="svg", metadata={"Date": None})
+        )
     return [png, svg]
 
 

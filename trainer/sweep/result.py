@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from trainer.common.atomic import write_whole
-from trainer.common.strict_json import dumps, finite
+from trainer.common.atomic import atomic_write
+from trainer.common.strict_json import dumps, json_safe
 from trainer.config.recipe import Recipe
 from trainer.config.sections import source_names
 from trainer.planning.model_costs import count_parameters
@@ -134,7 +134,7 @@ def to_json(experiment: Experiment, rows: Sequence[Row]) -> dict[str, Any]:
         "confidence": CONFIDENCE,
         "variants": [_row_json(row) for row in rows],
     }
-    return finite(tree)  # type: ignore[no-any-return]  # a tree stays one
+    return json_safe(tree)  # type: ignore[no-any-return]  # a tree stays one
 
 
 def _row_json(row: Row) -> dict[str, Any]:
@@ -175,7 +175,7 @@ def write_files(experiment: Experiment, rows: Sequence[Row]) -> list[Path]:
     """Write result.json and result.csv, which has a line a variant; each appears whole or not at all."""
     tree = to_json(experiment, rows)
     json_file, csv_file = experiment.folder / JSON_FILE, experiment.folder / CSV_FILE
-    write_whole(json_file, lambda path: path.write_text(dumps(tree, indent=1) + "\n"))
+    atomic_write(json_file, lambda path: path.write_text(dumps(tree, indent=1) + "\n"))
     lines = [_flat(variant) for variant in tree["variants"]]
 
     def write(path: Path) -> None:
@@ -184,7 +184,7 @@ def write_files(experiment: Experiment, rows: Sequence[Row]) -> list[Path]:
             writer.writeheader()
             writer.writerows(lines)
 
-    write_whole(csv_file, write)
+    atomic_write(csv_file, write)
     return [json_file, csv_file]
 
 

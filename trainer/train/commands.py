@@ -78,7 +78,7 @@ def train(
         sys.exit(train_rank(checked, read_launch(), force))
     from trainer.checkpoint.resume import early_check
     from trainer.cluster.hostfile import find_node
-    from trainer.data.recipe_data import prepare_for
+    from trainer.data.prepare import prepare_for
     from trainer.export.initial import ExportedWeights
     from trainer.planning.hardware import find_hardware
     from trainer.telemetry.run_folder import RunFolder

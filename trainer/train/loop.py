@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pool.placement import Placement
 from trainer.checkpoint import format as checkpoint
-from trainer.checkpoint.resume import check_data, choose, early_check
+from trainer.checkpoint.resume import check_data, choose, early_check, load_checkpoint
 from trainer.checkpoint.save import Saver
 from trainer.cluster.fault_watch import FaultWatch
 from trainer.cluster.launch import DONE_FILE
@@ -25,8 +25,8 @@ from trainer.common.errors import DIVERGED, START_AGAIN, JobError, UserError
 from trainer.common.strict_json import dumps, loads
 from trainer.config.recipe import Recipe
 from trainer.data.batches import evaluation_steps
-from trainer.data.prepared import PreparedData
-from trainer.data.recipe_data import prepare_for
+from trainer.data.prepare import prepare_for
+from trainer.data.prepared_data import PreparedData
 from trainer.export.initial import load_initial
 from trainer.model.document_mask import document_end
 from trainer.planning.schedule import ScheduleSpec, schedule_of
@@ -218,7 +218,7 @@ class _Loop:
         if self._newest:
             self._watch.phase = "loading the checkpoint"
             start, saved = self._newest
-            checkpoint.load(job, recipe, saved, self._role)
+            load_checkpoint(job, recipe, saved, self._role)
         elif recipe.train.init_from:
             self._watch.phase = f"reading {recipe.train.init_from}"
             load_initial(recipe, self._role)
