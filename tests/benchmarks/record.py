@@ -22,7 +22,7 @@ from trainer.data.recipe_data import prepare_for
 from trainer.model.micro_batch import PoolMap, hidden_states
 from trainer.model.pool_client import LocalPool
 from trainer.model.trunk import Trunk
-from trainer.train.pool_rank import build_shard
+from trainer.engine.experts import build_shard
 
 
 def record(run: Path, micro_batches: int) -> NDArray[np.int64]:
