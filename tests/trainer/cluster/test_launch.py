@@ -17,7 +17,8 @@ from tests.deploy.pods import can_isolate
 from tests.trainer.job import ROOT, environment, wait_for
 from trainer.cluster import launch
 from trainer.cluster.launch import RESTARTS, run_locally
-from trainer.config.recipe import Metrics, load_recipe
+from trainer.config.recipe import load_recipe
+from trainer.config.sections import Metrics
 from trainer.telemetry.prometheus import MetricsServer
 
 RANK = """
