@@ -165,13 +165,10 @@ def _train(
         if saver and step + 1 == save_after:
             saver.start(save_after)
     assert saver is None or saver.finish()
+    result["val_loss"], _ = role.evaluate(1, steps)
+    result["random_loss"], _ = role.evaluate(1, steps, random_layer=1)
     if isinstance(role, TrunkRank):
-        result["val_loss"], _ = role.evaluate(1, steps)
-        result["random_loss"], _ = role.evaluate(1, steps, random_layer=1)
         result["load_LM"] = role.load_LM
-    else:
-        for _ in range(2):
-            role.serve(make_schedule(recipe).evaluation(recipe.micro_batches), steps)
     result["weights"] = of_all(role, full_parameters)
     job.close()
     return result

@@ -380,7 +380,7 @@ def read_all(checkpoints: Path) -> None:
     assert found, "there are checkpoints"
     _, folder = found
     resume.check_data(recipe, folder, "", force=False)
-    checkpoint.choose_placement(tiny(pool={"experts": 8, "placement": "auto"}), folder)
+    resume.choose_placement(tiny(pool={"experts": 8, "placement": "auto"}), folder)
     checkpoint.read_placement(folder)
     checkpoint.weights_of(folder)
     recorded_load(checkpoints.parent)

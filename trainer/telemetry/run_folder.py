@@ -112,9 +112,7 @@ class RunFolder:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 atomic_write(file, lambda path: path.write_text(dumps(targets) + "\n"))
             except OSError as error:
-                say(
-                    f"warning: {file}: cannot be written ({error.strerror}); Prometheus will not find the run through it"
-                )
+                say(f"warning: {file}: cannot be written ({error.strerror}); Prometheus cannot find the run by it")
 
     def withdraw(self) -> None:
         """Remove what `announce` wrote, at the regular end of the run."""
@@ -123,7 +121,7 @@ class RunFolder:
                 file.unlink(missing_ok=True)
 
     def save_load(self, load_LM: NDArray[np.int64]) -> None:
-        """Save the assignments per step by layer and expert. If the disk is full or gone, training continues without."""
+        """Save the assignments per step by layer and expert. A full or missing disk does not end training."""
 
         def write(path: Path) -> None:
             with path.open("wb") as file:

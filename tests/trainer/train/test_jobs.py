@@ -69,7 +69,7 @@ def test_train_shows_and_leaves_what_it_promises(
     assert re.search(r"step 1/4: loss \d\.\d+, [\d,]+ tokens/s, load imbalance \d\.\d\d, ETA", reference.stderr)
     assert "step 2: validation loss" in reference.stderr
     for line in (
-        r"validation loss   \d\.\d{4} nats a token, perplexity",
+        r"validation loss   \d\.\d{4} nats per token, perplexity",
         r"unigram entropy   \d\.\d{4}",
         rf"checkpoint        {run_dir}/checkpoints/step_00000004",
         rf"TensorBoard       {run_dir}/tensorboard",
