@@ -47,7 +47,7 @@ class Memory:
         ranks: Number of ranks with this role.
         parameters: Number of parameters that such a rank computes with.
         weights: fp32 weights; with ZeRO-3 the rank's part and what is gathered.
-        compute_copies: bf16 copies of the weights; the pool always has them, the trunk while a micro-batch is in flight.
+        compute_copies: bf16 copies of the weights, on the trunk only while a micro-batch is in flight.
         gradients: The fp32 accumulator.
         optimizer: AdamW's moments and, with ZeRO 1 to 3, DeepSpeed's fp32 master copy.
         activations: What the trunk keeps for the backward of the micro-batches in flight.

@@ -19,8 +19,8 @@ from trainer.planning.lanes import choose_fitting_lanes, choose_lanes
 from trainer.planning.model_costs import count_flops
 
 LAUNCH_SHARE = 0.4
-"""Cost of reading a shard's weights from memory in a launch, as a share of one request's cost. Measured on a CPU with 32
-rows per expert (tests/benchmarks/results)."""
+"""Cost of a launch, which reads a shard's weights from memory, over one request's cost. Measured on a CPU with 32 rows
+per expert (tests/benchmarks/results)."""
 TRANSFER_SHARE = 0.1
 """Cost of sending a request over the wire, as a share of a trunk layer's cost."""
 LANES_OF_UNKNOWN_MEMORY = 4

@@ -11,7 +11,7 @@ from trainer.common.format import count, percent, plural, quantity, seconds
 from trainer.common.tables import new_table, print_tables
 from trainer.config.recipe import Recipe
 from trainer.planning.hardware import Hardware, costs_in_seconds, request_bytes, step_end
-from trainer.planning.lanes import choose_fitting_lanes, choose_lanes, role_work, runs_in_order, accumulation_time
+from trainer.planning.lanes import accumulation_time, choose_fitting_lanes, choose_lanes, role_work, runs_in_order
 from trainer.planning.model_costs import count_flops, fullest_rank, served_trunk_ranks
 
 if TYPE_CHECKING:

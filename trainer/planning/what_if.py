@@ -191,8 +191,8 @@ def print_what_if(found: WhatIf, in_seconds: bool) -> None:
         in_seconds: Whether the unit of their costs is the second.
     """
     lockstep = found.variants[0]
-    columns = ("time",) if in_seconds else ()
-    table = new_table("Simulated step", "", *columns, "speed", "over ideal", "busy", "max/mean", "per launch", "GB")
+    time = ["time"] if in_seconds else []
+    table = new_table("Simulated step", "", *time, "speed", "over ideal", "busy", "max/mean", "per launch", "GB")
     for v in found.variants:
         table.add_row(
             f"{v.way}, placed" if v.placed else v.way,

@@ -16,7 +16,7 @@ from trainer.common.errors import UserError
 from trainer.common.machine import pick_device
 from trainer.config.recipe import load_recipe
 from trainer.planning.hardware import Profile, load_profile
-from trainer.planning.step_time import forecast
+from trainer.planning.step_time import step_time
 
 CPU = torch.device("cpu")
 TINY = Effort(0.01, gemm_sizes=(48, 64), copy_bytes=2**16, message_bytes=2**14)
@@ -33,7 +33,7 @@ def test_profile_is_saved_whole_and_predicts(measured: tuple[Profile, Path]) -> 
     profile, path = measured
     assert load_profile(path) == profile
     assert [p.name for p in path.parent.iterdir()] == ["profile.json"]
-    step = forecast(load_recipe("quickstart", SMALL), profile.hardware)
+    step = step_time(load_recipe("quickstart", SMALL), profile.hardware)
     assert step.seconds > 0 and 0 < step.mfu <= 1
 
 
