@@ -176,7 +176,7 @@ class _Precision:
         experts = tokens * self._recipe.router.top_k * 3 * flops.expert / by_rows[128]
         share = seconds / experts
         self.figures.append(
-            Figure("router's time", self._precision, seconds / tokens, "s per token", share, "experts' time")
+            Figure("router's time", self._precision, seconds / tokens, "s/token", share, "experts' time")
         )
         _announce(f"trunk layer and head, {self._precision}")
         layer_flops = flops.trunk_layer + flops.router
