@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from trainer.checkpoint import format as checkpoint
-from trainer.checkpoint.resume import check_data, choose, early_check
+from trainer.checkpoint.resume import check_data, choose, early_check, load_checkpoint
 from trainer.checkpoint.save import Saver
 from trainer.cluster.fault_watch import FaultWatch
 from trainer.cluster.launch import DONE_FILE
