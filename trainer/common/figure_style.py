@@ -94,6 +94,40 @@ def spread_labels(heights: Sequence[float], gap: float) -> list[float]:
     return spread
 
 
+def label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, Colour]], size: float = 8.5) -> None:
+    """Write the names of lines beside their last points, instead of a legend. Call it when all lines are drawn.
+
+    Args:
+        axes: The panel, with its final limits along y.
+        ends: x, y, name and colour of each line's last point.
+        size: Points of the text.
+    """
+    low, high = axes.get_ylim()
+    axes.set_xlim(right=max(x for x, _, _, _ in ends))
+    inches = axes.figure.get_size_inches()[1] * axes.get_position().height  # type: ignore[union-attr]
+    gap = (high - low) * 1.25 * size / 72 / inches
+    heights = spread_labels([y for _, y, _, _ in ends], gap)
+    for (x, y, name, colour), height in zip(ends, heights, strict=True):
+        axes.annotate(
+            name,
+            (x, y),
+            xytext=(1.05, height),
+            textcoords=("axes fraction", "data"),
+            va="center",
+            color=INK if colour == QUIET else colour,
+            fontsize=size,
+            annotation_clip=False,
+            arrowprops={
+                "arrowstyle": "-",
+                "color": colour,
+                "linewidth": 0.6,
+                "relpos": (0, 0.5),
+                "shrinkA": 1,
+                "shrinkB": 0,
+            },
+        )
+
+
 def write_png(figure: Figure, path: Path) -> None:
     """Write a figure as PNG; the file appears whole or not at all."""
     canvas = FigureCanvasAgg(figure)
