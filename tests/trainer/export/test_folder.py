@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from tests.trainer.export.test_export import VOCAB, exported, invoke, refused, some_tokens, trained
 from trainer.common.errors import UserError
-from trainer.export.folder import load_export
+from trainer.export.exported_model import load_export
 
 
 def change(file: Path, **changes: Any) -> None:
