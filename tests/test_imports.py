@@ -86,7 +86,8 @@ def test_libraries_with_one_home() -> None:
     assert importers("prometheus_client") == {"trainer/telemetry/prometheus.py"}
     assert importers("safetensors") == {"trainer/export/folder.py", "trainer/export/write.py"}
     exports = {str(path.relative_to(ROOT)) for path in EXPORTED}
-    exports |= {f"trainer/export/{name}.py" for name in ("exported_model", "saved_run", "loaded_model", "write", "generate")}
+    own = ("exported_model", "saved_run", "loaded_model", "write", "generate")
+    exports |= {f"trainer/export/{name}.py" for name in own}
     # Probes read other people's models through it, in one adapter.
     assert importers("transformers") == exports | {"trainer/probe/adapters.py"}
     assert importers("lm_eval") == {"trainer/evaluate/tasks.py"}

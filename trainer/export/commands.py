@@ -52,10 +52,10 @@ def export(run: Path, out: Path, form: Format, dtype: str, as_json: bool) -> Non
 
     exported = write(run, out, form, dtype)
     if as_json:
-        print(dumps(asdict(exported)))
+        print(dumps(exported))
         return
-    print(f"{exported.path}: {exported.checkpoint}, {exported.parameters:,} parameters, {exported.dtype}")
-    for name, size in exported.files.items():
+    print("{path}: {checkpoint}, {parameters:,} parameters, {dtype}".format(**exported))
+    for name, size in exported["files"].items():
         print(f"{size:>16,} bytes  {name}")
 
 

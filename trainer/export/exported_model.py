@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +42,8 @@ def stored_tensors(model: UniPoolForCausalLM) -> dict[str, Tensor]:
     return found
 
 
-def filled_model(config: UniPoolConfig, weights: Mapping[str, Tensor], dtype: torch.dtype) -> UniPoolForCausalLM:
-    """Build a model and copy its weights, one at a time.
-
-    Args:
-        config: The model's configuration.
-        weights: The weights by their exported names.
-        dtype: The type of the model's weights; routers are always fp32.
-    """
+def filled_model(config: UniPoolConfig, read: Callable[[str], Tensor], dtype: torch.dtype) -> UniPoolForCausalLM:
+    """Build a model with weights of type `dtype` (routers: fp32), which `read` returns by their exported names."""
     model = empty_model(config)
     model.to(dtype)
     if config.ffn == "pool":
@@ -58,7 +52,7 @@ def filled_model(config: UniPoolConfig, weights: Mapping[str, Tensor], dtype: to
     model.to_empty(device="cpu")
     with torch.no_grad():
         for name, tensor in stored_tensors(model).items():
-            tensor.copy_(weights[name])
+            tensor.copy_(read(name))
     return model
 
 
@@ -70,19 +64,14 @@ def load_export(path: Path) -> tuple[UniPoolForCausalLM, PreTrainedTokenizerFast
     """
     config, tensors = _read_config(path), StoredTensors(path)
     # A config.json that asks for far more tensors than there are is refused before a model of its size is built.
-    too_many = config.num_hidden_layers > len(tensors) or (config.ffn == "pool" and config.num_experts > len(tensors))
-    expected = {} if too_many else {name: tuple(t.shape) for name, t in stored_tensors(empty_model(config)).items()}
-    missing = expected.keys() - tensors.keys()
-    if too_many or missing:
-        raise UserError(f"{path}: incomplete export: {len(missing) or 'many'} tensors of its config.json are missing")
-    for name in sorted(tensors):
-        if tensors.shapes[name] != expected.get(name):
-            meant = f"config.json requires {expected[name]}" if name in expected else "config.json has no such tensor"
-            raise UserError(f"{path}: damaged export: the shape of {name} is {tensors.shapes[name]}, but {meant}")
+    if max(config.num_hidden_layers, config.num_experts if config.ffn == "pool" else 0) > len(tensors.shapes):
+        raise UserError(f"{path}: has fewer tensors than its config.json has layers or experts; export the run again")
+    required = {name: tuple(tensor.shape) for name, tensor in stored_tensors(empty_model(config)).items()}
+    tensors.check(required, "its config.json")
     kind = tensors.types["lm_head.weight"]
     if kind not in _TYPES:
         raise UserError(f"{path}: the type of the weights is {kind}; it must be one of {', '.join(_TYPES)}")
-    model = filled_model(config, tensors, _TYPES[kind])
+    model = filled_model(config, tensors.read, _TYPES[kind])
     tokenizer = _read_tokenizer(path, config)
     ends = _end_ids(path, config.vocab_size) or tokenizer.eos_token_id
     model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id)
@@ -112,13 +101,8 @@ def _read_config(path: Path) -> UniPoolConfig:
         raise UserError(f"{path / 'config.json'}: {first_line(error)}") from None
 
 
-def tokenizer_settings(special: Mapping[str, str], window: int) -> dict[str, Any]:
-    """Return arguments of `PreTrainedTokenizerFast`.
-
-    Args:
-        special: The tokens bos_token, eos_token and pad_token.
-        window: The number of positions that the model was trained on.
-    """
+def tokenizer_settings(special: dict[str, str], window: int) -> dict[str, Any]:
+    """Return arguments of `PreTrainedTokenizerFast`: the special tokens, the model's window, and what is the same."""
     return {
         **special,
         "padding_side": "left",

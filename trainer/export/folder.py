@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.common.errors import UserError
 from trainer.common.strict_json import loads
+from trainer.export.names import Shape
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,48 +16,33 @@ if TYPE_CHECKING:
 MODEL_FILES = ("configuration_unipool.py", "experts_unipool.py", "modeling_unipool.py")
 """The model for transformers; every export of format hf has a copy of these files."""
 
-WEIGHTS_FILE = "model.safetensors"
-INDEX_FILE = f"{WEIGHTS_FILE}.index.json"
 
-
-class StoredTensors(Mapping[str, "Tensor"]):
-    """The tensors of an export, in one file or several; each is read when it is accessed.
+class StoredTensors:
+    """The tensors of an export, in one file or several.
 
     Attributes:
         shapes: The shapes of all tensors, by name.
         types: The types of all tensors, by name, as safetensors spells them.
 
     Raises:
-        UserError: A file is missing or damaged, or the index contradicts the files.
+        UserError: The folder is not an export, or a file is damaged.
     """
 
     def __init__(self, folder: Path):
         self._folder = folder
         self._files: dict[str, Path] = {}
-        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.shapes: dict[str, Shape] = {}
         self.types: dict[str, str] = {}
-        index = folder / INDEX_FILE
-        if not index.is_file():
-            self._add(WEIGHTS_FILE)
-            return
-        weight_map = read_object(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(_is_file_name(file) for file in weight_map.values()):
-            raise UserError(f"{index}: weight_map must name the file of each tensor")
-        for file in sorted(set(weight_map.values())):
-            self._add(file)
-        for name in sorted(weight_map.keys() ^ self._files.keys()):
-            where = "the index names it, but no file has it" if name in weight_map else "the index does not name it"
-            raise UserError(f"{index}: contradicts the files about the tensor {name}: {where}; export the run again")
-
-    def _add(self, name: str) -> None:
-        path = self._folder / name
-        if not path.is_file():
-            raise UserError(f"{self._folder}: incomplete export: {name} is missing")
-        with self._opened(path, "numpy") as file:
-            for tensor in file.keys():  # noqa: SIM118  not a dict
-                part = file.get_slice(tensor)
-                self._files[tensor], self.types[tensor] = path, part.get_dtype()
-                self.shapes[tensor] = tuple(part.get_shape())
+        for path in sorted(folder.glob("model*.safetensors")):
+            with self._opened(path, "numpy") as file:
+                for name in file.keys():  # noqa: SIM118  not a dict
+                    part = file.get_slice(name)
+                    self._files[name], self.types[name] = path, part.get_dtype()
+                    self.shapes[name] = tuple(part.get_shape())
+        if not self._files:
+            raise UserError(
+                f"{folder}: is not an export (model.safetensors is missing); make one with `unipool export`"
+            )
 
     def _opened(self, path: Path, framework: str) -> Any:
         from safetensors import safe_open
@@ -66,20 +52,29 @@ class StoredTensors(Mapping[str, "Tensor"]):
         except Exception as error:  # safetensors raises its own kind
             raise UserError(f"{path}: damaged file ({first_line(error)}); export the run again") from error
 
-    def __getitem__(self, name: str) -> Tensor:
+    def check(self, required: Mapping[str, Shape], source: str) -> None:
+        """Check that the export has exactly the required tensors.
+
+        Args:
+            required: The shapes of the tensors, by name.
+            source: What requires them, for the error message.
+
+        Raises:
+            UserError: A tensor is missing, has another shape, or is not required.
+        """
+        for name in sorted(required.keys() | self.shapes.keys()):
+            found, shape = self.shapes.get(name, "missing"), required.get(name, "missing")
+            if found != shape:
+                raise UserError(
+                    f"{self._folder}: the shape of the tensor {name} is {found} in the files, but {shape} by {source}; "
+                    "export the run again"
+                )
+
+    def read(self, name: str) -> Tensor:
+        """Read a tensor."""
         with self._opened(self._files[name], "pt") as file:
             tensor: Tensor = file.get_tensor(name)
         return tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
-
-    def __len__(self) -> int:
-        return len(self._files)
-
-
-def _is_file_name(value: Any) -> bool:
-    return isinstance(value, str) and Path(value).name == value
 
 
 def first_line(error: BaseException) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,14 @@ _MAY_DIFFER = {"max_position_embeddings", "initializer_range"}
 _ONLY_OF_A_POOL = {"num_experts", "num_expert_groups", "num_experts_per_tok", "router", "router_constant_factor"}
 
 
+@contextmanager
+def _shared_errors() -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        raise SharedUserError(f"train.init_from = {error}") from None
+
+
 class ExportedWeights:
     """The weights that a recipe's run starts from: an export of either format.
 
@@ -29,16 +38,11 @@ class ExportedWeights:
     """
 
     def __init__(self, recipe: Recipe):
-        self._recipe = recipe
-        self._folder = Path(str(recipe.train.init_from))
-        self._where = f"train.init_from = {self._folder}"
-        try:
+        self._recipe, self._folder = recipe, Path(str(recipe.train.init_from))
+        with _shared_errors():
             self._tensors = StoredTensors(self._folder)
-        except UserError as error:
-            raise SharedUserError(
-                f"{self._where}: not an export of this trainer ({error}); make one with `unipool export`"
-            ) from None
 
+    @_shared_errors()
     def check(self) -> None:
         """Check that the export is of the recipe's model, without reading any tensor.
 
@@ -46,29 +50,18 @@ class ExportedWeights:
             SharedUserError: A setting or a tensor of the export is not the recipe's.
         """
         required = config_fields(self._recipe)
-        for field, value in self._stored_fields().items():
+        if is_export(self._folder):
+            stored = read_object(self._folder / "config.json")
+        else:
+            stored = config_fields(load_recipe(str(self._folder / "recipe.yaml")))
+        for field, key in CONFIG_KEYS.items():
             ignored = field in _MAY_DIFFER or (self._recipe.model.ffn == "dense" and field in _ONLY_OF_A_POOL)
-            if required.get(field, value) != value and not ignored:
-                raise SharedUserError(
-                    f"{self._where}: {CONFIG_KEYS[field]} is {value} in the export, but {required[field]} in the "
-                    "recipe; they must be the same"
+            if not ignored and stored.get(field, required[field]) != required[field]:
+                raise UserError(
+                    f"{self._folder}: {key} is {stored[field]} in the export, but {required[field]} in the recipe; "
+                    "they must be the same"
                 )
-        shapes = exported_shapes(self._recipe)
-        for name in sorted(shapes.keys() | self._tensors.keys()):
-            found, expected = self._tensors.shapes.get(name), shapes.get(name)
-            if found != expected:
-                raise SharedUserError(
-                    f"{self._where}: the shape of the tensor {name} is {found or 'missing'} in the export, but "
-                    f"{expected or 'missing'} by the recipe; export the run again"
-                )
-
-    def _stored_fields(self) -> dict[str, object]:
-        if not is_export(self._folder):
-            return config_fields(load_recipe(str(self._folder / "recipe.yaml")))
-        try:
-            return read_object(self._folder / "config.json")
-        except UserError as error:
-            raise SharedUserError(f"{self._where}: {error}") from None
+        self._tensors.check(exported_shapes(self._recipe), "the recipe")
 
     def load_into(self, role: str, engine: Engine) -> None:
         """Load the weights of role "trunk" or "pool/shard_N", with moments of zero, into its engine."""
@@ -90,7 +83,7 @@ class ExportedWeights:
         """Return one of the trainer's tensors (fp32), put together from its exported parts."""
         import torch
 
-        return torch.cat([self._tensors[name].float() for name in parts])
+        return torch.cat([self._tensors.read(name).float() for name in parts])
 
 
 def _fresh(weight: Tensor) -> ParameterState:

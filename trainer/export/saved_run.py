@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
@@ -65,15 +67,12 @@ def data_of(run: SavedRun) -> PreparedData:
         raise UserError(f"{run.folder}: the data of this run: {error}; or use another text with --text") from error
 
 
-class Weights(Mapping[str, Tensor]):
-    """The tensors of a checkpoint (fp32) by their exported names; each is read when it is accessed.
+class Weights:
+    """The weights of a checkpoint (fp32) by their exported names.
 
     Attributes:
         shapes: The shapes of all tensors, by name.
         parameters: The number of trained values.
-
-    Raises:
-        UserError: On access, if a tensor cannot be read or its shape does not match the recipe.
     """
 
     def __init__(self, run: SavedRun, saved: SavedCheckpoint):
@@ -85,27 +84,26 @@ class Weights(Mapping[str, Tensor]):
             for stack, parts in expert_names(run.recipe, expert).items():
                 self._fused |= dict.fromkeys(parts, (partial(saved.expert_weight, stack, expert), parts))
         self.shapes = exported_shapes(run.recipe)
-        learned = (torch.Size(shape) for name, shape in self.shapes.items() if not name.endswith(".expert_bias"))
-        self.parameters = sum(shape.numel() for shape in learned)
+        learned = (shape for name, shape in self.shapes.items() if not name.endswith(".expert_bias"))
+        self.parameters = sum(map(math.prod, learned))
 
-    def __getitem__(self, name: str) -> Tensor:
+    def read(self, name: str) -> Tensor:
+        """Read a tensor.
+
+        Raises:
+            UserError: It cannot be read, or the recipe requires another shape.
+        """
         read, parts = self._fused[name]
         with _damage_reported(self._folder):
-            tensor = read()
+            fused = read()
         rows = [shape[0] for shape in parts.values()]
-        expected = (sum(rows), *self.shapes[name][1:])
-        if tensor.shape != expected:
+        required = (sum(rows), *self.shapes[name][1:])
+        if fused.shape != required:
             raise UserError(
-                f"{self._folder}: {', '.join(parts)}: the shape is {tuple(tensor.shape)}, but the recipe requires "
-                f"{expected}"
+                f"{self._folder}: {' + '.join(parts)}: the shape is {tuple(fused.shape)}, but {required} by the recipe"
             )
-        return dict(zip(parts, tensor.split(rows), strict=True))[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._fused)
-
-    def __len__(self) -> int:
-        return len(self._fused)
+        tensor: Tensor = fused.split(rows)[list(parts).index(name)]
+        return tensor
 
 
 @contextmanager
@@ -143,23 +141,8 @@ def model_config(recipe: Recipe) -> UniPoolConfig:
     return UniPoolConfig(**config_fields(recipe), router_constant=constant)
 
 
-@dataclass(frozen=True)
-class ExportedTokenizer:
-    """A run's tokenizer for transformers.
-
-    Attributes:
-        json: The content of tokenizer.json.
-        settings: Arguments of `PreTrainedTokenizerFast`, and the content of tokenizer_config.json.
-        end_id: The id of the token between documents.
-    """
-
-    json: str
-    settings: dict[str, Any]
-    end_id: int
-
-
-def export_tokenizer(run: SavedRun) -> ExportedTokenizer:
-    """Return the tokenizer that the run was trained with, from its folder or as named by its recipe.
+def export_tokenizer(run: SavedRun) -> tuple[Tokenizer, dict[str, Any]]:
+    """Return the tokenizer that the run was trained with, and arguments of `PreTrainedTokenizerFast`.
 
     Raises:
         UserError: The run's own tokenizer is missing.
@@ -170,20 +153,18 @@ def export_tokenizer(run: SavedRun) -> ExportedTokenizer:
             f"{own}: no such file, but the run was trained with it; copy it there, or export with --format safetensors"
         )
     tokenizer = load_tokenizer(str(own) if own.is_file() else name)
-    end_id = end_of_document_id(tokenizer)
+    end = str(tokenizer.id_to_token(end_of_document_id(tokenizer)))
     # Training adds no special tokens around a text, and a document starts after the end of another one.
     tokenizer.post_processor = None
-    special = dict.fromkeys(("bos_token", "eos_token", "pad_token"), str(tokenizer.id_to_token(end_id)))
-    settings = tokenizer_settings(special, run.recipe.model.seq_len)
-    return ExportedTokenizer(tokenizer.to_str(pretty=True), settings, end_id)
+    special = dict.fromkeys(("bos_token", "eos_token", "pad_token"), end)
+    return tokenizer, tokenizer_settings(special, run.recipe.model.seq_len)
 
 
 def load_run(run: SavedRun) -> tuple[UniPoolForCausalLM, PreTrainedTokenizerFast]:
     """Load the model (fp32) and the tokenizer of a run's checkpoint."""
-    from tokenizers import Tokenizer
-
-    exported = export_tokenizer(run)
+    tokenizer, settings = export_tokenizer(run)
     with open_weights(run) as weights:
-        model = filled_model(model_config(run.recipe), weights, torch.float32)
-    model.generation_config.update(eos_token_id=exported.end_id, pad_token_id=exported.end_id)
-    return model, PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(exported.json), **exported.settings)
+        model = filled_model(model_config(run.recipe), weights.read, torch.float32)
+    loaded = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **settings)
+    model.generation_config.update(eos_token_id=loaded.eos_token_id, pad_token_id=loaded.pad_token_id)
+    return model, loaded

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from transformers import GenerationConfig
@@ -15,7 +14,7 @@ from trainer.common.atomic import whole_folder
 from trainer.common.errors import UserError
 from trainer.common.strict_json import dumps
 from trainer.config.recipe import save_recipe
-from trainer.export.folder import INDEX_FILE, MODEL_FILES
+from trainer.export.folder import MODEL_FILES
 from trainer.export.saved_run import SavedRun, Weights, export_tokenizer, find_run, model_config, open_weights
 
 Format = Literal["hf", "safetensors"]
@@ -23,27 +22,8 @@ Format = Literal["hf", "safetensors"]
 _SHARD_SIZE = "5GB"
 
 
-@dataclass(frozen=True)
-class Exported:
-    """What was written.
-
-    Attributes:
-        path: The export's folder.
-        checkpoint: The folder of the checkpoint.
-        parameters: The number of trained values.
-        dtype: The type of the weights.
-        files: The size of each file in bytes.
-    """
-
-    path: str
-    checkpoint: str
-    parameters: int
-    dtype: str
-    files: dict[str, int]
-
-
-def export(source: Path, out: Path, form: Format, dtype: str) -> Exported:
-    """Export a checkpoint.
+def export(source: Path, out: Path, form: Format, dtype: str) -> dict[str, Any]:
+    """Export a checkpoint; return the folder, checkpoint, number of parameters and sizes of files that were written.
 
     Args:
         source: A run, or one of its checkpoints.
@@ -73,13 +53,15 @@ def export(source: Path, out: Path, form: Format, dtype: str) -> Exported:
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror or error})") from error
     files = {file.name: file.stat().st_size for file in sorted(out.iterdir())}
-    return Exported(str(out), str(run.folder), parameters, dtype, files)
+    where = {"path": str(out), "checkpoint": str(run.folder)}
+    return where | {"parameters": parameters, "dtype": dtype, "files": files}
 
 
 def _write_model_files(run: SavedRun, folder: Path, dtype: str) -> None:
     """Write everything but the weights: configuration, model code and tokenizer."""
-    tokenizer = export_tokenizer(run)
-    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.end_id)
+    tokenizer, settings = export_tokenizer(run)
+    end_id = tokenizer.token_to_id(settings["eos_token"])
+    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), end_id)
     classes = {
         "AutoConfig": "configuration_unipool.UniPoolConfig",
         "AutoModelForCausalLM": "modeling_unipool.UniPoolForCausalLM",
@@ -90,8 +72,8 @@ def _write_model_files(run: SavedRun, folder: Path, dtype: str) -> None:
     GenerationConfig(**ids).save_pretrained(folder)
     for file in MODEL_FILES:
         (folder / file).write_bytes((resources.files("trainer.export") / file).read_bytes())
-    (folder / "tokenizer.json").write_text(tokenizer.json, encoding="utf-8")
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", **tokenizer.settings}
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", **settings}
     (folder / "tokenizer_config.json").write_text(dumps(settings, indent=2) + "\n")
 
 
@@ -114,9 +96,9 @@ def _write_weights(weights: Weights, folder: Path, dtype: torch.dtype) -> None:
             tensors = {}
             for name in names:
                 # Parts of a fused tensor share memory, which safetensors refuses, so they are copied.
-                tensors[name] = weights[name].to(empty[name].dtype, copy=True).contiguous()
+                tensors[name] = weights.read(name).to(empty[name].dtype, copy=True).contiguous()
                 bar.update(tensors[name].nbytes)
             save_file(tensors, folder / file, metadata={"format": "pt"})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (folder / INDEX_FILE).write_text(dumps(index, indent=2) + "\n")
+        (folder / "model.safetensors.index.json").write_text(dumps(index, indent=2) + "\n")
