@@ -20,5 +20,5 @@ seed_option = click.option(
 
 
 def recipe_arguments(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the argument RECIPE and the option --set."""
+    """Add the argument RECIPE and the option --set to a command."""
     return click.argument("recipe")(set_option(command))

@@ -10,6 +10,7 @@ import click
 
 from trainer.common.errors import UserError
 from trainer.common.strict_json import dumps, marked
+from trainer.common.tables import print_tables
 from trainer.config.options import device_option, json_option
 from trainer.evaluate.options import TaskOptions, task_options
 
@@ -78,7 +79,7 @@ def evaluate(
 
         loaded_tasks = Tasks(tasks)  # first, because the harness may not be installed
     from trainer.evaluate.loss import text_loss, validation_loss
-    from trainer.evaluate.output import print_result, save_result
+    from trainer.evaluate.record import save_result
     from trainer.export.loaded_model import finite_outputs, load_model
 
     result: Scores | TextLoss
@@ -95,7 +96,7 @@ def evaluate(
             print(dumps({"checkpoint": loaded.name, what.split()[0]: record}))
         else:
             print(f"{loaded.path}: {loaded.name}")
-            print_result(result)
+            print_tables(*result.tables(), notes=result.notes())
         saved = save_result(loaded.folder, loaded.name, what, record)
         if not as_json:
             print(f"saved {saved}")

@@ -21,13 +21,14 @@ from tqdm import tqdm
 
 from trainer.checkpoint.format import read_about
 from trainer.common.errors import UserError
-from trainer.config.recipe import source_names
+from trainer.common.format import loss, perplexity
+from trainer.common.tables import new_table
+from trainer.config.sections import source_names
 from trainer.data.batches import evaluation_steps
 from trainer.data.reading.documents import read_text
 from trainer.export.loaded_model import LoadedModel
 from trainer.export.saved_run import data_of
 from trainer.model.document_mask import attention_of, document_end
-from trainer.train.summary import perplexity
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -56,11 +57,9 @@ class TextLoss:
     precision: str
 
     def tables(self) -> list[Table]:
-        from rich.table import Table
-
-        made = Table.grid(padding=(0, 2))
-        made.add_row("loss", f"{self.loss:.4f} nats/token")
-        made.add_row("perplexity", f"{self.perplexity:,.2f}")
+        made = new_table("", "", "")
+        made.add_row("loss", f"{loss(self.loss)} nats/token")
+        made.add_row("perplexity", perplexity(self.loss))
         made.add_row("bits per byte", f"{self.bits_per_byte:.4f}")
         made.add_row("tokens", f"{self.tokens:,} in windows of {self.window}, {self.precision}")
         made.add_row("bytes", f"{self.bytes:,}")
@@ -174,5 +173,6 @@ def _batches(rows: Iterable[Tensor], batch_size: int) -> Iterator[list[Tensor]]:
 
 
 def _text_loss(loaded: LoadedModel, nats: float, tokens: int, size: int) -> TextLoss:
-    loss, bits_per_byte = nats / tokens, nats / math.log(2) / size
-    return TextLoss(loss, perplexity(loss), tokens, size, bits_per_byte, loaded.window, loaded.precision)
+    mean, bits_per_byte = nats / tokens, nats / math.log(2) / size
+    exp_mean = float(torch.tensor(mean, dtype=torch.float64).exp())  # infinite if a float cannot hold it
+    return TextLoss(mean, exp_mean, tokens, size, bits_per_byte, loaded.window, loaded.precision)

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from trainer.evaluate.output import plus_minus, table
+from trainer.common.format import number, plural, plus_minus
+from trainer.common.tables import new_table
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -20,7 +21,7 @@ class Score:
     stderr: float | None
 
     def __str__(self) -> str:
-        return plus_minus(self.value, self.stderr, ".4f")
+        return plus_minus(self.value, self.stderr)
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Scores:
 
     def tables(self) -> list[Table]:
         accuracies = ("acc", "acc_norm")
-        made = table(None, "task", "examples", *accuracies, "other metrics")
+        made = new_table("", "task", "examples", *accuracies, "other metrics")
         for task in self.tasks:
             shown = [str(task.metrics.get(name, "-")) for name in accuracies]
             others = [f"{name} {score}" for name, score in task.metrics.items() if name not in accuracies]
@@ -75,13 +76,14 @@ class Scores:
             made.add_row(name, f"{task.examples:,}", *shown, "\n".join(others))
         if self.mean:
             made.add_section()
-            made.add_row("mean", "", *(f"{self.mean[name]:.4f}" for name in accuracies))
+            made.add_row("mean", "", *(number(self.mean[name], ".4f") for name in accuracies))
         return [made]
 
     def notes(self) -> list[str]:
         lines = [self.settings]
         if self.mean:
-            lines.append(f"The mean is unweighted, over {self.mean['tasks']:g} tasks; acc replaces a missing acc_norm.")
+            tasks = plural(int(self.mean["tasks"]), "task")
+            lines.append(f"The mean is unweighted, over {tasks}; acc replaces a missing acc_norm.")
         if self.cut:
             lines.append(f"{self.cut:,} requests were longer than the model's window and lost their beginning.")
         return lines

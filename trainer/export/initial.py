@@ -70,14 +70,14 @@ class ExportedWeights:
         if role == "trunk":
             names = trunk_names(self._recipe)
             buffers = {name: self._read(names[name]) for name, _ in engine.module.named_buffers()}
-            engine.take_over(lambda weight: _fresh(self._read(names[weight])), buffers, 0)
+            engine.load_resharded(lambda weight: _fresh(self._read(names[weight])), buffers, 0)
             return
         ids: Iterable[int] = engine.module.expert_ids  # type: ignore[assignment]
 
         def stacked(stack: str) -> ParameterState:
             return _fresh(torch.stack([self._read(expert_names(self._recipe, expert)[stack]) for expert in ids]))
 
-        engine.take_over(stacked, {}, 0)
+        engine.load_resharded(stacked, {}, 0)
 
     def _read(self, parts: Parts) -> Tensor:
         """Return one of the trainer's tensors (fp32), put together from its exported parts."""

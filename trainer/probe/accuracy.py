@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from trainer.common.errors import UserError
-from trainer.evaluate.output import plus_minus, table
+from trainer.common.format import plus_minus
+from trainer.common.tables import new_table
 from trainer.evaluate.scores import Scores, with_accuracy
 from trainer.probe.adapters import MoEModel
 from trainer.probe.effects import WHAT, Effects, Over, effect_table, mean_and_spread, over_layers
@@ -78,7 +79,7 @@ class Accuracy:
     def tables(self, model: str) -> list[Table]:
         title = f"{model}: accuracy drop in percentage points with random experts in one layer"
         by_task = f"{model}: accuracy drop in percentage points by task, mean over the layers"
-        tasks = table(by_task, "task", "examples", "learned", *(f"over {WHAT[mean.over]}" for mean in self.means))
+        tasks = new_table(by_task, "task", "examples", "learned", *(f"over {WHAT[mean.over]}" for mean in self.means))
         for task in with_accuracy(self.learned.tasks):
             drops = [mean.tasks[task.task] for mean in self.means]
             tasks.add_row(task.task, f"{task.examples:,}", str(task.metrics["acc"]), *map(_show, drops))

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from trainer.evaluate.tasks import Tasks
     from trainer.probe.adapters import MoEModel
     from trainer.probe.effects import Over
-    from trainer.probe.output import ProbeResult
+    from trainer.probe.output import Result
     from trainer.probe.text import Text
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
@@ -43,7 +43,7 @@ def _probe_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _run(
-    measure: Callable[[MoEModel, Text], ProbeResult],
+    measure: Callable[[MoEModel, Text], Result],
     source: str,
     text: Path | None,
     tokens: int,
@@ -123,7 +123,7 @@ def randomize(
     from trainer.probe.randomize import pick_layers
     from trainer.probe.randomize import randomize as run_probe
 
-    def measure(model: MoEModel, text: Text) -> ProbeResult:
+    def measure(model: MoEModel, text: Text) -> Result:
         score = partial(loaded_tasks.score, model.loaded) if loaded_tasks else None
         return run_probe(model, text, pick_layers(model, layers), overs, matched, draws, seed, score)
 

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Literal
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from trainer.evaluate.output import plus_minus, table
-from trainer.probe.output import INK, SERIES, quiet
+from trainer.common.figure_style import SERIES, style_axes
+from trainer.common.format import plus_minus
+from trainer.common.tables import new_table
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -36,7 +37,7 @@ def over_layers(by_layer: Sequence[Sequence[float]]) -> list[float]:
 def effect_table(title: str, effects: Effects, form: str) -> Table:
     """Make a table with a row per layer and a column per protocol; `form` formats the numbers."""
     overs = dict.fromkeys(over for _, over in effects)
-    made = table(title, "layer", *(f"over {WHAT[over]}" for over in overs))
+    made = new_table(title, "layer", *(f"over {WHAT[over]}" for over in overs))
     for layer in dict.fromkeys(layer for layer, _ in effects):
         if layer is None:
             made.add_section()
@@ -56,10 +57,9 @@ def plot_effects(axes: Axes, effects: Effects, labels: Mapping[Over, str]) -> No
         layers, means, spreads = zip(*own, strict=True)
         axes.errorbar(layers, means, spreads, marker="o", ms=5, capsize=3, color=colour, label=labels.get(over, "_"))
         axes.axhline(effects[None, over][0], color=colour, linestyle="--", linewidth=1)
-    quiet(axes)
+    style_axes(axes)
     low, high = (f(0.0, limit) for f, limit in zip((min, max), axes.get_ylim(), strict=True))
     axes.set_ylim(low, high + 0.05 * (high - low))
     seen = [layer for layer, _ in effects if layer is not None]
     axes.set_xlim(min(seen) - 0.5, max(seen) + 0.5)
     axes.xaxis.set_major_locator(MaxNLocator(12, integer=True, min_n_ticks=1))
-    axes.yaxis.label.set_color(INK)

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from router import dead_experts, effective_experts, layer_divergence, load_imbalance
-from trainer.evaluate.output import table
+from trainer.common.figure_style import INK, SERIES, new_figure, panel_title
+from trainer.common.tables import new_table
 from trainer.probe.adapters import MoEModel
-from trainer.probe.output import INK, SERIES
 from trainer.probe.text import ExpertCounts, Text, read
 from trainer.telemetry.expert_heatmap import draw_shares, draw_totals, over_all_experts
 
@@ -112,13 +112,15 @@ class LoadFound:
 
     def tables(self) -> list[Table]:
         heads = ("layer", "experts", "effective", "max / mean", "unused", "divergence (bits)")
-        made = table(f"{self.model}: use of experts, {self.text}", *heads)
+        made = new_table(f"{self.model}: use of experts, {self.text}", *heads)
         for place, (layer, usage) in enumerate(zip(self.layers, self.usage, strict=True)):
             others = np.delete(np.array(self.divergence[place]), place)
             made.add_row(str(layer), *usage.cells(), f"{others.mean():.3f}" if len(others) else "")
         made.add_section()
         made.add_row("all", *self.pool.cells(), f"{self.specialisation:.3f}" if len(self.layers) > 1 else "")
-        tops = table("Most used experts of each layer", "per layer", "distinct", "of all experts", "share of tokens")
+        tops = new_table(
+            "Most used experts of each layer", "per layer", "distinct", "of all experts", "share of tokens"
+        )
         for c in self.coverage:
             tops.add_row(str(c.top), str(c.union), f"{c.of_pool:.1%}", f"{c.share:.1%}")
         return [made, tops]
@@ -146,7 +148,7 @@ class LoadFound:
         below = 0.0 if stacked else 2.1
         width = float(np.clip(3 + 0.09 * tokens_LM.shape[1], 6, 18))
         height = float(np.clip(2.6 + 0.24 * len(self.layers), 4.6, 12)) - 2.1
-        figure = Figure(figsize=(width + 3.4, height + below), dpi=120, layout="constrained")
+        figure = new_figure(width + 3.4, height + below)
         if stacked:
             shares_axes, effective_axes = figure.subplots(1, 2, sharey=True, width_ratios=(width, 3))
             shares_axes.set_xlabel("expert (each layer has its own)", color=INK)
@@ -160,7 +162,7 @@ class LoadFound:
         shares_axes.tick_params(labelbottom=stacked, bottom=stacked)
         shares_axes.yaxis.set_major_formatter(lambda place, _: self._number(place))
         self._draw_effective(effective_axes)
-        shares_axes.set_title(f"{self.model}: use of experts, {self.text}", loc="left", color=INK, fontsize=12)
+        panel_title(shares_axes, f"{self.model}: use of experts, {self.text}")
         return figure
 
     def _number(self, place: float) -> str:

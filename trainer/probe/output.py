@@ -8,26 +8,27 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-
 from trainer.common.atomic import write_whole
 from trainer.common.errors import UserError
+from trainer.common.figure_style import write_png
 from trainer.common.strict_json import dumps
-from trainer.evaluate.output import Result, print_result
+from trainer.common.tables import print_tables
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-INK, QUIET = "#222222", "#8a8a8a"
-SERIES = ("#31688e", "#e08a3c", "#35a06b", "#8d5a97")
+    from rich.table import Table
 
 
-class ProbeResult(Result, Protocol):
+class Result(Protocol):
     """The result of a probe: a dataclass, which is its JSON."""
 
     def rows(self) -> list[dict[str, Any]]:
         """Return the rows of the CSV file, which have the same keys."""
+
+    def tables(self) -> list[Table]: ...
+
+    def notes(self) -> list[str]:
+        """Return the lines to print below the tables."""
 
     def draw(self) -> Figure: ...
 
@@ -43,7 +44,7 @@ def check_files(files: Sequence[Path | None]) -> None:
             raise UserError(f"{file}: cannot be written: there is no folder {file.parent}")
 
 
-def deliver(result: ProbeResult, as_json: bool, csv_file: Path | None, picture: Path | None) -> None:
+def deliver(result: Result, as_json: bool, csv_file: Path | None, picture: Path | None) -> None:
     """Print a result and write its files, each of them completely or not at all.
 
     Raises:
@@ -53,14 +54,13 @@ def deliver(result: ProbeResult, as_json: bool, csv_file: Path | None, picture: 
         if csv_file:
             write_whole(csv_file, lambda path: _write_csv(result.rows(), path))
         if picture:
-            canvas = FigureCanvasAgg(result.draw())
-            write_whole(picture, lambda path: canvas.print_figure(path, format="png"))
+            write_png(result.draw(), picture)
     except OSError as error:
         raise UserError(f"{error.filename or 'file'}: cannot be written ({error.strerror})") from error
     if as_json:
         print(dumps(asdict(result)))  # type: ignore[call-overload]
         return
-    print_result(result)
+    print_tables(*result.tables(), notes=result.notes())
     for file in (csv_file, picture):
         if file:
             print(file)
@@ -71,12 +71,3 @@ def _write_csv(rows: list[dict[str, Any]], path: Path) -> None:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-
-
-def quiet(axes: Axes) -> None:
-    """Style axes like the project's other plots."""
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(QUIET)
-    axes.tick_params(colors=INK)
-    axes.grid(axis="y", color=QUIET, alpha=0.3, linewidth=0.6)
-    axes.set_axisbelow(True)

@@ -12,11 +12,11 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from trainer.common.errors import UserError
+from trainer.common.figure_style import add_legend, new_figure, panel_title
 from trainer.model.random_routing import seeded
 from trainer.probe.accuracy import Accuracies, Accuracy, accuracies, accuracy, score_learned
 from trainer.probe.adapters import MoELayer, MoEModel, observed, rerouted
 from trainer.probe.effects import OVERS, WHAT, Effects, Over, effect_table, mean_and_spread, over_layers, plot_effects
-from trainer.probe.output import INK
 from trainer.probe.text import ExpertCounts, Text, mean_loss, progress
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class Randomization:
 
     def tables(self) -> list[Table]:
         title = f"{self.model}: loss increase in nats per token with random experts in one layer, {self.text}"
-        losses = effect_table(title, self.effects(), "+z.4f")
+        losses = effect_table(title, self.effects(), "z.4f")
         return [losses, *self.accuracy.tables(self.model)] if self.accuracy else [losses]
 
     def notes(self) -> list[str]:
@@ -103,7 +103,7 @@ class Randomization:
     def draw(self) -> Figure:
         """Plot the loss increase by layer, and below it the accuracy drop if it was measured."""
         panels = 2 if self.accuracy else 1
-        figure = Figure(figsize=(7, 1.4 + 3.2 * panels), dpi=120, layout="constrained")
+        figure = new_figure(7, 1.4 + 3.2 * panels)
         axes, *below = figure.subplots(panels, sharex=True, squeeze=False)[:, 0]
         labels = {mean.over: f"random over {WHAT[mean.over]}, mean {mean.increase:+z.4f}" for mean in self.means}
         if self.accuracy:
@@ -113,9 +113,9 @@ class Randomization:
             below[0].set_ylabel(f"accuracy drop, points (from {100 * self.accuracy.learned.mean['acc']:.1f} %)")
         plot_effects(axes, self.effects(), labels)
         axes.set_ylabel(f"loss increase, nats (from {self.loss:.3f})")
-        (below or [axes])[-1].set_xlabel("randomised layer", color=INK)
-        figure.legend(loc="outside lower center", frameon=False, fontsize=9, labelcolor=INK)
-        axes.set_title(f"{self.model}: random experts in one layer", loc="left", color=INK, fontsize=12)
+        (below or [axes])[-1].set_xlabel("randomised layer")
+        add_legend(figure, loc="outside lower center")
+        panel_title(axes, f"{self.model}: random experts in one layer")
         return figure
 
 

@@ -23,9 +23,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from trainer.common.errors import UserError
-from trainer.evaluate.output import table
+from trainer.common.figure_style import (
+    FAINT,
+    INK,
+    SERIES,
+    add_legend,
+    figure_title,
+    new_figure,
+    panel_title,
+    style_axes,
+)
+from trainer.common.tables import new_table
 from trainer.probe.adapters import Bank, Choice, MoELayer, MoEModel
-from trainer.probe.output import INK, SERIES, quiet
 from trainer.probe.text import Text, read
 
 if TYPE_CHECKING:
@@ -96,11 +105,11 @@ class Redundancy:
     def tables(self) -> list[Table]:
         summary = ("mean", "95th percentile", "maximum")
         heads = ("layers", *(f"{of}: {name}" for of in ("weights", "outputs") for name in summary))
-        made = table(f"{self.model}: cosine of every two experts, {self.text}", *heads)
+        made = new_table(f"{self.model}: cosine of every two experts, {self.text}", *heads)
         for bank in self.banks:
             layers = " to ".join(str(number) for number in dict.fromkeys((bank.layers[0], bank.layers[-1])))
             made.add_row(layers, *(f"{v:.3f}" for c in (bank.weights, bank.outputs) for v in asdict(c).values()))
-        alike = table("Most similar experts by outputs", "experts", "outputs", "weights")
+        alike = new_table("Most similar experts by outputs", "experts", "outputs", "weights")
         pairs = sorted((p for bank in self.banks for p in bank.alike), key=lambda p: -p.outputs)
         for pair in pairs[:_PAIRS]:
             alike.add_row(f"{pair.first}, {pair.second}", f"{pair.outputs:.3f}", f"{pair.weights:.3f}")
@@ -115,25 +124,24 @@ class Redundancy:
 
     def draw(self) -> Figure:
         """Plot both matrices of a single bank, or the summaries of several banks."""
-        figure = Figure(figsize=(11, 5), dpi=120, layout="constrained")
+        figure = new_figure(11, 5)
         for axes, of in zip(figure.subplots(1, 2), ("weights", "outputs"), strict=True):
             if len(self.banks) == 1:
                 _draw_matrix(figure, axes, np.array(getattr(self.banks[0], f"{of}_matrix")), of)
             else:
                 _draw_banks(axes, self.banks, [getattr(bank, of) for bank in self.banks], of)
-        figure.suptitle(f"{self.model}: cosine of every two experts", x=0.01, ha="left", color=INK, fontsize=12)
+        figure_title(figure, f"{self.model}: cosine of every two experts")
         return figure
 
 
 def _draw_matrix(figure: Figure, axes: Axes, cosine_EE: NDArray[np.float64], of: str) -> None:
     np.fill_diagonal(cosine_EE, np.nan)  # the diagonal is 1, which would hide the rest
     top = max(float(np.nanmax(np.abs(cosine_EE))), 1e-3)
-    axes.set_facecolor("#dddddd")
+    axes.set_facecolor(FAINT)
     image = axes.imshow(cosine_EE, cmap="RdBu_r", vmin=-top, vmax=top, interpolation="nearest")
     figure.colorbar(image, ax=axes, pad=0.02, aspect=24)
-    axes.set_title(f"{of}, mean {np.nanmean(cosine_EE):.3f}", color=INK, fontsize=10)
-    axes.set_xlabel("expert", color=INK)
-    axes.set_ylabel("expert", color=INK)
+    panel_title(axes, f"{of}, mean {np.nanmean(cosine_EE):.3f}", 10)
+    axes.set(xlabel="expert", ylabel="expert")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(8, integer=True))
 
@@ -143,13 +151,12 @@ def _draw_banks(axes: Axes, banks: Sequence[BankFound], cosines: Sequence[Cosine
     labels = {"largest": "maximum", "p95": "95th percentile", "mean": "mean"}
     for (name, label), colour in zip(labels.items(), SERIES, strict=False):
         axes.plot(at, [getattr(c, name) for c in cosines], marker="o", ms=4, color=colour, label=label)
-    quiet(axes)
     axes.axhline(0, color=INK, linewidth=0.8)
     axes.xaxis.set_major_locator(MaxNLocator(12, integer=True))
-    axes.set_title(of, color=INK, fontsize=10)
-    axes.set_xlabel("layer", color=INK)
-    axes.set_ylabel("cosine", color=INK)
-    axes.legend(frameon=False, fontsize=9, labelcolor=INK)
+    axes.set(xlabel="layer", ylabel="cosine")
+    style_axes(axes)
+    panel_title(axes, of, 10)
+    add_legend(axes)
 
 
 def redundancy(model: MoEModel, text: Text, sampled: int = 64, seed: int = 0) -> Redundancy:

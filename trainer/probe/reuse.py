@@ -11,9 +11,9 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from torch import Tensor
 
 from router import distinct_experts_by_token
-from trainer.evaluate.output import table
+from trainer.common.figure_style import INK, SERIES, add_legend, new_figure, panel_title, style_axes
+from trainer.common.tables import new_table
 from trainer.probe.adapters import Choice, MoELayer, MoEModel
-from trainer.probe.output import INK, SERIES, quiet
 from trainer.probe.text import Text, read
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class Reuse:
 
     def tables(self) -> list[Table]:
         title = f"{self.model}: distinct experts of a token, {self.text}"
-        made = table(title, "experts", f"of {self._most}", "tokens", "share")
+        made = new_table(title, "experts", f"of {self._most}", "tokens", "share")
         for row in self.rows():
             if row["tokens"]:
                 of_most = row["distinct"] / (self.layers * self.top_k)
@@ -85,20 +85,20 @@ class Reuse:
 
     def draw(self) -> Figure:
         """Plot the share of tokens by number of distinct experts, beside the mean and the uniform expectation."""
-        figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
+        figure = new_figure(7, 4)
         axes = figure.subplots()
         rows = [row for row in self.rows() if row["distinct"]]
         axes.bar([row["distinct"] for row in rows], [row["share"] for row in rows], width=0.85, color=SERIES[0])
         mean = f"mean, {self.distinct:.2f} = {self.of_choices:.1%} of {self._most}"
         axes.axvline(self.distinct, color=SERIES[1], linewidth=2, label=mean)
         axes.axvline(self.uniform, color=INK, linestyle="--", linewidth=1.2, label=f"uniform, {self.uniform:.2f}")
-        quiet(axes)
         axes.xaxis.set_major_locator(MaxNLocator(16, integer=True))
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-        axes.set_xlabel(f"distinct experts over {self.layers} layers", color=INK)
-        axes.set_ylabel("share of tokens", color=INK)
-        axes.legend(loc="upper left", frameon=False, fontsize=9, labelcolor=INK)
-        axes.set_title(f"{self.model}: distinct experts of a token", loc="left", color=INK, fontsize=12)
+        axes.set_xlabel(f"distinct experts over {self.layers} layers")
+        axes.set_ylabel("share of tokens")
+        style_axes(axes)
+        add_legend(axes, loc="upper left")
+        panel_title(axes, f"{self.model}: distinct experts of a token")
         return figure
 
 

@@ -18,10 +18,10 @@ from tests.tools import ended, need_package
 from tests.training import END, run_training, tiny, tokens
 from trainer.cli import cli
 from trainer.common.errors import UserError
+from trainer.common.tables import print_tables
 from trainer.config.recipe import Recipe
 from trainer.data.tokenizer import train_tokenizer
 from trainer.evaluate.loss import total_loss, windows
-from trainer.evaluate.output import print_result
 from trainer.evaluate.scores import Scores
 from trainer.export.loaded_model import load_model
 
@@ -273,8 +273,8 @@ def test_groups_and_other_metrics(capsys: pytest.CaptureFixture[str]) -> None:
     mean = mean_accuracies(scores)
     assert mean == {"acc": 0.375, "acc_norm": 0.625, "tasks": 2}
     assert mean_accuracies(scores[2:3]) == {}
-    print_result(Scores(scores, mean, None, 0, "fp32", "0"))
-    lines = [line.replace("│", " ").split() for line in capsys.readouterr().out.splitlines()]
+    print_tables(*Scores(scores, mean, None, 0, "fp32", "0").tables())
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["a", "2", "0.5000", "±", "0.5000", "1.0000"] in lines and ["mean", "0.3750", "0.6250"] in lines
     assert ["text", "4", "-", "-", "exact,strict", "0.2500"] in lines
 
