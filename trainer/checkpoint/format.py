@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Protocol, Self
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError, model_validator
 
 from trainer.common.errors import UserError, one_line
-from trainer.config.recipe import LARGEST, Recipe
+from trainer.config.recipe import Recipe
+from trainer.config.sections import LARGEST
 
 if TYPE_CHECKING:
     import numpy as np

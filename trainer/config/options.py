@@ -14,5 +14,5 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
 
 
 def recipe_arguments(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the argument RECIPE and the option --set."""
+    """Add the argument RECIPE and the option --set to a command."""
     return click.argument("recipe")(set_option(command))

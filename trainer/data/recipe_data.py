@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from trainer.config.recipe import Recipe, Source, Sources
+from trainer.config.recipe import Recipe
+from trainer.config.sections import Source, Sources
 from trainer.data.prepare import Shares, prepare
 from trainer.data.prepared import PreparedData, shares
 from trainer.data.settings import DataSettings

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from trainer.checkpoint.format import read_about
 from trainer.common.errors import UserError
-from trainer.config.recipe import source_names
+from trainer.config.sections import source_names
 from trainer.data.batches import evaluation_steps
 from trainer.data.reading.documents import read_text
 from trainer.evaluate.subject import Subject

@@ -13,7 +13,8 @@ import numpy as np
 
 from trainer.common.atomic import write_whole
 from trainer.common.strict_json import dumps, finite
-from trainer.config.recipe import Recipe, source_names
+from trainer.config.recipe import Recipe
+from trainer.config.sections import source_names
 from trainer.planning.model_costs import count_parameters
 from trainer.sweep.runs import is_done, records_of
 from trainer.sweep.spec import Cell, Experiment, Run

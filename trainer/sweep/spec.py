@@ -33,16 +33,8 @@ from trainer.common.errors import UserError
 from trainer.common.text_file import Unreadable, read_text
 from trainer.config.constraints import show
 from trainer.config.key_errors import first_line
-from trainer.config.recipe import (
-    Data,
-    NonNegative,
-    Recipe,
-    Section,
-    check_recipe,
-    parse_mapping,
-    parse_override,
-    read_tree,
-)
+from trainer.config.recipe import Recipe, check_recipe, parse_mapping, parse_override, read_tree
+from trainer.config.sections import Data, NonNegative, Section
 
 SWEEP_FILE = "sweep.yaml"
 SWEEPS_FOLDER = "runs/sweeps"

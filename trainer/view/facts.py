@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from trainer.checkpoint import format as checkpoint
-from trainer.config.recipe import Recipe, source_names
+from trainer.config.recipe import Recipe
+from trainer.config.sections import source_names
 from trainer.planning.model_costs import count_parameters
 from trainer.planning.report import human
 from trainer.view.frame import duration

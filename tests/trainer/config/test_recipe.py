@@ -8,7 +8,8 @@ import pytest
 from pydantic import ValidationError
 
 from trainer.common.errors import UserError
-from trainer.config.recipe import load_recipe, recipe_names, save_recipe, source_names
+from trainer.config.recipe import load_recipe, recipe_names, save_recipe
+from trainer.config.sections import source_names
 
 WRONG = {
     "train.stpes=3": "train.stpes: unknown key; did you mean steps?",
@@ -38,7 +39,7 @@ WRONG = {
     "train.min_lr=1": "train.min_lr = 1.0: must be at most train.lr (0.002)",
     "data.split=[0, 1, 1]": "data.split = [0, 1, 1]: the first part (training) must be above 0",
     "data.split=[3, 0, 1]": "data.split = [3, 0, 1]: the second part (validation) must be above 0, or data.validation",
-    "data.source=3": "data.source = 3: must be a name in quotes, or a list as [{source: a, weight: 2}, {source: b}]",
+    "data.source=3": "data.source = 3: must be a name in quotes, or a list such as [{source: a, weight: 2}, {source: b}]",
     "data.source=[a]": "data.source = ['a']: must be a name in quotes, or a list",
     "data.source=[]": "data.source = []: must name at least one source",
     "data.source=[{weight: 1}]": "data.source.0.source: missing",
