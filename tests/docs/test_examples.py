@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import re
 import textwrap
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from pool import loop_experts
-
-ROOT = Path(__file__).parent.parent.parent
+from tests.docs.markdown import ROOT
 
 
 def blocks(example: str) -> list[str]:

@@ -8,16 +8,14 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent.parent
-FEWEST_STOPS, MOST_STOPS = 6, 8
+from tests.docs.markdown import DOCUMENTS, ROOT, prose
 
-DOCUMENTS = ("docs/tour.md", "docs/method.md", "docs/design.md", "docs/glossary.md", "CONTRIBUTING.md")
+FEWEST_STOPS, MOST_STOPS = 6, 8
 
 
 def places(text: str) -> set[tuple[str, str]]:
-    """Return (file, name) of everything that a document mentions; the name is "" where only a file is named."""
-    prose = re.sub(r"^ *```.*?^ *```", "", text, flags=re.DOTALL | re.MULTILINE)
-    return set(re.findall(r"`([\w./-]+\.py)(?::([\w.]+))?`", prose))
+    """Return (file, name) of all code that a text mentions as `file:name`, or as `file` with the name ""."""
+    return set(re.findall(r"`([\w.-]+/[\w./-]+\.py)(?::([\w.]+))?`", text))
 
 
 def names(path: Path) -> set[str]:
@@ -41,7 +39,7 @@ def _defined(node: ast.stmt) -> list[str]:
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_what_a_document_names_exists(document: str) -> None:
     missing = []
-    for file, name in sorted(places((ROOT / document).read_text())):
+    for file, name in sorted(places(prose(document))):
         path = ROOT / file
         if not path.is_file():
             missing.append(file)
@@ -61,9 +59,8 @@ def test_each_walk_has_few_stops_and_shows_something_at_each() -> None:
             assert any(name for named, name in places(stop) if named == file), f"{file}: says nothing to look at"
 
 
-def test_places_are_found_in_prose_only() -> None:
-    text = "See `a/b.py:C.d`, `a.py` and `--set key`.\n```\n`not/this.py`\n```\n"
-    assert places(text) == {("a/b.py", "C.d"), ("a.py", "")}
+def test_places_are_files_with_or_without_a_name() -> None:
+    assert places("See `a/b.py:C.d`, `a/c.py`, `recipe.py` and `--set key`.") == {("a/b.py", "C.d"), ("a/c.py", "")}
 
 
 def test_names_are_those_of_a_module_and_its_classes() -> None:
