@@ -32,13 +32,13 @@ def test_router() -> None:
     import router.routers as module
 
     source, case, export, reference = blocks("router")
-    router = run(source, vars(module))["ReluRouter"](5, 7, 2, "raw", False)
+    router = run(source, vars(module))["ReluRouter"](5, 7, 7, "raw", False)
     router.reset_parameters(1.0, torch.Generator().manual_seed(0))
     h_TD = torch.randn(11, 5, generator=torch.Generator().manual_seed(1))
     routing = router(h_TD)
     logits_TM = h_TD @ router.weight_MD.detach().T
-    assert torch.equal(routing.topk_expert_ids_TK, logits_TM.topk(2).indices)
-    torch.testing.assert_close(routing.topk_scores_TK, logits_TM.topk(2).values.relu())
+    assert torch.equal(routing.topk_expert_ids_TK, logits_TM.topk(7).indices)
+    torch.testing.assert_close(routing.topk_scores_TK, logits_TM.topk(7).values.relu())
     match = "def build(kind, hidden, num_experts, top_k, scores, z_loss):\n    match kind:\n" + textwrap.indent(
         case, " " * 8
     )

@@ -67,3 +67,26 @@ def test_names_are_those_of_a_module_and_its_classes() -> None:
     found = names(ROOT / "pool" / "shard.py")
     assert {"ExpertShard", "ExpertShard.backward_rows", "EXPERTS_AT_A_TIME"} <= found
     assert "ExpertShard.no_such_method" not in found and "backward_rows" not in found
+
+
+def test_cited_equations_exist_and_each_is_said_to_be_somewhere_in_the_code() -> None:
+    method = (ROOT / "docs/method.md").read_text()
+    numbers = [int(number) for number in re.findall(r"\\tag\{M(\d+)\}", method)]
+    assert numbers == list(range(1, len(numbers) + 1))
+    rows = re.findall(
+        r"^\| (M[\dM, to]+) \|", method.partition("## Where each equation is in the code")[2], re.MULTILINE
+    )
+    mapped = []
+    for row in rows:
+        first, *more = map(int, re.findall(r"\d+", row))
+        mapped += range(first, more[0] + 1) if " to " in row else [first, *more]
+    assert sorted(mapped) == numbers
+    files = [path for folder in ("router", "pool", "trainer") for path in (ROOT / folder).rglob("*.py")]
+    texts = [path.read_text() for path in files] + [prose(document) for document in DOCUMENTS]
+    cited = [
+        int(n)
+        for text in texts
+        for group in re.findall(r"Eq\. M[\dM, andto]+", text)
+        for n in re.findall(r"\d+", group)
+    ]
+    assert cited and set(cited) <= set(numbers)
