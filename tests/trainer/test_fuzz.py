@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from pool.placement import contiguous
 from tests.training import tiny
 from trainer.checkpoint import format as checkpoint
-from trainer.checkpoint.format import resume
+from trainer.checkpoint import resume
 from trainer.cluster.hostfile import find_node
 from trainer.common.errors import UserError
 from trainer.config.recipe import Recipe, check_recipe, load_recipe, read_tree, save_recipe

@@ -239,7 +239,7 @@ class _Precision:
         def serve(x_ND: Tensor, counts: list[int]) -> None:
             (y_ND,) = server.forward([0], [(x_ND, counts)], keep_for_backward=True)
             server.backward([0], [y_ND])
-            server.shard.flush()
+            server.shard.deferred_dw.drain()
 
         reached = {}
         for rows in ROWS_PER_EXPERT:
@@ -253,7 +253,7 @@ class _Precision:
         m = self._recipe.model
         with self._device:
             shard = ExpertShard(
-                tuple(range(experts)), m.hidden, m.ffn_hidden, DTYPES[self._precision], stash_bytes=2**62
+                tuple(range(experts)), m.hidden, m.ffn_hidden, DTYPES[self._precision], deferred_bytes=2**62
             )
         for parameter in shard.parameters():
             nn.init.normal_(parameter, std=m.init_std)

@@ -105,14 +105,14 @@ class ExportedWeights:
         if name == "trunk":
             names = trunk_names(self._recipe)
             buffers = {n: self.read(names[n]) for n, _ in engine.module.named_buffers()}
-            engine.take_over(lambda weight: _fresh(self.read(names[weight])), buffers, 0)
+            engine.load_resharded(lambda weight: _fresh(self.read(names[weight])), buffers, 0)
             return
         ids: Iterable[int] = engine.module.expert_ids  # type: ignore[assignment]
 
         def stacked(weight: str) -> ParameterState:
             return _fresh(torch.stack([self.read(expert_names(self._recipe, expert)[weight]) for expert in ids]))
 
-        engine.take_over(stacked, {}, 0)
+        engine.load_resharded(stacked, {}, 0)
 
 
 def _value(recipe: Recipe, key: str) -> Any:

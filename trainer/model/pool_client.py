@@ -140,7 +140,7 @@ class LocalPool(_NoWire):
         kind = requests[0].kind
         if kind == Kind.BACKWARD:
             answers = self._server.backward(keys, [request.rows_ND for request in requests])
-            self._shard.flush_if_full()
+            self._shard.deferred_dw.drain_if_full()
             return answers
         batches = [(request.rows_ND, request.tokens_per_expert.tolist()) for request in requests]
         return self._server.forward(keys, batches, keep_for_backward=kind == Kind.FORWARD)

@@ -20,7 +20,7 @@ from trainer.checkpoint.save import Saver
 from trainer.cluster.fault_watch import FaultWatch
 from trainer.cluster.launch import DONE_FILE
 from trainer.cluster.process_groups import Job
-from trainer.cluster.rendezvous import Launch, Member, names_before, rendezvous
+from trainer.cluster.rendezvous import Launch, Member, provisional_names, rendezvous
 from trainer.common.errors import DIVERGED, START_AGAIN, JobError, UserError
 from trainer.common.strict_json import dumps, loads
 from trainer.config.recipe import Recipe
@@ -53,7 +53,7 @@ def train(recipe: Recipe, launch: Launch, force: bool = False) -> int:
     Returns:
         the exit status: 0, DIVERGED, or START_AGAIN after a signal that asks for a checkpoint.
     """
-    watch = FaultWatch(launch.rank, names_before(recipe, launch.world_size)[launch.rank])
+    watch = FaultWatch(launch.rank, provisional_names(recipe, launch.world_size)[launch.rank])
     try:
         return _train(recipe, launch, watch, force)
     except BaseException as error:
@@ -306,11 +306,13 @@ class _Loop:
         """Too many steps in a row were skipped: say on which data."""
         self._saver.finish()
         if self._trunk and self._prepared:
-            self._job.shared.put("suspects", self._trunk.suspects(step))
+            self._job.shared.put("nonfinite_rows", self._trunk.nonfinite_rows(step))
         if self._job.rank == 0:
             trunk_ranks = range(self._recipe.parallel.trunk_ranks)
-            suspects = [self._job.shared.get(f"suspects/{rank}") for rank in trunk_ranks]
-            where = "; ".join(text for text in suspects if text) or "the losses are finite, only gradients are not"
+            nonfinite_rows = [self._job.shared.get(f"nonfinite_rows/{rank}") for rank in trunk_ranks]
+            where = (
+                "; ".join(text for text in nonfinite_rows if text) or "the losses are finite, only gradients are not"
+            )
             data = self._prepared.files("train") if self._prepared else ""
             say(f"unipool: step {step + 1}, of {data}: {where}")
         self._job.barrier()

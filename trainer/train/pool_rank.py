@@ -54,14 +54,14 @@ def wire_settings(recipe: Recipe, job: Job, placement: Placement) -> WireSetting
     )
 
 
-def finish_gradients(shard: ExpertShard, recipe: Recipe) -> None:
+def reduce_expert_gradients(shard: ExpertShard, recipe: Recipe) -> None:
     """Flush the stash and scale the sums: the engine takes the mean over R replicas, wanted is the mean over T ranks.
 
     The trunk has scaled by 1 / micro-batches already, so the factor is R / T.
     """
     if shard.frozen:
         return
-    shard.flush()
+    shard.deferred_dw.drain()
     shard.scale_gradients(recipe.grid.replicas / recipe.grid.trunk_ranks)
 
 
@@ -92,7 +92,7 @@ class PoolRank:
         self.clock.begin()
         with self._engine.accumulating():
             self._service.serve(self.plan.slots, step)
-            finish_gradients(self._shard, self._recipe)
+            reduce_expert_gradients(self._shard, self._recipe)
             self.clock.computed()
         return self._engine.grad_norm_squared()
 

@@ -47,7 +47,7 @@ from trainer.model.trunk import Trunk
 from trainer.planning.schedule import ScheduleSpec
 from trainer.telemetry.prometheus import ExpertLoad, MetricsServer, StepScalars
 from trainer.telemetry.time_breakdown import UsageClock
-from trainer.train.pool_rank import build_shard, finish_gradients, wire_settings
+from trainer.train.pool_rank import build_shard, reduce_expert_gradients, wire_settings
 
 LOAD_STEPS = 100
 """Steps over which the recorded load is a mean, about."""
@@ -128,7 +128,7 @@ class TrunkRank:
                 stack.enter_context(engine.accumulating())
             results = self._pool.run(self._micro_batches(step), self.plan.lane_order[self._job.rank], step)
             if self._shard is not None:
-                finish_gradients(self._shard, self._recipe)
+                reduce_expert_gradients(self._shard, self._recipe)
             self.clock.computed()
         self._gather(results)
         squared_norm = sum(engine.grad_norm_squared() for engine in self.engines.values())
@@ -217,7 +217,7 @@ class TrunkRank:
             load_LM = self._over_all_experts(self.load_LM)
             metrics.count_load(load_LM, load_LM.sum(0))
 
-    def suspects(self, step: int) -> str:
+    def nonfinite_rows(self, step: int) -> str:
         """This rank's micro-batches of the step just done whose loss is not finite, and their rows of the data."""
         recipe, job = self._recipe, self._job
         places = self._training.places(

@@ -44,18 +44,18 @@ def test_which_nodes_have_trunk_ranks(tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("text", "node_rank", "line"),
     [
-        ("a slots=2\nb slots=4\n", None, "--node-rank is missing: {path} has 2 hosts, so it must be 0 to 1"),
-        ("a slots=2\nb slots=4\n", 2, "--node-rank 2: {path} has 2 hosts, so it must be 0 to 1"),
-        ("a slots=2\nb slots=4\n", -1, "--node-rank -1: {path} has 2 hosts, so it must be 0 to 1"),
-        ("a slots=2\na slots=4\n", 0, "--hostfile {path}, line 2: a is there twice"),
+        ("a slots=2\nb slots=4\n", None, "--node-rank is missing: must be 0 to 1, because {path} has 2 hosts"),
+        ("a slots=2\nb slots=4\n", 2, "--node-rank 2: must be 0 to 1, because {path} has 2 hosts"),
+        ("a slots=2\nb slots=4\n", -1, "--node-rank -1: must be 0 to 1, because {path} has 2 hosts"),
+        ("a slots=2\na slots=4\n", 0, "--hostfile {path}, line 2: a is listed twice"),
         ("a slots=2\nb\n", 0, "--hostfile {path}, line 2: 'b' must be HOST slots=RANKS"),
         ("a slots=0\n", 0, "--hostfile {path}, line 1: 'a slots=0' must be HOST slots=RANKS"),
         ("a 6\n", 0, "--hostfile {path}, line 1: 'a 6' must be HOST slots=RANKS"),
-        ("# nobody\n", 0, "--hostfile {path}: has no line HOST slots=RANKS"),
+        ("# nobody\n", 0, "--hostfile {path}: no host is listed; add lines HOST slots=RANKS"),
         (
             "a slots=2\nb slots=3\n",
             0,
-            "--hostfile {path}: its slots are 2 + 3 = 5, parallel.trunk_ranks + parallel.pool_ranks = 2 + 4 = 6: "
+            "--hostfile {path}: the slots are 2 + 3 = 5, but parallel.trunk_ranks + parallel.pool_ranks = 2 + 4 = 6: "
             "make them equal",
         ),
     ],

@@ -152,7 +152,7 @@ def test_restarts(
     assert job.pauses == [2.0**n for n in range(len(statuses) - 1)]
     assert job.ports == [str(port) for port in range(1, len(statuses) + 1)]
     assert capsys.readouterr().err.splitlines() == [
-        f"unipool: the job ended with status {ended}; restart {n} of {max_restarts}, from the newest checkpoint"
+        f"unipool: the job ended with status {ended}; restart {n} of {max_restarts} from the newest checkpoint"
         for n, ended in enumerate(statuses[:-1], 1)
     ]
 

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from trainer.common.errors import UserError
-from trainer.data import preparation, prepare, prepare_source
+from trainer.data import preparation
 from trainer.data import prepare as module
+from trainer.data.prepare import prepare, prepare_source
 from trainer.data.prepared import PreparedData, open_prepared
 from trainer.data.splitting import SPLITS, split_of
 from trainer.data.tokenizer import load_tokenizer

@@ -15,7 +15,7 @@ from trainer.model.document_mask import document_mask
 from trainer.model.micro_batch import Objective, PoolMap, hidden_states, train_dense_micro_batch, train_micro_batch
 from trainer.model.pool_client import LocalPool, NoPool
 from trainer.model.trunk import Trunk
-from trainer.train.pool_rank import build_shard, finish_gradients
+from trainer.train.pool_rank import build_shard, reduce_expert_gradients
 
 CPU = torch.device("cpu")
 MASKED: dict[str, Any] = {"data": {"document_mask": True}}
@@ -56,7 +56,7 @@ def trained(recipe: Recipe, batches: list[tuple[Tensor, float]], end: int | None
         coroutine = train_micro_batch(trunk, pool_map, rows_BS1, number, objective)
         (result,) = LocalPool(shard).run([coroutine], (0,), 0)
         loss += weight * float(result.loss)
-    finish_gradients(shard, recipe)
+    reduce_expert_gradients(shard, recipe)
     both = {**dict(trunk.named_parameters()), **{f"pool {n}": p for n, p in shard.named_parameters()}}
     return loss, {name: p.grad for name, p in both.items() if p.grad is not None}
 

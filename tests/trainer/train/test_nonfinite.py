@@ -24,7 +24,7 @@ from trainer.config.recipe import Recipe, load_recipe
 from trainer.planning.schedule import make_schedule
 from trainer.train.summary import perplexity
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "colocated": {"trunk_zero": 1, "pool_zero": 1},
