@@ -20,8 +20,11 @@ def first_line(error: ValidationError, root: type[BaseModel]) -> str:
         root: The model of the whole file.
     """
     first, *more = error.errors()
-    # Locations contain the tags of unions as well.
-    location = tuple(part for part in first["loc"] if not str(part).startswith("<"))
+    *sections, last = first["loc"] or ("",)
+    # Locations contain the tags of unions as well; the last part of an unknown key is what the user wrote.
+    location = tuple(part for part in sections if not str(part).startswith("<"))
+    if first["type"] == "extra_forbidden" or not str(last).startswith("<"):
+        location += (last,)
     key = ".".join(str(part) for part in location)
     if first["type"] == "value_error":
         line = str(first["ctx"]["error"])
