@@ -39,7 +39,7 @@ WRONG = {
     "train.min_lr=1": "train.min_lr = 1.0: must be at most train.lr (0.002)",
     "data.split=[0, 1, 1]": "data.split = [0, 1, 1]: the first part (training) must be above 0",
     "data.split=[3, 0, 1]": "data.split = [3, 0, 1]: the second part (validation) must be above 0, or data.validation",
-    "data.source=3": "data.source = 3: must be a name in quotes, or a list such as [{source: a, weight: 2}, {source: b}]",
+    "data.source=3": "data.source = 3: must be a name in quotes, or a list such as [{source: a, weight: 2}",
     "data.source=[a]": "data.source = ['a']: must be a name in quotes, or a list",
     "data.source=[]": "data.source = []: must name at least one source",
     "data.source=[{weight: 1}]": "data.source.0.source: missing",
