@@ -98,7 +98,7 @@ def run_one_by_one(shard: ExpertShard, works: list[Work]) -> tuple[list[Tensor],
     dxs = []
     for n, w in enumerate(works):
         dxs += server.backward([n], [w.dy_ND])
-        shard.flush_if_full()
+        shard.deferred_dw.drain_if_full()
     return ys, dxs
 
 

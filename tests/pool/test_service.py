@@ -15,7 +15,7 @@ from pool.service import PoolService
 from pool.topology import Topology
 from pool.wire import PoolWire
 from tests.pool.shard_work import COUNTS, Work, assert_gradients, make_shard, make_work
-from tests.pool.test_weight_gradients import stash_bytes_of
+from tests.pool.test_weight_gradients import deferred_bytes_of
 
 LAYERS = 3
 STEP = 4
@@ -60,23 +60,23 @@ def serve(works: dict[RequestKey, Work], slots: list[Slot], **keywords: Any) -> 
 
 
 @pytest.mark.parametrize("requests", [1, 2, 100])
-def test_the_stash_stays_within_its_limit(requests: int) -> None:
+def test_deferred_work_stays_within_its_limit(requests: int) -> None:
     """At most one slot above it; the gradients are the same whatever the limit."""
     works = some_works(2)
-    one = stash_bytes_of([make_work(COUNTS[0], 0)])
-    service = serve(works, slots_of(works), stash_bytes=requests * one)
-    assert service.take_served().stash_bytes == min(requests + 1, len(works)) * one
-    assert service.take_served().stash_bytes == 0, "since the last time"
-    service.shard.flush()
+    one = deferred_bytes_of([make_work(COUNTS[0], 0)])
+    service = serve(works, slots_of(works), deferred_bytes=requests * one)
+    assert service.take_served().deferred_bytes == min(requests + 1, len(works)) * one
+    assert service.take_served().deferred_bytes == 0, "since the last time"
+    service.shard.deferred_dw.drain()
     assert_gradients(service.shard, list(works.values()))
 
 
-def test_an_empty_slot_cuts_the_stash() -> None:
+def test_an_empty_slot_seals_deferred_work() -> None:
     """From there on its weight gradients can be made while nothing else is to be done."""
     works = some_works(1)
     slots = slots_of(works)
-    assert not serve(works, slots).shard.flush_some()
-    assert serve(works, [*slots[:-1], (), slots[-1]]).shard.flush_some()
+    assert not serve(works, slots).shard.deferred_dw.drain_some()
+    assert serve(works, [*slots[:-1], (), slots[-1]]).shard.deferred_dw.drain_some()
 
 
 def test_what_was_served() -> None:

@@ -35,7 +35,7 @@ def test_against_loop_over_tokens(counts: list[int], recompute: bool) -> None:
     want = slow(shard, work)
     assert_near(y_ND, want.y_ND)
     assert_near(dx_ND, want.dx_ND)
-    shard.flush()
+    shard.deferred_dw.drain()
     assert_gradients(shard, [work])
     for place, count in enumerate(counts):
         for grad in gradients(shard):
@@ -54,7 +54,7 @@ def test_merged_slot(recompute: bool) -> None:
     for y_ND, dx_ND, work in zip(ys, dxs, works, strict=True):
         assert_near(y_ND, slow(merged, work).y_ND)
         assert_near(dx_ND, slow(merged, work).dx_ND)
-    merged.flush()
+    merged.deferred_dw.drain()
     assert_gradients(merged, works)
 
 
@@ -72,7 +72,7 @@ def test_backward_slots_may_differ_from_forward_slots(recompute: bool) -> None:
         dxs.update(zip(slot, server.backward(list(slot), [works[n].dy_ND for n in slot]), strict=True))
     for n, work in enumerate(works):
         assert_near(dxs[n], slow(shard, work).dx_ND)
-    shard.flush()
+    shard.deferred_dw.drain()
     assert_gradients(shard, works)
 
 
@@ -81,20 +81,20 @@ def test_slots_of_empty_requests() -> None:
     works = [make_work([0, 0, 0, 0], seed) for seed in range(2)]
     ys, dxs = run_merged(shard, works)
     assert [t.shape for t in ys + dxs] == [(0, D)] * 4
-    shard.flush()
+    shard.deferred_dw.drain()
     assert not any(grad.any() for grad in gradients(shard))
 
 
-@pytest.mark.parametrize("stash_bytes", [1, 2**30])
+@pytest.mark.parametrize("deferred_bytes", [1, 2**30])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_two_runs_are_bit_equal(dtype: torch.dtype, stash_bytes: int) -> None:
+def test_two_runs_are_bit_equal(dtype: torch.dtype, deferred_bytes: int) -> None:
     works = several(dtype)
     runs = []
     for _ in range(2):
-        shard = make_shard(dtype=dtype, stash_bytes=stash_bytes)
+        shard = make_shard(dtype=dtype, deferred_bytes=deferred_bytes)
         ys, dxs = run_merged(shard, works)
         more_ys, more_dxs = run_one_by_one(shard, works)
-        shard.flush()
+        shard.deferred_dw.drain()
         runs.append([*ys, *dxs, *more_ys, *more_dxs, *gradients(shard)])
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
@@ -107,7 +107,7 @@ def test_recompute_changes_no_bit(run: Any, dtype: torch.dtype) -> None:
     for recompute in (False, True):
         shard = make_shard(dtype=dtype, recompute=recompute)
         ys, dxs = run(shard, works)
-        shard.flush()
+        shard.deferred_dw.drain()
         outcomes.append([*ys, *dxs, *gradients(shard)])
     assert all(torch.equal(a, b) for a, b in zip(*outcomes, strict=True))
 
@@ -127,7 +127,7 @@ def test_bf16_tracks_fp32() -> None:
     works = several(torch.bfloat16)
     shard = make_shard(dtype=torch.bfloat16)
     ys, dxs = run_merged(shard, works)
-    shard.flush()
+    shard.deferred_dw.drain()
     slows = [slow(shard, work) for work in works]
     w13, w2 = gradients(shard)
     assert (w13.dtype, w2.dtype) == (torch.float32, torch.float32)

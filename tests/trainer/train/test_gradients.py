@@ -85,8 +85,9 @@ class Reference:
     """The exported model with the losses written out, under autograd."""
 
     def __init__(self, recipe: Recipe, weights: Numbers):
+        from trainer.export.exported_model import stored_tensors
         from trainer.export.modeling_unipool import UniPoolForCausalLM
-        from trainer.export.source import model_config, stored_tensors
+        from trainer.export.saved_run import model_config
 
         config = model_config(recipe)
         config._attn_implementation = "eager"
@@ -137,7 +138,7 @@ class Reference:
 
     def gradients(self, objective: Tensor) -> Numbers:
         """By the trainer's names."""
-        from trainer.export.source import stored_tensors
+        from trainer.export.exported_model import stored_tensors
 
         objective.backward()
         for parameter in self.model.parameters():
