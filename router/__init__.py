@@ -1,4 +1,4 @@
-"""Pure routing mathematics: routers, balance losses and load statistics; no torch.distributed."""
+"""Routers, balance losses and load statistics: pure functions that know no process groups."""
 
 from router.balance import LoadStatistics, balance_coefficients
 from router.calibration import norm_constant

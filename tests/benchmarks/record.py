@@ -19,10 +19,10 @@ from trainer.checkpoint import format as checkpoint
 from trainer.checkpoint.reshard import SavedCheckpoint, convert
 from trainer.config.recipe import load_recipe
 from trainer.data.prepare import prepare_for
+from trainer.engine.experts import build_shard
 from trainer.model.micro_batch import PoolMap, hidden_states
 from trainer.model.pool_client import LocalPool
 from trainer.model.trunk import Trunk
-from trainer.train.pool_rank import build_shard
 
 
 def record(run: Path, micro_batches: int) -> NDArray[np.int64]:

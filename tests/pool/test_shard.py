@@ -101,7 +101,7 @@ def run_one_by_one(shard: ExpertShard, works: list[Work]) -> tuple[list[Tensor],
     dxs = []
     for n, w in enumerate(works):
         dxs += server.backward([n], [w.dy_ND])
-        shard.flush_if_full()
+        shard.deferred_dw.drain_if_full()
     return ys, dxs
 
 
@@ -124,7 +124,7 @@ def test_against_loop_over_tokens(counts: list[int], recompute: bool) -> None:
     want = slow(shard, work)
     assert_near(y_ND, want.y_ND)
     assert_near(dx_ND, want.dx_ND)
-    shard.flush()
+    shard.deferred_dw.drain()
     assert_gradients(shard, [work])
     for place, count in enumerate(counts):
         for grad in gradients(shard):
@@ -143,7 +143,7 @@ def test_merged_slot(recompute: bool) -> None:
     for y_ND, dx_ND, work in zip(ys, dxs, works, strict=True):
         assert_near(y_ND, slow(merged, work).y_ND)
         assert_near(dx_ND, slow(merged, work).dx_ND)
-    merged.flush()
+    merged.deferred_dw.drain()
     assert_gradients(merged, works)
 
 
@@ -161,7 +161,7 @@ def test_backward_slots_may_differ_from_forward_slots(recompute: bool) -> None:
         dxs.update(zip(slot, server.backward(list(slot), [works[n].dy_ND for n in slot]), strict=True))
     for n, work in enumerate(works):
         assert_near(dxs[n], slow(shard, work).dx_ND)
-    shard.flush()
+    shard.deferred_dw.drain()
     assert_gradients(shard, works)
 
 
@@ -170,31 +170,31 @@ def test_slots_of_empty_requests() -> None:
     works = [make_work([0, 0, 0, 0], seed) for seed in range(2)]
     ys, dxs = run_merged(shard, works)
     assert [t.shape for t in ys + dxs] == [(0, D)] * 4
-    shard.flush()
+    shard.deferred_dw.drain()
     assert not any(grad.any() for grad in gradients(shard))
 
 
-def stash_bytes_of(works: list[Work]) -> int:
+def deferred_bytes_of(works: list[Work]) -> int:
     """x (D), dh (2F), act (F) and dy (D) of every row, in fp32."""
     return sum(len(w.x_ND) for w in works) * (2 * D + 3 * F) * 4
 
 
-@pytest.mark.parametrize("stash_bytes", [0, 1, stash_bytes_of(several()[:2])])
-def test_split_flush_equals_one_flush(stash_bytes: int) -> None:
+@pytest.mark.parametrize("deferred_bytes", [0, 1, deferred_bytes_of(several()[:2])])
+def test_several_drains_equal_one(deferred_bytes: int) -> None:
     works = several()
-    split, whole = make_shard(stash_bytes=stash_bytes), make_shard()
+    split, whole = make_shard(deferred_bytes=deferred_bytes), make_shard()
     for shard in (split, whole):
         run_one_by_one(shard, works)
-    assert split.w2_eDF.grad is not None, "the stash was never full"
+    assert split.w2_eDF.grad is not None, "the limit was never reached"
     assert whole.w2_eDF.grad is None
     for shard in (split, whole):
-        shard.flush()
+        shard.deferred_dw.drain()
         assert_gradients(shard, works)
 
 
-def test_flush_happens_when_the_stash_is_more_than_full() -> None:
+def test_work_is_computed_once_it_exceeds_the_limit() -> None:
     works = [*several()[:2], make_work([0, 0, 1, 0], seed=9)]
-    shard = make_shard(stash_bytes=stash_bytes_of(works[:2]))
+    shard = make_shard(deferred_bytes=deferred_bytes_of(works[:2]))
     run_one_by_one(shard, works[:2])
     assert shard.w2_eDF.grad is None
     run_one_by_one(shard, works[2:])
@@ -202,16 +202,16 @@ def test_flush_happens_when_the_stash_is_more_than_full() -> None:
     assert_gradients(shard, works)
 
 
-@pytest.mark.parametrize("stash_bytes", [1, 2**30])
+@pytest.mark.parametrize("deferred_bytes", [1, 2**30])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_two_runs_are_bit_equal(dtype: torch.dtype, stash_bytes: int) -> None:
+def test_two_runs_are_bit_equal(dtype: torch.dtype, deferred_bytes: int) -> None:
     works = several(dtype)
     runs = []
     for _ in range(2):
-        shard = make_shard(dtype=dtype, stash_bytes=stash_bytes)
+        shard = make_shard(dtype=dtype, deferred_bytes=deferred_bytes)
         ys, dxs = run_merged(shard, works)
         more_ys, more_dxs = run_one_by_one(shard, works)
-        shard.flush()
+        shard.deferred_dw.drain()
         runs.append([*ys, *dxs, *more_ys, *more_dxs, *gradients(shard)])
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
@@ -224,7 +224,7 @@ def test_recompute_changes_no_bit(run: Any, dtype: torch.dtype) -> None:
     for recompute in (False, True):
         shard = make_shard(dtype=dtype, recompute=recompute)
         ys, dxs = run(shard, works)
-        shard.flush()
+        shard.deferred_dw.drain()
         outcomes.append([*ys, *dxs, *gradients(shard)])
     assert all(torch.equal(a, b) for a, b in zip(*outcomes, strict=True))
 
@@ -244,7 +244,7 @@ def test_bf16_tracks_fp32() -> None:
     works = several(torch.bfloat16)
     shard = make_shard(dtype=torch.bfloat16)
     ys, dxs = run_merged(shard, works)
-    shard.flush()
+    shard.deferred_dw.drain()
     slows = [slow(shard, work) for work in works]
     w13, w2 = gradients(shard)
     assert (w13.dtype, w2.dtype) == (torch.float32, torch.float32)
@@ -261,7 +261,7 @@ def test_bf16_tracks_fp32() -> None:
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-4), (torch.bfloat16, 2e-2)])
 def test_gradients_are_summed_in_fp32(dtype: torch.dtype, tolerance: float) -> None:
-    """A flush adds to the gradient; beside a large one (1024, whose bf16 neighbour is 8 away) small ones survive."""
+    """A drain adds to the gradient; beside a large one (1024, whose bf16 neighbour is 8 away) small ones survive."""
     works = several(dtype)
     shard, fresh = make_shard(dtype=dtype), make_shard(dtype=dtype)
     for weight in (shard.w13_e2FD, shard.w2_eDF):
@@ -269,25 +269,25 @@ def test_gradients_are_summed_in_fp32(dtype: torch.dtype, tolerance: float) -> N
     for work in works:
         for one in (shard, fresh):
             run_one_by_one(one, [work])
-            one.flush()
+            one.deferred_dw.drain()
     for got, want in zip(gradients(shard), gradients(fresh), strict=True):
         assert_near(got - 1024.0, want, tolerance)
 
 
-def test_flush_of_an_empty_stash_leaves_zero_gradients() -> None:
+def test_a_drain_without_work_leaves_zero_gradients() -> None:
     shard = make_shard()
-    shard.flush()
+    shard.deferred_dw.drain()
     for weight, grad in zip((shard.w13_e2FD, shard.w2_eDF), gradients(shard), strict=True):
         assert torch.equal(grad, torch.zeros_like(weight))
 
 
-def test_flush_empties_the_stash() -> None:
-    """A second flush adds nothing, and does not clear what is there."""
+def test_a_drain_leaves_no_work() -> None:
+    """A second drain adds nothing, and does not clear what is there."""
     shard = make_shard()
     run_one_by_one(shard, several())
-    shard.flush()
+    shard.deferred_dw.drain()
     once = gradients(shard)
-    shard.flush()
+    shard.deferred_dw.drain()
     assert all(torch.equal(a, b) for a, b in zip(once, gradients(shard), strict=True))
     assert any(grad.any() for grad in once)
 
@@ -295,7 +295,7 @@ def test_flush_empties_the_stash() -> None:
 def test_scale_gradients() -> None:
     shard = make_shard()
     run_one_by_one(shard, several())
-    shard.flush()
+    shard.deferred_dw.drain()
     before = gradients(shard)
     shard.scale_gradients(0.25)
     assert all(torch.equal(a * 0.25, b) for a, b in zip(before, gradients(shard), strict=True))
@@ -364,21 +364,21 @@ def test_autograd_keeps_out() -> None:
 SIX = ([3, 0, 5, 1, 0, 2], [0, 4, 1, 0, 0, 2], [2, 2, 0, 0, 0, 9])
 
 
-def stashed(kernels: ModuleType, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, some: int) -> ExpertShard:
-    """Three backwards of six experts, a cut before the last, and `some` calls of flush_some at every cut."""
+def deferred(kernels: ModuleType, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, some: int) -> ExpertShard:
+    """Three backwards of six experts, sealed before the last, with `some` calls of drain_some after every later one."""
     shard = ExpertShard(tuple(range(6)), 16, 8, dtype)
     shard.reset_parameters(0.5, 0.4, 3)
     monkeypatch.setattr(shard, "_kernels", lambda: kernels)
     generator = torch.Generator().manual_seed(1)
     for number, counts in enumerate(SIX):
         if number == 2:
-            shard.cut()
+            shard.deferred_dw.seal()
         x_ND, dy_ND = torch.randn(2, sum(counts), 16, generator=generator).to(dtype)
         shard.backward_rows(x_ND, None, dy_ND, [counts])
         for _ in range(some if number else 0):
-            shard.flush_some()
-    shard.flush()
-    assert not shard.flush_some(), "nothing is left"
+            shard.deferred_dw.drain_some()
+    shard.deferred_dw.drain()
+    assert not shard.deferred_dw.drain_some(), "nothing is left"
     return shard
 
 
@@ -387,31 +387,32 @@ def stashed(kernels: ModuleType, dtype: torch.dtype, monkeypatch: pytest.MonkeyP
 def test_when_weight_gradients_are_made_does_not_show(
     kernels: ModuleType, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Bit for bit, whatever part of a cut was made in idle time; and they are the sums that they should be."""
-    at_the_end = gradients(stashed(kernels, dtype, monkeypatch, 0))
+    """Bit for bit, whatever part of a batch was computed in idle time; and they are the sums that they should be."""
+    at_the_end = gradients(deferred(kernels, dtype, monkeypatch, 0))
     for some in (1, 2, 5):
-        assert all(map(torch.equal, gradients(stashed(kernels, dtype, monkeypatch, some)), at_the_end)), some
-    whole = gradients(stashed(loop_experts, torch.float32, monkeypatch, 0))
+        assert all(map(torch.equal, gradients(deferred(kernels, dtype, monkeypatch, some)), at_the_end)), some
+    whole = gradients(deferred(loop_experts, torch.float32, monkeypatch, 0))
     for got, want in zip(at_the_end, whole, strict=True):
         scale = float(want.abs().max())
         assert float((got - want).abs().max()) < (1e-5 if dtype == torch.float32 else 3e-2) * scale
 
 
-def test_room_is_made_when_the_stash_is_full() -> None:
-    """What is cut goes first, without another cut; only what is not cut and too much alone is cut and made."""
+def test_room_is_made_beyond_the_limit() -> None:
+    """Sealed work goes first; the open batch is sealed and computed only if it is too large by itself."""
     one = 8 * (2 * D + 3 * F) * 4  # bytes of a backward with 8 rows, fp32
 
     def backward(shard: ExpertShard) -> None:
         work = make_work([3, 1, 4, 0], 0)
         shard.backward_rows(work.x_ND, None, work.dy_ND, [work.counts])
-        shard.flush_if_full()
+        shard.deferred_dw.drain_if_full()
 
-    shard = make_shard(stash_bytes=2 * one)
+    shard = make_shard(deferred_bytes=2 * one)
+    work = shard.deferred_dw
     backward(shard)
-    shard.cut()
+    shard.deferred_dw.seal()
     backward(shard)
-    assert len(shard._ready) == 1 and shard._ready_bytes == shard._uncut_bytes == one
+    assert len(work._sealed) == 1 and work._sealed_bytes == work._open.bytes == one
     backward(shard)
-    assert not shard._ready and shard._ready_bytes == 0 and shard._uncut_bytes == 2 * one
+    assert not work._sealed and work._open.bytes == 2 * one
     backward(shard)
-    assert not shard._ready and not shard._stash and shard._uncut_bytes == 0
+    assert not work._sealed and not work._open.work and work._open.bytes == 0

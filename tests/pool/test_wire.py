@@ -152,7 +152,7 @@ def round_trip(topology: Topology, lanes: int, dtype: torch.dtype) -> Any:
     service = make_service(topology, pool_wire, dtype)
     for plan, step in plans:
         service.serve(slots(plan), step)
-    service.shard.flush()
+    service.shard.deferred_dw.drain()
     loads = [(served.tokens_Le, served.gradients_e) for served in (service.take_served(), service.take_served())]
     barrier(store, "end")
     return service.shard.w13_e2FD.grad, service.shard.w2_eDF.grad, loads, pool_wire.bytes_sent, pool_wire.bytes_received
@@ -176,7 +176,7 @@ def local(topology: Topology, lanes: int, dtype: torch.dtype) -> tuple[dict[Requ
         for key in requests:
             batch = rows_of(key, dtype), counts_of(key).tolist()
             answers[key] = server.forward([key], [batch], keep_for_backward=False)[0]
-    shard.flush()
+    shard.deferred_dw.drain()
     return answers, shard, load_LM
 
 

@@ -18,7 +18,8 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from trainer.common.errors import UserError, one_line, os_reason
 from trainer.common.safe_read import read_array
-from trainer.config.recipe import LARGEST, Recipe
+from trainer.config.recipe import Recipe
+from trainer.config.sections import LARGEST
 
 if TYPE_CHECKING:
     import numpy as np

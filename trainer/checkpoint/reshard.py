@@ -103,12 +103,12 @@ class SavedCheckpoint:
     def load_resharded(self, name: str, engine: Engine) -> None:
         """Load role `name` ("trunk" or "pool/shard_N") of this rank."""
         if name == "trunk":
-            engine.take_over(self.trunk.read, self.trunk.buffers, self.trunk.updates, self.trunk.frozen)
+            engine.load_resharded(self.trunk.read, self.trunk.buffers, self.trunk.updates, self.trunk.frozen)
             return
         assert isinstance(engine.module, ExpertShard)
         ids = engine.module.expert_ids
         first = self._shards[0]
-        engine.take_over(lambda weight: self.read_experts(weight, ids), {}, first.updates, first.frozen)
+        engine.load_resharded(lambda weight: self.read_experts(weight, ids), {}, first.updates, first.frozen)
 
     def load_weights(self, trunk: Trunk, shard: ExpertShard | None) -> None:
         """Load only the weights, for use without engines."""

@@ -11,7 +11,8 @@ from trainer.checkpoint import format as checkpoint
 from trainer.common.errors import SharedUserError, UserError
 from trainer.common.safe_read import read_tensors
 from trainer.common.strict_json import dumps, loads
-from trainer.config.recipe import Recipe, load_recipe, source_names
+from trainer.config.recipe import Recipe, load_recipe
+from trainer.config.sections import source_names
 
 if TYPE_CHECKING:
     from trainer.cluster.process_groups import Job

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from trainer.common.errors import UserError
 from trainer.common.strict_json import dumps
-from trainer.config.recipe import Recipe, Source, Sources
+from trainer.config.recipe import Recipe
+from trainer.config.sections import Source, Sources
 from trainer.data.cache import make_once
 from trainer.data.prepared_data import TOKENIZER_FILE, PreparedData, PreparedSource, open_prepared
 from trainer.data.reading.documents import refuse_bad_share

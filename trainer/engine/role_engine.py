@@ -213,7 +213,7 @@ class RoleEngine:
         self._schedule.step(self._schedule.last_batch_iteration)
 
     @torch.no_grad()
-    def take_over(
+    def load_resharded(
         self, read: Callable[[str], ParameterState], buffers: dict[str, Tensor], updates: int, fresh: bool = False
     ) -> None:
         """Load a state that another layout saved. Called by all ranks of the role.
@@ -325,10 +325,10 @@ class FrozenRole:
         self._schedule.step(state["lr_scheduler"]["last_batch_iteration"])
 
     @torch.no_grad()
-    def take_over(
+    def load_resharded(
         self, read: Callable[[str], ParameterState], buffers: dict[str, Tensor], updates: int, fresh: bool = False
     ) -> None:
-        """See `RoleEngine.take_over`; moments are not kept."""
+        """See `RoleEngine.load_resharded`; moments are not kept."""
         for name, buffer in self.module.named_buffers():
             buffer.copy_(buffers[name])
         for name, parameter in self.module.named_parameters():

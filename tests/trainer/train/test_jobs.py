@@ -69,7 +69,7 @@ def test_train_shows_and_leaves_what_it_promises(
     assert re.search(r"step 1/4: loss \d\.\d+, [\d,]+ tokens/s, load imbalance \d\.\d\d, ETA", reference.stderr)
     assert "step 2: validation loss" in reference.stderr
     for line in (
-        r"validation loss   \d\.\d{4} nats a token, perplexity",
+        r"validation loss   \d\.\d{4} nats per token, perplexity",
         r"unigram entropy   \d\.\d{4}",
         rf"checkpoint        {run_dir}/checkpoints/step_00000004",
         rf"TensorBoard       {run_dir}/tensorboard",
@@ -93,7 +93,7 @@ def test_train_shows_and_leaves_what_it_promises(
     assert list(added) == ["0", "1"] and added["0"] != 0
     assert probe["random_routing"] == pytest.approx((added["0"] + added["1"]) / 2)
     assert (
-        f"step 4: random experts in one layer, mean of 0, 1, cost {probe['random_routing']:+.4f} nats"
+        f"step 4: random experts in one of the layers 0, 1 add {probe['random_routing']:+.4f} nats to the loss"
         in reference.stderr
     )
 

@@ -1,0 +1,125 @@
+"""Numbers as text, for tables, logs, notes and pictures: every command writes the same quantity in the same way.
+
+A value that is not known (None or NaN) is written as ABSENT. Nothing here is for files that programs read.
+"""
+
+from __future__ import annotations
+
+import math
+
+ABSENT = "-"
+"""Text of a value that is not known."""
+
+_LARGE = ("", "K", "M", "B", "T")
+_SI = (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3), ("", 1.0), ("m", 1e-3), ("u", 1e-6), ("n", 1e-9))
+
+
+def number(value: float | None, spec: str) -> str:
+    """Format a value by a format specification such as `.4f`, `+.4f` or `,.0f`."""
+    return ABSENT if value is None or math.isnan(value) else format(value, spec)
+
+
+def count(value: float, digits: int = 4) -> str:
+    """Abbreviate a count of things (parameters, tokens, FLOPs): 147.5K, 777.9M, 5.742B, 31.46T.
+
+    Args:
+        value: The count.
+        digits: Significant digits to keep, at least 3.
+    """
+    for unit in _LARGE:
+        text = f"{value:.{digits}g}"
+        if abs(float(text)) < 1000 or unit == _LARGE[-1]:
+            break
+        value /= 1000
+    return text + unit
+
+
+def quantity(value: float, unit: str, digits: int = 3) -> str:
+    """Format a physical quantity with an SI prefix: 12.3 GB/s, 1.5 TFLOP/s, 350 us.
+
+    Args:
+        value: The quantity in `unit`.
+        unit: The unit without a prefix.
+        digits: Significant digits to keep.
+    """
+    for prefix, scale in _SI:
+        rounded = float(f"{value:.{digits}g}")
+        if abs(rounded) >= scale or prefix == "n":
+            break
+    if rounded == 0:
+        return f"0 {unit}"
+    return f"{value / scale:.{digits}g} {prefix}{unit}"
+
+
+def size(number_of_bytes: float) -> str:
+    """Format a number of bytes with a decimal prefix: 114 MB, 12.3 GB."""
+    return quantity(number_of_bytes, "B")
+
+
+def seconds(value: float) -> str:
+    """Format a measured or predicted time with three significant digits: 350 us, 12.5 ms, 1.23 s, 125 s."""
+    return quantity(value, "s") if value < 999.5 else f"{value:,.0f} s"
+
+
+def duration(value: float) -> str:
+    """Format a waiting time or an age as a person would say it, in at most two units: 45 s, 12 min, 3 h 20 min.
+
+    Args:
+        value: Seconds.
+    """
+    if value < 99.5:
+        return f"{value:.0f} s"
+    minutes = round(value / 60)
+    if minutes < 100:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
+
+
+def loss(nats: float | None) -> str:
+    """Format a loss in nats per token: 3.0992."""
+    return number(nats, ".4f")
+
+
+def loss_change(nats: float | None) -> str:
+    """Format a difference between two losses, with its sign: +0.0087."""
+    return number(nats, "+.4f")
+
+
+def perplexity(nats: float) -> str:
+    """Format the perplexity of a loss in nats per token: 22.2; `inf` where a float cannot hold it."""
+    value = math.exp(nats) if nats < 700 else math.inf
+    return f"{value:,.1f}" if value < 1e9 else f"{value:.3g}"
+
+
+def interval(low: float | None, high: float | None, spec: str = "+.4f") -> str:
+    """Format a confidence interval: `-0.031 to +0.049`.
+
+    Args:
+        low: Lower end, None or NaN if it is not known; infinite ends are allowed.
+        high: Upper end, likewise.
+        spec: Format specification of both ends.
+    """
+    ends = number(low, spec), number(high, spec)
+    return ABSENT if ABSENT in ends else " to ".join(ends)
+
+
+def p_value(value: float | None) -> str:
+    """Format the p-value of a test: 0.0443, or <0.0001."""
+    return "<0.0001" if value is not None and value < 1e-4 else number(value, ".4f")
+
+
+def percent(share: float | None, digits: int = 0) -> str:
+    """Format a share between 0 and 1 as a percentage: 97%."""
+    return number(share, f".{digits}%")
+
+
+def plus_minus(value: float | None, error: float | None, spec: str = ".4f") -> str:
+    """Format a value with its standard error, if that is known: 0.4321 ± 0.0120."""
+    text, spread = number(value, spec), number(error, spec)
+    return text if ABSENT in (text, spread) else f"{text} ± {spread}"
+
+
+def plural(n: int, noun: str) -> str:
+    """Format a number of things with a regular noun: 1 seed, 3 seeds, 1,024 seeds."""
+    return f"{n:,} {noun}" + ("" if n == 1 else "s")

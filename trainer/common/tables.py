@@ -1,0 +1,49 @@
+"""Tables in a terminal, in a pipe or in a file: every command prints them in the same way."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_PIPE_WIDTH = 250
+"""Columns that a table may have where stdout is no terminal; rich would cut it to 80."""
+
+
+def new_table(title: str, *columns: str) -> Table:
+    """Make an empty table: the first column is left-aligned and keeps its text whole, all others hold numbers.
+
+    Args:
+        title: Text above the table.
+        columns: Headings; if all are empty, the table has no heading line.
+    """
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    table = Table(
+        box=SIMPLE,
+        pad_edge=False,
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        show_header=any(columns),
+    )
+    for place, column in enumerate(columns):
+        table.add_column(column, justify="right" if place else "left", no_wrap=place == 0)
+    return table
+
+
+def print_tables(*tables: Table, notes: Sequence[str] = ()) -> None:
+    """Print tables and the notes below them to stdout. Text in brackets is printed as it is, not taken for markup."""
+    from rich.console import Console
+
+    console = Console(highlight=False, markup=False, emoji=False)
+    in_terminal = console.is_terminal
+    if not in_terminal:
+        console.width = _PIPE_WIDTH
+    for table in tables:
+        console.print(table)
+    for note in notes:
+        console.print(f"- {note}", style="dim", soft_wrap=not in_terminal)
