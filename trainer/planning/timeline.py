@@ -58,15 +58,16 @@ def draw_timeline(step: StepTiming, topology: Topology, path: Path, title: str, 
     right of each row is the rank's busy share. The file appears whole or not at all.
 
     Args:
-        step: Timing with the intervals of `shown_ranks(topology)`.
-        topology: The layout.
+        step: Timing with recorded intervals.
+        topology: The layout of the step.
         path: Where to write the picture.
         title: Title of the picture.
         unit: Unit of the times.
     """
-    figure = new_figure(13, 1.9 + 0.22 * len(step.ranks))
-    trunk = [rank for rank in step.ranks if topology.is_trunk(rank)]
-    pool = [rank - topology.trunk_ranks for rank in step.ranks if not topology.is_trunk(rank)]
+    ranks = shown_ranks(topology)
+    figure = new_figure(13, 1.9 + 0.22 * len(ranks))
+    trunk = [rank for rank in ranks if topology.is_trunk(rank)]
+    pool = [rank - topology.trunk_ranks for rank in ranks if not topology.is_trunk(rank)]
     trunk_axes, pool_axes = figure.subplots(2, 1, sharex=True, height_ratios=(len(trunk), len(pool)))
     _draw_role(trunk_axes, "trunk", step, trunk, 0, step.trunk_busy_T)
     _draw_role(pool_axes, "pool", step, pool, topology.trunk_ranks, step.pool_busy_P)
@@ -82,16 +83,7 @@ def draw_timeline(step: StepTiming, topology: Topology, path: Path, title: str, 
 def _draw_role(
     axes: Axes, role: str, step: StepTiming, ranks: Sequence[int], first: int, busy: NDArray[np.float64]
 ) -> None:
-    """Draw some ranks of a role.
-
-    Args:
-        axes: Where to draw.
-        role: Name of the role.
-        step: The timing.
-        ranks: Ranks within the role.
-        first: World rank of the role's first rank.
-        busy: Busy share of all ranks of the role.
-    """
+    """Draw the rows of some `ranks` of a role, whose first rank has the world rank `first`."""
     for row, rank in enumerate(ranks):
         picture = row_picture(step.intervals, first + rank, step.seconds)
         axes.imshow(picture, extent=(0, step.seconds, row + 0.4, row - 0.4), aspect="auto")

@@ -21,7 +21,7 @@ def timed(topology: Topology, load_of_first: float = 0.5) -> StepTiming:
     load_LS = np.full((layers, shards), (1 - load_of_first) / max(1, shards - 1))
     load_LS[:, 0] = load_of_first if shards > 1 else 1.0
     schedule = build_training_schedule(topology, layers, 2, 2, True, COSTS)
-    return time_schedule(schedule, topology, layers, COSTS, load_LS, shown_ranks(topology))
+    return time_schedule(schedule, topology, layers, COSTS, load_LS, record=True)
 
 
 @pytest.mark.parametrize(
