@@ -122,9 +122,9 @@ def _simulate(
         from trainer.planning.timeline import draw_timeline
 
         title = f"{recipe.run.dir}: one step, {plural(spec.lanes, 'lane')}"
-        unit = "seconds" if recipe.parallel.hardware else "nominal units"
+        in_seconds = recipe.parallel.hardware is not None
         try:
-            draw_timeline(record_own_step(spec, load_LM), recipe.grid, timeline, title, unit)
+            draw_timeline(record_own_step(spec, load_LM), recipe.grid, timeline, title, in_seconds)
         except OSError as error:
             raise UserError(f"--timeline {timeline}: cannot be written ({error.strerror})") from None
     return spec, variants, recommend_splits(recipe, load_LM)
