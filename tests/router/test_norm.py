@@ -18,7 +18,7 @@ CONSTANT = 2.5
 def plain_route(
     z_TM: Tensor, sigma: Tensor, top_k: int, normalized: bool, mask_M: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """METHOD.md's words, one after the other: all scores, the K largest, the mean."""
+    """The plain way (Eq. M7, M6 and M14 of docs/method.md): all scores, the K largest, the mean."""
     order_TM = z_TM.detach()
     if mask_M is not None:
         order_TM = order_TM.masked_fill(~mask_M, float("-inf"))

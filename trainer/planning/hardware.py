@@ -15,10 +15,10 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from pool.schedule_builder import Costs
-from trainer.common.atomic import write_whole
+from trainer.common.atomic import atomic_write
 from trainer.common.errors import UserError
+from trainer.common.safe_read import Unreadable, read_text
 from trainer.common.strict_json import dumps
-from trainer.common.text_file import Unreadable, read_text
 from trainer.config.recipe import Recipe
 from trainer.planning.model_costs import FP32, compute_bytes, count_flops, count_parameters, served_trunk_ranks
 
@@ -119,7 +119,7 @@ class Profile:
         """
         text = dumps(asdict(self), indent=1) + "\n"
         try:
-            write_whole(path, lambda temporary: temporary.write_text(text))
+            atomic_write(path, lambda temporary: temporary.write_text(text))
         except OSError as error:
             raise UserError(f"profile {path}: cannot be written ({error.strerror})") from None
 

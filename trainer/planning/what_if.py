@@ -13,11 +13,10 @@ from pool.placement import Placement, ShardSplit, balanced, contiguous, recommen
 from pool.schedule import PoolSchedule, lockstep_schedule
 from pool.schedule_timing import StepTiming, shard_loads, time_schedule
 from trainer.checkpoint import format as checkpoint
-from trainer.common.arrays import read_array
-from trainer.common.errors import UserError
+from trainer.common.errors import UserError, os_reason
 from trainer.common.format import percent, plural, seconds
+from trainer.common.safe_read import read_array
 from trainer.common.tables import new_table, print_tables
-from trainer.common.text_file import reason
 from trainer.config.recipe import Recipe
 from trainer.planning.lanes import runs_in_order
 from trainer.planning.model_costs import estimate_memory, pool_row_bytes
@@ -72,7 +71,7 @@ def read_loads(path: Path, recipe: Recipe) -> Counts:
     try:
         load: Counts = read_array(file)
     except OSError as error:
-        raise UserError(f"--loads {file}: cannot be read ({reason(error)})") from None
+        raise UserError(f"--loads {file}: cannot be read ({os_reason(error)})") from None
     except ValueError as error:
         raise UserError(f"--loads {file}: not a .npy file of counts ({error})") from None
     wanted = (recipe.model.layers, recipe.pool.experts)
