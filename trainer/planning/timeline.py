@@ -92,7 +92,7 @@ def _draw_role(
         for work in Work:
             chosen = (intervals.rank_I == first + rank) & (intervals.work_I == work)
             start_I = intervals.start_I[chosen]
-            bars = np.stack((start_I, intervals.end_I[chosen] - start_I), axis=1)
+            bars = list(zip(start_I, intervals.end_I[chosen] - start_I, strict=True))
             axes.broken_barh(bars, (row - 0.4, 0.8), facecolors=_COLOURS[work], linewidth=0, snap=False)
         place = axes.get_yaxis_transform()
         axes.text(1.005, row, percent(busy[rank]), transform=place, va="center", fontsize=8, color=INK)
