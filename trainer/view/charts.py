@@ -19,23 +19,21 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 
+from trainer.common.figure_style import FAINT, INK, QUIET, SERIES, add_legend, new_figure, style_axes
 from trainer.telemetry.expert_heatmap import draw_heat_map
 
 POINTS = 400
 """Points of a curve at most: more records than that share points."""
 
 COLOURS = {
-    "#222222": "var(--ink)",
+    INK: "var(--ink)",
     "#000000": "var(--ink)",
-    "#8a8a8a": "var(--quiet)",
-    "#dddddd": "var(--absent)",
-    "#31688e": "var(--first)",
-    "#e08a3c": "var(--second)",
-    "#35a06b": "var(--third)",
-    "#8d5a97": "var(--fourth)",
+    QUIET: "var(--quiet)",
+    FAINT: "var(--absent)",
+    **dict(zip(SERIES, ("var(--first)", "var(--second)", "var(--third)", "var(--fourth)"), strict=True)),
 }
-_INK, _QUIET, _FIRST, _SECOND, _THIRD, _FOURTH = "#222222", "#8a8a8a", "#31688e", "#e08a3c", "#35a06b", "#8d5a97"
-SERIES = (_FIRST, _SECOND, _THIRD, _FOURTH)
+"""The page's variable for each colour that matplotlib draws with."""
+
 _SIZE = (4.3, 2.6)
 _LEAST_SCALE = 0.85
 """Of the heat map, whose text is no longer read when smaller: where there is less room it is scrolled."""
@@ -112,7 +110,7 @@ def draw_chart(chart: Chart) -> str:
         if thinned.low is not thinned.high:
             axes.fill_between(thinned.steps, thinned.low, thinned.high, color=colour, alpha=0.25, lw=0)
     for name, value in chart.lines.items():
-        axes.axhline(value, color=_QUIET, ls="--", lw=1, label=name)
+        axes.axhline(value, color=QUIET, ls="--", lw=1, label=name)
     values = np.concatenate([part for t in drawn for part in (t.low, t.high)])
     if chart.log and values.min() > 0 and values.max() > 30 * values.min():
         axes.set_yscale("log")
@@ -123,7 +121,7 @@ def draw_chart(chart: Chart) -> str:
     if axes.get_yscale() == "linear":
         _label_values(axes)
     if len(chart.curves) + len(chart.lines) > 1:
-        axes.legend(frameon=False, fontsize=8.5, labelcolor=_INK, loc="best")
+        add_legend(axes, fontsize=8.5, loc="best")
     return _svg(figure, chart.title)
 
 
@@ -160,17 +158,15 @@ def draw_load(load_LM: NDArray[np.int64], groups: int) -> str:
 
 
 def _figure() -> tuple[Figure, Axes]:
-    figure = Figure(figsize=_SIZE, dpi=100, layout="constrained")
+    figure = new_figure(*_SIZE)
     figure.patch.set_alpha(0)
     axes = figure.subplots()
     axes.patch.set_alpha(0)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(_QUIET)
-    axes.tick_params(colors=_INK, labelsize=8.5, length=3)
-    axes.grid(axis="y", color=_QUIET, alpha=0.3, lw=0.6)
+    style_axes(axes)
+    axes.tick_params(labelsize=8.5, length=3)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.set_xlabel("step", color=_INK, fontsize=8.5)
+    axes.set_xlabel("step", color=INK, fontsize=8.5)
     axes.margins(x=0.01)
     return figure, axes
 
@@ -181,7 +177,7 @@ def _label_values(axes: Axes) -> None:
         axes.yaxis.set_major_formatter(EngFormatter(sep=""))
     else:
         axes.ticklabel_format(axis="y", scilimits=(-2, 4), useMathText=False)
-        axes.yaxis.get_offset_text().set(color=_INK, fontsize=8.5)
+        axes.yaxis.get_offset_text().set(color=INK, fontsize=8.5)
 
 
 def _clip(axes: Axes, means: Numbers) -> None:
@@ -189,7 +185,7 @@ def _clip(axes: Axes, means: Numbers) -> None:
     low, most, high = float(means.min()), float(np.percentile(means, 97)), float(means.max())
     if high - low > 3 * (most - low) > 0:
         axes.set_ylim(low - 0.05 * (most - low), low + 1.6 * (most - low))
-        axes.annotate(f"up to {high:.3g}", (0.02, 0.94), xycoords="axes fraction", color=_QUIET, fontsize=8.5)
+        axes.annotate(f"up to {high:.3g}", (0.02, 0.94), xycoords="axes fraction", color=QUIET, fontsize=8.5)
 
 
 def _svg(figure: Figure, salt: str) -> str:

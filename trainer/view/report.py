@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 
 from trainer.common.atomic import write_whole
 from trainer.common.errors import UserError
+from trainer.common.figure_style import SERIES
 from trainer.config.recipe import Recipe
 from trainer.telemetry.console import describe
 from trainer.telemetry.time_breakdown import ACTIVITIES
 from trainer.view import facts
-from trainer.view.charts import COLOURS, POINTS, SERIES, Chart, Curve, Numbers, draw_chart, draw_load, draw_shares
+from trainer.view.charts import COLOURS, POINTS, Chart, Curve, Numbers, draw_chart, draw_load, draw_shares
 from trainer.view.records import RECIPE_FILE, ROLES, Records, facts_of, is_run, recorded_load, saved_recipe
 from trainer.view.view import who_waits
 
