@@ -40,7 +40,7 @@ SHOWN_STEP = 150
 """Step of the picture of `watch`."""
 
 SHOWN = (
-    *("Loss, nats", "Gradient norm", "Tokens"),
+    *("Loss, nats", "Gradient norm", "Tokens per second"),
     *("Time of a trunk rank", "Time of a pool rank", "Load imbalance"),
 )
 """Beginnings of the titles of the charts in the picture of `report`."""
@@ -93,7 +93,8 @@ def draw_report(run: Path, out: Path) -> None:
     style = (
         "text { font-family: system-ui, sans-serif; fill: #222222; } .head { font-size: 24px; font-weight: 600; } "
         ".value { font-size: 21px; font-weight: 600; } .name { font-size: 11px; fill: #6f6f6a; } "
-        ".key { font-size: 10px; fill: #6f6f6a; } .title { font-size: 14px; font-weight: 600; } .card { fill: #ffffff; stroke: #dededa; }"
+        ".key { font-size: 10px; fill: #6f6f6a; } "
+        ".title { font-size: 14px; font-weight: 600; } .card { fill: #ffffff; stroke: #dededa; }"
     )
     w, h = columns * width, top + -(-len(chosen) // columns) * height + 8
     out.write_text(

@@ -1,7 +1,7 @@
-"""Curves of a run and its heat map as SVG that takes the page's colours, light or dark.
+"""Curves of a run and its heat map as SVG elements in the colours of the page, light or dark.
 
-matplotlib draws with stand-in colours; afterwards each is replaced by a variable of report.css, fonts by the page's,
-and what only an SVG file of its own needs is cut off.
+matplotlib draws with fixed colours. Afterwards each colour is replaced by a variable of report.css, fonts by those of
+the page, and what only a separate SVG file needs is removed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from trainer.common.figure_style import FAINT, INK, QUIET, SERIES, add_legend, n
 from trainer.telemetry.expert_heatmap import draw_heat_map
 
 POINTS = 400
-"""Points of a curve at most: more records than that share points."""
+"""Points of a curve at most; if there are more records, several share a point."""
 
 COLOURS = {
     INK: "var(--ink)",
@@ -36,17 +36,20 @@ COLOURS = {
 
 _SIZE = (4.3, 2.6)
 _LEAST_SCALE = 0.85
-"""Of the heat map, whose text is no longer read when smaller: where there is less room it is scrolled."""
+"""Smallest scale of the heat map, below which its text is unreadable; where there is less room it is scrolled."""
 
 Numbers = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A line of a chart: values at steps; NaN where there are none.
+    """A line of a chart.
 
     Attributes:
-        points: marks them, for few values.
+        name: Its name in the legend.
+        steps: Steps of its values.
+        values: Its values; NaN where there is none.
+        points: Whether every value is marked.
     """
 
     name: str
@@ -60,10 +63,12 @@ class Chart:
     """Curves over the steps.
 
     Attributes:
-        log: whether the scale is logarithmic where the values are far apart.
-        clip: cuts off the few highest values where they would press the others flat.
-        lines: horizontal lines by name.
-        from_zero: whether the scale begins at 0.
+        title: Title on the page.
+        curves: Its lines.
+        log: Use a logarithmic scale if the values are far apart.
+        clip: Cut off the few highest values if they would flatten all others.
+        lines: Horizontal lines by name.
+        from_zero: Begin the scale at 0.
     """
 
     title: str
@@ -76,7 +81,7 @@ class Chart:
 
 @dataclass(frozen=True)
 class Thinned:
-    """A curve's points, each of some records: their mean, least and largest value."""
+    """Points of a curve, each for several records: their mean, smallest and largest value."""
 
     steps: Numbers
     mean: Numbers
@@ -85,7 +90,7 @@ class Thinned:
 
 
 def thin(steps: Numbers, values: Numbers, points: int = POINTS) -> Thinned:
-    """At most `points` points, each of equally many neighbours; values that are not finite are left out."""
+    """Reduce a curve to at most `points` points, each for equally many neighbours; drop values that are not finite."""
     finite = np.isfinite(values)
     steps, values = steps[finite], values[finite]
     if len(values) <= points:
@@ -101,7 +106,7 @@ def thin(steps: Numbers, values: Numbers, points: int = POINTS) -> Thinned:
 
 
 def draw_chart(chart: Chart) -> str:
-    """A chart as an SVG element."""
+    """Draw a chart as an SVG element."""
     figure, axes = _figure()
     drawn = [thin(curve.steps, curve.values) for curve in chart.curves]
     for curve, thinned, colour in zip(chart.curves, drawn, SERIES, strict=False):
@@ -126,7 +131,7 @@ def draw_chart(chart: Chart) -> str:
 
 
 def draw_shares(title: str, steps: Numbers, shares: Mapping[str, Numbers]) -> str:
-    """Shares of time, stacked up to 100 %, as an SVG element. There is a step that has all of them."""
+    """Draw shares of time, stacked up to 100%, as an SVG element; at least one step must have all shares."""
     figure, axes = _figure()
     known = np.isfinite(np.stack(list(shares.values()))).all(0)
     thinned = {name: thin(steps[known], values[known]) for name, values in shares.items()}
@@ -141,17 +146,18 @@ def draw_shares(title: str, steps: Numbers, shares: Mapping[str, Numbers]) -> st
 
 
 def draw_load(load_LM: NDArray[np.int64], groups: int) -> str:
-    """The heat map of layers and experts as an SVG element.
+    """Draw the heat map of layers and experts as an SVG element.
 
     Args:
-        load_LM: assignments of each layer to all experts of the pool (L, M), also where a layer does not reach.
+        load_LM: Assignments of each layer to all experts of the pool, (L, M), also where a layer does not reach.
+        groups: Sub-pools across depth.
     """
     layers, experts = load_LM.shape
     size = experts // groups
     reached = [row[(layer * groups // layers) * size :][:size] for layer, row in enumerate(load_LM)]
     figure = draw_heat_map(np.stack(reached), "", groups)
     figure.patch.set_alpha(0)
-    for axes in figure.axes[1:]:  # not the map: what is behind it shows where a layer does not reach
+    for axes in figure.axes[1:]:  # but not the map, whose background shows where a layer does not reach
         axes.patch.set_alpha(0)
     least = round(_LEAST_SCALE * figure.get_figwidth() * 72)
     return _svg(figure, "load").replace("<svg", f'<svg style="min-width: {least}px"', 1)
@@ -172,7 +178,7 @@ def _figure() -> tuple[Figure, Axes]:
 
 
 def _label_values(axes: Axes) -> None:
-    """Thousands as 20k; very small values with their power of ten once, above the axis."""
+    """Write thousands as 20k, and the power of ten of very small values once, above the axis."""
     if axes.get_ylim()[1] >= 10_000:
         axes.yaxis.set_major_formatter(EngFormatter(sep=""))
     else:
@@ -181,7 +187,7 @@ def _label_values(axes: Axes) -> None:
 
 
 def _clip(axes: Axes, means: Numbers) -> None:
-    """Leave out the few highest points where they stand far above the others, as the first losses of a long run do."""
+    """Cut off the few highest points if they are far above all others, like the first losses of a long run."""
     low, most, high = float(means.min()), float(np.percentile(means, 97)), float(means.max())
     if high - low > 3 * (most - low) > 0:
         axes.set_ylim(low - 0.05 * (most - low), low + 1.6 * (most - low))
@@ -189,7 +195,7 @@ def _clip(axes: Axes, means: Numbers) -> None:
 
 
 def _svg(figure: Figure, salt: str) -> str:
-    """The figure as an element that the page scales; `salt` keeps its ids apart from other figures'."""
+    """Convert a figure to an element that the page scales; `salt` keeps its ids different from other figures' ids."""
     file = io.StringIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": salt}):
