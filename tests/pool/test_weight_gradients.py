@@ -20,6 +20,7 @@ from tests.pool.shard_work import (
     make_work,
     run_one_by_one,
     several,
+    slow,
 )
 
 
@@ -144,7 +145,20 @@ def test_room_is_made_beyond_the_limit() -> None:
     shard.deferred_dw.seal()
     backward(shard)
     assert len(work._sealed) == 1 and work._sealed_bytes == work._open.bytes == one
+    assert work.peak_bytes == 2 * one
     backward(shard)
     assert not work._sealed and work._open.bytes == 2 * one
     backward(shard)
     assert not work._sealed and not work._open.work and work._open.bytes == 0
+
+
+def test_a_frozen_shard_defers_nothing() -> None:
+    shard = make_shard()
+    shard.requires_grad_(False)
+    works = several()
+    _, dxs = run_one_by_one(shard, works)
+    for dx_ND, work in zip(dxs, works, strict=True):
+        assert_near(dx_ND, slow(shard, work).dx_ND)
+    shard.deferred_dw.seal()
+    assert not shard.deferred_dw.drain_some() and shard.deferred_dw.peak_bytes == 0
+    assert shard.w13_e2FD.grad is None and shard.w2_eDF.grad is None
