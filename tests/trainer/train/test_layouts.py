@@ -167,6 +167,16 @@ def test_bf16_tracks_fp32() -> None:
         assert next(hidden_states(trunk, pool_map, ids_BS, 0)).rows_ND.dtype == dtype
 
 
+@pytest.mark.parametrize("pool_ranks", [0, 1])
+def test_bf16_experts_compute_with_the_weights_of_the_last_step(pool_ranks: int, tmp_path: Path) -> None:
+    """An evaluation after a step is that of a process that has just read the step's checkpoint."""
+    sections = {"model": {"ffn_hidden": 24}, "train": {"precision": "bf16", "lr": 0.1, "min_lr": 0.1}}
+    recipe = tiny(parallel={**ZERO_0, "pool_ranks": pool_ranks}, **sections)
+    trained = run_training(recipe, 1, save_to=tmp_path)
+    loaded = run_training(recipe, 1, resume_from=tmp_path)
+    assert (trained.val_loss, trained.random_loss) == (loaded.val_loss, loaded.random_loss)
+
+
 def test_a_step_that_is_not_finite_is_skipped_on_both_roles() -> None:
     """An absurd learning rate blows up; from then on every step is skipped and the weights stay what they were."""
     sections = {"train": {"lr": 1e36, "min_lr": 1e36, "eps": 1e-8, "clip": 0.0}}
