@@ -11,6 +11,12 @@ set_option = click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key, as in --set train.steps=100."
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+device_option = click.option(
+    "--device", type=click.Choice(["cpu", "cuda"]), help="Device to compute on.  [default: cuda if available]"
+)
+seed_option = click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the random numbers."
+)
 
 
 def recipe_arguments(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer.common.safe_load import load_file
+from trainer.common.safe_read import read_tensors
 from trainer.config.recipe import Recipe
 from trainer.engine.ds_config import deepspeed_config
 from trainer.engine.monitors import Monitors
@@ -202,7 +202,7 @@ class RoleEngine:
         """Load what `save` wrote, in the same layout. Learning rate, decay and so on stay the recipe's."""
         groups = self._optimizer.param_groups
         own = [{key: value for key, value in group.items() if key != "params"} for group in groups]
-        self._engine.checkpoint_engine.load = lambda path, map_location=None: load_file(path, map_location)
+        self._engine.checkpoint_engine.load = lambda path, map_location=None: read_tensors(path, map_location)
         path, _ = self._engine.load_checkpoint(str(folder), tag=CHECKPOINT_TAG)
         assert path is not None, f"no checkpoint in {folder}"
         for group, values in zip(self._optimizer.param_groups, own, strict=True):
@@ -320,7 +320,7 @@ class FrozenRole:
 
     def load(self, folder: Path) -> None:
         """Load what `save` wrote."""
-        state = load_file(folder / CHECKPOINT_TAG / "mp_rank_00_model_states.pt")
+        state = read_tensors(folder / CHECKPOINT_TAG / "mp_rank_00_model_states.pt")
         self.module.load_state_dict(state["module"])
         self._schedule.step(state["lr_scheduler"]["last_batch_iteration"])
 
@@ -361,7 +361,7 @@ def to_universal(folder: Path, target: Path) -> None:
     from deepspeed.checkpoint.ds_to_universal import main
 
     for file in sorted((folder / CHECKPOINT_TAG).glob("*.pt")):
-        load_file(file, mmap=True)  # says which one is to be refused; the conversion would not
+        read_tensors(file, mmap=True)  # says which one is to be refused; the conversion would not
 
     options = argparse.Namespace(
         input_folder=str(folder / CHECKPOINT_TAG),

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 
-from trainer.common.atomic import write_whole
+from trainer.common.atomic import atomic_write
 
 _INK, _QUIET, _BAR = "#222222", "#8a8a8a", "#31688e"
 
@@ -20,7 +20,7 @@ _INK, _QUIET, _BAR = "#222222", "#8a8a8a", "#31688e"
 def write_heat_map(tokens_per_expert_LM: NDArray[np.integer], path: Path, title: str, groups: int = 1) -> None:
     """Write the picture as a PNG; the file appears whole or not at all. For the arguments see `draw_heat_map`."""
     canvas = FigureCanvasAgg(draw_heat_map(tokens_per_expert_LM, title, groups))
-    write_whole(path, lambda temporary: canvas.print_figure(temporary, format="png"))
+    atomic_write(path, lambda temporary: canvas.print_figure(temporary, format="png"))
 
 
 def heat_map_image(tokens_per_expert_LM: NDArray[np.integer], title: str, groups: int = 1) -> NDArray[np.uint8]:

@@ -8,10 +8,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from trainer.checkpoint import format as checkpoint
+from trainer.common.format import count
 from trainer.config.recipe import Recipe
 from trainer.config.sections import source_names
 from trainer.planning.model_costs import count_parameters
-from trainer.planning.report import human
 from trainer.view.frame import duration
 from trainer.view.records import CHECKPOINTS, RECENT, ROLES, Records, facts_of
 
@@ -32,7 +32,7 @@ def headline(records: Records, recipe: Recipe | None) -> Facts:
         if not math.isnan(last):
             facts.append((f"{title}, last {min(RECENT, len(records.steps))} steps", form.format(last)))
     if records.has("tokens"):
-        facts.append(("tokens seen", human(_tokens(records))))
+        facts.append(("tokens seen", count(_tokens(records))))
     speeds = [speed for speed in records.columns["tokens_per_second"] if math.isfinite(speed)]
     if speeds:
         facts.append(("tokens a second, median step", f"{statistics.median(speeds):,.0f}"))
@@ -75,7 +75,7 @@ def outcome(run: Path, records: Records) -> Facts:
 def model_facts(recipe: Recipe) -> Facts:
     """Shape and size of the model, and how it routes."""
     m, p = recipe.model, count_parameters(recipe)
-    facts = [("parameters", human(p.total)), ("active a token", human(p.active))]
+    facts = [("parameters", count(p.total)), ("active a token", count(p.active))]
     if m.ffn == "pool":
         kind = (
             "one pool, shared by all layers" if m.groups == 1 else f"{m.groups} groups of {m.layers // m.groups} layers"
@@ -86,7 +86,7 @@ def model_facts(recipe: Recipe) -> Facts:
             if value
         ]
         facts += [
-            ("in the trunk, in the pool", f"{human(p.trunk)}, {human(p.pool)}"),
+            ("in the trunk, in the pool", f"{count(p.trunk)}, {count(p.pool)}"),
             ("experts", f"{recipe.pool.experts}: {kind}"),
             ("router", f"{recipe.router.kind}, top-{recipe.router.top_k}"),
             ("balance loss", ", ".join(balance) or "none"),

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from trainer.data.settings import DataSettings
+from trainer.data.settings import SourceSettings
 from trainer.data.tokenizer import train_tokenizer
 
 SPLIT = (6, 3, 1)
@@ -36,8 +36,8 @@ def jsonl(tmp_path_factory, corpus) -> Path:
 
 
 @pytest.fixture
-def settings(tmp_path, jsonl, tokenizer_path) -> DataSettings:
-    return DataSettings(
+def settings(tmp_path, jsonl, tokenizer_path) -> SourceSettings:
+    return SourceSettings(
         source=str(jsonl),
         tokenizer=str(tokenizer_path),
         vocab=300,

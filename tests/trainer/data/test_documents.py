@@ -247,9 +247,12 @@ def test_odd_inputs(tmp_path):
     [
         (b'{"content": "x", "meta": {"a": 1}}', 'no text under "text" (its keys: content, meta, meta.a); mend it'),
         (b'{"text": 5}', 'no text under "text" (it is int); mend it or set data.text_field'),
-        (b'["text"]', 'no text under "text" (its keys: none, it is list of str)'),
-        (b'"text"', 'no text under "text" (its keys: none, it is str)'),
-        (b'{"text": ["a", "b"]}', '"text" is a list of str, as of chat messages or sentences; make one text of each'),
+        (b'["text"]', 'no text under "text" (it has no keys, it is list of str)'),
+        (b'"text"', 'no text under "text" (it has no keys, it is str)'),
+        (
+            b'{"text": ["a", "b"]}',
+            '"text" is a list of str, such as chat messages or sentences; join them into one text first',
+        ),
         (b'{"text": "cut o', "not valid JSON (Invalid control character at)"),
         (b'{"text": "x", "n": ' + b"9" * 5000 + b"}", "not valid JSON (a number with too many digits)"),
         (b'{"text": "\xe9t\xe9"}', "invalid UTF-8 at byte 11 of the line"),
@@ -281,7 +284,7 @@ def test_empty_and_blank_documents_are_left_out(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'\n  \n{"text": ""}\n{"text": " \\n"}\n' + LINE)
     (tmp_path / "b.txt").write_text(" \n")
     assert read(tmp_path) == ["a document"]
-    assert message_of(tmp_path / "b.txt").endswith("b.txt: is empty, it holds no document; give another one")
+    assert message_of(tmp_path / "b.txt").endswith("b.txt: contains no document; set it to a source with text")
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.zst", "a.parquet", "a.arrow", "a.json", "a.csv"])
@@ -296,7 +299,7 @@ def test_file_without_documents(tmp_path, name):
         feather.write_feather(table, path)
     else:
         path.write_text({"a.json": "[]", "a.csv": "id,text\n"}[name])
-    assert "is empty, it holds no document" in message_of(path)
+    assert "contains no document" in message_of(path)
     (tmp_path / "b.txt").write_text("x")
     assert read(tmp_path) == ["x"]
 
@@ -363,7 +366,7 @@ def test_long_lines(tmp_path, monkeypatch):
     pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet")
     assert bad_records_of(tmp_path / "a.parquet")[0].startswith("row 2: longer than")
     (tmp_path / "a.json").write_bytes(b"[" + long + b"]")
-    assert "line 1: a record longer than" in message_of(tmp_path / "a.json")
+    assert "line 1: a record is longer than" in message_of(tmp_path / "a.json")
 
 
 def test_rows_of_csv(tmp_path):
@@ -371,9 +374,9 @@ def test_rows_of_csv(tmp_path):
     good = '1,"two ""words"", a comma,\r\nand a line"\r\n'
     path.write_text("id, text\r\n" + good + "2\r\n1,2,3\r\n\r\n" + '3,"open"quote\r\n' + good * 59, newline="")
     assert bad_records_of(path) == [
-        "line 4: 1 fields, where there are 2 columns; mend it",
-        "line 5: 3 fields, where there are 2 columns; mend it",
-        "line 7: not a row (',' expected after '\"'; quotes in a field are written twice); mend it",
+        "line 4: 1 fields, but there are 2 columns; mend it",
+        "line 5: 3 fields, but there are 2 columns; mend it",
+        "line 7: not a row (',' expected after '\"'; quotes within a field must be doubled); mend it",
     ]
     assert read(path)[0] == 'two "words", a comma,\r\nand a line'
     path.write_bytes(b"text\n" + b"a\n" * 60 + b"caf\xe9\n")
@@ -381,7 +384,7 @@ def test_rows_of_csv(tmp_path):
     path.write_text("content;id\na;1\n")
     assert (
         message_of(path)
-        == f'{path}: no column "text"; set data.text_field to one of content, id, or leave the file out'
+        == f'{path}: no column "text"; set data.text_field to one of content, id, or remove the file from data.source'
     )
 
 
@@ -401,11 +404,11 @@ def test_json_files_with_faults(tmp_path):
         ('[{"text": "x"}', "line 1: not valid JSON (it ends in the middle)"),
         ('[{"text": "x"}, ', "line 1: not valid JSON (Expecting value)"),
         ('[{"text": "x"}\n{"text": "y"}]', 'line 2: not valid JSON ("," is missing)'),
-        ('[{"text": "x"}] 5', "line 1: not valid JSON (something behind the end of the array)"),
+        ('[{"text": "x"}] 5', "line 1: not valid JSON (something follows the end of the array)"),
         ('[\n{"text": "x}]', "line 2: not valid JSON (Unterminated string starting at)"),
         ('[{"text": ' + "[" * 100_000, "line 1: not valid JSON (nested too deeply)"),
         ('{\n"text": "x"\n', "line 1: not valid JSON (Expecting ',' delimiter)"),
-        ('["a", "b"]', 'line 1: no text under "text" (its keys: none, it is str)'),
+        ('["a", "b"]', 'line 1: no text under "text" (it has no keys, it is str)'),
         ('{"data": [{"text": "x"}]}', 'line 1: no text under "text" (its keys: data)'),
     ):
         path.write_text(text)
@@ -418,17 +421,17 @@ def test_tables_with_faults(tmp_path):
     pq.write_table(table, path)
     feather.write_feather(table, tmp_path / "a.feather")
     for file in (path, tmp_path / "a.feather"):
-        expected = "set data.text_field to one of content, id, chat, meta, meta.text, or leave the file out"
-        assert message_of(file) == f'{file}: no column "text"; {expected}'
-        assert message_of(file, "meta.x").endswith(expected)
+        expected = "set data.text_field to one of content, id, chat, meta, meta.text, or remove the file"
+        assert message_of(file) == f'{file}: no column "text"; {expected} from data.source'
+        assert expected in message_of(file, "meta.x")
         assert 'no text under "id" (it is int64)' in message_of(file, "id")
         assert 'no text under "meta" (it is struct<text: string>)' in message_of(file, "meta")
-        assert '"chat" is a list of struct<role: string>, as of chat messages' in message_of(file, "chat")
+        assert '"chat" is a list of struct<role: string>, such as chat messages' in message_of(file, "chat")
         whole = file.read_bytes()
         file.write_bytes(whole[:-20])
-        assert message_of(file, "content").startswith(f"{file}: damaged or not a .")
+        assert message_of(file, "content").startswith(f"{file}: damaged, or not a .")
         file.write_bytes(b"")
-        assert message_of(tmp_path, "content").startswith(f"{file}: damaged or not a .")
+        assert message_of(tmp_path, "content").startswith(f"{file}: damaged, or not a .")
         file.unlink()
     bad = pa.array([b"caf\xe9"] + [b"fine"] * 60, pa.binary()).view(pa.string())
     pq.write_table(pa.table({"text": bad}), path)
@@ -447,11 +450,11 @@ def test_packed_files_with_faults(tmp_path, pack):
     assert message_of(path).startswith(f"{path}: truncated")
     for data in (whole + b"rubbish", whole[:60] + b"rubbish" * 9 + whole[120:], b"\x93\xff" * 9):
         path.write_bytes(data)
-        assert message_of(path).startswith(f"{path}: damaged or not a {ending} file")
+        assert message_of(path).startswith(f"{path}: damaged, or not a {ending} file")
     path.write_bytes(pack(pack(LINE)))
-    assert message_of(path) == f"{path}: is packed twice; unpack it once"
+    assert message_of(path) == f"{path}: is compressed twice; decompress it once"
     path.write_bytes(b"")
-    assert message_of(tmp_path).startswith(f"{path}: damaged or not a {ending} file")
+    assert message_of(tmp_path).startswith(f"{path}: damaged, or not a {ending} file")
 
 
 @pytest.mark.parametrize(
@@ -461,10 +464,13 @@ def test_packed_files_with_faults(tmp_path, pack):
         (b"%PDF-1.7", "is a PDF; save its text"),
         (b"x" * 257 + b"ustar", "is a .tar archive"),
         (gzip.compress(b"x" * 257 + b"ustar", mtime=0), "is a .tar archive"),
-        (b"version https://git-lfs.github.com/spec/v1\noid", 'is a pointer of Git LFS; fetch its content by "git lfs'),
-        (gzip.compress(b"PAR1", mtime=0), "is a packed .parquet file; unpack it"),
-        ("a document".encode("utf-32")[:-1], "not valid UTF-32, though it begins with its byte-order mark"),
-        ("a document".encode("utf-16")[:-1], "not valid UTF-16, though it begins with its byte-order mark"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid",
+            'is a pointer of Git LFS; fetch its content with "git lfs',
+        ),
+        (gzip.compress(b"PAR1", mtime=0), "is a compressed .parquet file; decompress it"),
+        ("a document".encode("utf-32")[:-1], "not valid UTF-32, although it begins with its byte-order mark"),
+        ("a document".encode("utf-16")[:-1], "not valid UTF-16, although it begins with its byte-order mark"),
     ],
 )
 def test_what_the_ending_does_not_say(tmp_path, content, said):
@@ -488,7 +494,7 @@ def test_files_that_change_or_vanish(tmp_path):
     pieces = iter(Documents(str(tmp_path), "text"))
     next(pieces)
     (tmp_path / "b.jsonl").unlink()
-    with pytest.raises(UserError, match="b.jsonl: cannot be read .No such file or directory."):
+    with pytest.raises(UserError, match="b.jsonl: cannot be read .no such file or directory."):
         list(pieces)
 
 

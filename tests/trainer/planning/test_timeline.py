@@ -1,4 +1,4 @@
-"""The timeline: which ranks it shows, what its rows are drawn from, and that the file appears whole."""
+"""The timeline: which ranks it shows, what its rows show, and that the file appears whole."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pool.schedule_builder import Costs, training_plan
-from pool.schedule_timing import Intervals, Replay, Work, replay
+from pool.schedule_builder import Costs, build_training_schedule
+from pool.schedule_timing import Intervals, StepTiming, Work, time_schedule
 from pool.topology import Topology
 from trainer.planning.timeline import covered, draw_timeline, row_picture, shown_ranks
 
 COSTS = Costs(trunk_layer=1.0, head=6.0, pool_layer=0.5, slot=0.05, transfer=0.1)
 
 
-def replayed(topology: Topology, load_of_first: float = 0.5) -> Replay:
+def timed(topology: Topology, load_of_first: float = 0.5) -> StepTiming:
     shards, layers = topology.expert_parallel, 3
     load_LS = np.full((layers, shards), (1 - load_of_first) / max(1, shards - 1))
     load_LS[:, 0] = load_of_first if shards > 1 else 1.0
-    plan = training_plan(topology, layers, 2, 2, True, COSTS)
-    return replay(plan, topology, layers, COSTS, load_LS, shown_ranks(topology))
+    schedule = build_training_schedule(topology, layers, 2, 2, True, COSTS)
+    return time_schedule(schedule, topology, layers, COSTS, load_LS, shown_ranks(topology))
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_a_row_stacks_what_shares_a_column() -> None:
 def test_file_appears_whole(grid: tuple[int, int, int], tmp_path: Path) -> None:
     topology = Topology(*grid)
     path = tmp_path / "timeline.png"
-    draw_timeline(replayed(topology), topology, path, "a step")
+    draw_timeline(timed(topology), topology, path, "a step")
     content = path.read_bytes()
     assert content.startswith(b"\x89PNG\r\n\x1a\n") and content.endswith(b"IEND\xaeB`\x82")
     width, height = struct.unpack(">II", content[16:24])
@@ -93,7 +93,7 @@ def test_picture_shows_the_data(tmp_path: Path) -> None:
     pictures = []
     for number, (load, unit) in enumerate(((0.5, "ms"), (0.5, "ms"), (0.7, "ms"), (0.5, "nominal units"))):
         path = tmp_path / f"{number}.png"
-        draw_timeline(replayed(topology, load), topology, path, "a step", unit)
+        draw_timeline(timed(topology, load), topology, path, "a step", unit)
         pictures.append(path.read_bytes())
     assert pictures[0] == pictures[1]
     assert len(set(pictures)) == 3
