@@ -224,7 +224,7 @@ def set_weights(role: Any, weights: dict[str, Tensor]) -> None:
             return ParameterState(weight, torch.zeros_like(weight), torch.zeros_like(weight))
 
         buffers = {name: weights.get(name, buffer) for name, buffer in engine.module.named_buffers()}
-        engine.take_over(read, buffers, 0, fresh=True)
+        engine.load_resharded(read, buffers, 0, fresh=True)
 
 
 def _by_expert(module: Any, values: dict[str, Tensor]) -> dict[str, Tensor]:
