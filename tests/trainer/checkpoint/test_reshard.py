@@ -157,7 +157,7 @@ def test_a_conversion_runs_nothing_that_a_checkpoint_holds(
 
     with pytest.raises(UserError, match=refusal(altered, file)):
         read()
-    monkeypatch.setattr(engine, "load_file", lambda *_, **__: None)  # as if it had been altered a moment later
+    monkeypatch.setattr(engine, "read_tensors", lambda *_, **__: None)  # as if it had been altered a moment later
     with pytest.raises((UserError, pickle.UnpicklingError)):
         read()
     assert not (tmp_path / "proof").exists()

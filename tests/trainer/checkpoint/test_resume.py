@@ -116,9 +116,9 @@ def flip_a_bit(path: Path) -> None:
 DAMAGE = {
     "pool/shard_0/state/mp_rank_00_model_states.pt": (flip_a_bit, "does not have the checksum in its manifest"),
     "trunk/rank_0.pt": (lambda path: path.write_bytes(path.read_bytes()[:-5]), "bytes instead of"),
-    "load.npy": (Path.unlink, "cannot be read (No such file or directory)"),
+    "load.npy": (Path.unlink, "cannot be read (no such file or directory)"),
     "manifest.json": (flip_a_bit, "is not the one that COMPLETE was written for"),
-    "COMPLETE": (Path.unlink, "cannot be read (No such file or directory)"),
+    "COMPLETE": (Path.unlink, "cannot be read (no such file or directory)"),
 }
 
 

@@ -142,6 +142,16 @@ def test_two_processes_at_once(settings, reference, tmp_path):
     assert content(folder) == reference
 
 
+def test_sigterm_leaves_nothing_that_cannot_be_resumed(settings, tmp_path):
+    worker = start(settings, "meet", tmp_path)
+    wait_until((tmp_path / "reading").exists, worker)
+    worker.terminate()
+    (tmp_path / "go").touch()
+    worker.communicate(timeout=TIMEOUT)
+    assert worker.returncode == 128 + signal.SIGTERM
+    assert folders(settings) == []
+
+
 @pytest.mark.parametrize("what", [PROGRESS_FILE, "train.arrow"])
 def test_a_damaged_beginning_is_begun_again(settings, reference, tmp_path, what, capfd):
     out, _ = start(replace(settings, directory=str(tmp_path / "whole")), "kill", 0).communicate(timeout=TIMEOUT)
