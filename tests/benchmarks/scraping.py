@@ -124,7 +124,7 @@ def main(rounds: int, as_json: bool, read: bool, period: float, addresses: tuple
     notes = [
         f"a step takes {statistics.median(never):.2f} s; {len(took)} scrapes of the trunk and the pool rank",
         f"pages have at most {max(sizes) / 1e3:.1f} kB, or {max(packed) / 1e3:.1f} kB gzipped, as Prometheus asks",
-        f"a scrape takes {statistics.median(took) * 1e3:.1f} ms, at most {max(took) * 1e3:.1f} ms; its cores also train",
+        f"a scrape takes {statistics.median(took) * 1e3:.1f} ms, at most {max(took) * 1e3:.1f} ms, on busy cores",
     ]
     title = "Cost of being scraped: 1 trunk + 1 pool rank, 48 layers, 384 experts"
     print_report(title, "python -m tests.benchmarks.scraping", results, notes, as_json)
