@@ -1,7 +1,8 @@
-# make train    trains the quickstart recipe on this machine
+# make train    trains the quickstart recipe on this machine; ARGS is passed on, as in make train ARGS='--set train.steps=20'
 # make test     runs linters, type checks and tests
 # make fast     runs the tests but for those that start whole jobs or break them
 # make lock     resolves constraints.txt anew: the exact versions that the above, CI and the image install
+# make docs     generates docs/reference/ from the code
 # make newest   installs the newest versions that the requirements allow, elsewhere, and runs the fast tests with them
 PYTHON ?= python3
 VENV ?= .venv
@@ -15,10 +16,10 @@ TORCH := 2.13.0
 PIP := $(if $(LOCK),PIP_CONSTRAINT=$(LOCK) PIP_BUILD_CONSTRAINT=$(LOCK)) $(BIN)/python -m pip --disable-pip-version-check
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: train test fast lint lock newest clean
+.PHONY: train test fast lint docs lock newest clean
 
 train: $(VENV)/installed
-	$(BIN)/python -m trainer train quickstart
+	$(BIN)/python -m trainer train quickstart $(ARGS)
 
 test: $(VENV)/installed-dev lint
 	$(PYTEST)
@@ -30,6 +31,9 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(VENV)/installed
+	$(BIN)/python docs/reference/generate.py
 
 # torch brings the CUDA libraries that it was built with; what else is left out is for other systems than Linux.
 lock: $(BIN)/python

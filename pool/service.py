@@ -28,13 +28,13 @@ class Served:
         tokens_Le: assignments of forwards, by layer and local expert (int64, host).
         gradients_e: assignments of backwards, by local expert (int64, host).
         queue_depth: slots received and not begun, a mean over the moments when one was done.
-        stash_bytes: largest stash.
+        deferred_bytes: largest size of deferred weight-gradient work.
     """
 
     tokens_Le: Tensor
     gradients_e: Tensor
     queue_depth: float
-    stash_bytes: int
+    deferred_bytes: int
 
 
 class PoolService:
@@ -73,7 +73,7 @@ class PoolService:
                     self._serve_slot(keys, coming.popleft(), step)
                     self._queue_depths.append(sum(1 for _ in takewhile(Future.done, coming)))
                 elif not slot:
-                    self.shard.cut()
+                    self.shard.deferred_dw.seal()
         except BaseException:
             # Not waited for: the thread may be in a wait for a message that never comes.
             self._receiver.shutdown(wait=False, cancel_futures=True)
@@ -81,7 +81,7 @@ class PoolService:
         assert self._server.open_forwards == 0, "the plan leaves forwards without a backward"
 
     def _serve_slot(self, keys: list[RequestKey], coming: Future[_Received], step: int) -> None:
-        while not coming.done() and self.shard.flush_some():
+        while not coming.done() and self.shard.deferred_dw.drain_some():
             pass
         started = time.perf_counter()
         batches, headers_came = coming.result()
@@ -92,7 +92,7 @@ class PoolService:
         requests = dict(zip(keys, batches, strict=True))
         for kind in Kind:
             self._serve_kind(kind, [k for k in keys if k.kind == kind], requests, step)
-        self.shard.flush_if_full()
+        self.shard.deferred_dw.drain_if_full()
 
     def _serve_kind(
         self, kind: Kind, keys: list[RequestKey], requests: dict[RequestKey, tuple[Tensor, list[int]]], step: int
@@ -130,8 +130,8 @@ class PoolService:
         """What was served since the last call."""
         depths = self._queue_depths
         queue_depth = sum(depths) / len(depths) if depths else 0.0
-        served = Served(self._tokens_Le, self._gradients_e, queue_depth, self.shard.peak_stash_bytes)
+        served = Served(self._tokens_Le, self._gradients_e, queue_depth, self.shard.deferred_dw.peak_bytes)
         self._tokens_Le, self._gradients_e = torch.zeros_like(served.tokens_Le), torch.zeros_like(served.gradients_e)
         self._queue_depths = []
-        self.shard.peak_stash_bytes = 0
+        self.shard.deferred_dw.peak_bytes = 0
         return served

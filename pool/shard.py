@@ -1,8 +1,8 @@
-"""A shard of the pool: stacked SwiGLU experts with a hand-made backward in two passes.
+"""A shard of the pool: stacked SwiGLU experts with a hand-written backward in two passes.
 
-The backward of a request gives the gradient of its tokens at once, because the trunk waits for it. Gradients of the
-weights are work that nobody waits for: what they need is stashed and flushed as one product an expert over everything
-stashed, into fp32 gradients. Autograd is not used: it would make a gradient of the whole pool for every layer.
+The trunk waits for the gradient of its tokens, so the backward of a request returns it at once. Nobody waits for the
+gradients of the weights: their work is deferred, and later done as one product per expert over many requests, into fp32
+gradients. Autograd is not used, because it would build a gradient of the whole pool for every layer.
 
 Letters: N rows in expert-major order, D hidden, F expert width, e experts of this shard.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
@@ -25,7 +25,7 @@ Hidden = Any
 """What a back end keeps of a request's forward; see `loop_experts` and `grouped_experts`."""
 
 EXPERTS_AT_A_TIME = 4
-"""Weight gradients made between two looks at whether a request has come."""
+"""Experts whose weight gradients `drain_some` computes before it looks for a request again."""
 
 
 @dataclass(frozen=True)
@@ -38,28 +38,111 @@ class Saved:
 
 
 @dataclass
-class _Ready:
-    """A stash that has been cut: what it holds, and the first expert whose weight gradients are still to be made."""
+class _Batch:
+    """Deferred work that is computed together.
 
-    stash: list[Any]
-    bytes: int
+    Attributes:
+        work: what `add_weight_gradients` of the back end needs, one entry per backward.
+        bytes: size of the work.
+        next_expert: first expert whose weight gradients are still to be computed.
+    """
+
+    work: list[Any] = field(default_factory=list)
+    bytes: int = 0
     next_expert: int = 0
+
+
+class DeferredWeightGradients:
+    """Weight-gradient work that is put off until no request waits.
+
+    Backward passes add to an open batch. `seal` closes it, and each sealed batch becomes one product per expert. The
+    batches' borders decide how sums are rounded, so they depend on the requests alone; when a sealed batch is computed
+    does not affect the result.
+
+    Args:
+        shard: whose weights the work belongs to.
+        limit_bytes: size of the work above which `drain_if_full` makes room.
+    Attributes:
+        peak_bytes: largest size of the work since a caller last set this to 0.
+    """
+
+    def __init__(self, shard: ExpertShard, limit_bytes: int):
+        self._shard, self._limit_bytes = shard, limit_bytes
+        self._open = _Batch()
+        self._sealed: deque[_Batch] = deque()
+        self.peak_bytes = 0
+
+    @property
+    def _sealed_bytes(self) -> int:
+        return sum(batch.bytes for batch in self._sealed)
+
+    def add(self, work: Any, size: int) -> None:
+        """Defer the work of one backward, `size` bytes."""
+        self._open.work.append(work)
+        self._open.bytes += size
+        self.peak_bytes = max(self.peak_bytes, self._open.bytes + self._sealed_bytes)
+
+    def seal(self) -> None:
+        """Close the open batch."""
+        if self._open.work:
+            self._sealed.append(self._open)
+            self._open = _Batch()
+
+    def drain_some(self) -> bool:
+        """Compute a few milliseconds' worth of sealed work; returns False if there is none."""
+        if not self._sealed:
+            return False
+        self._advance(EXPERTS_AT_A_TIME)
+        device = self._shard.w2_eDF.device
+        if device.type == "cuda":  # launches return at once: a request would have to wait for all that is queued
+            torch.cuda.current_stream(device).synchronize()
+        return True
+
+    def drain(self) -> None:
+        """Seal the open batch and compute all sealed work. The weights have gradients afterwards, zeros if need be."""
+        self.seal()
+        self._drain_sealed()
+        self._shard.gradients()
+
+    def drain_if_full(self) -> None:
+        """Make room when the work exceeds the limit. Call it once the answers have been sent.
+
+        Sealed work goes first. Whether the open batch is sealed too depends on its own size only: batch borders must
+        not depend on how far `drain_some` has come.
+        """
+        if self._open.bytes + self._sealed_bytes > self._limit_bytes:
+            self._drain_sealed()
+        if self._open.bytes > self._limit_bytes:
+            self.drain()
+
+    def _drain_sealed(self) -> None:
+        while self._sealed:
+            self._advance(len(self._shard.expert_ids))
+
+    def _advance(self, experts: int) -> None:
+        """Compute the next `experts` experts of the oldest sealed batch."""
+        oldest, total = self._sealed[0], len(self._shard.expert_ids)
+        end = min(oldest.next_expert + experts, total)
+        self._shard.add_weight_gradients(oldest.work, slice(oldest.next_expert, end))
+        oldest.next_expert = end
+        if end == total:
+            self._sealed.popleft()
 
 
 class ExpertShard(nn.Module):
     """Experts `expert_ids` of the pool: e_i(x) = W2_i( silu(W1_i x) * W3_i x ), without bias.
 
-    Weights are stacked and fp32; `compute_dtype` is that of the products and of tokens in and out. W1 and W3 stand in
-    one tensor (W1 first), so that they are one product.
+    Weights are stacked and fp32; `compute_dtype` is the dtype of the products and of incoming and outgoing tokens. W1
+    and W3 share one tensor (W1 first), so that they take one product.
 
     Args:
         expert_ids: global ids, in the order of the stack.
         hidden, ffn_hidden: D and F.
         compute_dtype: float32 or bfloat16.
-        recompute: keep only the tokens of a forward and recompute its hidden activations in backward.
-        stash_bytes: make room when the stash holds more.
+        recompute: keep only the tokens of a forward, and recompute the hidden activations in backward.
+        deferred_bytes: limit of deferred weight-gradient work (recipe key `pool.stash_bytes`).
     Attributes:
-        peak_stash_bytes: the most that was stashed since somebody set it to 0.
+        deferred_dw: weight gradients that are still to be computed.
     """
 
     def __init__(
@@ -69,7 +152,7 @@ class ExpertShard(nn.Module):
         ffn_hidden: int,
         compute_dtype: torch.dtype,
         recompute: bool = False,
-        stash_bytes: int = 2**30,
+        deferred_bytes: int = 2**30,
     ):
         super().__init__()
         e = len(expert_ids)
@@ -78,17 +161,15 @@ class ExpertShard(nn.Module):
         self.w2_eDF = nn.Parameter(torch.empty(e, hidden, ffn_hidden))
         self.compute_dtype = compute_dtype
         self.recompute = recompute
-        self.stash_bytes = stash_bytes
-        self._stash: list[Any] = []
-        self._uncut_bytes = 0
-        self._ready: deque[_Ready] = deque()
-        self._ready_bytes = 0
-        self.peak_stash_bytes = 0
+        self.deferred_dw = DeferredWeightGradients(self, deferred_bytes)
         self._gradients: list[Tensor] = []
         self._compute_weights: tuple[Tensor, Tensor] | None = None
 
     def reset_parameters(self, std: float, output_std: float, seed: int) -> None:
-        """N(0, std), W2 N(0, output_std), drawn per expert from (seed, global id): sharding does not change them."""
+        """Draw W1 and W3 from N(0, std), W2 from N(0, output_std).
+
+        Each expert is drawn from (seed, global id), so sharding does not change the weights.
+        """
         with torch.no_grad():
             for place, expert in enumerate(self.expert_ids):
                 generator = torch.Generator().manual_seed((seed << 20) + expert)
@@ -97,7 +178,7 @@ class ExpertShard(nn.Module):
                     weight[place].copy_(drawn)
 
     def weights_changed(self) -> None:
-        """Drop the compute-dtype copies: call after an optimizer step or a load."""
+        """Drop the copies in compute dtype. Call it after an optimizer step or a load."""
         self._compute_weights = None
 
     @property
@@ -114,17 +195,19 @@ class ExpertShard(nn.Module):
         return self._compute_weights
 
     def _kernels(self) -> ModuleType:
-        """The back end of this shard's device and dtype; the faster one where both can (README, "Experts")."""
+        """The faster back end for this shard's device and dtype."""
         grouped = self.w2_eDF.is_cuda and self.compute_dtype == torch.bfloat16
         return grouped_experts if grouped else loop_experts
 
     @torch.no_grad()
     def forward_rows(self, x_ND: Tensor, batches: Sequence[list[int]]) -> tuple[Tensor, list[Hidden]]:
-        """Expert outputs y_ND, and of every request the hidden activations [W1 x, W3 x]; both in compute dtype.
+        """Compute the expert outputs of one or several requests.
 
         Args:
-            x_ND: rows of all requests, expert-major; within an expert the requests in the order of `batches`.
+            x_ND: rows of all requests, expert-major; within an expert the requests follow the order of `batches`.
             batches: tokens per expert of every request.
+        Returns:
+            y_ND in compute dtype, and the hidden activations [W1 x, W3 x] of every request.
         """
         y_ND, hidden = self._kernels().forward(x_ND, *self._weights(), batches)
         return y_ND, hidden
@@ -133,78 +216,29 @@ class ExpertShard(nn.Module):
     def backward_rows(
         self, x_ND: Tensor, hidden: Sequence[Hidden] | None, dy_ND: Tensor, batches: Sequence[list[int]]
     ) -> Tensor:
-        """Gradient dx_ND of the tokens. What the weights' gradients need goes to the stash, unless they are frozen.
+        """Compute the gradient dx_ND of the tokens, and defer the weights' gradients unless they are frozen.
 
         Args:
-            hidden: the hidden activations of the requests; None computes them again.
+            x_ND: as in `forward_rows`.
+            hidden: the hidden activations of the requests; None recomputes them.
+            dy_ND: gradient of the outputs.
+            batches: as in `forward_rows`.
         """
         dx_ND, for_weights = self._kernels().backward(x_ND, hidden, dy_ND, *self._weights(), batches)
-        if self.frozen:
-            return dx_ND  # type: ignore[no-any-return]
-        self._stash.append((x_ND, dy_ND, for_weights, [sum(column) for column in zip(*batches, strict=True)]))
-        width = 2 * x_ND.shape[1] + 3 * self.w2_eDF.shape[2]
-        self._uncut_bytes += len(x_ND) * width * x_ND.element_size()
-        self.peak_stash_bytes = max(self.peak_stash_bytes, self._uncut_bytes + self._ready_bytes)
+        if not self.frozen:
+            counts = [sum(column) for column in zip(*batches, strict=True)]
+            width = 2 * x_ND.shape[1] + 3 * self.w2_eDF.shape[2]
+            size = len(x_ND) * width * x_ND.element_size()
+            self.deferred_dw.add((x_ND, dy_ND, for_weights, counts), size)
         return dx_ND  # type: ignore[no-any-return]
 
-    def flush_if_full(self) -> None:
-        """Make room when more than `stash_bytes` is stashed; to be called when answers are out.
-
-        What is cut already goes first. Whether that is enough is asked of the rest alone, which follows from the
-        requests: a cut must not depend on how far `flush_some` has come.
-        """
-        if self._uncut_bytes + self._ready_bytes > self.stash_bytes:
-            self._drain()
-        if self._uncut_bytes > self.stash_bytes:
-            self.cut()
-            self._drain()
-
-    def cut(self) -> None:
-        """What is stashed until now is one product an expert: it waits for `flush_some` or `flush`.
-
-        Where cuts are decides how sums are rounded, so they follow from the requests alone; when the products are made
-        does not matter.
-        """
-        if self._stash:
-            self._ready.append(_Ready(self._stash, self._uncut_bytes))
-            self._ready_bytes += self._uncut_bytes
-            self._stash, self._uncut_bytes = [], 0
-
     @torch.no_grad()
-    def flush_some(self) -> bool:
-        """Make a few milliseconds' worth of the products that wait; False if none does."""
-        if not self._ready:
-            return False
-        self._make(EXPERTS_AT_A_TIME)
-        if self.w2_eDF.is_cuda:  # launches return at once: without a wait all that is left would stand in the queue
-            torch.cuda.current_stream(self.w2_eDF.device).synchronize()
-        return True
+    def add_weight_gradients(self, work: list[Any], experts: slice) -> None:
+        """Add the weight gradients of deferred work to `.grad` (fp32), for some of the experts."""
+        self._kernels().add_weight_gradients(*self.gradients(), work, experts)
 
-    @torch.no_grad()
-    def flush(self) -> None:
-        """Add the weight gradients of everything stashed to `.grad` (fp32). After it the stack has a gradient."""
-        self.cut()
-        self._drain()
-        self._gradient_buffers()
-
-    @torch.no_grad()
-    def _drain(self) -> None:
-        while self._ready:
-            self._make(len(self.expert_ids))
-
-    def _make(self, experts: int) -> None:
-        """Weight gradients of the next experts of the oldest cut."""
-        oldest = self._ready[0]
-        end = min(oldest.next_expert + experts, len(self.expert_ids))
-        part = slice(oldest.next_expert, end)
-        self._kernels().add_weight_gradients(*self._gradient_buffers(), oldest.stash, part)
-        oldest.next_expert = end
-        if end == len(self.expert_ids):
-            self._ready.popleft()
-            self._ready_bytes -= oldest.bytes
-
-    def _gradient_buffers(self) -> list[Tensor]:
-        """The weights' `.grad`. Its memory is kept from step to step: fresh memory is slow to touch."""
+    def gradients(self) -> list[Tensor]:
+        """The weights' `.grad`, zeros if there is none yet. Memory is kept over steps: fresh memory is slow to touch."""
         for place, weight in enumerate((self.w13_e2FD, self.w2_eDF)):
             if weight.grad is None:
                 if place == len(self._gradients):
@@ -213,16 +247,15 @@ class ExpertShard(nn.Module):
         return [weight.grad for weight in (self.w13_e2FD, self.w2_eDF) if weight.grad is not None]
 
     def scale_gradients(self, factor: float) -> None:
-        """Multiply the weight gradients: the pool sums what it receives and scales once a step."""
-        for weight in (self.w13_e2FD, self.w2_eDF):
-            assert weight.grad is not None, "flush first"
-            weight.grad.mul_(factor)
+        """Multiply the weights' gradients by `factor`."""
+        for gradient in self.gradients():
+            gradient.mul_(factor)
 
 
 class ExpertServer:
-    """Serves requests with a shard: merges those of one slot into one launch and keeps what their backwards need.
+    """Answers requests with a shard: merges the requests of a slot, and keeps what their backwards need.
 
-    A request is known by a hashable key of the caller's choosing; a backward names the key of its forward.
+    Requests are known by any hashable key; a backward names the key of its forward.
     """
 
     def __init__(self, shard: ExpertShard):
@@ -232,21 +265,24 @@ class ExpertServer:
     def forward(
         self, keys: list[object], batches: list[tuple[Tensor, list[int]]], keep_for_backward: bool
     ) -> list[Tensor]:
-        """Outputs y_ND of every batch (x_ND, tokens_per_expert), in its own order."""
+        """Return the outputs y_ND of every batch (x_ND, tokens per expert), in the batch's own order."""
         counts = [c for _, c in batches]
         x_ND, index_N = _merge([x for x, _ in batches], counts)
         y_ND, hidden = self.shard.forward_rows(x_ND, counts)
         if keep_for_backward:
             for key, (x, c), h in zip(keys, batches, hidden, strict=True):
-                assert key not in self._saved, f"two forwards of {key} without a backward between"
+                assert key not in self._saved, f"two forwards of {key} without a backward in between"
                 self._saved[key] = Saved(x, None if self.shard.recompute else h, c)
         return _split(y_ND, index_N, [x.shape[0] for x, _ in batches])
 
     def backward(self, keys: list[object], dys: list[Tensor]) -> list[Tensor]:
-        """Gradients dx_ND of the tokens of earlier forwards.
+        """Return the gradients dx_ND of the tokens of earlier forwards.
 
+        Args:
+            keys: of the forwards.
+            dys: gradients of their outputs.
         Raises:
-            KeyError: a key without a forward.
+            KeyError: a key has no open forward.
         """
         saved = [self._saved.pop(key) for key in keys]
         counts = [s.tokens_per_expert for s in saved]
@@ -257,7 +293,7 @@ class ExpertServer:
         return _split(dx_ND, index_N, [s.x_ND.shape[0] for s in saved])
 
     def tokens_per_expert(self, key: object) -> list[int] | None:
-        """Counts of the open forward `key`; None if there is none."""
+        """Return the counts of the open forward `key`, or None if there is none."""
         return self._saved[key].tokens_per_expert if key in self._saved else None
 
     @property
@@ -267,7 +303,7 @@ class ExpertServer:
 
 
 def _merge(parts: list[Tensor], counts: list[list[int]]) -> tuple[Tensor, Tensor | None]:
-    """Expert-major rows of all parts, and where they come from; None if there is one part."""
+    """Return the expert-major rows of all parts, and the index that merged them; None for a single part."""
     if len(parts) == 1:
         return parts[0], None
     index_N = merge_order(counts).to(parts[0].device)
@@ -275,6 +311,7 @@ def _merge(parts: list[Tensor], counts: list[list[int]]) -> tuple[Tensor, Tensor
 
 
 def _split(merged_N: Tensor, index_N: Tensor | None, sizes: list[int]) -> list[Tensor]:
+    """Undo `_merge`."""
     if index_N is None:
         return [merged_N]
     apart = torch.empty_like(merged_N)

@@ -1,6 +1,8 @@
-"""Balance losses as gradient coefficients, and the memory of loads that they are made from.
+"""Balance losses as gradient coefficients, and the recorded loads from which they are computed.
 
-Letters: L layers, M experts that a layer sees (the pool's experts / groups).
+"Eq. M17" and the like are equations of docs/method.md.
+
+Letters: L layers, M experts that a layer's router can choose from (the pool's experts / groups).
 """
 
 from typing import Any, Literal
@@ -11,18 +13,24 @@ Scope = Literal["micro_batch", "global_batch"]
 
 
 def balance_coefficients(fractions_LM: Tensor, layer_coeff: float, pool_coeff: float, groups: int) -> Tensor:
-    """d(balance loss) / d(mean_scores_M of layer l), for every layer l.
+    """Compute d(balance loss) / d(mean scores) of every layer (Eq. M17).
 
-    The loads f are constants, so that only routers get gradient and the loss is linear in the mean scores P^(l):
-    layer l adds (coeffs_LM[l] * mean_scores_M).sum() to the loss, and no layer needs another one's scores. Two terms:
-    - per layer (Switch): layer_coeff * M * sum_i f_i^(l) P_i^(l), hence layer_coeff * M * f^(l);
-    - pool level (eq. 4-6): pool_coeff * M * sum_i fbar_i Pbar_i with the means over the layers of one group. Pbar is
-      a mean, hence pool_coeff * M * fbar / (layers of the group).
-    Group g is the L / groups adjacent layers that share a sub-pool; groups = 1 is UniPool.
+    Loads are constants, so the balance loss is linear in the mean scores: layer l adds
+    `(coefficients_LM[l] * mean_scores_M).sum()`, and no layer needs another layer's scores. The coefficients cover the
+    loss per layer (Eq. M15; Eq. 4 of Switch Transformer, arXiv:2101.03961) and the loss over the pool (Eq. M16; Eq. 4
+    to 6 of the UniPool paper, arXiv:2605.06665).
 
-    fractions_LM: f, each row sums to 1. Returns: coeffs_LM, the dtype of fractions_LM.
-    Errors: ValueError if groups does not divide L.
-    Source: arXiv:2605.06665, eq. 4-6; Switch Transformer, arXiv:2101.03961, eq. 4.
+    Args:
+        fractions_LM: the loads f of Eq. M13; each row sums to 1.
+        layer_coeff: coefficient of the loss per layer.
+        pool_coeff: coefficient of the loss over the pool.
+        groups: number of sub-pools, each shared by L / groups adjacent layers; 1 is UniPool.
+
+    Returns:
+        The coefficients (L, M), in the dtype of `fractions_LM`.
+
+    Raises:
+        ValueError: `groups` does not divide L.
     """
     num_layers, num_experts = fractions_LM.shape
     if num_layers % groups:
@@ -34,16 +42,24 @@ def balance_coefficients(fractions_LM: Tensor, layer_coeff: float, pool_coeff: f
 
 
 class LoadStatistics:
-    """The loads that f and fbar are made from: which tokens, and how old (METHOD.md, "Which tokens make fbar").
+    """Recorded loads for the balance losses: which tokens count, and how old they are (Eq. M18).
 
-    scope "micro_batch": micro-batch i of this rank uses the load of micro-batch i - delay; 0 is exact, 1 the paper.
-    scope "global_batch": every micro-batch of step s uses the load of step s - delay, summed over all trunk ranks and
-    micro-batches; delay >= 1, for a step's load is complete only at its end.
-    Micro-batches and steps are counted from 0 over the whole run. Loads are kept by that number and never added up
-    here, so that several micro-batches in flight cannot mix.
+    With scope "micro_batch", micro-batch n of this rank uses the load of micro-batch n - delay; delay 0 is the
+    micro-batch's own load, delay 1 is what the paper does. With scope "global_batch", every micro-batch of step s uses
+    the load of step s - delay, summed over all trunk ranks and micro-batches; the delay is at least 1, because the load
+    of a step is complete only at its end.
 
-    num_layers: L. num_experts: M.
-    Errors: ValueError for an unknown scope or a delay that it does not allow.
+    Micro-batches and steps are counted from 0 over the whole run. Loads are stored under that number and never added up
+    here, so several micro-batches in flight cannot mix.
+
+    Args:
+        scope: "micro_batch" or "global_batch".
+        delay: age of the load, in micro-batches or steps.
+        num_layers: L.
+        num_experts: M.
+
+    Raises:
+        ValueError: the scope is unknown, or does not allow the delay.
     """
 
     def __init__(self, scope: Scope, delay: int, num_layers: int, num_experts: int) -> None:
@@ -59,25 +75,32 @@ class LoadStatistics:
         self._first = 0
 
     def record_micro_batch(self, index: int, tokens_per_expert_LM: Tensor) -> None:
-        """The load of micro-batch `index`, int64 counts. Nothing happens with scope global_batch."""
+        """Record the load of micro-batch `index` (int64 counts); does nothing with scope "global_batch"."""
         if self.scope == "micro_batch":
             self._record(index, tokens_per_expert_LM)
 
     def record_step(self, step: int, tokens_per_expert_LM: Tensor) -> None:
-        """The load of `step`, int64 counts that the caller has summed over trunk ranks and micro-batches.
+        """Record the load of `step`; does nothing with scope "micro_batch".
 
-        Nothing happens with scope micro_batch.
+        Args:
+            step: number of the optimizer step.
+            tokens_per_expert_LM: int64 counts, summed over trunk ranks and micro-batches by the caller.
         """
         if self.scope == "global_batch":
             self._record(step, tokens_per_expert_LM)
-            # Step + 1 comes next: it and its followers need no load older than this.
+            # The next step and later ones need no older load than this.
             self._loads = {s: load for s, load in self._loads.items() if s > step - self.delay}
 
     def fractions(self, micro_batch_index: int, step: int) -> Tensor | None:
-        """fractions_LM for a micro-batch, fp32, each row sums to 1; None while there is no balance loss yet.
+        """Return the loads f for a micro-batch: (L, M), fp32, each row sums to 1.
 
-        With scope micro_batch ask once a micro-batch: its load has no other reader and is dropped here.
-        Errors: RuntimeError if the load should be there and is not (not recorded yet, or asked for twice).
+        With scope "micro_batch" call it once per micro-batch, because the load has no other reader and is dropped.
+
+        Returns:
+            None while there is no balance loss yet.
+
+        Raises:
+            RuntimeError: the load is missing, because it has not been recorded or was asked for twice.
         """
         unit = "micro-batch" if self.scope == "micro_batch" else "step"
         reader = micro_batch_index if self.scope == "micro_batch" else step
@@ -93,19 +116,23 @@ class LoadStatistics:
         return load_LM.float() / load_LM.sum(dim=-1, keepdim=True)
 
     def begin_at(self, index: int) -> None:
-        """Loads before micro-batch or step `index` are not known: there is no balance loss from them."""
+        """Declare loads before micro-batch or step `index` unknown, so that no balance loss is computed from them."""
         self._first = index
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a resumed run needs to have the same balance losses; tensors stay on their device."""
+        """Return what a resumed run needs to compute the same balance losses; tensors stay on their device."""
         loads = {i: load.clone() for i, load in self._loads.items()}
         return {"scope": self.scope, "delay": self.delay, "first": self._first, "loads": loads}
 
     def load_state_dict(self, state: dict[str, Any], shift: int = 0) -> None:
-        """Take over what state_dict gave.
+        """Restore what `state_dict` returned.
 
-        shift: added to the numbers of its loads, where micro-batches are counted otherwise now.
-        Errors: ValueError if it was saved with another scope or delay: the loads needed now are not in it.
+        Args:
+            state: the saved state.
+            shift: number to add to the saved indices, for a run that now counts micro-batches differently.
+
+        Raises:
+            ValueError: the state was saved with another scope or delay.
         """
         if (state["scope"], state["delay"]) != (self.scope, self.delay):
             raise ValueError(

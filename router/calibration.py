@@ -1,4 +1,4 @@
-"""The constant c of NormRouter (eq. 7), estimated once before training.
+"""The constant c of NormRouter (Eq. M8 of docs/method.md), estimated once before training.
 
 Letters: N draws in a chunk, M experts, K top-k.
 """
@@ -8,23 +8,29 @@ import functools
 import torch
 
 NUM_DRAWS = 100_000
-CHUNK_DRAWS = 2_000  # a chunk of draws stays in cache: three times as fast as all draws at once
+CHUNK_DRAWS = 2_000  # a chunk stays in the cache, which is three times as fast as all draws at once
 SEED = 1
 
 
 @functools.cache
 def norm_constant(num_experts: int, top_k: int) -> float:
-    """The scale that gives a token's k gate values a 2-norm near 1 when training starts.
+    """Estimate the scale with which a token's K gate values start with a 2-norm near 1 (Eq. 7 of the paper).
 
-    c = E[1 / sqrt(sum of the k largest y_j^2)], y = relu(x / ||x||), x ~ N(0, I_M), from 1e5 draws of a private
-    generator with a fixed seed, so that every rank and every run has the same number. A draw without a positive
-    entry has an infinite term (1 draw in 256 at M = 8): it is left out. Draws whose largest entry is barely positive
-    still make the estimate depend on the seed up to M of about 10 (the expectation diverges like a logarithm), by
-    less than 1 % from M = 16 on.
+    c = E[1 / sqrt(sum of the K largest y_j^2)] with y = relu(x / ||x||) and x ~ N(0, I_M), from 100,000 draws with a
+    fixed seed, so that every rank and every run has the same number. A draw without a positive entry would add an
+    infinite term and is left out (1 draw in 256 at M = 8). Draws whose largest entry is barely positive make the
+    estimate depend on the seed for M up to about 10, because the expectation diverges like a logarithm; from M = 16 on
+    the effect is below 1 %.
 
-    Returns: c, without unit.
-    Errors: ValueError unless 1 <= top_k <= num_experts.
-    Source: arXiv:2605.06665, eq. 7.
+    Args:
+        num_experts: M.
+        top_k: K.
+
+    Returns:
+        c, without a unit.
+
+    Raises:
+        ValueError: `top_k` is not between 1 and `num_experts`.
     """
     if not 1 <= top_k <= num_experts:
         raise ValueError(f"router.top_k is {top_k}: it must be from 1 to the {num_experts} experts a layer sees")

@@ -1,7 +1,7 @@
 """Load statistics for metrics: how evenly tokens spread over experts, and how differently the layers use them.
 
-Where a docstring says nothing else, a function takes int64 counts of any shape (..., M) and reduces the last dimension,
-the experts.
+Unless a docstring says otherwise, a function takes int64 counts of any shape (..., M) and reduces the last dimension,
+the experts. "Eq. M29" and the like are equations of docs/method.md.
 """
 
 import math
@@ -11,21 +11,26 @@ from torch import Tensor
 
 
 def load_imbalance(tokens_per_expert: Tensor) -> Tensor:
-    """Largest load over mean load, fp32, from 1 (even) to M (one expert has all); 1 without tokens. MaxVio + 1."""
+    """Compute the largest load over the mean load (Eq. M29), fp32: 1 is even, M is all on one; MaxVio plus 1.
+
+    Returns:
+        1 where there are no tokens.
+    """
     load = tokens_per_expert.float()
     mean = load.mean(dim=-1)
     return torch.where(mean == 0, 1.0, load.amax(dim=-1) / mean)
 
 
 def dead_experts(tokens_per_expert: Tensor) -> Tensor:
-    """How many experts got no token, int64."""
+    """Count the experts that got no token, int64."""
     return (tokens_per_expert == 0).sum(dim=-1)
 
 
 def effective_experts(tokens_per_expert: Tensor) -> Tensor:
-    """exp of the load's entropy, fp32: n when n experts share the tokens evenly and the rest get none.
+    """Compute exp of the load's entropy (Eq. M30), fp32: n if n experts share the tokens evenly and the rest get none.
 
-    1 without tokens, the smallest value there is.
+    Returns:
+        1, the smallest possible value, where there are no tokens.
     """
     load = tokens_per_expert.float()
     fractions = load / load.sum(dim=-1, keepdim=True).clamp(min=1.0)
@@ -34,12 +39,12 @@ def effective_experts(tokens_per_expert: Tensor) -> Tensor:
 
 
 def distinct_experts(expert_ids_LTK: Tensor) -> Tensor:
-    """Different experts of the pool that a token meets over its layers: mean over the tokens, fp32."""
+    """Count the distinct experts of the pool that a token meets over its layers (Eq. M31): mean over tokens, fp32."""
     return distinct_experts_by_token(expert_ids_LTK).float().mean()
 
 
 def distinct_experts_by_token(expert_ids_LTK: Tensor) -> Tensor:
-    """Different experts of the pool that each token meets over its layers, int64 (T).
+    """Count the distinct experts of the pool that each token meets over its layers (Eq. M31), int64 (T).
 
     Args:
         expert_ids_LTK: global expert ids by layer, token and choice.
@@ -49,10 +54,12 @@ def distinct_experts_by_token(expert_ids_LTK: Tensor) -> Tensor:
 
 
 def layer_divergence(counts_LM: Tensor) -> Tensor:
-    """Jensen-Shannon divergence of every two layers' shares, bits, float64 (L, L): 0 the same, 1 nothing in common.
+    """Compute the Jensen-Shannon divergence of each two layers' loads (Eq. M32): bits, float64, (L, L).
+
+    0 means that two layers use the pool alike, 1 that they have no expert in common.
 
     Args:
-        counts_LM: assignments of each layer to the experts of the whole pool.
+        counts_LM: assignments of each layer to the experts of the whole pool, int64.
     """
     p_LM = counts_LM.double() / counts_LM.sum(1, keepdim=True).clamp(min=1)
     entropy_L = torch.special.entr(p_LM).sum(1)
@@ -62,6 +69,6 @@ def layer_divergence(counts_LM: Tensor) -> Tensor:
 
 
 def specialisation(counts_LM: Tensor) -> float:
-    """How differently the layers use the pool: the mean of `layer_divergence` over all pairs; 0 for one layer."""
+    """Compute the mean of `layer_divergence` over all pairs of layers, bits; 0 for a single layer."""
     layers = len(counts_LM)
     return float(layer_divergence(counts_LM).sum()) / max(1, layers * (layers - 1))

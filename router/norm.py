@@ -1,6 +1,8 @@
-"""NormRouter's arithmetic, eq. 7: the plain form, and the cheap one that training uses, with its backward by hand.
+"""NormRouter's arithmetic (Eq. M7 of docs/method.md, Eq. 7 of the paper), with a backward pass written by hand.
 
-Letters: T tokens, M experts this layer sees, K top-k.
+The scores are s_i = sigma * c * max(0, z_i / (||z||_2 + eps)).
+
+Letters: T tokens, M experts that the layer can choose from, K top-k.
 """
 
 from typing import Any
@@ -9,81 +11,62 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-EPS = 1e-8  # eq. 7
-
-
-def norm_scores(logits_TM: Tensor, scale: Tensor, constant: float, expert_mask_M: Tensor | None = None) -> Tensor:
-    """s_i = sigma * c * max(0, z_i / (||z||_2 + eps)), eq. 7, of every expert, under autograd.
-
-    logits_TM: z, any float dtype. scale: sigma, one element. constant: c, from norm_constant.
-    expert_mask_M: bool, False takes an expert out: its score is 0 and it does not count in ||z||.
-    Returns: scores_TM, fp32. A row without a positive logit has scores 0 and gradients 0, never NaN.
-    """
-    logits_TM = logits_TM.float()
-    if expert_mask_M is not None:
-        logits_TM = logits_TM.masked_fill(~expert_mask_M, 0.0)
-    norm_T1: Tensor = torch.linalg.vector_norm(logits_TM, dim=-1, keepdim=True)
-    return logits_TM.relu() * (scale.float() * constant / (norm_T1 + EPS))
+EPS = 1e-8  # of Eq. M7
 
 
 def norm_route(
-    logits_TM: Tensor, sigma: Tensor, constant: float, top_k: int, normalized: bool, expert_mask_M: Tensor | None
+    logits_TM: Tensor, sigma: Tensor, constant: float, top_k: int, normalized: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gate values, experts and mean scores of eq. 7, without the (T, M) matrix of scores.
+    """Compute gate values, experts and mean scores of Eq. M7 and M14 without the (T, M) matrix of scores.
 
-    A token's norm and the scale do not change the order of its experts, so top-k reads the logits and only the K
-    winners become gate values; the mean scores are one product of a matrix and a vector.
+    The norm and the scale do not change the order of a token's experts. So the top-k reads the logits, only the K
+    winners become gate values, and the mean scores are one matrix-vector product.
 
-    logits_TM: z, fp32 or float64. sigma: (1,), the same dtype. constant: c. expert_mask_M: as in norm_scores; a masked
-    expert is chosen only after all others. normalized: each token's scores are divided by their sum before the mean,
-    so that sigma and the norm cancel.
-    Returns: topk_scores_TK, topk_expert_ids_TK (int64), mean_scores_M. The scores are differentiable, once; a row
-    without a positive logit has gradient 0, never NaN. A row whose logits are not all finite: see `broken_rows`.
+    Args:
+        logits_TM: z, fp32 or float64.
+        sigma: (1,), the same dtype.
+        constant: c, from `norm_constant`.
+        top_k: K.
+        normalized: divide each token's scores by their sum before taking the mean; sigma and the norm then cancel.
+
+    Returns:
+        (topk_scores_TK, topk_expert_ids_TK, mean_scores_M). The scores can be differentiated once; a row without a
+        positive logit has gradient 0, never NaN. For rows with logits that are not finite see `broken_rows`.
     """
-    topk_scores_TK, ids_TK, mean_scores_M = _NormRoute.apply(
-        logits_TM, sigma, constant, top_k, normalized, expert_mask_M
-    )
+    topk_scores_TK, ids_TK, mean_scores_M = _NormRoute.apply(logits_TM, sigma, constant, top_k, normalized)
     return topk_scores_TK, ids_TK, mean_scores_M
 
 
 def broken_rows(logits_TM: Tensor) -> Tensor:
-    """Which tokens have a logit that is not finite, (T, 1), bool.
+    """Find the tokens with a logit that is not finite: (T, 1), bool.
 
-    Top-k of NaN may give any ids. Such a token goes to the experts 0..K-1 instead, which are distinct and in range, and
-    its gate values are NaN, so that everything computed from it shows it, the loss and the gradients included.
+    The top-k of NaN may return any ids. Such a token is sent to experts 0 to K - 1 instead, which are distinct and in
+    range, and its gate values are NaN, so that the loss and the gradients show the fault.
     """
     return ~logits_TM.detach().sum(dim=-1, keepdim=True).isfinite()
 
 
 def replace_broken(ids_TK: Tensor, broken_T1: Tensor) -> Tensor:
-    """The experts of each token, 0..K-1 for a broken one."""
+    """Replace the experts of broken tokens by 0 to K - 1."""
     return torch.where(broken_T1, torch.arange(ids_TK.shape[-1], device=ids_TK.device), ids_TK)
 
 
 class _NormRoute(torch.autograd.Function):
-    """With r = relu(z), gain = sigma * c / (||z|| + eps) and w the K winners of each token:
+    """The function behind `norm_route`.
 
-    topk_scores_TK = gain * r_w
-    mean_scores_M = sum over tokens of weight * r / T, weight = gain (raw) or 1 / sum of r (normalized)
+    With r = relu(z), gain = sigma * c / (||z|| + eps) and w the K winners of each token:
 
-    Without a mask, forward and backward make one (T, M) buffer each; between them only z is kept.
+        topk_scores_TK = gain * r_w
+        mean_scores_M = sum over tokens of weight * r / T, where weight is gain (raw) or 1 / sum of r (normalized)
+
+    Forward and backward allocate one (T, M) buffer each, and only z is kept between them.
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        logits_TM: Tensor,
-        sigma: Tensor,
-        constant: float,
-        top_k: int,
-        normalized: bool,
-        expert_mask_M: Tensor | None,
+        ctx: Any, logits_TM: Tensor, sigma: Tensor, constant: float, top_k: int, normalized: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        if expert_mask_M is None:
-            winners_TK, ids_TK = logits_TM.topk(top_k, dim=-1)
-        else:
-            winners_TK, ids_TK = logits_TM.masked_fill(~expert_mask_M, float("-inf")).topk(top_k, dim=-1)
-            logits_TM = logits_TM.masked_fill(~expert_mask_M, 0.0)
+        winners_TK, ids_TK = logits_TM.topk(top_k, dim=-1)
         broken_T1 = broken_rows(logits_TM)
         ids_TK = replace_broken(ids_TK, broken_T1)
         winners_TK = winners_TK.relu_().masked_fill_(broken_T1, float("nan"))
@@ -110,7 +93,7 @@ class _NormRoute(torch.autograd.Function):
         if d_topk_TK is not None:
             d_gain_T1 += (d_topk_TK * winners_TK).sum(dim=-1, keepdim=True)
 
-        # Through r: on positive logits only. The sum of r (normalized) takes the same from each of them.
+        # Through r, on positive logits only. Normalised, the sum of r subtracts the same from each of them.
         if d_mean_M is None:
             d_logits_TM = torch.zeros_like(logits_TM)
         else:
@@ -122,7 +105,7 @@ class _NormRoute(torch.autograd.Function):
             else:
                 torch.mul(d_mean_M, weight_T1, out=d_logits_TM)
                 d_gain_T1 += d_weight_T1
-            # relu's own backward, in place: a comparison and masked_fill_ cost ten times as much on a CPU.
+            # relu's own backward, in place; a comparison and masked_fill_ cost ten times as much on a CPU.
             torch.ops.aten.threshold_backward.grad_input(d_logits_TM, logits_TM, 0, grad_input=d_logits_TM)
         if d_topk_TK is not None:
             d_logits_TM.scatter_add_(-1, ids_TK, d_topk_TK * gain_T1 * winners_TK.sign())
@@ -132,9 +115,9 @@ class _NormRoute(torch.autograd.Function):
         along_T1 = torch.where(norm_T1 == 0, 0.0, d_gain_T1 / norm_T1) * inverse_T1 * gain_T1
         d_logits_TM.addcmul_(logits_TM, along_T1, value=-1)
         d_sigma = ctx.constant * (d_gain_T1 * inverse_T1).sum(dim=0)
-        return d_logits_TM, d_sigma, None, None, None, None
+        return d_logits_TM, d_sigma, None, None, None
 
 
 def _reciprocal(sum_T1: Tensor) -> Tensor:
-    """1 / sum; 1 where the sum is 0 or too small to have a finite reciprocal."""
+    """Compute 1 / sum, or 1 where the sum is 0 or too small to have a finite reciprocal."""
     return torch.where(sum_T1 < torch.finfo(sum_T1.dtype).tiny, 1.0, sum_T1).reciprocal()

@@ -1,7 +1,9 @@
 """Routers: from a layer's hidden states to the experts of each token and their gate values.
 
-Letters: T tokens, D hidden, M experts this layer sees, K top-k. Everything here is computed in fp32, whatever the
-dtype of the input and also under autocast: gate values and the order of near-equal experts are sensitive to rounding.
+Everything here is computed in fp32, whatever the dtype of the input and also under autocast, because gate values and
+the order of nearly equal experts are sensitive to rounding. "Eq. M5" and the like are equations of docs/method.md.
+
+Letters: T tokens, D hidden, M experts that the layer can choose from, K top-k.
 """
 
 from typing import Literal, NamedTuple
@@ -17,16 +19,16 @@ Scores = Literal["raw", "normalized"]
 
 
 class Routing(NamedTuple):
-    """What a router decides for T tokens. Expert ids are local to the experts that the layer sees, 0..M-1.
+    """What a router decides for T tokens. Expert ids count from 0 to M - 1 within the experts of the layer.
 
-    A tuple, because ZeRO-3 finds the tensors of a module's output only in tuples, lists and dicts.
+    It is a tuple because ZeRO-3 finds the tensors of a module's output only in tuples, lists and dicts.
 
-    topk_scores_TK: gate values, fp32, differentiable. NaN for a token whose logits are not all finite.
-    topk_expert_ids_TK: int64, K distinct experts a token, whatever the logits are.
-    tokens_per_expert_M: int64, how many of the T*K assignments go to each expert; T*K times f_i of METHOD.md.
-    mean_scores_M: fp32, differentiable: P_i of METHOD.md, over raw or normalised scores.
-    z_loss: fp32 scalar: the mean over tokens of logsumexp(z)^2 (ST-MoE, arXiv:2202.08906, eq. 5), differentiable.
-        A router built without it gives a 0 that has no gradient.
+    Attributes:
+        topk_scores_TK: gate values, fp32, differentiable; NaN for a token with a logit that is not finite.
+        topk_expert_ids_TK: int64, K distinct experts per token, whatever the logits are.
+        tokens_per_expert_M: int64, how many of the T * K assignments go to each expert: T * K times f of Eq. M13.
+        mean_scores_M: fp32, differentiable: P of Eq. M14.
+        z_loss: fp32 scalar, differentiable: Eq. M12. A router built without it returns a 0 that has no gradient.
     """
 
     topk_scores_TK: Tensor
@@ -36,62 +38,48 @@ class Routing(NamedTuple):
     z_loss: Tensor
 
 
-def softmax_scores(logits_TM: Tensor, expert_mask_M: Tensor | None = None) -> Tensor:
-    """Softmax over all experts that the mask leaves (at least one). Returns: scores_TM, fp32."""
-    return _mask(logits_TM.float(), expert_mask_M).softmax(dim=-1)
+def select_experts(preference_TM: Tensor, top_k: int) -> Tensor:
+    """Select the K experts with the largest preference, without gradient (Eq. M6).
 
-
-def sigmoid_scores(logits_TM: Tensor, expert_mask_M: Tensor | None = None) -> Tensor:
-    """Each expert's sigmoid, 0 for a masked one. Returns: scores_TM, fp32. Source: arXiv:2408.15664."""
-    return _mask(logits_TM.float(), expert_mask_M).sigmoid()
-
-
-def select_experts(preference_TM: Tensor, top_k: int, expert_mask_M: Tensor | None = None) -> Tensor:
-    """The K experts with the largest preference, without gradient.
-
-    Returns: topk_expert_ids_TK, int64, distinct in a row. A masked expert comes only after all unmasked ones. Which of
-    equal preferences wins is up to the device.
+    Returns:
+        Expert ids (T, K), int64, distinct within a row. Which of equal preferences wins depends on the device.
     """
-    return _mask(preference_TM.detach(), expert_mask_M).topk(top_k, dim=-1).indices
-
-
-def _mask(values_TM: Tensor, expert_mask_M: Tensor | None) -> Tensor:
-    return values_TM if expert_mask_M is None else values_TM.masked_fill(~expert_mask_M, float("-inf"))
+    return preference_TM.detach().topk(top_k, dim=-1).indices
 
 
 def _normalize_per_token(scores_TM: Tensor) -> Tensor:
-    """Each row divided by its sum; an all-zero row stays zero, in the gradient too."""
+    """Divide each row by its sum; a row of zeros stays zero, in the gradient too."""
     sum_T1 = scores_TM.sum(dim=-1, keepdim=True)
     return scores_TM / torch.where(sum_T1 == 0, 1.0, sum_T1)
 
 
 def _decide(
-    scores_TM: Tensor,
-    preference_TM: Tensor,
-    broken_T1: Tensor,
-    top_k: int,
-    normalized: bool,
-    expert_mask_M: Tensor | None,
+    scores_TM: Tensor, preference_TM: Tensor, broken_T1: Tensor, top_k: int, normalized: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(topk_scores_TK, topk_expert_ids_TK, mean_scores_M) under autograd; the K largest preferences win."""
-    ids_TK = replace_broken(select_experts(preference_TM, top_k, expert_mask_M), broken_T1)
+    """Return (topk_scores_TK, topk_expert_ids_TK, mean_scores_M) under autograd; the K largest preferences win."""
+    ids_TK = replace_broken(select_experts(preference_TM, top_k), broken_T1)
     balanced_TM = _normalize_per_token(scores_TM) if normalized else scores_TM
     topk_scores_TK = scores_TM.gather(-1, ids_TK).masked_fill(broken_T1, float("nan"))
     return topk_scores_TK, ids_TK, balanced_TM.mean(dim=0)
 
 
 def _count_tokens(topk_expert_ids_TK: Tensor, num_experts: int) -> Tensor:
-    """Assignments per expert. Not bincount: that waits for the device to learn the largest id."""
+    """Count assignments per expert. `bincount` would wait for the device to find the largest id."""
     ids = topk_expert_ids_TK.flatten()
     return torch.zeros(num_experts, dtype=torch.int64, device=ids.device).scatter_add_(0, ids, torch.ones_like(ids))
 
 
 class Router(nn.Module):
-    """One layer's router: z = W h, then scores, then top-k. A subclass says what it decides from the logits.
+    """One layer's router: logits (Eq. M5), then scores, then top-k. A subclass says what it decides from the logits.
 
-    hidden: D. num_experts: M, the experts that this layer sees. top_k: K. scores: what the mean in P is taken of, the
-    scores themselves ("raw", the paper) or each divided by its token's sum ("normalized"). z_loss: compute it.
-    The weight is allocated without values: call reset_parameters or load a checkpoint.
+    The weight is allocated without values; call `reset_parameters` or load a checkpoint.
+
+    Args:
+        hidden: D.
+        num_experts: M, the experts that the layer can choose from.
+        top_k: K.
+        scores: which scores make P of Eq. M14: "raw" as in the paper, or "normalized" by each token's sum.
+        z_loss: whether to compute the z-loss.
     """
 
     def __init__(self, hidden: int, num_experts: int, top_k: int, scores: Scores, z_loss: bool) -> None:
@@ -103,42 +91,44 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, std: float, generator: torch.Generator | None = None) -> None:
-        """Weight ~ N(0, std^2) from `generator`, which must live on the weight's device."""
+        """Draw the weight from N(0, std^2) with `generator`, which must be on the weight's device."""
         self.weight_MD.normal_(0.0, std, generator=generator)
 
-    def decide(self, logits_TM: Tensor, expert_mask_M: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """(topk_scores_TK, topk_expert_ids_TK, mean_scores_M) of Routing, from fp32 logits."""
+    def decide(self, logits_TM: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return (topk_scores_TK, topk_expert_ids_TK, mean_scores_M) of `Routing`, from fp32 logits."""
         raise NotImplementedError
 
-    def forward(self, h_TD: Tensor, expert_mask_M: Tensor | None = None) -> Routing:
+    def forward(self, h_TD: Tensor) -> Routing:
         """Route T >= 1 tokens.
 
-        h_TD: hidden states, any float dtype. expert_mask_M: bool, False takes an expert out (at least one stays).
-        Under autocast, leave it before the backward pass: inside it torch computes the weight gradient in bf16.
+        Leave autocast before the backward pass; within it, torch would compute the weight's gradient in bf16.
+
+        Args:
+            h_TD: hidden states, any float dtype.
         """
         with torch.autocast(h_TD.device.type, enabled=False):
             logits_TM = F.linear(h_TD.float(), self.weight_MD.float())
-            topk_scores_TK, ids_TK, mean_scores_M = self.decide(logits_TM, expert_mask_M)
+            topk_scores_TK, ids_TK, mean_scores_M = self.decide(logits_TM)
             return Routing(
                 topk_scores_TK=topk_scores_TK,
                 topk_expert_ids_TK=ids_TK,
                 tokens_per_expert_M=_count_tokens(ids_TK, len(self.weight_MD)),
                 mean_scores_M=mean_scores_M,
-                z_loss=self._z_loss(logits_TM, expert_mask_M),
+                z_loss=self._z_loss(logits_TM),
             )
 
-    def _z_loss(self, logits_TM: Tensor, expert_mask_M: Tensor | None) -> Tensor:
-        if not self.has_z_loss:
-            return logits_TM.new_zeros(())
-        return _mask(logits_TM, expert_mask_M).logsumexp(dim=-1).square().mean()
+    def _z_loss(self, logits_TM: Tensor) -> Tensor:
+        return logits_TM.logsumexp(dim=-1).square().mean() if self.has_z_loss else logits_TM.new_zeros(())
 
 
 class NormRouter(Router):
-    """NormRouter, eq. 7: gate values near 1 from the start, about half of all scores 0.
+    """NormRouter (Eq. M7): gate values start near 1, and about half of all scores are 0.
 
-    With k > 1 a token may select experts of score 0: they add nothing and still count in tokens_per_expert_M.
-    sigma starts at 1 and stays positive in any sane run; selection by logits relies on that.
-    constant: c, from norm_constant; one for the whole model.
+    With K > 1 a token may select experts of score 0; they add nothing but count in `tokens_per_expert_M`. Selection by
+    logits relies on a positive sigma, which starts at 1.
+
+    Args:
+        constant: c, from `norm_constant`; one for the whole model.
     """
 
     def __init__(
@@ -150,30 +140,29 @@ class NormRouter(Router):
 
     @torch.no_grad()
     def reset_parameters(self, std: float, generator: torch.Generator | None = None) -> None:
-        """Weight ~ N(0, std^2) from `generator`, sigma 1."""
+        """Draw the weight from N(0, std^2) with `generator`, and set sigma to 1."""
         super().reset_parameters(std, generator)
         self.sigma.fill_(1.0)
 
-    def decide(self, logits_TM: Tensor, expert_mask_M: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        sigma = self.sigma.float()
-        return norm_route(logits_TM, sigma, self.constant, self.top_k, self.normalized, expert_mask_M)
+    def decide(self, logits_TM: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return norm_route(logits_TM, self.sigma.float(), self.constant, self.top_k, self.normalized)
 
 
 class SoftmaxRouter(Router):
-    """The vanilla baseline: softmax over all experts, then top-k; gate values are not renormalised.
+    """The router of the vanilla baseline: softmax over all experts, then top-k, without renormalisation (Eq. M9).
 
-    Its backward is autograd's: the scores' matrix is needed anyway.
+    Autograd computes its backward pass, because the matrix of scores is needed anyway.
     """
 
-    def decide(self, logits_TM: Tensor, expert_mask_M: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        scores_TM = softmax_scores(logits_TM, expert_mask_M)
-        return _decide(scores_TM, logits_TM, broken_rows(logits_TM), self.top_k, self.normalized, expert_mask_M)
+    def decide(self, logits_TM: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        scores_TM = logits_TM.softmax(dim=-1)
+        return _decide(scores_TM, logits_TM, broken_rows(logits_TM), self.top_k, self.normalized)
 
 
 class SigmoidBiasRouter(Router):
-    """The aux-free baseline: sigmoid gate values, and an expert bias for the selection only (arXiv:2408.15664).
+    """Sigmoid gate values, and an expert bias for the selection only (Eq. M10 and M11; arXiv:2408.15664).
 
-    Its backward is autograd's: the scores' matrix is needed anyway.
+    Autograd computes its backward pass, because the matrix of scores is needed anyway.
     """
 
     expert_bias_M: Tensor
@@ -184,18 +173,25 @@ class SigmoidBiasRouter(Router):
 
     @torch.no_grad()
     def reset_parameters(self, std: float, generator: torch.Generator | None = None) -> None:
-        """Weight ~ N(0, std^2) from `generator`, expert bias 0."""
+        """Draw the weight from N(0, std^2) with `generator`, and set the expert bias to 0."""
         super().reset_parameters(std, generator)
         self.expert_bias_M.zero_()
 
-    def decide(self, logits_TM: Tensor, expert_mask_M: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        scores_TM = sigmoid_scores(logits_TM, expert_mask_M)
+    def decide(self, logits_TM: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        scores_TM = logits_TM.sigmoid()
         preference_TM = scores_TM + self.expert_bias_M
-        return _decide(scores_TM, preference_TM, broken_rows(logits_TM), self.top_k, self.normalized, expert_mask_M)
+        return _decide(scores_TM, preference_TM, broken_rows(logits_TM), self.top_k, self.normalized)
 
     @torch.no_grad()
     def update_bias(self, tokens_per_expert_M: Tensor, rate: float) -> None:
-        """Move each bias by rate * sign(mean load - load). Once an optimizer step, with the step's summed counts."""
+        """Move each bias by rate * sign(mean load - load) (Eq. M11).
+
+        Call it once per optimizer step.
+
+        Args:
+            tokens_per_expert_M: the layer's assignments in the step, over all ranks and micro-batches.
+            rate: size of the move.
+        """
         load_M = tokens_per_expert_M.float()
         self.expert_bias_M.add_(torch.sign(load_M.mean() - load_M), alpha=rate)
 
@@ -203,9 +199,12 @@ class SigmoidBiasRouter(Router):
 def build_router(
     kind: RouterKind, hidden: int, num_experts: int, top_k: int, scores: Scores, z_loss: bool, constant: float
 ) -> Router:
-    """One layer's router of `kind`; the arguments are those of Router, and `constant` serves "norm" only.
+    """Build one layer's router.
 
-    Errors: ValueError for an unknown kind or scores.
+    The arguments are those of `Router` and `NormRouter`; only "norm" uses `constant`.
+
+    Raises:
+        ValueError: `kind` or `scores` is unknown.
     """
     if scores not in ("raw", "normalized"):
         raise ValueError(f"balance.scores is {scores!r}: it must be raw or normalized")

@@ -101,8 +101,8 @@ def serve(shard: ExpertShard, work: Work, lanes: int) -> None:
             server.forward([(m, layer) for m in together], batches, keep_for_backward=True)
         for layer in reversed(range(LAYERS)):
             server.backward([(m, layer) for m in together], [work.dy[m] for m in together])
-            shard.flush_if_full()
-    shard.flush()
+            shard.deferred_dw.drain_if_full()
+    shard.deferred_dw.drain()
 
 
 def serve_with(kernels: ModuleType, shard: ExpertShard, work: Work) -> None:

@@ -13,7 +13,9 @@ import yaml
 DEPLOY = Path(__file__).parents[2] / "deploy"
 PROMETHEUS = DEPLOY / "prometheus"
 GRAFANA = DEPLOY / "grafana"
-RUNBOOK = DEPLOY / "RUNBOOK.md"
+OPERATIONS = DEPLOY.parent / "docs" / "operations"
+RUNBOOK = OPERATIONS / "runbook.md"
+MONITORING = OPERATIONS / "monitoring.md"
 
 
 def rules(kind: str) -> list[dict[str, Any]]:

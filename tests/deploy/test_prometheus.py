@@ -56,7 +56,7 @@ def test_alerts_say_what_to_do(name: str) -> None:
     rule = ALERTS[name]
     assert rule["labels"]["severity"] in ("warning", "critical")
     assert set(rule["annotations"]) == {"summary", "description", "runbook_url"}
-    assert rule["annotations"]["runbook_url"] == f"deploy/RUNBOOK.md#{name.lower()}"
+    assert rule["annotations"]["runbook_url"] == f"docs/operations/runbook.md#{name.lower()}"
     assert f'| <a id="{name.lower()}"></a>{name} | {rule["labels"]["severity"]} |' in RUNBOOK.read_text()
 
 

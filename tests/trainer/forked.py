@@ -152,15 +152,14 @@ def _rank(
     import torch
 
     from trainer.cli import main
-    from trainer.cluster import fault_watch as faults
-    from trainer.cluster import liveness as peers
+    from trainer.cluster import fault_watch, liveness
     from trainer.cluster.rendezvous import read_launch
     from trainer.train.loop import train
 
     torch.set_num_threads(1)
-    faults._COURTESY_SECONDS = 0.0  # there is no launcher that should notice another rank first
+    fault_watch._COURTESY_SECONDS = 0.0  # there is no launcher that should notice another rank first
     if apart:
-        peers._alive = lambda _: True
+        liveness._alive = lambda _: True
     if fault and fault.rank == rank:
         _put(fault)
     status: Any = 0

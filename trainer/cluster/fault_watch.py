@@ -1,6 +1,6 @@
-"""What a rank does when it, a peer, its launcher or the user ends it: say who failed first, and be gone in time.
+"""What a rank does when it fails, or when a peer, its launcher or a signal ends it: name the cause and exit in time.
 
-A thread watches, because the main thread may be inside a blocking collective, where Python's handlers do not run.
+A thread watches for signals, because Python's handlers do not run while the main thread blocks in a collective.
 """
 
 from __future__ import annotations
@@ -17,45 +17,43 @@ from typing import NoReturn
 
 import psutil
 
-from trainer.cluster.liveness import Peers
+from trainer.cluster.liveness import Liveness
 from trainer.cluster.rendezvous import Member
 from trainer.common.credentials import redacted
 from trainer.common.errors import START_AGAIN, JobError, SharedUserError, UserError
 
 _COURTESY_SECONDS = 3.0
-"""A rank that ends because of another lets the launcher notice the other first: its status becomes the job's."""
+"""Delay after which a rank ends because of another one. The launcher returns the status of the first that ends."""
 
 _STOP = (signal.SIGTERM, signal.SIGUSR1)
-"""What Kubernetes and Slurm send before they take a node: save a checkpoint, then end."""
+"""What Kubernetes and Slurm send before they take a node away: save a checkpoint, then end."""
 
 _WATCHED = (*_STOP, signal.SIGINT)
 
-_OF_PEERS = ("imed out", "onnection", "roken pipe", "remote process exited")
-"""What errors of gloo, NCCL and the store say when a rank of another machine has stopped or is gone."""
+_FROM_PEERS = ("imed out", "onnection", "roken pipe", "remote process exited")
+"""Parts of the errors that gloo, NCCL and the store raise when a rank of another machine has stopped or is gone."""
 
 
 class FaultWatch:
-    """Watches signals and the launcher from the moment it is made.
-
-    `phase` is what the rank is doing, for messages; `joined_as` tells it which rank it is and of its peers. While
-    `may_stop`, a signal that asks for a checkpoint only sets `stop_asked`; at other times it ends the process.
+    """Watches signals and the launcher from its construction on.
 
     Args:
-        rank, name: the launcher's rank, and how messages name it until it is a member.
+        rank, name: the launcher rank, and how messages name it until `joined_as` is called.
+    Attributes:
+        phase: what the rank is doing, for messages.
+        joined: whether the rank is part of the job. Before, all ranks find the same mistakes in the input.
+        may_stop: whether SIGTERM and SIGUSR1 only set `stop_asked`; otherwise they end the process.
+        stop_asked: whether a signal has asked for a checkpoint and a stop.
+        saved: whether the checkpoint before a stop has been saved, so that the process may end at any time.
     """
 
     def __init__(self, rank: int, name: str):
         self.name = name
         self.phase = "start-up"
-        self.joined = False
-        """Whether the rank is part of the job: before, all ranks find the same mistakes in the input."""
-        self.may_stop = False
-        self.stop_asked = False
-        self.saved = False
-        """Whether a stop has been done: nothing is lost if the process ends now."""
-        self._peers: Peers | None = None
+        self.joined = self.may_stop = self.stop_asked = self.saved = False
+        self._liveness: Liveness | None = None
         self._rank = rank
-        self._end_said = False
+        self._leaving = False
         self._launchers = _launchers()
         read_end, self._write_end = os.pipe()
         os.set_blocking(self._write_end, False)
@@ -65,8 +63,8 @@ class FaultWatch:
         threading.Thread(target=self._watch, args=(read_end,), daemon=True, name="fault-watch").start()
 
     def joined_as(self, member: Member) -> None:
-        """The rank knows which one it is, and its peers."""
-        self.name, self._rank, self._peers = member.name, member.rank, member.peers
+        """Use the rank's number in the job, and watch its peers."""
+        self.name, self._rank, self._liveness = member.name, member.rank, member.liveness
 
     def _watch(self, read_end: int) -> None:
         while True:
@@ -76,7 +74,7 @@ class FaultWatch:
                 if number in _WATCHED:
                     self._on_signal(number)
             elif any(_gone(p) for p in self._launchers):
-                self._leave("its launcher is gone", 1)
+                self._exit("its launcher is gone", 1)
 
     def _on_signal(self, number: int) -> None:
         if self.saved:
@@ -85,64 +83,68 @@ class FaultWatch:
         if number in _STOP and self.may_stop and not dead:
             self.stop_asked = True
             return
-        got = f"got {signal.Signals(number).name}"
-        self._leave(f"{got} after {dead} died" if dead else got, 128 + number)
+        received = f"received {signal.Signals(number).name}"
+        self._exit(f"{received} after {dead} died" if dead else received, 128 + number)
 
     def _dead_peers(self) -> str:
-        return self._peers.describe(self._peers.dead()) if self._peers else ""
+        return self._liveness.describe(self._liveness.dead()) if self._liveness else ""
 
-    def _leave(self, reason: str, status: int) -> NoReturn:
-        if not self._end_said:
-            _say(f"unipool: {self.name} stops in {self.phase}: {reason}")
+    def _exit(self, reason: str, status: int) -> NoReturn:
+        if not self._leaving:
+            _say(f"unipool: {self.name} stopped during {self.phase}: {reason}")
         os._exit(status)
 
     def fail(self, error: BaseException) -> NoReturn:
-        """End this process because of `error`: one line for the user's mistakes, else a traceback and one line."""
+        """End this process because of `error`, with one line for a user's mistake, else a traceback and one line."""
         if isinstance(error, UserError):
             if self._rank == 0 or (self.joined and not isinstance(error, SharedUserError)):
-                _say(f"error: {error}")  # before they join all ranks find the same mistakes
+                _say(f"error: {error}")
             else:
-                self._leave_last()
-                _say(f"error: {self.name}: {error}")  # still here: rank 0 has not found it
+                self._let_others_end_first()
+                _say(f"error: {self.name}: {error}")  # this process still runs, so rank 0 has not found the mistake
             os._exit(2)
         if isinstance(error, JobError):
             if self._rank == 0:
                 _say(f"unipool: {error}")
             else:
-                self._leave_last()
+                self._let_others_end_first()
             os._exit(1)
+        if cause := self._lost_peers(error):
+            _say(f"unipool: {self.name} stopped during {self.phase}: {cause} ({type(error).__name__}: {error})")
+            self._let_others_end_first()
+        else:
+            lines = "".join(traceback.format_exception(error))
+            _say(f"{lines}unipool: {self.name} failed during {self.phase}: {type(error).__name__}: {error}")
+        os._exit(1)
+
+    def _lost_peers(self, error: BaseException) -> str:
+        """Say which lost peers caused the error; "" if none did."""
         dead = self._dead_peers()
         for _ in range(20):
             if dead or "onnection" not in str(error):
                 break
             time.sleep(0.1)  # a connection breaks some moments before its process is gone
             dead = self._dead_peers()
-        silent = ""
-        if self._peers and not dead and any(word in str(error) for word in _OF_PEERS):
-            silent = self._peers.describe(self._peers.silent())
-        if dead or silent:
-            fate = f"{dead} died first" if dead else f"{silent} does not respond"
-            _say(f"unipool: {self.name} stops in {self.phase}: {fate} ({type(error).__name__}: {error})")
-            self._leave_last()
-        else:
-            lines = "".join(traceback.format_exception(error))
-            _say(f"{lines}unipool: {self.name} failed in {self.phase}: {type(error).__name__}: {error}")
-        os._exit(1)
+        if dead:
+            return f"{dead} died first"
+        if self._liveness and any(word in str(error) for word in _FROM_PEERS) and (silent := self._liveness.silent()):
+            return f"{self._liveness.describe(silent)} does not respond"
+        return ""
 
-    def _leave_last(self) -> None:
-        """Another rank says why, and is to be the first that the launcher notices."""
-        self._end_said = True
+    def _let_others_end_first(self) -> None:
+        """Give the rank that names the cause time to end first, which the launcher then reports."""
+        self._leaving = True
         time.sleep(_COURTESY_SECONDS)
 
 
 def _launchers() -> list[psutil.Process]:
-    """This rank's parent, and above deepspeed's launchers also who started them: the one that a user may kill."""
+    """Return this rank's parent and, above deepspeed's launchers, the process that started them."""
     found = []
     process = psutil.Process().parent()
     while process is not None:
         found.append(process)
-        above_too = "deepspeed.launcher" in " ".join(process.cmdline())
-        process = process.parent() if above_too else None
+        is_launcher = "deepspeed.launcher" in " ".join(process.cmdline())
+        process = process.parent() if is_launcher else None
     return found
 
 
@@ -154,7 +156,7 @@ def _gone(process: psutil.Process) -> bool:
 
 
 def _say(text: str) -> None:
-    with suppress(OSError):  # a log on a full disk
+    with suppress(OSError):  # the log may be on a full disk
         sys.stdout.flush()
         sys.stderr.write(redacted(text) + "\n")
         sys.stderr.flush()

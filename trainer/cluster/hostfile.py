@@ -1,4 +1,4 @@
-"""The nodes of a job and this one's place among them: deepspeed's hostfile, checked before anything starts."""
+"""DeepSpeed's hostfile: the nodes of a job and this node's place among them, checked before anything starts."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from pathlib import Path
 
 from trainer.cluster.rank_assignment import ROLE, ranks_by_order
 from trainer.common.errors import UserError
-from trainer.common.text_file import Unreadable, read_text
+from trainer.common.safe_read import Unreadable, read_text
 from trainer.config.recipe import Recipe
 
 DEFAULT_PORT = 29500
-"""deepspeed's: where rank 0 holds the job's store."""
+"""DeepSpeed's default port for the job's store."""
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,9 @@ class Node:
     Attributes:
         hostfile: lines `HOST slots=RANKS`, the same on all nodes; ranks are numbered in their order.
         rank: this node's line, from 0.
-        has_trunk_ranks: whether some of its ranks are trunk ranks, which need data.
-        master_addr: name or address of node 0. The name need not be known yet: ranks ask for it again until
-            `parallel.start_timeout_seconds` are over.
+        has_trunk_ranks: whether any of its ranks are trunk ranks, which need data.
+        master_addr: name or address of node 0. The name need not resolve yet: ranks retry until
+            `parallel.start_timeout_seconds` have passed.
     """
 
     hostfile: Path
@@ -37,20 +37,20 @@ class Node:
 def find_node(
     recipe: Recipe, hostfile: Path, node_rank: int | None, master_addr: str | None, master_port: int | None
 ) -> Node:
-    """This node's place.
+    """Find this node's place in the job.
 
     Raises:
-        UserError: the hostfile is not there or not one, the node is none of it, or the ranks are not as many as the
-            recipe has.
+        UserError: the hostfile is missing or malformed, the node is not in it, or its slots do not add up to the
+            recipe's ranks.
     """
     slots = _read(hostfile)
     if node_rank is None or not 0 <= node_rank < len(slots):
         given = "--node-rank is missing" if node_rank is None else f"--node-rank {node_rank}"
-        raise UserError(f"{given}: {hostfile} has {len(slots)} hosts, so it must be 0 to {len(slots) - 1}")
+        raise UserError(f"{given}: must be 0 to {len(slots) - 1}, because {hostfile} has {len(slots)} hosts")
     total, grid = sum(slots.values()), recipe.grid
     if total != grid.world_size:
         raise UserError(
-            f"--hostfile {hostfile}: its slots are {' + '.join(map(str, slots.values()))} = {total}, "
+            f"--hostfile {hostfile}: the slots are {' + '.join(map(str, slots.values()))} = {total}, but "
             f"parallel.trunk_ranks + parallel.pool_ranks = {grid.trunk_ranks} + {grid.pool_ranks} = {grid.world_size}: "
             "make them equal"
         )
@@ -62,7 +62,7 @@ def find_node(
 
 
 def _read(path: Path) -> dict[str, int]:
-    """Slots by host, in the order of the file."""
+    """Read the slots of each host, in the order of the file."""
     try:
         text = read_text(path)
     except Unreadable as error:
@@ -77,8 +77,8 @@ def _read(path: Path) -> dict[str, int]:
         if not (count.isascii() and count.isdigit() and 0 < len(count) < 7 and int(count)):
             raise UserError(f"--hostfile {path}, line {number}: {line.strip()!r} must be HOST slots=RANKS")
         if host in slots:
-            raise UserError(f"--hostfile {path}, line {number}: {host} is there twice")
+            raise UserError(f"--hostfile {path}, line {number}: {host} is listed twice")
         slots[host] = int(count)
     if not slots:
-        raise UserError(f"--hostfile {path}: has no line HOST slots=RANKS")
+        raise UserError(f"--hostfile {path}: no host is listed; add lines HOST slots=RANKS")
     return slots

@@ -1,4 +1,4 @@
-"""`train` without a launcher: start this machine's ranks through deepspeed's, all of the job's or one node's."""
+"""`train` without a launcher: start the ranks of a whole job, or of one node, through the deepspeed launcher."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from trainer.common.errors import START_AGAIN
 from trainer.config.recipe import Recipe
 
 DONE_FILE = "UNIPOOL_DONE_FILE"
-"""Environment variable: a file that local rank 0 makes when the job has done all its steps."""
+"""Environment variable: a file that local rank 0 creates when the job has done all its steps."""
 
 RESTARTS = "UNIPOOL_RESTARTS"
-"""Environment variable: how often this job has been started again."""
+"""Environment variable: how often this job has been restarted."""
 
 GRACE_SECONDS = 20.0
-"""How long the ranks have to end by themselves once their launcher has ended."""
+"""How long the ranks have to end by themselves after their launcher has ended."""
 
 LONGEST_PAUSE_SECONDS = 30.0
-"""Between two restarts: 1 s, then twice as long each time, up to this."""
+"""Limit of the pause before a restart, which is 1 s at first and doubles each time."""
 
 _POLL_SECONDS = 0.1
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on now, if possible one that no outgoing connection can be given meanwhile."""
-    first_given = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
-    candidates = range(min(10_000, first_given - 1), first_given)
+    """Return an unused TCP port, preferably one that is never assigned to outgoing connections."""
+    first_ephemeral = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    candidates = range(min(10_000, first_ephemeral - 1), first_ephemeral)
     for port in random.SystemRandom().sample(candidates, min(100, len(candidates))):
         with socket.socket() as s, suppress(OSError):
             s.bind(("", port))
@@ -49,19 +49,21 @@ def free_port() -> int:
 
 
 def restarts() -> int:
-    """How often this job has been started again, by `train --max-restarts`, torchrun or a cluster."""
+    """Return how often `train --max-restarts`, torchrun or a cluster has restarted this job."""
     return int(os.environ.get(RESTARTS) or os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0)
 
 
 def run_locally(recipe: Recipe, arguments: Sequence[str], max_restarts: int) -> int:
-    """Start one process a rank with `deepspeed` and wait; after a fault start again. Returns the job's exit status.
+    """Start one process per rank with `deepspeed` and wait for the job, restarting it after faults.
 
-    SIGTERM and SIGUSR1 go to the ranks, which save a checkpoint and end with `START_AGAIN`; SIGINT, or a second signal,
-    ends every process at once.
+    SIGTERM and SIGUSR1 are passed on to the ranks, which save a checkpoint and end with `START_AGAIN`. SIGINT, or a
+    second signal, ends every process at once.
 
     Args:
-        arguments: the command line behind `python -m trainer`, which every rank runs again.
-        max_restarts: how often the job is started again after a fault: neither a wrong input nor a signal to here.
+        arguments: the command line after `python -m trainer`, which every rank runs again.
+        max_restarts: how often the job is restarted after a fault. Wrong input and a signal to this process are none.
+    Returns:
+        The exit status of the job.
     """
     before = restarts()
     job = LocalJob()
@@ -73,7 +75,7 @@ def run_locally(recipe: Recipe, arguments: Sequence[str], max_restarts: int) -> 
             return status
         restart += 1
         print(
-            f"unipool: the job ended with status {status}; restart {restart} of {max_restarts}, "
+            f"unipool: the job ended with status {status}; restart {restart} of {max_restarts} "
             "from the newest checkpoint",
             file=sys.stderr,
         )
@@ -82,9 +84,10 @@ def run_locally(recipe: Recipe, arguments: Sequence[str], max_restarts: int) -> 
 
 
 def run_node(node: Node, arguments: Sequence[str]) -> int:
-    """Start the ranks of one node of a job and wait. Returns this node's exit status; signals as in `run_locally`.
+    """Start the ranks of one node of a job, wait, and return the node's exit status.
 
-    A signal to one node asks the whole job: its ranks agree on the step after which all save and end.
+    Signals are handled as in `run_locally`, and a signal to one node stops the whole job: its ranks agree on the step
+    after which all of them save and end.
     """
     ranks = ["--hostfile", str(node.hostfile), "--no_ssh", "--node_rank", str(node.rank)]
     ranks += ["--master_addr", node.master_addr, "--master_port", str(node.master_port)]
@@ -92,7 +95,7 @@ def run_node(node: Node, arguments: Sequence[str]) -> int:
 
 
 def end_on_signals() -> None:
-    """SIGTERM and SIGUSR1 end this process while it has no ranks: a container's first process would ignore them."""
+    """Let SIGTERM and SIGUSR1 end this process until it has ranks, even as PID 1 of a container."""
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda number, _: os._exit(128 + number))
 
@@ -105,16 +108,16 @@ def _launcher(ranks: Sequence[str], arguments: Sequence[str]) -> list[str]:
 def _environment() -> dict[str, str]:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
     if not any(Path("/dev").glob("nvidia*")) and not Path("/dev/kfd").exists():
-        environment.setdefault("DS_ACCELERATOR", "cpu")  # else the launcher warns that it found no GPU
+        environment.setdefault("DS_ACCELERATOR", "cpu")  # or the launcher would warn that it found no GPU
     return environment
 
 
 class LocalJob:
-    """A launcher, its ranks, and the signals that this process gets for them. To be made in the main thread.
+    """A launcher, its ranks, and the signals that this process receives for them. Create it in the main thread.
 
     Attributes:
-        ended_by: signals that the user ended the job with.
-        came_to_end: whether the last run has done all its steps, whatever became of the model.
+        ended_by: signals with which the user ended the job.
+        came_to_end: whether the last run has done all its steps, even if the model has diverged.
     """
 
     def __init__(self) -> None:
@@ -125,11 +128,11 @@ class LocalJob:
             signal.signal(number, lambda number, _: self._end(number))
 
     def run(self, command: list[str], environment: dict[str, str]) -> int:
-        """Start the launcher and wait until it and all its ranks have ended. Returns the exit status of the job."""
+        """Start the launcher, wait until it and all its ranks have ended, and return the exit status of the job."""
         with tempfile.TemporaryDirectory() as folder:
             done = Path(folder) / "done"
             self._launcher = subprocess.Popen(command, env=environment | {DONE_FILE: str(done)}, start_new_session=True)
-            if self.ended_by:  # while it was starting
+            if self.ended_by:  # the signal came while the launcher was starting
                 _signal_session(self._launcher.pid, signal.SIGTERM)
             status = self._launcher.wait()
             _wait_for_session(self._launcher.pid)
@@ -138,13 +141,13 @@ class LocalJob:
             if self.ended_by and status != START_AGAIN and not done.exists():
                 return 128 + self.ended_by[0]
             if status == 0 and not done.exists():
-                # The deepspeed launcher says 0 when its per-node process was killed.
-                print("unipool: the job ended before its last step; its launcher was killed", file=sys.stderr)
+                # The deepspeed launcher returns 0 if its per-node process was killed.
+                print("unipool: the job ended before its last step because its launcher was killed", file=sys.stderr)
                 return 1
         return status if status >= 0 else 128 - status
 
     def pause(self, seconds: float) -> bool:
-        """Wait; False if the user ends the job meanwhile."""
+        """Wait; return False if the user ends the job meanwhile."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline and not self.ended_by:
             time.sleep(_POLL_SECONDS)
@@ -158,16 +161,16 @@ class LocalJob:
         ranks = list(_ranks(self._launcher.pid))
         save = bool(ranks) and first and number != signal.SIGINT
         if not save:
-            # The deepspeed launcher does not pass signals on by itself; every process of its session gets this one.
+            # The deepspeed launcher does not pass signals on, so every process of its session gets this one.
             _signal_session(self._launcher.pid, signal.SIGTERM)
         for rank in ranks:
-            # To save, only to them: the launcher's handler would leave them 30 s for it, and says 1 for any status.
+            # To save, signal only the ranks: the launcher would give them 30 s and return 1 whatever their status is.
             with suppress(psutil.NoSuchProcess):
-                rank.send_signal(number if save else signal.SIGINT)  # at which a rank leaves whatever it does
+                rank.send_signal(number if save else signal.SIGINT)  # SIGINT ends a rank whatever it is doing
 
 
 def _ranks(launcher: int) -> Iterator[psutil.Process]:
-    """The ranks that a deepspeed launcher has started: the processes below it that are no launchers themselves."""
+    """Yield the ranks below a deepspeed launcher: its descendants that are not launchers themselves."""
     try:
         process = psutil.Process(launcher)
         starts_ranks = "deepspeed.launcher.launch" in process.cmdline()
@@ -186,7 +189,7 @@ def _ranks(launcher: int) -> Iterator[psutil.Process]:
 
 
 def _signal_session(leader: int, number: int) -> bool:
-    """Send a signal to every process of a session that this process started; False if none is left."""
+    """Send a signal to every process of a session that this process started; return False if none is left."""
     try:
         os.killpg(leader, number)
     except ProcessLookupError:
@@ -195,11 +198,11 @@ def _signal_session(leader: int, number: int) -> bool:
 
 
 def _wait_for_session(leader: int) -> None:
-    """Return when no process of the session is left; after a grace time kill what is."""
+    """Wait until no process of the session is left, and kill those that are left after a grace period."""
     deadline = time.monotonic() + GRACE_SECONDS
     while _signal_session(leader, 0):
         if time.monotonic() > deadline:
             _signal_session(leader, signal.SIGKILL)
         with suppress(ChildProcessError):
-            os.waitpid(-leader, os.WNOHANG)  # as a container's first process this one inherits the launcher's children
+            os.waitpid(-leader, os.WNOHANG)  # as PID 1 of a container, this process inherits the launcher's children
         time.sleep(_POLL_SECONDS)

@@ -1,8 +1,8 @@
-"""Who else is in the job, and which of them are gone: the roll call, their heartbeats, and waits that notice.
+"""Which ranks have joined the job and which are lost: arrivals, heartbeats, and waits that notice a lost rank.
 
-Everything goes over the job's store, which launcher rank 0 (or the launcher's agent) holds. A call to the store does
-not return while its host is stopped, so calls that may wait run in a thread, and the waiting rank looks at its peers
-meanwhile. Ranks here are the launcher's: which rank of the job each of them is, they find out at the roll call.
+All of it goes through the job's store, which launcher rank 0 (or the launcher's agent) hosts. A call to the store does
+not return while its host is stopped. Calls that may block therefore run in a thread, while the waiting rank watches the
+others. Ranks here are the launcher's, because the job's ranks are known only once all have arrived.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ _SETTLE_SECONDS = 2.0
 
 
 class PeerLost(RuntimeError):
-    """A rank is gone, does not respond or has not come."""
+    """A rank has died, does not respond, or has not joined."""
 
 
 def _machine() -> str:
-    """Equal where process numbers mean the same processes: containers of one host may share its name."""
+    """Identify the PID namespace: containers on one host may share a host name but not process numbers."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
 
 
 @dataclass(frozen=True)
 class Arrival:
-    """What a rank says of itself when it comes.
+    """What a rank announces when it joins.
 
     Attributes:
-        role: its `UNIPOOL_ROLE`, "" if it has none.
+        role: its `UNIPOOL_ROLE`, or "".
         device: type of its device.
-        numbering: how its recipe numbers the ranks; the same on all of them.
+        numbering: how its recipe numbers the ranks; must be the same on all ranks.
     """
 
     role: str
@@ -55,14 +55,14 @@ class Arrival:
     pid: int = field(default_factory=os.getpid)
 
 
-class Peers:
-    """The other ranks of a job, as this one knows them.
+class Liveness:
+    """What this rank knows about the other ranks of the job.
 
     Args:
-        rank: this process's launcher rank.
+        rank: launcher rank of this process.
         names: how errors name each launcher rank.
-        store: where the ranks leave their arrivals.
-        beats: the same for heartbeats, on a connection of its own.
+        store: where the ranks announce their arrivals.
+        beats: the same store for heartbeats, over a connection of its own.
     """
 
     def __init__(self, rank: int, names: Sequence[str], store: Any, beats: Any):
@@ -70,63 +70,58 @@ class Peers:
         self._rank = rank
         self._store, self._beats = store, beats
         self._arrivals: list[Arrival] = []
-        self._left = threading.Event()
+        self._stopped = threading.Event()
         self._heartbeat = threading.Thread(target=self._beat, daemon=True, name="heartbeat")
 
-    def call_roll(self, here: Arrival) -> list[Arrival]:
-        """Tell the others that this rank is here; returns what all say, when all are. Heartbeats begin.
+    def exchange_arrivals(self, own: Arrival) -> list[Arrival]:
+        """Announce this rank, start its heartbeat, and return every rank's arrival once all have joined.
 
-        Launcher rank 0 returns last: it may end at once because of what it has heard, and it holds the store.
+        Launcher rank 0 returns last: it hosts the store, and may end at once because of what it has read.
         """
-        self._beats.set(str(self._rank), "here")
+        self._beats.set(str(self._rank), "joined")
         self._heartbeat.start()
-        self._store.set(f"arrival/{self._rank}", dumps(asdict(here)))
-        for rank in self._ranks:  # those who have come may die before the others come
+        self._store.set(f"arrival/{self._rank}", dumps(asdict(own)))
+        for rank in self._ranks:  # one at a time, because a rank that has joined may die before others join
             self._arrivals.append(Arrival(**loads(self._store.get(f"arrival/{rank}"))))
-        self._store.set(f"heard/{self._rank}", "")
+        self._store.set(f"read/{self._rank}", "")
         if self._rank == 0:
-            self._store.wait([f"heard/{rank}" for rank in self._ranks])
+            self._store.wait([f"read/{rank}" for rank in self._ranks])
         return self._arrivals
 
-    def leave(self) -> None:
-        """No more heartbeats. One that is in the store's code at the interpreter's end would abort the process."""
-        self._left.set()
+    def stop(self) -> None:
+        """Stop the heartbeat. A thread inside the store's code when the interpreter exits would abort the process."""
+        self._stopped.set()
         self._heartbeat.join(10 * BEAT_SECONDS)
 
     def _beat(self) -> None:
         count = 0
-        while not self._left.wait(BEAT_SECONDS):
+        while not self._stopped.wait(BEAT_SECONDS):
             count += 1
             try:
                 self._beats.set(str(self._rank), str(count))
-            except RuntimeError:  # the store's host is gone: whoever waits for it says so
+            except RuntimeError:  # the store's host is gone, which whoever waits for it reports
                 return
 
-    def _last_beats(self) -> list[bytes]:
-        """Every rank's last heartbeat, by rank. Blocks while the store's host does not run."""
-        return self._beats.multi_get([str(rank) for rank in self._ranks])  # type: ignore[no-any-return]
-
     def dead(self) -> list[int]:
-        """Ranks of this machine whose process is gone."""
+        """Return the ranks of this machine whose process is gone."""
         me = _machine()
         return [rank for rank, peer in enumerate(self._arrivals) if peer.machine == me and not _alive(peer.pid)]
 
-    def meet(self, call: Callable[[], T], limit: timedelta) -> T:
-        """`call()`, in which all ranks meet: patiently, and an error that comes from another rank is a `PeerLost`."""
-        try:
-            return self.patiently(call, limit)
-        except PeerLost:
-            raise
-        except RuntimeError as error:
-            if lost := self._explain(error):
-                raise PeerLost(f"{lost} ({error})") from error
-            raise
+    def silent(self) -> list[int]:
+        """Return the ranks whose heartbeat has stopped, after some seconds; the store's host if it does not answer."""
+        future = _in_thread(self._without_heartbeat)
+        answered = wait([future], 6 * BEAT_SECONDS).done and not future.exception()
+        return future.result() if answered else [0]
 
-    def patiently(self, call: Callable[[], T], limit: timedelta) -> T:
-        """`call()`, given up when a peer of this machine is dead or at the time limit.
+    def describe(self, ranks: Sequence[int]) -> str:
+        """Return the names of some ranks."""
+        return ", ".join(self.names[rank] for rank in ranks)
+
+    def meet(self, call: Callable[[], T], limit: timedelta) -> T:
+        """Return `call()`, which waits for other ranks. Give up when a rank of this machine dies, or at the limit.
 
         Raises:
-            PeerLost: with the ranks that are gone, do not respond or have not come.
+            PeerLost: naming the ranks that have died, do not respond or have not joined.
         """
         future = _in_thread(call)
         deadline = time.monotonic() + limit.total_seconds()
@@ -135,58 +130,58 @@ class Peers:
                 raise PeerLost(f"{self.describe(dead)} died")
             if time.monotonic() > deadline:
                 raise PeerLost(f"{self._who_is_late()}: waited for {limit.total_seconds():g} s (timed out)")
-        return future.result()
+        try:
+            return future.result()
+        except RuntimeError as error:
+            if lost := self._explain(error):
+                raise PeerLost(f"{lost} ({error})") from error
+            raise
 
     def _explain(self, error: RuntimeError) -> str:
-        """Which ranks an error of the start-up comes from; "" if none is to blame."""
+        """Say which ranks caused an error of the store or of a process group; "" if none did."""
         deadline = time.monotonic() + _SETTLE_SECONDS
         while not self.dead() and "onnect" in str(error) and time.monotonic() < deadline:
             time.sleep(_LOOK_SECONDS)
         if dead := self.dead():
             return f"{self.describe(dead)} died"
         if not self._arrivals and "onnection" in str(error):
-            return f"{self.describe([0])}, which holds the job's store, is gone"
+            return f"{self.describe([0])}, which hosts the job's store, is gone"
         return self._who_is_late() if "imed out" in str(error) or "imeout" in str(error) else ""
 
     def _who_is_late(self) -> str:
-        """Who has not come, or else has stopped to send heartbeats, in words."""
+        """Say who has not joined or has stopped sending heartbeats."""
         future = _in_thread(self._missing)
         if not wait([future], 6 * BEAT_SECONDS).done:
-            return f"{self.describe([0])}, which holds the job's store, does not respond"
+            return f"{self.describe([0])}, which hosts the job's store, does not respond"
         return future.result()
 
     def _missing(self) -> str:
-        # Asked for over the heartbeats' connection: on the other one somebody may be waiting.
+        # This uses the heartbeats' connection, because a call may be blocked on the other one.
         if absent := [rank for rank in self._ranks if not self._beats.check([str(rank)])]:
-            return f"{self.describe(absent)} has not come"
-        silent = self._compare()
-        return f"{self.describe(silent)} does not respond" if silent else "all ranks run, but one is not done"
+            return f"{self.describe(absent)} has not joined"
+        if silent := self._without_heartbeat():
+            return f"{self.describe(silent)} does not respond"
+        return "all ranks are alive, but at least one has not reached this point"
 
-    def silent(self) -> list[int]:
-        """Ranks that have stopped to send heartbeats, after some seconds; the store's host if it does not answer."""
-        future = _in_thread(self._compare)
-        answered = wait([future], 6 * BEAT_SECONDS).done and not future.exception()
-        return future.result() if answered else [0]
-
-    def _compare(self) -> list[int]:
+    def _without_heartbeat(self) -> list[int]:
         before = self._last_beats()
         time.sleep(3 * BEAT_SECONDS)
         return [rank for rank, (a, b) in enumerate(zip(before, self._last_beats(), strict=True)) if a == b]
+
+    def _last_beats(self) -> list[bytes]:
+        """Return every rank's last heartbeat, by rank. Blocks while the store's host is stopped."""
+        return self._beats.multi_get([str(rank) for rank in self._ranks])  # type: ignore[no-any-return]
 
     @property
     def _ranks(self) -> range:
         return range(len(self.names))
 
-    def describe(self, ranks: Sequence[int]) -> str:
-        """Names of some ranks."""
-        return ", ".join(self.names[rank] for rank in ranks)
 
-
-def reach(open_store: Callable[[], T], holder: str, limit: timedelta) -> T:
-    """Open the job's store, which the rank named `holder` holds.
+def reach(open_store: Callable[[], T], host: str, limit: timedelta) -> T:
+    """Open the job's store, which the rank named `host` hosts.
 
     Raises:
-        PeerLost: it has not come, or does not respond.
+        PeerLost: that rank has not joined, or does not respond.
     """
     future = _in_thread(open_store)
     reason = ""
@@ -196,10 +191,10 @@ def reach(open_store: Callable[[], T], holder: str, limit: timedelta) -> T:
             return future.result()
         if "imed out" not in str(error):
             if "onnection" in str(error):
-                raise PeerLost(f"{holder}, which holds the job's store, is gone: {error}") from error
+                raise PeerLost(f"{host}, which hosts the job's store, is gone: {error}") from error
             raise error
         reason = f": {error}"
-    raise PeerLost(f"{holder}, which holds the job's store, has not come within {limit.total_seconds():g} s{reason}")
+    raise PeerLost(f"{host}, which hosts the job's store, has not joined within {limit.total_seconds():g} s{reason}")
 
 
 def _in_thread(call: Callable[[], T]) -> Future[T]:

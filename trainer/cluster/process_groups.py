@@ -1,4 +1,4 @@
-"""The process groups of a job: one for the ranks of a role, others that join the roles."""
+"""The process groups of a job: one for the ranks of a role, and others that join both roles."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from trainer.config.recipe import Recipe
 
 
 class Job:
-    """This rank's place in the job and the groups that join the roles.
+    """This rank's place in the job, and the groups that join the roles.
 
-    Its torch.distributed world is role-local: all trunk ranks, or all replicas of one shard. Cross-role groups span
-    all ranks and are made by hand: `control` and `host` (gloo), and one a lane for payloads.
+    The default group of torch.distributed, which DeepSpeed uses, is local to the role: all trunk ranks, or all replicas
+    of one shard. Groups across the roles span all ranks and are built by hand: `control` and `host` (gloo), and one
+    group per lane for payloads.
 
     Args:
-        lanes: micro-batches in flight on each trunk rank; each lane has a group of its own.
+        lanes: micro-batches in flight on each trunk rank.
     Raises:
-        PeerLost: another rank died, stands still or did not come within `parallel.start_timeout_seconds`.
+        PeerLost: another rank died, does not respond, or did not join within `parallel.start_timeout_seconds`.
     """
 
     def __init__(self, recipe: Recipe, member: Member, lanes: int):
@@ -32,18 +33,18 @@ class Job:
         self.rank, self.local_rank = member.rank, member.local_rank
         self.name, self.is_trunk = member.name, member.is_trunk
         self.device, self.payload_device = member.device, member.payload_device
-        self.shared, self.peers, self._store = member.shared, member.peers, member.store
+        self.shared, self.liveness, self._store = member.shared, member.liveness, member.store
         self.timeout = timedelta(seconds=recipe.parallel.timeout_seconds)
         self.start_timeout = timedelta(seconds=recipe.parallel.start_timeout_seconds)
         self._choose_gpu()
-        self.peers.meet(lambda: self._join(lanes), self.start_timeout)
+        self.liveness.meet(lambda: self._join(lanes), self.start_timeout)
 
     def _choose_gpu(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
 
     def _join(self, lanes: int) -> None:
-        """Make the groups, in which all ranks meet. Runs in a thread of its own."""
+        """Create the groups, for which all ranks wait. Runs in a thread of its own."""
         self._choose_gpu()
         self.role_name, self.role_rank, self.role_size = self.topology.role_world(self.rank)
         os.environ.update(RANK=str(self.role_rank), WORLD_SIZE=str(self.role_size))
@@ -74,20 +75,25 @@ class Job:
         return group
 
     def sum_over_ranks(self, values: Sequence[float]) -> list[float]:
-        """Sum of every rank's values, in float64, the same on all ranks. A collective of all ranks."""
+        """Return the sum of every rank's values, in float64, the same on all ranks. A collective of all ranks."""
         total = torch.tensor(values, dtype=torch.float64)
         self._control.allreduce([total]).wait(self.timeout)
         return total.tolist()
 
+    def sum_over_role(self, values: torch.Tensor) -> None:
+        """Sum a tensor over the ranks of the role's group, in place. A collective of these ranks."""
+        if self.role_size > 1:
+            dist.all_reduce(values)
+
     def barrier(self) -> None:
-        """Wait, with the long limit, until all ranks are here: at the start, after a checkpoint, at the end."""
+        """Wait for all ranks with the start-up's time limit: at the start, around checkpoints, at the end."""
         options = dist.AllreduceOptions()
         options.timeout = self.start_timeout
         self._control.allreduce([torch.zeros(1)], options).wait(self.start_timeout)
 
     def close(self) -> None:
-        """Leave the job. Threads of a group that is still open at the interpreter's end would abort the process."""
-        self.peers.leave()
+        """Leave the job. Threads of a group that is open when the interpreter exits would abort the process."""
+        self.liveness.stop()
         self.barrier()
         for group in self._cross_groups:
             group.shutdown()

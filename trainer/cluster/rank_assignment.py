@@ -1,9 +1,9 @@
-"""Which of the launcher's ranks is which rank of the job, and what runs where.
+"""Which launcher rank becomes which rank of the job, and what runs where.
 
-Inside the job ranks have the numbers of `pool.topology`: trunk ranks first. The launcher numbers its processes node by
-node; `topology.order`, or `UNIPOOL_ROLE` in the environment of every rank, says which of them are trunk and which pool
-ranks. Within a role the numbers follow the launcher's. Nothing else knows the launcher's ranks, so that losses,
-checkpoints and the plan do not depend on them.
+The job uses the rank numbers of `pool.topology`, trunk ranks first. The launcher numbers its processes node by node.
+`topology.order`, or `UNIPOOL_ROLE` in the environment of every rank, decides which of them are trunk ranks and which
+are pool ranks; within a role the numbers follow the launcher's. Nothing else uses launcher ranks, so losses,
+checkpoints and the schedule do not depend on them.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from pool.topology import Topology
 from trainer.common.errors import SharedUserError
 
 ROLE = "UNIPOOL_ROLE"
-"""Environment variable: the role of this rank, "trunk" or "pool", instead of `topology.order`."""
+"""Environment variable: the role of this rank, "trunk" or "pool". It overrides `topology.order`."""
 
 Order = Literal["pool_last", "interleaved"]
 
 
 def ranks_by_order(grid: Topology, order: Order) -> list[int]:
-    """Job rank of each launcher rank.
+    """Return the job rank of each launcher rank, according to `topology.order`.
 
-    interleaved: any s consecutive launcher ranks hold s P / W pool ranks, rounded up or down, so that each of n nodes
-    with equal slots holds both roles if there are n ranks of both. Launcher rank 0 is a trunk rank.
+    With "interleaved", any s consecutive launcher ranks hold s P / W pool ranks, rounded up or down, so that each of n
+    nodes with equal slots holds both roles if there are at least n ranks of each. Launcher rank 0 is a trunk rank.
     """
     world = grid.world_size
     if order == "pool_last":
@@ -33,29 +33,31 @@ def ranks_by_order(grid: Topology, order: Order) -> list[int]:
     return _number(grid, [(r + 1) * grid.pool_ranks // world > r * grid.pool_ranks // world for r in range(world)])
 
 
-def assign_ranks(grid: Topology, order: Order, told: Sequence[str]) -> list[int]:
-    """Job rank of each launcher rank, where launcher rank r has `told[r]` as its `UNIPOOL_ROLE`, "" for none.
+def assign_ranks(grid: Topology, order: Order, roles: Sequence[str]) -> list[int]:
+    """Return the job rank of each launcher rank.
 
+    Args:
+        roles: `UNIPOOL_ROLE` of each launcher rank, "" where it is not set.
     Raises:
-        SharedUserError: only some have one, or they do not fit the recipe.
+        SharedUserError: only some ranks have a role, or the roles do not fit the recipe.
     """
-    if not any(told):
+    if not any(roles):
         return ranks_by_order(grid, order)
-    if without := [r for r, role in enumerate(told) if not role]:
+    if without := [r for r, role in enumerate(roles) if not role]:
         raise SharedUserError(
-            f"{ROLE} is set on {len(told) - len(without)} of {len(told)} ranks, not on launcher rank {spans(without)}: "
-            f"set it on all ranks or on none"
+            f"{ROLE} is set on {len(roles) - len(without)} of {len(roles)} ranks, but not on launcher rank "
+            f"{spans(without)}: set it on all ranks or on none"
         )
-    for rank, role in enumerate(told):
+    for rank, role in enumerate(roles):
         if role not in ("trunk", "pool"):
             raise SharedUserError(f"{ROLE} = {role!r} on launcher rank {rank}: must be trunk or pool")
-    counts = told.count("trunk"), told.count("pool")
+    counts = roles.count("trunk"), roles.count("pool")
     if counts != (grid.trunk_ranks, grid.pool_ranks):
         raise SharedUserError(
-            f"{ROLE} makes {counts[0]} trunk and {counts[1]} pool ranks, parallel.trunk_ranks and parallel.pool_ranks "
-            f"are {grid.trunk_ranks} and {grid.pool_ranks}: make them equal"
+            f"{ROLE} names {counts[0]} trunk and {counts[1]} pool ranks, but parallel.trunk_ranks and "
+            f"parallel.pool_ranks are {grid.trunk_ranks} and {grid.pool_ranks}: make them equal"
         )
-    return _number(grid, [role == "pool" for role in told])
+    return _number(grid, [role == "pool" for role in roles])
 
 
 def _number(grid: Topology, is_pool: Sequence[bool]) -> list[int]:
@@ -64,12 +66,12 @@ def _number(grid: Topology, is_pool: Sequence[bool]) -> list[int]:
 
 
 def payload_device(grid: Topology, devices: Sequence[str], wire: Literal["auto", "gloo"]) -> str:
-    """The device type that the wire takes its payloads from: "cuda" only where NCCL joins all ranks.
+    """Return the device type from which the wire sends payloads: "cuda" only if NCCL can join all ranks.
 
     Args:
         devices: device type of each job rank.
     Raises:
-        SharedUserError: ranks that average gradients with each other (all trunk ranks; the replicas of a shard) have
+        SharedUserError: ranks that average gradients with each other (all trunk ranks, or the replicas of a shard) have
             different device types.
     """
     first: dict[str, int] = {}
@@ -77,17 +79,18 @@ def payload_device(grid: Topology, devices: Sequence[str], wire: Literal["auto",
         other = first.setdefault(grid.role_world(rank)[0], rank)
         if device != devices[other]:
             raise SharedUserError(
-                f"{grid.describe(other)} is on {devices[other]}, {grid.describe(rank)} on {device}: trunk ranks, and "
-                f"pool ranks of one shard, need devices of one type (DS_ACCELERATOR=cpu leaves a rank's GPU alone)"
+                f"{grid.describe(other)} uses {devices[other]}, but {grid.describe(rank)} uses {device}: all trunk "
+                "ranks, and all pool ranks of a shard, need the same device type (DS_ACCELERATOR=cpu in a rank's "
+                "environment keeps it off its GPU)"
             )
     return "cuda" if wire == "auto" and set(devices) == {"cuda"} else "cpu"
 
 
 def roster(grid: Topology, hosts: Sequence[str], devices: Sequence[str]) -> str:
-    """Which ranks of each role are where, in one line: "a: trunk 0-1, pool 0-1; b: trunk 2-3, pool 2-3".
+    """Return one line that says which ranks run where: "a: trunk 0-1, pool 0-1; b: trunk 2-3, pool 2-3".
 
     Args:
-        hosts, devices: host name and device type of each job rank; types are said where there are several.
+        hosts, devices: host name and device type of each job rank; the types are shown if they differ.
     """
     found: dict[str, dict[str, list[int]]] = {}
     for rank, (host, device) in enumerate(zip(hosts, devices, strict=True)):
@@ -101,7 +104,7 @@ def roster(grid: Topology, hosts: Sequence[str], devices: Sequence[str]) -> str:
 
 
 def spans(numbers: Iterable[int]) -> str:
-    """Rising numbers in short: "0-2,5"."""
+    """Abbreviate ascending numbers: "0-2,5"."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][-1] + 1:

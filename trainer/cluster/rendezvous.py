@@ -1,6 +1,6 @@
-"""A rank finds its seat in the job: the launcher's environment, the meeting of all ranks, rank and role.
+"""The rendezvous: from the launcher's environment to this rank's number, role and store.
 
-This comes before all else that a rank does, for what it has to do depends on its role.
+It comes before everything else a rank does, because all of that depends on its role.
 """
 
 from __future__ import annotations
@@ -16,16 +16,18 @@ import torch.distributed as dist
 
 from pool.topology import Topology
 from trainer.cluster.launch import free_port
-from trainer.cluster.liveness import Arrival, Peers, reach
+from trainer.cluster.liveness import Arrival, Liveness, reach
 from trainer.cluster.rank_assignment import ROLE, assign_ranks, payload_device, ranks_by_order, roster
 from trainer.common.errors import SharedUserError, UserError
 from trainer.common.machine import limit_threads
 from trainer.config.recipe import Recipe
 
+DIFFERENT_RECIPES = "the ranks were started with different recipes: start all of them with the same recipe"
+
 
 @dataclass(frozen=True)
 class Launch:
-    """What the launcher says of this process."""
+    """What the launcher says about this process."""
 
     rank: int
     world_size: int
@@ -36,7 +38,7 @@ class Launch:
 
 
 def launched() -> bool:
-    """Whether a launcher (deepspeed, torchrun, MPI) started this process as one rank of a job."""
+    """Return whether a launcher (deepspeed, torchrun, MPI) started this process as one rank of a job."""
     return "RANK" in os.environ or _mpi_launched()
 
 
@@ -45,7 +47,11 @@ def _mpi_launched() -> bool:
 
 
 def read_launch() -> Launch:
-    """Read the launcher's environment; under MPI ask mpi4py for it, as DeepSpeed's MPI discovery does."""
+    """Read the launcher's environment, or ask mpi4py under MPI, as DeepSpeed's MPI discovery does.
+
+    Raises:
+        UserError: the environment is incomplete, or mpi4py is not installed.
+    """
     env = os.environ
     if "RANK" not in env:
         return _discover_mpi()
@@ -61,8 +67,8 @@ def read_launch() -> Launch:
         )
     except (KeyError, ValueError) as error:
         raise UserError(
-            f"launcher environment: {error} (RANK is set, so WORLD_SIZE, MASTER_ADDR and MASTER_PORT must be numbers "
-            f"and names too; start with deepspeed, torchrun or mpirun)"
+            f"launcher environment: {error} (with RANK, the launcher must also set WORLD_SIZE, MASTER_ADDR and "
+            "MASTER_PORT; start with deepspeed, torchrun or mpirun)"
         ) from None
 
 
@@ -70,7 +76,7 @@ def _discover_mpi() -> Launch:
     try:
         from mpi4py import MPI
     except ImportError:
-        raise UserError("started by mpirun, but mpi4py is not installed: pip install mpi4py") from None
+        raise UserError("mpirun started this process, but mpi4py is not installed: pip install mpi4py") from None
     world = MPI.COMM_WORLD
     local = world.Split_type(MPI.COMM_TYPE_SHARED)
     address, port = world.bcast((socket.gethostbyname(socket.gethostname()), free_port()), root=0)
@@ -85,16 +91,16 @@ def _discover_mpi() -> Launch:
 
 
 class KeyValueStore:
-    """Short texts that the ranks of a job leave for each other on its store.
+    """Short texts that the ranks of a job share through its store.
 
     Args:
-        rank: this process's rank in the grid.
-        world_size: ranks of the job.
+        rank: this process's rank in the job.
+        world_size: number of ranks of the job.
         limit: how long a read waits for its key.
     """
 
-    def __init__(self, store: dist.Store, peers: Peers, rank: int, world_size: int, limit: timedelta):
-        self._store, self._peers, self._rank, self._world_size = store, peers, rank, world_size
+    def __init__(self, store: dist.Store, liveness: Liveness, rank: int, world_size: int, limit: timedelta):
+        self._store, self._liveness, self._rank, self._world_size = store, liveness, rank, world_size
         self._limit = limit
 
     def set(self, key: str, value: str) -> None:
@@ -105,12 +111,12 @@ class KeyValueStore:
         """Return the value of a key, once some rank has set it.
 
         Raises:
-            PeerLost: a rank died or stands still, or the time limit has passed.
+            PeerLost: a rank died or does not respond, or the time limit has passed.
         """
-        return self._peers.meet(lambda: self._store.get(key), self._limit).decode()
+        return self._liveness.meet(lambda: self._store.get(key), self._limit).decode()
 
     def broadcast(self, key: str, make: Callable[[], str]) -> str:
-        """Return what rank 0 makes, on all ranks."""
+        """Return what `make` returns on rank 0, on all ranks."""
         if self._rank == 0:
             self.set(key, make())
         return self.get(key)
@@ -129,13 +135,13 @@ class Member:
     """A rank's place in the job, and how it reaches the other ranks.
 
     Attributes:
-        rank: its number in the grid: its rank for everything but the launcher.
+        rank: its number in the job.
         leads_machine: whether it is the first trunk rank of its machine.
         device: where it computes.
         payload_device: where the wire takes its payloads from; the same type on all ranks.
-        store: the job's; process groups meet there.
-        shared: short texts for the other ranks, on the same store.
-        roster: who is where, in one line.
+        store: the job's store, on which process groups are set up.
+        shared: short texts for the other ranks, in the same store.
+        roster: which ranks run where, in one line.
     """
 
     topology: Topology
@@ -146,7 +152,7 @@ class Member:
     payload_device: torch.device
     store: dist.Store
     shared: KeyValueStore
-    peers: Peers
+    liveness: Liveness
     roster: str
 
     @property
@@ -158,8 +164,8 @@ class Member:
         return self.topology.describe(self.rank)
 
 
-def names_before(recipe: Recipe, world_size: int) -> list[str]:
-    """How errors name each launcher rank before all have met: by the rank that it will have, if that is known."""
+def provisional_names(recipe: Recipe, world_size: int) -> list[str]:
+    """Return how errors name each launcher rank before the rendezvous: by its future job rank, if that is known."""
     grid = recipe.grid
     if os.environ.get(ROLE) or grid.world_size != world_size:
         return [f"launcher rank {rank}" for rank in range(world_size)]
@@ -167,31 +173,31 @@ def names_before(recipe: Recipe, world_size: int) -> list[str]:
 
 
 def rendezvous(recipe: Recipe, launch: Launch) -> Member:
-    """Meet all other ranks on the job's store, and learn the rank and role of each.
+    """Wait for all other ranks on the job's store, and find out the rank and role of each.
 
     Raises:
         UserError: the launcher's ranks do not fit the recipe.
-        PeerLost: another rank died, stands still or did not come within `parallel.start_timeout_seconds`.
+        PeerLost: another rank died, does not respond, or did not join within `parallel.start_timeout_seconds`.
     """
     grid, order = recipe.grid, recipe.topology.order
     if grid.world_size != launch.world_size:
         raise SharedUserError(
-            f"the launcher started {launch.world_size} ranks, parallel.trunk_ranks + parallel.pool_ranks = "
+            f"the launcher started {launch.world_size} ranks, but parallel.trunk_ranks + parallel.pool_ranks = "
             f"{grid.trunk_ranks} + {grid.pool_ranks} = {grid.world_size}: make them equal"
         )
     device = _pick_device(launch)
     limit = timedelta(seconds=recipe.parallel.start_timeout_seconds)
-    names = names_before(recipe, launch.world_size)
-    # Heartbeats have a connection of their own: one that hangs must not hold up the rest.
+    names = provisional_names(recipe, launch.world_size)
+    # Heartbeats have a connection of their own, which calls that block do not hold up.
     stores = reach(lambda: _open_stores(launch, limit), names[0], limit)
     store, beats = (dist.PrefixStore(_attempt() + path, s) for path, s in zip(("", "/beat"), stores, strict=True))
-    peers = Peers(launch.rank, names, store, beats)
-    here = Arrival(os.environ.get(ROLE, ""), device.type, f"{grid} {order}")
-    arrivals = peers.meet(lambda: peers.call_roll(here), limit)
-    if any(arrival.numbering != here.numbering for arrival in arrivals):
-        raise SharedUserError("the ranks were started with different recipes: give all of them the same")
+    liveness = Liveness(launch.rank, names, store, beats)
+    own = Arrival(os.environ.get(ROLE, ""), device.type, f"{grid} {order}")
+    arrivals = liveness.meet(lambda: liveness.exchange_arrivals(own), limit)
+    if any(arrival.numbering != own.numbering for arrival in arrivals):
+        raise SharedUserError(DIFFERENT_RECIPES)
     ranks = assign_ranks(grid, order, [arrival.role for arrival in arrivals])
-    peers.names = [grid.describe(rank) for rank in ranks]
+    liveness.names = [grid.describe(rank) for rank in ranks]
     by_rank = [arrivals[ranks.index(rank)] for rank in range(grid.world_size)]
     devices, machines = [a.device for a in by_rank], [a.machine for a in by_rank]
     rank = ranks[launch.rank]
@@ -204,14 +210,14 @@ def rendezvous(recipe: Recipe, launch: Launch) -> Member:
         device=device,
         payload_device=device if on_gpu else torch.device("cpu"),
         store=store,
-        shared=KeyValueStore(store, peers, rank, grid.world_size, limit),
-        peers=peers,
+        shared=KeyValueStore(store, liveness, rank, grid.world_size, limit),
+        liveness=liveness,
         roster=roster(grid, [a.host for a in by_rank], devices),
     )
 
 
 def _pick_device(launch: Launch) -> torch.device:
-    """A GPU where there is one, unless DeepSpeed is told to use the CPU, on which this rank's threads are set."""
+    """Choose a GPU if there is one, unless DS_ACCELERATOR=cpu; on the CPU, limit this rank's threads."""
     if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
         return torch.device("cuda", launch.local_rank % torch.cuda.device_count())
     limit_threads(launch.local_world_size)
@@ -219,18 +225,18 @@ def _pick_device(launch: Launch) -> torch.device:
 
 
 def _attempt() -> str:
-    """Keys of one start of the job; torchrun keeps its store over restarts."""
+    """Return the prefix of this attempt's keys, because torchrun keeps its store over restarts."""
     return f"unipool/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 
 
 def _open_stores(launch: Launch, timeout: timedelta) -> tuple[dist.TCPStore, dist.TCPStore]:
-    """Two connections to the job's store, which launcher rank 0 holds unless the launcher's agent does."""
-    agent_has_it = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    """Open two connections to the job's store, which launcher rank 0 hosts unless the launcher's agent does."""
+    agent_hosts_it = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     store = dist.TCPStore(
         launch.master_addr,
         launch.master_port,
-        is_master=launch.rank == 0 and not agent_has_it,
+        is_master=launch.rank == 0 and not agent_hosts_it,
         timeout=timeout,
-        wait_for_workers=False,  # the roll call waits for them, and can say who is missing
+        wait_for_workers=False,  # the exchange of arrivals waits for them, and can name the missing ones
     )
     return store, store.clone()  # type: ignore[attr-defined]

@@ -15,7 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from trainer.common.atomic import write_whole
+from trainer.common.atomic import atomic_write
 
 INK, QUIET, FAINT = "#222222", "#8a8a8a", "#dddddd"
 """Text and reference lines; grids and what is in the background; areas without data."""
@@ -131,7 +131,7 @@ def label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, Colour]], siz
 def write_png(figure: Figure, path: Path) -> None:
     """Write a figure as PNG; the file appears whole or not at all."""
     canvas = FigureCanvasAgg(figure)
-    write_whole(path, lambda file: canvas.print_figure(file, format="png"))
+    atomic_write(path, lambda file: canvas.print_figure(file, format="png"))
 
 
 def write_png_and_svg(figure: Figure, path: Path) -> list[Path]:
@@ -148,5 +148,5 @@ def write_png_and_svg(figure: Figure, path: Path) -> list[Path]:
     write_png(figure, png)
     canvas = FigureCanvasSVG(figure)
     with rc_context({"svg.hashsalt": "unipool"}):  # else matplotlib draws ids by chance
-        write_whole(svg, lambda file: canvas.print_figure(file, format="svg", metadata={"Date": None}))
+        atomic_write(svg, lambda file: canvas.print_figure(file, format="svg", metadata={"Date": None}))
     return [png, svg]

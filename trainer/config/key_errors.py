@@ -1,9 +1,10 @@
-"""What is wrong with the keys of a YAML file, in one line."""
+"""One-line error messages about the keys of a YAML file."""
 
 from __future__ import annotations
 
 import difflib
 import inspect
+import re
 from collections.abc import Iterator
 from typing import Any, get_args
 
@@ -13,10 +14,18 @@ from trainer.config.constraints import show
 
 
 def first_line(error: ValidationError, root: type[BaseModel]) -> str:
-    """The first thing that is wrong with a file of `root`'s keys: key, value and what is allowed."""
+    """Describe the first error in a YAML file: key, value and what is allowed.
+
+    Args:
+        error: What pydantic found.
+        root: The model of the whole file.
+    """
     first, *more = error.errors()
-    # A union's tags are in locations, too.
-    location = tuple(part for part in first["loc"] if not str(part).startswith("<"))
+    *sections, last = first["loc"] or ("",)
+    # Locations contain the tags of unions as well; the last part of an unknown key is what the user wrote.
+    location = tuple(part for part in sections if not str(part).startswith("<"))
+    if first["type"] == "extra_forbidden" or not str(last).startswith("<"):
+        location += (last,)
     key = ".".join(str(part) for part in location)
     if first["type"] == "value_error":
         line = str(first["ctx"]["error"])
@@ -25,7 +34,7 @@ def first_line(error: ValidationError, root: type[BaseModel]) -> str:
     elif first["type"] == "missing":
         line = f"{key}: missing"
     else:
-        message = first["msg"].replace("Input should be", "must be")
+        message = re.sub(r"^\w+ should (be|have)", r"must \1", first["msg"])
         line = f"{key} = {show(first['input'])}: {message[0].lower()}{message[1:]}"
     return line + (f" (and {len(more)} more)" if more else "")
 
@@ -33,7 +42,7 @@ def first_line(error: ValidationError, root: type[BaseModel]) -> str:
 def _allowed_keys(location: tuple[int | str, ...], root: type[BaseModel]) -> str:
     model = root
     for part in location[:-1]:
-        if isinstance(part, str):  # numbers are places in a list of sections
+        if isinstance(part, str):  # a number is an index into a list of sections
             model = next(_sections(model.model_fields[part].annotation))
     known = list(model.model_fields)
     close = difflib.get_close_matches(str(location[-1]), known, n=1)
@@ -41,7 +50,7 @@ def _allowed_keys(location: tuple[int | str, ...], root: type[BaseModel]) -> str
 
 
 def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
-    """The sections that a key of this type holds: itself, or in a list or union."""
+    """Sections in a type: the type itself, or parts of a list or a union."""
     if inspect.isclass(annotation) and issubclass(annotation, BaseModel):
         yield annotation
     for part in get_args(annotation):

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from trainer.common.format import count, interval, loss, loss_change, p_value, plural
-from trainer.common.strict_json import finite
+from trainer.common.strict_json import json_safe
 from trainer.common.tables import new_table, print_tables
 from trainer.scaling_law.law import MISFIT_P, Form
 from trainer.scaling_law.result import FARTHEST, Crossing, Law, Term
@@ -148,4 +148,4 @@ def to_json(law: Law) -> dict[str, Any]:
         "combined": law.combined,
         "notes": list(notes(law)),
     }
-    return finite(tree)  # type: ignore[no-any-return]  # a dict stays one
+    return json_safe(tree)  # type: ignore[no-any-return]  # a dict stays one

@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
-from trainer.common.atomic import write_whole
+from trainer.common.atomic import atomic_write
 from trainer.common.errors import UserError
-from trainer.common.strict_json import dumps, finite, loads
-from trainer.common.text_file import Unreadable, read_text
-from trainer.config.recipe import Recipe, source_names
+from trainer.common.safe_read import Unreadable, read_text
+from trainer.common.strict_json import dumps, json_safe, loads
+from trainer.config.recipe import Recipe
+from trainer.config.sections import source_names
 from trainer.planning.model_costs import count_parameters
 from trainer.sweep.runs import is_done, records_of
 from trainer.sweep.spec import Cell, Experiment, Picture, Run, keys_of_axis
@@ -202,7 +203,7 @@ def _setting(recipe: Recipe, key: str) -> Any:
 
 def to_json(result: SweepResult) -> dict[str, Any]:
     """Convert a result to what result.json holds; NaN becomes null."""
-    tree: dict[str, Any] = finite(asdict(result) | {"picture": result.picture.model_dump(mode="json")})
+    tree: dict[str, Any] = json_safe(asdict(result) | {"picture": result.picture.model_dump(mode="json")})
     return tree
 
 
@@ -230,7 +231,7 @@ def write_files(folder: Path, result: SweepResult) -> list[Path]:
     """Write result.json, and result.csv with a line per variant; each appears whole or not at all."""
     tree = to_json(result)
     json_file, csv_file = folder / JSON_FILE, folder / CSV_FILE
-    write_whole(json_file, lambda path: path.write_text(dumps(tree, indent=1) + "\n"))
+    atomic_write(json_file, lambda path: path.write_text(dumps(tree, indent=1) + "\n"))
     lines = [_flat(variant) for variant in tree["variants"]]
 
     def write(path: Path) -> None:
@@ -239,7 +240,7 @@ def write_files(folder: Path, result: SweepResult) -> list[Path]:
             writer.writeheader()
             writer.writerows(lines)
 
-    write_whole(csv_file, write)
+    atomic_write(csv_file, write)
     return [json_file, csv_file]
 
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from trainer.checkpoint import format as checkpoint
 from trainer.checkpoint.resume import differences
-from trainer.common.atomic import write_whole
+from trainer.common.atomic import atomic_write
 from trainer.common.errors import START_AGAIN, UserError
 from trainer.common.machine import usable_cores
 from trainer.config.recipe import load_recipe, save_recipe
@@ -62,7 +62,7 @@ def records_of(run: Run) -> Records:
 def write_recipe(run: Run) -> None:
     """Write the recipe that `train` is started with."""
     run.folder.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(run.recipe_file, lambda path: save_recipe(run.recipe, path))
+    atomic_write(run.recipe_file, lambda path: save_recipe(run.recipe, path))
 
 
 def check_folders(experiment: Experiment, force: bool) -> None:

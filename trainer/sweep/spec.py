@@ -23,21 +23,13 @@ from typing import Annotated, Any, Self
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from trainer.common.atomic import write_whole
+from trainer.common.atomic import atomic_write
 from trainer.common.errors import UserError
-from trainer.common.text_file import Unreadable, read_text
+from trainer.common.safe_read import Unreadable, read_text
 from trainer.config.constraints import show
 from trainer.config.key_errors import first_line
-from trainer.config.recipe import (
-    Data,
-    NonNegative,
-    Recipe,
-    Section,
-    check_recipe,
-    parse_mapping,
-    parse_override,
-    read_tree,
-)
+from trainer.config.recipe import Recipe, check_recipe, parse_mapping, parse_override, read_tree
+from trainer.config.sections import Data, NonNegative, Section
 
 SWEEP_FILE = "sweep.yaml"
 SWEEPS_FOLDER = "runs/sweeps"
@@ -211,7 +203,7 @@ class Experiment:
     def save(self) -> None:
         """Write the sweep into its folder, so that `sweep FOLDER` resumes it."""
         text = yaml.safe_dump(self.sweep.model_dump(mode="json", exclude={"dir"}), sort_keys=False)
-        write_whole(self.folder / SWEEP_FILE, lambda path: path.write_text(text))
+        atomic_write(self.folder / SWEEP_FILE, lambda path: path.write_text(text))
 
     def warnings(self) -> Iterator[str]:
         """Say which variants do not share their data with the baseline although the seed is the same."""

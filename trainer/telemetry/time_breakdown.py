@@ -1,4 +1,4 @@
-"""What the ranks of both sides spend their training steps on: who waits for whom."""
+"""What the ranks of both roles spend the time of training steps on, and who waits for whom."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ ACTIVITIES = ("computing", "waiting", "wire", "optimizer")
 
 @dataclass(frozen=True)
 class Usage:
-    """Seconds of training steps by what a rank did; together their wall time.
+    """Seconds of training steps by activity; together they are the steps' wall time.
 
     Attributes:
-        computing: everything below does not cover: the trunk's segments, the experts.
-        waiting: for the other role.
-        wire: handing tokens over, and on the pool's side waiting for the payload of a request that has come.
-        optimizer: reduction of gradients, their norm, the update.
+        computing: everything not listed below: the trunk's segments, the experts.
+        waiting: waiting for the other role.
+        wire: sending tokens and, on a pool rank, receiving the payload of a request that has arrived.
+        optimizer: reducing gradients, their norm, the update.
     """
 
     computing: float = 0.0
@@ -27,27 +27,30 @@ class Usage:
     optimizer: float = 0.0
 
     def since(self, before: Usage) -> Usage:
+        """Return the difference to an earlier total."""
         return Usage(*(now - then for now, then in zip(astuple(self), astuple(before), strict=True)))
 
 
 def shares(seconds: Sequence[float]) -> dict[str, float]:
-    """Shares of time by activity, from seconds in the order of `ACTIVITIES`; 0 without any."""
+    """Convert seconds in the order of `ACTIVITIES` into shares of their sum, by activity."""
     total = sum(seconds) or 1.0
     return {activity: spent / total for activity, spent in zip(ACTIVITIES, seconds, strict=True)}
 
 
 class Waiter(Protocol):
-    """Who knows what was spent on the other role and on the wire, in seconds since the start."""
+    """Counts the seconds spent on the other role and on the wire since the start."""
 
     seconds_waiting: float
     seconds_on_wire: float
 
 
 class UsageClock:
-    """Adds up the usage of a rank's training steps: `begin`, `computed` when its gradients are there, `stepped`.
+    """Adds up the usage of a rank's training steps.
+
+    Call `begin`, then `computed` once the gradients are complete, then `stepped`.
 
     Attributes:
-        total: since the start.
+        total: usage since the start.
     """
 
     def __init__(self, waiter: Waiter):
@@ -57,10 +60,12 @@ class UsageClock:
         self._before = (0.0, 0.0)
 
     def begin(self) -> None:
+        """Start a step."""
         self._mark = time.perf_counter()
         self._before = (self._waiter.seconds_waiting, self._waiter.seconds_on_wire)
 
     def computed(self) -> None:
+        """End the forward and backward of a step."""
         seconds = self._lap()
         waiting = self._waiter.seconds_waiting - self._before[0]
         wire = self._waiter.seconds_on_wire - self._before[1]
@@ -69,6 +74,7 @@ class UsageClock:
         self.total = Usage(computing, t.waiting + waiting, t.wire + wire, t.optimizer)
 
     def stepped(self) -> None:
+        """End a step."""
         t = self.total
         self.total = Usage(t.computing, t.waiting, t.wire, t.optimizer + self._lap())
 

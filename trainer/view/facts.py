@@ -9,7 +9,8 @@ from pathlib import Path
 
 from trainer.checkpoint import format as checkpoint
 from trainer.common.format import count, duration, perplexity
-from trainer.config.recipe import Recipe, source_names
+from trainer.config.recipe import Recipe
+from trainer.config.sections import source_names
 from trainer.planning.model_costs import count_parameters
 from trainer.view.records import CHECKPOINTS, RECENT, ROLES, Records, facts_of
 

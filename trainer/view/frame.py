@@ -10,7 +10,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
 from trainer.common.format import duration
-from trainer.telemetry.prometheus import padded
+from trainer.telemetry.step_scalars import padded
 from trainer.telemetry.time_breakdown import ACTIVITIES
 from trainer.view.bars import GROUP, Grid, column, gauge, grid, spark, stacked
 from trainer.view.rates import Shares

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.checkpoint import format as checkpoint
-from trainer.common.arrays import read_array
 from trainer.common.errors import UserError
+from trainer.common.safe_read import read_array
 from trainer.common.strict_json import loads
 from trainer.config.recipe import Recipe, load_recipe
 from trainer.telemetry.time_breakdown import ACTIVITIES

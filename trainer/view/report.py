@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.common.atomic import write_whole
+from trainer.common.atomic import atomic_write
 from trainer.common.errors import UserError
 from trainer.common.figure_style import SERIES
 from trainer.config.recipe import Recipe
@@ -48,7 +48,7 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     path = out or run / REPORT_FILE
     page = make_page(run)
     try:
-        write_whole(path, lambda temporary: temporary.write_text(page, encoding="utf-8"))
+        atomic_write(path, lambda temporary: temporary.write_text(page, encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
     return path

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.live import Live
 
 from trainer.common.errors import UserError
-from trainer.common.strict_json import dumps, finite
+from trainer.common.strict_json import dumps, json_safe
 from trainer.view.frame import Frame
 from trainer.view.pages import TARGETS_FILE, fetch, page_url, targets
 from trainer.view.records import Records, is_run, saved_recipe
@@ -57,7 +57,7 @@ def _follow(look: Callable[[], View], interval: float, console: Console) -> None
 
 def to_json(view: View) -> dict[str, Any]:
     """Convert a view to JSON, without the loss curve; numbers that are unknown or not finite are null."""
-    tree: dict[str, Any] = finite(asdict(replace(view, losses=())))
+    tree: dict[str, Any] = json_safe(asdict(replace(view, losses=())))
     del tree["losses"]
     return tree
 

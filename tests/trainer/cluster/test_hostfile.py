@@ -44,18 +44,18 @@ def test_which_nodes_have_trunk_ranks(tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("text", "node_rank", "line"),
     [
-        ("a slots=2\nb slots=4\n", None, "--node-rank is missing: {path} has 2 hosts, so it must be 0 to 1"),
-        ("a slots=2\nb slots=4\n", 2, "--node-rank 2: {path} has 2 hosts, so it must be 0 to 1"),
-        ("a slots=2\nb slots=4\n", -1, "--node-rank -1: {path} has 2 hosts, so it must be 0 to 1"),
-        ("a slots=2\na slots=4\n", 0, "--hostfile {path}, line 2: a is there twice"),
+        ("a slots=2\nb slots=4\n", None, "--node-rank is missing: must be 0 to 1, because {path} has 2 hosts"),
+        ("a slots=2\nb slots=4\n", 2, "--node-rank 2: must be 0 to 1, because {path} has 2 hosts"),
+        ("a slots=2\nb slots=4\n", -1, "--node-rank -1: must be 0 to 1, because {path} has 2 hosts"),
+        ("a slots=2\na slots=4\n", 0, "--hostfile {path}, line 2: a is listed twice"),
         ("a slots=2\nb\n", 0, "--hostfile {path}, line 2: 'b' must be HOST slots=RANKS"),
         ("a slots=0\n", 0, "--hostfile {path}, line 1: 'a slots=0' must be HOST slots=RANKS"),
         ("a 6\n", 0, "--hostfile {path}, line 1: 'a 6' must be HOST slots=RANKS"),
-        ("# nobody\n", 0, "--hostfile {path}: has no line HOST slots=RANKS"),
+        ("# nobody\n", 0, "--hostfile {path}: no host is listed; add lines HOST slots=RANKS"),
         (
             "a slots=2\nb slots=3\n",
             0,
-            "--hostfile {path}: its slots are 2 + 3 = 5, parallel.trunk_ranks + parallel.pool_ranks = 2 + 4 = 6: "
+            "--hostfile {path}: the slots are 2 + 3 = 5, but parallel.trunk_ranks + parallel.pool_ranks = 2 + 4 = 6: "
             "make them equal",
         ),
     ],
@@ -75,12 +75,12 @@ def test_a_hostfile_that_is_not_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["--node-rank", "1"], "--node-rank 1: goes with --hostfile"),
-        (["--master-addr", "a"], "--master-addr a: goes with --hostfile"),
-        (["--master-port", "1"], "--master-port 1: goes with --hostfile"),
+        (["--node-rank", "1"], "--node-rank 1: needs --hostfile"),
+        (["--master-addr", "a"], "--master-addr a: needs --hostfile"),
+        (["--master-port", "1"], "--master-port 1: needs --hostfile"),
         (
             ["--hostfile", "hosts", "--node-rank", "0", "--max-restarts", "2"],
-            "--max-restarts 2: not with --hostfile: all nodes must start again together, which is the cluster's to do",
+            "--max-restarts 2: not allowed with --hostfile, because all nodes must restart together; ",
         ),
     ],
 )

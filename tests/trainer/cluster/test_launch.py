@@ -17,7 +17,8 @@ from tests.deploy.pods import can_isolate
 from tests.trainer.job import ROOT, environment, wait_for
 from trainer.cluster import launch
 from trainer.cluster.launch import RESTARTS, run_locally
-from trainer.config.recipe import Metrics, load_recipe
+from trainer.config.recipe import load_recipe
+from trainer.config.sections import Metrics
 from trainer.telemetry.prometheus import MetricsServer
 
 RANK = """
@@ -151,7 +152,7 @@ def test_restarts(
     assert job.pauses == [2.0**n for n in range(len(statuses) - 1)]
     assert job.ports == [str(port) for port in range(1, len(statuses) + 1)]
     assert capsys.readouterr().err.splitlines() == [
-        f"unipool: the job ended with status {ended}; restart {n} of {max_restarts}, from the newest checkpoint"
+        f"unipool: the job ended with status {ended}; restart {n} of {max_restarts} from the newest checkpoint"
         for n, ended in enumerate(statuses[:-1], 1)
     ]
 

@@ -66,7 +66,7 @@ def test_roles_go_before_the_order() -> None:
 @pytest.mark.parametrize(
     ("told", "message"),
     [
-        (["pool", "", "trunk", ""], "UNIPOOL_ROLE is set on 2 of 4 ranks, not on launcher rank 1,3: set it on all"),
+        (["pool", "", "trunk", ""], "UNIPOOL_ROLE is set on 2 of 4 ranks, but not on launcher rank 1,3: set it on all"),
         (["trunk", "pool", "trunk", "experts"], "UNIPOOL_ROLE = 'experts' on launcher rank 3: must be trunk or pool"),
         (["pool", "trunk", "pool", "pool"], "1 trunk and 3 pool ranks, .*pool_ranks are 2 and 2: make them equal"),
     ],
@@ -95,11 +95,15 @@ def test_nccl_carries_tokens_only_between_gpus(devices: list[str], wire: str, pa
 @pytest.mark.parametrize(
     ("grid", "devices", "message"),
     [
-        (Topology(2, 2, 2), ["cuda", "cpu", "cpu", "cpu"], r"rank 0 \(trunk 0\) is on cuda, rank 1 \(trunk 1\) on cpu"),
+        (
+            Topology(2, 2, 2),
+            ["cuda", "cpu", "cpu", "cpu"],
+            r"rank 0 \(trunk 0\) uses cuda, but rank 1 \(trunk 1\) uses cpu",
+        ),
         (
             Topology(1, 4, 2),
             ["cuda", "cuda", "cpu", "cuda", "cuda"],
-            r"rank 2 \(pool 1, shard 1\) is on cpu, rank 4 \(pool 3, shard 1\) on cuda",
+            r"rank 2 \(pool 1, shard 1\) uses cpu, but rank 4 \(pool 3, shard 1\) uses cuda",
         ),
     ],
 )

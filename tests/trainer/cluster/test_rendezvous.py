@@ -28,7 +28,7 @@ FOUR = ("parallel.trunk_ranks=2", "parallel.pool_ranks=2", "train.micro_batch=2"
 
 @pytest.fixture(scope="module")
 def recipe_file(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(write_recipe(tmp_path_factory.mktemp("seats")))
+    return str(write_recipe(tmp_path_factory.mktemp("rendezvous")))
 
 
 def test_losses_do_not_depend_on_the_order_of_the_ranks(recipe_file: str, tmp_path: Path) -> None:
@@ -64,8 +64,8 @@ def pair(recipe_file: str, folder: Path, *sets: str) -> Recipe:
 
 
 MISFITS = {
-    "some": (("trunk", ""), "error: UNIPOOL_ROLE is set on 1 of 2 ranks, not on launcher rank 1: set it on all "),
-    "counts": (("pool", "pool"), "error: UNIPOOL_ROLE makes 0 trunk and 2 pool ranks, parallel.trunk_ranks and "),
+    "some": (("trunk", ""), "error: UNIPOOL_ROLE is set on 1 of 2 ranks, but not on launcher rank 1: set it on all "),
+    "counts": (("pool", "pool"), "error: UNIPOOL_ROLE names 0 trunk and 2 pool ranks, but parallel.trunk_ranks and "),
 }
 ABSENT = {"the store's host": 0, "another": 1}
 
@@ -98,9 +98,7 @@ def test_a_rank_that_never_comes_is_named_by_the_launchers_number(name: str, at_
     """Its role it has told nobody."""
     job, absent = at_the_door[name], ABSENT[name]
     assert job.end(LIMIT, without=absent)[1 - absent] == 1
-    wanted = (
-        rf"^unipool: launcher rank {1 - absent} failed in start-up: PeerLost: launcher rank {absent}.* has not come"
-    )
+    wanted = rf"^unipool: launcher rank {1 - absent} failed during .*: PeerLost: .* rank {absent}.* has not joined"
     assert re.search(wanted, job.log(1 - absent), re.M), job.log(1 - absent)
 
 
@@ -117,11 +115,11 @@ class BrokenStore:
 def test_a_store_that_breaks_before_anybody_was_heard_of_names_its_host(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trainer.cluster.liveness, "_SETTLE_SECONDS", 0.0)
     store = BrokenStore()
-    peers = trainer.cluster.liveness.Peers(1, ["rank 0 (trunk 0)", "rank 1 (pool 0, shard 0)"], store, store)
-    wanted = r"rank 0 \(trunk 0\), which holds the job's store, is gone \(Connection reset by peer\)"
+    liveness = trainer.cluster.liveness.Liveness(1, ["rank 0 (trunk 0)", "rank 1 (pool 0, shard 0)"], store, store)
+    wanted = r"rank 0 \(trunk 0\), which hosts the job's store, is gone \(Connection reset by peer\)"
     with pytest.raises(trainer.cluster.liveness.PeerLost, match=wanted):
-        peers.meet(lambda: store.get("arrival/0"), timedelta(seconds=20))
-    wanted = "rank 0, which holds the job's store, is gone: Connection reset by peer"
+        liveness.meet(lambda: store.get("arrival/0"), timedelta(seconds=20))
+    wanted = "rank 0, which hosts the job's store, is gone: Connection reset by peer"
     with pytest.raises(trainer.cluster.liveness.PeerLost, match=wanted):
         trainer.cluster.liveness.reach(lambda: store.get("anything"), "rank 0", timedelta(seconds=20))
 
@@ -129,16 +127,16 @@ def test_a_store_that_breaks_before_anybody_was_heard_of_names_its_host(monkeypa
 def test_a_death_in_data_preparation_is_noticed_by_the_pool(recipe_file: str, tmp_path: Path) -> None:
     job = ForkedJob(pair(recipe_file, tmp_path), tmp_path, Fault(0, Place("trainer.train.loop:prepare_for"), kill))
     assert job.end(LIMIT) == [-9, 1]
-    wanted = r"^unipool: rank 1 \(pool 0, shard 0\) stops in start-up: rank 0 \(trunk 0\) died first"
+    wanted = r"^unipool: rank 1 \(pool 0, shard 0\) stopped during start-up: rank 0 \(trunk 0\) died first"
     assert re.search(wanted, job.log(1), re.M), job.log(1)
 
 
 def test_ranks_of_different_recipes_do_not_start() -> None:
-    message = "the ranks were started with different recipes: give all of them the same"
-    assert run_ranks(2, _take_another_seat, tiny(parallel={"pool_ranks": 1})) == [message, message]
+    message = "the ranks were started with different recipes: start all of them with the same recipe"
+    assert run_ranks(2, _number_ranks_differently, tiny(parallel={"pool_ranks": 1})) == [message, message]
 
 
-def _take_another_seat(recipe: Recipe) -> str:
+def _number_ranks_differently(recipe: Recipe) -> str:
     """Rank 1 numbers the ranks in another way."""
     from trainer.cluster.rendezvous import read_launch, rendezvous
 

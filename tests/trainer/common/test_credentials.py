@@ -52,7 +52,7 @@ def test_what_is_not_hidden(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("key", ["data.source", "data.tokenizer", "run.dir", "train.init_from", "parallel.hardware"])
 def test_a_recipe_with_a_credential_is_refused(key: str) -> None:
-    with pytest.raises(UserError, match=f"recipe quickstart: {key}: holds a credential") as refused:
+    with pytest.raises(UserError, match=f"recipe quickstart: {key}: contains a credential") as refused:
         load_recipe("quickstart", [f"{key}={URL}"])
     assert SECRET not in str(refused.value)
 

@@ -10,7 +10,7 @@ import pytest
 
 from trainer.common.machine import cgroup_cores, usable_cores, usable_memory
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def process_in(folder: Path, groups: str, mounts: str, files: dict[str, str]) -> Path:

@@ -8,7 +8,8 @@ import pytest
 from pydantic import ValidationError
 
 from trainer.common.errors import UserError
-from trainer.config.recipe import load_recipe, recipe_names, save_recipe, source_names
+from trainer.config.recipe import load_recipe, recipe_names, save_recipe
+from trainer.config.sections import source_names
 
 WRONG = {
     "train.stpes=3": "train.stpes: unknown key; did you mean steps?",
@@ -30,15 +31,15 @@ WRONG = {
     "parallel.expert_parallel=2": "parallel.expert_parallel = 2: must divide parallel.pool_ranks (1)",
     "parallel.trunk_zero=4": "parallel.trunk_zero = 4: must be 0, 1, 2 or 3",
     "parallel.pool_zero=3": "parallel.pool_zero = 3: must be 0, 1 or 2",
-    "parallel={trunk_ranks: 2, pool_ranks: 1, trunk_zero: 3}": "parallel.trunk_zero = 3: gathers weights by",
+    "parallel={trunk_ranks: 2, pool_ranks: 1, trunk_zero: 3}": "parallel.trunk_zero = 3: needs parallel.lanes=1",
     "model.ffn=dense": "pool.experts = 64: must be 0 with model.ffn = dense",
     "probe={every: 5, layers: [7, 8]}": "probe.layers = [7, 8]: must be different numbers from 0 to 7",
-    "probe.layers=[]": "probe.layers = []: tuple should have at least 1 item",
+    "probe.layers=[]": "probe.layers = []: must have at least 1 item",
     "topology.order=pool_first": "topology.order = 'pool_first': must be 'pool_last' or 'interleaved'",
     "train.min_lr=1": "train.min_lr = 1.0: must be at most train.lr (0.002)",
     "data.split=[0, 1, 1]": "data.split = [0, 1, 1]: the first part (training) must be above 0",
     "data.split=[3, 0, 1]": "data.split = [3, 0, 1]: the second part (validation) must be above 0, or data.validation",
-    "data.source=3": "data.source = 3: must be a name in quotes, or a list as [{source: a, weight: 2}, {source: b}]",
+    "data.source=3": "data.source = 3: must be a name in quotes, or a list such as [{source: a, weight: 2}",
     "data.source=[a]": "data.source = ['a']: must be a name in quotes, or a list",
     "data.source=[]": "data.source = []: must name at least one source",
     "data.source=[{weight: 1}]": "data.source.0.source: missing",
@@ -46,7 +47,7 @@ WRONG = {
     "data.source=[{source: a}, {source: b, weight: 0}]": "data.source.1.weight = 0: must be greater than or",
     "data.validation=[{source: a, weight: .inf}]": "data.validation.0.weight = inf: must be ",
     "data.max_bad_share=2": "data.max_bad_share = 2: must be less than or equal to 1",
-    "metrics.port=65535": "metrics.port = 65535: port + rank must stay below 65536, the last would be 65536",
+    "metrics.port=65535": "metrics.port = 65535: port + rank must stay below 65536; the last would be 65536",
     "train.steps": "--set train.steps: must be key=value, as in --set train.steps=100",
     "train.steps.x=1": "steps is a value, not a section",
 }

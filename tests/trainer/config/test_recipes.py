@@ -1,4 +1,4 @@
-"""The recipes that come with the trainer: they load, and they say what the paper's tables say (METHOD.md)."""
+"""The recipes that come with the trainer load and match the tables of the paper."""
 
 from __future__ import annotations
 

@@ -21,12 +21,12 @@ from trainer.cli import cli
 from trainer.common.errors import UserError
 from trainer.common.figure_style import INK, SERIES
 from trainer.data.batches import permutation
+from trainer.engine.experts import build_shard
 from trainer.model.trunk import Trunk
 from trainer.planning.model_costs import count_parameters
 from trainer.sweep.result import SweepResult, collect, to_json
 from trainer.sweep.spec import Experiment, Picture, load_sweep, sweep_names
 from trainer.sweep.statistics import paired, spread
-from trainer.train.pool_rank import build_shard
 
 SWEEP = """
 base: small

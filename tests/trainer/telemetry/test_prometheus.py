@@ -15,7 +15,7 @@ import torch
 from pool.service import Served
 from trainer.cluster.launch import free_port
 from trainer.common.errors import UserError
-from trainer.config.recipe import Metrics
+from trainer.config.sections import Metrics
 from trainer.telemetry.prometheus import CATALOGUE, ExpertLoad, MetricsServer, StepScalars, parse
 from trainer.telemetry.time_breakdown import Usage, UsageClock, shares
 

@@ -47,7 +47,7 @@ START_UP = "start-up"
 STEP = r"[a-z ]*step [01]"
 WHILE_SAVING = r"(the (checkpoint|evaluation|probe) after step [24]|[a-z ]*step [23])"
 """The other rank goes on while a checkpoint is written."""
-LAST_SAVE = Place("trainer.train.loop:_Loop._finish_saving")
+LAST_SAVE = Place("trainer.train.loop:Loop._finish_saving")
 PLACES = {
     "start-up": (START_UP, [Place("trainer.cluster.process_groups:Job._cross_group")] * 2),
     "engines": (START_UP, [Place("trainer.telemetry.prometheus:MetricsServer.__init__")] * 2),
@@ -82,7 +82,7 @@ PLACES = {
 
 def assert_named(log: str, phase: str, victim: int, fate: str) -> None:
     """The rank that wrote `log` says in which phase it stopped, and why."""
-    wanted = rf"^unipool: rank {1 - victim}.* (stops|failed) in {phase}.*: .*{re.escape(NAMES[victim])}.*{fate}"
+    wanted = rf"^unipool: rank {1 - victim}.* (stopped|failed) during {phase}.*: .*{re.escape(NAMES[victim])}.*{fate}"
     assert re.search(wanted, log, re.M), f"no {wanted!r} in:\n{log}"
 
 
@@ -120,7 +120,7 @@ def test_an_exception_is_named_by_both(
     """User data that raises in its second step, and experts that do."""
     job = ForkedJob(recipe(tmp_path / "run"), tmp_path, Fault(victim, place, fail))
     assert job.end(GRACE) == [1, 1]
-    wanted = rf"^unipool: {re.escape(NAMES[victim])} failed in {STEP}.*: ValueError: this row is broken"
+    wanted = rf"^unipool: {re.escape(NAMES[victim])} failed during {STEP}.*: ValueError: this row is broken"
     assert re.search(wanted, job.log(victim), re.M), job.log(victim)
     assert "Traceback" in job.log(victim)
     assert_named(job.log(1 - victim), STEP, victim, "died")
@@ -131,8 +131,20 @@ LIMIT = 8.0
 START_LIMIT = 12.0
 SAVE_LIMIT = 25.0
 STOPS = {
-    "before the store is there": (TRUNK, START_UP, Place("trainer.train.loop:rendezvous"), START_LIMIT, "has not come"),
-    "before the roll call": (POOL, START_UP, Place("trainer.train.loop:rendezvous"), START_LIMIT, "has not come"),
+    "before the store is there": (
+        TRUNK,
+        START_UP,
+        Place("trainer.train.loop:rendezvous"),
+        START_LIMIT,
+        "has not joined",
+    ),
+    "before the exchange of arrivals": (
+        POOL,
+        START_UP,
+        Place("trainer.train.loop:rendezvous"),
+        START_LIMIT,
+        "has not joined",
+    ),
     "start-up, trunk": (TRUNK, START_UP, PLACES["start-up"][1][TRUNK], START_LIMIT, "does not respond"),
     "start-up, pool": (POOL, START_UP, PLACES["start-up"][1][POOL], START_LIMIT, "does not respond"),
     "forward": (POOL, STEP, PLACES["forward"][1][POOL], LIMIT, "does not respond"),
@@ -173,8 +185,8 @@ def test_too_many_skipped_steps_end_the_job_and_name_their_data(recipe: Callable
     assert job.end(GRACE) == [1, 1], job.log(0)
     log = job.log(0)
     assert re.search(
-        r"^unipool: step 4, of .*train.arrow: rank 0 \(trunk 0\): micro-batch 0 has loss nan \(rows \d+, ", log, re.M
+        r"^unipool: step 4 on .*train.arrow: rank 0 \(trunk 0\): micro-batch 0 has loss nan \(rows \d+, ", log, re.M
     )
-    assert "unipool: 3 steps in a row, the last is step 4, had gradients that are not finite" in log
+    assert "unipool: 3 steps in a row, up to step 4, were skipped because gradients were not finite" in log
     assert "Traceback" not in log + job.log(1)
     assert newest(tmp_path / "run" / "checkpoints") == (2, tmp_path / "run" / "checkpoints" / "step_00000002")

@@ -100,7 +100,7 @@ def test_restarts_after_a_fault(recipe_file: str, undisturbed: list[dict[str, fl
             assert job.poll() is None, log.read_text()
             time.sleep(POLL_SECONDS)
         rank_process(mark, POOL).kill()
-        text = wait_for(log, "; restart 1 of 2, from the newest checkpoint")
+        text = wait_for(log, "; restart 1 of 2 from the newest checkpoint")
         assert f"{NAMES[POOL]} died first" in text
         assert f"{START_AGAIN}; restart" not in text
         assert job.wait(TIME_LIMIT) == 0, log.read_text()

@@ -1,0 +1,26 @@
+"""Double precision where the product says float32, for references that are met to more digits than float32 has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+@contextmanager
+def float32_is_float64(wanted: bool = True) -> Iterator[None]:
+    """Let `torch.float32` and `Tensor.float` mean float64 inside; not wanted, nothing happens."""
+    if not wanted:
+        yield
+        return
+    single, to_single = torch.float32, torch.Tensor.float
+    torch.float32 = torch.float = torch.float64  # type: ignore[misc]
+    torch.Tensor.float = torch.Tensor.double  # type: ignore[method-assign,assignment]
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.float32 = torch.float = single  # type: ignore[misc]
+        torch.Tensor.float = to_single  # type: ignore[method-assign]
+        torch.set_default_dtype(single)

@@ -1,0 +1,21 @@
+"""Writes losses.json anew, after a change that is meant to change numbers: `python -m tests.golden.make_losses`."""
+
+from __future__ import annotations
+
+import json
+
+from tests.trainer.train.test_layouts import LOSSES, METHODS, ZERO_0
+from tests.training import run_training, tiny
+
+
+def main() -> None:
+    """Trains every method for a few steps, colocated."""
+    found = {}
+    for method, sections in {"unipool": {}, **METHODS}.items():
+        scalars = run_training(tiny(parallel=ZERO_0, **sections)).scalars
+        found[method] = {name: [float(f"{s[name]:.8g}") for s in scalars] for name in ("loss", "grad_norm")}
+    LOSSES.write_text(json.dumps(found, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,283 @@
+"""The sections of a recipe: every key with its type, default, limits and meaning.
+
+`docs/reference/recipe.md` is generated from the descriptions here. Nothing in this module imports torch.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationInfo, field_validator
+
+from trainer.config.constraints import sources_or_list
+
+LARGEST = 2**62
+"""Largest integer in a recipe; products of larger ones could overflow floats and tensors."""
+
+Positive = Annotated[int, Field(ge=1, le=LARGEST)]
+NonNegative = Annotated[int, Field(ge=0, le=LARGEST)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    """A mapping of known keys: no others, no conversion of types, no NaN or infinity."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=(), allow_inf_nan=False)
+
+
+class Run(Section):
+    """Where a run is kept and what makes it repeatable."""
+
+    dir: str = Field(
+        min_length=1,
+        description="Folder of the run: recipe.yaml, plan.json, tokenizer.json, metrics.jsonl, checkpoints/, "
+        "tensorboard/, load.png.",
+    )
+    seed: NonNegative = Field(0, description="Seed of the initial weights and of the order of the data.")
+
+
+class Model(Section):
+    """Shapes of the transformer."""
+
+    layers: Positive = Field(description="Number of layers L.")
+    hidden: Positive = Field(description="Hidden size D.")
+    heads: Positive = Field(description="Attention heads.")
+    kv_heads: Positive = Field(4, description="Key and value heads of grouped-query attention.")
+    ffn_hidden: Positive = Field(description="Width F of one expert, or of the dense FFN.")
+    vocab: Positive = Field(description="Rows of the embedding; the tokenizer's vocabulary must fit in.")
+    seq_len: Positive = Field(1024, description="Tokens per sequence.")
+    ffn: Literal["pool", "dense"] = Field("pool", description="`pool`: experts; `dense`: one FFN per layer.")
+    groups: Positive = Field(1, description="Sub-pools across depth: 1 is UniPool, `model.layers` is a vanilla MoE.")
+    init_std: PositiveFloat = Field(0.01, description="Standard deviation of the initial weights.")
+    rope_base: PositiveFloat = Field(1e6, description="Base of the rotary position embeddings.")
+    norm_eps: PositiveFloat = Field(1e-5, description="Term of RMSNorm that prevents division by zero.")
+
+
+class Router(Section):
+    """How each layer chooses experts."""
+
+    kind: Literal["norm", "softmax", "sigmoid_bias"] = Field(
+        "norm",
+        description="`norm`: NormRouter; `softmax`: vanilla's router; `sigmoid_bias`: sigmoid scores, balanced by a "
+        "bias of the selection.",
+    )
+    top_k: Positive = Field(1, description="Experts per token and layer.")
+    z_loss: NonNegativeFloat = Field(0.0, description="Coefficient of the router z-loss.")
+    bias_rate: NonNegativeFloat = Field(1e-3, description="Step of the expert bias (`sigmoid_bias` only).")
+    constant_factor: PositiveFloat = Field(
+        1.0,
+        description="Factor of NormRouter's constant c (`norm` only): about the 2-norm with which a token's gate "
+        "values begin.",
+    )
+
+
+class Pool(Section):
+    """The pool of experts."""
+
+    experts: NonNegative = Field(0, description="Experts M of the whole pool, over all groups.")
+    recompute: bool = Field(False, description="Recompute the experts' hidden activations in the backward pass.")
+    stash_bytes: Positive = Field(
+        2**30, description="Bytes per rank of deferred weight-gradient work; when they are full, the work is done."
+    )
+    placement: Literal["contiguous", "auto"] = Field(
+        "contiguous", description="`auto`: a resumed run spreads each layer's recorded load evenly over the shards."
+    )
+
+
+class Balance(Section):
+    """Balance losses of the routers."""
+
+    layer: NonNegativeFloat = Field(0.0, description="Coefficient of the balance loss of each layer.")
+    pool: NonNegativeFloat = Field(0.0, description="Coefficient of the balance loss of the whole pool.")
+    scope: Literal["micro_batch", "global_batch"] = Field(
+        "global_batch", description="Tokens over which the load is counted: a rank's micro-batch or the global batch."
+    )
+    delay: NonNegative = Field(
+        1, description="Age of the load that the loss uses, in micro-batches or optimizer steps (as `balance.scope`)."
+    )
+    scores: Literal["raw", "normalized"] = Field(
+        "raw", description="Scores in the loss; `normalized` divides them by the token's sum of scores."
+    )
+
+
+class Train(Section):
+    """Steps, optimizer and precision."""
+
+    steps: Positive = Field(description="Optimizer steps of the whole run.")
+    global_batch: Positive = Field(description="Sequences per optimizer step.")
+    micro_batch: Positive = Field(description="Sequences per micro-batch of one trunk rank.")
+    lr: PositiveFloat = Field(description="Peak learning rate.")
+    min_lr: NonNegativeFloat = Field(description="Learning rate at the end of the cosine schedule.")
+    warmup_fraction: Share = Field(0.01, description="Share of the steps in which the learning rate rises.")
+    weight_decay: NonNegativeFloat = Field(0.1, description="AdamW's weight decay of matrices.")
+    betas: tuple[Beta, Beta] = Field((0.9, 0.95), strict=False, description="AdamW's decay rates of its moments.")
+    eps: PositiveFloat = Field(1e-8, description="AdamW's term that prevents division by zero.")
+    clip: NonNegativeFloat = Field(1.0, description="Largest global gradient norm; 0 disables clipping.")
+    precision: Literal["fp32", "bf16"] = Field(
+        "bf16", description="Precision of computation and of the wire; master weights and routers are always fp32."
+    )
+    recompute: bool = Field(False, description="Recompute the trunk's segments in the backward pass.")
+    init_from: str | None = Field(None, description="An export whose weights replace the random initial ones.")
+    freeze: Literal["none", "pool", "trunk"] = Field("none", description="The role whose weights are not trained.")
+    max_skipped_steps: Positive = Field(
+        20, description="Consecutive steps that may be skipped for non-finite gradients before the job stops."
+    )
+
+
+class Source(Section):
+    """One of several sources of text; a key that is left out has the value it has in the section `data`."""
+
+    source: str = Field(description="`python-stdlib`, a file, folder or glob, or `hub:NAME`.")
+    weight: Annotated[float, Field(ge=1e-6, le=1e6)] = Field(
+        1.0, description="Share of the sequences, relative to the weights of the other sources."
+    )
+    text_field: str | None = Field(None, description="Field of a record that holds the text.")
+    max_documents: Positive | None = Field(None, description="Most documents to read.")
+    max_tokens: Positive | None = Field(None, description="Most training tokens to take.")
+
+
+_ONE, _SEVERAL = "<one>", "<several>"  # tags of a union, which pydantic puts into the locations of errors
+Sources = Annotated[
+    Annotated[str, Tag(_ONE)] | Annotated[tuple[Source, ...], Field(strict=False), Tag(_SEVERAL)],
+    Discriminator(lambda value: _SEVERAL if isinstance(value, list | tuple) else _ONE),
+]
+
+
+def source_names(sources: Sources) -> str:
+    """A short text for people: "a", or "2 x a, 1 x b"."""
+    if isinstance(sources, str):
+        return sources
+    return ", ".join(f"{source.weight:g} x {source.source}" for source in sources)
+
+
+class Data(Section):
+    """Text to train on, and how it becomes sequences."""
+
+    source: Sources = Field(
+        description="`python-stdlib`, a file, folder or glob, or `hub:NAME`; or a list of sources that are mixed by "
+        "weight, as in `[{source: a, weight: 2}, {source: b}]`."
+    )
+    tokenizer: str = Field(
+        description="`train`, a tokenizer.json, a folder that contains one, or a name on the Hugging Face hub."
+    )
+    split: tuple[NonNegative, NonNegative, NonNegative] = Field(
+        (969, 30, 1), strict=False, description="Proportion of training, validation and test documents."
+    )
+    validation: Sources | None = Field(
+        None,
+        description="Separate held-out text, in the form of `data.source`; the validation part of `data.split` is then "
+        "used for training.",
+    )
+    text_field: str = Field("text", description="Field of a record that holds the text; `meta.text` is a nested one.")
+    max_documents: Positive | None = Field(None, description="Most documents to read from a source.")
+    max_tokens: Positive | None = Field(None, description="Most training tokens to take from a source.")
+    max_bad_share: Share = Field(
+        0.05, description="Largest share of records without readable text. They are skipped; more are an error."
+    )
+    end_of_document: str | None = Field(
+        None, description="Token that ends a document, such as `<|endoftext|>`; default: the tokenizer's own."
+    )
+    dir: str = Field("data", description="Folder in which prepared data is kept.")
+    document_mask: bool = Field(
+        False, description="Let a token attend to its own document only, not to its whole sequence."
+    )
+
+    @field_validator("source", "validation", mode="before")
+    @classmethod
+    def _sources(cls, value: Any, info: ValidationInfo) -> Any:
+        return sources_or_list(f"data.{info.field_name}", value)
+
+
+class Parallel(Section):
+    """The layout of the job, and what its ranks wait for."""
+
+    trunk_ranks: Positive = Field(1, description="Data-parallel ranks with attention and routers.")
+    pool_ranks: NonNegative = Field(
+        0, description="Ranks with experts; 0: colocated, the pool lives in the trunk's processes."
+    )
+    expert_parallel: Positive | None = Field(None, description="Shards of the pool; default: one per pool rank.")
+    lanes: Positive | None = Field(
+        None, description="Micro-batches in flight per trunk rank; default: the fewest that the simulator finds fast."
+    )
+    stagger: bool = Field(True, description="Start trunk rank t of T later, by t/T of a micro-batch.")
+    trunk_zero: Literal[0, 1, 2, 3] = Field(1, description="ZeRO stage of the trunk.")
+    pool_zero: Literal[0, 1, 2] = Field(1, description="ZeRO stage of the pool.")
+    hardware: str | None = Field(
+        None,
+        description="`h100`, `h200`, `a100`, or a profile saved by `unipool bench`: costs for the service plan; "
+        "default: FLOPs.",
+    )
+    wire: Literal["auto", "gloo"] = Field(
+        "auto",
+        description="`auto`: NCCL if every rank has a GPU, otherwise gloo with copies through the host; `gloo`: always "
+        "gloo.",
+    )
+    timeout_seconds: PositiveFloat = Field(60.0, description="Longest wait for another rank inside a step.")
+    start_timeout_seconds: PositiveFloat = Field(
+        1800.0, description="Longest wait for another rank at the start, at a checkpoint and at the end."
+    )
+    check: bool = Field(
+        False,
+        description="For debugging: check the headers, payloads and checksums of every request, and that the numbers "
+        "of tokens sent, served and returned are equal.",
+    )
+
+
+class Roles(Section):
+    """Which ranks of the launcher hold which role."""
+
+    order: Literal["pool_last", "interleaved"] = Field(
+        "pool_last", description="Pool ranks are the launcher's last ranks, or spread over its nodes."
+    )
+
+
+class Eval(Section):
+    """Validation during training."""
+
+    every: NonNegative = Field(0, description="Steps between validations; 0: only at the end.")
+    batches: Positive = Field(8, description="Global batches of held-out text per validation.")
+
+
+class Probe(Section):
+    """Probes of the routing during training: held-out loss with random experts in one layer."""
+
+    every: NonNegative = Field(0, description="Steps between probes; 0: none.")
+    layers: Annotated[tuple[NonNegative, ...], Field(min_length=1)] | None = Field(
+        None, strict=False, description="Layers that get random experts, one at a time; default: the deep half."
+    )
+    batches: Positive = Field(1, description="Global batches of held-out text per probe.")
+
+
+class Checkpoint(Section):
+    """When checkpoints are saved and which are kept."""
+
+    every: NonNegative = Field(0, description="Steps between checkpoints; 0: only at the end.")
+    keep: Positive = Field(
+        2, description="Newest checkpoints to keep; those between which nothing was learned count as one."
+    )
+    keep_every: NonNegative = Field(0, description="Also keep the checkpoints of every so many steps; 0: none.")
+
+
+class Metrics(Section):
+    """Where metrics are served and written."""
+
+    port: Annotated[int, Field(ge=0, le=65535)] = Field(0, description="Rank r serves port + r; 0 picks free ports.")
+    port_by: Literal["rank", "local_rank"] = Field(
+        "rank",
+        description="`local_rank`: port + the rank's number on its machine, so that all machines use the same ports.",
+    )
+    host: str = Field("127.0.0.1", description="Address to listen on; `0.0.0.0` listens on all of them.")
+    targets_dir: str | None = Field(
+        None, description="Folder that Prometheus watches; the run's targets.json is there too, as NAME.json."
+    )
+    tensorboard: bool = Field(True, description="Write event files for TensorBoard.")
+    csv: bool = Field(False, description="Write a file per scalar, in csv/ of `run.dir`.")
+    wandb: str | None = Field(
+        None, description="Project of Weights & Biases, whose own environment variables configure the rest."
+    )
+    per_layer_experts: bool = Field(
+        False, description="Serve a series for every expert of every layer; there may be 20,000."
+    )

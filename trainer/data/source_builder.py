@@ -1,0 +1,277 @@
+"""Builds the prepared folder of one source, or resumes a build that was interrupted.
+
+Every `COMMIT_TOKENS` tokens the files are flushed to the disk together with the position in the source. Memory holds a
+few batches of pieces of documents, however long the documents are.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from zipfile import BadZipFile
+
+from trainer.common.atomic import atomic_write
+from trainer.common.errors import UserError
+from trainer.common.strict_json import dumps, loads
+from trainer.data.cache import PROGRESS_FILE
+from trainer.data.encoding import Encoder
+from trainer.data.packing import SplitWriter
+from trainer.data.prepared_data import COUNTS_FILE, FACTS_FILE, TOKENIZER_FILE
+from trainer.data.reading.documents import Documents
+from trainer.data.reading.sources import find_files
+from trainer.data.settings import SourceSettings, limited
+from trainer.data.splitting import SPLITS, Passage, Splitter, choose_splitter
+from trainer.data.tokenizer import end_of_document_id, load_tokenizer, vocabulary
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+BATCH_CHARACTERS = 2_000_000
+"""Characters that are tokenized at once, over all cores."""
+
+COMMIT_TOKENS = 1 << 26
+"""Tokens between two positions from which a build can resume."""
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Passages to tokenize at once, and the position behind them."""
+
+    passages: list[Passage]
+    documents: int
+    reader: dict[str, Any]
+    splitter: dict[str, Any]
+
+
+class SourceBuilder:
+    """Builds the prepared folder of one source.
+
+    Args:
+        settings: The source, and how to prepare it.
+        folder: The folder to fill; it may hold what an interrupted build has committed.
+        progress: Whether to show bars and notes on stderr.
+    """
+
+    def __init__(self, settings: SourceSettings, folder: Path, progress: bool):
+        self.settings, self.folder, self.progress = settings, folder, progress
+        self._parts = dict(zip(SPLITS, settings.split, strict=True))
+        # What max_tokens limits: the text that is trained on, or held-out text of its own.
+        self._main = next(split for split, part in self._parts.items() if part)
+
+    def run(self) -> None:
+        """Read, tokenize and pack everything.
+
+        Raises:
+            UserError: See `trainer.data.prepare.prepare_source`.
+        """
+        settings, folder = self.settings, self.folder
+        tokenizer = _load_tokenizer(settings)
+        if skipped := find_files(settings.source).skipped_line(settings.source):
+            self._note(skipped)
+        end_id = end_of_document_id(tokenizer)
+        (folder / TOKENIZER_FILE).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+        saved = self._saved()
+        reader = saved["reader"] if saved else None
+        self._documents = Documents(settings.source, settings.text_field, settings.max_bad_share, reader)
+        self._splitter = Splitter(**saved["splitter"]) if saved else self._choose_splitter()
+        with ExitStack() as stack:
+            self._writers = {}
+            for split in SPLITS:
+                state = saved["writers"][split] if saved else None
+                writer = SplitWriter(folder / f"{split}.arrow", settings.seq_len, settings.vocab, state)
+                stack.callback(writer.abandon)
+                self._writers[split] = writer
+            self._tokenize(tokenizer, end_id)
+            splits = {split: writer.close() for split, writer in self._writers.items()}
+        self._check(splits)
+        self._write_facts(tokenizer, end_id, splits)
+
+    def _note(self, line: str) -> None:
+        if self.progress:
+            print(line, file=sys.stderr)
+
+    def _choose_splitter(self) -> Splitter:
+        from tqdm import tqdm
+
+        # This takes long only if a few documents are very long.
+        what = f"measuring {self.settings.short_name}"
+        pieces = self.settings.pieces()
+        bar = tqdm(pieces, what, unit=" pieces", delay=2, leave=False, disable=not self.progress)
+        return choose_splitter(bar, self.settings.split)
+
+    def _tokenize(self, tokenizer: Tokenizer, end_id: int) -> None:
+        import numpy as np
+        from tqdm import tqdm
+
+        encoder = Encoder(tokenizer)
+        end_1 = np.array([end_id], np.uint32)
+        begun = committed = self._tokens()
+        begin = time.monotonic()
+        with (
+            tqdm(
+                desc=f"tokenizing {self.settings.short_name}",
+                unit=" documents",
+                total=self.settings.max_documents,
+                initial=self._splitter.documents,
+                disable=not self.progress,
+            ) as bar,
+            closing(_read_ahead(self._batches())) as batches,
+        ):
+            for batch in batches:
+                wanted = [passage for passage in batch.passages if self._room(passage.split) > 0]
+                for passage, ids in zip(wanted, encoder.encode([passage.text for passage in wanted]), strict=True):
+                    if not self._has_enough():
+                        self._add(passage, ids, end_1)
+                tokens = self._tokens()
+                bar.set_postfix_str(f"{(tokens - begun) / (time.monotonic() - begin):,.0f} tokens/s", refresh=False)
+                bar.update(batch.documents)
+                if self._has_enough():
+                    break
+                if tokens - committed >= COMMIT_TOKENS:
+                    self._commit(batch)
+                    committed = tokens
+        if encoder.slow_because:
+            self._note(f"tokenized slowly, because fastokens was not used ({encoder.slow_because})")
+
+    def _add(self, passage: Passage, ids: Any, end_1: Any) -> None:
+        import numpy as np
+
+        if passage.ends_document:
+            ids = np.concatenate((ids, end_1))
+        room = self._room(passage.split)
+        if room > 0:
+            size = len(passage.text.encode())
+            if len(ids) > room:
+                size = size * room // len(ids)
+            self._writers[passage.split].add(ids[:room], size, passage.ends_document)
+
+    def _has_enough(self) -> bool:
+        """Whether nothing more has to be read; in text that is split by size, the held-out part comes at the end."""
+        return self._splitter.size is None and self._room(self._main) <= 0
+
+    def _room(self, split: str) -> int:
+        """The number of tokens that a split still takes."""
+        limit = self.settings.max_tokens
+        if limit is None or (split != self._main and self._splitter.size is None):
+            return sys.maxsize
+        return -(-limit * self._parts[split] // self._parts[self._main]) - self._writers[split].tokens
+
+    def _tokens(self) -> int:
+        return sum(writer.tokens for writer in self._writers.values())
+
+    def _batches(self) -> Iterator[_Batch]:
+        passages: list[Passage] = []
+        size = documents = 0
+
+        def batch() -> _Batch:
+            return _Batch(passages, documents, self._documents.state_dict(), self._splitter.state_dict())
+
+        for piece in limited(self._documents, self.settings.max_documents, self._splitter.documents):
+            passages += self._splitter.assign(piece)
+            size += len(piece.text)
+            documents += piece.ends_document
+            if size >= BATCH_CHARACTERS:
+                yield batch()
+                passages, size, documents = [], 0, 0
+        if passages:
+            yield batch()
+
+    def _commit(self, batch: _Batch) -> None:
+        """Flush everything so far to the disk, with the position from which to resume."""
+        import numpy as np
+
+        arrays: dict[str, Any] = {
+            f"{split}/{name}": array
+            for split, writer in self._writers.items()
+            for name, array in writer.state_dict().items()
+        }
+        position = np.array(dumps({"reader": batch.reader, "splitter": batch.splitter}))
+
+        def write(path: Path) -> None:
+            with path.open("wb") as file:
+                np.savez(file, position=position, **arrays)
+
+        atomic_write(self.folder / PROGRESS_FILE, write)
+
+    def _saved(self) -> dict[str, Any] | None:
+        """What `_commit` has saved, or None if there is nothing to resume from."""
+        import numpy as np
+
+        path = self.folder / PROGRESS_FILE
+        if not path.is_file():
+            return None
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                saved: dict[str, Any] = loads(str(arrays["position"]))
+                saved["writers"] = {
+                    split: {name: arrays[f"{split}/{name}"] for name in SplitWriter.SAVED} for split in SPLITS
+                }
+            intact = all(SplitWriter.holds(self.folder / f"{split}.arrow", saved["writers"][split]) for split in SPLITS)
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile):
+            intact = False
+        if not intact:
+            self._note(f"starting the preparation in {self.folder} again, because its files are damaged")
+            path.unlink()
+            return None
+        self._note(f"resuming the preparation in {self.folder}")
+        return saved
+
+    def _check(self, splits: dict[str, Any]) -> None:
+        settings = self.settings
+        for split in SPLITS[:2]:
+            if self._parts[split] and splits[split].sequences == 0:
+                how = "by size" if self._splitter.size is not None else "by document"
+                raise UserError(
+                    f"data.source {settings.source}: the {split} split has less text than one sequence, "
+                    f"{splits[split].tokens} of {settings.seq_len + 1} tokens (it got {splits[split].documents} of "
+                    f"{self._splitter.documents} documents, split {how} as {':'.join(map(str, settings.split))}); "
+                    "provide more text, a shorter model.seq_len or another data.split"
+                )
+
+    def _write_facts(self, tokenizer: Tokenizer, end_id: int, splits: dict[str, Any]) -> None:
+        import numpy as np
+
+        documents, end = self._documents, str(tokenizer.id_to_token(end_id))
+        facts = {
+            "settings": asdict(self.settings),
+            "tokenizer_vocab": vocabulary(tokenizer),
+            "end_of_document": end,
+            "split_by": "document" if self._splitter.size is None else "size",
+            "records": documents.records,
+            "bad_records": {"count": documents.bad_records, "first": documents.first_bad},
+            "splits": {split: asdict(facts) for split, facts in splits.items()},
+        }
+        np.save(self.folder / COUNTS_FILE, self._writers["train"].counts_V)
+        made = (*(f"{split}.arrow" for split in SPLITS), COUNTS_FILE, TOKENIZER_FILE)
+        facts["files"] = {name: (self.folder / name).stat().st_size for name in made}
+        (self.folder / FACTS_FILE).write_text(dumps(facts, indent=1) + "\n")
+        self._note(f"documents end with {end}")
+        if documents.bad_records:
+            what = f"{documents.bad_records:,} of {documents.records:,} records were skipped"
+            self._note(f"{what}: {'; '.join(documents.first_bad)}")
+
+
+def _load_tokenizer(settings: SourceSettings) -> Tokenizer:
+    tokenizer = load_tokenizer(settings.tokenizer, settings.end_of_document)
+    entries = vocabulary(tokenizer)
+    if entries > settings.vocab:
+        raise UserError(
+            f"data.tokenizer {settings.tokenizer}: its vocabulary of {entries} does not fit into model.vocab = "
+            f"{settings.vocab}; set model.vocab to at least {entries}, or choose a smaller tokenizer"
+        )
+    return tokenizer
+
+
+def _read_ahead(batches: Iterator[_Batch]) -> Generator[_Batch]:
+    """Yield the same batches; a thread reads the next one while the caller works on the current one."""
+    with ThreadPoolExecutor(1, "reader") as thread:
+        coming = thread.submit(next, batches, None)
+        while (batch := coming.result()) is not None:
+            coming = thread.submit(next, batches, None)
+            yield batch
