@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
+from tqdm import tqdm
 
 from trainer.common.errors import UserError
 from trainer.common.figure_style import add_legend, new_figure, panel_title
 from trainer.model.random_routing import seeded
-from trainer.probe.accuracy import Accuracies, Accuracy, accuracies, accuracy, score_learned
+from trainer.probe.accuracy import NO_ACCURACY, Accuracies, Accuracy, accuracies, accuracy
 from trainer.probe.adapters import MoELayer, MoEModel, observed, rerouted
 from trainer.probe.effects import OVERS, WHAT, Effects, Over, effect_table, mean_and_spread, over_layers, plot_effects
-from trainer.probe.text import ExpertCounts, Text, mean_loss, progress
+from trainer.probe.text import ExpertCounts, Text, mean_loss
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -222,12 +223,14 @@ def randomize(
         raise UserError("--over pool: each layer of this model has its own experts; use layer or matched")
     if "matched" in overs and matched < model.top_k:
         raise UserError(f"--matched {matched}: must be at least {model.top_k}, the number of experts per token")
-    learned, forwards = score_learned(model, score) if score else (None, 0)
-    routings = len(layers) * len(overs) * draws
+    learned = score(False) if score else None
+    if learned and not learned.mean:
+        raise UserError(NO_ACCURACY)
     counts, found, scored = ExpertCounts(model), list[Randomised](), list[tuple[int, Over, list[Accuracies]]]()
-    with progress("randomising", model, (1 + routings) * len(text.batches) + routings * forwards):
-        with observed(model, counts):
-            loss = mean_loss(model, text)
+    with observed(model, counts):
+        loss = mean_loss(model, text)
+    total = len(layers) * len(overs) * draws
+    with tqdm(desc="randomising", total=total, unit=" draws", disable=None, leave=False) as bar:
         for layer in layers:
             for over in overs:
                 ids_C = candidates(model, layer, over, matched, counts.by_layer[layer.number])
@@ -239,6 +242,7 @@ def randomize(
                     if score:
                         with randomised(layer, ids_C, seeded(*numbers, 1)):
                             answers.append(accuracies(score(True)))
+                    bar.update()
                 mean, spread = mean_and_spread(losses)
                 found.append(Randomised(layer.number, over, len(ids_C), tuple(losses), mean - loss, spread))
                 scored.append((layer.number, over, answers))

@@ -58,7 +58,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Cosines:
-    """The mean, 95th percentile and maximum over all pairs of different experts of a bank."""
+    """The mean, the 95th percentile and the maximum over all pairs of different experts of a bank."""
 
     mean: float
     p95: float
@@ -99,16 +99,15 @@ class Redundancy:
         return [asdict(pair) for b in self.banks for pair in _pairs(b.first, b.weights_matrix, b.outputs_matrix)]
 
     def tables(self) -> list[Table]:
-        summary = ("mean", "95th percentile", "maximum")
-        heads = ("layers", *(f"{of}: {name}" for of in ("weights", "outputs") for name in summary))
+        heads = ("layers", *(f"{of} {name}" for of in ("weights:", "outputs:") for name in ("mean", "p95", "max")))
         made = new_table(f"{self.model}: cosine of every two experts, {self.text}", *heads)
         for bank in self.banks:
             layers = " to ".join(str(number) for number in dict.fromkeys((bank.layers[0], bank.layers[-1])))
-            made.add_row(layers, *(f"{v:.3f}" for c in (bank.weights, bank.outputs) for v in asdict(c).values()))
+            made.add_row(layers, *(f"{v:z.3f}" for c in (bank.weights, bank.outputs) for v in asdict(c).values()))
         alike = new_table("Most similar experts by outputs", "experts", "outputs", "weights")
         pairs = sorted((p for bank in self.banks for p in bank.alike), key=lambda p: -p.outputs)
         for pair in pairs[:_PAIRS]:
-            alike.add_row(f"{pair.first}, {pair.second}", f"{pair.outputs:.3f}", f"{pair.weights:.3f}")
+            alike.add_row(f"{pair.first}, {pair.second}", f"{pair.outputs:z.3f}", f"{pair.weights:z.3f}")
         return [made, alike]
 
     def notes(self) -> list[str]:
