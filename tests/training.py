@@ -117,6 +117,7 @@ def _train(
     recipe: Recipe, steps: int, save_to: Path | None, resume_from: Path | None, save_after: int
 ) -> dict[str, Any]:
     from trainer.checkpoint import format as checkpoint
+    from trainer.checkpoint.resume import load_checkpoint
     from trainer.checkpoint.save import Saver
     from trainer.data.batches import SequenceStream
     from trainer.export.initial import load_initial
@@ -139,7 +140,7 @@ def _train(
     engines = role.engines
     result: dict[str, Any] = {"scalars": [], "gradients": [], "val_loss": 0.0, "load_LM": None, "random_loss": 0.0}
     if saved:
-        checkpoint.load(job, recipe, saved, role)
+        load_checkpoint(job, recipe, saved, role)
     elif recipe.train.init_from:
         load_initial(recipe, role)
     saver = Saver(job, recipe, save_to, role) if save_to else None
@@ -164,13 +165,10 @@ def _train(
         if saver and step + 1 == save_after:
             saver.start(save_after)
     assert saver is None or saver.finish()
+    result["val_loss"], _ = role.evaluate(1, steps)
+    result["random_loss"], _ = role.evaluate(1, steps, random_layer=1)
     if isinstance(role, TrunkRank):
-        result["val_loss"], _ = role.evaluate(1, steps)
-        result["random_loss"], _ = role.evaluate(1, steps, random_layer=1)
         result["load_LM"] = role.load_LM
-    else:
-        for _ in range(2):
-            role.serve(make_schedule(recipe).evaluation(recipe.micro_batches), steps)
     result["weights"] = of_all(role, full_parameters)
     job.close()
     return result
@@ -226,7 +224,7 @@ def set_weights(role: Any, weights: dict[str, Tensor]) -> None:
             return ParameterState(weight, torch.zeros_like(weight), torch.zeros_like(weight))
 
         buffers = {name: weights.get(name, buffer) for name, buffer in engine.module.named_buffers()}
-        engine.take_over(read, buffers, 0, fresh=True)
+        engine.load_resharded(read, buffers, 0, fresh=True)
 
 
 def _by_expert(module: Any, values: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,1 +1,1 @@
-"""Launchers, ranks, rendezvous, liveness, faults, process groups."""
+"""Launchers, rank assignment, rendezvous, liveness, faults, process groups."""

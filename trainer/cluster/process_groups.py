@@ -80,6 +80,11 @@ class Job:
         self._control.allreduce([total]).wait(self.timeout)
         return total.tolist()
 
+    def sum_over_role(self, values: torch.Tensor) -> None:
+        """Sum a tensor over the ranks of the role's group, in place. A collective of these ranks."""
+        if self.role_size > 1:
+            dist.all_reduce(values)
+
     def barrier(self) -> None:
         """Wait for all ranks with the start-up's time limit: at the start, around checkpoints, at the end."""
         options = dist.AllreduceOptions()

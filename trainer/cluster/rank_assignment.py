@@ -1,9 +1,9 @@
 """Which launcher rank becomes which rank of the job, and what runs where.
 
 The job uses the rank numbers of `pool.topology`, trunk ranks first. The launcher numbers its processes node by node.
-`topology.order`, or `UNIPOOL_ROLE` in the environment of every rank, decides which of them are trunk ranks and which are
-pool ranks; within a role the numbers follow the launcher's. Nothing else uses launcher ranks, so losses, checkpoints
-and the schedule do not depend on them.
+`topology.order`, or `UNIPOOL_ROLE` in the environment of every rank, decides which of them are trunk ranks and which
+are pool ranks; within a role the numbers follow the launcher's. Nothing else uses launcher ranks, so losses,
+checkpoints and the schedule do not depend on them.
 """
 
 from __future__ import annotations

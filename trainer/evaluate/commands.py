@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from trainer.common.atomic import write_whole
+from trainer.common.atomic import atomic_write
 from trainer.common.errors import UserError
-from trainer.common.strict_json import dumps, loads, marked
+from trainer.common.strict_json import dumps, loads, name_not_finite
 from trainer.common.tables import print_tables
 from trainer.config.options import count_option, device_option, json_option
 from trainer.evaluate.options import TaskOptions, task_options
@@ -88,7 +88,7 @@ def evaluate(
             what, result = f"text {text}", text_loss(loaded, text, tasks.batch_size)
         else:
             what, result = "validation", validation_loss(loaded, batches, tasks.batch_size)
-        record = marked(asdict(result))
+        record = name_not_finite(asdict(result))
         if as_json:
             print(dumps({"checkpoint": loaded.name, what.split()[0]: record}))
         else:
@@ -109,7 +109,7 @@ def _save_result(folder: Path, checkpoint: str, what: str, result: dict[str, Any
     try:
         record = loads(path.read_text()) if path.exists() else {}
         record.setdefault(checkpoint, {})[what] = result
-        write_whole(path, lambda partial: partial.write_text(dumps(record, indent=2) + "\n"))
+        atomic_write(path, lambda partial: partial.write_text(dumps(record, indent=2) + "\n"))
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); the result is printed above") from None
     except (ValueError, AttributeError, TypeError):

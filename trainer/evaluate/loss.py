@@ -19,13 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from trainer.checkpoint.format import read_about
+from trainer.checkpoint.format import read_info
 from trainer.common.errors import UserError
 from trainer.common.format import loss, perplexity
 from trainer.common.tables import new_table
 from trainer.config.sections import source_names
 from trainer.data.batches import evaluation_steps
-from trainer.data.reading.documents import read_text
+from trainer.data.reading.documents import read_text_option
 from trainer.export.loaded_model import LoadedModel
 from trainer.export.saved_run import data_of
 from trainer.model.document_mask import attention_of, document_end
@@ -79,7 +79,7 @@ def validation_loss(loaded: LoadedModel, batches: int | None, batch_size: int) -
         )
     recipe = loaded.run.recipe
     prepared = data_of(loaded.run)
-    if read_about(loaded.run.folder).data != prepared.identity:
+    if read_info(loaded.run.folder).data != prepared.identity:
         raise UserError(
             f"data.source = {source_names(recipe.data.source)}: the text or its tokenizer has changed since "
             f"{loaded.name} of {loaded.folder} was saved; restore the old data, or give --text FILE"
@@ -98,7 +98,7 @@ def text_loss(loaded: LoadedModel, file: Path, batch_size: int) -> TextLoss:
     Raises:
         UserError: The file cannot be read, or has fewer than two tokens.
     """
-    documents = list(read_text(file))
+    documents = list(read_text_option(file))
     ids = list(token_ids(loaded.tokenizer, documents))[:-1]
     if len(ids) < 2:
         raise UserError(f"--text {file}: has {len(ids)} tokens; at least 2 are required")

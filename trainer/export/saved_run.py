@@ -17,12 +17,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from router import norm_constant
-from trainer.checkpoint.format import MARKER_FILE, RECIPE_FILE, newest, read_placement
+from trainer.checkpoint.format import MARKER_FILE, RECIPE_FILE, newest
 from trainer.checkpoint.reshard import SavedCheckpoint, convert
 from trainer.common.errors import UserError
 from trainer.config.recipe import Recipe, load_recipe
-from trainer.data.prepared import PreparedData
-from trainer.data.recipe_data import prepare_for
+from trainer.data.prepare import prepare_for
+from trainer.data.prepared_data import PreparedData
 from trainer.data.settings import TRAIN
 from trainer.data.tokenizer import end_of_document_id, load_tokenizer
 from trainer.export.exported_model import filled_model, tokenizer_settings
@@ -112,7 +112,7 @@ def open_weights(run: SavedRun, work: Path | None = None) -> Iterator[Weights]:
     with tempfile.TemporaryDirectory(dir=work, prefix=".unipool-") as folder:
         with _damage_reported(run.folder):
             convert(run.folder, Path(folder))
-            saved = SavedCheckpoint(run.folder, read_placement(run.folder), Path(folder))
+            saved = SavedCheckpoint(run.folder, Path(folder))
         yield Weights(run, saved)
 
 

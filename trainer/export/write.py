@@ -10,7 +10,7 @@ import torch
 from transformers import GenerationConfig
 
 from trainer.checkpoint.format import damage
-from trainer.common.atomic import whole_folder
+from trainer.common.atomic import atomic_folder
 from trainer.common.errors import UserError
 from trainer.common.strict_json import dumps
 from trainer.config.recipe import save_recipe
@@ -42,7 +42,7 @@ def export(source: Path, out: Path, form: Format, dtype: str) -> dict[str, Any]:
         raise UserError(f"{run.folder}: this checkpoint is damaged: {problem}; export another one")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with whole_folder(out) as partial:
+        with atomic_folder(out) as partial:
             if form == "hf":
                 _write_model_files(run, partial, dtype)
             else:

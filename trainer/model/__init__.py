@@ -1,1 +1,1 @@
-"""The trunk, a micro-batch as a coroutine, and what answers its requests to the pool."""
+"""The trunk, a micro-batch as a coroutine, and the clients that have its requests answered by the pool."""

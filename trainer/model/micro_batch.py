@@ -1,14 +1,15 @@
-"""A micro-batch is a coroutine: the way of its tokens through the trunk, and of its gradients back.
+"""A micro-batch as a coroutine: its tokens' path through the trunk, and the gradients' path back.
 
-Between two of its L + 1 segments a micro-batch needs the pool, so it is a generator that yields a `Request` and is
+Between its L + 1 segments a micro-batch needs the pool. It is therefore a generator that yields a `Request` and is
 resumed with the pool's answer:
 
     segment 0    embed -> attention_0 -> router_0 -> permute           => request (layer 0)
     segment l    combine_(l-1) -> attention_l -> router_l -> permute   => request (layer l)
     segment L    combine_(L-1) -> norm -> head -> loss
 
-Forward segments run on detached leaves; backward runs them in reverse, the pool's answers being the gradients of the
-dispatched tokens. Whoever drives the generator decides where the pool is and how many micro-batches are in flight.
+Forward segments run on detached leaves. Backward runs them in reverse order, and the pool answers with the gradients
+of the dispatched tokens. The caller, `trainer.model.pool_client`, decides where the pool is and how many micro-batches
+are in flight.
 
 Letters: B batch, S sequence, T tokens, D hidden, K top-k, N = T * K assignments, L layers, M experts a layer sees.
 """
@@ -29,10 +30,10 @@ from trainer.model.trunk import Trunk
 
 @dataclass(frozen=True)
 class Request:
-    """What a micro-batch asks of the pool.
+    """What a micro-batch requests from the pool.
 
     Attributes:
-        kind, micro_batch, layer: which request it is.
+        kind, micro_batch, layer: identify the request.
         rows_ND: tokens (forward) or gradients of the experts' outputs (backward), expert-major, in compute dtype.
         tokens_per_expert: rows of each expert of the whole pool, in shard-major order (int64, host).
     """
@@ -46,12 +47,12 @@ class Request:
 
 @dataclass(frozen=True)
 class PoolMap:
-    """Where a layer's experts are in the pool.
+    """Where the experts of a layer are in the pool.
 
     Attributes:
-        position_M: place of every global expert in shard-major order (int64, on the compute device).
-        experts_per_layer: experts that a layer sees.
-        layers_per_group: adjacent layers that share a sub-pool.
+        position_M: position of every global expert in shard-major order (int64, on the compute device).
+        experts_per_layer: number of experts that a layer sees.
+        layers_per_group: number of adjacent layers that share a sub-pool.
     """
 
     position_M: Tensor
@@ -59,23 +60,23 @@ class PoolMap:
     layers_per_group: int
 
     def first_expert(self, layer: int) -> int:
-        """Global id of the layer's expert 0."""
+        """Return the global id of the layer's expert 0."""
         return (layer // self.layers_per_group) * self.experts_per_layer
 
 
 @dataclass(frozen=True)
 class MicroBatchResult:
-    """Scalars in fp32 on the compute device; the loss is the mean cross-entropy in nats, without balance losses.
+    """What a micro-batch reports, on the compute device.
 
-    distinct_experts: of the pool that a token meets over all layers, a mean over the tokens.
-    gates_L: sum of a token's gate values in each layer, a mean over the tokens.
-    nonfinite_router_tokens: tokens whose router logits are not all finite, over all layers (int64).
+    Attributes:
+        scalars: fp32 scalars by their names in `trainer.telemetry.step_scalars.StepScalars`; a step's value is the mean
+            over its micro-batches. "loss" is the mean cross-entropy in nats, without balance losses.
+        gates_L: sum of a token's gate values in each layer, mean over the tokens (fp32).
+        nonfinite_router_tokens: tokens with a router logit that is not finite, over all layers (int64).
+        tokens_per_expert_LM: load by layer and the experts that it sees (int64).
     """
 
-    loss: Tensor
-    balance_loss: Tensor
-    z_loss: Tensor
-    distinct_experts: Tensor
+    scalars: dict[str, Tensor]
     gates_L: Tensor
     nonfinite_router_tokens: Tensor
     tokens_per_expert_LM: Tensor
@@ -83,7 +84,7 @@ class MicroBatchResult:
 
 @dataclass(frozen=True)
 class _Dispatch:
-    """How a layer's tokens were sent out: what `combine` and the request's header need. Carries no gradient."""
+    """How a layer's tokens were dispatched: what `combine` and the request's header need. Carries no gradient."""
 
     permutation: Permutation
     expert_ids_TK: Tensor
@@ -94,8 +95,8 @@ class _Dispatch:
 class _Segment:
     """A piece of the trunk between two calls of the pool, run on detached leaves.
 
-    `function(*leaves)` returns the segment's roots (tensors that later gradients belong to) and what has no gradient.
-    With `recompute` only the leaves are kept, and the function runs again in backward.
+    `function(*leaves)` returns the segment's roots, to which gradients belong later, and what has no gradient. With
+    `recompute` only the leaves are kept, and the function runs again in backward.
     """
 
     def __init__(
@@ -111,16 +112,18 @@ class _Segment:
             self._roots, self.dispatch = function(*self._leaves)
 
     def take_roots(self) -> tuple[Tensor, ...]:
-        """The roots. With `recompute` the segment forgets them."""
+        """Return the roots. With `recompute` the segment does not keep them."""
         roots = self._roots
         if self._recompute:
             self._roots = ()
         return roots
 
     def backward(self, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
-        """Add the parameters' gradients and return those of the inputs. A root whose gradient is None is left out.
+        """Add the parameters' gradients, and return those of the inputs.
 
-        So is a root that depends on nothing that learns: all of the first segment's, if the trunk is frozen.
+        Args:
+            gradients: of the roots. Roots with None are left out, and so are roots that depend on nothing that learns,
+                as in the first segment of a frozen trunk.
         """
         if self._recompute:
             self._roots, _ = self._function(*self._leaves)
@@ -144,9 +147,9 @@ class Objective:
 
     Attributes:
         scale: weight of this micro-batch in its trunk rank's mean: 1 / micro-batches.
-        coefficients: gives coeffs_LM (`router.balance_coefficients`) from the micro-batch's own tokens_per_expert_LM,
-            or None while there is no balance loss. Called once, between forward and backward.
-        z_loss: coefficient of the router z-loss; at 0 the routers do not compute it.
+        coefficients: maps the micro-batch's own tokens_per_expert_LM to coeffs_LM (`router.balance_coefficients`), or
+            to None while there is no balance loss. Called once, between forward and backward.
+        z_loss: coefficient of the router z-loss; with 0 the routers do not compute it.
         recompute: run the segments again in backward instead of keeping their activations.
     """
 
@@ -159,10 +162,10 @@ class Objective:
 def train_micro_batch(
     trunk: Trunk, pool_map: PoolMap, sequences_BS1: Tensor, index: int, objective: Objective
 ) -> Generator[Request, Tensor, MicroBatchResult]:
-    """Forward and backward of one micro-batch; gradients are added to the trunk's parameters.
+    """Run forward and backward of one micro-batch, and add gradients to the trunk's parameters.
 
     Args:
-        sequences_BS1: token ids (int64), one more than a sequence has predictions.
+        sequences_BS1: token ids (int64), one more per sequence than there are predictions.
         index: the micro-batch's number within the step, for its requests.
     """
     tokens_BS, targets_BS = sequences_BS1[:, :-1], sequences_BS1[:, 1:]
@@ -172,7 +175,7 @@ def train_micro_batch(
     scores: list[Tensor] = []
     z_losses: list[Tensor] = []
     gates: list[Tensor] = []
-    broken: list[Tensor] = []
+    nonfinite: list[Tensor] = []
     for layer in range(len(trunk.blocks)):
         before = layers[-1].dispatch if layers else None
         segment = _Segment(
@@ -184,7 +187,7 @@ def train_micro_batch(
         z_losses.append(z_loss.detach())
         gates_T = topk_scores_TK.detach().sum(dim=-1)
         gates.append(gates_T.mean())
-        broken.append(gates_T.isfinite().logical_not_().sum())
+        nonfinite.append(gates_T.isfinite().logical_not_().sum())
         y_ND = yield _request(Kind.FORWARD, index, layer, rows_ND.detach(), segment.dispatch)
         inputs = (h_BSD, y_ND, topk_scores_TK)
     last = _Segment(_to_loss(trunk, targets_BS, layers[-1].dispatch), inputs, objective.recompute)
@@ -206,34 +209,36 @@ def train_micro_batch(
         balance_loss = (coefficients_LM * torch.stack(scores)).sum()
     distinct = distinct_experts(torch.stack([_dispatched(segment).expert_ids_TK for segment in layers]))
     z_loss = objective.z_loss * torch.stack(z_losses).sum()
-    nonfinite = torch.stack(broken).sum()
-    return MicroBatchResult(loss, balance_loss, z_loss, distinct, torch.stack(gates), nonfinite, load_LM)
+    scalars = {"loss": loss, "balance_loss": balance_loss, "z_loss": z_loss, "distinct_experts": distinct}
+    return MicroBatchResult(scalars, torch.stack(gates), torch.stack(nonfinite).sum(), load_LM)
 
 
 def train_dense_micro_batch(
     trunk: Trunk, sequences_BS1: Tensor, objective: Objective
 ) -> Generator[Request, Tensor, MicroBatchResult]:
-    """Forward and backward of one micro-batch of the dense baseline, which asks the pool for nothing."""
+    """Run forward and backward of one micro-batch of the dense baseline, which has no requests for the pool."""
     yield from ()
     with trunk.autocast():
         loss = trunk.loss(_dense_hidden(trunk, sequences_BS1[:, :-1]), sequences_BS1[:, 1:])
     (loss * objective.scale).backward()
     zero, layers = torch.zeros_like(loss), len(trunk.blocks)
+    scalars = {"loss": loss.detach(), "balance_loss": zero, "z_loss": zero, "distinct_experts": zero}
     no_load_L1 = torch.zeros(layers, 1, dtype=torch.int64)
-    return MicroBatchResult(loss.detach(), zero, zero, zero, zero.expand(layers), zero.long(), no_load_L1)
+    return MicroBatchResult(scalars, zero.expand(layers), zero.long(), no_load_L1)
 
 
 Reroute = Callable[[int, Routing], Routing]
-"""Another routing in a layer's place: (layer, what its router decided) -> what is done."""
+"""Replaces the routing of a layer: maps (layer, the router's decision) to the routing that is used."""
 
 
 @torch.no_grad()
 def hidden_states(
     trunk: Trunk, pool_map: PoolMap | None, tokens_BS: Tensor, index: int, reroute: Reroute | None = None
 ) -> Generator[Request, Tensor, tuple[Tensor, Tensor | None]]:
-    """The forward half only: (h_BSD before the head, tokens_per_expert_LM). For evaluation, generation and probes.
+    """Run the forward only, for evaluation, generation and probes.
 
-    A dense model has no load: None.
+    Returns:
+        h_BSD before the head, and tokens_per_expert_LM; None for a dense model.
     """
     if pool_map is None:
         with trunk.autocast():
@@ -265,7 +270,7 @@ def _to_request(
     mask_B1SS: Tensor | None,
     before: _Dispatch | None,
 ) -> Callable[..., tuple[tuple[Tensor, ...], _Dispatch]]:
-    """Segment `layer`: from the last layer's answer (or the tokens) to this layer's request."""
+    """Return segment `layer`: from the previous layer's answer (or the tokens) to this layer's request."""
 
     def run(*leaves: Tensor) -> tuple[tuple[Tensor, ...], _Dispatch]:
         h_BSD = trunk.embedding(tokens_BS) if before is None else _combine(before, *leaves)
@@ -278,7 +283,7 @@ def _to_request(
 def _to_loss(
     trunk: Trunk, targets_BS: Tensor, before: _Dispatch | None
 ) -> Callable[..., tuple[tuple[Tensor, ...], None]]:
-    """Segment L: from the last layer's answer to the loss."""
+    """Return segment L: from the last layer's answer to the loss."""
 
     def run(*leaves: Tensor) -> tuple[tuple[Tensor, ...], None]:
         assert before is not None
@@ -296,7 +301,7 @@ def _dispatch(
     mask_B1SS: Tensor | None,
     reroute: Reroute | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Routing, _Dispatch]:
-    """Attention, router and permutation of a layer: (residual stream, rows, gate values, routing, dispatch)."""
+    """Run a layer up to its request: (residual stream, rows, gate values, routing, dispatch)."""
     block = trunk.blocks[layer]
     with trunk.autocast():
         h_BSD = block.attend(h_BSD, trunk.rope, mask_B1SS)  # type: ignore[operator]
@@ -311,7 +316,7 @@ def _dispatch(
 
 
 def _combine(dispatch: _Dispatch, h_BSD: Tensor, y_ND: Tensor, topk_scores_TK: Tensor) -> Tensor:
-    """The residual stream after a layer's experts; gate values are applied here, in fp32."""
+    """Return the residual stream after a layer's experts. Gate values are applied here, in fp32."""
     return h_BSD + combine(y_ND, topk_scores_TK, dispatch.permutation).view_as(h_BSD)
 
 

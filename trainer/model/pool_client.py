@@ -1,4 +1,4 @@
-"""Drivers: they run micro-batches side by side, and bring their requests to the pool, wherever it is."""
+"""Clients of the pool: they run micro-batches in lanes and send their requests to the pool, wherever it is."""
 
 from __future__ import annotations
 
@@ -19,12 +19,11 @@ MicroBatch = Generator[Request, Tensor, T]
 
 
 class PoolClient(Protocol):
-    """Who answers requests.
+    """Runs micro-batches and has their requests answered.
 
     Attributes:
-        seconds_waiting: time spent waiting for answers since the start.
-        seconds_on_wire: time spent handing requests over.
-        bytes_sent, bytes_received: by the wire.
+        seconds_waiting, seconds_on_wire: time spent waiting for answers, and sending requests, since the start.
+        bytes_sent, bytes_received: traffic on the wire since the start.
     """
 
     seconds_waiting: float
@@ -37,16 +36,16 @@ class PoolClient(Protocol):
     def bytes_received(self) -> int: ...
 
     def run(self, micro_batches: Iterable[MicroBatch[T]], lane_order: Sequence[int], step: int) -> list[T]:
-        """Run micro-batches to their ends, in lanes; returns their values, in their order.
+        """Run micro-batches to completion in lanes, and return their values in the given order.
 
         Args:
-            lane_order: which lane runs next, one entry a segment (`PoolSchedule.lane_order` of this trunk rank).
+            lane_order: which lane runs next, one entry per segment (`PoolSchedule.lane_order` of this trunk rank).
         """
         ...
 
 
 class RemotePool:
-    """A dedicated layout: the pool is behind the wire, and serves one lane while the trunk computes another."""
+    """The dedicated layout: the pool is behind the wire, and serves one lane while the trunk computes another."""
 
     def __init__(self, wire: TrunkWire, trunk_rank: int):
         self._wire = wire
@@ -78,7 +77,7 @@ class RemotePool:
                 values[number] = stop.value
             else:
                 lanes[lane] = (number, micro_batch, self._request(request, lane, step))
-        assert not lanes, "the plan ends before the micro-batches"
+        assert not lanes, "the schedule ends before the micro-batches"
         return [values[number] for number in sorted(values)]
 
     def _request(self, request: Request, lane: int, step: int) -> Answer:
@@ -96,16 +95,16 @@ class RemotePool:
 
 
 class _NoWire:
-    """Nobody to wait for."""
+    """Without a wire there is nothing to wait for."""
 
     seconds_waiting = seconds_on_wire = 0.0
     bytes_sent = bytes_received = 0
 
 
 class LocalPool(_NoWire):
-    """The colocated layout: the whole pool in this process.
+    """The colocated layout: the whole pool is in this process.
 
-    There is nothing to hide, so lanes advance together and the requests that they make of one layer are one launch.
+    No communication has to be hidden, so lanes advance together, and their requests to one layer become one launch.
     """
 
     def __init__(self, shard: ExpertShard):
@@ -135,7 +134,7 @@ class LocalPool(_NoWire):
         return values
 
     def _answer(self, requests: list[Request]) -> list[Tensor]:
-        """Answers of requests of one kind and layer."""
+        """Answer requests of one kind and layer."""
         keys: list[object] = [(request.micro_batch, request.layer) for request in requests]
         kind = requests[0].kind
         if kind == Kind.BACKWARD:
@@ -147,15 +146,15 @@ class LocalPool(_NoWire):
 
 
 class NoPool(_NoWire):
-    """A dense model: micro-batches ask for nothing."""
+    """A dense model, whose micro-batches make no requests."""
 
     def run(self, micro_batches: Iterable[MicroBatch[T]], lane_order: Sequence[int], step: int) -> list[T]:
-        return [_finish(micro_batch) for micro_batch in micro_batches]
+        return [_value(micro_batch) for micro_batch in micro_batches]
 
 
-def _finish(micro_batch: MicroBatch[T]) -> T:
+def _value(micro_batch: MicroBatch[T]) -> T:
     try:
         request = next(micro_batch)
     except StopIteration as stop:
         return stop.value  # type: ignore[no-any-return]
-    raise AssertionError(f"a dense model asked for {request.kind.name}")
+    raise AssertionError(f"a dense model made a request: {request}")

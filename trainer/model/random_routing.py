@@ -1,6 +1,6 @@
-"""Random experts in one layer while a run learns: METHOD.md, "What the paper measured", probe 1.
+"""Random experts in one layer during training, as in the paper's probe of deep layers (docs/method.md).
 
-`trainer.probe.randomize` does it to a trained model, with more protocols.
+`trainer.probe.randomize` does the same to a trained model, with more protocols.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from trainer.model.micro_batch import Reroute
 
 
 def random_routing(layer: int, experts: int, seed: int, sequences: range) -> Reroute:
-    """K different experts for each token of `layer`, uniform over those that the layer sees; gate values stay.
+    """Replace the experts of each token of `layer` by K random ones, distinct and uniform; gate values stay.
 
-    A sequence's experts depend on nothing but the seed, the layer and its own number: they are the same in every
-    layout, on every device, and after every step, so that two probes differ by what was learned between them.
+    The experts of a sequence depend only on the seed, the layer and the sequence's number. They are the same in every
+    layout, on every device and after every step, so two probes differ only by what was learned in between.
 
     Args:
-        experts: that the layer sees.
+        experts: number of experts that the layer sees.
         sequences: numbers of the micro-batch's sequences.
     """
 
@@ -40,5 +40,5 @@ def random_routing(layer: int, experts: int, seed: int, sequences: range) -> Rer
 
 
 def seeded(*numbers: int) -> torch.Generator:
-    """On the CPU, so that all devices draw the same; other numbers, other draws."""
+    """Return a generator seeded by all of `numbers`, on the CPU so that draws do not depend on the device."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))

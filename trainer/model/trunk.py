@@ -1,4 +1,4 @@
-"""The trunk: everything of the model but the experts. LLaMA style, as METHOD.md's backbone.
+"""The trunk: the whole model except its experts, in the style of LLaMA as in the paper.
 
 Letters: B batch, S sequence, T = B * S tokens, D hidden, H heads, V vocabulary, L layers, M experts that a layer sees.
 """
@@ -28,7 +28,7 @@ class Attention(nn.Module):
         self.heads, self.kv_heads = heads, kv_heads
 
     def forward(self, x_BSD: Tensor, rope: tuple[Tensor, Tensor], mask_B1SS: Tensor | None = None) -> Tensor:
-        """mask_B1SS: bool, the keys that each query attends to; None: all up to its own place."""
+        """Attend to the keys that mask_B1SS (bool) allows each query, or to all up to its own position if None."""
         qkv = self.qkv(x_BSD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
         q, k = _rotate(q, rope), _rotate(k, rope)
@@ -44,7 +44,7 @@ class Attention(nn.Module):
 
 
 def rotary_table(seq_len: int, head_dim: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin of every position and frequency, (S, head_dim / 2), fp32. Source: arXiv:2104.09864."""
+    """Return cos and sin of every position and frequency, each (S, head_dim / 2), fp32 (arXiv:2104.09864)."""
     frequencies = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
     angles = torch.outer(torch.arange(seq_len, dtype=torch.float64), frequencies)
     return angles.cos().float().to(device), angles.sin().float().to(device)
@@ -57,7 +57,7 @@ def _rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class DenseFFN(nn.Module):
-    """One SwiGLU FFN a layer: the dense baseline."""
+    """One SwiGLU FFN per layer: the dense baseline."""
 
     def __init__(self, hidden: int, ffn_hidden: int):
         super().__init__()
@@ -70,7 +70,7 @@ class DenseFFN(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer up to its FFN: attention, and the router of its own (or the dense FFN)."""
+    """One layer up to its experts: attention, and its own router (or the dense FFN)."""
 
     def __init__(self, recipe: Recipe, constant: float):
         super().__init__()
@@ -92,21 +92,21 @@ class Block(nn.Module):
             )
 
     def attend(self, h_BSD: Tensor, rope: tuple[Tensor, Tensor], mask_B1SS: Tensor | None = None) -> Tensor:
-        """The residual stream after attention."""
+        """Return the residual stream after attention."""
         return h_BSD + self.attention(self.attention_norm(h_BSD), rope, mask_B1SS)  # type: ignore[no-any-return]
 
     def route(self, h_BSD: Tensor) -> tuple[Tensor, Routing]:
-        """Normed tokens x_TD for the experts, and where they go."""
+        """Return the normed tokens x_TD for the experts, and their routing."""
         x_TD = self.ffn_norm(h_BSD).flatten(0, 1)
         return x_TD, self.router(x_TD)
 
     def dense(self, h_BSD: Tensor) -> Tensor:
-        """The residual stream after the dense FFN."""
+        """Return the residual stream after the dense FFN."""
         return h_BSD + self.ffn(self.ffn_norm(h_BSD))  # type: ignore[no-any-return]
 
 
 class Head(nn.Module):
-    """Final norm and output projection (untied)."""
+    """Final norm and output projection, not tied to the embedding."""
 
     def __init__(self, hidden: int, vocab: int, norm_eps: float):
         super().__init__()
@@ -120,17 +120,17 @@ class Head(nn.Module):
 class Trunk(nn.Module):
     """Embedding, L blocks, head. Parameters are fp32; `precision: bf16` computes under autocast.
 
-    The micro-batch coroutine (trainer/model/micro_batch.py) drives its parts; there is no forward of the whole.
+    There is no forward of the whole: the coroutines of `trainer.model.micro_batch` call its parts.
 
     Args:
-        document_end: id of the token that ends a document, where attention stays within documents; else None.
+        document_end: id of the token that ends a document, if attention stays within documents, else None.
     """
 
     def __init__(self, recipe: Recipe, device: torch.device, document_end: int | None = None):
         super().__init__()
         self.document_end = document_end
         m = recipe.model
-        self.bf16 = recipe.train.precision == "bf16"
+        self.compute_dtype = compute_dtype(recipe)
         constant = 1.0
         if m.ffn == "pool" and recipe.router.kind == "norm":
             constant = norm_constant(recipe.experts_per_layer, recipe.router.top_k) * recipe.router.constant_factor
@@ -145,46 +145,47 @@ class Trunk(nn.Module):
     def device(self) -> torch.device:
         return self.rope[0].device
 
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.bf16 else torch.float32
-
     def autocast(self) -> torch.autocast:
-        """The context in which segments run."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+        """Return the context in which segments run."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16)
 
     def mask(self, tokens_BS: Tensor) -> Tensor | None:
-        """What `Block.attend` takes: the keys that each query attends to, or None for all up to its own place."""
+        """Return the mask for `Block.attend`: the document mask, or None."""
         return None if self.document_end is None else document_mask(tokens_BS, self.document_end)
 
     def loss(self, h_BSD: Tensor, targets_BS: Tensor) -> Tensor:
-        """Mean cross-entropy in nats, fp32."""
+        """Return the mean cross-entropy in nats, fp32."""
         logits_BSV = self.head(h_BSD)
         return F.cross_entropy(logits_BSV.float().flatten(0, 1), targets_BS.flatten())
 
     def _reset_parameters(self, recipe: Recipe) -> None:
-        """N(0, init_std), output projections N(0, init_std / sqrt(2 L)), drawn from (seed, name)."""
+        """Draw weights from N(0, init_std), output projections from N(0, init_std / sqrt(2 L)), by (seed, name)."""
         std, output_std = init_stds(recipe)
         with torch.no_grad():
             for name, parameter in self.named_parameters():
-                # torch's generator on the CPU takes 32 bits of a seed, so both must be in these.
+                # torch's CPU generator uses 32 bits of a seed, which must depend on both.
                 generator = torch.Generator().manual_seed(zlib.crc32(name.encode(), recipe.run.seed))
                 if name.endswith((".attention.out.weight", ".ffn.w2.weight")):
                     parameter.normal_(0.0, output_std, generator=generator)
                 elif parameter.ndim > 1:
                     parameter.normal_(0.0, std, generator=generator)
                 else:
-                    parameter.fill_(1.0)  # norms and the routers' sigma
+                    parameter.fill_(1.0)  # norms, and sigma of the routers
+
+
+def compute_dtype(recipe: Recipe) -> torch.dtype:
+    """Return the dtype of matrix products, and of tokens on the wire."""
+    return torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
 
 
 def init_stds(recipe: Recipe) -> tuple[float, float]:
-    """Standard deviations of weights and of output projections, as in Megatron-LM."""
+    """Return the standard deviations of weights and of output projections, as in Megatron-LM."""
     std = recipe.model.init_std
     return std, std / math.sqrt(2 * recipe.model.layers)
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Weight decay on matrices, none on norms, scales and other vectors."""
+    """Return parameter groups with weight decay on matrices, and none on norms, scales and other vectors."""
     matrices = [p for p in module.parameters() if p.ndim > 1]
     vectors = [p for p in module.parameters() if p.ndim <= 1]
     groups = [(matrices, weight_decay), (vectors, 0.0)]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import click
 
-from trainer.common.atomic import write_whole
+from trainer.common.atomic import atomic_write
 from trainer.common.errors import UserError
 from trainer.common.strict_json import dumps
 from trainer.common.tables import print_tables
@@ -95,7 +95,7 @@ def _deliver(result: Result, as_json: bool, csv_file: Path | None, picture: Path
     """
     try:
         if csv_file:
-            write_whole(csv_file, lambda path: _write_csv(result.rows(), path))
+            atomic_write(csv_file, lambda path: _write_csv(result.rows(), path))
         if picture:
             from trainer.common.figure_style import write_png
 

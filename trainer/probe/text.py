@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from trainer.common.errors import UserError
-from trainer.data.reading.documents import read_text as documents_of
+from trainer.data.reading.documents import read_text_option
 from trainer.evaluate.loss import summed_loss, token_ids, windows
 from trainer.export.loaded_model import LoadedModel
 from trainer.export.saved_run import data_of
@@ -63,7 +63,7 @@ def read_text(loaded: LoadedModel, file: Path | None, tokens: int) -> Text:
     if not file:
         return Text("held-out text", _held_out(loaded, tokens), document_end)
     length = min(loaded.window, LONGEST)
-    documents = (document[: _CHARACTERS * tokens] for document in documents_of(file))
+    documents = (document[: _CHARACTERS * tokens] for document in read_text_option(file))
     ids = list(islice(token_ids(loaded.tokenizer, documents), -(-tokens // length) * length + 1))
     rows = windows(ids, length)
     if not rows:

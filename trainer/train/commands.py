@@ -15,30 +15,32 @@ from trainer.config.recipe import load_recipe
 
 @click.command()
 @recipe_arguments
-@click.option("--force", is_flag=True, help="Go on from a checkpoint though the recipe changes the mathematics.")
+@click.option("--force", is_flag=True, help="Resume even if settings that affect results have changed.")
 @click.option(
     "--max-restarts",
     type=click.IntRange(min=0),
     default=0,
     show_default=True,
     metavar="N",
-    help="Start the job again after a fault, at most N times. Under a launcher it restarts.",
+    help="Restart the job after a fault, at most N times. Without effect under a launcher, which restarts it.",
 )
 @click.option(
     "--hostfile",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Start only this node's ranks of a job on several nodes; lines HOST slots=RANKS, the same on all nodes.",
+    help="Start this node's ranks of a job on several nodes. FILE has lines HOST slots=RANKS, the same on all nodes.",
 )
-@click.option("--node-rank", type=int, metavar="N", help="This node's line in the hostfile, from 0.  [with --hostfile]")
 @click.option(
-    "--master-addr", metavar="HOST", help="Where rank 0 is; default: the hostfile's first host.  [with --hostfile]"
+    "--node-rank", type=int, metavar="N", help="This node's line in the hostfile, counted from 0.  [with --hostfile]"
+)
+@click.option(
+    "--master-addr", metavar="HOST", help="Host of rank 0; default: the hostfile's first host.  [with --hostfile]"
 )
 @click.option(
     "--master-port",
     type=click.IntRange(1, 65535),
     metavar="PORT",
-    help="Where rank 0 listens; default: 29500.  [with --hostfile]",
+    help="Port on which rank 0 listens; default: 29500.  [with --hostfile]",
 )
 def train(
     recipe: str,
@@ -50,11 +52,12 @@ def train(
     master_addr: str | None,
     master_port: int | None,
 ) -> None:
-    """Train RECIPE; go on from the newest checkpoint of its folder that is whole.
+    """Train RECIPE, resuming from the newest complete checkpoint in its folder.
 
-    Under a launcher (deepspeed, torchrun, mpirun) this is one rank; without one it starts the whole job on this
-    machine through the deepspeed launcher, or with --hostfile one node's ranks. SIGTERM or SIGUSR1: save a checkpoint
-    and end with status 75, on all nodes. Status 1 at the end of all steps: the validation loss is not finite.
+    Under a launcher (deepspeed, torchrun, mpirun) the command is one rank of the job. Without a launcher it starts the
+    whole job on this machine, or one node's ranks with --hostfile, through the deepspeed launcher. On SIGTERM or
+    SIGUSR1 the job saves a checkpoint and ends with status 75 on all nodes. A run whose validation loss is not finite
+    at the end has status 1.
 
     \b
     Examples:
@@ -68,7 +71,7 @@ def train(
 
     end_on_signals()
     checked = load_recipe(recipe, overrides)
-    # Else torch prints a C++ stack for every connection that another rank's end breaks; our message says whose.
+    # torch would print a C++ stack for every connection that breaks when another rank ends; we name that rank.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from trainer.cluster.rendezvous import launched, read_launch
 
@@ -78,7 +81,7 @@ def train(
         sys.exit(train_rank(checked, read_launch(), force))
     from trainer.checkpoint.resume import early_check
     from trainer.cluster.hostfile import find_node
-    from trainer.data.recipe_data import prepare_for
+    from trainer.data.prepare import prepare_for
     from trainer.export.initial import ExportedWeights
     from trainer.planning.hardware import find_hardware
     from trainer.telemetry.run_folder import RunFolder
@@ -88,14 +91,14 @@ def train(
         node = find_node(checked, hostfile, node_rank, master_addr, master_port)
         if max_restarts:
             raise UserError(
-                f"--max-restarts {max_restarts}: not with --hostfile: all nodes must start again together, which is "
-                "the cluster's to do"
+                f"--max-restarts {max_restarts}: not allowed with --hostfile, because all nodes must restart together; "
+                "let the cluster restart the job"
             )
     else:
         for option, value in (("node-rank", node_rank), ("master-addr", master_addr), ("master-port", master_port)):
             if value is not None:
-                raise UserError(f"--{option} {value}: goes with --hostfile, as in --hostfile hosts --node-rank 1")
-    if checked.parallel.hardware:  # a wrong one is found before anything starts
+                raise UserError(f"--{option} {value}: needs --hostfile, as in --hostfile hosts --node-rank 1")
+    if checked.parallel.hardware:  # find a wrong name before anything starts
         find_hardware(checked.parallel.hardware, "parallel.hardware =")
     folder = RunFolder(checked)
     if not early_check(checked, folder.checkpoints, force) and checked.train.init_from:

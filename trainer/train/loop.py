@@ -13,86 +13,81 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from pool.placement import Placement
 from trainer.checkpoint import format as checkpoint
-from trainer.checkpoint.resume import check_data, choose, early_check
+from trainer.checkpoint.resume import check_data, choose, early_check, load_checkpoint
 from trainer.checkpoint.save import Saver
 from trainer.cluster.fault_watch import FaultWatch
 from trainer.cluster.launch import DONE_FILE
 from trainer.cluster.process_groups import Job
-from trainer.cluster.rendezvous import Launch, Member, provisional_names, rendezvous
-from trainer.common.errors import DIVERGED, START_AGAIN, JobError, UserError
-from trainer.common.strict_json import dumps, loads
+from trainer.cluster.rendezvous import Launch, provisional_names, rendezvous
+from trainer.common.errors import DIVERGED, START_AGAIN, JobError
 from trainer.config.recipe import Recipe
 from trainer.data.batches import evaluation_steps
-from trainer.data.prepared import PreparedData
-from trainer.data.recipe_data import prepare_for
+from trainer.data.prepare import prepare_for
+from trainer.data.prepared_data import PreparedData
 from trainer.export.initial import load_initial
 from trainer.model.document_mask import document_end
-from trainer.planning.schedule import ScheduleSpec, schedule_of
 from trainer.telemetry.console import say
-from trainer.telemetry.prometheus import StepScalars
 from trainer.telemetry.run_folder import RunFolder
+from trainer.telemetry.step_scalars import StepScalars
+from trainer.train.agreement import agreed_data, agreed_placement, agreed_schedule
 from trainer.train.pool_rank import PoolRank
-from trainer.train.reporter import Telemetry
+from trainer.train.reporter import Reporter
 from trainer.train.summary import Summary, write_summary
 from trainer.train.trunk_rank import TrunkRank
 
-SAMPLE_TOKENS = 64
+PROMPT_TOKENS, SAMPLE_TOKENS = 32, 64
 
 LAST_SAVE_TRIES = 5
 LAST_SAVE_PAUSE = 30.0
-"""Seconds between two tries to save the last checkpoint."""
+"""Seconds between two attempts to save the last checkpoint."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run on one rank, ready for its next step.
+
+    Attributes:
+        prepared: the data; None on pool ranks.
+        start: optimizer steps done.
+        held_out_rows: rows of held-out text, which bound an evaluation.
+    """
+
+    recipe: Recipe
+    job: Job
+    folder: RunFolder
+    prepared: PreparedData | None
+    role: TrunkRank | PoolRank
+    saver: Saver
+    reporter: Reporter
+    watch: FaultWatch
+    start: int
+    held_out_rows: int
 
 
 def train(recipe: Recipe, launch: Launch, force: bool = False) -> int:
-    """Run one rank of the job to its end. Does not return on a fault: the process ends with a message.
+    """Run one rank of the job to its end. On a fault the process ends with a message instead of returning.
 
     Args:
-        force: go on from a checkpoint though the recipe changes the mathematics.
+        force: resume even if settings that affect results have changed.
     Returns:
-        the exit status: 0, DIVERGED, or START_AGAIN after a signal that asks for a checkpoint.
+        The exit status: 0, DIVERGED, or START_AGAIN after a signal that asks for a checkpoint.
     """
     watch = FaultWatch(launch.rank, provisional_names(recipe, launch.world_size)[launch.rank])
     try:
-        return _train(recipe, launch, watch, force)
+        run = start(recipe, launch, watch, force)
+        status = Loop(run).run()
+        watch.phase = "shutdown"
+        if (
+            status == DIVERGED
+        ):  # now, because the launcher ends all ranks as soon as the first one ends with this status
+            _mark_end(launch)
+        run.job.close()
+        if status == 0:
+            _mark_end(launch)
+        return status
     except BaseException as error:
         watch.fail(error)
-
-
-def _train(recipe: Recipe, launch: Launch, watch: FaultWatch, force: bool) -> int:
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs to be deterministic
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # we write before we read
-    folder = RunFolder(recipe)
-    resume = early_check(recipe, folder.checkpoints, force)
-    member = rendezvous(recipe, launch)
-    watch.joined_as(member)
-    if member.rank == 0:
-        folder.make()
-        say(f"ranks by host: {member.roster}")
-    prepared = None
-    if member.is_trunk:
-        watch.phase = "data preparation"
-        prepared = prepare_for(recipe, progress=member.leads_machine)
-    watch.phase = "start-up"
-    schedule = agreed_schedule(member, recipe, folder, resume)
-    job = Job(recipe, member, schedule.lanes)
-    watch.joined = True
-    watch.phase = "reading checkpoints"
-    newest = choose(job, recipe, folder.checkpoints, force)
-    data = agreed_data(job, prepared)
-    if newest:
-        check_data(recipe, newest[1], data, force)
-    watch.phase = "start-up"
-    status = _Loop(recipe, job, schedule, folder, prepared, data, watch, newest).run()
-    watch.phase = "the end"
-    if status == DIVERGED:  # at the first rank that ends so, a launcher ends the others
-        _mark_end(launch)
-    job.close()
-    if status == 0:
-        _mark_end(launch)
-    return status
 
 
 def _mark_end(launch: Launch) -> None:
@@ -101,50 +96,80 @@ def _mark_end(launch: Launch) -> None:
         Path(os.environ[DONE_FILE]).touch()
 
 
-def agreed_schedule(member: Member, recipe: Recipe, folder: RunFolder, resume: bool) -> ScheduleSpec:
-    """Return the schedule that rank 0 reads from the run's folder or makes, the same on all ranks.
+def start(recipe: Recipe, launch: Launch, watch: FaultWatch, force: bool) -> Run:
+    """Bring one rank up to the run's next step. A collective of all ranks."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs it to be deterministic
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # we write before we read
 
-    Raises:
-        UserError: this rank was started with another recipe than rank 0.
-    """
-    text = member.shared.broadcast("schedule", lambda: schedule_of(recipe, folder.plan_file, resume).to_json())
-    agreed = ScheduleSpec.from_json(recipe, text)
-    if agreed is None:
-        raise UserError("the ranks were started with different recipes: give all of them the same")
-    return agreed
+    # Which rank of the job is this?
+    folder = RunFolder(recipe)
+    resume = early_check(recipe, folder.checkpoints, force)
+    member = rendezvous(recipe, launch)
+    watch.joined_as(member)
+    if member.rank == 0:
+        folder.make()
+        say(f"ranks by host: {member.roster}")
 
+    # Trunk ranks prepare the data. All ranks agree on the schedule, then form their process groups.
+    prepared = None
+    if member.is_trunk:
+        watch.phase = "data preparation"
+        prepared = prepare_for(recipe, progress=member.leads_machine)
+    watch.phase = "start-up"
+    schedule = agreed_schedule(member, recipe, folder, resume)
+    job = Job(recipe, member, schedule.lanes)
+    watch.joined = True
 
-def agreed_data(job: Job, prepared: PreparedData | None) -> str:
-    """What identifies the prepared data, the same on all trunk ranks."""
-    own = prepared.identity if prepared else ""
-    agreed = job.shared.broadcast("data", lambda: own)  # rank 0 is a trunk rank
-    if prepared and own != agreed:
-        raise UserError(
-            f"data: {job.name} has other prepared data ({prepared.files('train')}) than rank 0: give all nodes the "
-            "same source, or share data.dir"
-        )
-    return agreed
+    # Where does the run start, and on which data?
+    watch.phase = "reading checkpoints"
+    done, saved = choose(job, recipe, folder.checkpoints, force) or (0, None)
+    data = agreed_data(job, prepared)
+    if saved:
+        check_data(recipe, saved, data, force)
+    watch.phase = "start-up"
 
+    # Build this rank's role: model, engine, wire, metrics.
+    placement = agreed_placement(job, recipe, saved)
+    role: TrunkRank | PoolRank
+    if prepared:
+        training = prepared.stream("train", recipe.run.seed)
+        validation = prepared.stream("validation", None)
+        end = document_end(recipe, prepared)
+        role = TrunkRank(recipe, job, schedule, placement, training, validation, end)
+        job.shared.set("held-out rows", str(validation.rows))
+    else:
+        assert placement is not None, "a dense model has no pool ranks"
+        role = PoolRank(recipe, job, schedule, placement)
+    held_out_rows = int(job.shared.get("held-out rows"))  # pool ranks have no data
+    saver = Saver(job, recipe, folder.checkpoints, role, data, role.metrics)
+    job.shared.put("metrics", role.metrics.address)
+    job.barrier()
 
-def agreed_placement(job: Job, recipe: Recipe, resumed: Path | None) -> Placement | None:
-    """Where the experts live, the same on all ranks; None for a dense model."""
-
-    def choose() -> str:
-        chosen = checkpoint.choose_placement(recipe, resumed)
-        return dumps(list(chosen.order) if chosen else None)
-
-    order = loads(job.shared.broadcast("placement", choose))
-    return Placement(tuple(order), recipe.grid.expert_parallel) if order else None
+    # Load its state.
+    if saved:
+        watch.phase = "loading the checkpoint"
+        load_checkpoint(job, recipe, saved, role)
+    elif recipe.train.init_from:
+        watch.phase = f"reading {recipe.train.init_from}"
+        load_initial(recipe, role)
+    if job.rank == 0:
+        assert prepared, "rank 0 is a trunk rank"
+        folder.begin(recipe, schedule.to_json(), prepared.tokenizer().to_str(), done)
+        saver.clean()
+    job.barrier()  # loading may take longer on one rank than a step may wait
+    reporter = Reporter(recipe, job, folder, role, done, schedule.lanes)
+    return Run(recipe, job, folder, prepared, role, saver, reporter, watch, done, held_out_rows)
 
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """An optimizer step as all ranks know it.
+    """An optimizer step, as all ranks know it.
 
     Attributes:
-        scalars: a trunk rank's.
-        finite: whether the gradients were, and the step was applied.
-        votes: sums over the ranks of what each had to say.
+        scalars: on a trunk rank.
+        finite: whether the gradients were finite, so that the step was applied.
+        votes: sums over the ranks of the numbers that each contributed.
     """
 
     scalars: StepScalars | None
@@ -153,230 +178,176 @@ class StepOutcome:
 
 
 def optimizer_step(job: Job, role: TrunkRank | PoolRank, step: int) -> StepScalars | None:
-    """One step of all ranks: gradients, one norm over both roles, update. Returns a trunk rank's scalars."""
+    """Run an optimizer step with all ranks; return a trunk rank's scalars."""
     return update(job, role, step, role.accumulate(step)).scalars
 
 
 def update(
     job: Job, role: TrunkRank | PoolRank, step: int, squared_norm: float, votes: Sequence[float] = ()
 ) -> StepOutcome:
-    """Step with the norm over both roles.
+    """Update the weights, clipping by the norm over both roles.
 
     Args:
         squared_norm: of this rank's reduced gradients.
-        votes: numbers to sum over the ranks on this occasion.
+        votes: numbers to sum over the ranks in the same collective.
     """
-    # Every rank knows the norm of its role's (of its shard's) gradients; one rank of each counts.
+    # All ranks of a role (of a shard) know the same norm, so one rank of each contributes it.
     total, *sums = job.sum_over_ranks([squared_norm if job.role_rank == 0 else 0.0, *votes])
     norm = math.sqrt(total)
     return StepOutcome(role.step(step, norm), math.isfinite(norm), sums)
 
 
-class _Loop:
-    """The steps of one rank; all ranks go through the same ones in the same order."""
+class Loop:
+    """The steps of a run on one rank. All ranks do the same in the same order."""
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        job: Job,
-        schedule: ScheduleSpec,
-        folder: RunFolder,
-        prepared: PreparedData | None,
-        data: str,
-        watch: FaultWatch,
-        newest: tuple[int, Path] | None,
-    ):
-        self._recipe, self._job, self._folder, self._prepared, self._watch = recipe, job, folder, prepared, watch
-        self._newest, self._schedule = newest, schedule
-        placement = agreed_placement(job, recipe, newest[1] if newest else None)
-        self._trunk: TrunkRank | None = None
-        if prepared:
-            training = prepared.stream("train", recipe.run.seed)
-            validation = prepared.stream("validation", None)
-            self._trunk = TrunkRank(
-                recipe, job, schedule, placement, training, validation, document_end(recipe, prepared)
-            )
-            job.shared.set("held-out rows", str(validation.rows))
-        # Pool ranks have no data: they are told how long an evaluation can be.
-        self._held_out_rows = int(job.shared.get("held-out rows"))
-        self._role: TrunkRank | PoolRank
-        if self._trunk:
-            self._role = self._trunk
-        else:
-            assert placement is not None, "a dense model has no pool ranks"
-            self._role = PoolRank(recipe, job, schedule, placement)
-        self._saver = Saver(job, recipe, folder.checkpoints, self._role, data, self._role.metrics)
+    def __init__(self, run: Run):
+        self._r = run
         self._skipped = 0
-        self._held_out_LM = torch.zeros(0)
-        job.shared.put("metrics", self._role.metrics.address)
-        job.barrier()
+        self._val_loss = math.nan
+        self._held_out_LM: Tensor | None = None
 
     def run(self) -> int:
-        """Train to the end or to a stop that somebody asked for; returns the exit status."""
-        recipe, job = self._recipe, self._job
-        start, last = 0, recipe.train.steps
-        if self._newest:
-            self._watch.phase = "loading the checkpoint"
-            start, saved = self._newest
-            checkpoint.load(job, recipe, saved, self._role)
-        elif recipe.train.init_from:
-            self._watch.phase = f"reading {recipe.train.init_from}"
-            load_initial(recipe, self._role)
-        if job.rank == 0:
-            assert self._prepared, "rank 0 is a trunk rank"
-            self._folder.begin(recipe, self._schedule.to_json(), self._prepared.tokenizer().to_str(), start)
-            self._saver.clean()
-        job.barrier()  # loading may take longer on one rank than a step may wait
-        self._telemetry = Telemetry(recipe, job, self._folder, self._role, start, self._schedule.lanes)
-        val_loss = math.nan
-        self._watch.may_stop = True
-        if start and (start >= last or _due(start, recipe.eval.every)):
-            val_loss = self._evaluate(start)  # a checkpoint is of before it
-        if start and _due(start, recipe.probe.every):
-            self._probe(start)
-        for step in range(start, last):
+        """Train to the end, or until a signal asks for a stop; return the exit status."""
+        r, last = self._r, self._r.recipe.train.steps
+        r.watch.may_stop = True
+        if r.start:
+            self._measure(r.start)  # the checkpoint was saved before
+        for step in range(r.start, last):
             stop = self._step(step)
             done = step + 1
             if stop and done < last:
                 return self._stop(done)
-            if done == last or _due(done, recipe.checkpoint.every):
-                self._watch.phase = f"the checkpoint after step {done}"
-                self._saver.start(done)
-            if done == last or _due(done, recipe.eval.every):
-                val_loss = self._evaluate(done)
-            if _due(done, recipe.probe.every):
-                self._probe(done)
-        self._watch.phase = "the last checkpoint"
+            if done == last or _due(done, r.recipe.checkpoint.every):
+                r.watch.phase = f"the checkpoint after step {done}"
+                r.saver.start(done)
+            self._measure(done)
+        r.watch.phase = "the last checkpoint"
         self._finish_saving(last)
-        self._watch.may_stop = False
-        self._watch.saved = True
-        # While all are here: at the end rank 0 draws pictures, for longer than a step may wait.
-        own = self._trunk is not None and not math.isfinite(val_loss)  # a pool rank knows no loss
-        (diverged,) = self._job.sum_over_ranks([float(own)])
-        self._finish(val_loss, max(start, last))
-        if diverged and self._job.rank == 0:
+        r.watch.may_stop = False
+        r.watch.saved = True
+        # While all ranks are here: rank 0 then draws pictures for longer than a step may wait.
+        (diverged,) = r.job.sum_over_ranks([float(r.job.is_trunk and not math.isfinite(self._val_loss))])
+        self._finish(max(r.start, last))
+        if diverged and r.job.rank == 0:
             say(
-                f"unipool: all steps are done, but the validation loss is {val_loss}: the model has diverged; lower "
+                f"unipool: all steps are done, but the model has diverged (validation loss {self._val_loss}): lower "
                 f"train.lr, or go back to an earlier checkpoint. Exit status {DIVERGED}"
             )
         return DIVERGED if diverged else 0
 
-    def _finish_saving(self, done: int) -> None:
-        """Wait for the last checkpoint; a disk that is full may be mended meanwhile."""
-        for left in range(LAST_SAVE_TRIES - 1, -1, -1):
-            if self._saver.finish():
-                return
-            if left:
-                if self._job.rank == 0:
-                    say(f"unipool: all steps are done; the last save is tried again in {LAST_SAVE_PAUSE:g} s")
-                time.sleep(LAST_SAVE_PAUSE)
-                self._saver.start(done)
-        raise JobError(
-            "all steps are done, but the last checkpoint could not be saved; the same command trains again from the "
-            "newest one that there is"
-        )
-
     def _step(self, step: int) -> bool:
-        """One optimizer step; whether some rank has been asked to stop."""
-        self._watch.phase = f"the forward and backward of step {step}"
-        squared_norm = self._role.accumulate(step)
-        self._watch.phase = f"the optimizer of step {step}"
-        votes = (float(self._watch.stop_asked), self._saver.vote(), *self._telemetry.usage())
-        outcome = update(self._job, self._role, step, squared_norm, votes)
+        """Run an optimizer step; return whether some rank has been asked to stop."""
+        r = self._r
+        r.watch.phase = f"the forward and backward of step {step}"
+        squared_norm = r.role.accumulate(step)
+        r.watch.phase = f"the optimizer of step {step}"
+        votes = (float(r.watch.stop_asked), r.saver.vote(), *r.reporter.usage())
+        outcome = update(r.job, r.role, step, squared_norm, votes)
         stop, writing, *usage = outcome.votes
-        self._saver.settle(writing)
-        self._telemetry.step(step + 1, outcome.scalars, usage)
+        r.saver.settle(writing)
+        r.reporter.step(step + 1, outcome.scalars, usage)
         self._skipped = 0 if outcome.finite else self._skipped + 1
-        if self._skipped >= self._recipe.train.max_skipped_steps:
+        if self._skipped >= r.recipe.train.max_skipped_steps:
             self._give_up(step)
         return stop > 0
 
+    def _measure(self, done: int) -> None:
+        """Evaluate and probe if they are due after `done` steps."""
+        r, recipe = self._r, self._r.recipe
+        if done >= recipe.train.steps or _due(done, recipe.eval.every):
+            r.watch.phase = f"the evaluation after step {done}"
+            self._val_loss, self._held_out_LM, tokens = self._held_out(recipe.eval.batches, done)
+            r.reporter.evaluation(done, self._val_loss, tokens, self._held_out_LM)
+        if _due(done, recipe.probe.every):
+            r.watch.phase = f"the probe after step {done}"
+            batches = recipe.probe.batches
+            loss, _, tokens = self._held_out(batches, done)
+            random = {layer: self._held_out(batches, done, layer)[0] for layer in recipe.probed_layers}
+            r.reporter.probe(done, loss, random, tokens)
+
+    def _held_out(self, batches: int, done: int, random_layer: int | None = None) -> tuple[float, Tensor | None, int]:
+        """Evaluate on at most `batches` global batches of held-out text.
+
+        Args:
+            random_layer: a layer that uses random experts.
+        Returns:
+            Loss in nats and load by layer and expert (pool ranks know neither), and the number of tokens.
+        """
+        recipe = self._r.recipe
+        batches = evaluation_steps(self._r.held_out_rows, batches, recipe.train.global_batch)
+        loss, load_LM = self._r.role.evaluate(batches, done, random_layer)
+        return loss, load_LM, batches * recipe.train.global_batch * recipe.model.seq_len
+
     def _stop(self, done: int) -> int:
-        """Save a checkpoint and leave, to be started again."""
-        self._watch.phase = f"the checkpoint after step {done}, before a stop"
-        if not self._saver.save(done):
+        """Save a checkpoint, and end with the status that asks for a restart."""
+        r = self._r
+        r.watch.phase = f"the checkpoint after step {done}, before a stop"
+        if not r.saver.save(done):
             raise JobError(f"asked to stop after step {done}, but its checkpoint could not be saved")
-        self._watch.saved = True
-        self._telemetry.close()
-        if self._job.rank == 0:
-            say(f"unipool: asked to stop: checkpoint after step {done} saved; start again with the same command")
+        r.watch.saved = True
+        r.reporter.close()
+        if r.job.rank == 0:
+            say(f"unipool: asked to stop: the checkpoint after step {done} is saved; run the same command to resume")
         return START_AGAIN
 
     def _give_up(self, step: int) -> NoReturn:
-        """Too many steps in a row were skipped: say on which data."""
-        self._saver.finish()
-        if self._trunk and self._prepared:
-            self._job.shared.put("nonfinite_rows", self._trunk.nonfinite_rows(step))
-        if self._job.rank == 0:
-            trunk_ranks = range(self._recipe.parallel.trunk_ranks)
-            nonfinite_rows = [self._job.shared.get(f"nonfinite_rows/{rank}") for rank in trunk_ranks]
-            where = (
-                "; ".join(text for text in nonfinite_rows if text) or "the losses are finite, only gradients are not"
-            )
-            data = self._prepared.files("train") if self._prepared else ""
-            say(f"unipool: step {step + 1}, of {data}: {where}")
-        self._job.barrier()
+        """End the job because too many steps in a row were skipped, and say on which data."""
+        r = self._r
+        r.saver.finish()
+        if isinstance(r.role, TrunkRank):
+            r.job.shared.put("nonfinite_rows", r.role.nonfinite_rows(step))
+        if r.job.rank == 0 and r.prepared:
+            named = [r.job.shared.get(f"nonfinite_rows/{rank}") for rank in range(r.job.topology.trunk_ranks)]
+            where = "; ".join(text for text in named if text) or "all losses are finite, only gradients are not"
+            say(f"unipool: step {step + 1} on {r.prepared.files('train')}: {where}")
+        r.job.barrier()
         raise JobError(
-            f"{self._skipped} steps in a row, the last is step {step + 1}, had gradients that are not finite and were "
-            f"skipped (train.max_skipped_steps); the weights are those of before. Look at this data, or lower train.lr "
-            f"and go on with --force"
+            f"{self._skipped} steps in a row, up to step {step + 1}, were skipped because gradients were not finite "
+            "(train.max_skipped_steps); the weights are those from before these steps. Check this data, or lower "
+            "train.lr and resume with --force"
         )
 
-    def _evaluate(self, done: int) -> float:
-        self._watch.phase = f"the evaluation after step {done}"
-        val_loss, load_LM, tokens = self._held_out_loss(self._recipe.eval.batches, done)
-        if self._trunk:
-            self._held_out_LM = load_LM
-            self._telemetry.evaluation(done, val_loss, tokens, load_LM)
-        return val_loss
+    def _finish_saving(self, done: int) -> None:
+        """Wait for the last checkpoint, and try again if that fails: the disk may have room by then."""
+        r = self._r
+        for left in range(LAST_SAVE_TRIES - 1, -1, -1):
+            if r.saver.finish():
+                return
+            if left:
+                if r.job.rank == 0:
+                    say(f"unipool: all steps are done; the last save is tried again in {LAST_SAVE_PAUSE:g} s")
+                time.sleep(LAST_SAVE_PAUSE)
+                r.saver.start(done)
+        raise JobError(
+            "all steps are done, but the last checkpoint could not be saved; the same command resumes from the newest "
+            "checkpoint that was saved"
+        )
 
-    def _probe(self, done: int) -> None:
-        """What the learned routing is worth: the loss with random experts in one layer, each layer in turn."""
-        self._watch.phase = f"the probe after step {done}"
-        batches = self._recipe.probe.batches
-        loss, _, tokens = self._held_out_loss(batches, done)
-        random = {layer: self._held_out_loss(batches, done, layer)[0] for layer in self._recipe.probed_layers}
-        if self._trunk:
-            self._telemetry.probe(done, loss, random, tokens)
-
-    def _held_out_loss(self, batches: int, done: int, random_layer: int | None = None) -> tuple[float, Tensor, int]:
-        """(loss in nats, load (L, M), tokens) of at most so many global batches; a pool rank serves, and has no loss.
-
-        Args:
-            random_layer: a layer that has random experts.
-        """
-        recipe = self._recipe
-        batches = evaluation_steps(self._held_out_rows, batches, recipe.train.global_batch)
-        tokens = batches * recipe.train.global_batch * recipe.model.seq_len
-        if self._trunk:
-            return *self._trunk.evaluate(batches, done, random_layer), tokens
-        assert isinstance(self._role, PoolRank)
-        self._role.serve(self._schedule.evaluation(batches * recipe.micro_batches), done)
-        return math.nan, self._held_out_LM, tokens
-
-    def _finish(self, val_loss: float, saved_at: int) -> None:
-        """The generated sample, the load picture and the summary."""
-        self._watch.phase = "the sample at the end"
-        if self._trunk is None or self._prepared is None:
-            assert isinstance(self._role, PoolRank)
-            self._role.serve(self._schedule.generation(SAMPLE_TOKENS), self._recipe.train.steps)
+    def _finish(self, saved_at: int) -> None:
+        """Write the generated sample, the load picture and the summary."""
+        r, steps = self._r, self._r.recipe.train.steps
+        r.watch.phase = "the sample at the end"
+        if isinstance(r.role, PoolRank):
+            r.role.generate(SAMPLE_TOKENS, steps)
             return
-        tokenizer = self._prepared.tokenizer()
-        (sequence_1S1,) = self._prepared.stream("validation", None).micro_batches(0, 1, 0, 1, 1)
-        prompt = sequence_1S1[0, :32].tolist()
-        sample = self._trunk.generate(prompt, SAMPLE_TOKENS, self._recipe.train.steps)
-        self._telemetry.close()
-        if self._job.rank == 0:
+        assert r.prepared, "trunk ranks have data"
+        tokenizer = r.prepared.tokenizer()
+        (sequence_1S1,) = r.prepared.stream("validation", None).micro_batches(0, 1, 0, 1, 1)
+        prompt = sequence_1S1[0, :PROMPT_TOKENS].tolist()
+        sample = r.role.generate(prompt, SAMPLE_TOKENS, steps)
+        r.reporter.close()
+        if r.job.rank == 0:
+            load_LM = self._held_out_LM if r.recipe.model.ffn == "pool" else None
             write_summary(
                 Summary(
-                    recipe=self._recipe,
-                    folder=self._folder,
-                    checkpoint=checkpoint.folder_of(self._folder.checkpoints, saved_at),
-                    val_loss=val_loss,
-                    unigram_entropy=self._prepared.unigram_entropy,
+                    recipe=r.recipe,
+                    folder=r.folder,
+                    checkpoint=checkpoint.folder_of(r.folder.checkpoints, saved_at),
+                    val_loss=self._val_loss,
+                    unigram_entropy=r.prepared.unigram_entropy,
                     prompt=tokenizer.decode(prompt),
                     sample=None if sample is None else tokenizer.decode(sample),
-                    load_LM=self._held_out_LM.numpy() if self._recipe.model.ffn == "pool" else None,
+                    load_LM=None if load_LM is None else load_LM.numpy(),
                 )
             )
 

@@ -1,4 +1,4 @@
-"""What a run tells the world: progress line, metrics.jsonl, Prometheus, DeepSpeed's monitors, its load's picture."""
+"""What a run reports: progress line, metrics.jsonl, Prometheus, DeepSpeed's monitors, and a picture of the load."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from dataclasses import asdict, astuple
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,24 +17,24 @@ from trainer import __version__
 from trainer.cluster.process_groups import Job
 from trainer.config.recipe import Recipe
 from trainer.telemetry.console import Progress
-from trainer.telemetry.prometheus import StepScalars, padded
 from trainer.telemetry.run_folder import RunFolder
+from trainer.telemetry.step_scalars import StepScalars, padded
 from trainer.telemetry.time_breakdown import ACTIVITIES, Usage, shares
 from trainer.train.pool_rank import PoolRank
 from trainer.train.trunk_rank import TrunkRank
 
 
-class Telemetry:
-    """Each rank has one; what is the same for all is told by rank 0.
+class Reporter:
+    """Reports the run. Every rank has one; rank 0 reports what is the same on all ranks.
 
     Args:
-        done: steps that a resumed run has behind it.
+        done: optimizer steps done before this start of the run.
         lanes: micro-batches in flight on each trunk rank.
     """
 
     def __init__(self, recipe: Recipe, job: Job, folder: RunFolder, role: TrunkRank | PoolRank, done: int, lanes: int):
         self._recipe, self._job, self._folder, self._role = recipe, job, folder, role
-        self._told = Usage()
+        self._reported = Usage()
         role.metrics.info("unipool_build_info", _build())
         self._progress: Progress | None = None
         if job.rank:
@@ -51,36 +50,35 @@ class Telemetry:
         role.metrics.checkpoints_from(done, recipe.checkpoint.every)
 
     def usage(self) -> list[float]:
-        """For the step's sum over ranks: seconds by activity since the last call, the trunk's, then the pool's."""
+        """Return the seconds by activity since the last call, for the sum over ranks: the trunk's, then the pool's."""
         now = self._role.clock.total
-        seconds, nothing = list(astuple(now.since(self._told))), [0.0] * len(ACTIVITIES)
-        self._told = now
+        seconds, nothing = list(astuple(now.since(self._reported))), [0.0] * len(ACTIVITIES)
+        self._reported = now
         return seconds + nothing if self._job.is_trunk else nothing + seconds
 
     def step(self, done: int, scalars: StepScalars | None, usage: Sequence[float]) -> None:
-        """A step; `usage` is summed over the ranks."""
-        role = self._role
-        if not isinstance(role, TrunkRank) or scalars is None:
+        """Report a step.
+
+        Args:
+            scalars: a trunk rank's.
+            usage: what `usage` returned, summed over the ranks.
+        """
+        if not isinstance(self._role, TrunkRank) or scalars is None:
             return
-        values: dict[str, Any] = asdict(scalars)
         sides = {"trunk": usage[: len(ACTIVITIES)]}
         if not self._job.topology.colocated:
             sides["pool"] = usage[len(ACTIVITIES) :]
-        for side, seconds in sides.items():
-            values |= {f"{side}_{activity}": share for activity, share in shares(seconds).items()}
-        by_layer = {"layer_imbalance": scalars.layer_imbalances, "layer_gate": scalars.layer_gates}
-        flat = {f"train/{name}": float(value) for name, value in values.items() if not isinstance(value, tuple)}
-        for name, own in by_layer.items():
-            flat |= {f"{name}/{padded(layer, len(own))}": value for layer, value in enumerate(own)}
-        role.monitors.write(flat, done)
+        spent = {f"{side}_{name}": share for side, seconds in sides.items() for name, share in shares(seconds).items()}
+        self._role.monitors.write(scalars.flat() | {f"train/{name}": share for name, share in spent.items()}, done)
         if self._progress:
-            self._progress.step(done, values)
-            self._folder.append_metrics({"step": done, **values})
+            self._progress.step(done, scalars)
+            self._folder.append_metrics({"step": done, **asdict(scalars), **spent})
 
-    def evaluation(self, done: int, val_loss: float, tokens: int, load_LM: Tensor) -> None:
-        """An evaluation, and the load that held-out text has made by layer and the experts that it sees."""
+    def evaluation(self, done: int, val_loss: float, tokens: int, load_LM: Tensor | None) -> None:
+        """Report an evaluation: its loss, its tokens, and the load by layer and the experts that it sees."""
         role = self._role
-        assert isinstance(role, TrunkRank), "pool ranks know no loss"
+        if not isinstance(role, TrunkRank):
+            return
         role.monitors.write({"eval/val_loss": val_loss}, done)
         if not self._progress:
             return
@@ -88,7 +86,7 @@ class Telemetry:
         self._progress.evaluation(done, val_loss)
         self._folder.append_metrics({"step": done, "val_loss": val_loss, "val_tokens": tokens})
         recorded_LM = role.recorded_load()
-        if recorded_LM is None:
+        if recorded_LM is None or load_LM is None:
             return
         self._folder.save_load(recorded_LM)
 
@@ -101,9 +99,10 @@ class Telemetry:
         role.monitors.write_image("load", draw, done)
 
     def probe(self, done: int, loss: float, random_losses: Mapping[int, float], tokens: int) -> None:
-        """A probe of the routing: held-out loss, and that with random experts in one layer, by layer."""
+        """Report a probe of the routing: the held-out loss, and with random experts in a layer, by layer."""
         role, layers = self._role, self._recipe.model.layers
-        assert isinstance(role, TrunkRank), "pool ranks know no loss"
+        if not isinstance(role, TrunkRank):
+            return
         added = {layer: random_loss - loss for layer, random_loss in random_losses.items()}
         mean = fmean(added.values())
         named = {padded(layer, layers): nats for layer, nats in added.items()}
@@ -117,7 +116,7 @@ class Telemetry:
         self._folder.append_metrics({**record, "random_routing_by_layer": named})
 
     def close(self) -> None:
-        """The run ends as it should: nobody is to look for its metrics any more."""
+        """End the reports at the regular end of the run: Prometheus no longer looks for its metrics."""
         if self._progress:
             self._progress.close()
             self._folder.withdraw()

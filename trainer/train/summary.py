@@ -1,4 +1,4 @@
-"""What a run says at its end."""
+"""The summary of a run at its end."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class Summary:
     """The end of a run.
 
     Attributes:
-        val_loss: mean cross-entropy on held-out text, nats a token.
-        unigram_entropy: of the training tokens, nats: the loss of knowing nothing but how frequent each token is.
-        prompt, sample: held-out text, and how the model goes on; no sample where its logits are not finite.
-        load_LM: assignments of each expert that a layer sees, on held-out text; None for a dense model.
+        val_loss: mean cross-entropy on held-out text, nats per token.
+        unigram_entropy: of the training tokens, nats: the loss that token frequencies alone give.
+        prompt, sample: held-out text and the model's continuation, None if its logits are not finite.
+        load_LM: assignments on held-out text by layer and the experts that it sees; None for a dense model.
     """
 
     recipe: Recipe
@@ -38,7 +38,7 @@ def write_summary(s: Summary) -> None:
     """Draw the load picture and print the summary to stdout."""
     lines = [
         f"validation loss   {_loss(s.val_loss)}",
-        f"unigram entropy   {s.unigram_entropy:.4f} nats a token (what token frequencies alone give)",
+        f"unigram entropy   {s.unigram_entropy:.4f} nats per token (the loss that token frequencies alone give)",
         f"checkpoint        {s.checkpoint}",
         f"metrics           {s.folder.metrics_file}",
     ]
@@ -54,7 +54,7 @@ def write_summary(s: Summary) -> None:
         except OSError as error:
             lines.append(f"load picture      could not be written ({error.strerror})")
     if s.sample is None:
-        lines.append("sample            none: the model's logits are not finite")
+        lines.append("sample            none, because the model's logits are not finite")
     else:
         lines += ["sample (after the bar)", textwrap.indent(f"{s.prompt} | {s.sample}", "    ")]
     print("\n".join(lines), flush=True)
@@ -62,12 +62,12 @@ def write_summary(s: Summary) -> None:
 
 def _loss(nats: float) -> str:
     if not math.isfinite(nats):
-        return f"{nats}: not finite, the model has diverged"
-    return f"{nats:.4f} nats a token, perplexity {perplexity(nats):.1f}"
+        return f"{nats}: not finite, because the model has diverged"
+    return f"{nats:.4f} nats per token, perplexity {perplexity(nats):.1f}"
 
 
 def perplexity(nats: float) -> float:
-    """Of a mean cross-entropy; infinite where a float cannot hold it."""
+    """Return the perplexity of a mean cross-entropy in nats; infinite if a float cannot hold it."""
     try:
         return math.exp(nats)
     except OverflowError:

@@ -75,12 +75,12 @@ def test_a_hostfile_that_is_not_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["--node-rank", "1"], "--node-rank 1: goes with --hostfile"),
-        (["--master-addr", "a"], "--master-addr a: goes with --hostfile"),
-        (["--master-port", "1"], "--master-port 1: goes with --hostfile"),
+        (["--node-rank", "1"], "--node-rank 1: needs --hostfile"),
+        (["--master-addr", "a"], "--master-addr a: needs --hostfile"),
+        (["--master-port", "1"], "--master-port 1: needs --hostfile"),
         (
             ["--hostfile", "hosts", "--node-rank", "0", "--max-restarts", "2"],
-            "--max-restarts 2: not with --hostfile: all nodes must start again together, which is the cluster's to do",
+            "--max-restarts 2: not allowed with --hostfile, because all nodes must restart together; ",
         ),
     ],
 )

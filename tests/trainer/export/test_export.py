@@ -22,7 +22,7 @@ from pool.placement import contiguous
 from pool.shard import ExpertShard
 from router import Routing
 from tests.training import run_training, tiny
-from trainer.checkpoint.format import newest, read_placement
+from trainer.checkpoint.format import newest
 from trainer.checkpoint.reshard import SavedCheckpoint, convert
 from trainer.cli import cli
 from trainer.common.errors import UserError
@@ -97,7 +97,7 @@ def trainer_logits(model: str, tokens_BS: Tensor, reroute: Reroute | None = None
     assert found
     with tempfile.TemporaryDirectory() as work:
         convert(found[1], Path(work))
-        saved = SavedCheckpoint(found[1], read_placement(found[1]), Path(work))
+        saved = SavedCheckpoint(found[1], Path(work))
         trunk = Trunk(recipe, torch.device("cpu"))
         if recipe.model.ffn == "dense":
             saved.load_weights(trunk, None)

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from tests.training import END, assert_same, run_training, tiny, tokens
-from trainer.checkpoint.resume import changes_mathematics
+from trainer.checkpoint.resume import affects_results
 from trainer.config.recipe import Recipe
+from trainer.engine.experts import build_shard, reduce_expert_gradients
 from trainer.model.document_mask import document_mask
 from trainer.model.micro_batch import Objective, PoolMap, hidden_states, train_dense_micro_batch, train_micro_batch
 from trainer.model.pool_client import LocalPool, NoPool
 from trainer.model.trunk import Trunk
-from trainer.train.pool_rank import build_shard, reduce_expert_gradients
 
 CPU = torch.device("cpu")
 MASKED: dict[str, Any] = {"data": {"document_mask": True}}
@@ -44,7 +44,7 @@ def trained(recipe: Recipe, batches: list[tuple[Tensor, float]], end: int | None
         for rows_BS1, weight in batches:
             coroutine = train_dense_micro_batch(trunk, rows_BS1, Objective(weight, lambda _: None, 0.0, False))
             (result,) = NoPool().run([coroutine], (), 0)
-            loss += weight * float(result.loss)
+            loss += weight * float(result.scalars["loss"])
         return loss, {name: p.grad for name, p in trunk.named_parameters() if p.grad is not None}
     from pool.placement import contiguous
 
@@ -55,7 +55,7 @@ def trained(recipe: Recipe, batches: list[tuple[Tensor, float]], end: int | None
         objective = Objective(weight, lambda _: None, 0.0, recipe.train.recompute)
         coroutine = train_micro_batch(trunk, pool_map, rows_BS1, number, objective)
         (result,) = LocalPool(shard).run([coroutine], (0,), 0)
-        loss += weight * float(result.loss)
+        loss += weight * float(result.scalars["loss"])
     reduce_expert_gradients(shard, recipe)
     both = {**dict(trunk.named_parameters()), **{f"pool {n}": p for n, p in shard.named_parameters()}}
     return loss, {name: p.grad for name, p in both.items() if p.grad is not None}
@@ -130,5 +130,5 @@ def test_layouts_come_to_the_same(parallel: dict[str, Any]) -> None:
     assert one.scalars[0]["loss"] != run_training(tiny(parallel=zero), steps=1).scalars[0]["loss"]
 
 
-def test_a_resume_with_another_mask_is_other_mathematics() -> None:
-    assert changes_mathematics("data.document_mask", tiny())
+def test_a_resume_with_another_mask_affects_results() -> None:
+    assert affects_results("data.document_mask", tiny())

@@ -21,7 +21,7 @@ from tests.training import Outcome, run_training, tiny, tokens
 from trainer.cli import cli
 from trainer.common.errors import UserError
 from trainer.config.recipe import Recipe
-from trainer.data.recipe_data import prepare_for
+from trainer.data.prepare import prepare_for
 from trainer.data.tokenizer import END_OF_DOCUMENT, load_tokenizer, train_tokenizer
 from trainer.probe.adapters import load
 from trainer.probe.text import Text, mean_loss, read_text

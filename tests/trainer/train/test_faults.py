@@ -47,7 +47,7 @@ START_UP = "start-up"
 STEP = r"[a-z ]*step [01]"
 WHILE_SAVING = r"(the (checkpoint|evaluation|probe) after step [24]|[a-z ]*step [23])"
 """The other rank goes on while a checkpoint is written."""
-LAST_SAVE = Place("trainer.train.loop:_Loop._finish_saving")
+LAST_SAVE = Place("trainer.train.loop:Loop._finish_saving")
 PLACES = {
     "start-up": (START_UP, [Place("trainer.cluster.process_groups:Job._cross_group")] * 2),
     "engines": (START_UP, [Place("trainer.telemetry.prometheus:MetricsServer.__init__")] * 2),
@@ -185,8 +185,8 @@ def test_too_many_skipped_steps_end_the_job_and_name_their_data(recipe: Callable
     assert job.end(GRACE) == [1, 1], job.log(0)
     log = job.log(0)
     assert re.search(
-        r"^unipool: step 4, of .*train.arrow: rank 0 \(trunk 0\): micro-batch 0 has loss nan \(rows \d+, ", log, re.M
+        r"^unipool: step 4 on .*train.arrow: rank 0 \(trunk 0\): micro-batch 0 has loss nan \(rows \d+, ", log, re.M
     )
-    assert "unipool: 3 steps in a row, the last is step 4, had gradients that are not finite" in log
+    assert "unipool: 3 steps in a row, up to step 4, were skipped because gradients were not finite" in log
     assert "Traceback" not in log + job.log(1)
     assert newest(tmp_path / "run" / "checkpoints") == (2, tmp_path / "run" / "checkpoints" / "step_00000002")

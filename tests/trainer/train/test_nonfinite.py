@@ -19,7 +19,7 @@ from tests.trainer.job import write_recipe
 from tests.training import tiny, tokens
 from trainer.checkpoint.format import complete
 from trainer.common.errors import DIVERGED
-from trainer.common.strict_json import dumps, marked
+from trainer.common.strict_json import dumps, name_not_finite
 from trainer.config.recipe import Recipe, load_recipe
 from trainer.planning.schedule import make_schedule
 from trainer.train.summary import perplexity
@@ -43,7 +43,6 @@ def broken_routers(recipe: Recipe) -> dict[str, Any] | None:
 
     job, data = join(recipe), tokens(recipe)
     placement = agreed_placement(job, recipe, None)
-    evaluation = make_schedule(recipe).evaluation(recipe.micro_batches)
     if not job.is_trunk:
         assert placement
         pool = PoolRank(recipe, job, make_schedule(recipe), placement)
@@ -52,7 +51,7 @@ def broken_routers(recipe: Recipe) -> dict[str, Any] | None:
         for name, parameter in pool.engines["pool/shard_0"].module.named_parameters():
             assert parameter.equal(before[name]), name
         for _ in range(2):
-            pool.serve(evaluation, 1)
+            pool.evaluate(1, 1)
         job.close()
         return None
     role = TrunkRank(
@@ -110,9 +109,13 @@ def test_a_diverged_run_ends_as_told(tmp_path: Path) -> None:
     assert job.end(60) == [DIVERGED, DIVERGED], job.log(0)
     log = job.log(0)
     assert "Traceback" not in log + job.log(1)
-    assert "validation loss   nan: not finite, the model has diverged" in log
-    assert "sample            none: the model's logits are not finite" in log
-    assert re.search(r"^unipool: all steps are done, but the validation loss is nan: .* Exit status 1$", log, re.M)
+    assert "validation loss   nan: not finite, because the model has diverged" in log
+    assert "sample            none, because the model's logits are not finite" in log
+    assert re.search(
+        r"^unipool: all steps are done, but the model has diverged \(validation loss nan\): .* Exit status 1$",
+        log,
+        re.M,
+    )
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     records = [json.loads(line, parse_constant=refuse_constant) for line in lines]
     steps = [record for record in records if "applied" in record]
@@ -134,8 +137,8 @@ def test_dumps(indent: int | None) -> None:
     expected = {"a": [None, 1.5, [None, None]], "b": {"c": None, "d": "NaN"}, "e": None, "f": 3}
     assert json.loads(text, parse_constant=refuse_constant) == expected
     assert ("\n" in text) == bool(indent)
-    assert marked({"a": 1.0, "b": math.inf}) == {"a": 1.0, "b": math.inf, "not_finite": ["b"]}
-    assert marked({"a": 1.0}) == {"a": 1.0}
+    assert name_not_finite({"a": 1.0, "b": math.inf}) == {"a": 1.0, "b": math.inf, "not_finite": ["b"]}
+    assert name_not_finite({"a": 1.0}) == {"a": 1.0}
 
 
 def test_json_is_written_in_one_place() -> None:

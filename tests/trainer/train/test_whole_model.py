@@ -41,7 +41,9 @@ def unstacked(values: Numbers) -> Numbers:
     found: Numbers = {}
     for key, value in values.items():
         prefix, pool, name = key.partition("pool.")
-        found |= {f"{prefix}expert/{expert}/{name}": part for expert, part in enumerate(value)} if pool else {key: value}
+        found |= (
+            {f"{prefix}expert/{expert}/{name}": part for expert, part in enumerate(value)} if pool else {key: value}
+        )
     return found
 
 

@@ -1,0 +1,109 @@
+"""What the micro-batches of an optimizer step report, reduced over the trunk ranks, and the step's scalars from it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+import torch
+from torch import Tensor
+
+from pool.placement import Placement
+from router import dead_experts, effective_experts, load_imbalance, specialisation
+from trainer.cluster.process_groups import Job
+from trainer.config.recipe import Recipe
+from trainer.model.micro_batch import MicroBatchResult
+from trainer.telemetry.step_scalars import StepScalars
+
+
+@dataclass(frozen=True)
+class StepResults:
+    """The micro-batches of a step, over all trunk ranks.
+
+    Attributes:
+        means: `MicroBatchResult.scalars`, means over the micro-batches.
+        gates_L: `MicroBatchResult.gates_L`, mean over the micro-batches.
+        nonfinite_router_tokens: sum over the micro-batches.
+        load_LM: assignments by layer and the experts that it sees, int64 on the host.
+        own_losses: loss of each micro-batch of this rank.
+    """
+
+    means: dict[str, float]
+    gates_L: list[float]
+    nonfinite_router_tokens: int
+    load_LM: Tensor
+    own_losses: list[float]
+
+
+def reduce_results(results: Sequence[MicroBatchResult], job: Job) -> StepResults:
+    """Reduce the results of this rank's micro-batches over all trunk ranks, in one collective."""
+    names = list(results[0].scalars)
+    scalars = torch.zeros(len(names) + len(results[0].gates_L), dtype=torch.float64)
+    nonfinite = torch.zeros(1, dtype=torch.float64)
+    load_LM = torch.zeros_like(results[0].tokens_per_expert_LM, device="cpu")
+    own_losses = []
+    for r in results:
+        counted = r.nonfinite_router_tokens.to(r.gates_L.dtype)
+        own = torch.cat((torch.stack((counted, *r.scalars.values())), r.gates_L)).double().cpu()  # one copy
+        own_losses.append(float(own[1 + names.index("loss")]))
+        nonfinite += own[0]
+        scalars += own[1:]
+        load_LM += r.tokens_per_expert_LM.cpu()
+    together = torch.cat((nonfinite, scalars / (len(results) * job.role_size), load_LM.double().flatten()))
+    job.sum_over_role(together)
+    nonfinite, scalars, load = together.split((1, len(scalars), load_LM.numel()))
+    means, gates_L = scalars[: len(names)].tolist(), scalars[len(names) :].tolist()
+    return StepResults(
+        dict(zip(names, means, strict=True)), gates_L, int(nonfinite), load.long().view_as(load_LM), own_losses
+    )
+
+
+def over_all_experts(load_LM: Tensor, groups: int) -> Tensor:
+    """Return the load by layer and global expert id, 0 where a layer does not reach.
+
+    Args:
+        load_LM: load by layer and the experts that it sees.
+        groups: sharing groups of adjacent layers.
+    """
+    return torch.block_diag(*load_LM.chunk(groups))  # type: ignore[no-any-return]
+
+
+def step_scalars(
+    recipe: Recipe,
+    placement: Placement | None,
+    results: StepResults,
+    *,
+    grad_norm: float,
+    lr: float,
+    seconds: float,
+    seconds_waiting: float,
+    applied: bool,
+) -> StepScalars:
+    """Compute the scalars of a step."""
+    tokens = recipe.train.global_batch * recipe.model.seq_len
+    everywhere_LM = over_all_experts(results.load_LM, recipe.model.groups)
+    load_M = everywhere_LM.sum(0)
+    shard_load_s = load_M[torch.tensor(placement.order)].view(placement.shards, -1).sum(1) if placement else load_M
+    layer_imbalance_L = load_imbalance(results.load_LM)
+    return StepScalars(
+        **results.means,
+        grad_norm=grad_norm,
+        lr=lr,
+        tokens=tokens,
+        seconds=seconds,
+        tokens_per_second=tokens / seconds,
+        load_imbalance=float(load_imbalance(load_M)),
+        shard_imbalance=float(load_imbalance(shard_load_s)),
+        layer_imbalance=float(layer_imbalance_L.mean()),
+        layer_imbalances=tuple(layer_imbalance_L.tolist()),
+        layer_gate=fmean(results.gates_L),
+        smallest_gate=min(results.gates_L),
+        layer_gates=tuple(results.gates_L),
+        dead_experts=int(dead_experts(load_M)) if placement else 0,
+        effective_experts=float(effective_experts(load_M)),
+        specialisation=specialisation(everywhere_LM) if placement else 0.0,
+        nonfinite_router_tokens=results.nonfinite_router_tokens,
+        pool_wait=seconds_waiting / seconds,
+        applied=applied,
+    )
