@@ -190,7 +190,8 @@ def scored(**by_task: float | None) -> Scores:
         for task, value in by_task.items()
     ]
     values = [value for value in by_task.values() if value is not None]
-    return Scores(tasks, {"acc": statistics.fmean(values), "tasks": len(values)} if values else {}, None, 2, "fp32", "0")
+    mean = {"acc": statistics.fmean(values), "tasks": len(values)} if values else {}
+    return Scores(tasks, mean, None, 2, "fp32", "0")
 
 
 class Examiner:
