@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from trainer.common.format import plus_minus
 from trainer.common.tables import new_table
 from trainer.evaluate.scores import Scores, with_accuracy
-from trainer.probe.effects import WHAT, Effects, Over, effect_table, mean_and_spread, over_layers
+from trainer.probe.effects import OVER_LABELS, Effects, Over, effect_table, mean_and_spread, over_layers
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -76,7 +76,10 @@ class Accuracy:
     def tables(self, model: str) -> list[Table]:
         title = f"{model}: accuracy drop in percentage points with random experts in one layer"
         by_task = f"{model}: accuracy drop in percentage points by task, mean over the layers"
-        tasks = new_table(by_task, "task", "examples", "learned", *(f"over {WHAT[mean.over]}" for mean in self.means))
+        overs = (f"over {OVER_LABELS[mean.over]}" for mean in self.means)
+        tasks = new_table(
+            by_task, "task", "examples", "learned", *(f"over {OVER_LABELS[mean.over]}" for mean in self.means)
+        )
         for task in with_accuracy(self.learned.tasks):
             drops = [mean.tasks[task.task] for mean in self.means]
             tasks.add_row(task.task, f"{task.examples:,}", str(task.metrics["acc"]), *map(_show, drops))

@@ -66,7 +66,7 @@ class Cosines:
 
 
 @dataclass(frozen=True)
-class BankFound:
+class BankResult:
     """The result for a bank; matrices are (E, E).
 
     Attributes:
@@ -85,7 +85,7 @@ class BankFound:
 
 
 @dataclass(frozen=True)
-class Redundancy:
+class RedundancyResult:
     """The result of the probe. `sampled` is the number of tokens per layer on which outputs were compared."""
 
     model: str
@@ -93,7 +93,7 @@ class Redundancy:
     sampled: int
     seed: int
     experts: int
-    banks: tuple[BankFound, ...]
+    banks: tuple[BankResult, ...]
 
     def rows(self) -> list[dict[str, Any]]:
         return [asdict(pair) for b in self.banks for pair in _pairs(b.first, b.weights_matrix, b.outputs_matrix)]
@@ -141,7 +141,7 @@ def _draw_matrix(figure: Figure, axes: Axes, cosine_EE: NDArray[np.float64], of:
         axis.set_major_locator(MaxNLocator(8, integer=True))
 
 
-def _draw_banks(axes: Axes, banks: Sequence[BankFound], cosines: Sequence[Cosines], of: str) -> None:
+def _draw_banks(axes: Axes, banks: Sequence[BankResult], cosines: Sequence[Cosines], of: str) -> None:
     at = [np.mean(bank.layers) for bank in banks]
     labels = {"largest": "maximum", "p95": "95th percentile", "mean": "mean"}
     for (name, label), colour in zip(labels.items(), SERIES, strict=False):
@@ -154,7 +154,7 @@ def _draw_banks(axes: Axes, banks: Sequence[BankFound], cosines: Sequence[Cosine
     add_legend(axes)
 
 
-def redundancy(model: MoEModel, text: Text, sampled: int = 64, seed: int = 0) -> Redundancy:
+def redundancy(model: MoEModel, text: Text, sampled: int = 64, seed: int = 0) -> RedundancyResult:
     """Compare every two experts of each bank, on `sampled` tokens per layer that the seed selects.
 
     Raises:
@@ -170,8 +170,10 @@ def redundancy(model: MoEModel, text: Text, sampled: int = 64, seed: int = 0) ->
         outputs_EE = output_cosine(bank, [inputs[number] for number in layers]).tolist()
         pairs = sorted(_pairs(bank.first, weights_EE, outputs_EE), key=lambda pair: -pair.outputs)
         both = (_cosines([pair.weights for pair in pairs]), _cosines([pair.outputs for pair in pairs]))
-        found.append(BankFound(layers, bank.first, *both, tuple(pairs[:_PAIRS]), weights_EE, outputs_EE))
-    return Redundancy(model.name, text.name, len(inputs[model.layers[0].number]), seed, model.experts, tuple(found))
+        found.append(BankResult(layers, bank.first, *both, tuple(pairs[:_PAIRS]), weights_EE, outputs_EE))
+    return RedundancyResult(
+        model.name, text.name, len(inputs[model.layers[0].number]), seed, model.experts, tuple(found)
+    )
 
 
 def _sample_inputs(model: MoEModel, text: Text, sampled: int, seed: int) -> dict[int, Tensor]:

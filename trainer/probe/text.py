@@ -16,7 +16,7 @@ from trainer.evaluate.loss import summed_loss, token_ids, windows
 from trainer.export.loaded_model import LoadedModel
 from trainer.export.saved_run import data_of
 from trainer.model.document_mask import attention_of
-from trainer.probe.adapters import Choice, MoELayer, MoEModel, See, observed
+from trainer.probe.adapters import Choice, MoELayer, MoEModel, Observer, observed
 
 LONGEST = 1024
 """Maximum tokens in a sequence, as in the paper: the windows of some families are too long for a CPU."""
@@ -94,7 +94,7 @@ def mean_loss(model: MoEModel, text: Text) -> float:
 
 
 @torch.no_grad()
-def read(model: MoEModel, text: Text, see: See) -> None:
+def read(model: MoEModel, text: Text, see: Observer) -> None:
     """Run all layers over a text, without the head, and call `see` with the choice of each layer."""
     with observed(model, see):
         for rows_BS1 in tqdm(text.batches, "reading", unit=" batches", disable=None, leave=False):

@@ -238,9 +238,8 @@ def test_real_tasks_have_the_scores_of_lm_eval(
 def test_unavailable_tasks_are_refused(export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Messages suggest similar names, and say why the data of a task are not available."""
     need_package("lm_eval", HARNESS)
-    monkeypatch.setattr(
-        "lm_eval.tasks.manager.__file__", str(tmp_path / "harness" / "manager.py")
-    )  # not its 14,000 tasks
+    # The harness's own 14,000 tasks are not read.
+    monkeypatch.setattr("lm_eval.tasks.manager.__file__", str(tmp_path / "harness" / "manager.py"))
     folder = _own_task(tmp_path)
     arguments = (str(export), "--include-path", str(folder), "--tasks")
     assert "--tasks ownn: no such task; did you mean own?" in refused(*arguments, "own,ownn")
