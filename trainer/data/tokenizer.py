@@ -6,10 +6,8 @@ post-processor appends to a text, so that every copy of the file has it.
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,8 +83,7 @@ def load_tokenizer(name_or_path: str, end_of_document: str | None = None) -> Tok
     path = _tokenizer_file(name_or_path)
     where = f"data.tokenizer {shown(path or name_or_path)}"
     try:
-        with _quiet_hub():
-            tokenizer = Tokenizer.from_file(str(path)) if path else Tokenizer.from_pretrained(name_or_path)
+        tokenizer = Tokenizer.from_file(str(path)) if path else _from_hub(name_or_path)
     except Exception as error:  # tokenizers raises plain Exceptions
         if path:
             raise UserError(f"{where}: not a tokenizer.json of `tokenizers` ({one_line(error, 300)})") from error
@@ -180,16 +177,16 @@ def _conversion(names: Iterable[str]) -> str:
     return ""
 
 
-@contextmanager
-def _quiet_hub() -> Iterator[None]:
-    """Keep the hub's library from logging why it failed: the exception says it once more."""
-    logger = logging.getLogger("huggingface_hub")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
+def _from_hub(name: str) -> Tokenizer:
+    from huggingface_hub.utils import logging
+    from tokenizers import Tokenizer
+
+    level = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)  # it would log every attempt; the exception says why it failed
     try:
-        yield
+        return Tokenizer.from_pretrained(name)
     finally:
-        logger.setLevel(level)
+        logging.set_verbosity(level)
 
 
 def _special_tokens(tokenizer: Tokenizer, count: int = 20) -> str:
