@@ -26,7 +26,6 @@ def make_once(directory: Path, name: str, fill: Callable[[Path], None], progress
 
     Args:
         directory: The folder to make it in; created if needed.
-        name: The folder's name.
         fill: Called with a temporary folder, which may hold what an interrupted call has written.
         progress: Whether to print notes on stderr.
 

@@ -16,6 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from zipfile import BadZipFile
 
+import numpy as np
+from numpy.typing import NDArray
+
 from trainer.common.atomic import atomic_write
 from trainer.common.errors import UserError
 from trainer.common.strict_json import dumps, loads
@@ -53,7 +56,6 @@ class SourceBuilder:
     """Builds the prepared folder of one source.
 
     Args:
-        settings: The source, and how to prepare it.
         folder: The folder to fill; it may hold what an interrupted build has committed.
         progress: Whether to show bars and notes on stderr.
     """
@@ -106,7 +108,6 @@ class SourceBuilder:
         return choose_splitter(bar, self.settings.split)
 
     def _tokenize(self, tokenizer: Tokenizer, end_id: int) -> None:
-        import numpy as np
         from tqdm import tqdm
 
         encoder = Encoder(tokenizer)
@@ -139,9 +140,7 @@ class SourceBuilder:
         if encoder.slow_because:
             self._note(f"tokenized slowly, because fastokens was not used ({encoder.slow_because})")
 
-    def _add(self, passage: Passage, ids: Any, end_1: Any) -> None:
-        import numpy as np
-
+    def _add(self, passage: Passage, ids: NDArray[np.uint32], end_1: NDArray[np.uint32]) -> None:
         if passage.ends_document:
             ids = np.concatenate((ids, end_1))
         room = self._room(passage.split)
@@ -184,8 +183,6 @@ class SourceBuilder:
 
     def _commit(self, batch: _Batch) -> None:
         """Flush everything so far to the disk, with the position from which to resume."""
-        import numpy as np
-
         arrays: dict[str, Any] = {
             f"{split}/{name}": array
             for split, writer in self._writers.items()
@@ -201,8 +198,6 @@ class SourceBuilder:
 
     def _saved(self) -> dict[str, Any] | None:
         """What `_commit` has saved, or None if there is nothing to resume from."""
-        import numpy as np
-
         path = self.folder / PROGRESS_FILE
         if not path.is_file():
             return None
@@ -235,16 +230,14 @@ class SourceBuilder:
                 )
 
     def _write_facts(self, tokenizer: Tokenizer, end_id: int, splits: dict[str, Any]) -> None:
-        import numpy as np
-
-        documents, end = self._documents, str(tokenizer.id_to_token(end_id))
+        read, end = self._documents.progress, str(tokenizer.id_to_token(end_id))
         facts = {
             "settings": asdict(self.settings),
             "tokenizer_vocab": vocabulary(tokenizer),
             "end_of_document": end,
             "split_by": "document" if self._splitter.size is None else "size",
-            "records": documents.records,
-            "bad_records": {"count": documents.bad_records, "first": documents.first_bad},
+            "records": read.records,
+            "bad_records": {"count": read.bad_records, "first": read.first_bad},
             "splits": {split: asdict(facts) for split, facts in splits.items()},
         }
         np.save(self.folder / COUNTS_FILE, self._writers["train"].counts_V)
@@ -252,9 +245,9 @@ class SourceBuilder:
         facts["files"] = {name: (self.folder / name).stat().st_size for name in made}
         (self.folder / FACTS_FILE).write_text(dumps(facts, indent=1) + "\n")
         self._note(f"documents end with {end}")
-        if documents.bad_records:
-            what = f"{documents.bad_records:,} of {documents.records:,} records were skipped"
-            self._note(f"{what}: {'; '.join(documents.first_bad)}")
+        if read.bad_records:
+            what = f"{read.bad_records:,} of {read.records:,} records were skipped"
+            self._note(f"{what}: {'; '.join(read.first_bad)}")
 
 
 def _load_tokenizer(settings: SourceSettings) -> Tokenizer:
