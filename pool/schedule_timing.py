@@ -9,7 +9,7 @@ Letters: L layers, M experts in the pool, S shards, T trunk ranks, P pool ranks,
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING
@@ -65,8 +65,7 @@ class StepTiming:
         peak_open_T: Most micro-batches that each trunk rank has in flight at a time.
         peak_kept_P: Most rows of forwards that each pool rank keeps for their backward.
         peak_deferred_P: Most rows whose weight gradients each pool rank has still to compute.
-        ranks: World ranks that have intervals, in order.
-        intervals: When these ranks work.
+        intervals: When each rank works; empty unless asked for.
     """
 
     seconds: float
@@ -76,7 +75,6 @@ class StepTiming:
     peak_open_T: NDArray[np.int64]
     peak_kept_P: Floats
     peak_deferred_P: Floats
-    ranks: tuple[int, ...]
     intervals: Intervals
 
 
@@ -101,7 +99,7 @@ def time_schedule(
     layers: int,
     costs: Costs,
     load_LS: Floats | None = None,
-    ranks: Iterable[int] = (),
+    record: bool = False,
     starts_T: Sequence[float] | None = None,
 ) -> StepTiming:
     """Compute the times of an optimizer step that follows a schedule.
@@ -113,16 +111,14 @@ def time_schedule(
     Args:
         schedule: The schedule of an optimizer step for the same topology and layers.
         topology: A layout with pool ranks.
-        layers: Layers of the model.
-        costs: Times of the pieces.
         load_LS: Share of each layer's assignments that goes to each shard (L, S), rows sum to 1; None means even.
-        ranks: World ranks whose intervals are wanted.
+        record: Whether to return the intervals.
         starts_T: When each trunk rank starts; None means that all start at 0.
     """
     shards = topology.expert_parallel
     rows_LS = np.ones((layers, shards)) if load_LS is None else shards * load_LS
     assert rows_LS.shape == (layers, shards) and not topology.colocated
-    log = _Log(ranks)
+    log: _Log | None = [] if record else None
     segments = training_segments(costs, layers)
     starts_T = starts_T or [0.0] * topology.trunk_ranks
     trunks = [_Trunk(t, order, segments, starts_T[t], log) for t, order in enumerate(schedule.lane_order)]
@@ -155,25 +151,16 @@ def time_schedule(
         peak_open_T=np.array([trunk.peak_open for trunk in trunks]),
         peak_kept_P=np.concatenate([replica.peak_kept_S for replica in replicas]),
         peak_deferred_P=np.concatenate([replica.peak_deferred_S for replica in replicas]),
-        ranks=log.ranks,
-        intervals=log.intervals(),
+        intervals=_intervals(log or []),
     )
 
 
-class _Log:
-    """Collects the intervals of some ranks."""
+_Log = list[tuple[int, float, float, Work]]
 
-    def __init__(self, ranks: Iterable[int]):
-        self.ranks = tuple(sorted(ranks))
-        self._rows: list[tuple[int, float, float, Work]] = []
 
-    def add(self, rank: int, start: float, end: float, work: Work) -> None:
-        if end > start:
-            self._rows.append((rank, start, end, work))
-
-    def intervals(self) -> Intervals:
-        table = np.array(self._rows, dtype="i4, f8, f8, i1")
-        return Intervals(*(table[name] for name in ("f0", "f1", "f2", "f3")))
+def _intervals(log: _Log) -> Intervals:
+    table = np.array([row for row in log if row[2] > row[1]], dtype="i4, f8, f8, i1")
+    return Intervals(*(table[name] for name in ("f0", "f1", "f2", "f3")))
 
 
 @dataclass
@@ -196,9 +183,10 @@ class _MicroBatch:
 class _Trunk:
     """A trunk rank, which follows its lane order."""
 
-    def __init__(self, rank: int, lane_order: Sequence[int], segments: Sequence[Segment], start: float, log: _Log):
-        self._rank, self._lane_order, self._segments = rank, lane_order, segments
-        self._log = log if rank in log.ranks else None
+    def __init__(
+        self, rank: int, lane_order: Sequence[int], segments: Sequence[Segment], start: float, log: _Log | None
+    ):
+        self._rank, self._lane_order, self._segments, self._log = rank, lane_order, segments, log
         self._ran = 0  # entries of the lane order
         self._begun = 0  # micro-batches
         self._in_flight: dict[int, _MicroBatch] = {}  # by lane
@@ -212,11 +200,10 @@ class _Trunk:
 
     def take(self, key: RequestKey) -> float:
         """Return when the request that a slot names left."""
-        micro_batch = self._in_flight.get(key.lane)
-        assert micro_batch and not micro_batch.answered, f"{key} has not been sent when the schedule serves it"
+        micro_batch = self._in_flight.get(key.lane, _MicroBatch(-1))
         segment = self._segments[micro_batch.segment - 1]
-        sent = (micro_batch.number, segment.layer, segment.kind)
-        assert sent == (key.micro_batch, key.layer, key.kind), f"{key} has not been sent when the schedule serves it"
+        sent = (micro_batch.number, segment.layer, segment.kind, micro_batch.answered)
+        assert sent == (key.micro_batch, key.layer, key.kind, False), f"{key} is served before it has been sent"
         return micro_batch.time
 
     def answer(self, lane: int, time: float) -> None:
@@ -251,16 +238,15 @@ class _Trunk:
         if self._log is not None:
             head = len(self._segments) // 2
             work = Work.HEAD if number == head else Work.TRUNK_FORWARD if number < head else Work.TRUNK_BACKWARD
-            self._log.add(self._rank, start, self.free_at, work)
+            self._log.append((self._rank, start, self.free_at, work))
 
 
 class _Replica:
     """The pool ranks that hold one replica of every shard; they serve the same requests, each at its own pace."""
 
-    def __init__(self, first_rank: int, rows_LS: Floats, costs: Costs, log: _Log):
+    def __init__(self, first_rank: int, rows_LS: Floats, costs: Costs, log: _Log | None):
         shards = rows_LS.shape[1]
-        self._rows_LS, self._costs, self._log = rows_LS, costs, log
-        self._logged = [(rank, rank - first_rank) for rank in log.ranks if first_rank <= rank < first_rank + shards]
+        self._first_rank, self._rows_LS, self._costs, self._log = first_rank, rows_LS, costs, log
         self.free_S, self.busy_S = np.zeros(shards), np.zeros(shards)
         self.served_S, self._kept_S, self._deferred_S = np.zeros(shards), np.zeros(shards), np.zeros(shards)
         self.peak_kept_S, self.peak_deferred_S = np.zeros(shards), np.zeros(shards)
@@ -304,16 +290,17 @@ class _Replica:
         self._compute_weight_gradients(start_S - self.free_S)
         seconds_S = launch + rows_S * self._costs.pool_layer
         self.free_S = start_S + seconds_S
-        self.busy_S += seconds_S
-        for rank, shard in self._logged:
-            self._log.add(rank, float(start_S[shard]), float(self.free_S[shard]), work)
+        self._record(start_S, seconds_S, work)
 
     def _compute_weight_gradients(self, limit_S: Floats) -> Floats:
         """Compute sealed weight gradients from when each shard is free, up to a limit; return the time it takes."""
         taken_S = np.minimum(self._backlog_S, limit_S)
         self._backlog_S = self._backlog_S - taken_S
-        self.busy_S += taken_S
-        for rank, shard in self._logged:
-            free_at = float(self.free_S[shard])
-            self._log.add(rank, free_at, free_at + float(taken_S[shard]), Work.WEIGHT_GRADIENTS)
+        self._record(self.free_S, taken_S, Work.WEIGHT_GRADIENTS)
         return taken_S
+
+    def _record(self, start_S: Floats, seconds_S: Floats, work: Work) -> None:
+        self.busy_S += seconds_S
+        if self._log is not None:
+            for shard, (start, end) in enumerate(zip(start_S, start_S + seconds_S, strict=True)):
+                self._log.append((self._first_rank + shard, start, end, work))

@@ -11,7 +11,6 @@ from router.load import (
     load_imbalance,
     specialisation,
 )
-from router.norm import norm_scores
 from router.routers import (
     NormRouter,
     Router,
@@ -20,8 +19,6 @@ from router.routers import (
     SoftmaxRouter,
     build_router,
     select_experts,
-    sigmoid_scores,
-    softmax_scores,
 )
 
 __all__ = [
@@ -40,9 +37,6 @@ __all__ = [
     "layer_divergence",
     "load_imbalance",
     "norm_constant",
-    "norm_scores",
     "select_experts",
-    "sigmoid_scores",
-    "softmax_scores",
     "specialisation",
 ]

@@ -1,7 +1,6 @@
-"""NormRouter's arithmetic (Eq. M7 of docs/method.md, Eq. 7 of the paper) in two forms.
+"""NormRouter's arithmetic (Eq. M7 of docs/method.md, Eq. 7 of the paper), with a backward pass written by hand.
 
-`norm_scores` is the plain form, under autograd. `norm_route` is the fast form that training uses; its backward pass is
-written by hand.
+The scores are s_i = sigma * c * max(0, z_i / (||z||_2 + eps)).
 
 Letters: T tokens, M experts that the layer can choose from, K top-k.
 """
@@ -15,27 +14,8 @@ from torch.autograd.function import once_differentiable
 EPS = 1e-8  # of Eq. M7
 
 
-def norm_scores(logits_TM: Tensor, scale: Tensor, constant: float, expert_mask_M: Tensor | None = None) -> Tensor:
-    """Compute the scores s_i = sigma * c * max(0, z_i / (||z||_2 + eps)) of all experts, under autograd.
-
-    Args:
-        logits_TM: z, any float dtype.
-        scale: sigma, one element.
-        constant: c, from `norm_constant`.
-        expert_mask_M: bool; False excludes an expert, whose score is then 0 and whose logit is left out of ||z||.
-
-    Returns:
-        Scores (T, M), fp32. A row without a positive logit has scores 0 and gradients 0, never NaN.
-    """
-    logits_TM = logits_TM.float()
-    if expert_mask_M is not None:
-        logits_TM = logits_TM.masked_fill(~expert_mask_M, 0.0)
-    norm_T1: Tensor = torch.linalg.vector_norm(logits_TM, dim=-1, keepdim=True)
-    return logits_TM.relu() * (scale.float() * constant / (norm_T1 + EPS))
-
-
 def norm_route(
-    logits_TM: Tensor, sigma: Tensor, constant: float, top_k: int, normalized: bool, expert_mask_M: Tensor | None
+    logits_TM: Tensor, sigma: Tensor, constant: float, top_k: int, normalized: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute gate values, experts and mean scores of Eq. M7 and M14 without the (T, M) matrix of scores.
 
@@ -48,15 +28,12 @@ def norm_route(
         constant: c, from `norm_constant`.
         top_k: K.
         normalized: divide each token's scores by their sum before taking the mean; sigma and the norm then cancel.
-        expert_mask_M: as in `norm_scores`; an excluded expert is selected only after all others.
 
     Returns:
         (topk_scores_TK, topk_expert_ids_TK, mean_scores_M). The scores can be differentiated once; a row without a
         positive logit has gradient 0, never NaN. For rows with logits that are not finite see `broken_rows`.
     """
-    topk_scores_TK, ids_TK, mean_scores_M = _NormRoute.apply(
-        logits_TM, sigma, constant, top_k, normalized, expert_mask_M
-    )
+    topk_scores_TK, ids_TK, mean_scores_M = _NormRoute.apply(logits_TM, sigma, constant, top_k, normalized)
     return topk_scores_TK, ids_TK, mean_scores_M
 
 
@@ -82,24 +59,14 @@ class _NormRoute(torch.autograd.Function):
         topk_scores_TK = gain * r_w
         mean_scores_M = sum over tokens of weight * r / T, where weight is gain (raw) or 1 / sum of r (normalized)
 
-    Without a mask, forward and backward allocate one (T, M) buffer each, and only z is kept between them.
+    Forward and backward allocate one (T, M) buffer each, and only z is kept between them.
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        logits_TM: Tensor,
-        sigma: Tensor,
-        constant: float,
-        top_k: int,
-        normalized: bool,
-        expert_mask_M: Tensor | None,
+        ctx: Any, logits_TM: Tensor, sigma: Tensor, constant: float, top_k: int, normalized: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        if expert_mask_M is None:
-            winners_TK, ids_TK = logits_TM.topk(top_k, dim=-1)
-        else:
-            winners_TK, ids_TK = logits_TM.masked_fill(~expert_mask_M, float("-inf")).topk(top_k, dim=-1)
-            logits_TM = logits_TM.masked_fill(~expert_mask_M, 0.0)
+        winners_TK, ids_TK = logits_TM.topk(top_k, dim=-1)
         broken_T1 = broken_rows(logits_TM)
         ids_TK = replace_broken(ids_TK, broken_T1)
         winners_TK = winners_TK.relu_().masked_fill_(broken_T1, float("nan"))
@@ -148,7 +115,7 @@ class _NormRoute(torch.autograd.Function):
         along_T1 = torch.where(norm_T1 == 0, 0.0, d_gain_T1 / norm_T1) * inverse_T1 * gain_T1
         d_logits_TM.addcmul_(logits_TM, along_T1, value=-1)
         d_sigma = ctx.constant * (d_gain_T1 * inverse_T1).sum(dim=0)
-        return d_logits_TM, d_sigma, None, None, None, None
+        return d_logits_TM, d_sigma, None, None, None
 
 
 def _reciprocal(sum_T1: Tensor) -> Tensor:

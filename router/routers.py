@@ -38,28 +38,13 @@ class Routing(NamedTuple):
     z_loss: Tensor
 
 
-def softmax_scores(logits_TM: Tensor, expert_mask_M: Tensor | None = None) -> Tensor:
-    """Compute the softmax over all experts that the mask leaves, at least one (Eq. M9): (T, M), fp32."""
-    return _mask(logits_TM.float(), expert_mask_M).softmax(dim=-1)
-
-
-def sigmoid_scores(logits_TM: Tensor, expert_mask_M: Tensor | None = None) -> Tensor:
-    """Compute each expert's sigmoid, 0 for an excluded one (Eq. M10; arXiv:2408.15664): (T, M), fp32."""
-    return _mask(logits_TM.float(), expert_mask_M).sigmoid()
-
-
-def select_experts(preference_TM: Tensor, top_k: int, expert_mask_M: Tensor | None = None) -> Tensor:
+def select_experts(preference_TM: Tensor, top_k: int) -> Tensor:
     """Select the K experts with the largest preference, without gradient (Eq. M6).
 
     Returns:
-        Expert ids (T, K), int64, distinct within a row. An excluded expert comes only after all others. Which of equal
-        preferences wins depends on the device.
+        Expert ids (T, K), int64, distinct within a row. Which of equal preferences wins depends on the device.
     """
-    return _mask(preference_TM.detach(), expert_mask_M).topk(top_k, dim=-1).indices
-
-
-def _mask(values_TM: Tensor, expert_mask_M: Tensor | None) -> Tensor:
-    return values_TM if expert_mask_M is None else values_TM.masked_fill(~expert_mask_M, float("-inf"))
+    return preference_TM.detach().topk(top_k, dim=-1).indices
 
 
 def _normalize_per_token(scores_TM: Tensor) -> Tensor:
@@ -69,15 +54,10 @@ def _normalize_per_token(scores_TM: Tensor) -> Tensor:
 
 
 def _decide(
-    scores_TM: Tensor,
-    preference_TM: Tensor,
-    broken_T1: Tensor,
-    top_k: int,
-    normalized: bool,
-    expert_mask_M: Tensor | None,
+    scores_TM: Tensor, preference_TM: Tensor, broken_T1: Tensor, top_k: int, normalized: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (topk_scores_TK, topk_expert_ids_TK, mean_scores_M) under autograd; the K largest preferences win."""
-    ids_TK = replace_broken(select_experts(preference_TM, top_k, expert_mask_M), broken_T1)
+    ids_TK = replace_broken(select_experts(preference_TM, top_k), broken_T1)
     balanced_TM = _normalize_per_token(scores_TM) if normalized else scores_TM
     topk_scores_TK = scores_TM.gather(-1, ids_TK).masked_fill(broken_T1, float("nan"))
     return topk_scores_TK, ids_TK, balanced_TM.mean(dim=0)
@@ -114,34 +94,31 @@ class Router(nn.Module):
         """Draw the weight from N(0, std^2) with `generator`, which must be on the weight's device."""
         self.weight_MD.normal_(0.0, std, generator=generator)
 
-    def decide(self, logits_TM: Tensor, expert_mask_M: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def decide(self, logits_TM: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return (topk_scores_TK, topk_expert_ids_TK, mean_scores_M) of `Routing`, from fp32 logits."""
         raise NotImplementedError
 
-    def forward(self, h_TD: Tensor, expert_mask_M: Tensor | None = None) -> Routing:
+    def forward(self, h_TD: Tensor) -> Routing:
         """Route T >= 1 tokens.
 
         Leave autocast before the backward pass; within it, torch would compute the weight's gradient in bf16.
 
         Args:
             h_TD: hidden states, any float dtype.
-            expert_mask_M: bool; False excludes an expert, and at least one must stay.
         """
         with torch.autocast(h_TD.device.type, enabled=False):
             logits_TM = F.linear(h_TD.float(), self.weight_MD.float())
-            topk_scores_TK, ids_TK, mean_scores_M = self.decide(logits_TM, expert_mask_M)
+            topk_scores_TK, ids_TK, mean_scores_M = self.decide(logits_TM)
             return Routing(
                 topk_scores_TK=topk_scores_TK,
                 topk_expert_ids_TK=ids_TK,
                 tokens_per_expert_M=_count_tokens(ids_TK, len(self.weight_MD)),
                 mean_scores_M=mean_scores_M,
-                z_loss=self._z_loss(logits_TM, expert_mask_M),
+                z_loss=self._z_loss(logits_TM),
             )
 
-    def _z_loss(self, logits_TM: Tensor, expert_mask_M: Tensor | None) -> Tensor:
-        if not self.has_z_loss:
-            return logits_TM.new_zeros(())
-        return _mask(logits_TM, expert_mask_M).logsumexp(dim=-1).square().mean()
+    def _z_loss(self, logits_TM: Tensor) -> Tensor:
+        return logits_TM.logsumexp(dim=-1).square().mean() if self.has_z_loss else logits_TM.new_zeros(())
 
 
 class NormRouter(Router):
@@ -167,9 +144,8 @@ class NormRouter(Router):
         super().reset_parameters(std, generator)
         self.sigma.fill_(1.0)
 
-    def decide(self, logits_TM: Tensor, expert_mask_M: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        sigma = self.sigma.float()
-        return norm_route(logits_TM, sigma, self.constant, self.top_k, self.normalized, expert_mask_M)
+    def decide(self, logits_TM: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return norm_route(logits_TM, self.sigma.float(), self.constant, self.top_k, self.normalized)
 
 
 class SoftmaxRouter(Router):
@@ -178,9 +154,9 @@ class SoftmaxRouter(Router):
     Autograd computes its backward pass, because the matrix of scores is needed anyway.
     """
 
-    def decide(self, logits_TM: Tensor, expert_mask_M: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        scores_TM = softmax_scores(logits_TM, expert_mask_M)
-        return _decide(scores_TM, logits_TM, broken_rows(logits_TM), self.top_k, self.normalized, expert_mask_M)
+    def decide(self, logits_TM: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        scores_TM = logits_TM.softmax(dim=-1)
+        return _decide(scores_TM, logits_TM, broken_rows(logits_TM), self.top_k, self.normalized)
 
 
 class SigmoidBiasRouter(Router):
@@ -201,10 +177,10 @@ class SigmoidBiasRouter(Router):
         super().reset_parameters(std, generator)
         self.expert_bias_M.zero_()
 
-    def decide(self, logits_TM: Tensor, expert_mask_M: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        scores_TM = sigmoid_scores(logits_TM, expert_mask_M)
+    def decide(self, logits_TM: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        scores_TM = logits_TM.sigmoid()
         preference_TM = scores_TM + self.expert_bias_M
-        return _decide(scores_TM, preference_TM, broken_rows(logits_TM), self.top_k, self.normalized, expert_mask_M)
+        return _decide(scores_TM, preference_TM, broken_rows(logits_TM), self.top_k, self.normalized)
 
     @torch.no_grad()
     def update_bias(self, tokens_per_expert_M: Tensor, rate: float) -> None:

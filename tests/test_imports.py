@@ -94,7 +94,6 @@ def test_libraries_with_one_home() -> None:
     assert importers("torch.distributed") == {
         "trainer/cluster/process_groups.py",
         "trainer/cluster/rendezvous.py",
-        "trainer/train/trunk_rank.py",
     }
 
 

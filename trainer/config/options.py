@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
 set_option = click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key, as in --set train.steps=100."
 )
@@ -17,6 +19,12 @@ device_option = click.option(
 seed_option = click.option(
     "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the random numbers."
 )
+
+
+def count_option(name: str, help: str, default: int | None = None, metavar: str | None = None) -> Decorator:
+    """Make an option that takes a whole number of at least 1; without a default it is None."""
+    shown = default is not None
+    return click.option(name, type=click.IntRange(1), default=default, show_default=shown, metavar=metavar, help=help)
 
 
 def recipe_arguments(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,1 +1,1 @@
-"""DeepSpeed, in one place."""
+"""DeepSpeed, and the experts of a rank."""

@@ -1,7 +1,8 @@
-"""The JSON that DeepSpeed reads for a role: that of `ds_configs/`, filled from the recipe."""
+"""The configuration that DeepSpeed reads for a role: a file of `ds_configs/`, filled in from the recipe."""
 
 from __future__ import annotations
 
+import math
 from importlib import resources
 from importlib.util import find_spec
 from typing import Any
@@ -11,21 +12,23 @@ from trainer.common.strict_json import loads
 from trainer.config.recipe import Recipe
 
 _LARGEST_BUCKET = 500_000_000
-"""Elements of a reduction at once: DeepSpeed's default. It allocates a buffer of that size every step."""
+"""Elements reduced at once, DeepSpeed's default. DeepSpeed allocates a buffer of that size in every step."""
 
 
 def deepspeed_config(recipe: Recipe, role: str, role_size: int, parameters: int) -> dict[str, Any]:
-    """The JSON of ds_configs/ for `role` ("trunk" or "pool") at its ZeRO stage, every "auto" filled by the recipe.
+    """Return the configuration of ds_configs/ for a role at its ZeRO stage, with every "auto" filled in.
 
     Args:
-        parameters: elements of the role's module; a reduction's buffer is no larger.
+        role: "trunk" or "pool".
+        role_size: number of ranks of the role's group.
+        parameters: elements of the role's module, which bound the reduction's buffer.
     """
     stage = recipe.parallel.trunk_zero if role == "trunk" else recipe.parallel.pool_zero
     text = (resources.files("ds_configs") / f"{role}_zero{stage}.json").read_text()
     config: dict[str, Any] = loads(text)
     t = recipe.train
-    warmup = max(2, round(t.warmup_fraction * t.steps))
-    # DeepSpeed sees one flush a step: a "micro-batch" of its own is all that a rank does between two steps.
+    warmup = _warmup_steps(recipe)
+    # Gradients are reduced once per step: DeepSpeed's "micro-batch" is all that a rank does between two steps.
     per_rank = max(1, t.global_batch // role_size)
     _fill(config, train_batch_size=per_rank * role_size, train_micro_batch_size_per_gpu=per_rank)
     _fill(config, gradient_clipping=t.clip)
@@ -37,7 +40,7 @@ def deepspeed_config(recipe: Recipe, role: str, role_size: int, parameters: int)
         warmup_min_ratio=1 / warmup,
         cos_min_ratio=t.min_lr / t.lr,
     )
-    # DeepSpeed wants a multiple of twice the ranks.
+    # DeepSpeed requires a multiple of twice the ranks.
     bucket = -(-min(parameters, _LARGEST_BUCKET) // (2 * role_size)) * 2 * role_size
     _fill(config["zero_optimization"], reduce_bucket_size=bucket, allgather_bucket_size=bucket)
     if role == "trunk":
@@ -45,10 +48,24 @@ def deepspeed_config(recipe: Recipe, role: str, role_size: int, parameters: int)
     return config
 
 
+def scheduled_rate(recipe: Recipe, updates: int) -> float:
+    """Return the learning rate after `updates` optimizer steps, as DeepSpeed's WarmupCosineLR computes it."""
+    t, warmup = recipe.train, _warmup_steps(recipe)
+    if updates < warmup:
+        return t.lr * (1 / warmup + updates / warmup * (1 - 1 / warmup))
+    progress = min(1.0, (updates - warmup + 1) / max(1, t.steps - warmup))
+    cosine = (1 + math.cos(math.pi * progress)) / 2
+    return t.min_lr + (t.lr - t.min_lr) * cosine
+
+
+def _warmup_steps(recipe: Recipe) -> int:
+    return max(2, round(recipe.train.warmup_fraction * recipe.train.steps))
+
+
 def _fill_monitors(config: dict[str, Any], recipe: Recipe) -> None:
     m = recipe.metrics
     if m.wandb and find_spec("wandb") is None:
-        raise UserError(f"metrics.wandb = {m.wandb}: wandb is not installed here: pip install wandb")
+        raise UserError(f"metrics.wandb = {m.wandb}: wandb is not installed: pip install wandb")
     _fill(config["tensorboard"], enabled=m.tensorboard, output_path=recipe.run.dir, job_name="tensorboard")
     _fill(config["csv_monitor"], enabled=m.csv, output_path=recipe.run.dir, job_name="csv")
     _fill(config["wandb"], enabled=m.wandb is not None, project=m.wandb or "")

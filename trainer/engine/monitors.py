@@ -1,4 +1,4 @@
-"""DeepSpeed's monitors (TensorBoard and whatever the JSON enables) on disks that are full or gone."""
+"""DeepSpeed's monitors (TensorBoard, CSV, Weights & Biases), protected from disks that are full or missing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from trainer.telemetry.console import say
 
 
 class Monitors:
-    """DeepSpeed's `monitor`, to which its engine writes too: a disk that is full or gone ends it, not training."""
+    """DeepSpeed's monitor, to which its engine writes too. A full or missing disk turns it off; training continues."""
 
     def __init__(self, monitor: Any):
         self._monitor = monitor
@@ -22,12 +22,15 @@ class Monitors:
         monitor.write_events, threading.excepthook = self._write, self._report_others
 
     def write(self, scalars: dict[str, float], step: int) -> None:
-        """Scalars of a step, but for those that are not finite; role rank 0 writes."""
+        """Write the finite scalars of a step. Only rank 0 of the role writes."""
         if self._monitor.enabled:
             self._write([(name, value, step) for name, value in scalars.items() if math.isfinite(value)])
 
     def write_image(self, name: str, draw: Callable[[], NDArray[np.uint8]], step: int) -> None:
-        """A picture (height x width x RGB) to TensorBoard; the other monitors know none. Not drawn if nobody looks."""
+        """Write a picture (height x width x RGB) to TensorBoard, the only monitor that has pictures.
+
+        `draw` is not called without TensorBoard.
+        """
         board = self._monitor.tb_monitor
         if self._monitor.enabled and board is not None:
             self._on_disk(lambda: board.summary_writer.add_image(name, draw(), step, dataformats="HWC"))
@@ -43,6 +46,6 @@ class Monitors:
             say(f"warning: TensorBoard and other monitors are off until the next start ({error.strerror})")
 
     def _report_others(self, failure: threading.ExceptHookArgs) -> None:
-        # TensorBoard's thread hands its exception on to the next `write_events`.
+        # TensorBoard's thread passes its exception on to the next `write_events`.
         if not type(failure.thread).__module__.startswith("tensorboard."):
             self._report(failure)

@@ -1,8 +1,8 @@
-"""DeepSpeed's part of a role: engine, ZeRO, optimizer, schedule, clipping, monitors, checkpoint files.
+"""What DeepSpeed does for a role: engine, ZeRO, optimizer, schedule, clipping, monitors, checkpoint files.
 
-The only file that imports deepspeed. Each role is a DeepSpeed job of its own on its role-local torch world, and sees
-one flush of gradients a step. The engine is fp32 at every ZeRO stage: parameters are the fp32 master weights and
-`.grad` is the fp32 accumulator, while bf16 is how the trunk (autocast) and the experts compute.
+Only this file imports deepspeed. Each role is a DeepSpeed job of its own in its role's process group, with one
+reduction of gradients per step. The engine is fp32 at every ZeRO stage: parameters are the fp32 master weights, and
+`.grad` is the fp32 accumulator. The trunk (by autocast) and the experts may compute in bf16 nevertheless.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from torch import Tensor, nn
 
 from trainer.common.safe_read import read_tensors
 from trainer.config.recipe import Recipe
-from trainer.engine.ds_config import deepspeed_config
+from trainer.engine.ds_config import deepspeed_config, scheduled_rate
 from trainer.engine.monitors import Monitors
 from trainer.model.trunk import parameter_groups
 
 CHECKPOINT_TAG = "state"
-"""DeepSpeed's name for the folder inside a role's."""
+"""Name of DeepSpeed's folder inside the role's folder of a checkpoint."""
 
 
 def _import_deepspeed() -> Any:
-    """Import deepspeed quietly, such that it compiles nothing.
+    """Import deepspeed quietly, without letting it compile anything.
 
-    Its first start on CPU would build an extension for a minute, and a process killed meanwhile leaves a lock on which
-    every later start hangs; the extension only speeds up collectives that are not used here.
+    Its first start on a CPU would build an extension for a minute, and a process killed meanwhile would leave a lock on
+    which every later start hangs. The extension only speeds up collectives that are not used here.
     """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -48,7 +48,7 @@ def _import_deepspeed() -> Any:
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     _import_muon()
-    # DeepSpeed would run whatever a checkpoint's files say; torch overrules that, and lets these types in them through.
+    # DeepSpeed would execute what checkpoint files contain. torch refuses that, except for these types.
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
     torch.serialization.add_safe_globals([LossScaler, ZeroStageEnum, fragment_address])
@@ -57,9 +57,9 @@ def _import_deepspeed() -> Any:
 
 
 def _import_muon() -> None:
-    """Import DeepSpeed's Muon, which every engine does and none of ours uses, without torch's compiler.
+    """Import DeepSpeed's Muon, which every engine imports and ours never use, without loading torch's compiler.
 
-    It asks for a compiled function as it is imported, and to load the compiler for that takes a second and more.
+    Muon compiles a function on import, and loading the compiler for it takes more than a second.
     """
     before = os.environ.get("TORCHDYNAMO_DISABLE")
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
@@ -73,7 +73,7 @@ def _import_muon() -> None:
 
 @dataclass(frozen=True)
 class ParameterState:
-    """A whole parameter and its AdamW moments: fp32, of the parameter's shape."""
+    """A whole parameter and its AdamW moments, fp32, each in the parameter's shape."""
 
     weight: Tensor
     exp_avg: Tensor
@@ -81,15 +81,15 @@ class ParameterState:
 
 
 class RoleEngine:
-    """A role's module in its DeepSpeed engine.
+    """The module of a role in its DeepSpeed engine.
 
-    A step is: `with engine.accumulating(): ...` (any number of backward passes, or gradients put into `.grad`), at
-    whose end the gradients are averaged over the role's world, once; `grad_norm_squared()`; `step(total_norm)`.
+    A step consists of `with engine.accumulating(): ...`, with any number of backward passes inside, at whose end the
+    gradients are averaged over the role's ranks; `grad_norm_squared()`; and `step(total_norm)`.
 
     Args:
-        module: its parameters are fp32 and on their device.
+        module: with fp32 parameters on their device.
         role: "trunk" or "pool".
-        role_size: ranks of the role's world.
+        role_size: number of ranks of the role's group.
     """
 
     def __init__(self, module: nn.Module, recipe: Recipe, role: str, role_size: int):
@@ -104,12 +104,41 @@ class RoleEngine:
             dist_init_required=False,
         )
         self.monitors = Monitors(self._engine.monitor)
+        self._total_norm = math.nan
+        self._replace_internals()
         # DeepSpeed leaves the schedule before its first step, where the learning rate is 0.
         self._schedule.step()
 
+    def _replace_internals(self) -> None:
+        """Replace what DeepSpeed offers no interface for. `tests/trainer/engine/test_role_engine.py` checks all of it.
+
+        Gradients are clipped by the norm over both roles instead of the role's own. Checkpoint files are read safely,
+        and written by the caller of `save`.
+        """
+        if self.stage == 0:
+            self._replace(self._engine, "clip_fp32_gradients", self._clip_gradients)
+        elif self.stage == 3:
+            self._own_norms = self._replace(self._optimizer, "_get_norm_groups", lambda: [self._deepspeed_norm()])
+        else:
+            name = "scaled_global_norm"
+            self._own_norm = self._replace(self._optimizer, name, lambda norm_type=2: self._deepspeed_norm())
+        files = self._engine.checkpoint_engine
+        self._replace(files, "load", lambda path, map_location=None: read_tensors(path, map_location))
+        self._replace(files, "makedirs", lambda path, exist_ok=False: None)  # the writer creates folders
+        self._replace(files, "save", self._save_file)
+        # It would copy DeepSpeed's scripts at once, and fail on a full disk; `export` does what they are for.
+        self._replace(self._engine, "_copy_recovery_script", lambda path: None)
+
+    @staticmethod
+    def _replace(owner: Any, name: str, function: Callable[..., Any]) -> Any:
+        """Replace a method of one object, and return the original."""
+        original = getattr(owner, name)
+        setattr(owner, name, function)
+        return original
+
     @contextmanager
     def accumulating(self) -> Iterator[None]:
-        """Backward passes inside add to `.grad`; at the end comes the step's one reduction (a mean over the world)."""
+        """Let backward passes inside add to `.grad`, and average the gradients over the role's ranks at the end."""
         if self.stage == 0:
             yield
             self._fill_missing_gradients()
@@ -121,108 +150,97 @@ class RoleEngine:
                 self._fill_missing_gradients()
 
     def _fill_missing_gradients(self) -> None:
-        """Zeros where no gradient came: replicas with different sets of gradients would be reduced wrongly."""
+        """Add zeros where there is no gradient: replicas must reduce the same set of gradients."""
         for parameter in self.module.parameters():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
 
     def grad_norm_squared(self) -> float:
-        """Square of the norm of the role's averaged gradients, the same on all its ranks; inf if it is not finite."""
+        """Return the squared norm of the role's averaged gradients, the same on all its ranks; inf if not finite."""
         if self.stage == 0:
             gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
             norm = float(torch.nn.utils.get_total_norm(gradients))
         elif self.stage == 3:
-            from deepspeed.runtime.utils import combine_grad_norm_groups  # beside the optimizer that this serves
+            from deepspeed.runtime.utils import combine_grad_norm_groups
 
-            norm = float(combine_grad_norm_groups(type(self._optimizer)._get_norm_groups(self._optimizer)))
+            norm = float(combine_grad_norm_groups(self._own_norms()))
         else:
-            norm = float(type(self._optimizer).scaled_global_norm(self._optimizer))
-        # DeepSpeed's optimizers report a norm that is not finite as -1.
+            norm = float(self._own_norm())
+        # DeepSpeed's optimizers return -1 for a norm that is not finite.
         return norm * norm if norm >= 0 and math.isfinite(norm) else math.inf
 
     def step(self, total_norm: float) -> bool:
-        """Clip by `total_norm`, the norm over all roles, and step; or skip the step if that is not finite.
+        """Clip by `total_norm`, the norm over all roles, and step; skip the step if that is not finite.
 
-        Returns whether the step was applied. Gradients are gone afterwards, and the schedule moved on if it was.
+        Returns:
+            Whether the step was applied. Gradients are gone afterwards, and the schedule has moved on if it was.
         """
-        if self.stage == 0:
-            return self._plain_step(total_norm)
-        norm = torch.tensor(total_norm if math.isfinite(total_norm) else -1.0, device=self._device)
-        # At ZeRO the optimizer asks itself for the norm that it clips by; it is told the one over both roles.
-        if self.stage == 3:
-            self._optimizer._get_norm_groups = lambda: [norm]
-        else:
-            self._optimizer.scaled_global_norm = lambda norm_type=2: norm
-        self._engine.step()
-        return bool(self._engine.was_step_applied())
-
-    def _plain_step(self, total_norm: float) -> bool:
-        if not math.isfinite(total_norm):
+        self._total_norm = total_norm
+        if self.stage == 0 and not math.isfinite(total_norm):
             self._engine.zero_grad()
             return False
-        self._engine.clip_fp32_gradients = lambda: self._scale_gradients(self._clip / (total_norm + 1e-6))
         self._engine.step()
-        return True
+        return self.stage == 0 or bool(self._engine.was_step_applied())
 
-    def _scale_gradients(self, factor: float) -> None:
+    def _deepspeed_norm(self) -> Tensor:
+        """Return the norm over all roles as DeepSpeed's ZeRO optimizers expect it."""
+        norm = self._total_norm if math.isfinite(self._total_norm) else -1.0
+        return torch.tensor(norm, device=next(self.module.parameters()).device)
+
+    def _clip_gradients(self) -> None:
+        factor = self._clip / (self._total_norm + 1e-6)
         if factor < 1:
             for parameter in self.module.parameters():
                 if parameter.grad is not None:
                     parameter.grad.mul_(factor)
 
     @property
-    def _device(self) -> torch.device:
-        return next(self.module.parameters()).device
-
-    @property
     def learning_rate(self) -> float:
-        """The rate of the next step."""
+        """Learning rate of the next step."""
         return float(self._optimizer.param_groups[0]["lr"])
 
     @property
     def updates(self) -> int:
-        """Steps that were applied since the beginning of the run: where the schedule is."""
+        """Optimizer steps applied since the beginning of the run, which is the position in the schedule."""
         return int(self._schedule.last_batch_iteration)
 
     def save(self, folder: Path, write: Callable[[Path, Any], None]) -> None:
-        """Give this rank's files of the role's checkpoint, copied to the host, to `write(path, state)`.
+        """Pass this rank's files of the role's checkpoint, copied to the host, to `write(path, state)`.
 
-        Called by all ranks of the role.
+        A collective of the role's ranks.
         """
-        from deepspeed.checkpoint.utils import clone_tensors_for_torch_save
-
-        files = self._engine.checkpoint_engine
-        files.makedirs = lambda path, exist_ok=False: None  # whoever writes makes them
-        files.save = lambda state_dict, path: write(Path(path), clone_tensors_for_torch_save(state_dict))
-        # Its scripts would be copied at once, and fail on a full disk; `export` does what they are for.
-        self._engine._copy_recovery_script = lambda path: None
+        self._write = write
         self._engine.save_checkpoint(str(folder), tag=CHECKPOINT_TAG, save_latest=False)
 
+    def _save_file(self, state_dict: Any, path: str) -> None:
+        from deepspeed.checkpoint.utils import clone_tensors_for_torch_save
+
+        self._write(Path(path), clone_tensors_for_torch_save(state_dict))
+
     def load(self, folder: Path) -> None:
-        """Load what `save` wrote, in the same layout. Learning rate, decay and so on stay the recipe's."""
+        """Load what `save` wrote in the same layout. Learning rate, weight decay and so on stay the recipe's."""
         groups = self._optimizer.param_groups
         own = [{key: value for key, value in group.items() if key != "params"} for group in groups]
-        self._engine.checkpoint_engine.load = lambda path, map_location=None: read_tensors(path, map_location)
         path, _ = self._engine.load_checkpoint(str(folder), tag=CHECKPOINT_TAG)
         assert path is not None, f"no checkpoint in {folder}"
         for group, values in zip(self._optimizer.param_groups, own, strict=True):
             group.update(values)
         if self.stage in (1, 2):
             self._optimizer.clip_grad = self._clip
-        # The rate of the next step, from the recipe's schedule.
+        # Set the learning rate of the next step, from the recipe's schedule.
         self._schedule.step(self._schedule.last_batch_iteration)
 
     @torch.no_grad()
     def load_resharded(
         self, read: Callable[[str], ParameterState], buffers: dict[str, Tensor], updates: int, fresh: bool = False
     ) -> None:
-        """Load a state that another layout saved. Called by all ranks of the role.
+        """Load a state that was saved in another layout. A collective of the role's ranks.
 
         Args:
-            read: the whole state of a parameter, by its name in the module.
+            read: returns the whole state of a parameter, by its name in the module.
             buffers: the module's buffers, by name.
-            updates: how far the schedule is.
-            fresh: the moments are zeros, and their first update is still to come.
+            updates: optimizer steps applied.
+            fresh: whether the moments are zeros that have never been updated.
         """
         for name, buffer in self.module.named_buffers():
             buffer.copy_(buffers[name])
@@ -232,7 +250,7 @@ class RoleEngine:
         self._schedule.step(updates)
 
     def _make_moments(self, updates: int) -> None:
-        """Moments of zeros, which AdamW itself makes in its first step only."""
+        """Create moments of zeros, which AdamW itself creates in its first step only."""
         optimizer = self._optimizer
         if self.stage == 0:
             base, flats = optimizer, list(self.module.parameters())
@@ -254,7 +272,7 @@ class RoleEngine:
                 optimizer.set_local_hp_param(_partition_of(value, parameter), parameter, key)
             elif self.stage == 0:
                 (optimizer.state[parameter][key] if key else parameter).copy_(value)
-            elif parameter._hp_mapping is not None:  # a part of it is this rank's
+            elif parameter._hp_mapping is not None:  # this rank holds a part of it
                 parameter.set_full_hp_param(value, key)
         if self.stage == 3:
             parameter.ds_tensor.copy_(_partition_of(state.weight, parameter))
@@ -263,58 +281,52 @@ class RoleEngine:
 
 
 class FrozenRole:
-    """A role whose weights stay as they are: what a `RoleEngine` offers, without gradients and optimizer."""
+    """A role whose weights are frozen: a `RoleEngine` without gradients and optimizer.
+
+    Attributes:
+        updates: see `RoleEngine.updates`.
+    """
 
     def __init__(self, module: nn.Module, recipe: Recipe, role: str, role_size: int):
         deepspeed = _import_deepspeed()
         from deepspeed.monitor.config import get_monitor_config
         from deepspeed.monitor.monitor import MonitorMaster
-        from deepspeed.runtime import lr_schedules
 
         self.module = module.requires_grad_(False)
         self.stage = 0
-        config = deepspeed_config(recipe, role, role_size, 1)
+        self.updates = 0
+        self._recipe = recipe
         deepspeed.init_distributed(dist_init_required=False)
-        self.monitors = Monitors(MonitorMaster(get_monitor_config(config)))
-        # The other role's rate, for those who ask this one.
-        self._optimizer = torch.optim.SGD([torch.zeros(1)], recipe.train.lr)
-        schedule = getattr(lr_schedules, config["scheduler"]["type"])
-        self._schedule = schedule(self._optimizer, **config["scheduler"]["params"])
-        self._schedule.step()
+        self.monitors = Monitors(MonitorMaster(get_monitor_config(deepspeed_config(recipe, role, role_size, 1))))
 
     @contextmanager
     def accumulating(self) -> Iterator[None]:
-        """Nothing is added."""
+        """Accumulate nothing."""
         yield
 
     def grad_norm_squared(self) -> float:
-        """There are no gradients."""
+        """Return 0, because there are no gradients."""
         return 0.0
 
     def step(self, total_norm: float) -> bool:
-        """Only the schedule moves on, if the step counts."""
-        if math.isfinite(total_norm):
-            self._schedule.step()
-        return math.isfinite(total_norm)
+        """Count the step if the other role applies it."""
+        applied = math.isfinite(total_norm)
+        self.updates += applied
+        return applied
 
     @property
     def learning_rate(self) -> float:
-        """The rate of the next step."""
-        return float(self._optimizer.param_groups[0]["lr"])
-
-    @property
-    def updates(self) -> int:
-        """Steps that were applied since the beginning of the run: where the schedule is."""
-        return int(self._schedule.last_batch_iteration)
+        """Learning rate of the other role's next step."""
+        return scheduled_rate(self._recipe, self.updates)
 
     def save(self, folder: Path, write: Callable[[Path, Any], None]) -> None:
-        """One file for the role, of the form that DeepSpeed's has without ZeRO."""
+        """Write one file for the role, in the format that DeepSpeed uses without ZeRO."""
         if torch.distributed.get_rank() == 0:
             state = {
                 "module": {name: value.cpu().clone() for name, value in self.module.state_dict().items()},
                 "buffer_names": [name for name, _ in self.module.named_buffers()],
                 "optimizer": None,
-                "lr_scheduler": self._schedule.state_dict(),
+                "lr_scheduler": {"last_batch_iteration": self.updates},
             }
             write(folder / CHECKPOINT_TAG / "mp_rank_00_model_states.pt", state)
 
@@ -322,31 +334,31 @@ class FrozenRole:
         """Load what `save` wrote."""
         state = read_tensors(folder / CHECKPOINT_TAG / "mp_rank_00_model_states.pt")
         self.module.load_state_dict(state["module"])
-        self._schedule.step(state["lr_scheduler"]["last_batch_iteration"])
+        self.updates = state["lr_scheduler"]["last_batch_iteration"]
 
     @torch.no_grad()
     def load_resharded(
         self, read: Callable[[str], ParameterState], buffers: dict[str, Tensor], updates: int, fresh: bool = False
     ) -> None:
-        """See `RoleEngine.load_resharded`; moments are not kept."""
+        """Load a state that was saved in another layout, without its moments; see `RoleEngine.load_resharded`."""
         for name, buffer in self.module.named_buffers():
             buffer.copy_(buffers[name])
         for name, parameter in self.module.named_parameters():
             parameter.copy_(read(name).weight)
-        self._schedule.step(updates)
+        self.updates = updates
 
 
 Engine = RoleEngine | FrozenRole
 
 
 def build_engine(module: nn.Module, recipe: Recipe, role: str, role_size: int) -> Engine:
-    """The engine of a role; see `RoleEngine`."""
+    """Return the engine of a role; see `RoleEngine` for the arguments."""
     frozen = recipe.train.freeze == role
     return FrozenRole(module, recipe, role, role_size) if frozen else RoleEngine(module, recipe, role, role_size)
 
 
 def _partition_of(value: Tensor, parameter: Any) -> Tensor:
-    """This rank's part of a whole tensor, cut as ZeRO-3 cut `parameter`, with zeros behind the end."""
+    """Return this rank's part of a whole tensor, partitioned as ZeRO-3 partitions `parameter`, padded with zeros."""
     size, rank = parameter.ds_tensor.numel(), torch.distributed.get_rank()
     flat = F.pad(value.flatten(), (0, max(0, size * (rank + 1) - value.numel())))
     return flat[size * rank : size * (rank + 1)]
@@ -355,13 +367,13 @@ def _partition_of(value: Tensor, parameter: Any) -> Tensor:
 def to_universal(folder: Path, target: Path) -> None:
     """Convert what `RoleEngine.save` wrote at ZeRO 1, 2 or 3 into DeepSpeed's universal format.
 
-    Afterwards `target/zero/NAME/{fp32,exp_avg,exp_avg_sq,step}.pt` holds every parameter whole.
+    Afterwards `target/zero/NAME/{fp32,exp_avg,exp_avg_sq,step}.pt` hold every parameter whole.
     """
     _import_deepspeed()
     from deepspeed.checkpoint.ds_to_universal import main
 
     for file in sorted((folder / CHECKPOINT_TAG).glob("*.pt")):
-        read_tensors(file, mmap=True)  # says which one is to be refused; the conversion would not
+        read_tensors(file, mmap=True)  # names a file that must be refused, which the conversion does not
 
     options = argparse.Namespace(
         input_folder=str(folder / CHECKPOINT_TAG),

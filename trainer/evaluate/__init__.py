@@ -6,6 +6,5 @@ loss      loss, perplexity and bits per byte of the validation split or of a tex
 tasks     scores of lm-evaluation-harness
 scores    what these scores are, and their table
 options   the options of commands that score tasks
-record    eval.json
-commands  `eval` on the command line
+commands  `eval` on the command line, and eval.json
 """

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from trainer.common.atomic import atomic_write
 from trainer.common.errors import UserError
-from trainer.common.strict_json import dumps, name_not_finite
+from trainer.common.strict_json import dumps, loads, name_not_finite
 from trainer.common.tables import print_tables
-from trainer.config.options import device_option, json_option
+from trainer.config.options import count_option, device_option, json_option
 from trainer.evaluate.options import TaskOptions, task_options
 
 if TYPE_CHECKING:
@@ -28,11 +29,8 @@ if TYPE_CHECKING:
     metavar="FILE",
     help="Compute the loss on this text, in any format of data.source.",
 )
-@click.option(
-    "--batches",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="Global batches of held-out text.  [without --tasks and --text; default: the recipe's eval.batches]",
+@count_option(
+    "--batches", "Global batches of held-out text.  [without --tasks and --text; default: the recipe's eval.batches]"
 )
 @device_option
 @click.option(
@@ -79,7 +77,6 @@ def evaluate(
 
         loaded_tasks = Tasks(tasks)  # first, because the harness may not be installed
     from trainer.evaluate.loss import text_loss, validation_loss
-    from trainer.evaluate.record import save_result
     from trainer.export.loaded_model import finite_outputs, load_model
 
     result: Scores | TextLoss
@@ -97,6 +94,24 @@ def evaluate(
         else:
             print(f"{loaded.path}: {loaded.name}")
             print_tables(*result.tables(), notes=result.notes())
-        saved = save_result(loaded.folder, loaded.name, what, record)
+        saved = _save_result(loaded.folder, loaded.name, what, record)
         if not as_json:
             print(f"saved {saved}")
+
+
+def _save_result(folder: Path, checkpoint: str, what: str, result: dict[str, Any]) -> Path:
+    """Store a result in eval.json under the keys `checkpoint` and `what`; return the file's path.
+
+    Raises:
+        UserError: eval.json is something else, or cannot be written.
+    """
+    path = folder / "eval.json"
+    try:
+        record = loads(path.read_text()) if path.exists() else {}
+        record.setdefault(checkpoint, {})[what] = result
+        atomic_write(path, lambda partial: partial.write_text(dumps(record, indent=2) + "\n"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); the result is printed above") from None
+    except (ValueError, AttributeError, TypeError):
+        raise UserError(f"{path}: is not a record of `eval`; move it away (the result is printed above)") from None
+    return path

@@ -39,13 +39,11 @@ class TextLoss:
     """How well a model predicts a text.
 
     Attributes:
-        loss: Mean cross-entropy in nats per predicted token.
-        perplexity: exp(loss).
-        tokens: Number of predicted tokens.
-        bytes: Size of the text in UTF-8; an estimate for the validation split.
-        bits_per_byte: Cross-entropy of all predicted tokens in bits, over `bytes`.
-        window: Tokens per window.
-        precision: Precision of the computation.
+        loss: The mean cross-entropy in nats per predicted token.
+        tokens: The number of predicted tokens.
+        bytes: The size of the text in UTF-8; an estimate for the validation split.
+        bits_per_byte: The cross-entropy of all predicted tokens in bits, over `bytes`.
+        window: The number of tokens in a window.
     """
 
     loss: float
@@ -70,12 +68,7 @@ class TextLoss:
 
 
 def validation_loss(loaded: LoadedModel, batches: int | None, batch_size: int) -> TextLoss:
-    """Compute a run's loss on its validation split, as training does.
-
-    Args:
-        loaded: The model of a run.
-        batches: Maximum number of global batches; by default the recipe's `eval.batches`.
-        batch_size: Windows per forward pass.
+    """Compute a run's loss on its validation split, as training does; `batches` defaults to the recipe's.
 
     Raises:
         UserError: The model is an export, or the run's data are missing or have changed.
@@ -100,12 +93,7 @@ def validation_loss(loaded: LoadedModel, batches: int | None, batch_size: int) -
 
 
 def text_loss(loaded: LoadedModel, file: Path, batch_size: int) -> TextLoss:
-    """Compute the loss on a text.
-
-    Args:
-        loaded: The model.
-        file: A text in any format of `data.source`; a plain-text file is one document.
-        batch_size: Windows per forward pass.
+    """Compute the loss on a text in any format of `data.source`; a plain-text file is one document.
 
     Raises:
         UserError: The file cannot be read, or has fewer than two tokens.
@@ -142,8 +130,8 @@ def total_loss(
     Args:
         loaded: The model.
         rows: Token ids, int64, (S + 1,) each.
-        count: The number of rows, for the progress bar.
-        batch_size: Rows per forward pass.
+        count: The number of rows.
+        batch_size: The number of rows in a forward pass.
         end: The id of the token that ends a document, if attention stays within documents.
     """
     nats, tokens = 0.0, 0

@@ -11,19 +11,12 @@ from typing import Any
 import click
 
 from trainer.common.errors import UserError
+from trainer.config.options import count_option
 
 
 @dataclass(frozen=True)
 class TaskOptions:
-    """Which tasks to score, and how.
-
-    Attributes:
-        names: The tasks; empty if --tasks was not given.
-        num_fewshot: The number of solved examples before each question.
-        limit: The maximum number of examples of a task; None for all.
-        include_path: A folder with task files of the user's own.
-        batch_size: The number of sequences in a forward pass.
-    """
+    """The values of the options; `names` is empty without --tasks."""
 
     names: list[str]
     num_fewshot: int
@@ -38,25 +31,17 @@ def task_options(command: Callable[..., None]) -> Callable[..., None]:
     @click.option("--tasks", metavar="TASK,...", help="Score tasks of lm-evaluation-harness.")
     @click.option(
         "--num-fewshot",
-        type=click.IntRange(min=0),
-        metavar="N",
-        help="Solved examples before each question.  [with --tasks; default: 0]",
+        type=click.IntRange(0),
+        help="Solved examples before a question.  [with --tasks; default: 0]",
     )
-    @click.option(
-        "--limit",
-        type=click.IntRange(min=1),
-        metavar="N",
-        help="Use only the first N examples of each task.  [with --tasks]",
-    )
+    @count_option("--limit", "Use only the first N examples of each task.  [with --tasks]", metavar="N")
     @click.option(
         "--include-path",
         type=click.Path(path_type=Path),
         metavar="FOLDER",
         help="Folder with your own task files (YAML), which take precedence.  [with --tasks]",
     )
-    @click.option(
-        "--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Sequences per forward pass."
-    )
+    @count_option("--batch-size", "Sequences per forward pass.", 8)
     @wraps(command)
     def with_tasks(
         tasks: str | None,

@@ -29,11 +29,8 @@ class TaskScores:
     """The scores of a task or of a group of tasks.
 
     Attributes:
-        task: The name of the task.
-        examples: The number of questions.
         num_fewshot: The number of solved examples before each question; None for a group.
-        version: The version of the task, if it has one.
-        metrics: The scores by the harness's names.
+        metrics: The scores, by the harness's names.
         part: Whether the task belongs to a group that is also listed.
     """
 
@@ -50,12 +47,10 @@ class Scores:
     """A model's scores on all tasks.
 
     Attributes:
-        tasks: The scores of each task.
         mean: Unweighted means of `acc` and `acc_norm` over the `tasks` that have an accuracy. A group counts once;
             `acc` replaces a missing `acc_norm`. Empty if no task has an accuracy.
-        limit: The maximum number of examples of a task, if there was one.
+        limit: The maximum number of examples of a task; None for all.
         cut: The number of requests that were longer than the model's window and lost their beginning.
-        precision: The precision of the computation.
         harness: The version of lm-evaluation-harness.
     """
 

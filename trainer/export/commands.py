@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +10,7 @@ import click
 
 from trainer.common.errors import UserError
 from trainer.common.strict_json import dumps
-from trainer.config.options import json_option, seed_option
+from trainer.config.options import count_option, json_option, seed_option
 
 if TYPE_CHECKING:
     from trainer.export.write import Format
@@ -62,7 +61,7 @@ def export(run: Path, out: Path, form: Format, dtype: str, as_json: bool) -> Non
 @click.command()
 @click.argument("source", type=click.Path(path_type=Path))
 @click.option("--prompt", required=True, help="Text to continue; - reads it from stdin.")
-@click.option("--tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Maximum new tokens.")
+@count_option("--tokens", "Maximum new tokens.", 128)
 @click.option(
     "--temperature",
     type=click.FloatRange(min=0),
@@ -70,7 +69,7 @@ def export(run: Path, out: Path, form: Format, dtype: str, as_json: bool) -> Non
     show_default=True,
     help="Temperature of sampling; 0 takes the most likely token.",
 )
-@click.option("--top-k", type=click.IntRange(min=1), help="Sample from the K most likely tokens.  [default: all]")
+@count_option("--top-k", "Sample from the K most likely tokens.  [default: all]", metavar="K")
 @click.option(
     "--top-p",
     type=click.FloatRange(min=0, max=1, min_open=True),
@@ -101,6 +100,6 @@ def generate(source: Path, prompt: str, as_json: bool, **sampling: float) -> Non
 
     made = run_model(source, text, stream=not as_json, **sampling)  # type: ignore[arg-type]
     if as_json:
-        print(dumps(asdict(made)))
+        print(dumps(made))
         return
-    print(f"{made.tokens} tokens, {made.tokens / made.seconds:,.0f} tokens/s", file=sys.stderr)
+    print(f"{made['tokens']} tokens, {made['tokens'] / made['seconds']:,.0f} tokens/s", file=sys.stderr)

@@ -53,11 +53,7 @@ class StoredTensors:
             raise UserError(f"{path}: damaged file ({first_line(error)}); export the run again") from error
 
     def check(self, required: Mapping[str, Shape], source: str) -> None:
-        """Check that the export has exactly the required tensors.
-
-        Args:
-            required: The shapes of the tensors, by name.
-            source: What requires them, for the error message.
+        """Check that the export has exactly the tensors and shapes that `source` requires.
 
         Raises:
             UserError: A tensor is missing, has another shape, or is not required.

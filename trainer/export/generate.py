@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,44 +14,23 @@ from trainer.common.errors import UserError
 from trainer.export.loaded_model import finite_outputs, load_model
 
 
-@dataclass(frozen=True)
-class Generated:
-    """A continuation of a prompt.
-
-    Attributes:
-        prompt: The text that was continued.
-        text: The continuation.
-        tokens: The number of new tokens.
-        seconds: The time from the prompt to the last token, without loading the model.
-    """
-
-    prompt: str
-    text: str
-    tokens: int
-    seconds: float
-
-
 def generate(
-    source: Path,
-    prompt: str,
-    tokens: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float,
-    seed: int,
-    stream: bool,
-) -> Generated:
+    source: Path, prompt: str, tokens: int, temperature: float, top_k: int | None, top_p: float, seed: int, stream: bool
+) -> dict[str, Any]:
     """Continue a prompt up to the end of the document, with a KV cache.
 
     Args:
         source: A run, a checkpoint of it, or an export of format hf.
         prompt: The text to continue.
-        tokens: The maximum number of new tokens; fewer if the model's window is full before.
+        tokens: The maximum number of new tokens; there are fewer if the model's window is full before.
         temperature: The temperature of sampling; 0 takes the most likely token.
         top_k: Sample from this many of the most likely tokens; None for all.
         top_p: Sample from the smallest set of tokens with this total probability.
         seed: The seed of sampling.
         stream: Print the prompt and the continuation to stdout while they are generated.
+
+    Returns:
+        The prompt, the continuation (`text`), the number of new tokens, and the seconds without loading the model.
 
     Raises:
         UserError: The source is none of these, or the prompt leaves no room in the model's window.
@@ -85,4 +63,5 @@ def generate(
         )
     seconds = time.perf_counter() - started
     new = made_1S[0, len(ids) :]
-    return Generated(prompt, tokenizer.decode(new, skip_special_tokens=True), len(new), seconds)
+    text = tokenizer.decode(new, skip_special_tokens=True)
+    return {"prompt": prompt, "text": text, "tokens": len(new), "seconds": seconds}

@@ -21,14 +21,12 @@ from trainer.export.saved_run import SavedRun, find_run, load_run
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model on its device, in evaluation mode, with its tokenizer.
+    """A causal language model of transformers on its device, in evaluation mode, and its tokenizer.
 
     Attributes:
-        path: What the user named: a run, a checkpoint, an export or a Hugging Face model.
-        model: A causal language model of transformers.
-        tokenizer: The model's tokenizer.
+        path: The path that the user gave.
         run: The checkpoint that the model comes from; None for an export or a Hugging Face model.
-        bf16_autocast: Whether to compute in bf16 with weights of another type, as training does.
+        bf16_autocast: Whether to compute in bf16 with weights of another type, as in training.
     """
 
     path: Path
@@ -55,7 +53,8 @@ class LoadedModel:
     @property
     def precision(self) -> str:
         """The precision of the computation: fp32, bf16 or fp16."""
-        return "bf16" if self.bf16_autocast else stored_precision(self.model)
+        stored = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(self.model.dtype, "fp32")
+        return "bf16" if self.bf16_autocast else stored
 
     def autocast(self) -> torch.autocast:
         """Return the context to call the model in."""
@@ -68,7 +67,7 @@ def load_model(
     """Load the newest checkpoint of a run, one of its checkpoints, or an export of format hf.
 
     Args:
-        path: The folder of the run, checkpoint or export.
+        path: Its folder.
         device: "cpu" or "cuda"; by default cuda if it is available.
         precision: "fp32" or "bf16"; by default the precision of the weights, which is fp32 for a run.
         as_trained: Whether the default is the run's `train.precision` instead.
@@ -84,7 +83,7 @@ def load_model(
         precision = run.recipe.train.precision
     if precision == "fp32":
         model.float()
-    bf16_autocast = precision == "bf16" and stored_precision(model) != "bf16"
+    bf16_autocast = precision == "bf16" and model.dtype != torch.bfloat16
     return LoadedModel(path, model.to(chosen).eval(), tokenizer, run, bf16_autocast)
 
 
@@ -96,23 +95,12 @@ def prepare_libraries() -> None:
         logging.disable_progress_bar()
 
 
-def stored_precision(model: Any) -> str:
-    """Return the precision of a model's weights: fp32, bf16 or fp16."""
-    return {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(model.dtype, "fp32")
-
-
 @contextmanager
 def finite_outputs(model: Any, name: str) -> Iterator[None]:
-    """Check every forward pass of a transformers model inside the `with` for NaN and infinity.
-
-    The device is synchronised once, at the end.
-
-    Args:
-        model: A causal language model.
-        name: The name of the model in the error message.
+    """Check every forward pass of a model inside the `with` for NaN and infinity; synchronise only at the end.
 
     Raises:
-        BrokenModel: At the end, if hidden states or logits were not finite. It replaces an error that this caused.
+        BrokenModel: Hidden states or logits were not finite. It replaces an error that this caused.
     """
     nonfinite: list[torch.Tensor] = []
 

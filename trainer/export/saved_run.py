@@ -108,13 +108,7 @@ class Weights:
 
 @contextmanager
 def open_weights(run: SavedRun, work: Path | None = None) -> Iterator[Weights]:
-    """Open the weights of a run's checkpoint.
-
-    Args:
-        run: The checkpoint to read.
-        work: Where to put temporary files, which a checkpoint partitioned by ZeRO needs; by default the system's
-            temporary folder.
-    """
+    """Open the weights of a checkpoint; `work` is where the partitions of ZeRO are put together temporarily."""
     with tempfile.TemporaryDirectory(dir=work, prefix=".unipool-") as folder:
         with _damage_reported(run.folder):
             convert(run.folder, Path(folder))

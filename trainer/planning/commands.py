@@ -9,14 +9,17 @@ from typing import TYPE_CHECKING
 import click
 
 from trainer.common.errors import UserError
+from trainer.common.format import plural
 from trainer.common.strict_json import dumps
 from trainer.config.options import json_option, recipe_arguments
 from trainer.config.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
+    from pool.placement import ShardSplit
     from trainer.planning.hardware import Hardware
+    from trainer.planning.schedule import ScheduleSpec
     from trainer.planning.step_time import StepTime
-    from trainer.planning.what_if import WhatIf
+    from trainer.planning.what_if import Variant
 
 
 @click.command()
@@ -82,19 +85,19 @@ def plan(
         checked = load_recipe(recipe, [*overrides, f"parallel.hardware={dumps(hardware)}"])
     report = make_cost_report(checked)
     predicted = _predict(checked, hardware, devices, interconnect) if hardware else None
-    found = _simulate(checked, loads, timeline) if simulate else None
+    simulated = _simulate(checked, loads, timeline) if simulate else None
     if as_json:
-        tree = report.to_json() | {"simulated": [asdict(variant) for variant in found.variants] if found else []}
+        tree = report.to_json() | {"simulated": [asdict(variant) for variant in simulated[1]] if simulated else []}
         if predicted:
             own, best, device = predicted
             tree["predicted"] = asdict(own) | {"hardware": asdict(device), "splits": [asdict(split) for split in best]}
         print(dumps(tree))
         return
     print_cost_report(report)
-    if found:
+    if simulated:
         from trainer.planning.what_if import print_what_if
 
-        print_what_if(found, in_seconds=checked.parallel.hardware is not None)
+        print_what_if(*simulated)
         if timeline:
             print(f"timeline: {timeline}")
     if predicted:
@@ -103,26 +106,28 @@ def plan(
         print_step_time(*predicted)
 
 
-def _simulate(recipe: Recipe, loads: Path | None, timeline: Path | None) -> WhatIf:
+def _simulate(
+    recipe: Recipe, loads: Path | None, timeline: Path | None
+) -> tuple[ScheduleSpec, list[Variant], list[ShardSplit]]:
     """Compare schedules, and draw the timeline of the recipe's own."""
     if recipe.grid.colocated:
         raise UserError("--simulate: parallel.pool_ranks = 0: a colocated pool has no ranks to overlap with the trunk")
     from trainer.planning.schedule import make_schedule
-    from trainer.planning.what_if import read_loads, time_own_step, what_if
+    from trainer.planning.what_if import read_loads, recommend_splits, record_own_step, what_if
 
     spec = make_schedule(recipe)
     load_LM = read_loads(loads, recipe) if loads else None
-    found = what_if(spec, load_LM)
+    variants = what_if(spec, load_LM)
     if timeline:
-        from trainer.planning.timeline import draw_timeline, shown_ranks
+        from trainer.planning.timeline import draw_timeline
 
-        step = time_own_step(spec, load_LM, shown_ranks(recipe.grid))
-        unit = "seconds" if recipe.parallel.hardware else "nominal units"
+        title = f"{recipe.run.dir}: one step, {plural(spec.lanes, 'lane')}"
+        in_seconds = recipe.parallel.hardware is not None
         try:
-            draw_timeline(step, recipe.grid, timeline, f"{recipe.run.dir}: one step, {found.own_way}", unit)
+            draw_timeline(record_own_step(spec, load_LM), recipe.grid, timeline, title, in_seconds)
         except OSError as error:
             raise UserError(f"--timeline {timeline}: cannot be written ({error.strerror})") from None
-    return found
+    return spec, variants, recommend_splits(recipe, load_LM)
 
 
 def _predict(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from pool.schedule_builder import Costs, build_training_schedule, staggered_starts
 from pool.schedule_timing import time_schedule
 from trainer.config.recipe import Recipe
@@ -17,46 +15,32 @@ FILLED = 0.9
 """Share of a rank's memory that a layout may fill; the estimate of memory leaves some things out."""
 
 
-@dataclass(frozen=True)
-class AccumulationTime:
-    """The part of a step up to its last gradient, at an even load.
-
-    Attributes:
-        seconds: Its time, in the unit of the costs.
-        trunk_busy, pool_busy: Shares of that time during which each role computes.
-    """
-
-    seconds: float
-    trunk_busy: float
-    pool_busy: float
-
-
 def role_work(recipe: Recipe, costs: Costs, launches: int) -> tuple[float, float]:
-    """Time that a trunk rank and the busiest pool rank compute in a step, without any waits.
-
-    Args:
-        recipe: The recipe.
-        costs: Times of the pieces.
-        launches: Merged launches of that pool rank.
-    """
+    """Time that a trunk rank, and the busiest pool rank with so many launches, compute in a step without waits."""
     layers, micro_batches = recipe.model.layers, recipe.micro_batches
     trunk = 3 * micro_batches * (layers * costs.trunk_layer + costs.head)
     pool = 3 * micro_batches * layers * served_trunk_ranks(recipe) * costs.pool_layer + launches * costs.slot
     return trunk, pool
 
 
-def accumulation_time(recipe: Recipe, lanes: int, costs: Costs) -> AccumulationTime:
-    """Time a step up to its last gradient; in a colocated layout nothing overlaps, and lanes share a layer's launch."""
+def accumulation_time(recipe: Recipe, lanes: int, costs: Costs) -> tuple[float, float, float]:
+    """Time a step up to its last gradient, at an even load.
+
+    In a colocated layout nothing overlaps, and the lanes share a layer's launch.
+
+    Returns:
+        The time, in the unit of the costs, and the shares of it during which trunk and pool compute.
+    """
     layers, micro_batches, topology = recipe.model.layers, recipe.micro_batches, recipe.grid
     if topology.colocated:
         launches = -(-micro_batches // lanes) * 2 * layers + 1  # one more for the weight gradients
         trunk, pool = role_work(recipe, costs, launches)
-        return AccumulationTime(trunk + pool, trunk / (trunk + pool), pool / (trunk + pool))
+        return trunk + pool, trunk / (trunk + pool), pool / (trunk + pool)
     stagger = recipe.parallel.stagger
     schedule = build_training_schedule(topology, layers, micro_batches, lanes, stagger, costs)
     starts_T = staggered_starts(topology, layers, costs) if stagger else None
     step = time_schedule(schedule, topology, layers, costs, starts_T=starts_T)
-    return AccumulationTime(step.seconds, float(step.trunk_busy_T.mean()), float(step.pool_busy_P.mean()))
+    return step.seconds, float(step.trunk_busy_T.mean()), float(step.pool_busy_P.mean())
 
 
 def runs_in_order(recipe: Recipe) -> bool:
@@ -70,7 +54,7 @@ def choose_lanes(recipe: Recipe, costs: Costs, most: int = MOST_LANES) -> int:
     if runs_in_order(recipe):
         return 1
     choices = range(1, min(most, recipe.micro_batches) + 1)
-    seconds = {lanes: accumulation_time(recipe, lanes, costs).seconds for lanes in choices}
+    seconds = {lanes: accumulation_time(recipe, lanes, costs)[0] for lanes in choices}
     return min(lanes for lanes in choices if seconds[lanes] <= (1 + WORTH) * min(seconds.values()))
 
 

@@ -60,13 +60,9 @@ class StepTime:
     """A step of one layout. Transfers are delays that do not queue, and a step lasts as long as the busiest link needs.
 
     Attributes:
-        trunk_ranks: Trunk ranks.
-        pool_ranks: Pool ranks; 0 for a colocated layout or a dense model.
-        expert_parallel: Shards of the pool.
-        lanes: Lanes.
+        pool_ranks: 0 for a colocated layout or a dense model.
         seconds: Time of a step, with the reduction of gradients and the optimizer.
         step_end: The part of it after the last gradient.
-        tokens_per_second: Speed in tokens.
         mfu: The model's FLOPs over the peak of all ranks.
         trunk_busy, pool_busy: Shares of the step during which each role computes.
         memory: Estimated bytes on the fullest rank.
@@ -93,14 +89,14 @@ def step_time(recipe: Recipe, hardware: Hardware) -> StepTime:
     costs = costs_in_seconds(recipe, hardware)
     lanes = recipe.parallel.lanes or choose_lanes(recipe, costs)
     end = step_end(recipe, hardware)
-    accumulation = accumulation_time(recipe, lanes, costs)
-    taken = accumulation.seconds + end
+    simulated, trunk_busy, pool_busy = accumulation_time(recipe, lanes, costs)
+    taken = simulated + end
     wire = None
     if not topology.colocated:
-        free = accumulation_time(recipe, lanes, replace(costs, transfer=0.0)).seconds
+        free = accumulation_time(recipe, lanes, replace(costs, transfer=0.0))[0]
         available = hardware.wire_bandwidth
         role, traffic = _traffic(recipe)
-        taken = max(accumulation.seconds, traffic / available) + end
+        taken = max(simulated, traffic / available) + end
         wire = WireUse(role, traffic / free, available, taken / (free + end))
     tokens = recipe.train.global_batch * recipe.model.seq_len
     peak = topology.world_size * hardware.rates(recipe.train.precision).flops
@@ -113,8 +109,8 @@ def step_time(recipe: Recipe, hardware: Hardware) -> StepTime:
         step_end=end,
         tokens_per_second=tokens / taken,
         mfu=count_flops(recipe).training * tokens / (taken * peak),
-        trunk_busy=accumulation.trunk_busy * accumulation.seconds / taken,
-        pool_busy=accumulation.pool_busy * accumulation.seconds / taken,
+        trunk_busy=trunk_busy * simulated / taken,
+        pool_busy=pool_busy * simulated / taken,
         memory=fullest_rank(recipe, lanes),
         wire=wire,
     )

@@ -54,21 +54,6 @@ class Variant:
     pool_bytes: int
 
 
-@dataclass(frozen=True)
-class WhatIf:
-    """All variants, and the imbalance of other numbers of shards.
-
-    Attributes:
-        variants: Lock step first, once for each placement.
-        own_way: The `Variant.way` of the recipe's own schedule.
-        splits: Imbalance by number of shards; empty without a load.
-    """
-
-    variants: tuple[Variant, ...]
-    own_way: str
-    splits: tuple[ShardSplit, ...]
-
-
 def read_loads(path: Path, recipe: Recipe) -> Counts:
     """Read assignments by layer and global expert (L, M) from a run's newest checkpoint, or from a .npy file.
 
@@ -100,42 +85,39 @@ def read_loads(path: Path, recipe: Recipe) -> Counts:
     return load if load.ndim == 2 else load.sum(0)
 
 
-def what_if(spec: ScheduleSpec, load_LM: Counts | None) -> WhatIf:
+def what_if(spec: ScheduleSpec, load_LM: Counts | None) -> list[Variant]:
     """Time a step in lock step, with 1 to 4 lanes, and with the recipe's own lanes.
 
     Args:
         spec: The recipe's schedule, of a layout with pool ranks.
-        load_LM: Counts from `read_loads`, to which the experts are placed in a second round; None is an even load.
+        load_LM: Counts from `read_loads`; the variants are then repeated with the experts placed for them. None is an
+            even load.
     """
-    recipe = spec.recipe
-    topology = recipe.grid
+    recipe, topology = spec.recipe, spec.recipe.grid
     lanes = {n for n in LANES if n <= recipe.micro_batches and not runs_in_order(recipe)} | {spec.lanes}
     schedules = {"lock step": lockstep_schedule(topology.trunk_ranks, recipe.micro_batches, recipe.model.layers)}
     schedules |= {plural(n, "lane"): replace(spec, lanes=n).step for n in sorted(lanes)}
-    splits: tuple[ShardSplit, ...] = ()
-    if load_LM is not None:
-        import torch
-
-        splits = tuple(recommend_shards(torch.from_numpy(load_LM), topology.pool_ranks, recipe.model.groups))
-    variants = [
+    return [
         _variant(recipe, way, bool(placed), schedule, _time(spec, schedule, load_LM, placement))
         for placed, placement in enumerate(_placements(recipe, load_LM))
         for way, schedule in schedules.items()
     ]
-    return WhatIf(tuple(variants), plural(spec.lanes, "lane"), splits)
 
 
-def time_own_step(spec: ScheduleSpec, load_LM: Counts | None, ranks: tuple[int, ...]) -> StepTiming:
-    """Time the recipe's own schedule and placement.
-
-    Args:
-        spec: The recipe's schedule, of a layout with pool ranks.
-        load_LM: Counts from `read_loads`; None is an even load.
-        ranks: World ranks whose intervals are wanted.
-    """
+def record_own_step(spec: ScheduleSpec, load_LM: Counts | None) -> StepTiming:
+    """Time the recipe's own schedule and placement, and record what each rank does."""
     placements = _placements(spec.recipe, load_LM)
     placement = placements[-1] if spec.recipe.pool.placement == "auto" else placements[0]
-    return _time(spec, spec.step, load_LM, placement, ranks)
+    return _time(spec, spec.step, load_LM, placement, record=True)
+
+
+def recommend_splits(recipe: Recipe, load_LM: Counts | None) -> list[ShardSplit]:
+    """Imbalance of the load by number of shards, with the experts placed for it; empty for an even load."""
+    if load_LM is None:
+        return []
+    import torch
+
+    return recommend_shards(torch.from_numpy(load_LM), recipe.grid.pool_ranks, recipe.model.groups)
 
 
 def _placements(recipe: Recipe, load_LM: Counts | None) -> list[Placement]:
@@ -154,10 +136,10 @@ def _time(
     schedule: PoolSchedule,
     load_LM: Counts | None,
     placement: Placement,
-    ranks: tuple[int, ...] = (),
+    record: bool = False,
 ) -> StepTiming:
     load_LS = None if load_LM is None else shard_loads(load_LM, placement)
-    return time_schedule(schedule, spec.recipe.grid, spec.recipe.model.layers, spec.costs, load_LS, ranks)
+    return time_schedule(schedule, spec.recipe.grid, spec.recipe.model.layers, spec.costs, load_LS, record)
 
 
 def _variant(recipe: Recipe, way: str, placed: bool, schedule: PoolSchedule, step: StepTiming) -> Variant:
@@ -182,17 +164,12 @@ def _variant(recipe: Recipe, way: str, placed: bool, schedule: PoolSchedule, ste
     )
 
 
-def print_what_if(found: WhatIf, in_seconds: bool) -> None:
-    """Print all variants as tables.
-
-    Args:
-        found: The variants.
-        in_seconds: Whether the unit of their costs is the second.
-    """
-    lockstep = found.variants[0]
+def print_what_if(spec: ScheduleSpec, variants: list[Variant], splits: list[ShardSplit]) -> None:
+    """Print the variants, and the imbalance of other numbers of shards, as tables."""
+    in_seconds, lockstep = spec.recipe.parallel.hardware is not None, variants[0]
     time = ["time"] if in_seconds else []
     table = new_table("Simulated step", "", *time, "speed", "over ideal", "busy", "max/mean", "per launch", "GB")
-    for v in found.variants:
+    for v in variants:
         table.add_row(
             f"{v.way}, placed" if v.placed else v.way,
             *((seconds(v.seconds),) if in_seconds else ()),
@@ -204,18 +181,18 @@ def print_what_if(found: WhatIf, in_seconds: bool) -> None:
             f"{v.trunk_bytes / 1e9:.1f}, {v.pool_bytes / 1e9:.1f}",
         )
     tables = [table]
-    if found.splits:
+    if splits:
         columns = ("shards x replicas", "each layer alone", "all layers together")
         tables.append(new_table("Load of the shards (max/mean) with the experts placed", *columns))
-        for split in found.splits:
+        for split in splits:
             alone, together = split.imbalance.lockstep, split.imbalance.mixed
             tables[-1].add_row(f"{split.shards} x {split.replicas}", f"{alone:.2f}", f"{together:.2f}")
     unit = "Costs are in seconds, from the hardware's figures" if in_seconds else "Costs are nominal, in FLOPs"
-    load = "the recorded one" if found.splits else "even"
+    load = "the recorded one" if splits else "even"
     print_tables(
         *tables,
         notes=(
-            f"{unit}; the load is {load}. This recipe uses {found.own_way}.",
+            f"{unit}; the load is {load}. This recipe uses {plural(spec.lanes, 'lane')}.",
             "speed: relative to lock step. over ideal: time of the step over the work of the busier role alone.",
             "busy, GB: trunk, pool. GB is the estimated memory of the fullest rank.",
             "max/mean: work of the busiest pool rank over the mean. per launch: requests that the pool serves at once.",

@@ -8,6 +8,5 @@ effects     table and plot of both, by layer
 reuse       how many distinct experts a token meets
 load        which layer uses which expert, and how layers differ
 redundancy  how similar experts are, in weights and outputs
-output      writes tables, JSON, CSV files and plots
-commands    `probe` on the command line
+commands    `probe` on the command line; writes tables, JSON, CSV files and plots
 """

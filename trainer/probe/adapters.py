@@ -1,11 +1,9 @@
 """The mixture-of-experts layers of a model: the only file of the probes that knows model classes.
 
 In all supported models, a layer's router is a module that returns (..., topk_scores_TK, topk_expert_ids_TK), and its
-experts are a module that is called with these and keeps its weights as stacks over the experts. Families differ inside
-the router: softmax, sigmoid or Eq. 7 of the paper; gate values that are normalised or scaled; groups of experts, or a
-bias, that limit or shift the choice. A hook on the router can therefore observe and replace the choice in each of them,
-and gate values stay what the family makes them. Shared experts, which process every token, are beside the router and
-stay untouched. Layers with one FFN are skipped.
+experts are a module that is called with these and keeps its weights as stacks. The families differ inside the router,
+so a hook on it can observe and replace the choice in all of them, and gate values stay what the family makes them.
+Shared experts, which process every token, are beside the router; they and layers with one FFN stay untouched.
 
 Dimensions: T tokens, D hidden size, F expert width, K experts per token, E experts of a bank.
 """
@@ -94,11 +92,6 @@ class MoEModel:
     def model(self) -> Any:
         """The model of transformers."""
         return self.loaded.model
-
-    @property
-    def depth(self) -> int:
-        """The number of layers, including those with one FFN."""
-        return len(self.model.model.layers)
 
     @property
     def banks(self) -> tuple[Bank, ...]:

@@ -2,23 +2,45 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import click
 
+from trainer.common.atomic import atomic_write
 from trainer.common.errors import UserError
-from trainer.config.options import json_option, seed_option
+from trainer.common.strict_json import dumps
+from trainer.common.tables import print_tables
+from trainer.config.options import count_option, json_option, seed_option
 from trainer.evaluate.options import TaskOptions, task_options
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.table import Table
+
     from trainer.evaluate.tasks import Tasks
     from trainer.probe.adapters import MoEModel
     from trainer.probe.effects import Over
-    from trainer.probe.output import Result
     from trainer.probe.text import Text
+
+
+class Result(Protocol):
+    """The result of a probe: a dataclass, which is its JSON."""
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return the rows of the CSV file, which have the same keys."""
+
+    def tables(self) -> list[Table]: ...
+
+    def notes(self) -> list[str]:
+        """Return the lines to print below the tables."""
+
+    def draw(self) -> Figure: ...
+
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
 
@@ -29,7 +51,7 @@ def _probe_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--out", type=_FILE, metavar="FILE.png", help="Write a plot."),
         click.option("--csv", "csv_file", type=_FILE, metavar="FILE", help="Write a CSV file."),
         json_option,
-        click.option("--tokens", type=click.IntRange(min=1), default=16_384, show_default=True, help="Tokens to read."),
+        count_option("--tokens", "Tokens to read.", 16_384),
         click.option(
             "--text",
             type=click.Path(exists=True, path_type=Path),
@@ -53,15 +75,47 @@ def _run(
 ) -> None:
     from trainer.export.loaded_model import finite_outputs
     from trainer.probe.adapters import load as load_source
-    from trainer.probe.output import check_files, deliver
     from trainer.probe.text import read_text
 
-    check_files((csv_file, out))
+    for file in (csv_file, out):
+        if file and not file.resolve().parent.is_dir():
+            raise UserError(f"{file}: cannot be written: there is no folder {file.parent}")
     model = load_source(source, own_text=text is None)
     read = read_text(model.loaded, text, tokens)
     with finite_outputs(model.model, source):
         result = measure(model, read)
-    deliver(result, as_json, csv_file, out)
+    _deliver(result, as_json, csv_file, out)
+
+
+def _deliver(result: Result, as_json: bool, csv_file: Path | None, picture: Path | None) -> None:
+    """Print a result and write its files, each of them completely or not at all.
+
+    Raises:
+        UserError: A file cannot be written.
+    """
+    try:
+        if csv_file:
+            atomic_write(csv_file, lambda path: _write_csv(result.rows(), path))
+        if picture:
+            from trainer.common.figure_style import write_png
+
+            write_png(result.draw(), picture)
+    except OSError as error:
+        raise UserError(f"{error.filename or 'file'}: cannot be written ({error.strerror})") from error
+    if as_json:
+        print(dumps(asdict(result)))  # type: ignore[call-overload]
+        return
+    print_tables(*result.tables(), notes=result.notes())
+    for file in (csv_file, picture):
+        if file:
+            print(file)
+
+
+def _write_csv(rows: list[dict[str, Any]], path: Path) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 @click.group()
@@ -94,14 +148,8 @@ def probe() -> None:
     help="Experts to draw from: those of the layer, the full pool, or the layer's most used ones; can be given several "
     "times.  [default: those that differ]",
 )
-@click.option(
-    "--matched",
-    type=click.IntRange(min=1),
-    default=8,
-    show_default=True,
-    help="Number of most used experts for --over matched.",
-)
-@click.option("--draws", type=click.IntRange(min=1), default=3, show_default=True, help="Random draws, for the spread.")
+@count_option("--matched", "Number of most used experts for --over matched.", 8)
+@count_option("--draws", "Random draws, for the spread.", 3)
 @seed_option
 @task_options
 def randomize(
@@ -171,13 +219,7 @@ def load(**common: Any) -> None:
 
 @probe.command()
 @_probe_options
-@click.option(
-    "--sample",
-    type=click.IntRange(min=1),
-    default=64,
-    show_default=True,
-    help="Tokens per layer on which outputs are compared.",
-)
+@count_option("--sample", "Tokens per layer on which outputs are compared.", 64)
 @seed_option
 def redundancy(sample: int, seed: int, **common: Any) -> None:
     """Measure how similar experts are: the cosine of their weights, and of their outputs on the same tokens.

@@ -7,26 +7,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from torch import Tensor
 
 from router import dead_experts, effective_experts, layer_divergence, load_imbalance
-from trainer.common.figure_style import INK, SERIES, new_figure, panel_title
 from trainer.common.tables import new_table
 from trainer.probe.adapters import MoEModel
 from trainer.probe.text import ExpertCounts, Text, read
-from trainer.telemetry.expert_heatmap import draw_shares, draw_totals, over_all_experts
+from trainer.telemetry.expert_heatmap import draw_heat_map, over_all_experts
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 TOPS = (1, 2, 4, 8, 16)
 """Numbers of most used experts per layer to report the coverage of."""
-_WIDEST = 1024
-"""Maximum experts side by side in a plot; if layers have more of their own, the layers are drawn above each other."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +29,6 @@ class Usage:
     """How evenly a layer, or the whole pool, uses its experts.
 
     Attributes:
-        experts: The number of experts.
         effective: exp of the entropy of the experts' shares.
         imbalance: The maximum load over the mean load.
         unused: The number of experts without a token.
@@ -45,7 +39,7 @@ class Usage:
     imbalance: float
     unused: int
 
-    def cells(self) -> tuple[str, str, str, str]:
+    def cells(self) -> tuple[str, ...]:
         return str(self.experts), f"{self.effective:.1f}", f"{self.imbalance:.2f}", str(self.unused)
 
 
@@ -54,10 +48,8 @@ class Coverage:
     """The `top` most used experts of every layer.
 
     Attributes:
-        top: The number of experts per layer.
-        union: The number of distinct ones over all layers.
-        of_pool: `union` as a share of all experts.
-        share: The mean share of a layer's tokens that its `top` experts process.
+        union: The number of distinct ones over all layers; `of_pool` is its share of all experts.
+        share: The mean share of a layer's tokens that they process.
     """
 
     top: int
@@ -74,9 +66,7 @@ class LoadFound:
         layers: The numbers of the layers with a router.
         groups: The number of banks; each is shared by equally many adjacent layers.
         counts: The assignments of each layer to the experts of its bank.
-        usage: The usage of each layer.
-        pool: The usage of all experts by all layers.
-        coverage: The coverage by the most used experts.
+        usage: The usage by each layer; `pool` is that of all experts by all layers.
         divergence: The Jensen-Shannon divergence of the shares of every two layers in bits: 0 if they are the same, 1
             if they have nothing in common.
         specialisation: The mean divergence over all pairs of layers; 0 for one layer.
@@ -106,10 +96,6 @@ class LoadFound:
             for expert, count in enumerate(counts)
         ]
 
-    @property
-    def _layer_private(self) -> bool:
-        return self.groups == len(self.layers) > 1
-
     def tables(self) -> list[Table]:
         heads = ("layer", "experts", "effective", "max / mean", "unused", "divergence (bits)")
         made = new_table(f"{self.model}: use of experts, {self.text}", *heads)
@@ -131,60 +117,20 @@ class LoadFound:
             "The divergence is the mean Jensen-Shannon divergence from the other layers: 0 if they use experts alike, "
             "1 if they have none in common.",
         ]
-        if self._layer_private:
-            lines.append("No two layers share experts.")
-        elif self.groups > 1 and self.shared_specialisation is not None:
-            lines.append(f"The mean divergence within a sub-pool is {self.shared_specialisation:.3f}.")
+        if self.groups > 1:
+            shared = self.shared_specialisation
+            within = "No two layers share experts" if shared is None else f"It is {shared:.3f} within a sub-pool"
+            lines.append(f"{within}.")
         return lines
 
     def draw(self) -> Figure:
-        """Plot a run's load.png, and beside it the effective experts and the layers' divergence.
-
-        If there are many experts that no two layers share, the layers are drawn above each other, without totals.
-        """
-        counts_LE = np.array(self.counts)
-        stacked = self._layer_private and counts_LE.size > _WIDEST
-        tokens_LM = counts_LE.astype(float) if stacked else over_all_experts(counts_LE, self.groups)
-        below = 0.0 if stacked else 2.1
-        width = float(np.clip(3 + 0.09 * tokens_LM.shape[1], 6, 18))
-        height = float(np.clip(2.6 + 0.24 * len(self.layers), 4.6, 12)) - 2.1
-        figure = new_figure(width + 3.4, height + below)
-        if stacked:
-            shares_axes, effective_axes = figure.subplots(1, 2, sharey=True, width_ratios=(width, 3))
-            shares_axes.set_xlabel("expert (each layer has its own)", color=INK)
-        else:
-            grid = figure.add_gridspec(2, 2, width_ratios=(width, 3), height_ratios=(height, below))
-            shares_axes = figure.add_subplot(grid[0, 0])
-            effective_axes = figure.add_subplot(grid[0, 1], sharey=shares_axes)
-            draw_totals(figure.add_subplot(grid[1, 0], sharex=shares_axes), tokens_LM)
-            self._draw_divergence(figure, figure.add_subplot(grid[1, 1]))
-        draw_shares(figure, shares_axes, tokens_LM)
-        shares_axes.tick_params(labelbottom=stacked, bottom=stacked)
-        shares_axes.yaxis.set_major_formatter(lambda place, _: self._number(place))
-        self._draw_effective(effective_axes)
-        panel_title(shares_axes, f"{self.model}: use of experts, {self.text}")
+        """Draw the heat map and the totals of a run's load.png."""
+        title = f"{self.model}: use of experts, {self.text}"
+        figure = draw_heat_map(np.array(self.counts), title, self.groups)
+        # The numbers of layers are not their places if some layers have one FFN.
+        numbers = dict(enumerate(self.layers))
+        figure.axes[0].yaxis.set_major_formatter(lambda place, _: str(numbers.get(int(place), "")))
         return figure
-
-    def _number(self, place: float) -> str:
-        """Return the number of the layer at a place; the two differ if some layers have one FFN."""
-        return str(self.layers[int(place)]) if place in range(len(self.layers)) else ""
-
-    def _draw_effective(self, axes: Axes) -> None:
-        axes.barh(range(len(self.usage)), [u.effective for u in self.usage], height=0.8, color=SERIES[0])
-        axes.axvline(self.usage[0].experts, color=INK, linestyle="--", linewidth=1.2)
-        title = f"effective experts of {self.usage[0].experts}; all layers {self.pool.effective:.0f}"
-        axes.set_title(title, fontsize=9, color=INK)
-        axes.tick_params(labelleft=False, left=False)
-        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-        axes.spines[["top", "right"]].set_visible(False)
-
-    def _draw_divergence(self, figure: Figure, axes: Axes) -> None:
-        image = axes.imshow(np.array(self.divergence), cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
-        figure.colorbar(image, ax=axes, pad=0.02, aspect=12).ax.tick_params(labelsize=8)
-        axes.set_title(f"divergence of layers, bits; mean {self.specialisation:.2f}", fontsize=9, color=INK)
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_locator(MaxNLocator(4, integer=True))
-            axis.set_major_formatter(lambda place, _: self._number(place))
 
 
 def load(model: MoEModel, text: Text) -> LoadFound:

@@ -30,11 +30,9 @@ class Randomised:
     """The loss with random experts in one layer.
 
     Attributes:
-        layer: The layer's number.
-        over: The protocol: which experts were drawn from.
-        experts: How many experts were drawn from.
+        over: The protocol: which experts were drawn from; `experts` is their number.
         losses: The loss of each draw in nats per token.
-        increase: The mean increase of the loss over that of the learned routing.
+        increase: The mean increase over the loss of the learned routing.
         spread: The standard deviation over the draws; None for one draw.
     """
 
@@ -128,8 +126,8 @@ def randomised(layer: MoELayer, candidates_C: Tensor, generator: torch.Generator
 
     Args:
         layer: The layer.
-        candidates_C: Global ids to draw from uniformly, on the CPU, at least K.
-        generator: A generator on the CPU, so that draws are the same on all devices.
+        candidates_C: At least K global ids to draw from uniformly, on the CPU.
+        generator: On the CPU, so that draws are the same on all devices.
     """
 
     def draw(ids_TK: Tensor) -> Tensor:
@@ -144,13 +142,8 @@ def randomised(layer: MoELayer, candidates_C: Tensor, generator: torch.Generator
 def candidates(model: MoEModel, layer: MoELayer, over: Over, matched: int, counts_E: Tensor) -> Tensor:
     """Return the global ids that a protocol draws from.
 
-    Args:
-        model: The model.
-        layer: The layer that is randomised.
-        over: "layer" for the experts of the layer's bank, "pool" for all experts, or "matched" for the experts that the
-            layer uses most.
-        matched: The number of experts for "matched".
-        counts_E: The layer's assignments to the experts of its bank.
+    "layer" draws from the layer's bank, "pool" from all experts, and "matched" from the `matched` experts that the
+    layer uses most; `counts_E` are the layer's assignments to the experts of its bank.
     """
     if over == "pool":
         return torch.arange(model.experts)
@@ -180,7 +173,7 @@ def pick_layers(model: MoEModel, wanted: str) -> tuple[MoELayer, ...]:
         return model.layers
     by_number = {layer.number: layer for layer in model.layers}
     if wanted == "deep":
-        picked = {number for number in by_number if 2 * number >= model.depth}
+        picked = {number for number in by_number if 2 * number >= len(model.model.model.layers)}
     else:
         picked = set()
         for part in wanted.split(","):
@@ -219,7 +212,7 @@ def randomize(
         matched: The number of most used experts for the protocol "matched".
         draws: The number of draws.
         seed: The seed of the draws.
-        score: Scores the model on tasks as `Tasks.score` does, given `brief`; by default accuracy is not measured.
+        score: Scores the model on tasks, as `Tasks.score` does for a value of `brief`. None: accuracy is not measured.
 
     Raises:
         UserError: The model cannot have a protocol, or no task has an accuracy.

@@ -67,16 +67,12 @@ class Cosines:
 
 @dataclass(frozen=True)
 class BankFound:
-    """The result for a bank.
+    """The result for a bank; matrices are (E, E).
 
     Attributes:
         layers: The layers that choose from the bank.
         first: The global id of the bank's first expert.
-        weights: A summary of the cosines of weights.
-        outputs: A summary of the cosines of outputs.
         alike: The most similar pairs by outputs.
-        weights_matrix: The cosines of weights, (E, E).
-        outputs_matrix: The cosines of outputs, (E, E).
     """
 
     layers: tuple[int, ...]

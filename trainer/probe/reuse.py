@@ -25,9 +25,7 @@ class Reuse:
     """The result of the probe.
 
     Attributes:
-        layers: L, the number of layers with a router.
-        top_k: K, the number of experts per token and layer.
-        experts: The number of experts that a layer chooses from.
+        layers: L, the number of layers with a router; each chooses `top_k` of its `experts`.
         distinct: The mean number of distinct experts of a token.
         spread: The standard deviation over the tokens.
         of_layers: distinct / L, which the paper reports for K = 1.

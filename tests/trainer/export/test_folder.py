@@ -45,7 +45,9 @@ def test_damaged_exports_are_refused_in_one_line(tmp_path: Path, monkeypatch: py
     assert "JSONDecodeError" in line_after(lambda folder: (folder / config).write_text("{"))
     assert "must hold a JSON object" in line_after(lambda folder: (folder / config).write_text("[]"))
     assert "type llama" in line_after(lambda folder: change(folder / config, model_type="llama"))
-    assert "export_version is 9" in line_after(lambda folder: change(folder / config, export_version=9))
+    assert "export_version in its config.json is 9" in line_after(
+        lambda folder: change(folder / config, export_version=9)
+    )
     assert "hidden_size is -1" in line_after(lambda folder: change(folder / config, hidden_size=-1))
     assert "multiple of num_attention_heads" in line_after(lambda folder: change(folder / config, hidden_size=33))
     assert "is missing in the files" in line_after(lambda folder: change(folder / config, num_hidden_layers=4))

@@ -1,0 +1,136 @@
+"""Contract with DeepSpeed: the internals that are replaced, the schedule that is repeated, and what monitors receive."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import math
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.distributed import join, run_ranks
+from tests.training import tiny
+from trainer.common.errors import UserError
+from trainer.config.recipe import Recipe
+from trainer.engine.ds_config import deepspeed_config, scheduled_rate
+
+CLIP, TOTAL_NORM = 0.7, 40.0
+
+
+def one_step(recipe: Recipe, folder: Path) -> dict[str, Any]:
+    """A skipped step, a step with a known gradient, and a save. The norm over both roles is not the role's own."""
+    from trainer.engine.role_engine import RoleEngine
+
+    job = join(recipe)
+    module = nn.Linear(5, 3, bias=False)
+    with torch.no_grad():
+        module.weight.copy_(torch.linspace(-1, 1, 15).view(3, 5))
+    engine = RoleEngine(module, recipe, "trunk", job.role_size)
+    found: dict[str, Any] = {"norms": [], "applied": [], "weights": [], "files": []}
+    for norm in (math.nan, TOTAL_NORM):
+        with engine.accumulating():
+            module(torch.arange(5.0)).sum().backward()
+        found["norms"].append(engine.grad_norm_squared())
+        found["applied"].append(engine.step(norm))
+        found["weights"].append(whole(engine))
+    found["lr"] = engine.learning_rate
+    engine.save(folder, lambda path, state: found["files"].append(path.name))
+    found["on disk"] = [str(path) for path in folder.rglob("*")]
+    job.close()
+    return found
+
+
+def whole(engine: Any) -> Tensor:
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([engine.module.weight], enabled=engine.stage == 3):
+        return engine.module.weight.detach().clone()  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_every_stage_clips_by_the_given_norm(stage: int, tmp_path: Path) -> None:
+    """By hand: AdamW's first step with clipped gradients. Its eps (1e-3) makes their scale visible."""
+    recipe = tiny(parallel={"trunk_zero": stage})
+    (found,) = run_ranks(1, one_step, recipe, tmp_path)
+    gradient = torch.arange(5.0).expand(3, 5)
+    assert found["norms"] == pytest.approx([float(gradient.square().sum())] * 2)
+    assert found["applied"] == [False, True]
+    t, before = recipe.train, torch.linspace(-1, 1, 15).view(3, 5)
+    torch.testing.assert_close(found["weights"][0], before, rtol=0, atol=0)
+    clipped = gradient * CLIP / TOTAL_NORM
+    lr = scheduled_rate(recipe, 0)
+    expected = before * (1 - lr * t.weight_decay) - lr * clipped / (clipped.abs() + t.eps)
+    torch.testing.assert_close(found["weights"][1], expected, rtol=1e-5, atol=1e-6)
+    assert found["lr"] == pytest.approx(scheduled_rate(recipe, 1))
+    assert found["files"] and not found["on disk"], "whoever calls `save` writes the files"
+
+
+def rates(recipe: Recipe) -> list[float]:
+    """DeepSpeed's learning rate before every step and after the last."""
+    from trainer.engine.role_engine import RoleEngine
+
+    job = join(recipe)
+    engine = RoleEngine(nn.Linear(2, 2), recipe, "trunk", job.role_size)
+    found = [engine.learning_rate]
+    for _ in range(recipe.train.steps):
+        with engine.accumulating():
+            engine.module(torch.ones(2)).sum().backward()
+        engine.step(1.0)
+        found.append(engine.learning_rate)
+    job.close()
+    return found
+
+
+@pytest.mark.parametrize("warmup", [0.0, 0.4])
+def test_a_frozen_role_knows_the_rate_of_the_other(warmup: float) -> None:
+    recipe = tiny(train={"steps": 12, "warmup_fraction": warmup})
+    (found,) = run_ranks(1, rates, recipe)
+    assert found == pytest.approx([scheduled_rate(recipe, step) for step in range(13)], rel=1e-12)
+    assert len(set(found)) > 5
+
+
+class Wandb(ModuleType):
+    """The package, as far as DeepSpeed uses it."""
+
+    def __init__(self) -> None:
+        super().__init__("wandb")
+        self.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+        self.runs: list[dict[str, Any]] = []
+        self.logged: list[tuple[dict[str, float], int]] = []
+
+    def init(self, **settings: Any) -> None:
+        self.runs.append(settings)
+
+    def log(self, data: dict[str, float], step: int, commit: bool | None) -> None:
+        self.logged.append((data, step))
+
+
+def log_to_wandb(recipe: Recipe) -> Any:
+    from trainer.engine.role_engine import RoleEngine
+
+    wandb = Wandb()
+    sys.modules["wandb"] = wandb
+    job = join(recipe)
+    monitors = RoleEngine(nn.Linear(2, 2), recipe, "trunk", job.role_size).monitors
+    monitors.write({"train/loss": 1.5, "train/z_loss": math.nan}, 7)
+    job.close()
+    return wandb.runs, wandb.logged
+
+
+def test_weights_and_biases_gets_the_project_and_the_finite_scalars(tmp_path: Path) -> None:
+    recipe = tiny(run={"dir": str(tmp_path)}, metrics={"tensorboard": False, "wandb": "pools"})
+    ((runs, logged),) = run_ranks(1, log_to_wandb, recipe)
+    assert [run["project"] for run in runs] == ["pools"]
+    assert logged == [({"train/loss": 1.5}, 7)]
+
+
+def test_weights_and_biases_must_be_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.engine.ds_config.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="metrics.wandb = pools: wandb is not installed: pip install wandb"):
+        deepspeed_config(tiny(metrics={"wandb": "pools"}), "trunk", 1, 10)
+    assert deepspeed_config(tiny(), "trunk", 1, 10)["wandb"]["enabled"] is False
