@@ -1,4 +1,4 @@
-"""The data of a recipe: every source is tokenized and packed once, and later runs find the result.
+"""The data of a recipe: every source is tokenised and packed once, and later runs find the result.
 
 Each source has a folder:
 

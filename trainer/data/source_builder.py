@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 BATCH_CHARACTERS = 2_000_000
-"""Characters that are tokenized at once, over all cores."""
+"""Characters that are tokenised at once, over all cores."""
 
 COMMIT_TOKENS = 1 << 26
 """Tokens between two positions from which a build can resume."""
@@ -44,7 +44,7 @@ COMMIT_TOKENS = 1 << 26
 
 @dataclass(frozen=True)
 class _Batch:
-    """Passages to tokenize at once, and the position behind them."""
+    """Passages to tokenise at once, and the position behind them."""
 
     passages: list[Passage]
     documents: int
@@ -67,7 +67,7 @@ class SourceBuilder:
         self._main = next(split for split, part in self._parts.items() if part)
 
     def run(self) -> None:
-        """Read, tokenize and pack everything.
+        """Read, tokenise and pack everything.
 
         Raises:
             UserError: See `trainer.data.prepare.prepare_source`.
@@ -89,7 +89,7 @@ class SourceBuilder:
                 writer = SplitWriter(folder / f"{split}.arrow", settings.seq_len, settings.vocab, state)
                 stack.callback(writer.abandon)
                 self._writers[split] = writer
-            self._tokenize(tokenizer, end_id)
+            self._tokenise(tokenizer, end_id)
             splits = {split: writer.close() for split, writer in self._writers.items()}
         self._check(splits)
         self._write_facts(tokenizer, end_id, splits)
@@ -107,7 +107,7 @@ class SourceBuilder:
         bar = tqdm(pieces, what, unit=" pieces", delay=2, leave=False, disable=not self.progress)
         return choose_splitter(bar, self.settings.split)
 
-    def _tokenize(self, tokenizer: Tokenizer, end_id: int) -> None:
+    def _tokenise(self, tokenizer: Tokenizer, end_id: int) -> None:
         from tqdm import tqdm
 
         encoder = Encoder(tokenizer)
@@ -116,7 +116,7 @@ class SourceBuilder:
         begin = time.monotonic()
         with (
             tqdm(
-                desc=f"tokenizing {self.settings.short_name}",
+                desc=f"tokenising {self.settings.short_name}",
                 unit=" documents",
                 total=self.settings.max_documents,
                 initial=self._splitter.documents,
@@ -138,7 +138,7 @@ class SourceBuilder:
                     self._commit(batch)
                     committed = tokens
         if encoder.slow_because:
-            self._note(f"tokenized slowly, because fastokens was not used ({encoder.slow_because})")
+            self._note(f"tokenised slowly, because fastokens was not used ({encoder.slow_because})")
 
     def _add(self, passage: Passage, ids: NDArray[np.uint32], end_1: NDArray[np.uint32]) -> None:
         if passage.ends_document:

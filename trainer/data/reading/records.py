@@ -1,4 +1,4 @@
-"""The text of one record: found under a key or a path of keys, and checked to be fit for tokenizing."""
+"""The text of one record: found under a key or a path of keys, and checked to be fit for tokenising."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -64,7 +64,7 @@ def text_of(record: Any, text_field: str, where: str) -> str | Bad:
 
 
 def checked_text(value: Any, text_field: str, where: str) -> str | Bad:
-    """Return the value found under `text_field` if it is a text that can be tokenized."""
+    """Return the value found under `text_field` if it is a text that can be tokenised."""
     if isinstance(value, bytes):
         try:
             value = value.decode()
