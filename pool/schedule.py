@@ -1,13 +1,12 @@
-"""The service plan: which requests the pool serves together and in which order, and how trunk ranks go through lanes.
+"""The pool's schedule: which requests are served together, in which order, and how trunk ranks take turns with lanes.
 
-A plan is the same on all ranks and holds whatever the real timings are, so that sums never depend on them: wrong costs
-make it slower, never different. `pool.schedule_builder` makes it; the lock-step plan is the reference, in which a slot
-has the same request of every trunk rank.
+A schedule is the same on all ranks and is followed whatever the real timings are. The order of every sum is therefore
+fixed: wrong cost estimates make a step slower, but never change its result. `pool.schedule_builder` makes schedules;
+the lock-step schedule, in which a slot holds the same request of every trunk rank, is the reference.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -22,7 +21,7 @@ class Kind(IntEnum):
 
 @dataclass(frozen=True)
 class RequestKey:
-    """Names a request within an optimizer step, or within an evaluation."""
+    """Identifies a request within an optimizer step or an evaluation."""
 
     trunk_rank: int
     lane: int
@@ -32,48 +31,41 @@ class RequestKey:
 
     @property
     def forward(self) -> RequestKey:
-        """The forward whose backward this is."""
+        """The forward request that belongs to this backward request."""
         return RequestKey(self.trunk_rank, self.lane, self.micro_batch, self.layer, Kind.FORWARD)
 
 
 Slot = tuple[RequestKey, ...]
-"""Requests served in one merged launch. An empty slot cuts the stash: its weight gradients are made from there on,
-while nothing waits."""
+"""Requests that are served in one merged launch. An empty slot seals the deferred weight gradients: from there on the
+pool computes them whenever no request is waiting."""
 
 
 @dataclass(frozen=True)
 class PoolSchedule:
-    """An optimizer step or an evaluation.
+    """The order of an optimizer step, an evaluation or a generation.
 
     Attributes:
-        slots: what the pool serves, in order; a pool rank leaves out the trunk ranks that it does not serve.
-        lane_order: for every trunk rank which lane it runs next, one entry a segment.
-        seconds: predicted time, in the unit of the costs.
-        trunk_busy, pool_busy: predicted shares of that time in which either side works.
+        slots: What the pool serves, in order; a pool rank skips requests of trunk ranks that it does not serve.
+        lane_order: For every trunk rank, the lane that it runs next, one entry per segment.
     """
 
     slots: tuple[Slot, ...]
     lane_order: tuple[tuple[int, ...], ...]
-    seconds: float
-    trunk_busy: float
-    pool_busy: float
 
 
-def lockstep_plan(trunk_ranks: int, micro_batches: int, layers: int) -> Iterator[Slot]:
-    """One optimizer step: micro-batch after micro-batch, forward then backward, all trunk ranks of a layer together."""
-    for micro_batch in range(micro_batches):
-        for layer in range(layers):
-            yield _slot(range(trunk_ranks), micro_batch, layer, Kind.FORWARD)
-        for layer in reversed(range(layers)):
-            yield _slot(range(trunk_ranks), micro_batch, layer, Kind.BACKWARD)
+def lockstep_schedule(trunk_ranks: int, micro_batches: int, layers: int) -> PoolSchedule:
+    """An optimizer step in which all trunk ranks do one micro-batch after the other, layer by layer, together."""
+    micro_batch = [(layer, Kind.FORWARD) for layer in range(layers)]
+    micro_batch += [(layer, Kind.BACKWARD) for layer in reversed(range(layers))]
+    slots = tuple(_slot(trunk_ranks, number, *request) for number in range(micro_batches) for request in micro_batch)
+    return PoolSchedule(slots, ((0,) * ((2 * layers + 1) * micro_batches),) * trunk_ranks)
 
 
-def forward_only_plan(trunk_ranks: range, micro_batches: int, layers: int) -> Iterator[Slot]:
-    """Forwards one after the other, of which the pool keeps nothing: a generation."""
-    for micro_batch in range(micro_batches):
-        for layer in range(layers):
-            yield _slot(trunk_ranks, micro_batch, layer, Kind.FORWARD_ONLY)
+def generation_schedule(trunk_ranks: int, tokens: int, layers: int) -> PoolSchedule:
+    """A generation: each token is a micro-batch that waits for the one before; `lane_order` is that of one token."""
+    slots = (_slot(trunk_ranks, token, layer, Kind.FORWARD_ONLY) for token in range(tokens) for layer in range(layers))
+    return PoolSchedule(tuple(slots), ((0,) * (layers + 1),) * trunk_ranks)
 
 
-def _slot(trunk_ranks: range, micro_batch: int, layer: int, kind: Kind) -> Slot:
-    return tuple(RequestKey(t, 0, micro_batch, layer, kind) for t in trunk_ranks)
+def _slot(trunk_ranks: int, micro_batch: int, layer: int, kind: Kind) -> Slot:
+    return tuple(RequestKey(trunk_rank, 0, micro_batch, layer, kind) for trunk_rank in range(trunk_ranks))

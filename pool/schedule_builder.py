@@ -1,17 +1,17 @@
-"""The simulator that makes the service plan: trunk ranks with lanes on one side, the pool on the other.
+"""Builds the schedule of a step in simulated time, with trunk ranks on one side and the pool on the other.
 
-It runs a step on nominal costs. A trunk rank works on the lane that has been ready longest; the pool, whenever it is
-free, serves everything that waits in one slot. What comes out is an order that a real run can follow without a
-deadlock, since it is the order of one possible run.
+A trunk rank works on the lane that has been ready longest. Whenever the pool is free, it serves all waiting requests in
+one slot. A real run can follow the resulting order without a deadlock, because it is the order of one possible run. How
+long a step takes when it follows a schedule is computed by `pool.schedule_timing`.
 """
 
 from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
 
 from pool.schedule import Kind, PoolSchedule, RequestKey, Slot
 from pool.topology import Topology
@@ -19,14 +19,14 @@ from pool.topology import Topology
 
 @dataclass(frozen=True)
 class Costs:
-    """Nominal times, in one unit of any size.
+    """Estimated times, all in the same unit; any unit will do.
 
     Attributes:
-        trunk_layer: a trunk rank's forward of one layer of a micro-batch; its backward takes twice that.
-        head: forward of the head and the loss; forward and backward together take three times that.
-        pool_layer: a shard's forward of one request; its input gradients take as long, its weight gradients too.
-        slot: a launch, however small: the weights' way through memory.
-        transfer: a request's or an answer's way over the wire.
+        trunk_layer: Forward of one layer of a micro-batch on a trunk rank; its backward takes twice as long.
+        head: Forward of the head and the loss; forward and backward together take three times as long.
+        pool_layer: Forward of one request on a shard; its input gradients and its weight gradients take as long each.
+        slot: Fixed cost of a merged launch, which reads the weights from memory.
+        transfer: Time that a request or an answer spends on the wire.
     """
 
     trunk_layer: float
@@ -38,7 +38,7 @@ class Costs:
 
 @dataclass(frozen=True)
 class Segment:
-    """A piece of trunk work and the request that it ends with: None at a micro-batch's end."""
+    """A piece of trunk work and the request that ends it; `kind` is None at the end of a micro-batch."""
 
     cost: float
     kind: Kind | None
@@ -46,7 +46,7 @@ class Segment:
 
 
 def training_segments(costs: Costs, layers: int) -> list[Segment]:
-    """A micro-batch's way through forward and backward; segment `layers` is the head with the loss and its backward."""
+    """Forward and backward of a micro-batch; segment number `layers` is the head, the loss and their backward."""
     segments = [Segment(costs.trunk_layer, Kind.FORWARD, layer) for layer in range(layers)]
     cost = 3 * costs.head
     for layer in reversed(range(layers)):
@@ -55,159 +55,141 @@ def training_segments(costs: Costs, layers: int) -> list[Segment]:
     return [*segments, Segment(cost, None, 0)]
 
 
-def _forward_only(costs: Costs, layers: int) -> list[Segment]:
-    segments = [Segment(costs.trunk_layer, Kind.FORWARD_ONLY, layer) for layer in range(layers)]
-    return [*segments, Segment(costs.head, None, 0)]
+def staggered_starts(topology: Topology, layers: int, costs: Costs) -> list[float]:
+    """When each trunk rank starts: rank t of T waits for t / T of the trunk's work on a micro-batch."""
+    delay = sum(segment.cost for segment in training_segments(costs, layers)) / topology.trunk_ranks
+    return [delay * trunk_rank for trunk_rank in range(topology.trunk_ranks)]
 
 
-def training_plan(
+def build_training_schedule(
     topology: Topology, layers: int, micro_batches: int, lanes: int, stagger: bool, costs: Costs
 ) -> PoolSchedule:
-    """The plan of one optimizer step.
+    """Build the schedule of one optimizer step.
 
-    With `stagger` trunk rank t starts t / T of a micro-batch later than trunk rank 0.
+    Args:
+        topology: A layout with pool ranks.
+        layers: Layers of the model.
+        micro_batches: Micro-batches per trunk rank.
+        lanes: Micro-batches that a trunk rank has in flight at most.
+        stagger: Whether trunk ranks start one after the other, see `staggered_starts`.
+        costs: Estimated times, which decide the order.
     """
-    segments = training_segments(costs, layers)
-    delay = sum(s.cost for s in segments) / topology.trunk_ranks if stagger else 0.0
-    return _plan(topology, segments, micro_batches, lanes, delay, costs)
+    starts_T = staggered_starts(topology, layers, costs) if stagger else [0.0] * topology.trunk_ranks
+    return _build(topology, training_segments(costs, layers), micro_batches, lanes, starts_T, costs)
 
 
-def evaluation_plan(topology: Topology, layers: int, micro_batches: int, lanes: int, costs: Costs) -> PoolSchedule:
-    """The plan of forwards that the pool keeps nothing of."""
-    return _plan(topology, _forward_only(costs, layers), micro_batches, lanes, 0.0, costs)
-
-
-def _plan(
-    topology: Topology, segments: list[Segment], micro_batches: int, lanes: int, delay: float, costs: Costs
+def build_evaluation_schedule(
+    topology: Topology, layers: int, micro_batches: int, lanes: int, costs: Costs
 ) -> PoolSchedule:
-    """Replicas serve different trunk ranks and know nothing of each other: one simulation each."""
-    replicas = topology.replicas
-    order: dict[int, list[int]] = {}
+    """Build the schedule of forwards without backwards; the arguments are those of `build_training_schedule`."""
+    segments = [Segment(costs.trunk_layer, Kind.FORWARD_ONLY, layer) for layer in range(layers)]
+    segments.append(Segment(costs.head, None, 0))
+    return _build(topology, segments, micro_batches, lanes, [0.0] * topology.trunk_ranks, costs)
+
+
+def _build(
+    topology: Topology,
+    segments: list[Segment],
+    micro_batches: int,
+    lanes: int,
+    starts_T: Sequence[float],
+    costs: Costs,
+) -> PoolSchedule:
+    """Replicas serve different trunk ranks and are independent of each other, so each is simulated on its own."""
     slots: list[Slot] = []
-    seconds = busy = 0.0
-    for replica in range(replicas):
-        trunk_ranks = range(replica, topology.trunk_ranks, replicas)
-        run = _Simulation(trunk_ranks, segments, micro_batches, lanes, delay, costs)
-        run.run()
-        slots += run.slots
-        seconds = max(seconds, run.now)
-        busy += run.pool_busy / replicas
-        order |= {t: trunk.order for t, trunk in run.trunks.items()}
-    return PoolSchedule(
-        slots=tuple(slots),
-        lane_order=tuple(tuple(order[t]) for t in range(topology.trunk_ranks)),
-        seconds=seconds,
-        trunk_busy=micro_batches * sum(s.cost for s in segments) / seconds,
-        pool_busy=busy / seconds,
-    )
+    order: dict[int, tuple[int, ...]] = {}
+    for replica in range(topology.replicas):
+        starts = {t: starts_T[t] for t in range(replica, topology.trunk_ranks, topology.replicas)}
+        simulation = _Simulation(starts, segments, micro_batches, lanes, costs)
+        simulation.run()
+        slots += simulation.slots
+        order |= {t: tuple(trunk.order) for t, trunk in simulation.trunks.items()}
+    return PoolSchedule(tuple(slots), tuple(order[t] for t in range(topology.trunk_ranks)))
 
 
 @dataclass
 class _Trunk:
-    """A trunk rank: what its lanes hold, and what it has done."""
+    """A trunk rank: the state of its lanes and the order in which it has run them."""
 
     free_at: float
-    ready: list[tuple[float, int, int]]  # (since when, micro-batch, lane): lanes that could run
-    position: list[int]  # next segment, by lane
+    ready: list[tuple[float, int, int]]  # (since when, micro-batch, lane) of lanes that could run
+    position: list[int]  # next segment of each lane
     next_micro_batch: int
     order: list[int] = field(default_factory=list)
 
 
 class _Simulation:
-    """One replica of every shard and the trunk ranks it serves, in simulated time."""
+    """One replica of every shard, taken as one server, and the trunk ranks that it serves."""
 
-    def __init__(
-        self,
-        trunk_ranks: Sequence[int],
-        segments: list[Segment],
-        micro_batches: int,
-        lanes: int,
-        delay: float,
-        costs: Costs,
-    ):
+    def __init__(self, starts: dict[int, float], segments: list[Segment], micro_batches: int, lanes: int, costs: Costs):
         self._segments, self._micro_batches, self._costs = segments, micro_batches, costs
-        self.now = 0.0
+        self._now = 0.0
         self.slots: list[Slot] = []
-        self.pool_busy = 0.0
         self._waiting: list[RequestKey] = []
-        self._stashed = 0
+        self._deferred = 0  # backward requests since the last seal
         self._pool_free = True
-        self._events: list[tuple[float, int, str, Any]] = []
+        self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._numbers = itertools.count()
-        self._pool_free_at = 0.0
-        self._backlog = 0.0  # of weight gradients, in units of time
-        # Many requests' weight gradients in one product an expert, but two products a micro-batch.
-        self._cut_at = max(1, len(trunk_ranks) * sum(s.kind == Kind.BACKWARD for s in segments) // 2)
+        # Twice per micro-batch: each weight gradient then covers many requests, and its buffers stay bounded.
+        self._seal_at = max(1, len(starts) * sum(s.kind == Kind.BACKWARD for s in segments) // 2)
         lanes = min(lanes, micro_batches)
-        self.trunks = {}
-        for t in trunk_ranks:
-            ready = [(delay * t, lane, lane) for lane in range(lanes)]
-            self.trunks[t] = _Trunk(delay * t, ready, [0] * lanes, lanes)
-            self._at(delay * t, "trunk", t)
+        self.trunks: dict[int, _Trunk] = {}
+        for rank, start in starts.items():
+            self.trunks[rank] = _Trunk(start, [(start, lane, lane) for lane in range(lanes)], [0] * lanes, lanes)
+            self._at(start, partial(self._run_trunk, rank))
 
-    def _at(self, time: float, what: str, subject: Any = None) -> None:
-        heapq.heappush(self._events, (time, next(self._numbers), what, subject))
+    def _at(self, time: float, event: Callable[[], None]) -> None:
+        heapq.heappush(self._events, (time, next(self._numbers), event))
 
     def run(self) -> None:
-        """Simulate to the end. Events at the same time happen in the order in which they were foreseen."""
+        """Simulate to the end. Events at the same time happen in the order in which they were scheduled."""
         while self._events:
-            self.now, _, what, subject = heapq.heappop(self._events)
-            if what == "trunk":
-                self._run_trunk(subject)
-            elif what == "answer":
-                trunk = self.trunks[subject.trunk_rank]
-                heapq.heappush(trunk.ready, (self.now, subject.micro_batch, subject.lane))
-                self._run_trunk(subject.trunk_rank)
-            elif what == "arrival":
-                self._waiting.append(subject)
-                self._at(self.now, "serve")  # after all arrivals of this moment
-            else:
-                self._pool_free |= what == "free"
-                self._serve()
-        self._cut()
-        self.pool_busy += self._backlog
-        ends = [trunk.free_at for trunk in self.trunks.values()]  # a replica may serve nobody
-        self.now = max(*ends, self._pool_free_at + self._backlog) if ends else 0.0
+            self._now, _, event = heapq.heappop(self._events)
+            event()
 
     def _run_trunk(self, rank: int) -> None:
-        """Run the segment of the lane that has been ready longest, if the rank is free and there is one."""
+        """Run a segment of the lane that has been ready longest, if the rank is free and a lane is ready."""
         trunk = self.trunks[rank]
-        if self.now < trunk.free_at or not trunk.ready:
+        if self._now < trunk.free_at or not trunk.ready:
             return
         _, micro_batch, lane = heapq.heappop(trunk.ready)
         segment = self._segments[trunk.position[lane]]
         trunk.order.append(lane)
         trunk.position[lane] += 1
-        trunk.free_at = self.now + segment.cost
+        trunk.free_at = self._now + segment.cost
         if segment.kind is not None:
             key = RequestKey(rank, lane, micro_batch, segment.layer, segment.kind)
-            self._at(trunk.free_at + self._costs.transfer, "arrival", key)
+            self._at(trunk.free_at + self._costs.transfer, partial(self._arrive, key))
         elif trunk.next_micro_batch < self._micro_batches:
             heapq.heappush(trunk.ready, (trunk.free_at, trunk.next_micro_batch, lane))
             trunk.position[lane] = 0
             trunk.next_micro_batch += 1
-        self._at(trunk.free_at, "trunk", rank)
+        self._at(trunk.free_at, partial(self._run_trunk, rank))
+
+    def _arrive(self, key: RequestKey) -> None:
+        self._waiting.append(key)
+        self._at(self._now, self._serve)  # after all other arrivals of this moment
 
     def _serve(self) -> None:
-        """Serve all that waits in one slot. Weight gradients are cut when there are enough, and made in the gaps."""
+        """Serve all waiting requests in one slot if the pool is free, and seal weight gradients if there are enough."""
         if not self._pool_free or not self._waiting:
             return
-        done = min(self._backlog, self.now - self._pool_free_at)
-        self._backlog -= done
         requests, self._waiting = tuple(self._waiting), []
-        seconds = self._costs.slot + len(requests) * self._costs.pool_layer
-        self.pool_busy += done + seconds
-        self._pool_free, self._pool_free_at = False, self.now + seconds
-        self._at(self._pool_free_at, "free")
+        self._pool_free = False
+        free_at = self._now + (self._costs.slot + len(requests) * self._costs.pool_layer)
+        self._at(free_at, self._finish_slot)
         for key in requests:
-            self._at(self._pool_free_at + self._costs.transfer, "answer", key)
+            self._at(free_at + self._costs.transfer, partial(self._answer, key))
         self.slots.append(requests)
-        self._stashed += sum(key.kind == Kind.BACKWARD for key in requests)
-        if self._stashed >= self._cut_at:
+        self._deferred += sum(key.kind == Kind.BACKWARD for key in requests)
+        if self._deferred >= self._seal_at:
             self.slots.append(())
-            self._cut()
+            self._deferred = 0
 
-    def _cut(self) -> None:
-        if self._stashed:
-            self._backlog += self._costs.slot + self._stashed * self._costs.pool_layer
-            self._stashed = 0
+    def _finish_slot(self) -> None:
+        self._pool_free = True
+        self._serve()
+
+    def _answer(self, key: RequestKey) -> None:
+        heapq.heappush(self.trunks[key.trunk_rank].ready, (self._now, key.micro_batch, key.lane))
+        self._run_trunk(key.trunk_rank)

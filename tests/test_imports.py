@@ -86,9 +86,10 @@ def test_libraries_with_one_home() -> None:
     assert importers("prometheus_client") == {"trainer/telemetry/prometheus.py"}
     assert importers("safetensors") == {"trainer/export/folder.py", "trainer/export/write.py"}
     exports = {str(path.relative_to(ROOT)) for path in EXPORTED}
-    exports |= {f"trainer/export/{name}.py" for name in ("folder", "source", "write", "generate")}
-    # Probes read other people's models through it, in one adapter; evaluation needs its types.
-    assert importers("transformers") == exports | {"trainer/probe/adapters.py", "trainer/evaluate/subject.py"}
+    own = ("exported_model", "saved_run", "loaded_model", "write", "generate")
+    exports |= {f"trainer/export/{name}.py" for name in own}
+    # Probes read other people's models through it, in one adapter.
+    assert importers("transformers") == exports | {"trainer/probe/adapters.py"}
     assert importers("lm_eval") == {"trainer/evaluate/tasks.py"}
     assert importers("torch.distributed") == {
         "trainer/cluster/process_groups.py",

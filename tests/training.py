@@ -117,6 +117,7 @@ def _train(
     recipe: Recipe, steps: int, save_to: Path | None, resume_from: Path | None, save_after: int
 ) -> dict[str, Any]:
     from trainer.checkpoint import format as checkpoint
+    from trainer.checkpoint.resume import load_checkpoint
     from trainer.checkpoint.save import Saver
     from trainer.data.batches import SequenceStream
     from trainer.export.initial import load_initial
@@ -136,10 +137,9 @@ def _train(
     else:
         assert placement
         role = PoolRank(recipe, job, make_schedule(recipe), placement)
-    engines = role.engines
     result: dict[str, Any] = {"scalars": [], "gradients": [], "val_loss": 0.0, "load_LM": None, "random_loss": 0.0}
     if saved:
-        checkpoint.load(job, recipe, saved, role)
+        load_checkpoint(job, recipe, saved, role)
     elif recipe.train.init_from:
         load_initial(recipe, role)
     saver = Saver(job, recipe, save_to, role) if save_to else None
@@ -223,7 +223,7 @@ def set_weights(role: Any, weights: dict[str, Tensor]) -> None:
             return ParameterState(weight, torch.zeros_like(weight), torch.zeros_like(weight))
 
         buffers = {name: weights.get(name, buffer) for name, buffer in engine.module.named_buffers()}
-        engine.take_over(read, buffers, 0, fresh=True)
+        engine.load_resharded(read, buffers, 0, fresh=True)
 
 
 def _by_expert(module: Any, values: dict[str, Tensor]) -> dict[str, Tensor]:

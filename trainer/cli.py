@@ -8,7 +8,7 @@ from __future__ import annotations
 import click
 
 from trainer.bench.commands import bench
-from trainer.common.error_reporting import told
+from trainer.common.error_reporting import report_errors
 from trainer.config.commands import recipes
 from trainer.data.commands import prepare
 from trainer.evaluate.commands import evaluate
@@ -23,12 +23,14 @@ from trainer.view.commands import report, watch
 
 def main() -> None:
     """Entry point of `python -m trainer` and of `unipool`."""
-    with told():
+    with report_errors():
         cli.main(prog_name="unipool", standalone_mode=False)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--local_rank", type=int, hidden=True, expose_value=False)  # deepspeed passes it, but the environment has it too
+@click.option(
+    "--local_rank", type=int, hidden=True, expose_value=False
+)  # deepspeed passes it, but the environment has it too
 def cli() -> None:
     """Train UniPool mixture-of-experts language models: one pool of experts shared by all layers.
 

@@ -1,28 +1,30 @@
-"""How evenly 8 pool ranks work at any moment: lock step, staggered, with experts placed by their load, and with both.
+"""How even the work of 8 pool ranks is at any moment: in lock step, staggered, with experts placed by load, and both.
 
 python -m tests.benchmarks.load [--run DIR | --loads FILE] [--recipe NAME] [--json]
 
-Nothing is timed: routing that was recorded while a model trained is replayed through the service plans of 8 trunk and
-8 pool ranks, for the pool as 8 shards x 1 replica, 4 x 2 and 2 x 4.
+Nothing is timed. Routing that was recorded from a model follows the schedules of 8 trunk and 8 pool ranks, with the
+pool as 8 shards x 1 replica, 4 x 2 and 2 x 4.
 
-Routing is recorded (`tests.benchmarks.record`) from a run of the recipe, which is trained first if it is not there; or
-FILE holds it: counts by (micro-batch, layer, global expert id), integers (N, L, M) as `numpy.save` writes them. The
-first half of the micro-batches places the experts (`pool.placement.balanced`), only the other half is measured. It is
-cut into blocks of one optimizer step: every trunk rank's every micro-batch is another recorded one, whose forwards and
-backwards send the same rows to the same experts and count alike. Weight gradients do not count: nobody waits for them.
+The routing is recorded (`tests.benchmarks.record`) from a run of the recipe, which is trained first if it is missing,
+or it is read from FILE: counts by (micro-batch, layer, global expert id), integers (N, L, M) as `numpy.save` writes
+them. The first half of the micro-batches is used to place the experts (`pool.placement.balanced`), and only the other
+half is measured, in blocks of one optimizer step. Within a block, each micro-batch of each trunk rank is a different
+recorded one. Its forwards and backwards send the same rows to the same experts and count alike. Weight gradients do
+not count, because nobody waits for them.
 
-**Work in flight** of a pool rank is the rows that come to it in a window of requests. A lane sends its next request
-only when all shards have answered its last one, so no shard can be further ahead of another than one request of every
-lane of every trunk rank of its replica: within so many requests a hot shard can catch up, beyond them the others wait
-for it. Hence the windows:
-- lock step: slot by slot the trunk ranks that a replica serves, with one lane each, all in the same layer. A pool rank
-  that is done waits for the slot to end, so windows do not overlap;
-- staggered: the requests of a replica in the order of the schedule that the recipe's costs give
-  (`trainer.planning.schedule`), and over them a window of trunk ranks served x lanes that slides by one request.
+The **work in flight** of a pool rank is the rows that it receives in a window of requests. A lane sends its next
+request only after all shards have answered its last one. A shard can therefore be ahead of another by at most one
+request of every lane of every trunk rank of its replica: within that many requests a hot shard can catch up, beyond
+them the others wait for it. This gives the windows:
+- lock step: slot by slot, the trunk ranks that a replica serves, with one lane each, all in the same layer. A pool
+  rank that has finished waits for the end of the slot, so windows do not overlap;
+- staggered: the requests of a replica in the order of the recipe's schedule (`trainer.planning.schedule`), with a
+  window of trunk ranks served x lanes that slides by one request.
 
-The imbalance is the sum over windows of the largest work of any pool rank over the sum of the mean work. All shards of
-all replicas count: their first windows are taken together, their second ones, and so on. Replicas wait for each other
-only at the end of an optimizer step, so with several of them this overstates the imbalance, in every mode.
+The imbalance is the largest work of any pool rank, summed over the windows, over the sum of the mean work. It covers
+all shards of all replicas: their first windows are taken together, then their second ones, and so on. Replicas wait
+for each other only at the end of an optimizer step, so with several replicas this overstates the imbalance in every
+mode.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ import torch
 from numpy.typing import NDArray
 
 from pool.placement import Placement, balanced, contiguous
-from pool.schedule import RequestKey, Slot, lockstep_plan
+from pool.schedule import RequestKey, Slot, lockstep_schedule
 from pool.topology import Topology
 from tests.benchmarks.report import print_report
 from trainer.checkpoint import format as checkpoint
@@ -55,7 +57,7 @@ MODES = ("lockstep", "staggered", "placed", "both")
 
 
 def in_layout(recipe: Recipe, shards: int) -> Recipe:
-    """The recipe on `RANKS` trunk and `RANKS` pool ranks, the pool cut into `shards`."""
+    """The recipe on `RANKS` trunk and `RANKS` pool ranks, with the pool split into `shards`."""
     parallel = {"trunk_ranks": RANKS, "pool_ranks": RANKS, "expert_parallel": shards, "stagger": True}
     return recipe.model_copy(
         update={
@@ -77,10 +79,10 @@ def by_shard(load_NLM: Counts, placement: Placement) -> Counts:
 
 
 def work_in_windows(requests: list[RequestKey], load_NLS: Counts, trunk_ranks: int, size: int, stride: int) -> Counts:
-    """Rows that come to each shard in windows of `size` requests, `stride` requests apart, (windows, S).
+    """Rows that each shard receives in windows of `size` requests, `stride` requests apart, (windows, S).
 
     Args:
-        load_NLS: micro-batch m of trunk rank t is its entry m x trunk_ranks + t.
+        load_NLS: Rows; micro-batch m of trunk rank t is entry m x trunk_ranks + t.
     """
     rows_QS = np.stack([load_NLS[key.micro_batch * trunk_ranks + key.trunk_rank, key.layer] for key in requests])
     windows_WSq = np.lib.stride_tricks.sliding_window_view(rows_QS, size, axis=0)[::stride]
@@ -93,17 +95,13 @@ def imbalance_in_flight(work_RWS: Counts) -> float:
 
 
 def measure(recipe: Recipe, shards: int, load_NLM: Counts) -> dict[str, list[float]]:
-    """Imbalance of every mode in one layout, block by block.
-
-    Args:
-        load_NLM: the whole recording.
-    """
+    """Imbalance of every mode in one layout, block by block; `load_NLM` is the whole recording."""
     recipe = in_layout(recipe, shards)
     topology, layers = recipe.grid, recipe.model.layers
     served = RANKS // topology.replicas
     half, block = len(load_NLM) // 2, RANKS * MICRO_BATCHES
     load_LM = torch.from_numpy(load_NLM[:half].sum(0))
-    lockstep = tuple(lockstep_plan(RANKS, MICRO_BATCHES, layers))
+    lockstep = lockstep_schedule(RANKS, MICRO_BATCHES, layers).slots
     schedule = make_schedule(recipe)
     staggered, open_requests = schedule.step.slots, served * schedule.lanes
     naive = contiguous(recipe.pool.experts, recipe.model.groups, shards)
@@ -128,10 +126,10 @@ def measure(recipe: Recipe, shards: int, load_NLM: Counts) -> dict[str, list[flo
 
 
 def read(path: Path, recipe: Recipe) -> Counts:
-    """The recording, (N, L, M).
+    """Read a recording (N, L, M).
 
     Raises:
-        ValueError: it is not one, not of this recipe, or too short to measure a block.
+        ValueError: The file is not a recording, is one of another model, or is too short to measure a block.
     """
     try:
         load_NLM: Counts = np.load(path)
@@ -147,24 +145,24 @@ def read(path: Path, recipe: Recipe) -> Counts:
 
 
 def report(recipe: Recipe, load_NLM: Counts, command: str, as_json: bool) -> None:
-    """Measure all layouts and print them, the most even one first."""
+    """Measure all layouts and print them, starting with the most even one."""
     layouts = {f"{shards}x{RANKS // shards}": measure(recipe, shards, load_NLM) for shards in SHARDS}
     best = min(layouts, key=lambda layout: statistics.median(layouts[layout]["both"]))
     results = {f"imbalance_{mode}": layouts[best][mode] for mode in MODES}
     results |= {f"{layout}_{mode}": layouts[layout][mode] for layout in layouts for mode in MODES}
     N, L, M = load_NLM.shape
     notes = [
-        f"the first four rows are those of the layout that is most even with both: {best} (shards x replicas)",
-        f"8 contiguous shards in lock step, to compare with: {statistics.median(layouts['8x1']['lockstep']):.2f}",
-        f"{N} recorded micro-batches of {L} layers and {M} experts: the first half places, the other is measured in "
-        f"blocks of one optimizer step ({RANKS} trunk ranks x {MICRO_BATCHES} micro-batches)",
-        f"{RANKS} trunk and {RANKS} pool ranks; staggered has the recipe's lanes, lock step one",
+        f"the first four rows are of the layout that is most even with both: {best} (shards x replicas)",
+        f"8 contiguous shards in lock step, for comparison: {statistics.median(layouts['8x1']['lockstep']):.2f}",
+        f"{N} recorded micro-batches of {L} layers and {M} experts: the first half places the experts, the other is "
+        f"measured in blocks of one optimizer step ({RANKS} trunk ranks x {MICRO_BATCHES} micro-batches)",
+        f"{RANKS} trunk and {RANKS} pool ranks; staggered uses the recipe's lanes, lock step uses one",
     ]
     print_report("Work in flight of the pool ranks, max / mean", command, results, notes, as_json)
 
 
 def trained_run(recipe_name: str, run: Path) -> Path:
-    """The folder of a finished run, trained now if it is not there."""
+    """The folder of a finished run, which is trained now if it is missing."""
     if checkpoint.newest(run / "checkpoints") is None:
         arguments = [sys.executable, "-m", "trainer", "train", recipe_name, "--set", f"run.dir={run}"]
         subprocess.run(arguments, check=True, timeout=3600)
@@ -180,10 +178,10 @@ def trained_run(recipe_name: str, run: Path) -> Path:
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="Recorded counts by (micro-batch, layer, global expert id), saved by numpy.",
 )
-@click.option("--recipe", "recipe_name", default="quickstart", show_default=True, help="What the model was trained by.")
-@click.option("--json", "as_json", is_flag=True, help="End with one JSON object.")
+@click.option("--recipe", "recipe_name", default="quickstart", show_default=True, help="Recipe of the model.")
+@click.option("--json", "as_json", is_flag=True, help="Also print one JSON object at the end.")
 def main(run: Path | None, loads: Path | None, recipe_name: str, as_json: bool) -> None:
-    """Measure how evenly the pool ranks work, on recorded routing.
+    """Measure how even the work of the pool ranks is, on recorded routing.
 
     \b
     Example:

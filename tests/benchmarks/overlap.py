@@ -1,11 +1,10 @@
-"""Lanes against lock step: one trunk rank and one pool rank, a core each, the same job going to and fro between plans.
+"""Lanes compared with lock step: one trunk rank and one pool rank on a core each, in a job that alternates schedules.
 
 python -m tests.benchmarks.overlap [--rounds 8] [--json]
 """
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import statistics
 import tempfile
@@ -15,7 +14,8 @@ from typing import Any
 import click
 import torch
 
-from pool.schedule import lockstep_plan
+from pool.schedule import lockstep_schedule
+from pool.schedule_timing import time_schedule
 from tests.benchmarks.report import print_report, ratios
 from tests.distributed import join, run_ranks
 from tests.training import tokens
@@ -24,14 +24,14 @@ from trainer.planning.schedule import ScheduleSpec, make_schedule
 
 LANES = (1, 2, 4)
 LOCK_STEP = 0
-"""In place of a number of lanes: the lock-step plan, which serves one micro-batch after the other and makes all weight
-gradients at the end. One lane is less slow: its pool makes them while it waits."""
+"""Stands for the lock-step schedule, which serves one micro-batch after the other and computes all weight gradients at
+the end. One lane is faster, because its pool computes them while it waits."""
 MICRO_BATCHES = 16
 TOKENS = MICRO_BATCHES * 8 * 128
 
 
 def recipe(precision: str, folder: str) -> Recipe:
-    """8 layers, hidden 256, one pool of 64 experts, whose sizes make both sides about equally long here."""
+    """8 layers, hidden 256 and one pool of 64 experts; with these sizes both roles take about equally long here."""
     return Recipe.model_validate(
         {
             "run": {"dir": folder},
@@ -61,7 +61,7 @@ def recipe(precision: str, folder: str) -> Recipe:
 
 
 def measure(job_recipe: Recipe, rounds: int) -> dict[str, Any]:
-    """On every rank: seconds of a step under each plan, and the share of it spent waiting, round by round."""
+    """On every rank, measure the seconds of a step with each schedule and the share spent waiting, round by round."""
     from trainer.data.batches import SequenceStream
     from trainer.train.loop import agreed_placement, optimizer_step
     from trainer.train.pool_rank import PoolRank
@@ -85,15 +85,15 @@ def measure(job_recipe: Recipe, rounds: int) -> dict[str, Any]:
         role = PoolRank(job_recipe, job, make_schedule(job_recipe), placement)
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[job.rank % len(cores)]})  # this thread only: gloo's threads stay free
-    plans = {lanes: ScheduleSpec(job_recipe, lanes, make_schedule(job_recipe).costs).step for lanes in LANES}
-    in_order = tuple(lockstep_plan(1, MICRO_BATCHES, job_recipe.model.layers))
-    plans[LOCK_STEP] = dataclasses.replace(plans[1], slots=in_order)
-    seconds: dict[int, list[float]] = {lanes: [] for lanes in plans}
-    waits: dict[int, list[float]] = {lanes: [] for lanes in plans}
+    costs, layers = make_schedule(job_recipe).costs, job_recipe.model.layers
+    schedules = {lanes: ScheduleSpec(job_recipe, lanes, costs).step for lanes in LANES}
+    schedules[LOCK_STEP] = lockstep_schedule(1, MICRO_BATCHES, layers)
+    seconds: dict[int, list[float]] = {lanes: [] for lanes in schedules}
+    waits: dict[int, list[float]] = {lanes: [] for lanes in schedules}
     step = 0
     for number in range(rounds + 1):
-        for lanes, plan in plans.items():
-            role.plan = plan
+        for lanes, schedule in schedules.items():
+            role.plan = schedule
             job.barrier()
             started, waited = time.perf_counter(), role.clock.total.waiting
             optimizer_step(job, role, step)
@@ -103,15 +103,17 @@ def measure(job_recipe: Recipe, rounds: int) -> dict[str, Any]:
                 seconds[lanes].append(took)
                 waits[lanes].append((role.clock.total.waiting - waited) / took)
     job.close()
-    predicted = {lanes: plan.seconds for lanes, plan in plans.items()}
+    predicted = {
+        lanes: time_schedule(schedule, job_recipe.grid, layers, costs).seconds for lanes, schedule in schedules.items()
+    }
     return {"seconds": seconds, "waits": waits, "predicted": predicted}
 
 
 @click.command()
 @click.option("--rounds", default=8, show_default=True, help="Interleaved rounds; about 25 s each.")
-@click.option("--json", "as_json", is_flag=True, help="End with one JSON object.")
+@click.option("--json", "as_json", is_flag=True, help="Also print one JSON object at the end.")
 def main(rounds: int, as_json: bool) -> None:
-    """Measure lanes against lock step in fp32 and bf16."""
+    """Compare lanes with lock step in fp32 and bf16."""
     results: dict[str, list[float]] = {}
     notes = []
     for precision in ("fp32", "bf16"):

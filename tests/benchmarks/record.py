@@ -18,11 +18,11 @@ from pool.placement import contiguous
 from trainer.checkpoint import format as checkpoint
 from trainer.checkpoint.reshard import SavedCheckpoint, convert
 from trainer.config.recipe import load_recipe
-from trainer.data.recipe_data import prepare_for
+from trainer.data.prepare import prepare_for
+from trainer.engine.experts import build_shard
 from trainer.model.micro_batch import PoolMap, hidden_states
 from trainer.model.pool_client import LocalPool
 from trainer.model.trunk import Trunk
-from trainer.engine.experts import build_shard
 
 
 def record(run: Path, micro_batches: int) -> NDArray[np.int64]:
@@ -40,7 +40,7 @@ def record(run: Path, micro_batches: int) -> NDArray[np.int64]:
     trunk, shard = Trunk(recipe, device), build_shard(recipe, placement, 0, device)
     with tempfile.TemporaryDirectory() as work:
         convert(found[1], Path(work))
-        SavedCheckpoint(found[1], checkpoint.read_placement(found[1]), Path(work)).load_weights(trunk, shard)
+        SavedCheckpoint(found[1], Path(work)).load_weights(trunk, shard)
     pool_map = PoolMap(placement.position_M, recipe.experts_per_layer, recipe.model.layers // groups)
     pool = LocalPool(shard)
     stream = prepare_for(recipe).stream("train", recipe.run.seed + 1)

@@ -1,4 +1,4 @@
-"""The work in flight: windows, modes and layouts by hand, and a realistic recording."""
+"""Work in flight: windows, modes and layouts computed by hand, and a realistic recording."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from pool.placement import Placement
-from pool.schedule import Kind, RequestKey, lockstep_plan
+from pool.schedule import Kind, RequestKey, lockstep_schedule
 from pool.topology import Topology
 from tests.benchmarks.load import (
     MICRO_BATCHES,
@@ -38,9 +38,9 @@ def recipe() -> Recipe:
 
 
 def recording(micro_batches: int, rows: int = 2048) -> Counts:
-    """What a trained model's routing is like: each layer prefers some experts, each micro-batch strays from that.
+    """Routing like that of a trained model (N, 8, 64).
 
-    A layer's preferences are log-normal; a micro-batch's text shifts them, log-normally again. (N, 8, 64).
+    Each layer has log-normal preferences for experts, and the text of each micro-batch shifts them log-normally.
     """
     rng = np.random.default_rng(0)
     layer_LM = rng.normal(0, 1.2, (8, 64))
@@ -66,8 +66,8 @@ LOAD_NLS = np.array([[[3, 1], [0, 4]], [[1, 3], [2, 2]]])
 
 
 def test_lockstep_windows_by_hand() -> None:
-    """Windows are slots; a backward brings the rows of its forward."""
-    requests = requests_of(0, Topology(2, 2, 2), lockstep_plan(2, 1, 2))
+    """Windows are slots, and a backward has the rows of its forward."""
+    requests = requests_of(0, Topology(2, 2, 2), lockstep_schedule(2, 1, 2).slots)
     work_WS = work_in_windows(requests, LOAD_NLS, trunk_ranks=2, size=2, stride=2)
     assert work_WS.tolist() == [[4, 4], [2, 6], [2, 6], [4, 4]]
     assert imbalance_in_flight(work_WS[None]) == (4 + 6 + 6 + 4) / (4 + 4 + 4 + 4)
@@ -88,7 +88,7 @@ def test_the_hottest_replica_counts() -> None:
 
 def test_replicas_serve_their_own_trunk_ranks() -> None:
     """Trunk ranks 1 and 3 of 4 belong to replica 1 of 2, in the slots' order."""
-    requests = requests_of(1, Topology(4, 4, 2), lockstep_plan(4, 2, 1))
+    requests = requests_of(1, Topology(4, 4, 2), lockstep_schedule(4, 2, 1).slots)
     expected = [(1, 0), (3, 0), (1, 0), (3, 0), (1, 1), (3, 1), (1, 1), (3, 1)]
     assert [(request.trunk_rank, request.micro_batch) for request in requests] == expected
 
@@ -112,7 +112,7 @@ def test_rows_by_shard() -> None:
 
 @pytest.mark.parametrize("shards", [8, 4, 2])
 def test_layers_that_prefer_one_shard(recipe: Recipe, shards: int) -> None:
-    """In lock step one shard of each replica has all the work; placed, each layer is spread: exactly even."""
+    """In lock step one shard of each replica has all the work; with experts placed, each layer is spread evenly."""
     results = measure(recipe, shards, slices(2 * BLOCK))
     assert results["lockstep"] == [shards]
     assert results["placed"] == [1]
@@ -166,7 +166,7 @@ def test_command(tmp_path: Path) -> None:
     ratios = json.loads(done.output.splitlines()[-1])["ratios"]
     best = min(("8x1", "4x2", "2x4"), key=lambda layout: ratios[f"{layout}_both"])
     assert [ratios[f"imbalance_{mode}"] for mode in MODES] == [ratios[f"{best}_{mode}"] for mode in MODES]
-    assert f"8 contiguous shards in lock step, to compare with: {ratios['8x1_lockstep']:.2f}" in done.output
+    assert f"8 contiguous shards in lock step, for comparison: {ratios['8x1_lockstep']:.2f}" in done.output
 
 
 @pytest.mark.parametrize(

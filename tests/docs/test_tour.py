@@ -8,16 +8,14 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent.parent
-FEWEST_STOPS, MOST_STOPS = 6, 8
+from tests.docs.markdown import DOCUMENTS, ROOT, prose
 
-DOCUMENTS = ("docs/tour.md", "docs/method.md", "docs/design.md", "docs/glossary.md", "CONTRIBUTING.md")
+FEWEST_STOPS, MOST_STOPS = 6, 8
 
 
 def places(text: str) -> set[tuple[str, str]]:
-    """Return (file, name) of everything that a document mentions; the name is "" where only a file is named."""
-    prose = re.sub(r"^ *```.*?^ *```", "", text, flags=re.DOTALL | re.MULTILINE)
-    return set(re.findall(r"`([\w./-]+\.py)(?::([\w.]+))?`", prose))
+    """Return (file, name) of all code that a text mentions as `file:name`, or as `file` with the name ""."""
+    return set(re.findall(r"`([\w.-]+/[\w./-]+\.py)(?::([\w.]+))?`", text))
 
 
 def names(path: Path) -> set[str]:
@@ -41,7 +39,7 @@ def _defined(node: ast.stmt) -> list[str]:
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_what_a_document_names_exists(document: str) -> None:
     missing = []
-    for file, name in sorted(places((ROOT / document).read_text())):
+    for file, name in sorted(places(prose(document))):
         path = ROOT / file
         if not path.is_file():
             missing.append(file)
@@ -61,12 +59,34 @@ def test_each_walk_has_few_stops_and_shows_something_at_each() -> None:
             assert any(name for named, name in places(stop) if named == file), f"{file}: says nothing to look at"
 
 
-def test_places_are_found_in_prose_only() -> None:
-    text = "See `a/b.py:C.d`, `a.py` and `--set key`.\n```\n`not/this.py`\n```\n"
-    assert places(text) == {("a/b.py", "C.d"), ("a.py", "")}
+def test_places_are_files_with_or_without_a_name() -> None:
+    assert places("See `a/b.py:C.d`, `a/c.py`, `recipe.py` and `--set key`.") == {("a/b.py", "C.d"), ("a/c.py", "")}
 
 
 def test_names_are_those_of_a_module_and_its_classes() -> None:
     found = names(ROOT / "pool" / "shard.py")
     assert {"ExpertShard", "ExpertShard.backward_rows", "EXPERTS_AT_A_TIME"} <= found
     assert "ExpertShard.no_such_method" not in found and "backward_rows" not in found
+
+
+def test_cited_equations_exist_and_each_is_said_to_be_somewhere_in_the_code() -> None:
+    method = (ROOT / "docs/method.md").read_text()
+    numbers = [int(number) for number in re.findall(r"\\tag\{M(\d+)\}", method)]
+    assert numbers == list(range(1, len(numbers) + 1))
+    rows = re.findall(
+        r"^\| (M[\dM, to]+) \|", method.partition("## Where each equation is in the code")[2], re.MULTILINE
+    )
+    mapped = []
+    for row in rows:
+        first, *more = map(int, re.findall(r"\d+", row))
+        mapped += range(first, more[0] + 1) if " to " in row else [first, *more]
+    assert sorted(mapped) == numbers
+    files = [path for folder in ("router", "pool", "trainer") for path in (ROOT / folder).rglob("*.py")]
+    texts = [path.read_text() for path in files] + [prose(document) for document in DOCUMENTS]
+    cited = [
+        int(n)
+        for text in texts
+        for group in re.findall(r"Eq\. M[\dM, andto]+", text)
+        for n in re.findall(r"\d+", group)
+    ]
+    assert cited and set(cited) <= set(numbers)

@@ -1,17 +1,17 @@
-"""Service plans: which requests, in which order."""
+"""Schedules made without a simulation: which requests they hold, and in which order."""
 
 from __future__ import annotations
 
 import pytest
 
-from pool.schedule import Kind, RequestKey, forward_only_plan, lockstep_plan
+from pool.schedule import Kind, RequestKey, generation_schedule, lockstep_schedule
 
 SIZES = [(1, 1, 1), (1, 2, 3), (3, 1, 2), (2, 3, 4)]
 
 
 @pytest.mark.parametrize("trunk_ranks, micro_batches, layers", SIZES)
 def test_lockstep_serves_every_request_once(trunk_ranks: int, micro_batches: int, layers: int) -> None:
-    served = [key for slot in lockstep_plan(trunk_ranks, micro_batches, layers) for key in slot]
+    served = [key for slot in lockstep_schedule(trunk_ranks, micro_batches, layers).slots for key in slot]
     wanted = {
         RequestKey(t, 0, b, layer, kind)
         for t in range(trunk_ranks)
@@ -26,7 +26,7 @@ def test_lockstep_serves_every_request_once(trunk_ranks: int, micro_batches: int
 @pytest.mark.parametrize("trunk_ranks, micro_batches, layers", SIZES)
 def test_lockstep_forward_comes_before_its_backward(trunk_ranks: int, micro_batches: int, layers: int) -> None:
     done: set[RequestKey] = set()
-    for slot in lockstep_plan(trunk_ranks, micro_batches, layers):
+    for slot in lockstep_schedule(trunk_ranks, micro_batches, layers).slots:
         for key in slot:
             if key.kind == Kind.BACKWARD:
                 assert key.forward in done
@@ -37,29 +37,34 @@ def test_lockstep_forward_comes_before_its_backward(trunk_ranks: int, micro_batc
 def test_lockstep_slots_hold_the_same_request_of_every_trunk_rank(
     trunk_ranks: int, micro_batches: int, layers: int
 ) -> None:
-    for slot in lockstep_plan(trunk_ranks, micro_batches, layers):
+    for slot in lockstep_schedule(trunk_ranks, micro_batches, layers).slots:
         assert [key.trunk_rank for key in slot] == list(range(trunk_ranks))
         assert len({(key.lane, key.micro_batch, key.layer, key.kind) for key in slot}) == 1
 
 
 def test_lockstep_order_by_hand() -> None:
-    order = [(slot[0].micro_batch, slot[0].layer, slot[0].kind) for slot in lockstep_plan(2, 2, 2)]
+    order = [(slot[0].micro_batch, slot[0].layer, slot[0].kind) for slot in lockstep_schedule(2, 2, 2).slots]
     f, b = Kind.FORWARD, Kind.BACKWARD
     assert order == [(0, 0, f), (0, 1, f), (0, 1, b), (0, 0, b), (1, 0, f), (1, 1, f), (1, 1, b), (1, 0, b)]
 
 
-def test_lockstep_is_the_order_in_which_a_trunk_rank_asks() -> None:
-    """A trunk rank's own requests, whatever the number of ranks beside it, stand in one order."""
-    alone = [(k.micro_batch, k.layer, k.kind) for slot in lockstep_plan(1, 3, 2) for k in slot]
+def test_lockstep_order_of_a_trunk_rank_does_not_depend_on_the_other_ranks() -> None:
+    alone = [(k.micro_batch, k.layer, k.kind) for slot in lockstep_schedule(1, 3, 2).slots for k in slot]
     for trunk_rank in range(3):
-        slots = lockstep_plan(3, 3, 2)
+        slots = lockstep_schedule(3, 3, 2).slots
         own = [(k.micro_batch, k.layer, k.kind) for slot in slots for k in slot if k.trunk_rank == trunk_rank]
         assert own == alone
 
 
-def test_forward_only_by_hand() -> None:
-    slots = list(forward_only_plan(range(1, 3), 2, 2))
-    wanted = [[(t, b, layer) for t in (1, 2)] for b in (0, 1) for layer in (0, 1)]
+def test_lockstep_has_one_lane() -> None:
+    assert lockstep_schedule(2, 3, 4).lane_order == ((0,) * 3 * (4 + 1 + 4),) * 2
+
+
+def test_generation_by_hand() -> None:
+    schedule = generation_schedule(2, 2, 2)
+    slots = schedule.slots
+    wanted = [[(t, b, layer) for t in (0, 1)] for b in (0, 1) for layer in (0, 1)]
+    assert schedule.lane_order == ((0, 0, 0), (0, 0, 0))
     assert [[(k.trunk_rank, k.micro_batch, k.layer) for k in slot] for slot in slots] == wanted
     assert {k.kind for slot in slots for k in slot} == {Kind.FORWARD_ONLY}
 

@@ -1,4 +1,4 @@
-"""The simulator's plans: complete, in an order that a real run can follow, and as good as they claim."""
+"""Built schedules are complete, and a real run can follow their order."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import itertools
 
 import pytest
 
-from pool.schedule import Kind, PoolSchedule, RequestKey, lockstep_plan
-from pool.schedule_builder import Costs, evaluation_plan, training_plan
+from pool.schedule import Kind, PoolSchedule, RequestKey, lockstep_schedule
+from pool.schedule_builder import Costs, build_evaluation_schedule, build_training_schedule
 from pool.topology import Topology
 
 COSTS = Costs(trunk_layer=3.0, head=7.0, pool_layer=4.0, slot=0.5, transfer=0.3)
@@ -15,19 +15,20 @@ GRIDS = [(1, 1, 1), (2, 1, 1), (3, 2, 1), (2, 4, 2), (1, 2, 1), (4, 5, 5)]
 LANES = [(1, False), (1, True), (2, False), (2, True), (3, True), (7, False)]
 
 
-def follow(plan: PoolSchedule, topology: Topology, layers: int, micro_batches: int, training: bool) -> None:
-    """Run the plan as trunk ranks and pool would, without any clock; fails if somebody waits for ever."""
+def follow(schedule: PoolSchedule, topology: Topology, layers: int, micro_batches: int, training: bool) -> None:
+    """Run the schedule as trunk ranks and pool would, without a clock; fail if somebody waits forever."""
     forward = [Kind.FORWARD if training else Kind.FORWARD_ONLY] * layers
     program = list(zip(forward, range(layers), strict=True))
     if training:
         program += [(Kind.BACKWARD, layer) for layer in reversed(range(layers))]
-    orders = [list(order) for order in plan.lane_order]
+    orders = [list(order) for order in schedule.lane_order]
     lanes: list[dict[int, tuple[int, int]]] = [{} for _ in orders]  # lane -> (micro-batch, requests made)
     fresh = [itertools.count() for _ in orders]
     sent: set[RequestKey] = set()
     answered: set[RequestKey] = set()
     slots = {
-        r: [s for s in plan.slots if s and s[0].trunk_rank % topology.replicas == r] for r in range(topology.replicas)
+        r: [s for s in schedule.slots if s and s[0].trunk_rank % topology.replicas == r]
+        for r in range(topology.replicas)
     }
     moved = True
     while moved:
@@ -54,61 +55,52 @@ def follow(plan: PoolSchedule, topology: Topology, layers: int, micro_batches: i
             while queue and set(queue[0]) <= sent:
                 answered |= set(queue.pop(0))
                 moved = True
-    assert all(not order for order in orders), "a trunk rank waits for ever"
-    assert not any(slots.values()), "the pool waits for ever"
+    assert all(not order for order in orders), "a trunk rank waits forever"
+    assert not any(slots.values()), "the pool waits forever"
     assert not any(lanes), "a micro-batch does not end"
     assert len(sent) == topology.trunk_ranks * micro_batches * len(program)
 
 
 @pytest.mark.parametrize(("lanes", "stagger"), LANES)
 @pytest.mark.parametrize("grid", GRIDS)
-def test_a_run_can_follow_the_plan(grid: tuple[int, int, int], lanes: int, stagger: bool) -> None:
+def test_a_run_can_follow_the_schedule(grid: tuple[int, int, int], lanes: int, stagger: bool) -> None:
     topology = Topology(*grid)
     for layers, micro_batches in ((1, 1), (3, 4), (2, 5)):
         follow(
-            training_plan(topology, layers, micro_batches, lanes, stagger, COSTS), topology, layers, micro_batches, True
+            build_training_schedule(topology, layers, micro_batches, lanes, stagger, COSTS),
+            topology,
+            layers,
+            micro_batches,
+            True,
         )
-        follow(evaluation_plan(topology, layers, micro_batches, lanes, COSTS), topology, layers, micro_batches, False)
+        follow(
+            build_evaluation_schedule(topology, layers, micro_batches, lanes, COSTS),
+            topology,
+            layers,
+            micro_batches,
+            False,
+        )
 
 
 @pytest.mark.parametrize("trunk_ranks", [1, 3])
 def test_one_lane_without_stagger_is_lock_step(trunk_ranks: int) -> None:
-    plan = training_plan(Topology(trunk_ranks, 2, 2), 3, 2, 1, False, COSTS)
-    assert [s for s in plan.slots if s] == list(lockstep_plan(trunk_ranks, 2, 3))
-
-
-def test_lock_step_takes_the_sum_of_all_costs() -> None:
-    layers, micro_batches = 3, 2
-    plan = training_plan(Topology(1, 1, 1), layers, micro_batches, 1, False, COSTS)
-    trunk = layers * 3 * COSTS.trunk_layer + 3 * COSTS.head
-    requests = 2 * layers * (COSTS.slot + COSTS.pool_layer + 2 * COSTS.transfer)
-    assert plan.seconds == pytest.approx(micro_batches * (trunk + requests))
+    schedule = build_training_schedule(Topology(trunk_ranks, 2, 2), 3, 2, 1, False, COSTS)
+    assert [s for s in schedule.slots if s] == list(lockstep_schedule(trunk_ranks, 2, 3).slots)
 
 
 def test_no_more_lanes_in_flight_than_asked() -> None:
     for lanes in (1, 2, 3):
-        plan = training_plan(Topology(1, 1, 1), 4, 6, lanes, False, COSTS)
-        assert set(plan.lane_order[0]) == set(range(lanes))
+        schedule = build_training_schedule(Topology(1, 1, 1), 4, 6, lanes, False, COSTS)
+        assert set(schedule.lane_order[0]) == set(range(lanes))
 
 
-def test_lanes_and_stagger_make_the_step_shorter() -> None:
-    """Heads that all trunk ranks reach together starve the pool; staggered they do not."""
-    topology = Topology(8, 10, 10)
-    costs = Costs(trunk_layer=1.0, head=16.6, pool_layer=0.25, slot=0.03, transfer=0.1)
-    ways = ((1, False), (2, False), (2, True))
-    lockstep, lanes, both = (training_plan(topology, 12, 16, *way, costs) for way in ways)
-    assert lanes.seconds < 0.95 * lockstep.seconds
-    assert both.seconds < 0.95 * lanes.seconds
-    assert both.pool_busy > lanes.pool_busy > lockstep.pool_busy
+def test_there_are_requests_between_seals() -> None:
+    schedule = build_training_schedule(Topology(1, 1, 1), 4, 4, 2, True, COSTS)
+    seals = [n for n, slot in enumerate(schedule.slots) if not slot]
+    assert seals
+    assert all(schedule.slots[n - 1] for n in seals)
 
 
-def test_cuts_come_with_backwards_between_them() -> None:
-    plan = training_plan(Topology(1, 1, 1), 4, 4, 2, True, COSTS)
-    flushes = [n for n, slot in enumerate(plan.slots) if not slot]
-    assert flushes
-    assert all(plan.slots[n - 1] for n in flushes)
-
-
-def test_the_plan_is_the_same_every_time() -> None:
-    first, second = (training_plan(Topology(3, 2, 2), 5, 4, 3, True, COSTS) for _ in range(2))
+def test_the_schedule_is_the_same_every_time() -> None:
+    first, second = (build_training_schedule(Topology(3, 2, 2), 5, 4, 3, True, COSTS) for _ in range(2))
     assert first == second

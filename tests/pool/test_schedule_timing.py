@@ -1,4 +1,4 @@
-"""The replay of a plan beside an event simulation of every rank and message, and beside what the plan itself claims."""
+"""Times of a schedule, compared with an event simulation of every rank and message, and with arithmetic by hand."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import pytest
 from numpy.typing import NDArray
 
 from pool.placement import Placement, contiguous
-from pool.schedule import Kind, PoolSchedule, lockstep_plan
-from pool.schedule_builder import Costs, training_plan
-from pool.schedule_timing import Replay, Work, replay, shard_loads
+from pool.schedule import Kind, PoolSchedule, lockstep_schedule
+from pool.schedule_builder import Costs, build_training_schedule, staggered_starts
+from pool.schedule_timing import StepTiming, Work, shard_loads, time_schedule
 from pool.topology import Topology
 
 COSTS = Costs(trunk_layer=3.0, head=7.0, pool_layer=4.0, slot=0.5, transfer=0.3)
@@ -41,10 +41,12 @@ class Followed:
     bars: list[Bar] = field(default_factory=list)
     open: dict[int, int] = field(default_factory=lambda: defaultdict(int))
     kept: dict[int, float] = field(default_factory=lambda: defaultdict(float))
-    stash: dict[int, float] = field(default_factory=lambda: defaultdict(float))
+    deferred: dict[int, float] = field(default_factory=lambda: defaultdict(float))
 
 
-def follow(plan: PoolSchedule, topology: Topology, layers: int, costs: Costs, load_LS: NDArray[np.float64]) -> Followed:
+def follow(
+    schedule: PoolSchedule, topology: Topology, layers: int, costs: Costs, load_LS: NDArray[np.float64]
+) -> Followed:
     """Every rank does what it can at every moment, every message is an event of its own."""
     seen = Followed()
     program = [(costs.trunk_layer, Kind.FORWARD, layer, Work.TRUNK_FORWARD) for layer in range(layers)]
@@ -52,16 +54,18 @@ def follow(plan: PoolSchedule, topology: Topology, layers: int, costs: Costs, lo
     program.append((2 * costs.trunk_layer, None, -1, Work.TRUNK_BACKWARD))
     program[layers] = (3 * costs.head, Kind.BACKWARD, layers - 1, Work.HEAD)
     trunks, pools = range(topology.trunk_ranks), range(topology.trunk_ranks, topology.world_size)
-    orders = {t: list(plan.lane_order[t]) for t in trunks}
+    orders = {t: list(schedule.lane_order[t]) for t in trunks}
     fresh = {t: itertools.count() for t in trunks}
     lanes: dict[int, dict[int, list[int]]] = {t: {} for t in trunks}  # lane -> [micro-batch, segment, answers there]
-    queues = {p: [[k for k in s if k.trunk_rank in topology.served_trunk_ranks(p)] for s in plan.slots] for p in pools}
+    queues = {
+        p: [[k for k in s if k.trunk_rank in topology.served_trunk_ranks(p)] for s in schedule.slots] for p in pools
+    }
     for p in pools:  # slots of other ranks only are none of its business
-        queues[p] = [keys for keys, slot in zip(queues[p], plan.slots, strict=True) if keys or not slot] + [[]]
+        queues[p] = [keys for keys, slot in zip(queues[p], schedule.slots, strict=True) if keys or not slot] + [[]]
     inbox: dict[int, set[object]] = {p: set() for p in pools}
     free_at: dict[int, float] = defaultdict(float)
     kept: dict[int, float] = defaultdict(float)
-    stash: dict[int, list[float]] = defaultdict(list)
+    deferred: dict[int, list[float]] = defaultdict(list)
     backlog: dict[int, float] = defaultdict(float)
     events: list[tuple[float, int, int, object]] = []
     number = itertools.count()
@@ -106,9 +110,9 @@ def follow(plan: PoolSchedule, topology: Topology, layers: int, costs: Costs, lo
         queues[p].pop(0)
         rows = {k: topology.expert_parallel * load_LS[k.layer, topology.shard(p)] for k in keys}
         if not keys:
-            if stash[p]:
-                backlog[p] += costs.slot + costs.pool_layer * sum(stash[p])
-            stash[p] = []
+            if deferred[p]:
+                backlog[p] += costs.slot + costs.pool_layer * sum(deferred[p])
+            deferred[p] = []
             if not queues[p] and backlog[p]:
                 work(p, now, [(backlog[p], Work.WEIGHT_GRADIENTS)])
             at(max(now, free_at[p]), p)
@@ -128,9 +132,9 @@ def follow(plan: PoolSchedule, topology: Topology, layers: int, costs: Costs, lo
                 seen.kept[p] = max(seen.kept[p], kept[p])
             else:
                 kept[p] -= sum(these)
-                stash[p] += these
+                deferred[p] += these
                 if these:
-                    seen.stash[p] = max(seen.stash[p], sum(stash[p]) + backlog[p] / costs.pool_layer)
+                    seen.deferred[p] = max(seen.deferred[p], sum(deferred[p]) + backlog[p] / costs.pool_layer)
         end = work(p, now, parts)
         for key in keys:
             at(end + costs.transfer, key.trunk_rank, key.lane)
@@ -151,10 +155,10 @@ def follow(plan: PoolSchedule, topology: Topology, layers: int, costs: Costs, lo
     return seen
 
 
-def assert_same(got: Replay, seen: Followed, topology: Topology) -> None:
+def assert_same(got: StepTiming, seen: Followed, topology: Topology) -> None:
     i = got.intervals
     bars = sorted(zip(i.rank_I.tolist(), i.start_I.tolist(), i.end_I.tolist(), i.work_I.tolist(), strict=True))
-    expected = sorted(seen.bars)
+    expected = sorted(bar for bar in seen.bars if bar[2] > bar[1])
     assert [(rank, work) for rank, _, _, work in bars] == [(rank, work) for rank, _, _, work in expected]
     times, expected_times = ([bar[1:3] for bar in these] for these in (bars, expected))
     np.testing.assert_allclose(times, expected_times, rtol=0, atol=1e-9)
@@ -167,7 +171,7 @@ def assert_same(got: Replay, seen: Followed, topology: Topology) -> None:
     pools = range(topology.trunk_ranks, topology.world_size)
     assert got.peak_open_T.tolist() == [seen.open[t] for t in range(topology.trunk_ranks)]
     np.testing.assert_allclose(got.peak_kept_P, [seen.kept[p] for p in pools], rtol=0, atol=1e-9)
-    np.testing.assert_allclose(got.peak_stash_P, [seen.stash[p] for p in pools], rtol=0, atol=1e-9)
+    np.testing.assert_allclose(got.peak_deferred_P, [seen.deferred[p] for p in pools], rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("costs", [COSTS, CHEAP_POOL])
@@ -176,68 +180,88 @@ def assert_same(got: Replay, seen: Followed, topology: Topology) -> None:
 def test_as_every_rank_for_itself(grid: tuple[int, int, int], lanes: int, stagger: bool, costs: Costs) -> None:
     topology = Topology(*grid)
     for layers, micro_batches in ((1, 1), (3, 4), (2, 5)):
-        plan = training_plan(topology, layers, micro_batches, lanes, stagger, costs)
+        schedule = build_training_schedule(topology, layers, micro_batches, lanes, stagger, costs)
         for load_LS in (np.full((layers, grid[2]), 1 / grid[2]), skewed(layers, grid[2])):
-            got = replay(plan, topology, layers, costs, load_LS, range(topology.world_size))
-            assert_same(got, follow(plan, topology, layers, costs, load_LS), topology)
+            got = time_schedule(schedule, topology, layers, costs, load_LS, record=True)
+            assert_same(got, follow(schedule, topology, layers, costs, load_LS), topology)
 
 
 @pytest.mark.parametrize("grid", GRIDS)
 def test_lock_step_slots_that_cross_replicas(grid: tuple[int, int, int]) -> None:
     topology, layers, micro_batches = Topology(*grid), 3, 2
-    order = ((0,) * (micro_batches * (2 * layers + 1)),) * topology.trunk_ranks
-    plan = PoolSchedule(tuple(lockstep_plan(topology.trunk_ranks, micro_batches, layers)), order, 0.0, 0.0, 0.0)
+    schedule = lockstep_schedule(topology.trunk_ranks, micro_batches, layers)
     load_LS = skewed(layers, grid[2])
-    got = replay(plan, topology, layers, COSTS, load_LS, range(topology.world_size))
-    assert_same(got, follow(plan, topology, layers, COSTS, load_LS), topology)
+    got = time_schedule(schedule, topology, layers, COSTS, load_LS, record=True)
+    assert_same(got, follow(schedule, topology, layers, COSTS, load_LS), topology)
     assert set(got.peak_open_T) == {1}
 
 
-@pytest.mark.parametrize(("lanes", "stagger"), LANES)
 @pytest.mark.parametrize("grid", GRIDS)
-def test_an_even_load_takes_the_predicted_time(grid: tuple[int, int, int], lanes: int, stagger: bool) -> None:
-    """Without stagger a step ends when the plan says; staggered never later, since nobody begins later."""
+def test_ranks_that_start_later(grid: tuple[int, int, int]) -> None:
+    """A staggered step in which trunk ranks start late has the same bars, and is never shorter."""
     topology, layers = Topology(*grid), 4
-    plan = training_plan(topology, layers, 5, lanes, stagger, COSTS)
-    got = replay(plan, topology, layers, COSTS, ranks=range(topology.world_size))
-    assert got.seconds == pytest.approx(got.intervals.end_I.max(), abs=1e-9)
-    if stagger:
-        assert got.seconds <= plan.seconds + 1e-9
-    elif topology.replicas == 1:  # in a plan of several replicas a cut of one is a cut of all
-        assert got.seconds == pytest.approx(plan.seconds, abs=1e-9)
-        assert got.trunk_busy_T == pytest.approx(plan.trunk_busy, abs=1e-9)
-        assert got.pool_busy_P == pytest.approx(plan.pool_busy, abs=1e-9)
+    schedule = build_training_schedule(topology, layers, 5, 2, True, COSTS)
+    starts_T = staggered_starts(topology, layers, COSTS)
+    late, early = (
+        time_schedule(schedule, topology, layers, COSTS, record=True, starts_T=starts) for starts in (starts_T, None)
+    )
+    i = late.intervals
+    assert [i.start_I[i.rank_I == t].min() for t in range(topology.trunk_ranks)] == pytest.approx(starts_T)
+    assert late.seconds == pytest.approx(i.end_I.max(), abs=1e-9)
+    assert late.seconds >= early.seconds - 1e-9
+    busy = late.trunk_busy_T * late.seconds
+    np.testing.assert_allclose(busy, 5 * (3 * layers * COSTS.trunk_layer + 3 * COSTS.head), rtol=1e-12)
+
+
+def test_lock_step_takes_the_sum_of_all_costs() -> None:
+    layers, micro_batches, topology = 3, 2, Topology(1, 1, 1)
+    trunk = layers * 3 * COSTS.trunk_layer + 3 * COSTS.head
+    requests = 2 * layers * (COSTS.slot + COSTS.pool_layer + 2 * COSTS.transfer)
+    got = time_schedule(lockstep_schedule(1, micro_batches, layers), topology, layers, COSTS, record=True)
+    trunk_end = got.intervals.end_I[got.intervals.rank_I == 0].max()
+    assert trunk_end == pytest.approx(micro_batches * (trunk + requests))
+    assert got.seconds > trunk_end, "weight gradients at the end"
+
+
+def test_lanes_and_stagger_make_the_step_shorter() -> None:
+    """Heads that all trunk ranks reach together starve the pool; staggered heads do not."""
+    topology, layers = Topology(8, 10, 10), 12
+    costs = Costs(trunk_layer=1.0, head=16.6, pool_layer=0.25, slot=0.03, transfer=0.1)
+    steps = []
+    for lanes, stagger in ((1, False), (2, False), (2, True)):
+        schedule = build_training_schedule(topology, layers, 16, lanes, stagger, costs)
+        starts_T = staggered_starts(topology, layers, costs) if stagger else None
+        steps.append(time_schedule(schedule, topology, layers, costs, starts_T=starts_T))
+    lockstep, two_lanes, both = steps
+    assert two_lanes.seconds < 0.95 * lockstep.seconds
+    assert both.seconds < 0.95 * two_lanes.seconds
+    assert both.pool_busy_P.mean() > two_lanes.pool_busy_P.mean() > lockstep.pool_busy_P.mean()
 
 
 def test_imbalance_is_of_rows_over_all_pool_ranks() -> None:
     layers, topology = 2, Topology(3, 4, 2)  # replica 0 serves two trunk ranks, replica 1 one
     load_LS = np.array([[0.9, 0.1], [0.7, 0.3]])
-    plan = training_plan(topology, layers, 2, 2, False, COSTS)
-    got = replay(plan, topology, layers, COSTS, load_LS)
+    schedule = build_training_schedule(topology, layers, 2, 2, False, COSTS)
+    got = time_schedule(schedule, topology, layers, COSTS, load_LS)
     rows_P = [2 * 1.6, 2 * 0.4, 1.6, 0.4]
     assert got.imbalance == pytest.approx(max(rows_P) / np.mean(rows_P))
-    assert replay(plan, Topology(3, 4, 2), layers, COSTS).imbalance == pytest.approx(4 / 3)
+    assert time_schedule(schedule, Topology(3, 4, 2), layers, COSTS).imbalance == pytest.approx(4 / 3)
 
 
-def test_only_the_ranks_asked_for_have_intervals() -> None:
+def test_intervals_are_recorded_on_request_only() -> None:
     topology, layers = Topology(4, 6, 3), 3
-    plan = training_plan(topology, layers, 4, 2, True, COSTS)
+    schedule = build_training_schedule(topology, layers, 4, 2, True, COSTS)
     load_LS = skewed(layers, 3)
-    whole = replay(plan, topology, layers, COSTS, load_LS, range(topology.world_size))
-    some = replay(plan, topology, layers, COSTS, load_LS, [8, 1])
-    assert some.ranks == (1, 8) and set(some.intervals.rank_I.tolist()) == {1, 8}
-    for rank in (1, 8):
-        for name in ("start_I", "end_I", "work_I"):
-            of_rank = [getattr(r.intervals, name)[r.intervals.rank_I == rank] for r in (whole, some)]
-            np.testing.assert_array_equal(*of_rank)
-    assert some.seconds == whole.seconds
-    assert replay(plan, topology, layers, COSTS, load_LS).intervals.rank_I.size == 0
+    recorded = time_schedule(schedule, topology, layers, COSTS, load_LS, record=True)
+    silent = time_schedule(schedule, topology, layers, COSTS, load_LS)
+    assert set(recorded.intervals.rank_I.tolist()) == set(range(topology.world_size))
+    assert silent.intervals.rank_I.size == 0 and silent.seconds == recorded.seconds
 
 
 def test_intervals_of_a_rank_are_in_order_and_apart() -> None:
     topology, layers = Topology(3, 4, 2), 3
-    plan = training_plan(topology, layers, 4, 3, True, COSTS)
-    i = replay(plan, topology, layers, COSTS, skewed(layers, 2), range(topology.world_size)).intervals
+    schedule = build_training_schedule(topology, layers, 4, 3, True, COSTS)
+    i = time_schedule(schedule, topology, layers, COSTS, skewed(layers, 2), record=True).intervals
     for rank in range(topology.world_size):
         start_I, end_I = i.start_I[i.rank_I == rank], i.end_I[i.rank_I == rank]
         assert (end_I >= start_I).all() and (start_I[1:] >= end_I[:-1] - 1e-9).all()
@@ -246,20 +270,20 @@ def test_intervals_of_a_rank_are_in_order_and_apart() -> None:
 def test_skew_makes_a_lock_step_as_long_as_its_hottest_shards() -> None:
     layers, topology = 2, Topology(1, 2, 2)
     load_LS = np.array([[0.75, 0.25], [0.4, 0.6]])
-    plan = training_plan(topology, layers, 1, 1, False, COSTS)
+    schedule = build_training_schedule(topology, layers, 1, 1, False, COSTS)
     waits = sum(2 * (COSTS.slot + 2 * hot * COSTS.pool_layer + 2 * COSTS.transfer) for hot in (0.75, 0.6))
     trunk = 3 * layers * COSTS.trunk_layer + 3 * COSTS.head
-    got = replay(plan, topology, layers, COSTS, load_LS, [0])
-    assert got.intervals.end_I.max() == pytest.approx(trunk + waits)
+    got = time_schedule(schedule, topology, layers, COSTS, load_LS, record=True)
+    assert got.intervals.end_I[got.intervals.rank_I == 0].max() == pytest.approx(trunk + waits)
 
 
-def test_a_plan_that_cannot_be_followed() -> None:
+def test_a_schedule_that_cannot_be_followed() -> None:
     topology, layers = Topology(2, 1, 1), 2
-    plan = training_plan(topology, layers, 2, 2, False, COSTS)
-    with pytest.raises(AssertionError, match="is not there when the plan serves it"):
-        replay(replace(plan, slots=plan.slots[::-1]), topology, layers, COSTS)
+    schedule = build_training_schedule(topology, layers, 2, 2, False, COSTS)
+    with pytest.raises(AssertionError, match="is served before it has been sent"):
+        time_schedule(replace(schedule, slots=schedule.slots[::-1]), topology, layers, COSTS)
     with pytest.raises(AssertionError, match="end before"):
-        replay(replace(plan, slots=plan.slots[:2]), topology, layers, COSTS)
+        time_schedule(replace(schedule, slots=schedule.slots[:2]), topology, layers, COSTS)
 
 
 @pytest.mark.parametrize("placement", [contiguous(12, 1, 3), contiguous(12, 4, 3), Placement((3, 1, 0, 2), 2)])

@@ -16,7 +16,7 @@ from pool.topology import Topology
 from pool.wire import PoolWire, TrunkWire
 from pool.wire_check import altered, fingerprint, not_finite
 from tests.distributed import run_ranks
-from tests.pool.test_wire import LONG, STEP, D, barrier, connect, error_of, groups, my_rank, settings
+from tests.pool.wire_job import LONG, STEP, D, barrier, connect, error_of, groups, my_rank, settings
 from tests.training import assert_same, run_training, tiny
 
 KEY = RequestKey(trunk_rank=0, lane=1, micro_batch=3, layer=1, kind=Kind.BACKWARD)

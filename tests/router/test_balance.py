@@ -1,4 +1,4 @@
-"""Balance losses against loops over METHOD.md's formulas; the memory of loads in every scope and delay.
+"""Balance losses against loops over the formulas of docs/method.md; the memory of loads in every scope and delay.
 
 Letters: L layers, T tokens, M experts a layer sees, K top-k.
 """
@@ -23,7 +23,7 @@ def fractions_of(loads_LM: Tensor) -> Tensor:
 
 
 def loop_losses(f: list[list[float]], p: list[list[float]], groups: int) -> tuple[float, float]:
-    """(per-layer loss, pool loss) with coefficients 1, as METHOD.md writes them."""
+    """(per-layer loss, pool loss) with coefficients 1, as Eq. M15 and M16 of docs/method.md."""
     layer_loss = sum(M * sum(f[layer][i] * p[layer][i] for i in range(M)) for layer in range(L))
     pool_loss = 0.0
     shared = L // groups

@@ -47,7 +47,7 @@ def test_norm_router_case(name: str) -> None:
     (scores_TK * upstream_TM.gather(-1, ids_TK)).sum().backward()
 
     assert_close(torch.zeros_like(probs_TM).scatter(-1, ids_TK, scores_TK.detach()), probs_TM)
-    # An expert of score 0 is picked by tie, which differs between devices (FACTS): compare the others only.
+    # An expert of score 0 is picked by tie, which differs between devices: compare the others only.
     for ours, ours_scores, theirs, theirs_scores in zip(
         ids_TK.tolist(), scores_TK.tolist(), case["selected"], case["selected_probs"], strict=True
     ):

@@ -16,7 +16,7 @@ CONSTANT = 2.5
 
 
 def plain_route(z_TM: Tensor, sigma: Tensor, top_k: int, normalized: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """METHOD.md's words, one after the other: all scores, the K largest, the mean."""
+    """The plain way (Eq. M7, M6 and M14 of docs/method.md): all scores, the K largest, the mean."""
     s_TM = sigma * CONSTANT * (z_TM / (torch.linalg.vector_norm(z_TM, dim=-1, keepdim=True) + 1e-8)).relu()
     ids_TK = z_TM.detach().topk(top_k, dim=-1).indices
     p_TM = s_TM

@@ -15,14 +15,20 @@ from trainer.config.recipe import load_recipe
 @click.command()
 @click.argument("recipe", default="quickstart")
 @set_option
-@click.option("--out", type=click.Path(path_type=Path), default="profile.json", show_default=True, help="The profile.")
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Default: cuda where there is one.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default="profile.json",
+    show_default=True,
+    help="File to write the profile to.",
+)
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Device to measure; default: cuda if available.")
 @json_option
 def bench(recipe: str, overrides: tuple[str, ...], out: Path, device: str | None, as_json: bool) -> None:
-    """Measure what this machine does with the shapes of RECIPE (default: quickstart); save that for `plan --hardware`.
+    """Measure how fast this machine computes with the shapes of RECIPE (default: quickstart), for `plan --hardware`.
 
-    Products, memory, experts, router, a layer and the head of the trunk, and the wire between two processes; some
-    minutes at most.
+    Measures dense products, memory, experts, the router, a layer and the head of the trunk, and the wire between two
+    processes. This takes a few minutes at most.
 
     \b
     Examples:
@@ -40,4 +46,4 @@ def bench(recipe: str, overrides: tuple[str, ...], out: Path, device: str | None
         print(dumps(asdict(profile)))
         return
     print_profile(profile)
-    print(f"saved {out}: unipool plan {recipe} --hardware {out}")
+    print(f"saved {out}; predict with: unipool plan {recipe} --hardware {out}")

@@ -1,7 +1,7 @@
-"""`python -m trainer bench`: what this machine does with a recipe's shapes, beside its own limits.
+"""Measures how fast a machine computes with a recipe's shapes, relative to the machine's own limits.
 
-Everything is the trainer's own code on a rank's share of the machine, and the best of several runs. A run is cut to a
-fraction of a second: fewer sequences, fewer experts; never narrower ones.
+Everything runs the trainer's own code on one rank's share of the machine, and the best of several runs counts. A run is
+limited to a fraction of a second by using fewer sequences and fewer experts, but never narrower ones.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -19,7 +19,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from pool.shard import ExpertServer, ExpertShard
 from trainer.bench.tables import PROCESSOR
@@ -44,10 +43,10 @@ class Effort:
     """How long to measure.
 
     Attributes:
-        seconds: of one measurement, besides a first run; a run would last a tenth of that at the GEMM peak.
-        gemm_sizes: sides of the square products.
-        copy_bytes: a copy that no cache holds.
-        message_bytes: a large message.
+        seconds: Time of one measurement; a run of it would take a tenth of that at the GEMM peak.
+        gemm_sizes: Sizes of the square dense products.
+        copy_bytes: Size of a copy that fits into no cache.
+        message_bytes: Size of a large message.
     """
 
     seconds: float
@@ -63,24 +62,24 @@ EFFORT = {
 
 
 def run(recipe: Recipe, device: torch.device, out: Path, effort: Effort | None = None) -> Profile:
-    """Measure and save to `out`.
+    """Measure, and save the profile to `out`.
 
     Raises:
-        UserError: a dense recipe, or `out` cannot be written (known before anything is measured).
+        UserError: The recipe is dense, or `out` cannot be written; this is checked before anything is measured.
     """
     if recipe.model.ffn == "dense":
-        raise UserError("bench: model.ffn = dense: has no experts and no wire to measure; take a recipe with a pool")
+        raise UserError("bench: model.ffn = dense: has no experts and no wire to measure; use a recipe with a pool")
     if not (os.path.isdir(out.parent) and os.access(out.parent, os.W_OK)) or os.path.isdir(out):
-        raise UserError(f"--out {out}: cannot be written; choose a file in a folder that is there")
+        raise UserError(f"--out {out}: cannot be written; choose a file in an existing, writable folder")
     if device.type == "cpu":
-        limit_threads(recipe.grid.world_size)  # as a rank of this job has
+        limit_threads(recipe.grid.world_size)  # as many as a rank of this job has
     profile = _measure(recipe, device, effort or EFFORT[device.type])
     profile.save(out)
     return profile
 
 
 def best_seconds(function: Callable[[], object], device: torch.device, seconds: float) -> float:
-    """The shortest run within `seconds` (one at least), after a first run that does not count."""
+    """Run a function for about `seconds`, at least twice, and return the time of its shortest run but the first."""
     function()
     best, until = math.inf, time.perf_counter() + seconds
     while True:
@@ -99,27 +98,12 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-class _Progress:
-    """A bar on a terminal; in a log a line for each measurement."""
-
-    def __init__(self, total: int):
-        self._bar = tqdm(total=total, disable=not sys.stderr.isatty(), bar_format="{n_fmt}/{total_fmt} {bar} {desc}")
-        self._bar.dynamic_ncols = True
-
-    def begin(self, what: str) -> None:
-        if self._bar.disable:
-            print(f"measuring {what}", file=sys.stderr)
-        else:
-            self._bar.set_description_str(what)
-            self._bar.update()
-
-    def close(self) -> None:
-        self._bar.close()
+def _announce(what: str) -> None:
+    print(f"measuring {what}", file=sys.stderr)
 
 
 def _measure(recipe: Recipe, device: torch.device, effort: Effort) -> Profile:
-    progress = _Progress(2 + 5 * len(PRECISIONS))
-    progress.begin("memory")
+    _announce("memory")
     bandwidth = memory_bandwidth(device, effort)
     figures = [Figure("memory, read + written", None, bandwidth, "bytes/s", None, None)]
     rates: dict[Precision, Rates] = {}
@@ -127,21 +111,24 @@ def _measure(recipe: Recipe, device: torch.device, effort: Effort) -> Profile:
     wall, processor = time.perf_counter(), time.process_time()
     for precision in PRECISIONS:
         bench = _Precision(recipe, precision, device, effort)
-        for what in bench.measure():
-            progress.begin(f"{what}, {precision}")
+        rates[precision] = bench.measure()
         figures += bench.figures
-        rates[precision] = bench.rates()
-        launch = min(launch, bench.launch_latency)
-        del bench
-    had = (time.process_time() - processor) / (time.perf_counter() - wall)
-    progress.begin("wire")
+        _announce(f"expert launch, {precision}")
+        launch = min(launch, bench.launch_latency())
+    available = (time.process_time() - processor) / (time.perf_counter() - wall)
+    _announce("wire")
     wire = measure_wire(recipe, device, effort.message_bytes)
-    progress.close()
     if device.type == "cpu":
-        figures.append(Figure(PROCESSOR, None, had, "of its time", had / torch.get_num_threads(), "the threads' time"))
-    figures += [Figure("expert launch, one row", None, launch, "s", None, None), *wire.beside(MEMORY, bandwidth)]
+        share = available / torch.get_num_threads()
+        figures.append(Figure(PROCESSOR, None, available, "of its time", share, "the threads' time"))
+    figures += [
+        Figure("expert launch, one row", None, launch, "s", None, None),
+        Figure("wire latency, one way", None, wire.latency, "s", None, None),
+        Figure("wire, one way", None, wire.bandwidth, "bytes/s", wire.bandwidth / bandwidth, MEMORY),
+        Figure("transfer hidden by computing", None, wire.hidden, "of its time", wire.hidden, "its time"),
+    ]
     hardware = Hardware(
-        name=_name(recipe, device),
+        name=_name(device),
         fp32=rates["fp32"],
         bf16=rates["bf16"],
         memory=_memory(recipe, device),
@@ -154,14 +141,14 @@ def _measure(recipe: Recipe, device: torch.device, effort: Effort) -> Profile:
 
 
 def memory_bandwidth(device: torch.device, effort: Effort) -> float:
-    """Bytes/s of a copy, read and written."""
+    """Measure a copy, in bytes/s read and written."""
     source = torch.ones(effort.copy_bytes // FP32, device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / best_seconds(lambda: target.copy_(source), device, effort.seconds)
 
 
 class _Precision:
-    """All products in one precision. `measure` announces each measurement and makes it when it is resumed."""
+    """All measurements in one precision; `figures` has their results."""
 
     def __init__(self, recipe: Recipe, precision: Precision, device: torch.device, effort: Effort):
         train = recipe.train.model_copy(update={"precision": precision})
@@ -169,70 +156,63 @@ class _Precision:
         self._flops = count_flops(recipe)
         self._precision, self._device, self._effort = precision, device, effort
         self.figures: list[Figure] = []
-        self.launch_latency = math.inf
         self._peak = 0.0
-        self._shares: dict[str, float] = {}
 
-    def rates(self) -> Rates:
-        trunk, head, experts = (self._shares[name] for name in ("trunk", "head", "experts"))
-        return Rates(self._peak, trunk=trunk, head=head, experts=experts)
-
-    def measure(self) -> Iterator[str]:
-        yield "dense products"
+    def measure(self) -> Rates:
+        """Measure all pieces of a step."""
+        seq_len, flops = self._recipe.model.seq_len, self._flops
+        _announce(f"dense products, {self._precision}")
         self._peak = max(self._gemm(size) for size in self._effort.gemm_sizes)
         self._figure("dense product", self._peak)
-        yield "experts"
+        _announce(f"experts, {self._precision}")
         by_rows = self._experts()
-        for rows, flops in by_rows.items():
-            self._figure(f"experts, {rows} rows each", flops)
-        self._shares["experts"] = self._share(max(by_rows.values()))
-        yield "router"
+        for rows, reached in by_rows.items():
+            self._figure(f"experts, {rows} rows each", reached)
+        _announce(f"router, {self._precision}")
         trunk = Trunk(_two_layers(self._recipe), self._device)
-        tokens = self._sequences(self._flops.trunk_layer) * self._recipe.model.seq_len
+        tokens = self._sequences(flops.trunk_layer) * seq_len
         seconds = self._router(trunk, tokens)
-        self._figure("router", 3 * self._flops.router * tokens / seconds)
-        experts = tokens * self._recipe.router.top_k * 3 * self._flops.expert / by_rows[128]
+        self._figure("router", 3 * flops.router * tokens / seconds)
+        experts = tokens * self._recipe.router.top_k * 3 * flops.expert / by_rows[128]
+        share = seconds / experts
         self.figures.append(
-            Figure("router's time", self._precision, seconds / tokens, "s a token", seconds / experts, "experts' time")
+            Figure("router's time", self._precision, seconds / tokens, "s/token", share, "experts' time")
         )
-        yield "trunk layer and head"
-        for name, title, flops in (
-            ("trunk", "layer with router", self._flops.trunk_layer + self._flops.router),
-            ("head", "head and loss", self._flops.head),
-        ):
-            sequences = self._sequences(flops)
-            layer, head = self._segments(trunk, sequences)
-            reached = 3 * flops * sequences * self._recipe.model.seq_len / (layer if name == "trunk" else head)
-            self._figure(title, reached)
-            self._shares[name] = self._share(reached)
-        yield "expert launch"
-        self.launch_latency = self._launch()
+        _announce(f"trunk layer and head, {self._precision}")
+        layer_flops = flops.trunk_layer + flops.router
+        sequences = self._sequences(layer_flops)
+        layer = 3 * layer_flops * sequences * seq_len / self._segments(trunk, sequences)[0]
+        self._figure("layer with router", layer)
+        sequences = self._sequences(flops.head)
+        head = 3 * flops.head * sequences * seq_len / self._segments(trunk, sequences)[1]
+        self._figure("head and loss", head)
+        # On a busy machine the measured peak may be lower than what a piece reaches.
+        shares = (min(1.0, reached / self._peak) for reached in (layer, head, max(by_rows.values())))
+        return Rates(self._peak, *shares)
 
     def _figure(self, name: str, flops: float) -> None:
         self.figures.append(Figure(name, self._precision, flops, "FLOP/s", flops / self._peak, GEMM_PEAK))
 
-    def _share(self, flops: float) -> float:
-        return min(1.0, flops / self._peak)  # on a busy machine the peak may have had a worse moment
-
     def _work(self) -> float:
-        """FLOPs of a run."""
+        """FLOPs of one run."""
         return self._peak * self._effort.seconds / 10
 
-    def _sequences(self, flops_a_token: float) -> int:
-        """Sequences of a run: at most a micro-batch, at least one."""
-        fitting = int(self._work() / (3 * flops_a_token * self._recipe.model.seq_len))
+    def _sequences(self, flops_per_token: float) -> int:
+        """Sequences of one run: at least one, at most a micro-batch."""
+        fitting = int(self._work() / (3 * flops_per_token * self._recipe.model.seq_len))
         return max(1, min(self._recipe.train.micro_batch, fitting))
 
     def _gemm(self, size: int) -> float:
+        """FLOP/s of a square product."""
         a, b = (torch.randn(size, size, device=self._device).to(DTYPES[self._precision]) for _ in range(2))
         out = torch.empty_like(a)
         share = self._effort.seconds / len(self._effort.gemm_sizes)
         return 2 * size**3 / best_seconds(lambda: torch.mm(a, b, out=out), self._device, share)
 
     def _experts(self) -> dict[int, float]:
-        """FLOP/s of a request's forward and both backward passes, by rows of each expert."""
-        a_row = 3 * self._flops.expert
-        most = int(self._work() / (a_row * max(ROWS_PER_EXPERT)))
+        """FLOP/s of a request's forward and both of its backward passes, by rows of each expert."""
+        flops_per_row = 3 * self._flops.expert
+        most = int(self._work() / (flops_per_row * max(ROWS_PER_EXPERT)))
         experts = max(2, min(self._recipe.pool.experts // self._recipe.grid.expert_parallel, most))
         server = self._server(experts)
 
@@ -246,7 +226,7 @@ class _Precision:
             x_ND = torch.randn(experts * rows, self._recipe.model.hidden, device=self._device)
             x_ND = x_ND.to(DTYPES[self._precision])
             taken = best_seconds(partial(serve, x_ND, [rows] * experts), self._device, self._effort.seconds)
-            reached[rows] = a_row * experts * rows / taken
+            reached[rows] = flops_per_row * experts * rows / taken
         return reached
 
     def _server(self, experts: int) -> ExpertServer:
@@ -259,13 +239,12 @@ class _Precision:
             nn.init.normal_(parameter, std=m.init_std)
         return ExpertServer(shard)
 
-    def _launch(self) -> float:
-        """Seconds of a forward of one row: little but the way to the kernels."""
+    def launch_latency(self) -> float:
+        """Seconds of a forward of one row, nearly all of which is overhead."""
         server = self._server(1)
         x_ND = torch.zeros(1, self._recipe.model.hidden, dtype=DTYPES[self._precision], device=self._device)
-        return best_seconds(
-            lambda: server.forward([0], [(x_ND, [1])], keep_for_backward=False), self._device, self._effort.seconds / 10
-        )
+        forward = partial(server.forward, [0], [(x_ND, [1])], keep_for_backward=False)
+        return best_seconds(forward, self._device, self._effort.seconds / 10)
 
     def _router(self, trunk: Trunk, tokens: int) -> float:
         """Seconds of the router's forward and backward."""
@@ -281,9 +260,10 @@ class _Precision:
         return best_seconds(route, self._device, self._effort.seconds)
 
     def _segments(self, trunk: Trunk, sequences: int) -> tuple[float, float]:
-        """Seconds of a layer's segment and of the head with embedding and loss, forward and backward.
+        """Seconds of a layer's segment, and of the head with embedding and loss, forward and backward.
 
-        A micro-batch of two layers whose requests are answered by themselves; each piece at its best.
+        Runs micro-batches of two layers in which each request is answered with its own rows; the best time of each
+        piece counts.
         """
         m, device = self._recipe.model, self._device
         sequences_BS1 = torch.randint(m.vocab, (sequences, m.seq_len + 1), device=device)
@@ -312,13 +292,13 @@ class _Precision:
 
 
 def _two_layers(recipe: Recipe) -> Recipe:
-    """The recipe's shapes with two layers and what one of its layers sees of the pool."""
+    """The recipe's shapes with two layers, and with as many experts as one of its layers sees."""
     model = recipe.model.model_copy(update={"layers": 2, "groups": 1})
     pool = recipe.pool.model_copy(update={"experts": recipe.experts_per_layer})
     return recipe.model_copy(update={"model": model, "pool": pool})
 
 
-def _name(recipe: Recipe, device: torch.device) -> str:
+def _name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]

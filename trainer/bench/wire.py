@@ -1,33 +1,33 @@
 """The wire between a trunk rank and a pool rank, measured in two processes of this machine with the trainer's own ends.
 
-CPUs use gloo; one GPU too, with copies through the host; two GPUs use NCCL.
+CPUs use gloo, and so does a single GPU, which copies through the host; two GPUs use NCCL.
 """
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import statistics
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
+from torch import multiprocessing
 
 from pool.schedule import Kind, RequestKey
 from pool.wire import PoolWire, TrunkWire, WireSettings
 from trainer.cluster.launch import free_port
 from trainer.config.recipe import Recipe
-from trainer.planning.hardware import Figure
 from trainer.planning.model_costs import FP32
 
 if TYPE_CHECKING:
+    from multiprocessing.queues import SimpleQueue
+
     from trainer.cluster.process_groups import Job
 
 SMALL, LARGE, BESIDE = 60, 12, 12
-"""Requests of one row, large ones, and large ones with computing beside them; a quarter of each warms up."""
+"""Numbers of requests: of one row, large ones, and large ones during computation; a quarter of each is a warm-up."""
 TIME_LIMIT = 120.0
 
 
@@ -36,95 +36,75 @@ class WireFigures:
     """What was measured.
 
     Attributes:
-        latency: seconds of a small request, one way: header and one row.
-        bandwidth: bytes/s of large messages, one way.
-        hidden: share of a large request's time and its answer's that goes by beside computing.
+        latency: Seconds that a small request, a header and one row, takes one way.
+        bandwidth: Bytes/s of large messages, one way.
+        hidden: Share of the time of a large request and its answer that overlaps with computation.
     """
 
     latency: float
     bandwidth: float
     hidden: float
 
-    def beside(self, limit: str, bytes_a_second: float) -> list[Figure]:
-        """The figures, with the bandwidth's share of a limit."""
-        return [
-            Figure("wire latency, one way", None, self.latency, "s", None, None),
-            Figure("wire, one way", None, self.bandwidth, "bytes/s", self.bandwidth / bytes_a_second, limit),
-            Figure("transfer hidden by computing", None, self.hidden, "of its time", self.hidden, "its time"),
-        ]
-
 
 def measure_wire(recipe: Recipe, device: torch.device, message_bytes: int) -> WireFigures:
-    """Start a trunk rank and a pool rank and let them exchange requests and answers, in fp32.
+    """Start a trunk rank and a pool rank that exchange requests and answers in fp32.
+
+    Args:
+        recipe: Gives the width of a row.
+        device: Where the ranks compute.
+        message_bytes: Size of a large request.
 
     Raises:
-        RuntimeError: a rank failed, or was not done in time; with the rank's traceback.
+        ProcessRaisedException: A rank failed; the message has its traceback.
+        RuntimeError: The ranks were not done in time.
     """
-    pair = _pair(recipe, device)
     environment = {"OMP_NUM_THREADS": str(torch.get_num_threads()), "DS_ACCELERATOR": device.type}
-    context = multiprocessing.get_context("spawn")
-    port = free_port()
-    ranks = []
-    for rank in range(2):
-        ours, theirs = context.Pipe(duplex=False)
-        process = context.Process(
-            target=_rank, args=(rank, port, environment, pair, message_bytes, theirs), daemon=True
-        )
-        process.start()
-        theirs.close()
-        ranks.append((process, ours))
+    figures: SimpleQueue[WireFigures] = multiprocessing.get_context("spawn").SimpleQueue()
+    arguments = (free_port(), environment, _pair(recipe, device), message_bytes, figures)
+    ranks = multiprocessing.spawn(_rank, arguments, nprocs=2, join=False, daemon=True)
+    deadline = time.monotonic() + TIME_LIMIT
     try:
-        deadline = time.monotonic() + TIME_LIMIT
-        figures, _ = (_result(rank, connection, deadline) for rank, (_, connection) in enumerate(ranks))
+        while not ranks.join(max(0.0, deadline - time.monotonic())):
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"bench: the two ranks that measure the wire were not done within {TIME_LIMIT:g} s")
     finally:
-        for process, _ in ranks:
-            process.join(5.0)
+        for process in ranks.processes:
             process.kill()
-    return figures  # type: ignore[no-any-return]
+    return figures.get()
 
 
 def _pair(recipe: Recipe, device: torch.device) -> Recipe:
-    """One trunk rank and one pool rank of the recipe's width, with one lane."""
+    """The recipe with one trunk rank, one pool rank and one lane."""
     two_gpus = device.type == "cuda" and torch.cuda.device_count() > 1
     layout: dict[str, int | str] = {"trunk_ranks": 1, "pool_ranks": 1, "expert_parallel": 1, "lanes": 1}
     layout["wire"] = "auto" if two_gpus else "gloo"
     return recipe.model_copy(update={"parallel": recipe.parallel.model_copy(update=layout)})
 
 
-def _result(rank: int, connection: Any, deadline: float) -> Any:
-    try:
-        if not connection.poll(max(0.0, deadline - time.monotonic())):
-            raise RuntimeError(f"bench: rank {rank} of the wire's pair was not done within {TIME_LIMIT:g} s")
-        ok, value = connection.recv()
-    except EOFError:
-        raise RuntimeError(f"bench: rank {rank} of the wire's pair ended without a result") from None
-    if not ok:
-        raise RuntimeError(f"bench: rank {rank} of the wire's pair failed:\n{value}")
-    return value
-
-
-def _rank(rank: int, port: int, environment: dict[str, str], pair: Recipe, message_bytes: int, connection: Any) -> None:
+def _rank(
+    rank: int,
+    port: int,
+    environment: dict[str, str],
+    pair: Recipe,
+    message_bytes: int,
+    figures: SimpleQueue[WireFigures],
+) -> None:
     os.environ.update(environment)
     torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
     from trainer.cluster.process_groups import Job
     from trainer.cluster.rendezvous import Launch, rendezvous
 
-    try:
-        job = Job(pair, rendezvous(pair, Launch(rank, 2, rank, 2, "127.0.0.1", port)), lanes=1)
-        settings = _settings(pair, job)
-        # Either end lives until the job is closed: with the pool's its last answer would be gone before it is sent.
-        end: TrunkWire | PoolWire
-        value = None
-        if job.is_trunk:
-            end = TrunkWire(settings, job.host_group, job.lane_groups)
-            value = _Trunk(end).measure(message_bytes)
-        else:
-            end = PoolWire(settings, job.host_group, job.lane_groups)
-            _serve(end)
-        job.close()
-        connection.send((True, value))
-    except Exception:
-        connection.send((False, traceback.format_exc()))
+    job = Job(pair, rendezvous(pair, Launch(rank, 2, rank, 2, "127.0.0.1", port)), lanes=1)
+    settings = _settings(pair, job)
+    # Either end must live until the job is closed, or the pool's last answer could be lost before it is sent.
+    end: TrunkWire | PoolWire
+    if job.is_trunk:
+        end = TrunkWire(settings, job.host_group, job.lane_groups)
+        figures.put(_Trunk(end).measure(message_bytes))
+    else:
+        end = PoolWire(settings, job.host_group, job.lane_groups)
+        _serve(end)
+    job.close()
 
 
 def _settings(pair: Recipe, job: Job) -> WireSettings:
@@ -144,14 +124,14 @@ _KEY = RequestKey(trunk_rank=0, lane=0, micro_batch=0, layer=0, kind=Kind.FORWAR
 
 
 def _serve(wire: PoolWire) -> None:
-    """The pool rank: give every request back as it came."""
+    """As the pool rank, answer every request with its own rows."""
     for step in range(SMALL + LARGE + BESIDE):
         ((rows_ND, counts),) = wire.receive([_KEY], step)
         wire.answer(_KEY, step, rows_ND, counts)
 
 
 class _Trunk:
-    """The trunk rank: ask, and take the time."""
+    """The trunk rank, which sends requests and measures the time until the answer."""
 
     def __init__(self, wire: TrunkWire):
         self._wire = wire
@@ -162,29 +142,26 @@ class _Trunk:
         small = self._round_trip(1, SMALL)
         rows = max(2, message_bytes // (FP32 * self._hidden))
         large = self._round_trip(rows, LARGE)
-        products, alone = self._as_long_as(large)
+        products, alone = self._products_of(large)
         both = self._round_trip(rows, BESIDE, products)
         hidden = (large + alone - both) / min(large, alone)
         one_way = max(large - small, 0.1 * large) / 2
         return WireFigures(small / 2, FP32 * self._hidden * rows / one_way, min(1.0, max(0.0, hidden)))
 
     def _round_trip(self, rows: int, times: int, beside: Callable[[], None] = lambda: None) -> float:
-        """Median seconds of a request and its answer, with some computing done while they are under way."""
+        """Median seconds of a request and its answer, during which `beside` runs."""
         rows_ND = torch.ones(rows, self._hidden, device=self._device)
-        taken = []
-        for _ in range(times):
-            self._synchronize()
-            started = time.perf_counter()
+
+        def request() -> None:
             answer = self._wire.request(_KEY, self._step, rows_ND, torch.tensor([rows]))
             beside()
             answer.wait()
-            self._synchronize()
-            taken.append(time.perf_counter() - started)
             self._step += 1
-        return statistics.median(taken[times // 4 :])
 
-    def _as_long_as(self, seconds: float) -> tuple[Callable[[], None], float]:
-        """Products that last about so long, and how long they last with nothing beside them."""
+        return statistics.median([self._seconds(request) for _ in range(times)][times // 4 :])
+
+    def _products_of(self, seconds: float) -> tuple[Callable[[], None], float]:
+        """Matrix products that take at least `seconds`, and the time that they take alone."""
         a = torch.randn(256, 256, device=self._device)
         number = 1
 

@@ -1,7 +1,7 @@
-"""A checkpoint of one layout, loaded into another: other ranks, replicas, ZeRO stages, placement, colocated or not.
+"""Loads a checkpoint into another layout: other ranks, replicas, ZeRO stages, placement, colocated or not.
 
-Each role's folder is brought into DeepSpeed's universal format (ZeRO 1 to 3; at ZeRO 0 its file is read as it is), and
-every rank picks the parameters that it has now: trunk parameters by name, experts by their global id.
+Each role's folder is converted into DeepSpeed's universal format (at ZeRO 0 its file is read as it is), and every rank
+picks the parameters that it has now: trunk parameters by name, experts by their global id.
 """
 
 from __future__ import annotations
@@ -13,30 +13,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pool.placement import Placement
 from pool.shard import ExpertShard
-from trainer.common.safe_load import load_file
+from trainer.checkpoint.format import read_placement
+from trainer.common.safe_read import read_tensors
 from trainer.engine.role_engine import CHECKPOINT_TAG, Engine, ParameterState, to_universal
 from trainer.model.trunk import Trunk
 
 
 class SavedRole:
-    """The parameters that one role's folder of a checkpoint holds, whole, each read when it is asked for.
+    """The complete parameters in one role's folder of a checkpoint, each read on demand.
 
     Args:
-        folder: what `RoleEngine.save` wrote.
-        universal: what `to_universal` made of it; not there for ZeRO 0, which needs none.
+        folder: What `RoleEngine.save` wrote.
+        universal: What `to_universal` made of it; missing for ZeRO 0, which does not need it.
+
+    Attributes:
+        frozen: Whether the role was frozen, so that its parameters have no moments.
     """
 
     def __init__(self, folder: Path, universal: Path):
         model_states = sorted((folder / CHECKPOINT_TAG).glob("*mp_rank_00_model_states.pt"))
-        self._saved: dict[str, Any] = load_file(model_states[0], mmap=True)
+        self._saved: dict[str, Any] = read_tensors(model_states[0], mmap=True)
         self._universal = universal
-        self.frozen: bool = self._saved["optimizer"] is None and not is_partitioned(folder)
-        self._places = {} if self.frozen or is_partitioned(folder) else _optimizer_places(self._saved)
+        partitioned = is_partitioned(folder)
+        self.frozen: bool = self._saved["optimizer"] is None and not partitioned
+        self._places = {} if self.frozen or partitioned else _optimizer_places(self._saved)
 
     def read(self, name: str) -> ParameterState:
-        """A parameter and its moments, by its name in the module. What was frozen has moments of zeros."""
+        """Return a parameter and its moments by its name in the module; a frozen one has moments of zeros."""
         weight = self.weight(name)
         if self.frozen:
             return ParameterState(weight, torch.zeros_like(weight), torch.zeros_like(weight))
@@ -46,15 +50,17 @@ class SavedRole:
         return ParameterState(weight, moments["exp_avg"], moments["exp_avg_sq"])
 
     def weight(self, name: str) -> Tensor:
-        """A parameter alone, or a buffer. It is mapped: only what is used of it is read."""
-        whole = self.frozen or name in self._places or name in self._saved["buffer_names"]
-        weight: Tensor = self._saved["module"][name] if whole else self._part(name, "fp32")
+        """Return a parameter alone, or a buffer. It is memory-mapped: only what is used of it is read."""
+        complete = self.frozen or name in self._places or name in self._saved["buffer_names"]
+        weight: Tensor = self._saved["module"][name] if complete else self._part(name, "fp32")
         return weight
 
     def _part(self, name: str, key: str) -> Tensor:
-        """A file of the universal format: `key` is fp32, exp_avg or exp_avg_sq."""
+        """A file of the universal format; `key` is fp32, exp_avg or exp_avg_sq."""
         shape = next(shapes[name] for shapes in self._saved["param_shapes"] if name in shapes)
-        return _load(self._universal / "zero" / name / f"{key}.pt").view(shape)
+        value = read_tensors(self._universal / "zero" / name / f"{key}.pt", mmap=True)
+        flat: Tensor = value if isinstance(value, Tensor) else value["param"]  # ZeRO 3 has the tensor alone
+        return flat.view(shape)
 
     @property
     def buffers(self) -> dict[str, Tensor]:
@@ -63,7 +69,7 @@ class SavedRole:
 
     @property
     def updates(self) -> int:
-        """How often the parameters had been updated: the schedule moves on with every step that is not skipped."""
+        """How often the parameters had been updated: the schedule advances with every step that is not skipped."""
         return int(self._saved["lr_scheduler"]["last_batch_iteration"])
 
 
@@ -80,29 +86,21 @@ def _optimizer_places(saved: dict[str, Any]) -> dict[str, int]:
     return dict(zip(ordered, numbers, strict=True))
 
 
-def _load(path: Path) -> Tensor:
-    value: Tensor | dict[str, Tensor] = load_file(path, mmap=True)
-    return value if isinstance(value, Tensor) else value["param"]  # ZeRO 3: flat, and alone
-
-
 class SavedCheckpoint:
-    """The trunk and the whole pool of a checkpoint, once every folder has been converted.
+    """The trunk and the whole pool of a checkpoint whose folders have all been converted.
 
     Args:
-        folder: the checkpoint.
-        placement: where its experts are; None for a dense model.
-        work: what `convert` made of it.
+        folder: The checkpoint.
+        work: The folder that `convert` wrote to.
     """
 
-    def __init__(self, folder: Path, placement: Placement | None, work: Path):
+    def __init__(self, folder: Path, work: Path):
         self.trunk = SavedRole(folder / "trunk", work / "trunk")
-        self._placement = placement
-        self._shards = []
-        if placement:
-            names = [f"pool/shard_{shard}" for shard in range(placement.shards)]
-            self._shards = [SavedRole(folder / name, work / name) for name in names]
+        self._placement = placement = read_placement(folder)
+        names = [f"pool/shard_{shard}" for shard in range(placement.shards if placement else 0)]
+        self._shards = [SavedRole(folder / name, work / name) for name in names]
 
-    def take_over(self, name: str, engine: Engine) -> None:
+    def load_resharded(self, name: str, engine: Engine) -> None:
         """Load role `name` ("trunk" or "pool/shard_N") of this rank."""
         if name == "trunk":
             engine.load_resharded(self.trunk.read, self.trunk.buffers, self.trunk.updates, self.trunk.frozen)
@@ -113,7 +111,7 @@ class SavedCheckpoint:
         engine.load_resharded(lambda weight: self.read_experts(weight, ids), {}, first.updates, first.frozen)
 
     def load_weights(self, trunk: Trunk, shard: ExpertShard | None) -> None:
-        """Only the weights, for use without engines."""
+        """Load only the weights, for use without engines."""
         with torch.no_grad():
             for name, parameter in trunk.named_parameters():
                 parameter.copy_(self.trunk.read(name).weight)
@@ -125,11 +123,8 @@ class SavedCheckpoint:
                 shard.weights_changed()
 
     def read_experts(self, name: str, expert_ids: tuple[int, ...]) -> ParameterState:
-        """Weight `name` of an `ExpertShard` and its moments, stacked in the order of `expert_ids`."""
-        assert self._placement is not None
-        places = [
-            divmod(int(p), self._placement.num_local_experts) for p in self._placement.position_M[list(expert_ids)]
-        ]
+        """Return weight `name` of an `ExpertShard` and its moments, stacked in the order of `expert_ids`."""
+        places = [self._place(expert) for expert in expert_ids]
         states = {shard: self._shards[shard].read(name) for shard in sorted({shard for shard, _ in places})}
 
         def stacked(key: str) -> Tensor:
@@ -138,14 +133,24 @@ class SavedCheckpoint:
         return ParameterState(stacked("weight"), stacked("exp_avg"), stacked("exp_avg_sq"))
 
     def expert_weight(self, name: str, expert: int) -> Tensor:
-        """Weight `name` of an `ExpertShard`, of one expert, by its global id; see `SavedRole.weight`."""
-        assert self._placement is not None
-        shard, place = divmod(int(self._placement.position_M[expert]), self._placement.num_local_experts)
+        """Return weight `name` of an `ExpertShard` for one expert, by its global id; see `SavedRole.weight`."""
+        shard, place = self._place(expert)
         return self._shards[shard].weight(name)[place]
+
+    def _place(self, expert: int) -> tuple[int, int]:
+        """(shard, place within the shard) of an expert."""
+        assert self._placement is not None
+        return divmod(int(self._placement.position_M[expert]), self._placement.num_local_experts)
 
 
 def convert(folder: Path, work: Path, part: int = 0, parts: int = 1) -> None:
-    """Convert role folders of a checkpoint into `work`: every `parts`-th from the `part`-th on, for ranks to share."""
+    """Convert the partitioned role folders of a checkpoint.
+
+    Args:
+        folder: The checkpoint.
+        work: The folder to write to.
+        part, parts: Convert every `parts`-th folder, beginning with the `part`-th, so that ranks can share the work.
+    """
     roles = [folder / "trunk", *sorted((folder / "pool").glob("shard_*"))]
     for role in roles[part::parts]:
         if is_partitioned(role):

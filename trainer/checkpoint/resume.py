@@ -1,13 +1,15 @@
-"""Which checkpoint a run goes on from: the newest one that is whole, made by a recipe of the same mathematics."""
+"""Which checkpoint a run resumes from: the newest intact one, trained with the same settings; and loading it."""
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.checkpoint import format as checkpoint
 from trainer.common.errors import SharedUserError, UserError
+from trainer.common.safe_read import read_tensors
 from trainer.common.strict_json import dumps, loads
 from trainer.config.recipe import Recipe, load_recipe
 from trainer.config.sections import source_names
@@ -15,17 +17,18 @@ from trainer.config.sections import source_names
 if TYPE_CHECKING:
     from trainer.cluster.process_groups import Job
 
-# Keys that decide what the weights are: a checkpoint of other ones cannot be loaded.
-_WEIGHTS = {f"model.{key}" for key in ("layers", "hidden", "heads", "kv_heads", "ffn_hidden", "vocab", "ffn", "groups")}
-_WEIGHTS |= {"pool.experts", "router.kind"}
-# Keys on which the numbers do not depend, but for rounding.
+_MODEL_KEYS = {f"model.{key}" for key in ("layers", "hidden", "heads", "kv_heads", "ffn_hidden", "vocab", "ffn")}
+_MODEL_KEYS |= {"model.groups", "pool.experts", "router.kind"}
+"""Keys that determine what the weights are: a checkpoint with other values cannot be loaded."""
+
 _FREE_SECTIONS = {"run", "parallel", "topology", "eval", "probe", "checkpoint", "metrics"}
-_FREE = {"pool.recompute", "pool.stash_bytes", "pool.placement", "train.recompute", "train.max_skipped_steps"}
-_FREE |= {"train.micro_batch", "data.dir", "data.max_bad_share"}
+_FREE_KEYS = {"pool.recompute", "pool.stash_bytes", "pool.placement", "train.recompute", "train.max_skipped_steps"}
+_FREE_KEYS |= {"train.micro_batch", "data.dir", "data.max_bad_share"}
+"""Keys that do not affect the numbers, apart from rounding."""
 
 
 def differences(saved: Recipe, recipe: Recipe) -> dict[str, tuple[Any, Any]]:
-    """Keys whose values differ, with both."""
+    """Return the keys whose values differ, with both values."""
     before, now = _flat(saved.model_dump(mode="json")), _flat(recipe.model_dump(mode="json"))
     return {key: (before.get(key), now.get(key)) for key in {**before, **now} if before.get(key) != now.get(key)}
 
@@ -34,22 +37,27 @@ def _flat(tree: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return {f"{section}.{key}": value for section, keys in tree.items() for key, value in keys.items()}
 
 
-def changes_mathematics(key: str, recipe: Recipe) -> bool:
-    """Whether a run with another value of `key` comes to other numbers."""
+def affects_results(key: str, recipe: Recipe) -> bool:
+    """Whether a run with another value of `key` produces other numbers."""
     if key == "run.seed":
         return True
     b = recipe.balance
     # Balance losses see the load of a micro-batch, and with a delay that of an earlier one of the same rank.
     if b.scope == "micro_batch" and (key == "train.micro_batch" or (key == "parallel.trunk_ranks" and b.delay)):
         return True
-    return key.partition(".")[0] not in _FREE_SECTIONS and key not in _FREE
+    return key.partition(".")[0] not in _FREE_SECTIONS and key not in _FREE_KEYS
 
 
 def check(recipe: Recipe, folder: Path, force: bool) -> list[str]:
-    """Compare the recipe with that of checkpoint `folder`; returns what differs, as "key old -> new".
+    """Compare the recipe with that of a checkpoint; return the differences as "key old -> new".
+
+    Args:
+        recipe: The recipe of the run that is to resume.
+        folder: The checkpoint.
+        force: Whether differences that affect results are accepted.
 
     Raises:
-        SharedUserError: it cannot be loaded, or the mathematics would change and `force` is not set.
+        SharedUserError: The checkpoint cannot be loaded, or results would be affected and `force` is not set.
     """
     where = f"run.dir = {recipe.run.dir}: its checkpoint {folder.name}"
     try:
@@ -61,24 +69,32 @@ def check(recipe: Recipe, folder: Path, force: bool) -> list[str]:
     found = differences(saved, recipe)
     found.pop("run.dir", None)
     lines = {key: f"{key} {_show(before)} -> {_show(now)}" for key, (before, now) in found.items()}
-    if other := [line for key, line in lines.items() if key in _WEIGHTS]:
-        raise SharedUserError(f"{where} is of another model: {', '.join(other)}; use the same or another run.dir")
-    changed = [line for key, line in lines.items() if changes_mathematics(key, recipe)]
+    if other := [line for key, line in lines.items() if key in _MODEL_KEYS]:
+        raise SharedUserError(
+            f"{where} is of another model: {', '.join(other)}; restore these settings, or use another run.dir"
+        )
+    changed = [line for key, line in lines.items() if affects_results(key, recipe)]
     if changed and not force:
         raise SharedUserError(
-            f"{where} was made with other mathematics: {', '.join(changed)}; use the same, another run.dir, or --force "
-            f"to go on with the new"
+            f"{where} was trained with different settings: {', '.join(changed)}; restore them, use another run.dir, or "
+            "pass --force to continue with the new ones"
         )
     return list(lines.values())
 
 
 def check_data(recipe: Recipe, folder: Path, identity: str, force: bool) -> None:
-    """Whether the data is still that of checkpoint `folder`: files change while the recipe's keys stay.
+    """Check that the data are still those of a checkpoint: files may change while the recipe's keys stay the same.
+
+    Args:
+        recipe: The recipe of the run that is to resume.
+        folder: The checkpoint.
+        identity: What identifies the prepared data.
+        force: Whether other data are accepted.
 
     Raises:
-        SharedUserError: it is not, and `force` is not set.
+        SharedUserError: The data are different, and `force` is not set.
     """
-    if checkpoint.read_about(folder).data != identity and not force:
+    if checkpoint.read_info(folder).data != identity and not force:
         raise SharedUserError(
             f"data.source = {source_names(recipe.data.source)}: its text or its tokenizer has changed since checkpoint "
             f"{folder.name} of {recipe.run.dir}; restore the old data, use another run.dir, or pass --force to "
@@ -87,16 +103,16 @@ def check_data(recipe: Recipe, folder: Path, identity: str, force: bool) -> None
 
 
 def _show(value: Any) -> str:
-    if isinstance(value, list):  # of sources, each without what it leaves to the section
+    if isinstance(value, list):  # of sources, each without the keys that it leaves to the section
         value = [{k: v for k, v in part.items() if v is not None} if isinstance(part, dict) else part for part in value]
     return dumps(value)
 
 
 def early_check(recipe: Recipe, checkpoints: Path, force: bool) -> bool:
-    """Before ranks start: whether there is a checkpoint to go on from. A recipe that does not fit is found here.
+    """Return whether there is a checkpoint to resume from; called before ranks start, to find a wrong recipe early.
 
     Raises:
-        SharedUserError: see `check`.
+        SharedUserError: See `check`.
     """
     found = checkpoint.newest(checkpoints)
     if found and checkpoint.damage(found[1], lambda _: [checkpoint.RECIPE_FILE]) is None:
@@ -105,16 +121,17 @@ def early_check(recipe: Recipe, checkpoints: Path, force: bool) -> bool:
 
 
 def choose(job: Job, recipe: Recipe, checkpoints: Path, force: bool) -> tuple[int, Path] | None:
-    """The newest checkpoint whose files are all as they were written, read by all ranks together; None to start anew.
+    """Return (steps done, folder) of the newest intact checkpoint, or None to start from the beginning.
 
-    Damaged ones that are newer are named in a warning and set aside as damaged_step_*. A collective of all ranks.
+    All ranks call this together and share the reading of all files. Newer, damaged checkpoints are named in a warning
+    and renamed to damaged_step_*.
 
     Raises:
-        SharedUserError: there are checkpoints, but all are damaged; or see `check`.
+        SharedUserError: All checkpoints are damaged; or see `check`.
     """
-    names = loads(job.shared.broadcast("checkpoints", lambda: dumps(_candidates(checkpoints))))
+    candidates = job.shared.broadcast("checkpoints", lambda: dumps([f.name for f in checkpoint.folders(checkpoints)]))
     damaged: dict[str, str] = {}
-    for name in reversed(names):
+    for name in reversed(loads(candidates)):
         folder = checkpoints / name
         problem = _damage(job, folder)
         if problem is None:
@@ -129,14 +146,10 @@ def choose(job: Job, recipe: Recipe, checkpoints: Path, force: bool) -> tuple[in
     if damaged:
         problems = "; ".join(f"{name}: {problem}" for name, problem in damaged.items())
         raise SharedUserError(
-            f"run.dir = {recipe.run.dir}: none of its checkpoints is whole ({problems}); restore one, or use another "
-            f"run.dir"
+            f"run.dir = {recipe.run.dir}: all its checkpoints are damaged ({problems}); restore one, or use another "
+            "run.dir"
         )
     return None
-
-
-def _candidates(checkpoints: Path) -> list[str]:
-    return [folder.name for folder in checkpoint.folders(checkpoints)]
 
 
 def _damage(job: Job, folder: Path) -> str | None:
@@ -159,6 +172,45 @@ def _set_aside(checkpoints: Path, damaged: dict[str, str], chosen: str) -> None:
             aside = checkpoints / f"damaged_{name}.{number}"
         (checkpoints / name).rename(aside)
         print(
-            f"WARNING: checkpoint {name} is damaged: {problem}. GOING BACK to {chosen}; the damaged one is now {aside}",
+            f"WARNING: checkpoint {name} is damaged: {problem}. RESUMING FROM {chosen} INSTEAD; the damaged one is now "
+            f"{aside}",
             file=sys.stderr,
         )
+
+
+def load_checkpoint(job: Job, recipe: Recipe, folder: Path, role: checkpoint.Role) -> None:
+    """Load this rank's part of a checkpoint, resharding it if its layout is another one. All ranks call this together.
+
+    Args:
+        job: The job.
+        recipe: The recipe of the run that resumes.
+        folder: The checkpoint.
+        role: This rank's role, which is changed in place.
+    """
+    info = checkpoint.read_info(folder)
+    if info.layout == checkpoint.layout_of(recipe, role.placement):
+        for name, engine in role.engines.items():
+            engine.load(folder / name)
+    else:
+        _reshard(job, folder, role)
+    state: dict[str, Any] = {}
+    if job.is_trunk:
+        saved_ranks = info.layout.ranks[0]
+        state = read_tensors(checkpoint.state_file(folder, job.rank % saved_ranks), job.device)
+    role.restore(state, info.steps, info.steps * (recipe.micro_batches - info.micro_batches))
+
+
+def _reshard(job: Job, folder: Path, role: checkpoint.Role) -> None:
+    from trainer.checkpoint.reshard import SavedCheckpoint, convert
+
+    work = folder.parent / ".reshape"
+    if job.rank == 0:
+        print(f"checkpoint {folder.name} has another layout: resharding it", file=sys.stderr)
+    convert(folder, work, job.rank, job.topology.world_size)
+    job.barrier()
+    saved = SavedCheckpoint(folder, work)
+    for name, engine in role.engines.items():
+        saved.load_resharded(name, engine)
+    job.barrier()
+    if job.rank == 0:
+        shutil.rmtree(work, ignore_errors=True)

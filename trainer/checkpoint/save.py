@@ -1,8 +1,8 @@
-"""Saving beside training: training waits only while a checkpoint's state is copied to the host's memory.
+"""Saving while training continues: training waits only while a checkpoint's state is copied to the host's memory.
 
-A thread of each rank writes, syncs and hashes that rank's files. In every step's reduction over the ranks each says
-whether it still writes; when none does, rank 0's thread writes the manifest and the marker and gives the folder its
-name. A save that fails anywhere is given up as a whole, said in one line and counted; training goes on, and the next
+A thread of each rank writes, syncs and hashes that rank's files. In every step's reduction over the ranks, each rank
+says whether it is still writing; when none is, rank 0's thread writes the manifest and the marker and renames the
+folder. A save that fails on any rank is abandoned, reported in one line and counted; training continues, and the next
 interval tries again.
 """
 
@@ -14,7 +14,7 @@ import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -24,7 +24,7 @@ import torch
 
 from trainer.checkpoint import format as checkpoint
 from trainer.cluster.process_groups import Job
-from trainer.common.atomic import to_disk
+from trainer.common.atomic import fsync
 from trainer.common.strict_json import dumps, loads
 from trainer.config.recipe import Recipe, recipe_text
 from trainer.telemetry.console import say
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 class _HashedFile:
-    """A file for writing that knows its size and SHA-256 so far, and why writing failed."""
+    """A file for writing that keeps its size, its SHA-256, and the error that writing raised."""
 
     def __init__(self, file: BinaryIO):
         self._file = file
@@ -60,47 +60,62 @@ class _HashedFile:
         return {"bytes": self._bytes, "sha256": self._hash.hexdigest()}
 
 
-def _write(path: Path, write: Callable[[Any], None]) -> dict[str, Any]:
-    """Write a file to the disk itself; returns its size and checksum."""
+def _write(path: Path, write: Callable[[Any], object]) -> dict[str, Any]:
+    """Write a file through to the disk; return its size and checksum."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file:
         hashed = _HashedFile(file)
         try:
             write(hashed)
-        except RuntimeError as error:  # what torch's writer makes of it
+        except RuntimeError as error:  # torch's writer turns an OSError into one
             raise hashed.error or error from None
         file.flush()
         os.fsync(file.fileno())
     return hashed.facts
 
 
-def _write_text(text: str, file: Any) -> None:
-    file.write(text.encode())
+def _write_text(path: Path, text: str) -> dict[str, Any]:
+    return _write(path, lambda file: file.write(text.encode()))
 
 
 @dataclass
 class _Pending:
-    """A checkpoint that is being written."""
+    """A checkpoint that is being written.
+
+    Attributes:
+        steps: The number of steps done.
+        folder: Where it is written.
+        started: When the copying began, on `time.perf_counter`'s clock.
+        stalled: How long training waited, in seconds.
+        files: The results of this rank's writes, by file name.
+        reported: Whether this rank has told rank 0 what it wrote.
+        written: Whether all ranks have written their files.
+        commit: Rank 0's last part of the work.
+    """
 
     steps: int
     folder: Path
     started: float
-    stalled: float
-    files: dict[str, Future[dict[str, Any]]]
-    told: bool = False
+    stalled: float = 0.0
+    files: dict[str, Future[dict[str, Any]]] = field(default_factory=dict)
+    reported: bool = False
     written: bool = False
-    """By all ranks."""
     commit: Future[None] | None = None
-    """Rank 0's."""
 
 
 class Saver:
-    """Saves checkpoints of a run. All ranks make one and call it in the same order.
+    """Saves checkpoints of a run. All ranks create one and call it in the same order.
 
     Args:
-        role: this rank's.
-        data: what identifies the prepared data.
-        metrics: rank 0's counts and times the checkpoints.
+        job: The job.
+        recipe: The recipe.
+        checkpoints: The folder of the run's checkpoints.
+        role: This rank's role.
+        data: What identifies the prepared data.
+        metrics: Where rank 0 counts and times the checkpoints.
+
+    Attributes:
+        error: On rank 0, why the last save failed.
     """
 
     def __init__(
@@ -117,40 +132,36 @@ class Saver:
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: _Pending | None = None
         self.error: str | None = None
-        """Rank 0: why the last save failed."""
 
     def clean(self) -> None:
-        """Remove what killed saves have left. Rank 0, before the first save."""
+        """Remove what interrupted saves have left. Called by rank 0 before the first save."""
         for leftover in self._checkpoints.glob(".step_*"):
             shutil.rmtree(leftover, ignore_errors=True)
 
     def start(self, steps: int) -> None:
-        """Copy the state and begin to write it. A collective of all ranks; waits for a save that is not finished."""
+        """Copy the state and begin to write it, after waiting for an unfinished save. All ranks call this together."""
         asked = time.perf_counter()
         self.finish()
-        started = time.perf_counter()
         job, final = self._job, checkpoint.folder_of(self._checkpoints, steps)
-        folder = self._checkpoints / f".{final.name}.partial"
-        problem = self._make(folder) if job.rank == 0 else None
-        job.barrier()  # a slow disk has more time than a step
+        pending = _Pending(steps, self._checkpoints / f".{final.name}.partial", time.perf_counter())
+        problem = self._make(pending.folder) if job.rank == 0 else None
+        job.barrier()  # a slow disk gets more time than a step
         (failed,) = job.sum_over_ranks([float(problem is not None)])
         if failed:
             if problem is not None:
                 self._report_failure(steps, problem)
             return
-        pending = _Pending(steps, folder, started, 0.0, {})
         for name, engine in self._role.engines.items():
-            engine.save(folder / name, lambda path, state: self._add(pending, path, partial(torch.save, state)))
+            engine.save(pending.folder / name, lambda path, state: self._add_tensors(pending, path, state))
         if job.is_trunk:
-            state = self._role.state_dict()
-            self._add(pending, checkpoint.state_file(folder, job.rank), partial(torch.save, state))
+            self._add_tensors(pending, checkpoint.state_file(pending.folder, job.rank), self._role.state_dict())
         if job.rank == 0:
             self._describe(pending)
         pending.stalled = time.perf_counter() - asked
         self._pending = pending
 
     def _make(self, folder: Path) -> str | None:
-        """Make the folder to write into; returns why that failed."""
+        """Make the folder to write to; return why that failed."""
         try:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
@@ -159,39 +170,42 @@ class Saver:
         return None
 
     def _describe(self, pending: _Pending) -> None:
-        """What rank 0 writes for all: the recipe, the layout, the load."""
-        about = {
+        """Write, on rank 0, the recipe, the layout and the load."""
+        info = {
             "layout": checkpoint.layout_of(self._recipe, self._role.placement).model_dump(),
             "data": self._data,
             "steps": pending.steps,
             "updates": next(iter(self._role.engines.values())).updates,
             "micro_batches": self._recipe.micro_batches,
         }
-        texts = {checkpoint.RECIPE_FILE: recipe_text(self._recipe), checkpoint.LAYOUT_FILE: dumps(about)}
+        texts = {checkpoint.RECIPE_FILE: recipe_text(self._recipe), checkpoint.LAYOUT_FILE: dumps(info)}
         for name, text in texts.items():
-            self._add(pending, pending.folder / name, partial(_write_text, text))
+            pending.files[name] = self._thread.submit(_write_text, pending.folder / name, text)
         load_LM = self._role.recorded_load()
         if load_LM is not None:
             self._add(pending, pending.folder / checkpoint.LOAD_FILE, lambda file: np.save(file, load_LM))
 
-    def _add(self, pending: _Pending, path: Path, write: Callable[[Any], None]) -> None:
+    def _add(self, pending: _Pending, path: Path, write: Callable[[Any], object]) -> None:
         name = str(path.relative_to(pending.folder))
         pending.files[name] = self._thread.submit(_write, path, write)
 
+    def _add_tensors(self, pending: _Pending, path: Path, state: Any) -> None:
+        self._add(pending, path, partial(torch.save, state))
+
     def vote(self) -> float:
-        """For the step's sum over ranks: 1 while this rank still writes, or commits."""
+        """Return, for the step's sum over ranks, 1 while this rank is still writing or committing, else 0."""
         pending = self._pending
         if pending is None:
             return 0.0
-        if pending.told:
+        if pending.reported:
             return float(pending.commit is not None and not pending.commit.done())
         if not all(future.done() for future in pending.files.values()):
             return 1.0
-        self._tell(pending)
+        self._report(pending)
         return 0.0
 
-    def _tell(self, pending: _Pending) -> None:
-        """Leave for rank 0 what this rank has written, or why it could not."""
+    def _report(self, pending: _Pending) -> None:
+        """Tell rank 0 what this rank has written, or why it could not."""
         report: dict[str, Any] = {"files": {}, "error": None}
         for name, future in pending.files.items():
             try:
@@ -199,10 +213,14 @@ class Saver:
             except OSError as error:
                 report["error"] = report["error"] or f"{self._job.name} could not write {name}: {error.strerror}"
         self._job.shared.put("saved", dumps(report))
-        pending.told = True
+        pending.reported = True
 
     def settle(self, writing: float) -> None:
-        """Go on with the checkpoint that is being written if the ranks' votes add up to none that still writes."""
+        """Continue with the checkpoint that is being written, if no rank is still writing.
+
+        Args:
+            writing: The sum of all ranks' votes.
+        """
         pending = self._pending
         if pending is None or writing:
             return
@@ -222,11 +240,11 @@ class Saver:
         self._pending = None
 
     def finish(self) -> bool:
-        """Wait until nothing is being written any more; whether the last save succeeded. A collective of all ranks."""
+        """Wait until nothing is being written; return whether the last save succeeded. All ranks call this together."""
         pending = self._pending
         if pending is not None:
-            if not pending.told:
-                self._tell(pending)
+            if not pending.reported:
+                self._report(pending)
             self._job.barrier()
             if not pending.written:
                 self._begin_commit(pending)
@@ -236,12 +254,12 @@ class Saver:
         return not failed
 
     def save(self, steps: int) -> bool:
-        """Save and wait for it; whether it succeeded. A collective of all ranks."""
+        """Save and wait for it; return whether it succeeded. All ranks call this together."""
         self.start(steps)
         return self.finish()
 
     def _conclude(self, pending: _Pending) -> None:
-        """Rank 0, in its thread: commit what all ranks have written, or give it up."""
+        """Commit what all ranks have written, or abandon it; runs in rank 0's thread."""
         reports = [loads(text) for text in self._job.shared.gather("saved")]
         problem = next((report["error"] for report in reports if report["error"]), None)
         if problem is None:
@@ -267,30 +285,32 @@ class Saver:
         folder = pending.folder
         for name, facts in files.items():
             if (folder / name).stat().st_size != facts["bytes"]:
-                raise OSError(0, "is not as it was written: all nodes must share run.dir", name)
+                raise OSError(0, "its size has changed; all nodes must share run.dir", name)
         manifest = dumps({"steps": pending.steps, "files": files}, indent=1)
-        facts = _write(folder / checkpoint.MANIFEST_FILE, partial(_write_text, manifest))
+        facts = _write_text(folder / checkpoint.MANIFEST_FILE, manifest)
         for inner in (path for path in folder.rglob("*") if path.is_dir()):
-            to_disk(inner)
-        _write(folder / checkpoint.MARKER_FILE, partial(_write_text, facts["sha256"]))
-        to_disk(folder)
+            fsync(inner)
+        _write_text(folder / checkpoint.MARKER_FILE, facts["sha256"])
+        fsync(folder)
         final = checkpoint.folder_of(self._checkpoints, pending.steps)
         if final.exists():
             self._remove(final)
         folder.rename(final)
-        to_disk(self._checkpoints)
+        fsync(self._checkpoints)
 
     def _report_failure(self, steps: int, problem: str) -> None:
         self.error = problem
         if self._metrics:
             self._metrics.add("unipool_checkpoint_failures", 1)
-        line = f"the checkpoint after step {steps} failed: {problem}; training goes on, the next interval tries again"
-        say(f"warning: {line}")
+        say(
+            f"warning: the checkpoint after step {steps} failed: {problem}; training continues, and the next interval "
+            "tries again"
+        )
 
     def _rotate(self) -> None:
         """Remove all but the newest `keep` checkpoints of different weights and every `keep_every`-th step.
 
-        While steps are skipped nothing is learned: such checkpoints count as one, of which the newest is kept.
+        While steps are skipped nothing is learned: such checkpoints count as one, and the newest of them is kept.
         """
         c = self._recipe.checkpoint
         newest = {checkpoint.weights_of(folder): folder for folder in checkpoint.complete(self._checkpoints)}
@@ -300,7 +320,7 @@ class Saver:
                 self._remove(old)
 
     def _remove(self, folder: Path) -> None:
-        """Under another name first: killed meanwhile, it leaves nothing that looks like a checkpoint."""
+        """Rename the folder, then remove it: if killed meanwhile, it leaves nothing that looks like a checkpoint."""
         doomed = folder.with_name(f".{folder.name}.removed")
         folder.rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)

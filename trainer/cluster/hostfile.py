@@ -8,7 +8,7 @@ from pathlib import Path
 
 from trainer.cluster.rank_assignment import ROLE, ranks_by_order
 from trainer.common.errors import UserError
-from trainer.common.text_file import Unreadable, read_text
+from trainer.common.safe_read import Unreadable, read_text
 from trainer.config.recipe import Recipe
 
 DEFAULT_PORT = 29500

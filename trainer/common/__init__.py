@@ -1,1 +1,1 @@
-"""What every room uses: errors, files, JSON, credentials, the machine."""
+"""What every room uses: errors, files, JSON, credentials, the machine, formats of numbers and figures."""

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all."""
+"""Files and folders that appear complete or not at all."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ from trainer.common.errors import UserError
 
 
 def partial_folder(path: Path) -> Path:
-    """Where `whole_folder` fills a folder that is to be `path`."""
+    """Where `atomic_folder` fills the folder that becomes `path`."""
     return path.with_name(f".partial-{path.name}")
 
 
 @contextmanager
-def whole_folder(path: Path, progress_file: str | None = None) -> Iterator[Path]:
-    """A folder beside `path` to fill; at the end it is brought to the disk and renamed to `path`.
+def atomic_folder(path: Path, progress_file: str | None = None) -> Iterator[Path]:
+    """Yield an empty folder beside `path` to fill; it is written to the disk and renamed to `path` at the end.
 
-    It is empty, and removed after an exception. What a killed process left of it is removed by the next one that makes
-    `path`, and two must not make it at once. `path` may be an empty folder already, or nothing.
+    The folder is removed after an exception. What a killed process left of it is removed by the next call for the same
+    `path`. No two processes may make the same folder at once. `path` must not exist, or be an empty folder.
 
     Args:
-        progress_file: name of a file by which a later start can go on. A folder that has it is kept as it is, after an
-            exception too unless that is a `UserError`; at the end the file is removed.
+        path: The finished folder.
+        progress_file: The name of a file from which a later call can resume. A folder that has it is kept, even after
+            an exception unless that is a `UserError`, and yielded as it is; the file is removed at the end.
     """
     partial = partial_folder(path)
 
@@ -38,27 +39,27 @@ def whole_folder(path: Path, progress_file: str | None = None) -> Iterator[Path]
     try:
         yield partial
         for file in (*partial.iterdir(), partial):
-            to_disk(file)
+            fsync(file)
         os.rename(partial, path)
         if progress_file is not None:
             (path / progress_file).unlink(missing_ok=True)
-        to_disk(path.parent)
+        fsync(path.parent)
     except BaseException as error:
         if isinstance(error, UserError) or not has_progress():
             shutil.rmtree(partial, ignore_errors=True)
         raise
 
 
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write(temporary_path)` write a file, then put it in place: it appears whole or not at all."""
+def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write(temporary_path)` write a file, then rename it to `path`."""
     temporary = path.with_name(f".{path.name}.partial")
     write(temporary)
-    to_disk(temporary)
+    fsync(temporary)
     temporary.replace(path)
 
 
-def to_disk(path: Path) -> None:
-    """Bring a file, or the names in a folder, from the system's cache to the disk."""
+def fsync(path: Path) -> None:
+    """Flush a file, or the names in a folder, from the system's cache to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

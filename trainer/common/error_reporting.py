@@ -1,4 +1,4 @@
-"""How a command ends: streams that anything can be printed to; one line and a status for what goes wrong."""
+"""How a command ends: every error that a user can cause is one line on stderr and an exit status."""
 
 from __future__ import annotations
 
@@ -13,48 +13,47 @@ from typing import NoReturn
 import click
 
 from trainer.common.credentials import redacted
-from trainer.common.errors import BrokenModel, UserError, one_line
-from trainer.common.text_file import reason
+from trainer.common.errors import BrokenModel, UserError, one_line, os_reason
 
-_OF_A_PATH = {errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.EEXIST, errno.ELOOP}
-_OF_A_PATH |= {errno.EACCES, errno.EPERM, errno.EROFS}
-"""What an option, an argument or a key that names a file or a folder may be wrong by."""
+_PATH_ERRORS = {errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.EEXIST, errno.ELOOP}
+_PATH_ERRORS |= {errno.EACCES, errno.EPERM, errno.EROFS}
+"""Errors that the path in an option, an argument or a recipe's key may cause."""
 
-_OF_A_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF}
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF}
 
 
 @contextmanager
-def told() -> Iterator[None]:
-    """Runs a command inside the `with`; an error that a user can cause ends the process with one line on stderr."""
-    _open_streams()
+def report_errors() -> Iterator[None]:
+    """Run a command in the `with` block; an error that a user can cause ends the process with one line on stderr."""
+    _repair_streams()
     try:
         yield
-        sys.stdout.flush()  # here, where an error can be told
+        sys.stdout.flush()  # here, where an error can still be reported
     except (UserError, click.ClickException) as error:
-        _end(error.format_message() if isinstance(error, click.ClickException) else str(error), 2)
+        _exit(error.format_message() if isinstance(error, click.ClickException) else str(error), 2)
     except BrokenModel as error:
-        _end(str(error), 1)
+        _exit(str(error), 1)
     except (click.Abort, KeyboardInterrupt):
         sys.exit(128 + signal.SIGINT)
-    except BrokenPipeError:  # as of `unipool recipes | head -1`
-        _forget_stdout()
-        sys.exit(1)  # as click does where it meets this itself
+    except BrokenPipeError:  # as in `unipool recipes | head -1`
+        _discard_stdout()
+        sys.exit(1)  # as click does where it catches this itself
     except OSError as error:
-        if error.filename is None and error.errno not in _OF_A_DISK:
+        if error.filename is None and error.errno not in _DISK_ERRORS:
             raise
-        _forget_stdout()
+        _discard_stdout()
         where = "" if error.filename is None else f"{error.filename}: "
-        _end(f"{where}{reason(error)}", 2 if where and error.errno in _OF_A_PATH else 1)
+        _exit(f"{where}{os_reason(error)}", 2 if where and error.errno in _PATH_ERRORS else 1)
 
 
-def _end(line: str, status: int) -> NoReturn:
+def _exit(line: str, status: int) -> NoReturn:
     if os.environ.get("RANK", "0") == "0":
         print(f"error: {one_line(redacted(line))}", file=sys.stderr)
     sys.exit(status)
 
 
-def _open_streams() -> None:
-    """Streams that are closed lead nowhere; for a character that stdout's encoding lacks there is a question mark."""
+def _repair_streams() -> None:
+    """Open closed streams on the null device, and print "?" for characters that stdout's encoding lacks."""
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
@@ -63,10 +62,10 @@ def _open_streams() -> None:
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
-    with suppress(AttributeError):  # a stand-in for stdout
+    with suppress(AttributeError):  # stdout may have been replaced by another object
         sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
 
 
-def _forget_stdout() -> None:
-    """What is still buffered goes nowhere, instead of failing once more when the process ends."""
+def _discard_stdout() -> None:
+    """Send what is still buffered nowhere, instead of failing once more when the process ends."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

@@ -1,4 +1,4 @@
-"""Errors that are told to the user in one line, and exit statuses."""
+"""Exit statuses, and errors that the user is told in one line."""
 
 import unicodedata
 
@@ -6,38 +6,49 @@ START_AGAIN = 75
 """Exit status of a job that was asked to stop and has saved a checkpoint (EX_TEMPFAIL of sysexits.h: try again)."""
 
 DIVERGED = 1
-"""Exit status of a job that has done all its steps and whose validation loss is not finite."""
+"""Exit status of a job that finished all its steps with a validation loss that is not finite."""
 
 _LONGEST = 2000
-"""Characters of a message: what a user has written may be repeated in it, and may be long."""
+"""Characters of the longest message: a message may repeat what the user wrote, which may be long."""
 
 
 class UserError(Exception):
-    """The user's input is wrong: one line saying what, where, and how to mend it. Exit status 2."""
+    """The user's input is wrong. One line says what is wrong, where, and how to mend it. Exit status 2."""
 
     def __init__(self, message: str):
         super().__init__(one_line(message))
 
 
 class SharedUserError(UserError):
-    """A `UserError` that all ranks find together, and rank 0 says."""
+    """A `UserError` that all ranks find together and rank 0 reports."""
 
 
 class JobError(Exception):
-    """The job cannot go on, found by all ranks together: one line that rank 0 says. Exit status 1."""
+    """The job cannot continue. All ranks find this together, and rank 0 reports it in one line. Exit status 1."""
 
 
 class BrokenModel(Exception):
-    """A model computes numbers that are not finite, so that what was measured says nothing: one line. Exit status 1."""
+    """A model's outputs are not finite, so a measurement of it means nothing. One line. Exit status 1."""
 
 
-def one_line(text: str) -> str:
-    """The text on one line that any terminal shows: what is no character for it is escaped as Python does."""
-    shown = "".join(ascii(c)[1:-1] if unprintable(c) else c for c in text)
-    # What is wrong stands at the beginning of a message, and how to mend it at the end.
-    return shown if len(shown) <= _LONGEST else f"{shown[: _LONGEST // 2]}...{shown[3 - _LONGEST // 2 :]}"
+def one_line(text: object, longest: int = _LONGEST) -> str:
+    """Return a text, or an exception's message, as one line that any terminal can show.
+
+    Characters that cannot be printed are escaped as Python does; an exception's line breaks become spaces. What exceeds
+    `longest` characters is cut from the middle: a message says at its beginning what is wrong, and at its end how to
+    mend it.
+    """
+    if isinstance(text, BaseException):
+        text = " ".join(str(text).split()) or type(text).__name__
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+    return line if len(line) <= longest else f"{line[: longest // 2]}...{line[3 - longest // 2 :]}"
 
 
-def unprintable(character: str) -> bool:
-    """Whether it is a control character, half of a surrogate pair, or ends a line."""
+def breaks_lines(character: str) -> bool:
+    """Whether a character is a control character, half of a surrogate pair, or ends a line."""
     return unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp")
+
+
+def os_reason(error: OSError) -> str:
+    """Why a file cannot be read or written, in a few words."""
+    return (error.strerror or type(error).__name__).lower()

@@ -15,7 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from trainer.common.atomic import write_whole
+from trainer.common.atomic import atomic_write
 
 INK, QUIET, FAINT = "#222222", "#8a8a8a", "#dddddd"
 """Text and reference lines; grids and what is in the background; areas without data."""
@@ -94,10 +94,44 @@ def spread_labels(heights: Sequence[float], gap: float) -> list[float]:
     return spread
 
 
+def label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, Colour]], size: float = 8.5) -> None:
+    """Write the names of lines beside their last points, instead of a legend. Call it when all lines are drawn.
+
+    Args:
+        axes: The panel, with its final limits along y.
+        ends: x, y, name and colour of each line's last point.
+        size: Points of the text.
+    """
+    low, high = axes.get_ylim()
+    axes.set_xlim(right=max(x for x, _, _, _ in ends))
+    inches = axes.figure.get_size_inches()[1] * axes.get_position().height  # type: ignore[union-attr]
+    gap = (high - low) * 1.25 * size / 72 / inches
+    heights = spread_labels([y for _, y, _, _ in ends], gap)
+    for (x, y, name, colour), height in zip(ends, heights, strict=True):
+        axes.annotate(
+            name,
+            (x, y),
+            xytext=(1.05, height),
+            textcoords=("axes fraction", "data"),
+            va="center",
+            color=INK if colour == QUIET else colour,
+            fontsize=size,
+            annotation_clip=False,
+            arrowprops={
+                "arrowstyle": "-",
+                "color": colour,
+                "linewidth": 0.6,
+                "relpos": (0, 0.5),
+                "shrinkA": 1,
+                "shrinkB": 0,
+            },
+        )
+
+
 def write_png(figure: Figure, path: Path) -> None:
     """Write a figure as PNG; the file appears whole or not at all."""
     canvas = FigureCanvasAgg(figure)
-    write_whole(path, lambda file: canvas.print_figure(file, format="png"))
+    atomic_write(path, lambda file: canvas.print_figure(file, format="png"))
 
 
 def write_png_and_svg(figure: Figure, path: Path) -> list[Path]:
@@ -114,5 +148,5 @@ def write_png_and_svg(figure: Figure, path: Path) -> list[Path]:
     write_png(figure, png)
     canvas = FigureCanvasSVG(figure)
     with rc_context({"svg.hashsalt": "unipool"}):  # else matplotlib draws ids by chance
-        write_whole(svg, lambda file: canvas.print_figure(file, format="svg", metadata={"Date": None}))
+        atomic_write(svg, lambda file: canvas.print_figure(file, format="svg", metadata={"Date": None}))
     return [png, svg]

@@ -24,7 +24,7 @@ def count(value: float, digits: int = 4) -> str:
 
     Args:
         value: The count.
-        digits: Significant digits to keep.
+        digits: Significant digits to keep, at least 3.
     """
     for unit in _LARGE:
         text = f"{value:.{digits}g}"

@@ -1,6 +1,6 @@
 """How much of the machine this process may use: a container sees all of it, its cgroups say how much is its own.
 
-Threads beyond a CPU limit are all stopped for the rest of each period, and with them whoever waits for one of them.
+Threads in excess of a CPU limit are paused for the rest of each period, and so is everything that waits for them.
 """
 
 from __future__ import annotations
@@ -16,34 +16,36 @@ from trainer.common.errors import UserError
 if TYPE_CHECKING:
     import torch
 
+_SELF = Path("/proc/self")
 
-def usable_cores(process: Path = Path("/proc/self")) -> int:
-    """The number of cores to plan threads for, at least 1: the smaller of the CPU affinity and the cgroups' quota.
 
-    A quota of one and a half cores counts as one.
+def usable_cores(process: Path = _SELF) -> int:
+    """Return the number of cores to plan threads for: the smaller of the CPU affinity and the cgroups' quota.
+
+    A quota of one and a half cores counts as one; the result is at least 1.
 
     Args:
-        process: the process's folder in /proc.
+        process: The process's folder in /proc.
     """
     quota = cgroup_cores(process)
     cores = len(os.sched_getaffinity(0))
     return cores if quota is None else max(1, min(cores, int(quota)))
 
 
-def cgroup_cores(process: Path = Path("/proc/self")) -> float | None:
-    """Cores that the quotas of the process's cgroup and of all groups above it allow; None without a quota.
+def cgroup_cores(process: Path = _SELF) -> float | None:
+    """Return the cores that the quotas of the process's cgroup and its parents allow, or None without a quota.
 
-    Versions 1 and 2 (`cpu.cfs_quota_us`, `cpu.max`), see cgroups(7) and the kernel's admin-guide/cgroup-v2. Whatever of
-    it cannot be read is no limit.
+    Reads versions 1 and 2 (`cpu.cfs_quota_us`, `cpu.max`); see cgroups(7) and the kernel's admin-guide/cgroup-v2. What
+    cannot be read does not count as a limit.
     """
-    quotas = [quota for folder in _folders(process, "cpu") if (quota := _quota(folder)) is not None]
+    quotas = [quota for folder in _cgroup_folders(process, "cpu") if (quota := _quota(folder)) is not None]
     return min(quotas, default=None)
 
 
-def usable_memory(process: Path = Path("/proc/self")) -> int:
-    """Bytes of memory: the machine's, or the least that a cgroup allows (`memory.max`, `memory.limit_in_bytes`)."""
+def usable_memory(process: Path = _SELF) -> int:
+    """Return bytes of memory: the machine's, or the smallest cgroup limit (`memory.max`, `memory.limit_in_bytes`)."""
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    for folder in _folders(process, "memory"):
+    for folder in _cgroup_folders(process, "memory"):
         for name in ("memory.max", "memory.limit_in_bytes"):
             with suppress(OSError, ValueError):  # "max" is no limit
                 limits.append(int((folder / name).read_text()))
@@ -51,24 +53,16 @@ def usable_memory(process: Path = Path("/proc/self")) -> int:
 
 
 def _quota(folder: Path) -> float | None:
-    """Of one group, in cores."""
-    with suppress(OSError, ValueError):
-        quota, period = (folder / "cpu.max").read_text().split()
-        return _cores(quota, period)
-    with suppress(OSError, ValueError):
-        return _cores((folder / "cpu.cfs_quota_us").read_text(), (folder / "cpu.cfs_period_us").read_text())
+    """Return one group's quota in cores; "max" (version 2) and -1 (version 1) stand for none."""
+    for files in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
+        with suppress(OSError, ValueError):
+            quota, period = (int(word) for file in files for word in (folder / file).read_text().split())
+            return quota / period if quota > 0 and period > 0 else None
     return None
 
 
-def _cores(quota: str, period: str) -> float | None:
-    """A quota of "max" (version 2) or -1 (version 1) is none."""
-    if quota == "max" or int(quota) <= 0 or int(period) <= 0:
-        return None
-    return int(quota) / int(period)
-
-
-def _folders(process: Path, controller: str) -> Iterator[Path]:
-    """The folders of the process's group for a controller and of the groups above, as far as they are mounted."""
+def _cgroup_folders(process: Path, controller: str) -> Iterator[Path]:
+    """Yield the mounted folders of the process's group for a controller, and of that group's parents."""
     with suppress(OSError, ValueError):
         groups = dict(_groups(process))
         for root, mount, controllers in _mounts(process):
@@ -77,22 +71,22 @@ def _folders(process: Path, controller: str) -> Iterator[Path]:
             group = groups.get(controller if controllers else "")
             if group is None:
                 continue
-            # A container may see its own group as the mount's root while /proc names the path from the machine's.
+            # A container may see its own group as the mount's root while /proc gives the path on the host.
             inside = group.relative_to(root) if group.is_relative_to(root) else PurePosixPath()
             folder = mount / inside
             yield folder
-            yield from (above for above in folder.parents if above.is_relative_to(mount))
+            yield from (parent for parent in folder.parents if parent.is_relative_to(mount))
 
 
 def _groups(process: Path) -> Iterator[tuple[str, PurePosixPath]]:
-    """(controller, path of the process's group): "" is the one hierarchy of version 2."""
+    """Yield (controller, path of the process's group); "" stands for the single hierarchy of version 2."""
     for line in (process / "cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         yield from ((controller, PurePosixPath(path)) for controller in controllers.split(","))
 
 
 def _mounts(process: Path) -> Iterator[tuple[PurePosixPath, Path, tuple[str, ...]]]:
-    """(root within the hierarchy, mount point, controllers) of each hierarchy; version 2 names no controllers."""
+    """Yield (root within the hierarchy, mount point, controllers); version 2 has no controllers."""
     for line in (process / "mountinfo").read_text().splitlines():
         before, separator, after = line.partition(" - ")
         fields, (kind, *rest) = before.split(), after.split() or [""]
@@ -104,10 +98,10 @@ def _mounts(process: Path) -> Iterator[tuple[PurePosixPath, Path, tuple[str, ...
 
 
 def pick_device(name: str | None) -> torch.device:
-    """Return the device that `--device` names, or CUDA where there is one.
+    """Return the device that `--device` names, or by default CUDA where it is available.
 
     Raises:
-        UserError: CUDA is asked for and not available.
+        UserError: CUDA was requested and is not available.
     """
     import torch
 
@@ -117,10 +111,10 @@ def pick_device(name: str | None) -> torch.device:
 
 
 def limit_threads(processes: int = 1) -> None:
-    """Let torch compute with this process's share of the cores, unless OMP_NUM_THREADS says how many threads it has.
+    """Let torch compute with this process's share of the cores, unless OMP_NUM_THREADS is set.
 
     Args:
-        processes: that share the cores.
+        processes: The number of processes that share the cores.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""JSON as everything here writes it: standard JSON, which has neither NaN nor infinity."""
+"""JSON as this project writes it: standard JSON, which has neither NaN nor infinity."""
 
 from __future__ import annotations
 
@@ -7,45 +7,36 @@ import math
 from typing import Any
 
 NOT_FINITE = "not_finite"
-"""Key under which an object names its own keys that are null because the number was NaN or infinite."""
+"""The key under which an object lists those of its keys that are null because the number was NaN or infinite."""
 
 
 def dumps(tree: Any, indent: int | None = None, sort_keys: bool = False) -> str:
-    """The tree as JSON text. A float that is NaN or infinite becomes null; see `finite`."""
-    return json.dumps(finite(tree), indent=indent, sort_keys=sort_keys, allow_nan=False)
-
-
-def finite(tree: Any) -> Any:
-    """The same tree with null where a float is NaN or infinite; tuples become lists."""
-    if isinstance(tree, dict):
-        return {key: finite(value) for key, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        return [finite(value) for value in tree]
-    return None if isinstance(tree, float) and not math.isfinite(tree) else tree
-
-
-def marked(record: dict[str, Any]) -> dict[str, Any]:
-    """The record, and under `not_finite` the names of its numbers that are none: a reader of null wants to know why."""
-    names = [name for name, value in record.items() if isinstance(value, float) and not math.isfinite(value)]
-    return record | {NOT_FINITE: names} if names else record
-
-
-def has_not_finite(tree: Any) -> bool:
-    """Whether some float in the tree is NaN or infinite."""
-    if isinstance(tree, dict):
-        return any(map(has_not_finite, tree.values()))
-    if isinstance(tree, list | tuple):
-        return any(map(has_not_finite, tree))
-    return isinstance(tree, float) and not math.isfinite(tree)
+    """Return the tree as JSON text, with null for floats that are NaN or infinite."""
+    return json.dumps(json_safe(tree), indent=indent, sort_keys=sort_keys, allow_nan=False)
 
 
 def loads(text: str | bytes) -> Any:
-    """What a JSON text holds.
+    """Return the value of a JSON text.
 
     Raises:
-        ValueError: it is not JSON, not UTF-8, or nested too deeply.
+        ValueError: The text is not JSON, not UTF-8, or nested too deeply.
     """
     try:
         return json.loads(text)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+
+
+def json_safe(tree: Any) -> Any:
+    """Return the same tree with None for floats that are NaN or infinite; tuples become lists."""
+    if isinstance(tree, dict):
+        return {key: json_safe(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [json_safe(value) for value in tree]
+    return None if isinstance(tree, float) and not math.isfinite(tree) else tree
+
+
+def name_not_finite(record: dict[str, Any]) -> dict[str, Any]:
+    """Return the record with the names of its NaN and infinite numbers under `NOT_FINITE`, if it has any."""
+    names = [name for name, value in record.items() if isinstance(value, float) and not math.isfinite(value)]
+    return record | {NOT_FINITE: names} if names else record

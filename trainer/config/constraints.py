@@ -119,8 +119,8 @@ def _check_layout(r: Recipe) -> None:
     allowed = f"must be divisible by the shards of the pool ({shards})"
     _require(r.pool.experts % shards == 0, r, "pool.experts", allowed)
     in_order = p.trunk_zero < 3 or p.pool_ranks == 0 or p.trunk_ranks == 1 or (p.lanes == 1 and not p.stagger)
-    allowed = "gathers weights by collectives in program order: set parallel.lanes=1 and parallel.stagger=false too"
+    allowed = "needs parallel.lanes=1 and parallel.stagger=false, because ZeRO-3 gathers weights in program order"
     _require(in_order, r, "parallel.trunk_zero", allowed)
     last_port = r.metrics.port + p.trunk_ranks + p.pool_ranks - 1
-    allowed = f"port + rank must stay below 65536, the last would be {last_port}"
+    allowed = f"port + rank must stay below 65536; the last would be {last_port}"
     _require(r.metrics.port == 0 or last_port <= 65535, r, "metrics.port", allowed)

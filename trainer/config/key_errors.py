@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import re
 from collections.abc import Iterator
 from typing import Any, get_args
 
@@ -33,7 +34,7 @@ def first_line(error: ValidationError, root: type[BaseModel]) -> str:
     elif first["type"] == "missing":
         line = f"{key}: missing"
     else:
-        message = first["msg"].replace("Input should be", "must be")
+        message = re.sub(r"^\w+ should (be|have)", r"must \1", first["msg"])
         line = f"{key} = {show(first['input'])}: {message[0].lower()}{message[1:]}"
     return line + (f" (and {len(more)} more)" if more else "")
 

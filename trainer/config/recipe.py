@@ -18,10 +18,9 @@ import yaml
 from pydantic import ValidationError, model_validator
 
 from pool.topology import Topology
-from trainer.common import safe_yaml
-from trainer.common.credentials import keys_with_credentials
-from trainer.common.errors import UserError
-from trainer.common.text_file import Unreadable, keys_with_odd_text, read_text
+from trainer.common.credentials import redacted
+from trainer.common.errors import UserError, breaks_lines
+from trainer.common.safe_read import NotYaml, Unreadable, parse_yaml, read_text, texts_of
 from trainer.config.constraints import check_constraints
 from trainer.config.key_errors import first_line
 from trainer.config.sections import (
@@ -117,13 +116,14 @@ def check_recipe(tree: dict[str, Any], settings: Sequence[tuple[str, Any]], what
     tree = copy.deepcopy(tree)
     for key, value in settings:
         _put(tree, key, value, what)
-    for key in keys_with_odd_text(tree):
-        raise UserError(f"{what}: {key}: contains a control character or half of a character; remove it")
-    for key in keys_with_credentials(tree):  # before any line shows a value
-        raise UserError(
-            f"{what}: {key}: contains a credential, which recipe.yaml, checkpoints and logs would repeat; remove it "
-            "and set HF_TOKEN in the environment, or log in on the machine, to read private data from the hub"
-        )
+    for key, text in texts_of(tree):
+        if any(map(breaks_lines, text)):
+            raise UserError(f"{what}: {key}: contains a control character or half of a surrogate pair; remove it")
+        if redacted(text) != text:  # before any line shows a value
+            raise UserError(
+                f"{what}: {key}: contains a credential, which recipe.yaml, checkpoints and logs would repeat; remove "
+                "it and set HF_TOKEN in the environment, or log in on the machine, to read private data from the hub"
+            )
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
@@ -173,8 +173,8 @@ def parse_mapping(text: str, what: str, parts: str) -> dict[str, Any]:
         UserError: It is not YAML or not a mapping.
     """
     try:
-        tree = safe_yaml.parse(text)
-    except safe_yaml.NotYaml as error:
+        tree = parse_yaml(text)
+    except NotYaml as error:
         raise UserError(f"{what}: not YAML: {error}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{what}: must be a mapping of {parts}")
@@ -191,8 +191,8 @@ def parse_override(text: str) -> tuple[str, Any]:
     if not separator or not all(part.strip() for part in key.split(".")):
         raise UserError(f"--set {text}: must be key=value, as in --set train.steps=100")
     try:
-        return key, safe_yaml.parse(value)
-    except safe_yaml.NotYaml as error:
+        return key, parse_yaml(value)
+    except NotYaml as error:
         raise UserError(f"--set {text}: the value is not YAML: {error}") from None
 
 

@@ -1,4 +1,4 @@
-"""A step's sequences, the same ones in the same order whatever the layout, found from the step number alone."""
+"""A step's sequences: the same ones in the same order in every layout, computed from the step number alone."""
 
 from __future__ import annotations
 
@@ -18,34 +18,37 @@ Place = tuple[int, int]
 
 
 def permutation(rows: int, seed: int, epoch: int, source: int = 0) -> NDArray[np.uint32]:
-    """The order of the rows 0 ... rows-1 of a data set in an epoch."""
+    """Return the order of the rows 0 ... rows-1 of a data set in an epoch."""
     entropy = [seed, epoch, source] if source else [seed, epoch]
     return np.random.Generator(np.random.PCG64(entropy)).permutation(np.arange(rows, dtype=np.uint32))
 
 
 def evaluation_steps(rows: int, wanted: int, global_batch: int) -> int:
-    """Global batches an evaluation takes from a split: as many as wanted where it has them, at least one.
+    """Return the number of global batches of an evaluation: as many as wanted and available, but at least one.
 
-    A split smaller than one global batch is read round and round until the batch is full, so that every trunk rank has
-    its share; the loss is then the split's with some rows counted once more than others.
+    A split that is smaller than one global batch is repeated until the batch is full, so that every trunk rank has its
+    part; the loss is then the split's, with some rows counted once more than others.
     """
     return max(1, min(wanted, rows // global_batch))
 
 
 def mixed(first: int, count: int, shares: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Which sources the elements first ... first+count-1 of a mixture come from, and their numbers within them.
+    """Return which sources the elements first ... first+count-1 of a mixture come from.
 
-    The k-th element of source i is due at (k + 1/2) / shares[i]; elements come in the order in which they are due, of
-    several at once that of the first source first. So in any stretch each source has its share, to within one element.
+    The k-th element of source i is due at (k + 1/2) / shares[i]. Elements come in the order in which they are due; of
+    several that are due at once, that of the first source comes first. So in any stretch each source has its share, to
+    within one element.
 
     Args:
-        shares: of each source; they add up to 1.
+        first: The number of the first element.
+        count: The number of elements.
+        shares: The share of each source; they add up to 1.
 
     Returns:
-        (sources, numbers), both (count,).
+        (sources, the elements' numbers within their sources), both (count,).
     """
     sources = len(shares)
-    # Up to the time t source i has floor(shares[i] t + 1/2) elements: all together t, to within one for each source.
+    # Until time t source i has floor(shares[i] t + 1/2) elements; all sources have t, to within one for each source.
     begin, end = first - sources - 1, first + count + sources + 1
     skipped = np.maximum(np.floor(shares * begin + 0.5), 0).astype(np.int64)
     limits = np.maximum(np.floor(shares * end + 0.5), 0).astype(np.int64)
@@ -57,16 +60,18 @@ def mixed(first: int, count: int, shares: NDArray[np.float64]) -> tuple[NDArray[
 
 
 class SequenceStream:
-    """An endless stream of sequences n = 0, 1, 2, ... of one or several data sets, mixed by their shares.
+    """An endless stream of the sequences n = 0, 1, 2, ... of one or several data sets, mixed by their shares.
 
-    The k-th sequence of a data set is of its epoch k // rows, in which its rows come in an order of its own, decided by
-    the seed. With seed None they come as they are stored, for evaluation.
+    The k-th sequence of a data set belongs to its epoch k // rows. Each epoch has its own order of rows, determined by
+    the seed.
 
     Args:
-        shares: of each data set; they add up to 1.
+        datasets: The data sets.
+        seed: The seed; None keeps the rows as they are stored, for evaluation.
+        shares: The share of each data set; they add up to 1.
 
     Attributes:
-        rows: sequences until the first data set has been read once.
+        rows: The number of sequences until the first data set has been read once.
     """
 
     def __init__(self, datasets: Sequence[Dataset], seed: int | None, shares: Sequence[float] = (1.0,)):
@@ -75,15 +80,15 @@ class SequenceStream:
         self._shares = np.array(shares)
         self._seed = seed
         self.rows = min(int(length / share) for length, share in zip(self._lengths, shares, strict=True))
-        # A step may straddle two epochs, and ranks of one process may be at different ones.
+        # A step may straddle two epochs, and the ranks of one process may be in different ones.
         self._order = lru_cache(maxsize=2 * len(datasets))(self._order_of_epoch)
 
     def micro_batches(
         self, step: int, global_batch: int, trunk_rank: int, trunk_ranks: int, micro_batch: int
     ) -> Iterator[torch.Tensor]:
-        """Yields the micro-batches of one trunk rank in a step: int64, (micro_batch, seq_len + 1).
+        """Yield the micro-batches of one trunk rank in a step: int64, (micro_batch, seq_len + 1).
 
-        Step s has the sequences [s * global_batch, (s + 1) * global_batch); trunk rank t of T has the t-th of T equal
+        Step s has the sequences [s * global_batch, (s + 1) * global_batch). Trunk rank t of T has the t-th of T equal
         slices, cut into micro-batches in order. Inputs are [:, :-1], targets [:, 1:].
         """
         for places in self.places(step, global_batch, trunk_rank, trunk_ranks, micro_batch):
@@ -92,8 +97,8 @@ class SequenceStream:
     def places(
         self, step: int, global_batch: int, trunk_rank: int, trunk_ranks: int, micro_batch: int
     ) -> Iterator[list[Place]]:
-        """Yields where the sequences of each of these micro-batches are."""
-        assert global_batch % (trunk_ranks * micro_batch) == 0, "the recipe's check lets only whole micro-batches pass"
+        """Yield the places of the sequences of each of these micro-batches."""
+        assert global_batch % (trunk_ranks * micro_batch) == 0, "the recipe's check ensures complete micro-batches"
         share = global_batch // trunk_ranks
         first = step * global_batch + trunk_rank * share
         sources, numbers = mixed(first, share, self._shares)
@@ -102,7 +107,7 @@ class SequenceStream:
             yield [self._place(int(i), int(k)) for i, k in zip(sources[part], numbers[part], strict=True)]
 
     def name(self, place: Place) -> str:
-        """A place for people: the row, behind the number of the data set where there are several."""
+        """Return a place for people to read: the row, after the number of the data set if there are several."""
         source, row = place
         return str(row) if len(self._tokens) == 1 else f"{source}:{row}"
 

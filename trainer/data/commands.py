@@ -13,14 +13,14 @@ from trainer.config.recipe import load_recipe
 @recipe_arguments
 @json_option
 def prepare(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Tokenise and pack the data of RECIPE; does nothing where that is done.
+    """Tokenize and pack the data of RECIPE, unless that has already been done.
 
     \b
     Example:
       unipool prepare quickstart
     """
-    from trainer.data.prepared import describe
-    from trainer.data.recipe_data import prepare_for
+    from trainer.data.prepare import prepare_for
+    from trainer.data.prepared_data import describe
 
     prepared = prepare_for(load_recipe(recipe, overrides))
     print(dumps(prepared.to_json()) if as_json else describe(prepared))

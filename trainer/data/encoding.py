@@ -1,7 +1,7 @@
-"""Text to token ids, many texts at once.
+"""Texts into token ids, many at once.
 
-`tokenizers` is what says which tokens a text has. `fastokens` reads the same tokenizer.json and gives the same tokens
-many times as fast; it is used where it is installed, knows the tokenizer, and agrees on the first texts.
+`tokenizers` defines which tokens a text has. `fastokens` reads the same tokenizer.json and gives the same tokens many
+times as fast; it is used if it is installed, supports the tokenizer, and agrees on the first texts.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 CHECKED_CHARACTERS = 200_000
-"""Of the first texts, which both libraries must tokenise alike."""
+"""Characters of the first texts, for which both libraries must give the same tokens."""
 
 
 class Encoder:
-    """Encodes texts without special tokens, and reads those that are spelled out in a text as text.
+    """Encodes texts without adding special tokens; special tokens that a text spells out are read as plain text.
 
     Attributes:
-        slow_because: why `fastokens` is not used; None while it is.
+        slow_because: Why `fastokens` is not used; None while it is.
     """
 
     def __init__(self, tokenizer: Tokenizer):
@@ -35,20 +35,20 @@ class Encoder:
             import fastokens
 
             self._fast = fastokens.Tokenizer.from_json_str(tokenizer.to_str())
-        except Exception as error:  # it raises its own for tokenizers that it does not know
+        except Exception as error:  # it raises exceptions of its own for tokenizers that it does not support
             self._give_up(error)
 
     def encode(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
-        """The token ids of each text."""
+        """Return the token ids of each text, (number of tokens,)."""
         if not texts:
             return []
-        if self._fast is not None and not self._checked:
-            self._check(texts)
-        if self._fast is not None:
-            try:
+        try:
+            if self._fast is not None and not self._checked:
+                self._check(texts)
+            if self._fast is not None:
                 return self._encode_fast(texts)
-            except Exception as error:  # a limit of its regular expressions, say
-                self._give_up(error)
+        except Exception as error:  # such as a limit of its regular expressions
+            self._give_up(error)
         return self._encode(texts)
 
     def _check(self, texts: Sequence[str]) -> None:
@@ -58,12 +58,8 @@ class Encoder:
             size += len(sample[-1])
             if size >= CHECKED_CHARACTERS:
                 break
-        try:
-            same = all(map(np.array_equal, self._encode_fast(sample), self._encode(sample)))
-            if not same:
-                raise ValueError("it gives other tokens")
-        except Exception as error:
-            self._give_up(error)
+        if not all(map(np.array_equal, self._encode_fast(sample), self._encode(sample))):
+            raise ValueError("it gives other tokens")
         self._checked = True
 
     def _encode(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:

@@ -11,18 +11,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 ROWS_PER_WRITE = 1000
-_END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # of Arrow's streaming format
+_END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # in Arrow's streaming format
 
 
 @dataclass(frozen=True)
 class SplitFacts:
-    """What is in a split.
+    """What a split holds.
 
     Attributes:
-        bytes: of its text in UTF-8; with `tokens` it turns nats per token into bits per byte.
-        tokens: end-of-document tokens included.
-        sequences: rows of the data set.
-        unigram_entropy: nats: the loss of a model that knows how frequent each token is, and nothing else.
+        documents: The number of documents.
+        bytes: Its text in UTF-8 bytes; with `tokens` it converts nats per token into bits per byte.
+        tokens: The number of tokens, including those that end documents.
+        sequences: The number of rows.
+        unigram_entropy: The loss, in nats, of a model that knows only how frequent each token is.
     """
 
     documents: int
@@ -33,26 +34,29 @@ class SplitFacts:
 
 
 def unigram_entropy(counts_V: NDArray[Any]) -> float:
-    """Entropy in nats of tokens that are as frequent as their counts say, (V,); 0 where there are none."""
+    """Return the entropy, in nats, of tokens with these counts, (V,); 0 if all are 0."""
     p_V = counts_V[counts_V > 0] / max(counts_V.sum(), 1)
     return float((p_V * -np.log(p_V)).sum())
 
 
 class SplitWriter:
-    """Writes one split: rows of S+1 tokens, each starting with the last token of the one before.
+    """Writes one split as rows of S+1 tokens, each starting with the last token of the previous one.
 
-    So every token but the split's first is predicted exactly once; only the last, partial row is dropped. Memory holds
-    at most ROWS_PER_WRITE rows beside what is added at once.
+    So every token except the split's first is predicted exactly once, and only the last, partial row is dropped. Memory
+    holds at most `ROWS_PER_WRITE` rows besides what is added at once.
 
-    The file is a stream of Arrow messages, written one by one, so that a writer can go on where `state_dict` was taken:
-    what the file has beyond it is cut off.
+    The file is a stream of Arrow messages, written one by one, so that a writer can resume where `state_dict` was
+    called: what the file holds beyond that point is cut off.
 
     Args:
-        saved: what `state_dict` gave; None: begin a new file.
+        path: The file.
+        seq_len: S.
+        vocab: The number of different tokens.
+        saved: What `state_dict` returned; None begins a new file.
     """
 
     SAVED = ("numbers", "unwritten", "counts_V")
-    """Names of what `state_dict` gives."""
+    """The keys of `state_dict`."""
 
     def __init__(self, path: Path, seq_len: int, vocab: int, saved: dict[str, Any] | None = None):
         import pyarrow as pa
@@ -61,7 +65,7 @@ class SplitWriter:
         self.dtype = np.dtype(np.uint16 if vocab <= 1 << 16 else np.uint32)
         tokens = pa.list_(pa.from_numpy_dtype(self.dtype), seq_len + 1)
         self.schema = pa.schema([("tokens", tokens)])
-        self.unwritten = np.empty(0, self.dtype)  # the start of the next row
+        self.unwritten = np.empty(0, self.dtype)  # the beginning of the next row
         self.pending: list[NDArray[Any]] = []
         self.pending_tokens = 0
         self.counts_V = np.zeros(vocab, np.int64)
@@ -77,14 +81,16 @@ class SplitWriter:
 
     @staticmethod
     def holds(path: Path, saved: dict[str, Any]) -> bool:
-        """Whether a file has all that was written when `state_dict` gave `saved`."""
+        """Whether a file has all that was written when `state_dict` returned `saved`."""
         return path.stat().st_size >= int(saved["numbers"][-1])
 
     def add(self, ids: NDArray[Any], text_bytes: int, ends_document: bool = True) -> None:
         """Append a document, or a part of one.
 
         Args:
-            ids: its tokens, all below `vocab`; at its end the end-of-document token is among them.
+            ids: Its tokens, all below `vocab`, including the one that ends the document.
+            text_bytes: The size of its text in UTF-8 bytes.
+            ends_document: Whether the document ends here.
         """
         self.documents += ends_document
         self.bytes += text_bytes
@@ -95,7 +101,7 @@ class SplitWriter:
             self._write()
 
     def state_dict(self) -> dict[str, NDArray[Any]]:
-        """What it takes to go on from here, after all of it has been brought to the disk."""
+        """Flush everything to the disk and return what a writer needs to resume from here."""
         self._write()
         self.file.flush()
         os.fsync(self.file.fileno())

@@ -1,53 +1,95 @@
-"""Turns a source into packed splits, once: a folder that is either complete or not there, and that later runs find.
+"""The data of a recipe: every source is tokenized and packed once, and later runs find the result.
 
-What is kept:
+Each source has a folder:
 
-    <directory>/<source>-v<vocab>-s<seq_len>-<fingerprint>/
+    <data.dir>/<source>-v<vocab>-s<seq_len>-<fingerprint>/
         train.arrow  validation.arrow  test.arrow  train-counts.npy  tokenizer.json  facts.json
-
-While it is made the folder's name begins with `.partial-`; a later start goes on from there.
 """
 
 from __future__ import annotations
 
 import hashlib
-import shutil
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from trainer.common.atomic import partial_folder, whole_folder
 from trainer.common.errors import UserError
 from trainer.common.strict_json import dumps
-from trainer.data.preparation import PROGRESS_FILE, Preparation
-from trainer.data.prepared import TOKENIZER_FILE, PreparedData, PreparedSource, open_prepared
+from trainer.config.recipe import Recipe
+from trainer.config.sections import Source, Sources
+from trainer.data.cache import make_once
+from trainer.data.prepared_data import TOKENIZER_FILE, PreparedData, PreparedSource, open_prepared
 from trainer.data.reading.documents import refuse_bad_share
-from trainer.data.settings import TRAIN, DataSettings, fingerprint, pieces, readable
-from trainer.data.splitting import SPLITS, choose_splitter
-from trainer.data.tokenizer import train_tokenizer
+from trainer.data.settings import TRAIN, SourceSettings
+from trainer.data.source_builder import SourceBuilder
+from trainer.data.splitting import SPLITS, Parts, choose_splitter
+from trainer.data.tokenizer import SMALLEST_VOCABULARY, train_tokenizer
 
 TOKENIZER_SAMPLE_BYTES = 50_000_000
+"""UTF-8 bytes of training text that a tokenizer is trained on."""
 
-Shares = list[tuple[DataSettings, float]]
-"""Sources, and the share of each; shares add up to 1."""
+Mixture = list[tuple[SourceSettings, float]]
+"""Sources, each with its share; shares add up to 1."""
 
 
-def prepare(training: Shares, held_out: Shares | None, progress: bool) -> PreparedData:
-    """Prepare the data of a run where that is not done yet.
+def prepare_for(recipe: Recipe, progress: bool = True) -> PreparedData:
+    """Prepare the recipe's data unless that has been done.
 
     Args:
-        held_out: text for validation; None: the validation splits of `training`.
-        progress: show bars and notes on stderr.
+        recipe: The recipe.
+        progress: Whether to show bars and notes on stderr.
 
     Raises:
-        UserError: see `prepare_source`.
+        UserError: See `prepare_source`.
+    """
+    d = recipe.data
+    train, validation, test = d.split
+    training = _mixture(recipe, d.source, d.split if d.validation is None else (train + validation, 0, test))
+    held_out = None if d.validation is None else _mixture(recipe, d.validation, (0, 1, 0))
+    return prepare(training, held_out, progress)
+
+
+def _mixture(recipe: Recipe, sources: Sources, split: Parts) -> Mixture:
+    """The settings and the share of each source. `data.max_tokens` applies to what is trained on."""
+    d, m = recipe.data, recipe.model
+    listed = (Source(source=sources),) if isinstance(sources, str) else sources
+    total = sum(s.weight for s in listed)
+    return [
+        (
+            SourceSettings(
+                source=s.source,
+                tokenizer=d.tokenizer,
+                vocab=m.vocab,
+                seq_len=m.seq_len,
+                split=split,
+                text_field=s.text_field or d.text_field,
+                max_documents=s.max_documents or d.max_documents,
+                directory=d.dir,
+                max_tokens=s.max_tokens or (d.max_tokens if split[0] else None),
+                max_bad_share=d.max_bad_share,
+                end_of_document=d.end_of_document,
+            ),
+            s.weight / total,
+        )
+        for s in listed
+    ]
+
+
+def prepare(training: Mixture, held_out: Mixture | None, progress: bool) -> PreparedData:
+    """Prepare the data of a run unless that has been done.
+
+    Args:
+        training: What is trained on.
+        held_out: Text for validation; None takes the validation splits of `training`.
+        progress: Whether to show bars and notes on stderr.
+
+    Raises:
+        UserError: See `prepare_source`.
     """
     sources = [*training, *(held_out or [])]
     if training[0][0].tokenizer == TRAIN:
-        folder = _train_on(training, progress)
-        sources = [(replace(settings, tokenizer=folder), share) for settings, share in sources]
+        tokenizer = _train_on(training, progress)
+        sources = [(replace(settings, tokenizer=tokenizer), share) for settings, share in sources]
     own = tuple((prepare_source(settings, progress), share) for settings, share in sources[: len(training)])
     if held_out is None:
         return PreparedData(own, own)
@@ -58,43 +100,42 @@ def prepare(training: Shares, held_out: Shares | None, progress: bool) -> Prepar
     return PreparedData(own, others)
 
 
-def prepare_source(settings: DataSettings, progress: bool) -> PreparedSource:
-    """Return the prepared data of `settings`; make it first if it is not there.
+def prepare_source(settings: SourceSettings, progress: bool) -> PreparedSource:
+    """Return the prepared data of one source; make them first if they are not there.
 
-    It is there if it was made of the same settings, source files (names, sizes, times of change) and tokenizer files.
-    Then nothing is read but its facts. Processes that prepare the same data at once wait for the first one. One that is
-    killed leaves a hidden folder, from which the next start goes on.
+    They are there if they were made with the same settings, source files (names, sizes, modification times) and
+    tokenizer files; then nothing but their facts is read.
 
     Args:
-        progress: show bars and notes on stderr.
+        settings: The source, and how to prepare it.
+        progress: Whether to show bars and notes on stderr.
 
     Raises:
-        UserError: bad input (see `Documents`, `load_tokenizer`), a tokenizer that does not fit into the model's
-            vocabulary, too little text for a sequence of each split that is asked for, a folder that cannot be written.
+        UserError: The input is bad (see `Documents` and `load_tokenizer`), the tokenizer does not fit into the model's
+            vocabulary, a split has too little text for one sequence, or a folder cannot be written.
     """
 
     def fill(folder: Path) -> None:
-        Preparation(settings, folder, progress).run()
+        SourceBuilder(settings, folder, progress).run()
 
-    name = f"{readable(settings.source)}-v{settings.vocab}-s{settings.seq_len}-{fingerprint(settings)}"
-    prepared = open_prepared(_make_once(Path(settings.directory).expanduser(), name, fill, progress, PROGRESS_FILE))
+    name = f"{settings.short_name}-v{settings.vocab}-s{settings.seq_len}-{settings.fingerprint()}"
+    prepared = open_prepared(make_once(Path(settings.directory).expanduser(), name, fill, progress))
     bad, documents = prepared.bad_records, sum(prepared.facts(split).documents for split in SPLITS)
     refuse_bad_share(bad.count, bad.records, documents, bad.first, settings.max_bad_share)
     return prepared
 
 
-def _train_on(sources: Shares, progress: bool) -> str:
-    """Train a byte-level BPE of `vocab` entries on the first 50 MB of training text; returns its folder.
+def _train_on(sources: Mixture, progress: bool) -> str:
+    """Train a tokenizer of `vocab` entries on the beginning of the training text; return its folder.
 
-    Args:
-        sources: each with its share of these 50 MB.
-
-    Raises:
-        UserError: as `prepare_source`.
+    Each source contributes its share of `TOKENIZER_SAMPLE_BYTES`.
     """
     vocab = sources[0][0].vocab
-    if vocab < 257:
-        raise UserError(f"model.vocab = {vocab}: a tokenizer that is trained has 257 entries at least; set it to 257")
+    if vocab < SMALLEST_VOCABULARY:
+        raise UserError(
+            f"model.vocab = {vocab}: a trained tokenizer has at least {SMALLEST_VOCABULARY} entries; set it to "
+            f"{SMALLEST_VOCABULARY} or more"
+        )
 
     def fill(folder: Path) -> None:
         from tqdm import tqdm
@@ -107,73 +148,19 @@ def _train_on(sources: Shares, progress: bool) -> str:
         tokenizer = train_tokenizer(bar, vocab)
         (folder / TOKENIZER_FILE).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
 
-    fingerprints = [(fingerprint(replace(settings, seq_len=0)), share) for settings, share in sources]
+    fingerprints = [(replace(settings, seq_len=0).fingerprint(), share) for settings, share in sources]
     digest = hashlib.sha256(dumps(fingerprints).encode()).hexdigest()[:12]
     directory = Path(sources[0][0].directory).expanduser()
-    return str(_make_once(directory, f"tokenizer-v{vocab}-{digest}", fill, progress))
+    return str(make_once(directory, f"tokenizer-v{vocab}-{digest}", fill, progress))
 
 
-def _training_text(settings: DataSettings, size: int) -> Iterator[str]:
-    """The beginning of a source's training text: whole documents, or passages, until they have `size` bytes."""
-    splitter = choose_splitter(pieces(settings), settings.split)
-    for piece in pieces(settings):
+def _training_text(settings: SourceSettings, size: int) -> Iterator[str]:
+    """The beginning of a source's training text: whole documents or passages, until they have `size` UTF-8 bytes."""
+    splitter = choose_splitter(settings.pieces(), settings.split)
+    for piece in settings.pieces():
         for passage in splitter.assign(piece):
             if passage.split == "train":
                 yield passage.text
                 size -= len(passage.text.encode())
                 if size <= 0:
                     return
-
-
-def _make_once(
-    directory: Path, name: str, fill: Callable[[Path], None], progress: bool, progress_file: str | None = None
-) -> Path:
-    """The folder `directory`/`name`, which `fill` makes if it is not there."""
-    path = directory / name
-    try:
-        if not path.is_dir():
-            directory.mkdir(parents=True, exist_ok=True)
-            _remove_abandoned(directory, name, progress)
-            with _acquire(directory / f"{name}.lock", progress):
-                if not path.is_dir():
-                    with whole_folder(path, progress_file) as partial:
-                        fill(partial)
-    except OSError as error:
-        kept = progress_file is not None and (partial_folder(path) / progress_file).is_file()
-        raise UserError(
-            f"data.dir {directory}: prepared data cannot be written ({error}); make room or name another folder"
-            + ("; started again, the preparation goes on" if kept else "")
-        ) from error
-    return path
-
-
-def _acquire(lock_file: Path, say_so: bool) -> AbstractContextManager[object]:
-    """Waits for the lock, which the system takes from a process that dies, and holds it for a `with`."""
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(lock_file)
-    try:
-        return lock.acquire(timeout=0)
-    except Timeout:
-        if say_so:
-            print(f"waiting for another process, which holds {lock_file}", file=sys.stderr)
-        return lock.acquire()
-
-
-def _remove_abandoned(directory: Path, name: str, say_so: bool) -> None:
-    """Remove what killed processes have left and nobody could go on from: partial folders whose lock nobody holds.
-
-    Those of other settings than `name` that could go on are kept, and said.
-    """
-    from filelock import FileLock, Timeout
-
-    for partial in sorted(directory.glob(".partial-*")):
-        whole = partial.name.removeprefix(".partial-")
-        try:
-            with FileLock(directory / f"{whole}.lock", timeout=0):
-                if not (partial / PROGRESS_FILE).is_file():
-                    shutil.rmtree(partial, ignore_errors=True)
-                elif say_so and whole != name:
-                    print(f"{partial}: an unfinished preparation; delete it if it is not needed", file=sys.stderr)
-        except Timeout:
-            continue  # it is being made right now

@@ -1,4 +1,4 @@
-"""What decides the prepared data of a source."""
+"""What determines the prepared data of a source."""
 
 from __future__ import annotations
 
@@ -8,31 +8,34 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from trainer.common.errors import UserError
+from trainer.common.errors import UserError, os_reason
 from trainer.common.strict_json import dumps
 from trainer.data.reading.documents import Documents, Piece
-from trainer.data.reading.sources import shown, source_files
+from trainer.data.reading.sources import find_files, shown
 from trainer.data.splitting import Parts
 from trainer.data.tokenizer import tokenizer_files
 
-FORMAT = 2  # part of the fingerprint: raise it when the same settings give other files
-TRAIN = "train"  # as data.tokenizer: train one on the source
+FORMAT = 2
+"""Part of the fingerprint. Increase it when the same settings produce different files."""
+
+TRAIN = "train"
+"""The value of `data.tokenizer` that trains a tokenizer on the source."""
 
 
 @dataclass(frozen=True)
-class DataSettings:
-    """What decides the prepared data of one source, and where it is kept.
+class SourceSettings:
+    """What determines the prepared data of one source, and where they are kept.
 
     Attributes:
-        source, text_field: as in `Documents`.
-        tokenizer: a tokenizer.json, a name on the hub, or a folder that `prepare` made.
-        vocab: the model's vocabulary; the tokenizer's must fit into it.
-        split: the proportion of training, validation and test.
-        max_documents: read no more than these, over all splits; None: all.
-        max_tokens: stop after this many training tokens; None: read all.
-        max_bad_share: of the records; see `Documents`.
-        end_of_document: the token that ends a document; None: the tokenizer's own.
-        directory: the folder in which prepared folders are kept.
+        source, text_field, max_bad_share: See `Documents`.
+        tokenizer: A tokenizer.json, a folder that contains one, a name on the hub, or `TRAIN`.
+        vocab: The model's vocabulary, which the tokenizer's must fit into.
+        seq_len: Tokens of a sequence that are predicted.
+        split: The proportion of training, validation and test.
+        max_documents: The number of documents to read, over all splits; None reads all.
+        max_tokens: The number of training tokens after which to stop; None reads all.
+        end_of_document: The token that ends a document; None takes the tokenizer's own.
+        directory: The folder that holds the prepared folders.
     """
 
     source: str
@@ -47,14 +50,28 @@ class DataSettings:
     max_bad_share: float = 0.05
     end_of_document: str | None = None
 
+    @property
+    def short_name(self) -> str:
+        """The source's name, shortened for names of folders and progress bars."""
+        return re.sub(r"[^a-z0-9]+", "-", Path(self.source).name.lower()).strip("-")[:40] or "data"
 
-def pieces(settings: DataSettings) -> Iterator[Piece]:
-    """The pieces of the documents that are to be read, from the beginning."""
-    return limited(Documents(settings.source, settings.text_field, settings.max_bad_share), settings.max_documents)
+    def pieces(self) -> Iterator[Piece]:
+        """Yield the pieces of the documents to read, from the beginning."""
+        return limited(Documents(self.source, self.text_field, self.max_bad_share), self.max_documents)
+
+    def fingerprint(self) -> str:
+        """Return a hash of the settings, the source's files (names, sizes, times) and the tokenizer's files."""
+        decisive = asdict(self) | {"format": FORMAT}
+        for key in ("directory", "max_bad_share"):  # they do not change the data
+            del decisive[key]
+        decisive["files"] = [_stamp(file) for file in find_files(self.source).read]
+        if self.tokenizer != TRAIN and (files := tokenizer_files(self.tokenizer)):
+            decisive["tokenizer"] = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+        return hashlib.sha256(dumps(decisive, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def limited(documents: Documents, limit: int | None, done: int = 0) -> Iterator[Piece]:
-    """The pieces of documents until `limit` of them have been read, with those that are behind it."""
+    """Yield the pieces of documents until `limit` documents have been read, counting `done` previous ones."""
     if limit is not None and done >= limit:
         return
     for piece in documents:
@@ -64,24 +81,10 @@ def limited(documents: Documents, limit: int | None, done: int = 0) -> Iterator[
             return
 
 
-def _identity(file: Path) -> tuple[str, int, int]:
+def _stamp(file: Path) -> tuple[str, int, int]:
     try:
         return str(file), file.stat().st_size, file.stat().st_mtime_ns
     except OSError as error:
-        raise UserError(f"{shown(file)}: cannot be read ({error.strerror}); restore it or leave it out") from error
-
-
-def readable(source: str) -> str:
-    """A source in short, for the name of a folder."""
-    return re.sub(r"[^a-z0-9]+", "-", Path(source).name.lower()).strip("-")[:40] or "data"
-
-
-def fingerprint(settings: DataSettings) -> str:
-    """Of the settings, the files of the source and those of the tokenizer."""
-    decisive = asdict(settings) | {"format": FORMAT}
-    for key in ("directory", "max_bad_share"):  # what they let pass is the same data
-        del decisive[key]
-    decisive["files"] = [_identity(file) for file in source_files(settings.source)]
-    if settings.tokenizer != TRAIN and (files := tokenizer_files(settings.tokenizer)):
-        decisive["tokenizer"] = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
-    return hashlib.sha256(dumps(decisive, sort_keys=True).encode()).hexdigest()[:12]
+        raise UserError(
+            f"{shown(file)}: cannot be read ({os_reason(error)}); restore it or remove it from data.source"
+        ) from error

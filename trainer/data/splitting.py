@@ -1,4 +1,4 @@
-"""Which text is trained on and which is held out: by document, or by size where there are few documents."""
+"""Which text is trained on and which is held out: by document, or by size if there are few documents."""
 
 from __future__ import annotations
 
@@ -9,23 +9,27 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from trainer.data.reading.documents import Piece
+from trainer.data.reading.records import Piece
 
 SPLITS = ("train", "validation", "test")
 Parts = tuple[int, int, int]
+"""A proportion of training, validation and test."""
 
 FEWEST_DOCUMENTS = 10
-"""Documents that training and validation must each be able to expect for documents to be dealt out."""
+"""Documents that training and validation must each be able to expect if whole documents are to be assigned."""
+
 MOST_COUNTED = 10_000
-"""Documents that are counted at most to find out whether there are few."""
+"""Documents that are counted, at most, to find out whether there are few."""
 
 
 @dataclass(frozen=True)
 class Passage:
-    """A piece of a document that belongs to one split.
+    """A piece of a document, or a part of one, that belongs to one split.
 
     Attributes:
-        ends_document: the end-of-document token follows.
+        split: One of `SPLITS`.
+        text: The text.
+        ends_document: Whether the end-of-document token follows.
     """
 
     split: str
@@ -34,7 +38,7 @@ class Passage:
 
 
 def split_of(document: int, parts: Parts) -> str:
-    """The split of the document with this index: by a hash of the index alone, in the proportion of `parts`."""
+    """Return the split of the document with this index: by a hash of the index, in the proportion of `parts`."""
     digest = hashlib.blake2b(f"document {document}".encode(), digest_size=8).digest()
     place = int.from_bytes(digest, "little") % sum(parts)
     train, validation, _ = parts
@@ -45,10 +49,10 @@ class Splitter:
     """Assigns the pieces of a source to splits, in order.
 
     Args:
-        parts: the proportion of training, validation and test.
-        size: bytes of the whole text in UTF-8; then its beginning is for training, what follows for validation, and the
-            end for test. None: each document goes to one split, by its index.
-        documents, bytes: how many are behind it already, where it goes on.
+        parts: The proportion of training, validation and test.
+        size: UTF-8 bytes of the whole text: its beginning is for training, what follows for validation, and the end for
+            test. None assigns each document to one split, by its index.
+        documents, bytes: What has already been assigned, when resuming.
     """
 
     def __init__(self, parts: Parts, size: int | None, documents: int = 0, bytes: int = 0):
@@ -58,11 +62,11 @@ class Splitter:
         self._spans = dict(zip(SPLITS, pairwise([0, *ends[:-1], math.inf]), strict=True))
 
     def state_dict(self) -> dict[str, Any]:
-        """Arguments that make a splitter which goes on from here, as JSON has them."""
+        """Return the arguments of a splitter that resumes from here, for JSON."""
         return {"parts": list(self.parts), "size": self.size, "documents": self.documents, "bytes": self.bytes}
 
     def assign(self, piece: Piece) -> Iterator[Passage]:
-        """The passages of the next piece."""
+        """Yield the passages of the next piece."""
         if self.size is None:
             yield Passage(split_of(self.documents, self.parts), piece.text, piece.ends_document)
         else:
@@ -76,13 +80,13 @@ class Splitter:
         for split, (first, last) in self._spans.items():
             begin, end = (_boundary(data, limit - start) for limit in (first, last))
             if begin < end:
-                # Where a split is full its last document ends, for what follows is another split's.
+                # A full split ends its last document, because what follows belongs to another split.
                 ends = piece.ends_document or stop >= last
                 yield Passage(split, data[begin:end].decode(), ends)
 
 
 def _boundary(data: bytes, place: float) -> int:
-    """The first place from `place` on, within the data, that is between two characters."""
+    """The first place in UTF-8 data, from `place` on, that is between two characters."""
     end = int(min(max(place, 0), len(data)))
     while end < len(data) and data[end] & 0xC0 == 0x80:
         end += 1
@@ -90,15 +94,16 @@ def _boundary(data: bytes, place: float) -> int:
 
 
 def choose_splitter(pieces: Iterable[Piece], parts: Parts) -> Splitter:
-    """By document, or by size where documents are too few to be dealt out in this proportion.
+    """Return a splitter by document, or by size if there are too few documents for this proportion.
 
     Args:
-        pieces: of the source from its beginning; no more are read than it takes to know.
+        pieces: The pieces of the source from its beginning. No more are read than are needed to decide.
+        parts: The proportion of training, validation and test.
     """
-    dealt = [part for part in parts[:2] if part]
-    if len(dealt) < 2:
+    wanted = [part for part in parts[:2] if part]
+    if len(wanted) < 2:
         return Splitter(parts, None)
-    enough = min(math.ceil(FEWEST_DOCUMENTS * sum(parts) / min(dealt)), MOST_COUNTED)
+    enough = min(math.ceil(FEWEST_DOCUMENTS * sum(parts) / min(wanted)), MOST_COUNTED)
     documents = size = 0
     for piece in pieces:
         documents += piece.ends_document

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer.common.safe_load import load_file
+from trainer.common.safe_read import read_tensors
 from trainer.config.recipe import Recipe
 from trainer.engine.ds_config import deepspeed_config, scheduled_rate
 from trainer.engine.monitors import Monitors
@@ -123,7 +123,7 @@ class RoleEngine:
             name = "scaled_global_norm"
             self._own_norm = self._replace(self._optimizer, name, lambda norm_type=2: self._deepspeed_norm())
         files = self._engine.checkpoint_engine
-        self._replace(files, "load", lambda path, map_location=None: load_file(path, map_location))
+        self._replace(files, "load", lambda path, map_location=None: read_tensors(path, map_location))
         self._replace(files, "makedirs", lambda path, exist_ok=False: None)  # the writer creates folders
         self._replace(files, "save", self._save_file)
         # It would copy DeepSpeed's scripts at once, and fail on a full disk; `export` does what they are for.
@@ -332,7 +332,7 @@ class FrozenRole:
 
     def load(self, folder: Path) -> None:
         """Load what `save` wrote."""
-        state = load_file(folder / CHECKPOINT_TAG / "mp_rank_00_model_states.pt")
+        state = read_tensors(folder / CHECKPOINT_TAG / "mp_rank_00_model_states.pt")
         self.module.load_state_dict(state["module"])
         self.updates = state["lr_scheduler"]["last_batch_iteration"]
 
@@ -373,7 +373,7 @@ def to_universal(folder: Path, target: Path) -> None:
     from deepspeed.checkpoint.ds_to_universal import main
 
     for file in sorted((folder / CHECKPOINT_TAG).glob("*.pt")):
-        load_file(file, mmap=True)  # names a file that must be refused, which the conversion does not
+        read_tensors(file, mmap=True)  # names a file that must be refused, which the conversion does not
 
     options = argparse.Namespace(
         input_folder=str(folder / CHECKPOINT_TAG),

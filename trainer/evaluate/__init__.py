@@ -1,11 +1,10 @@
-"""How good a trained model is: its loss on held-out text or on a file, and its scores on tasks.
+"""Evaluation of a trained model: its loss on held-out text or on a file, and its scores on tasks.
 
-One process on one device, whatever the layout of the run: the model is the export's.
+It runs in one process on one device, whatever the layout of the run, with the model of the export.
 
 loss      loss, perplexity and bits per byte of the validation split or of a text
-tasks     scores by lm-evaluation-harness
-scores    what those are
-options   what a command that has tasks takes
-record    eval.json in the folder that was evaluated
-commands  the command line's part
+tasks     scores of lm-evaluation-harness
+scores    what these scores are, and their table
+options   the options of commands that score tasks
+commands  `eval` on the command line, and eval.json
 """

@@ -1,59 +1,63 @@
-"""`eval` of the command line."""
+"""`eval` on the command line."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from trainer.common.atomic import atomic_write
 from trainer.common.errors import UserError
-from trainer.common.strict_json import dumps, marked
-from trainer.evaluate.options import batch_size_option, read_options, task_options
+from trainer.common.strict_json import dumps, loads, name_not_finite
+from trainer.common.tables import print_tables
+from trainer.config.options import count_option, device_option, json_option
+from trainer.evaluate.options import TaskOptions, task_options
+
+if TYPE_CHECKING:
+    from trainer.evaluate.loss import TextLoss
+    from trainer.evaluate.scores import Scores
 
 
 @click.command("eval")
 @click.argument("source", metavar="RUN", type=click.Path(path_type=Path))
 @task_options
 @click.option(
-    "--text", type=click.Path(path_type=Path), metavar="FILE", help="The loss on a text, in any format of data.source."
+    "--text",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Compute the loss on this text, in any format of data.source.",
 )
-@click.option(
-    "--batches",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="Global batches of held-out text; default: the recipe's eval.batches.  [without --tasks and --text]",
+@count_option(
+    "--batches", "Global batches of held-out text.  [without --tasks and --text; default: the recipe's eval.batches]"
 )
-@batch_size_option("Sequences a forward.")
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Default: cuda where there is one.")
+@device_option
 @click.option(
     "--precision",
     type=click.Choice(["fp32", "bf16"]),
-    help="Of the arithmetic. Default: the weights' (of a run fp32); of the validation loss, as the run was trained.",
+    help="Precision of the computation.  [default: the run's train.precision for the validation loss, otherwise the "
+    "type of the weights, which is fp32 in a run]",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@json_option
 def evaluate(
     source: Path,
-    tasks: str | None,
-    num_fewshot: int | None,
-    limit: int | None,
-    include_path: Path | None,
+    tasks: TaskOptions,
     text: Path | None,
     batches: int | None,
-    batch_size: int,
     device: str | None,
     precision: str | None,
     as_json: bool,
 ) -> None:
     """Evaluate RUN: a run's newest checkpoint, one checkpoint (checkpoints/step_*), or an export of format hf.
 
-    Without --tasks and --text: loss, perplexity and bits per byte on the run's held-out text, the loss that training
-    says. With --text those of any text: windows of the model's seq_len tokens that do not overlap, as in training,
-    every token but the first predicted once. With --tasks the scores of lm-evaluation-harness, which needs the extra
-    `eval`; `lm_eval --model hf` gives an export the same ones. The result is also kept in RUN, in eval.json.
+    By default, compute the loss, perplexity and bits per byte on the run's held-out text; the loss is the one that
+    training reports. With --text, compute them on any text: windows of the model's seq_len tokens do not overlap, as
+    in training, and every token but the first is predicted once. With --tasks, score tasks of lm-evaluation-harness,
+    which requires the extra `eval`; `lm_eval --model hf` computes the same scores on an export. The result is also
+    saved to eval.json in RUN.
 
-    Exit status 1: the model is broken: it computes numbers that are not finite. They are null in JSON, and listed under
+    The exit status is 1 if the model computes values that are not finite. In JSON, they are null and listed under
     not_finite.
 
     \b
@@ -63,39 +67,51 @@ def evaluate(
       unipool eval runs/unipool-182m --tasks arc_easy,arc_challenge,piqa,hellaswag,winogrande,lambada_openai,race
       unipool eval runs/quickstart-hf --tasks hellaswag --include-path runs/tasks --limit 100
     """
-    if tasks is not None and text is not None:
-        raise UserError("--text: not with --tasks; evaluate twice")
-    wanted = read_options(tasks, num_fewshot, limit, include_path)
-    if batches is not None and (tasks or text):
-        raise UserError(f"--batches {batches}: is of the held-out text: goes without --tasks and --text")
+    if tasks.names and text is not None:
+        raise UserError("--text: cannot be combined with --tasks; run the command twice")
+    if batches is not None and (tasks.names or text):
+        raise UserError(f"--batches {batches}: applies to the held-out text; leave out --tasks and --text")
 
-    from trainer.evaluate.record import save_result
+    if tasks.names:
+        from trainer.evaluate.tasks import Tasks
 
-    if wanted.names:
-        from trainer.evaluate.tasks import evaluate as score  # first of all: it may not be installed
-        from trainer.evaluate.tasks import load_tasks
-
-        loaded = load_tasks(wanted.names, include_path)
+        loaded_tasks = Tasks(tasks)  # first, because the harness may not be installed
     from trainer.evaluate.loss import text_loss, validation_loss
-    from trainer.evaluate.subject import load_subject
-    from trainer.evaluate.tables import print_loss, print_scores
-    from trainer.export.soundness import sound
+    from trainer.export.loaded_model import finite_outputs, load_model
 
-    subject = load_subject(source, device, precision, as_trained=not wanted.names and text is None)
-    with sound(subject.model, f"{subject.path}: {subject.name}"):
-        if wanted.names:
-            what, scores = "tasks", score(subject, loaded, wanted.num_fewshot, limit, batch_size)
-            result, show = asdict(scores), partial(print_scores, scores)
+    result: Scores | TextLoss
+    loaded = load_model(source, device, precision, as_trained=not tasks.names and text is None)
+    with finite_outputs(loaded.model, f"{loaded.path}: {loaded.name}"):
+        if tasks.names:
+            what, result = "tasks", loaded_tasks.score(loaded)
+        elif text:
+            what, result = f"text {text}", text_loss(loaded, text, tasks.batch_size)
         else:
-            what = f"text {text}" if text else "validation"
-            loss = text_loss(subject, text, batch_size) if text else validation_loss(subject, batches, batch_size)
-            result, show = asdict(loss), partial(print_loss, loss)
-        result = marked(result)
+            what, result = "validation", validation_loss(loaded, batches, tasks.batch_size)
+        record = name_not_finite(asdict(result))
         if as_json:
-            print(dumps({"checkpoint": subject.name, what.split()[0]: result}))
+            print(dumps({"checkpoint": loaded.name, what.split()[0]: record}))
         else:
-            print(f"{subject.path}: {subject.name}")
-            show()
-        saved = save_result(subject.folder, subject.name, what, result)
+            print(f"{loaded.path}: {loaded.name}")
+            print_tables(*result.tables(), notes=result.notes())
+        saved = _save_result(loaded.folder, loaded.name, what, record)
         if not as_json:
             print(f"saved {saved}")
+
+
+def _save_result(folder: Path, checkpoint: str, what: str, result: dict[str, Any]) -> Path:
+    """Store a result in eval.json under the keys `checkpoint` and `what`; return the file's path.
+
+    Raises:
+        UserError: eval.json is something else, or cannot be written.
+    """
+    path = folder / "eval.json"
+    try:
+        record = loads(path.read_text()) if path.exists() else {}
+        record.setdefault(checkpoint, {})[what] = result
+        atomic_write(path, lambda partial: partial.write_text(dumps(record, indent=2) + "\n"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); the result is printed above") from None
+    except (ValueError, AttributeError, TypeError):
+        raise UserError(f"{path}: is not a record of `eval`; move it away (the result is printed above)") from None
+    return path

@@ -1,6 +1,7 @@
-"""Loss on text, in windows as training has them: seq_len tokens each, every token but the first predicted once.
+"""Loss on text, in the windows of training: `model.seq_len` tokens each, without overlap.
 
-Windows do not overlap: the first token of one is predicted with no context but the last token of the one before.
+Every token but the first is predicted once. The first token of a window is predicted from the last token of the window
+before, without further context.
 """
 
 from __future__ import annotations
@@ -11,21 +12,26 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from trainer.checkpoint.format import read_about
+from trainer.checkpoint.format import read_info
 from trainer.common.errors import UserError
+from trainer.common.format import loss, perplexity
+from trainer.common.tables import new_table
 from trainer.config.sections import source_names
 from trainer.data.batches import evaluation_steps
-from trainer.data.reading.documents import read_text
-from trainer.evaluate.subject import Subject
-from trainer.export.source import data_of
+from trainer.data.reading.documents import read_text_option
+from trainer.export.loaded_model import LoadedModel
+from trainer.export.saved_run import data_of
 from trainer.model.document_mask import attention_of, document_end
-from trainer.train.summary import perplexity
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 @dataclass(frozen=True)
@@ -33,12 +39,11 @@ class TextLoss:
     """How well a model predicts a text.
 
     Attributes:
-        loss: mean cross-entropy, nats a predicted token.
-        tokens: predicted ones.
-        bytes: of the whole text in UTF-8; of the validation split, estimated by its mean bytes a token.
-        bits_per_byte: bits that the predicted tokens cost together, over `bytes`.
-        window: tokens a window.
-        precision: of the arithmetic, fp32 or bf16.
+        loss: The mean cross-entropy in nats per predicted token.
+        tokens: The number of predicted tokens.
+        bytes: The size of the text in UTF-8; an estimate for the validation split.
+        bits_per_byte: The cross-entropy of all predicted tokens in bits, over `bytes`.
+        window: The number of tokens in a window.
     """
 
     loss: float
@@ -49,106 +54,113 @@ class TextLoss:
     window: int
     precision: str
 
+    def tables(self) -> list[Table]:
+        made = new_table("", "", "")
+        made.add_row("loss", f"{loss(self.loss)} nats/token")
+        made.add_row("perplexity", perplexity(self.loss))
+        made.add_row("bits per byte", f"{self.bits_per_byte:.4f}")
+        made.add_row("tokens", f"{self.tokens:,} in windows of {self.window}, {self.precision}")
+        made.add_row("bytes", f"{self.bytes:,}")
+        return [made]
 
-def validation_loss(subject: Subject, batches: int | None, batch_size: int) -> TextLoss:
-    """The run's loss on its held-out split, on the rows on which training evaluates: the same number.
+    def notes(self) -> list[str]:
+        return []
 
-    Args:
-        batches: global batches at most; default: the recipe's eval.batches.
+
+def validation_loss(loaded: LoadedModel, batches: int | None, batch_size: int) -> TextLoss:
+    """Compute a run's loss on its validation split, as training does; `batches` defaults to the recipe's.
 
     Raises:
-        UserError: it is no run, or its data are gone or have changed.
+        UserError: The model is an export, or the run's data are missing or have changed.
     """
-    if subject.run is None:
+    if loaded.run is None:
         raise UserError(
-            f"{subject.path}: an export has no held-out text; give the run, or --text FILE or --tasks for the export"
+            f"{loaded.path}: an export has no held-out text; evaluate the run, or give --text FILE or --tasks"
         )
-    recipe = subject.run.recipe
-    prepared = data_of(subject.run)
-    if read_about(subject.run.folder).data != prepared.identity:
+    recipe = loaded.run.recipe
+    prepared = data_of(loaded.run)
+    if read_info(loaded.run.folder).data != prepared.identity:
         raise UserError(
-            f"data.source = {source_names(recipe.data.source)}: its text or its tokenizer has changed since "
-            f"{subject.name} of {subject.folder}; restore the old data, or give --text FILE"
+            f"data.source = {source_names(recipe.data.source)}: the text or its tokenizer has changed since "
+            f"{loaded.name} of {loaded.folder} was saved; restore the old data, or give --text FILE"
         )
     stream = prepared.stream("validation", None)
     wanted = recipe.eval.batches if batches is None else batches
     count = evaluation_steps(stream.rows, wanted, recipe.train.global_batch) * recipe.train.global_batch
     rows = (row_1S1[0] for row_1S1 in stream.micro_batches(0, count, 0, 1, 1))
-    nats, tokens = total_loss(subject, rows, count, batch_size, document_end(recipe, prepared))
-    return _summary(subject, nats, tokens, round(tokens * prepared.bytes_per_token))
+    nats, tokens = total_loss(loaded, rows, count, batch_size, document_end(recipe, prepared))
+    return _text_loss(loaded, nats, tokens, round(tokens * prepared.bytes_per_token))
 
 
-def text_loss(subject: Subject, file: Path, batch_size: int) -> TextLoss:
-    """The loss on a text: all tokens but the first are predicted, from those before; documents end as in training.
-
-    Args:
-        file: in any of the formats that can be trained on; a plain-text file is one document.
+def text_loss(loaded: LoadedModel, file: Path, batch_size: int) -> TextLoss:
+    """Compute the loss on a text in any format of `data.source`; a plain-text file is one document.
 
     Raises:
-        UserError: the file cannot be read, or has fewer than two tokens.
+        UserError: The file cannot be read, or has fewer than two tokens.
     """
-    ids: list[int] = []
-    size = 0
-    for document in read_text(file):
-        if ids:
-            ids.append(subject.tokenizer.eos_token_id)
-        # As in training: what is spelled like a special token is text.
-        ids += subject.tokenizer(document, split_special_tokens=True, verbose=False)["input_ids"]
-        size += len(document.encode())
+    documents = list(read_text_option(file))
+    ids = list(token_ids(loaded.tokenizer, documents))[:-1]
     if len(ids) < 2:
-        raise UserError(f"--text {file}: has {len(ids)} tokens; one cannot be predicted from another")
-    rows = windows(ids, subject.model.config.max_position_embeddings)
-    nats, tokens = total_loss(subject, map(torch.tensor, rows), len(rows), batch_size)
-    return _summary(subject, nats, tokens, size)
+        raise UserError(f"--text {file}: has {len(ids)} tokens; at least 2 are required")
+    rows = windows(ids, loaded.window)
+    nats, tokens = total_loss(loaded, map(torch.tensor, rows), len(rows), batch_size)
+    return _text_loss(loaded, nats, tokens, sum(len(document.encode()) for document in documents))
+
+
+def token_ids(tokenizer: Any, documents: Iterable[str]) -> Iterator[int]:
+    """Tokenise documents as for training, each followed by the end-of-text token if the tokenizer has one."""
+    for document in documents:
+        # In training, text that is spelled like a special token is ordinary text.
+        yield from tokenizer(document, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+        if tokenizer.eos_token_id is not None:
+            yield tokenizer.eos_token_id
 
 
 def windows(ids: Sequence[int], seq_len: int) -> list[Sequence[int]]:
-    """Rows of seq_len + 1 tokens, the last one maybe shorter; each begins with the last token of the one before."""
+    """Split tokens into rows of seq_len + 1 (or fewer in the last) that overlap by one token."""
     return [ids[start : start + seq_len + 1] for start in range(0, len(ids) - 1, seq_len)]
 
 
 @torch.inference_mode()
 def total_loss(
-    subject: Subject, rows: Iterable[Tensor], count: int, batch_size: int, end: int | None = None
+    loaded: LoadedModel, rows: Iterable[Tensor], count: int, batch_size: int, end: int | None = None
 ) -> tuple[float, int]:
-    """(cross-entropy in nats, tokens) of predicting all tokens but the first of every row.
+    """Return the cross-entropy in nats, and the number, of all tokens but the first of every row.
 
     Args:
-        rows: int64, (S + 1,) each.
-        count: how many they are, for the progress bar.
-        end: id of the token that ends a document, where attention stays within documents.
+        loaded: The model.
+        rows: Token ids, int64, (S + 1,) each.
+        count: The number of rows.
+        batch_size: The number of rows in a forward pass.
+        end: The id of the token that ends a document, if attention stays within documents.
     """
     nats, tokens = 0.0, 0
     with tqdm(desc="evaluating", total=count, unit=" windows", disable=not sys.stderr.isatty()) as bar:
         for batch in _batches(rows, batch_size):
-            row_BS1 = torch.stack(batch).to(subject.model.device)
-            targets_T = row_BS1[:, 1:].flatten()
-            with subject.autocast():
-                tokens_BS = row_BS1[:, :-1]
-                logits_BSV = subject.model(tokens_BS, use_cache=False, **attention_of(tokens_BS, end)).logits
-            mean = F.cross_entropy(logits_BSV.float().flatten(0, 1), targets_T)
-            nats += float(mean) * len(targets_T)
-            tokens += len(targets_T)
+            with loaded.autocast():
+                nats += summed_loss(loaded.model, torch.stack(batch), end)
+            tokens += sum(len(row) - 1 for row in batch)
             bar.update(len(batch))
     return nats, tokens
 
 
+def summed_loss(model: Any, rows_BS1: Tensor, end: int | None) -> float:
+    """Return the cross-entropy in nats of all tokens but the first of every row; see `total_loss`."""
+    rows_BS1 = rows_BS1.to(model.device)
+    tokens_BS = rows_BS1[:, :-1]
+    logits_BSV = model(tokens_BS, use_cache=False, **attention_of(tokens_BS, end)).logits
+    loss_T = F.cross_entropy(logits_BSV.flatten(0, 1).float(), rows_BS1[:, 1:].flatten(), reduction="none")
+    return float(loss_T.double().sum())
+
+
 def _batches(rows: Iterable[Tensor], batch_size: int) -> Iterator[list[Tensor]]:
-    """Up to batch_size rows of equal length each, in order."""
+    """Yield up to batch_size adjacent rows of equal length."""
     for _, same in groupby(rows, key=len):
         while batch := list(islice(same, batch_size)):
             yield batch
 
 
-def _summary(subject: Subject, nats: float, tokens: int, size: int) -> TextLoss:
-    loss = nats / tokens
-    window = subject.model.config.max_position_embeddings
-    return TextLoss(
-        loss=loss,
-        perplexity=perplexity(loss),
-        tokens=tokens,
-        bytes=size,
-        bits_per_byte=nats / math.log(2) / size,
-        window=window,
-        precision=subject.precision,
-    )
+def _text_loss(loaded: LoadedModel, nats: float, tokens: int, size: int) -> TextLoss:
+    mean, bits_per_byte = nats / tokens, nats / math.log(2) / size
+    exp_mean = float(torch.tensor(mean, dtype=torch.float64).exp())  # infinite if a float cannot hold it
+    return TextLoss(mean, exp_mean, tokens, size, bits_per_byte, loaded.window, loaded.precision)

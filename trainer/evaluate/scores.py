@@ -1,29 +1,37 @@
-"""What a model reaches on tasks."""
+"""A model's scores on tasks, and their table."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from trainer.common.format import number, plural, plus_minus
+from trainer.common.tables import new_table
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 @dataclass(frozen=True)
 class Score:
-    """A metric of a task; stderr is None where the harness has none."""
+    """The value of a metric, and its standard error if the harness estimates one."""
 
     value: float
     stderr: float | None
 
+    def __str__(self) -> str:
+        return plus_minus(self.value, self.stderr)
+
 
 @dataclass(frozen=True)
 class TaskScores:
-    """A task or a group of tasks.
+    """The scores of a task or of a group of tasks.
 
     Attributes:
-        examples: how many were asked.
-        num_fewshot: solved examples before each; None for a group.
-        version: of the task; None where it has none.
-        metrics: by the harness's names.
-        part: it belongs to a group that is listed too.
+        num_fewshot: The number of solved examples before each question; None for a group.
+        metrics: The scores, by the harness's names.
+        part: Whether the task belongs to a group that is also listed.
     """
 
     task: str
@@ -36,14 +44,14 @@ class TaskScores:
 
 @dataclass(frozen=True)
 class Scores:
-    """What a model reaches.
+    """A model's scores on all tasks.
 
     Attributes:
-        mean: unweighted over tasks that have an accuracy, groups counted as one: of `acc`, and of `acc_norm` (`acc` of
-            tasks without that one). Empty if none has.
-        limit: examples a task at most.
-        cut: requests longer than the model's window, which lost their beginning.
-        harness: version.
+        mean: Unweighted means of `acc` and `acc_norm` over the `tasks` that have an accuracy. A group counts once;
+            `acc` replaces a missing `acc_norm`. Empty if no task has an accuracy.
+        limit: The maximum number of examples of a task; None for all.
+        cut: The number of requests that were longer than the model's window and lost their beginning.
+        harness: The version of lm-evaluation-harness.
     """
 
     tasks: list[TaskScores]
@@ -53,7 +61,38 @@ class Scores:
     precision: str
     harness: str
 
+    def tables(self) -> list[Table]:
+        accuracies = ("acc", "acc_norm")
+        made = new_table("", "task", "examples", *accuracies, "other metrics")
+        for task in self.tasks:
+            shown = [str(task.metrics.get(name, "-")) for name in accuracies]
+            others = [f"{name} {score}" for name, score in task.metrics.items() if name not in accuracies]
+            name = f"  {task.task}" if task.part else task.task
+            made.add_row(name, f"{task.examples:,}", *shown, "\n".join(others))
+        if self.mean:
+            made.add_section()
+            made.add_row("mean", "", *(number(self.mean[name], ".4f") for name in accuracies))
+        return [made]
+
+    def notes(self) -> list[str]:
+        lines = [self.settings]
+        if self.mean:
+            tasks = plural(int(self.mean["tasks"]), "task")
+            lines.append(f"The mean is unweighted, over {tasks}; acc replaces a missing acc_norm.")
+        if self.cut:
+            lines.append(f"{self.cut:,} requests were longer than the model's window and lost their beginning.")
+        return lines
+
+    @property
+    def settings(self) -> str:
+        """How the tasks were scored, in one line."""
+        shots = sorted({task.num_fewshot for task in self.tasks if task.num_fewshot is not None})
+        parts = ["zero-shot" if shots == [0] else f"{', '.join(map(str, shots))} solved examples", self.precision]
+        if self.limit:
+            parts.append(f"at most {self.limit} examples per task")
+        return f"{', '.join(parts)}, lm-evaluation-harness {self.harness}"
+
 
 def with_accuracy(scores: Sequence[TaskScores]) -> list[TaskScores]:
-    """Those that count in the mean."""
+    """Return the tasks that count in the mean."""
     return [task for task in scores if "acc" in task.metrics and not task.part]

@@ -1,10 +1,13 @@
-"""A trained run as files that others read, and as text.
+"""Exports of a trained run: files for Hugging Face transformers, generated text, and weights to start a run from.
 
 modeling_unipool, experts_unipool, configuration_unipool
-                  the model for Hugging Face transformers: copied into every export
-source            a run's newest checkpoint: its recipe, its weights under the names of the export, its tokenizer
-write             the files of an export, all of them or none
-folder            an export's folder, read by our own commands
-generate          text from a run or an export
-commands          the command line's part
+                  the model for transformers; every export has a copy of these files
+names             what a recipe's model is called in an export: names and shapes of tensors, fields of the configuration
+saved_run         a run's newest checkpoint: its recipe, its weights by their exported names, its tokenizer
+write             writes an export
+folder            reads an export
+loaded_model      a model from a run or an export, ready for evaluation
+generate          generates text
+initial           initialises a run with the weights of an export (`train.init_from`)
+commands          `export` and `generate` on the command line
 """

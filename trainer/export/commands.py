@@ -1,9 +1,8 @@
-"""`export` and `generate` of the command line."""
+"""`export` and `generate` on the command line."""
 
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +10,7 @@ import click
 
 from trainer.common.errors import UserError
 from trainer.common.strict_json import dumps
+from trainer.config.options import count_option, json_option, seed_option
 
 if TYPE_CHECKING:
     from trainer.export.write import Format
@@ -25,22 +25,22 @@ if TYPE_CHECKING:
     type=click.Choice(["hf", "safetensors"]),
     default="hf",
     show_default=True,
-    help="hf: a folder for transformers, with model code and tokenizer; safetensors: the weights and the recipe.",
+    help="hf: a folder for transformers, with model code and tokenizer. safetensors: the weights and the recipe.",
 )
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16"]),
     default="float32",
     show_default=True,
-    help="Of the weights; routers stay float32.",
+    help="Type of the weights; routers are always float32.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@json_option
 def export(run: Path, out: Path, form: Format, dtype: str, as_json: bool) -> None:
-    """Write the newest checkpoint of RUN, or the checkpoint RUN (checkpoints/step_*), to the folder OUT.
+    """Export a run's newest checkpoint, or the checkpoint RUN (checkpoints/step_*), to the folder OUT.
 
-    With --format hf transformers loads OUT without this trainer: AutoModelForCausalLM.from_pretrained(OUT,
-    trust_remote_code=True). Both formats have the same tensors, named as in a LLaMA; the pool is there once, as
-    model.experts.I.{gate,up,down}_proj.weight.
+    An export of format hf is loaded by transformers without this trainer: AutoModelForCausalLM.from_pretrained(OUT,
+    trust_remote_code=True). Both formats contain the same tensors, which are named as in LLaMA. The pool is stored
+    once, as model.experts.I.{gate,up,down}_proj.weight.
 
     \b
     Examples:
@@ -51,44 +51,40 @@ def export(run: Path, out: Path, form: Format, dtype: str, as_json: bool) -> Non
 
     exported = write(run, out, form, dtype)
     if as_json:
-        print(dumps(asdict(exported)))
+        print(dumps(exported))
         return
-    print(f"{exported.path}: {exported.checkpoint}, {exported.parameters:,} parameters, {exported.dtype}")
-    for name, size in exported.files.items():
+    print("{path}: {checkpoint}, {parameters:,} parameters, {dtype}".format(**exported))
+    for name, size in exported["files"].items():
         print(f"{size:>16,} bytes  {name}")
 
 
 @click.command()
 @click.argument("source", type=click.Path(path_type=Path))
-@click.option("--prompt", required=True, help="The text to continue; - reads it from stdin.")
-@click.option("--tokens", type=click.IntRange(min=1), default=128, show_default=True, help="New tokens at most.")
+@click.option("--prompt", required=True, help="Text to continue; - reads it from stdin.")
+@count_option("--tokens", "Maximum new tokens.", 128)
 @click.option(
-    "--temperature", type=click.FloatRange(min=0), default=0.8, show_default=True, help="0 takes the likeliest token."
+    "--temperature",
+    type=click.FloatRange(min=0),
+    default=0.8,
+    show_default=True,
+    help="Temperature of sampling; 0 takes the most likely token.",
 )
-@click.option("--top-k", type=click.IntRange(min=1), help="Choose among the K likeliest tokens; default: all.")
+@count_option("--top-k", "Sample from the K most likely tokens.  [default: all]", metavar="K")
 @click.option(
     "--top-p",
     type=click.FloatRange(min=0, max=1, min_open=True),
     default=1.0,
     show_default=True,
-    help="Choose among the fewest tokens that have this probability together.",
+    help="Sample from the smallest set of tokens with this total probability.",
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="The same one, the same text.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end instead of the text.")
-def generate(
-    source: Path,
-    prompt: str,
-    tokens: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float,
-    seed: int,
-    as_json: bool,
-) -> None:
+@seed_option
+@json_option
+def generate(source: Path, prompt: str, as_json: bool, **sampling: float) -> None:
     """Continue a text with SOURCE: a run, a checkpoint of it, or an export of format hf.
 
-    Prints prompt and continuation as they are made. It ends with the document, after --tokens, or where the model's
-    window (its recipe's model.seq_len) is full; a prompt that fills the window is refused.
+    The prompt and its continuation are printed while they are generated. Generation stops at the end of the document,
+    after --tokens, or when the model's window (model.seq_len of its recipe) is full. A prompt that fills the window is
+    refused.
 
     \b
     Examples:
@@ -97,14 +93,13 @@ def generate(
     """
     try:
         text = sys.stdin.read() if prompt == "-" else prompt
-        text.encode()  # an argument that is no UTF-8 is found here
+        text.encode()  # fails for an argument that is not UTF-8
     except UnicodeError:
         raise UserError("--prompt: is not UTF-8") from None
-    from trainer.export.generate import Sampling
     from trainer.export.generate import generate as run_model
 
-    made = run_model(source, text, tokens, Sampling(temperature, top_k, top_p, seed), stream=not as_json)
+    made = run_model(source, text, stream=not as_json, **sampling)  # type: ignore[arg-type]
     if as_json:
-        print(dumps(asdict(made)))
+        print(dumps(made))
         return
-    print(f"{made.tokens} tokens, {made.tokens / made.seconds:,.0f} a second", file=sys.stderr)
+    print(f"{made['tokens']} tokens, {made['tokens'] / made['seconds']:,.0f} tokens/s", file=sys.stderr)

@@ -6,19 +6,23 @@ from typing import Any, ClassVar
 
 from transformers import PretrainedConfig
 
-# Of these files, said in config.json. Those of version 1, which do not say it, cannot generate with transformers 5.24.
+# The version of these files, stored in config.json. Files of version 1, where it is missing, cannot generate with
+# transformers 5.24.
 EXPORT_VERSION = 2
 
 
 class UniPoolConfig(PretrainedConfig):
-    """What a UniPool model is, beside the usual fields of a LLaMA.
+    """Configuration of a UniPool model. Arguments that are not listed have the same meaning as for LLaMA.
 
-    ffn: "pool", or "dense": one FFN a layer, and nothing below has a meaning.
-    num_experts: of the whole pool. num_experts_per_tok: K.
-    num_expert_groups: 1 is UniPool; with G groups each num_hidden_layers / G adjacent layers share num_experts / G
-        experts, and G = num_hidden_layers is a vanilla mixture of experts.
-    router: "norm" (eq. 7), "softmax", or "sigmoid_bias" (arXiv:2408.15664).
-    router_constant: c of eq. 7. router_constant_factor: what c is multiplied by; 1 is the paper's.
+    Args:
+        ffn: "pool", or "dense" for one FFN per layer. A dense model does not use the arguments below.
+        num_experts: Number of experts in the whole pool.
+        num_expert_groups: 1 is UniPool. With G groups, num_hidden_layers / G adjacent layers share num_experts / G
+            experts; G = num_hidden_layers is a vanilla mixture of experts.
+        num_experts_per_tok: Number of experts per token, K.
+        router: "norm" (Eq. 7 of the paper), "softmax", or "sigmoid_bias" (arXiv:2408.15664).
+        router_constant: The constant c of Eq. 7.
+        router_constant_factor: Factor of c; 1 in the paper.
     """
 
     model_type = "unipool"
@@ -75,34 +79,30 @@ class UniPoolConfig(PretrainedConfig):
         super().__init__(tie_word_embeddings=tie_word_embeddings, **others)
 
     def _check_model(self) -> None:
-        """Raises ValueError for what no model can be made of."""
+        """Raise ValueError if no model can have this configuration."""
+        if self.ffn not in ("pool", "dense"):
+            raise ValueError(f"ffn is {self.ffn!r}: it must be pool or dense")
+        if self.router not in ("norm", "softmax", "sigmoid_bias"):
+            raise ValueError(f"router is {self.router!r}: it must be norm, softmax or sigmoid_bias")
         counts = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
         counts += ["num_key_value_heads", "max_position_embeddings"]
+        multiples = [("hidden_size", "num_attention_heads"), ("num_attention_heads", "num_key_value_heads")]
         if self.ffn == "pool":
             counts += ["num_experts", "num_expert_groups", "num_experts_per_tok"]
-        elif self.ffn != "dense":
-            raise ValueError(f"ffn is {self.ffn!r}: it must be pool or dense")
+            multiples += [("num_experts", "num_expert_groups"), ("num_hidden_layers", "num_expert_groups")]
         for name in counts:
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name} is {value!r}: it must be a whole number of at least 1")
         for name in ("rms_norm_eps", "rope_theta", "router_constant", "router_constant_factor", "initializer_range"):
             value = getattr(self, name)
-            if (
-                type(value) not in (int, float)
-                or not 0 <= value < float("inf")
-                or (name == "rope_theta" and value == 0)
-            ):
+            finite = type(value) in (int, float) and 0 <= value < float("inf")
+            if not finite or (name == "rope_theta" and value == 0):
                 raise ValueError(f"{name} is {value!r}: it must be a positive number")
-        if self.router not in ("norm", "softmax", "sigmoid_bias"):
-            raise ValueError(f"router is {self.router!r}: it must be norm, softmax or sigmoid_bias")
-        whole = [("hidden_size", "num_attention_heads"), ("num_attention_heads", "num_key_value_heads")]
-        if self.ffn == "pool":
-            whole += [("num_experts", "num_expert_groups"), ("num_hidden_layers", "num_expert_groups")]
-            if self.num_experts_per_tok > self.num_experts // self.num_expert_groups:
-                raise ValueError(f"num_experts_per_tok is {self.num_experts_per_tok}: a layer sees fewer experts")
-        for name, parts in whole:
-            if getattr(self, name) % getattr(self, parts):
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be a multiple of {parts}")
+        for name, divisor in multiples:
+            if getattr(self, name) % getattr(self, divisor):
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be a multiple of {divisor}")
+        if self.ffn == "pool" and self.num_experts_per_tok > self.num_experts // self.num_expert_groups:
+            raise ValueError(f"num_experts_per_tok is {self.num_experts_per_tok}: a layer has fewer experts")
         if self.hidden_size // self.num_attention_heads % 2:
             raise ValueError("hidden_size / num_attention_heads must be even")

@@ -1,7 +1,7 @@
 """The router of a UniPool layer, and the pool of experts.
 
-Letters: T tokens, D hidden, F expert width, E experts of the pool, M experts that a layer sees, K experts a token, N =
-T * K rows.
+Dimensions: T tokens, D hidden size, F expert width, E experts in the pool, M experts that a layer can choose, K experts
+per token, N = T * K rows.
 """
 
 from __future__ import annotations
@@ -14,16 +14,19 @@ from transformers.core_model_loading import Concatenate, MergeModulelist, Weight
 
 from .configuration_unipool import UniPoolConfig
 
-EPS = 1e-8  # eq. 7
+EPS = 1e-8  # of Eq. 7 of the paper
 
-# Few rows are computed without asking the accelerator which experts they chose; more would copy too many weights.
+# Up to this many rows, weights are copied for each row, so that the host need not wait for the chosen experts.
 _FEW_ROWS = 64
 
 
 def _grouped_linear(x_ND: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> Tensor:
-    """Rows that are sorted by expert through their experts' weights: those of experts without rows are not read.
+    """Multiply rows by the weights of their experts, in the type of the rows.
 
-    counts_E: how many rows each expert has. Computes in the type of the rows.
+    Args:
+        x_ND: Rows, sorted by expert.
+        weight_EFD: Weights of all experts; those of experts without rows are not read.
+        counts_E: Number of rows of each expert.
     """
     y_NF = x_ND.new_empty(x_ND.shape[0], weight_EFD.shape[1])
     start = 0
@@ -38,7 +41,7 @@ def _grouped_linear(x_ND: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> Tenso
 def _grouped_linear_backward(
     grad_NF: Tensor, x_ND: Tensor, weight_EFD: Tensor, counts_E: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the rows and of the weights; the latter are zero for experts without rows."""
+    """Return the gradients of the rows and of the weights, which are zero for experts without rows."""
     grad_x_ND, grad_weight_EFD = torch.empty_like(x_ND), torch.zeros_like(weight_EFD)
     start = 0
     for expert, count in enumerate(counts_E.tolist()):
@@ -50,7 +53,7 @@ def _grouped_linear_backward(
     return grad_x_ND, grad_weight_EFD
 
 
-# Operators of their own, for how many rows an expert has is known only when they run: torch.compile looks into neither.
+# Custom operators, because the number of rows per expert is known only at run time: torch.compile does not trace them.
 _operator = torch.library.custom_op(
     "unipool::grouped_linear",
     _grouped_linear,
@@ -74,7 +77,7 @@ _operator.register_autograd(
 
 
 class UniPoolExperts(nn.Module):
-    """The pool. Every layer calls it with the numbers, in the whole pool, of the experts that it chose."""
+    """The pool of experts. Each layer calls it with the experts that it chose, numbered within the whole pool."""
 
     def __init__(self, config: UniPoolConfig):
         super().__init__()
@@ -84,7 +87,7 @@ class UniPoolExperts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, width))
 
     def forward(self, x_TD: Tensor, topk_expert_ids_TK: Tensor, topk_scores_TK: Tensor) -> Tensor:
-        """sum_i g_i(x) e_i(x) over the chosen experts, summed in fp32."""
+        """Return sum_i g_i(x) e_i(x) over the chosen experts, summed in fp32."""
         device, ids_N = x_TD.device.type, topk_expert_ids_TK.flatten()
         rows_ND = x_TD.repeat_interleave(topk_expert_ids_TK.shape[1], dim=0)
         if torch.is_autocast_enabled(device):
@@ -96,18 +99,18 @@ class UniPoolExperts(nn.Module):
             return (topk_scores_TK[..., None] * y_TKD).sum(dim=1).to(x_TD.dtype)
 
     def expert_by_expert(self, x_ND: Tensor, ids_N: Tensor) -> Tensor:
-        """e_i(x) of each row, in as many products as experts were chosen."""
+        """Return e_i(x) of each row, with one matrix product per chosen expert."""
         order_N = ids_N.argsort(stable=True)
         counts_E = torch.zeros(self.num_experts, dtype=torch.int64, device=ids_N.device)
         counts_E = counts_E.index_add(0, ids_N, torch.ones_like(ids_N))
-        # The operator costs more to call than a single row to compute.
+        # Calling the operator takes longer than computing a single row.
         linear = _operator if torch.is_grad_enabled() or torch.compiler.is_compiling() else _grouped_linear
         gate_NF, up_NF = linear(x_ND[order_N], self.gate_up_proj, counts_E).chunk(2, dim=-1)
         y_ND = linear(F.silu(gate_NF) * up_NF, self.down_proj, counts_E)
         return y_ND[order_N.argsort()]
 
     def row_by_row(self, x_ND: Tensor, ids_N: Tensor) -> Tensor:
-        """e_i(x) of each row, with a copy of its expert's weights: the same whichever experts were chosen."""
+        """Return e_i(x) of each row, with a copy of its expert's weights; shapes do not depend on the choice."""
         gate_up_ND, down_ND = self.gate_up_proj[ids_N].to(x_ND.dtype), self.down_proj[ids_N].to(x_ND.dtype)
         gate_NF, up_NF = (gate_up_ND @ x_ND[..., None]).squeeze(-1).chunk(2, dim=-1)
         return (down_ND @ (F.silu(gate_NF) * up_NF)[..., None]).squeeze(-1)
@@ -132,7 +135,7 @@ register_checkpoint_conversion_mapping(
 
 
 class UniPoolRouter(nn.Module):
-    """From a token to its K experts, numbered within what the layer sees, and their gate values; computed in fp32."""
+    """Chooses K experts for each token, and computes their gate values in fp32."""
 
     expert_bias: Tensor
 
@@ -148,17 +151,17 @@ class UniPoolRouter(nn.Module):
             self.register_buffer("expert_bias", torch.zeros(experts))
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(logits_TM, fp32; topk_scores_TK, fp32; topk_expert_ids_TK)"""
+        """Return (logits_TM, topk_scores_TK, topk_expert_ids_TK); ids count from the layer's first expert."""
         with torch.autocast(x_TD.device.type, enabled=False):
             logits_TM = F.linear(x_TD.float(), self.weight.float())
-            if self.kind == "norm":  # eq. 7; a token's norm and the scale do not change the order of its experts
+            if self.kind == "norm":  # Eq. 7; neither the norm nor the scale changes the order of a token's experts
                 winners_TK, ids_TK = logits_TM.topk(self.top_k, dim=-1)
                 norm_T1 = torch.linalg.vector_norm(logits_TM, dim=-1, keepdim=True)
                 scores_TK = winners_TK.relu() * (self.sigma.float() * self.constant / (norm_T1 + EPS))
                 return logits_TM, scores_TK, ids_TK
             if self.kind == "softmax":
                 scores_TM = preference_TM = logits_TM.softmax(dim=-1)
-            else:  # the bias chooses, and is no part of the gate values
+            else:  # the bias affects the choice, but not the gate values
                 scores_TM = logits_TM.sigmoid()
                 preference_TM = scores_TM + self.expert_bias.float()
             ids_TK = preference_TM.topk(self.top_k, dim=-1).indices

@@ -1,15 +1,16 @@
-"""Fine-tuning: a run that begins with the weights of an export (`train.init_from`)."""
+"""Fine-tuning: initialising a run with the weights of an export (`train.init_from`)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from trainer.common.errors import SharedUserError, UserError
 from trainer.config.recipe import Recipe, load_recipe
-from trainer.export.folder import StoredTensors, read_object
-from trainer.export.names import Parts, expert_names, trunk_names
+from trainer.export.folder import StoredTensors, is_export, read_object
+from trainer.export.names import CONFIG_KEYS, Parts, config_fields, expert_names, exported_shapes, trunk_names
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,107 +18,72 @@ if TYPE_CHECKING:
     from trainer.checkpoint.format import Role
     from trainer.engine.role_engine import Engine, ParameterState
 
-_CONFIG = {
-    "num_attention_heads": "model.heads",
-    "num_key_value_heads": "model.kv_heads",
-    "rms_norm_eps": "model.norm_eps",
-    "rope_theta": "model.rope_base",
-    "num_expert_groups": "model.groups",
-    "num_experts_per_tok": "router.top_k",
-    "router": "router.kind",
-    "router_constant_factor": "router.constant_factor",
-}
-"""Recipe's keys by their names in config.json."""
-_OF_THE_POOL = {"model.groups", "router.top_k", "router.kind", "router.constant_factor"}
+_MAY_DIFFER = {"max_position_embeddings", "initializer_range"}
+_ONLY_OF_A_POOL = {"num_experts", "num_expert_groups", "num_experts_per_tok", "router", "router_constant_factor"}
+
+
+@contextmanager
+def _shared_errors() -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        raise SharedUserError(f"train.init_from = {error}") from None
 
 
 class ExportedWeights:
-    """The tensors of an export, either format, in one file or several.
+    """The weights that a recipe's run starts from: an export of either format.
 
     Raises:
-        SharedUserError: the folder is not an export.
+        SharedUserError: `train.init_from` does not name an export.
     """
 
     def __init__(self, recipe: Recipe):
-        self._recipe = recipe
-        self._folder = folder = Path(str(recipe.train.init_from))
-        self._where = f"train.init_from = {folder}"
-        try:
-            self._tensors = StoredTensors(folder)
-        except UserError as error:
-            raise SharedUserError(
-                f"{self._where}: no export of this trainer ({error}); make one with `unipool export`"
-            ) from None
+        self._recipe, self._folder = recipe, Path(str(recipe.train.init_from))
+        with _shared_errors():
+            self._tensors = StoredTensors(self._folder)
 
+    @_shared_errors()
     def check(self) -> None:
-        """All tensors of the recipe's model are there, and none else, in its shapes. Reads no tensor.
+        """Check that the export is of the recipe's model, without reading any tensor.
 
         Raises:
-            SharedUserError: naming the first that is not so.
+            SharedUserError: A setting or a tensor of the export is not the recipe's.
         """
-        experts = (expert_names(self._recipe, expert) for expert in range(self._recipe.pool.experts))
-        wanted = {
-            name: rows
-            for names in (trunk_names(self._recipe), *experts)
-            for parts in names.values()
-            for name, rows in parts.items()
-        }
-        for name in sorted(wanted.keys() ^ self._tensors.keys()):
-            has, lacks = ("the recipe", "the export") if name in wanted else ("the export", "the recipe")
-            raise SharedUserError(f"{self._where}: {has} has a tensor {name}, {lacks} has not: another model")
-        self._check_settings()
-        for name, rows in wanted.items():
-            shape = self._tensors.shapes[name]
-            columns = self._recipe.model.ffn_hidden if "down_proj" in name else self._recipe.model.hidden
-            if shape not in ((rows,), (rows, columns)):
-                raise SharedUserError(
-                    f"{self._where}: {name} has shape {list(shape)}, by the recipe it has {rows} rows: another model"
-                )
-
-    def _check_settings(self) -> None:
-        """Settings that no shape tells, by config.json or recipe.yaml."""
-        config = self._folder / "config.json"
-        if config.is_file():
-            try:
-                said = read_object(config)
-            except UserError as error:
-                raise SharedUserError(f"{self._where}: {error}") from None
-            saved = {key: said[name] for name, key in _CONFIG.items() if name in said}
+        required = config_fields(self._recipe)
+        if is_export(self._folder):
+            stored = read_object(self._folder / "config.json")
         else:
-            recipe = load_recipe(str(self._folder / "recipe.yaml"))
-            saved = {key: _value(recipe, key) for key in _CONFIG.values()}
-        for key, value in saved.items():
-            own = _value(self._recipe, key)
-            if own != value and (self._recipe.model.ffn == "pool" or key not in _OF_THE_POOL):
-                raise SharedUserError(f"{self._where}: has {key} = {value}, the recipe {own}: another model")
+            stored = config_fields(load_recipe(str(self._folder / "recipe.yaml")))
+        for field, key in CONFIG_KEYS.items():
+            ignored = field in _MAY_DIFFER or (self._recipe.model.ffn == "dense" and field in _ONLY_OF_A_POOL)
+            if not ignored and stored.get(field, required[field]) != required[field]:
+                raise UserError(
+                    f"{self._folder}: {key} is {stored[field]} in the export, but {required[field]} in the recipe; "
+                    "they must be the same"
+                )
+        self._tensors.check(exported_shapes(self._recipe), "the recipe")
 
-    def read(self, parts: Parts) -> Tensor:
-        """A tensor of the trainer's from its exported parts, fp32."""
+    def load_into(self, role: str, engine: Engine) -> None:
+        """Load the weights of role "trunk" or "pool/shard_N", with moments of zero, into its engine."""
         import torch
 
-        found = [self._tensors[name].float() for name in parts]
-        return found[0] if len(found) == 1 else torch.cat(found)
-
-    def take_over(self, name: str, engine: Engine) -> None:
-        """Give role `name` ("trunk" or "pool/shard_N") the export's weights; moments are zeros."""
-        import torch
-
-        if name == "trunk":
+        if role == "trunk":
             names = trunk_names(self._recipe)
-            buffers = {n: self.read(names[n]) for n, _ in engine.module.named_buffers()}
-            engine.load_resharded(lambda weight: _fresh(self.read(names[weight])), buffers, 0)
+            buffers = {name: self._read(names[name]) for name, _ in engine.module.named_buffers()}
+            engine.load_resharded(lambda weight: _fresh(self._read(names[weight])), buffers, 0)
             return
         ids: Iterable[int] = engine.module.expert_ids  # type: ignore[assignment]
 
-        def stacked(weight: str) -> ParameterState:
-            return _fresh(torch.stack([self.read(expert_names(self._recipe, expert)[weight]) for expert in ids]))
+        def stacked(stack: str) -> ParameterState:
+            return _fresh(torch.stack([self._read(expert_names(self._recipe, expert)[stack]) for expert in ids]))
 
         engine.load_resharded(stacked, {}, 0)
 
+    def _read(self, parts: Parts) -> Tensor:
+        """Return one of the trainer's tensors (fp32), put together from its exported parts."""
+        import torch
 
-def _value(recipe: Recipe, key: str) -> Any:
-    section, name = key.split(".")
-    return getattr(getattr(recipe, section), name)
+        return torch.cat([self._tensors.read(name).float() for name in parts])
 
 
 def _fresh(weight: Tensor) -> ParameterState:
@@ -129,8 +95,8 @@ def _fresh(weight: Tensor) -> ParameterState:
 
 
 def load_initial(recipe: Recipe, role: Role) -> None:
-    """Begin with the weights that the recipe names. Called by all ranks."""
+    """Initialise a role with the weights that the recipe names. Called by all ranks."""
     weights = ExportedWeights(recipe)
     weights.check()
     for name, engine in role.engines.items():
-        weights.take_over(name, engine)
+        weights.load_into(name, engine)

@@ -1,20 +1,20 @@
-"""UniPool for Hugging Face transformers: all layers share one pool of expert FFNs, each layer has its own router.
+"""UniPool for Hugging Face transformers: all layers share one pool of expert FFNs, and each layer has its own router.
 
-These files need torch and transformers (5.0 or later) only. Source of the method: arXiv:2605.06665. The backbone is
-LLaMA's, tensors have LLaMA's names, and a dense model's tensors are those of a LLaMA. A file stores the pool once:
+These files need only torch and transformers (5.0 or later). The method is described in arXiv:2605.06665. The backbone
+and the names of its tensors are LLaMA's, and a dense model is a LLaMA. Files store the pool once:
 
     model.embed_tokens.weight  model.norm.weight  lm_head.weight
     model.layers.L.{input_layernorm, post_attention_layernorm}.weight
     model.layers.L.self_attn.{q_proj, k_proj, v_proj, o_proj}.weight
     model.layers.L.router.weight              and .sigma (norm) or .expert_bias (sigmoid_bias)
     model.experts.I.{gate_proj, up_proj, down_proj}.weight      I: the expert's number in the whole pool
-    model.layers.L.mlp.{gate_proj, up_proj, down_proj}.weight   a dense model's FFN
+    model.layers.L.mlp.{gate_proj, up_proj, down_proj}.weight   the FFN of a dense model
 
-In memory the experts are two stacks, model.experts.gate_up_proj and model.experts.down_proj, as transformers keeps the
-experts of its own models; from_pretrained stacks them and save_pretrained takes them apart again.
+In memory, the experts are two stacks, model.experts.gate_up_proj and model.experts.down_proj, as in the models of
+transformers. from_pretrained stacks the experts, and save_pretrained splits them again.
 
-Letters: B batch, S sequence, T = B * S tokens, D hidden, F expert width, H heads, V vocabulary, M
-experts that a layer sees, K experts a token.
+Dimensions: B batch, S sequence, T = B * S tokens, D hidden size, F expert width, H heads, V vocabulary, M experts that
+a layer can choose, K experts per token.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ _CACHE = "cache" if "cache" in _MASK_PARAMETERS else "past_key_values"
 # The embeddings are called `input_embeds` before 5.2.
 _EMBEDS = "inputs_embeds" if "inputs_embeds" in _MASK_PARAMETERS else "input_embeds"
 
-# What forward takes by keyword beside its own parameters: what transformers passes to all models (attention, outputs,
-# loss), positions in the cache (before 5.4), arguments of attention functions, and those of the loss.
+# Keywords that forward accepts besides its own parameters: those that transformers passes to all models (for attention,
+# outputs and loss), positions in the cache (before 5.4), and arguments of attention functions and of the loss.
 _KEYWORDS = frozenset(TransformersKwargs.__annotations__) | {
     "cache_position",
     "is_causal",
@@ -68,7 +68,7 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **_kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Attention that also returns its weights. The mask is boolean (True: seen) or is added to the scores."""
+    """Attention that also returns its weights. The mask is boolean (True: attend) or added to the scores."""
     key, value = (states.repeat_interleave(module.num_key_value_groups, dim=1) for states in (key, value))
     weights = query @ key.mT * scaling
     if attention_mask is not None and attention_mask.dtype == torch.bool:
@@ -87,7 +87,7 @@ class UniPoolAttention(nn.Module):
         super().__init__()
         self.config, self.layer_idx = config, layer_idx
         self.head_dim = config.head_dim
-        # What attention functions of transformers read beside their arguments.
+        # Attention functions of transformers read these attributes.
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = self.head_dim**-0.5
         self.is_causal = True
@@ -105,7 +105,7 @@ class UniPoolAttention(nn.Module):
         cache_position: Tensor | None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """The output, and the attention's weights (B, H, S, positions) where its function makes them."""
+        """Return the output and, if the attention function provides them, its weights (B, H, S, positions)."""
         q, k, v = (
             project(x_BSD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for project in (self.q_proj, self.k_proj, self.v_proj)
@@ -123,14 +123,14 @@ class UniPoolAttention(nn.Module):
 def _update(
     cache: Cache, k: Tensor, v: Tensor, layer_idx: int, cache_position: Tensor | None, kwargs: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
-    """Appends keys and values to a cache: all that are in it."""
+    """Append keys and values to a cache, and return all that it contains."""
     if _CACHE == "cache":
-        return cache.update(k, v, layer_idx, kwargs=kwargs)  # a paged cache reads its indices there
+        return cache.update(k, v, layer_idx, kwargs=kwargs)  # a paged cache reads its indices from kwargs
     return cache.update(k, v, layer_idx, {"cache_position": cache_position})
 
 
 def _rotary_table(positions_BS: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
-    """cos and sin of every position and frequency, (B, 1, S, head_dim / 2), fp32. Source: arXiv:2104.09864."""
+    """Return cos and sin of every position and frequency (arXiv:2104.09864), fp32, (B, 1, S, head_dim / 2)."""
     device = positions_BS.device
     exact = "cpu" if device.type == "mps" else device  # MPS has no float64, and fp32 angles are not exact enough
     frequencies = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device=exact) / head_dim)
@@ -145,7 +145,7 @@ def _rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class UniPoolMLP(nn.Module):
-    """One SwiGLU FFN: an expert, or the FFN of a dense layer."""
+    """The SwiGLU FFN of a layer of a dense model."""
 
     def __init__(self, config: UniPoolConfig):
         super().__init__()
@@ -158,7 +158,7 @@ class UniPoolMLP(nn.Module):
 
 
 class UniPoolDecoderLayer(GradientCheckpointingLayer):
-    """Attention, and a router of its own (or the dense FFN); the experts are the model's."""
+    """Attention, and a router (or the FFN of a dense model). The experts belong to the model."""
 
     def __init__(self, config: UniPoolConfig, layer_idx: int):
         super().__init__()
@@ -175,7 +175,7 @@ class UniPoolDecoderLayer(GradientCheckpointingLayer):
     def forward(
         self, h_BSD: Tensor, experts: UniPoolExperts | None, **attention: Any
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """(h_BSD, the attention's weights, the router's logits_TM); what there is not is None."""
+        """Return (h_BSD, the attention's weights or None, the router's logits_TM or None)."""
         y_BSD, weights = self.self_attn(self.input_layernorm(h_BSD), **attention)
         h_BSD = h_BSD + y_BSD
         x_BSD = self.post_attention_layernorm(h_BSD)
@@ -214,7 +214,7 @@ class UniPoolPreTrainedModel(PreTrainedModel):
 
 
 class UniPoolModel(UniPoolPreTrainedModel):
-    """Embedding, layers, the pool, and the final norm."""
+    """The embedding, the layers, the pool and the final norm."""
 
     def __init__(self, config: UniPoolConfig):
         super().__init__(config)
@@ -240,11 +240,14 @@ class UniPoolModel(UniPoolPreTrainedModel):
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> MoeModelOutputWithPast:
-        """attention_mask: (B, positions), 0 for padding; or as the attention's function takes it, with 4 dimensions.
+        """Run all layers.
 
-        position_ids: of each token, (B or 1, S); by default they go on from the cache, and padding on the left does not
-            count. Positions past `max_position_embeddings` are not refused: rotary embeddings go on.
-        past_key_values or cache: the same, under its names in different versions of transformers.
+        Args:
+            attention_mask: (B, positions), 0 for padding; or a mask of four dimensions for the attention function.
+            position_ids: (B or 1, S). By default they continue from the cache, and padding on the left does not count.
+                They may exceed `max_position_embeddings`.
+            past_key_values: The KV cache, as transformers calls it before version 5.24.
+            cache: The KV cache, as transformers calls it since version 5.24.
         """
         _check_keywords(self, kwargs)
         cache = _one_cache(past_key_values, cache, kwargs)
@@ -254,13 +257,13 @@ class UniPoolModel(UniPoolPreTrainedModel):
         recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         if recompute and cache is not None:
             raise ValueError(f"{_CACHE} cannot be used with gradient checkpointing, which computes layers twice")
-        # Without a cache of the caller's the mask is made as if there were none: only then positions that start again
-        # keep packed sequences apart.
+        # The mask must not know of a cache that is created here: only without one do restarting positions separate
+        # packed sequences.
         causal = {"config": self.config, _EMBEDS: h_BSD, "attention_mask": attention_mask, _CACHE: cache}
         if cache is None and not recompute and (self.config.use_cache if use_cache is None else use_cache):
             cache = DynamicCache(config=self.config)
         cache_position = kwargs.pop("cache_position", None)
-        # A paged cache does not know how much it holds: its caller says positions.
+        # A paged cache does not know its length; its caller passes positions.
         if cache_position is None and (position_ids is None or "cache_position" in _MASK_PARAMETERS):
             past = 0 if cache is None else cache.get_seq_length()
             cache_position = torch.arange(h_BSD.shape[1], device=h_BSD.device) + past
@@ -275,7 +278,7 @@ class UniPoolModel(UniPoolPreTrainedModel):
         keep_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         keep_weights = config.output_attentions if output_attentions is None else output_attentions
         keep_logits = config.output_router_logits if output_router_logits is None else output_router_logits
-        states, weights, logits = [], [], []  # only what is asked for: they would keep memory
+        states, weights, logits = [], [], []  # only what was requested, to save memory
         attention = {
             "rope": _rotary_table(position_ids, config.head_dim, config.rope_theta),
             "attention_mask": mask,
@@ -304,16 +307,16 @@ class UniPoolModel(UniPoolPreTrainedModel):
 
 
 def _check_keywords(model: nn.Module, kwargs: dict[str, Any]) -> None:
-    """No keyword is swallowed: a cache by a name of another version of transformers would be missing silently."""
+    """Refuse unknown keywords: a cache under another version's name would otherwise be ignored silently."""
     unknown = sorted(name for name, value in kwargs.items() if value is not None and name not in _KEYWORDS)
     if unknown:
         raise TypeError(f"{type(model).__name__}.forward() got an unexpected keyword argument {', '.join(unknown)}")
 
 
 def _one_cache(past_key_values: Cache | None, cache: Any, kwargs: dict[str, Any]) -> Cache | None:
-    """The KV cache by either of its names."""
+    """Return the KV cache, which has either of its names."""
     if _CACHE != "cache" and cache is not None and not isinstance(cache, Cache):
-        kwargs["cache"] = cache  # before 5.24 this is what paged attention calls its own
+        kwargs["cache"] = cache  # before 5.24, paged attention passes its own cache under this name
         return past_key_values
     if past_key_values is not None and cache is not None:
         raise TypeError("past_key_values and cache are the same; give one of them")
@@ -321,10 +324,9 @@ def _one_cache(past_key_values: Cache | None, cache: Any, kwargs: dict[str, Any]
 
 
 class UniPoolForCausalLM(UniPoolPreTrainedModel, GenerationMixin):
-    """The language model. With `labels` it returns the mean cross-entropy in nats.
+    """The causal language model.
 
-    Balance losses are the trainer's business: `aux_loss` is always None. `router_logits` has what they are made of: a
-    tensor (T, M) of each layer.
+    It computes no balance losses, and `aux_loss` is None; `router_logits` has a tensor (T, M) of each layer.
     """
 
     _tied_weights_keys: ClassVar = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -352,10 +354,13 @@ class UniPoolForCausalLM(UniPoolPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> MoeCausalLMOutputWithPast:
-        """labels: as input_ids; position s is compared with label s + 1, and -100 is left out.
+        """Compute logits and, if there are labels, the mean cross-entropy in nats.
 
-        logits_to_keep: only the last so many positions (0: all), or the positions' indices.
-        The rest is as in `UniPoolModel.forward`. Other keywords must be those that transformers passes to its models.
+        Args:
+            labels: (B, S), as input_ids: position s predicts label s + 1, and labels of -100 are ignored.
+            logits_to_keep: Number of last positions to compute logits for (0 for all), or indices of positions.
+
+        The other arguments are those of `UniPoolModel.forward` and keywords that transformers passes to its models.
         """
         out = self.model(
             input_ids,

@@ -1,50 +1,99 @@
-"""What the trainer's tensors are called in an export. Fused ones are cut into rows; no number changes."""
+"""How an export describes a recipe's model: the names and shapes of its tensors, and the fields of config.json.
+
+Tensors that the trainer stores fused are split along their rows; no value changes.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from operator import attrgetter
+from typing import Any
+
 from trainer.config.recipe import Recipe
 
-Parts = dict[str, int]
-"""Exported names, in order, and how many rows of the trainer's tensor each has."""
+Shape = tuple[int, ...]
+Parts = dict[str, Shape]
+"""Exported name and shape of each part of one of the trainer's tensors, in the order of its rows."""
+
+CONFIG_KEYS = {
+    "vocab_size": "model.vocab",
+    "hidden_size": "model.hidden",
+    "intermediate_size": "model.ffn_hidden",
+    "num_hidden_layers": "model.layers",
+    "num_attention_heads": "model.heads",
+    "num_key_value_heads": "model.kv_heads",
+    "max_position_embeddings": "model.seq_len",
+    "rms_norm_eps": "model.norm_eps",
+    "rope_theta": "model.rope_base",
+    "ffn": "model.ffn",
+    "num_experts": "pool.experts",
+    "num_expert_groups": "model.groups",
+    "num_experts_per_tok": "router.top_k",
+    "router": "router.kind",
+    "router_constant_factor": "router.constant_factor",
+    "initializer_range": "model.init_std",
+}
+"""Keys of the recipe by the names of their fields in config.json."""
+
+
+def config_fields(recipe: Recipe) -> dict[str, Any]:
+    """Return the fields of config.json that come from the recipe."""
+    return {field: attrgetter(key)(recipe) for field, key in CONFIG_KEYS.items()}
 
 
 def trunk_names(recipe: Recipe) -> dict[str, Parts]:
-    """The parts of every parameter and buffer of the trunk, by its name in the module."""
+    """Return the exported parts of each parameter and buffer of the trunk, by its name in the module."""
     m = recipe.model
-    head_dim = m.hidden // m.heads
+    D, head_dim = m.hidden, m.hidden // m.heads
     names: dict[str, Parts] = {
-        "embedding.weight": {"model.embed_tokens.weight": m.vocab},
-        "head.norm.weight": {"model.norm.weight": m.hidden},
-        "head.out.weight": {"lm_head.weight": m.vocab},
+        "embedding.weight": {"model.embed_tokens.weight": (m.vocab, D)},
+        "head.norm.weight": {"model.norm.weight": (D,)},
+        "head.out.weight": {"lm_head.weight": (m.vocab, D)},
     }
     heads = {"q_proj": m.heads, "k_proj": m.kv_heads, "v_proj": m.kv_heads}
     for layer in range(m.layers):
         ours, name = f"blocks.{layer}", f"model.layers.{layer}"
         names[f"{ours}.attention.qkv.weight"] = {
-            f"{name}.self_attn.{part}.weight": count * head_dim for part, count in heads.items()
+            f"{name}.self_attn.{part}.weight": (count * head_dim, D) for part, count in heads.items()
         }
-        names[f"{ours}.attention.out.weight"] = {f"{name}.self_attn.o_proj.weight": m.hidden}
-        names[f"{ours}.attention_norm.weight"] = {f"{name}.input_layernorm.weight": m.hidden}
-        names[f"{ours}.ffn_norm.weight"] = {f"{name}.post_attention_layernorm.weight": m.hidden}
+        names[f"{ours}.attention.out.weight"] = {f"{name}.self_attn.o_proj.weight": (D, D)}
+        names[f"{ours}.attention_norm.weight"] = {f"{name}.input_layernorm.weight": (D,)}
+        names[f"{ours}.ffn_norm.weight"] = {f"{name}.post_attention_layernorm.weight": (D,)}
         if m.ffn == "dense":
-            names[f"{ours}.ffn.w13.weight"] = {f"{name}.mlp.{part}_proj.weight": m.ffn_hidden for part in _HALVES}
-            names[f"{ours}.ffn.w2.weight"] = {f"{name}.mlp.down_proj.weight": m.hidden}
+            gate_up, down = _ffn(f"{name}.mlp", recipe)
+            names |= {f"{ours}.ffn.w13.weight": gate_up, f"{ours}.ffn.w2.weight": down}
             continue
-        names[f"{ours}.router.weight_MD"] = {f"{name}.router.weight": recipe.experts_per_layer}
+        names[f"{ours}.router.weight_MD"] = {f"{name}.router.weight": (recipe.experts_per_layer, D)}
         if recipe.router.kind == "norm":
-            names[f"{ours}.router.sigma"] = {f"{name}.router.sigma": 1}
+            names[f"{ours}.router.sigma"] = {f"{name}.router.sigma": (1,)}
         if recipe.router.kind == "sigmoid_bias":
-            names[f"{ours}.router.expert_bias_M"] = {f"{name}.router.expert_bias": recipe.experts_per_layer}
+            names[f"{ours}.router.expert_bias_M"] = {f"{name}.router.expert_bias": (recipe.experts_per_layer,)}
     return names
 
 
 def expert_names(recipe: Recipe, expert: int) -> dict[str, Parts]:
-    """The parts of an expert's weights, by the names of the stacks that they are in; `expert` is its global id."""
-    m, name = recipe.model, f"model.experts.{expert}"
-    return {
-        "w13_e2FD": {f"{name}.{part}_proj.weight": m.ffn_hidden for part in _HALVES},
-        "w2_eDF": {f"{name}.down_proj.weight": m.hidden},
-    }
+    """Return the exported parts of an expert's weights, by the name of the stack that holds them.
+
+    Args:
+        recipe: The recipe of the model.
+        expert: The expert's number in the whole pool.
+    """
+    gate_up, down = _ffn(f"model.experts.{expert}", recipe)
+    return {"w13_e2FD": gate_up, "w2_eDF": down}
 
 
-_HALVES = ("gate", "up")
+def exported_shapes(recipe: Recipe) -> dict[str, Shape]:
+    """Return the names and shapes of all tensors in an export of the recipe's model."""
+    return {name: shape for parts in _all_parts(recipe) for name, shape in parts.items()}
+
+
+def _all_parts(recipe: Recipe) -> Iterator[Parts]:
+    yield from trunk_names(recipe).values()
+    for expert in range(recipe.pool.experts):
+        yield from expert_names(recipe, expert).values()
+
+
+def _ffn(name: str, recipe: Recipe) -> tuple[Parts, Parts]:
+    D, F = recipe.model.hidden, recipe.model.ffn_hidden
+    gate_up: Parts = {f"{name}.{part}_proj.weight": (F, D) for part in ("gate", "up")}
+    return gate_up, {f"{name}.down_proj.weight": (D, F)}

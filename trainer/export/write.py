@@ -1,62 +1,48 @@
-"""An export's files: all of them or none."""
+"""Writing an export: all of its files, or none."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from transformers import GenerationConfig
 
 from trainer.checkpoint.format import damage
-from trainer.common.atomic import whole_folder
+from trainer.common.atomic import atomic_folder
 from trainer.common.errors import UserError
 from trainer.common.strict_json import dumps
 from trainer.config.recipe import save_recipe
 from trainer.export.folder import MODEL_FILES
-from trainer.export.source import SavedRun, Weights, export_tokenizer, find_run, model_config, open_weights
+from trainer.export.saved_run import SavedRun, Weights, export_tokenizer, find_run, model_config, open_weights
 
 Format = Literal["hf", "safetensors"]
 
 _SHARD_SIZE = "5GB"
 
 
-@dataclass(frozen=True)
-class Exported:
-    """What was written.
-
-    Attributes:
-        checkpoint: the folder of the checkpoint.
-        files: name and bytes.
-    """
-
-    path: str
-    checkpoint: str
-    parameters: int
-    dtype: str
-    files: dict[str, int]
-
-
-def export(source: Path, out: Path, form: Format, dtype: str) -> Exported:
-    """Write the checkpoint of `source` to the folder `out`, which must not be there or be empty.
+def export(source: Path, out: Path, form: Format, dtype: str) -> dict[str, Any]:
+    """Export a checkpoint; return the folder, checkpoint, number of parameters and sizes of files that were written.
 
     Args:
-        dtype: float32 or bfloat16; routers stay fp32, in which they compute.
+        source: A run, or one of its checkpoints.
+        out: The folder to write, which must not exist or be empty.
+        form: The format of the export.
+        dtype: "float32" or "bfloat16"; routers are always fp32.
 
     Raises:
-        UserError: the source is not a run with a checkpoint, or `out` is in use or cannot be written.
+        UserError: `source` has no intact checkpoint, or `out` is in use or cannot be written.
     """
     out = out.resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: is there already; name another folder or remove it")
+        raise UserError(f"{out}: already exists; choose another folder or remove it")
     run = find_run(source)
     if problem := damage(run.folder):
         raise UserError(f"{run.folder}: this checkpoint is damaged: {problem}; export another one")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with whole_folder(out) as partial:
+        with atomic_folder(out) as partial:
             if form == "hf":
                 _write_model_files(run, partial, dtype)
             else:
@@ -67,58 +53,52 @@ def export(source: Path, out: Path, form: Format, dtype: str) -> Exported:
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror or error})") from error
     files = {file.name: file.stat().st_size for file in sorted(out.iterdir())}
-    return Exported(str(out), str(run.folder), parameters, dtype, files)
+    where = {"path": str(out), "checkpoint": str(run.folder)}
+    return where | {"parameters": parameters, "dtype": dtype, "files": files}
 
 
 def _write_model_files(run: SavedRun, folder: Path, dtype: str) -> None:
-    """Everything but the weights: configuration, model, tokenizer."""
-    tokenizer = export_tokenizer(run)
-    ids = {"bos_token_id": tokenizer.end_id, "eos_token_id": tokenizer.end_id, "pad_token_id": tokenizer.end_id}
+    """Write everything but the weights: configuration, model code and tokenizer."""
+    tokenizer, settings = export_tokenizer(run)
+    end_id = tokenizer.token_to_id(settings["eos_token"])
+    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), end_id)
+    classes = {
+        "AutoConfig": "configuration_unipool.UniPoolConfig",
+        "AutoModelForCausalLM": "modeling_unipool.UniPoolForCausalLM",
+    }
     config = model_config(run.recipe)
-    config.update(
-        ids
-        | {
-            "architectures": ["UniPoolForCausalLM"],
-            "auto_map": {
-                "AutoConfig": "configuration_unipool.UniPoolConfig",
-                "AutoModelForCausalLM": "modeling_unipool.UniPoolForCausalLM",
-            },
-            "dtype": dtype,
-        }
-    )
+    config.update(ids | {"architectures": ["UniPoolForCausalLM"], "auto_map": classes, "dtype": dtype})
     config.to_json_file(folder / "config.json")
     GenerationConfig(**ids).save_pretrained(folder)
     for file in MODEL_FILES:
         (folder / file).write_bytes((resources.files("trainer.export") / file).read_bytes())
-    (folder / "tokenizer.json").write_text(tokenizer.json, encoding="utf-8")
-    about = {"tokenizer_class": "PreTrainedTokenizerFast", **tokenizer.settings}
-    (folder / "tokenizer_config.json").write_text(dumps(about, indent=2) + "\n")
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", **settings}
+    (folder / "tokenizer_config.json").write_text(dumps(settings, indent=2) + "\n")
 
 
 def _write_weights(weights: Weights, folder: Path, dtype: torch.dtype) -> None:
-    """model.safetensors, or several of at most 5 GB with an index, of which one at a time is in memory."""
+    """Write model.safetensors, or several files of at most 5 GB with an index; one file at a time is in memory."""
     from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors.torch import save_file
     from tqdm import tqdm
 
-    shapes = {name: tensor.to(_dtype(name, dtype)) for name, tensor in weights.expected.items()}
+    empty = {
+        name: torch.empty(shape, dtype=torch.float32 if ".router." in name else dtype, device="meta")
+        for name, shape in weights.shapes.items()
+    }
     split = split_torch_state_dict_into_shards(
-        shapes, filename_pattern="model{suffix}.safetensors", max_shard_size=_SHARD_SIZE
+        empty, filename_pattern="model{suffix}.safetensors", max_shard_size=_SHARD_SIZE
     )
-    total = sum(tensor.nbytes for tensor in shapes.values())
+    total = sum(tensor.nbytes for tensor in empty.values())
     with tqdm(desc="writing weights", total=total, unit="B", unit_scale=True, disable=None) as bar:
         for file, names in split.filename_to_tensors.items():
             tensors = {}
             for name in names:
-                # A copy: parts of one fused tensor share memory, which safetensors refuses.
-                tensors[name] = weights[name].to(shapes[name].dtype, copy=True).contiguous()
+                # Parts of a fused tensor share memory, which safetensors refuses, so they are copied.
+                tensors[name] = weights.read(name).to(empty[name].dtype, copy=True).contiguous()
                 bar.update(tensors[name].nbytes)
             save_file(tensors, folder / file, metadata={"format": "pt"})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / "model.safetensors.index.json").write_text(dumps(index, indent=2) + "\n")
-
-
-def _dtype(name: str, dtype: torch.dtype) -> torch.dtype:
-    """Routers compute in fp32, whatever the rest does."""
-    return torch.float32 if ".router." in name else dtype

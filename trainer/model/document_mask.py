@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from trainer.config.recipe import Recipe
-    from trainer.data.prepared import PreparedData
+    from trainer.data.prepared_data import PreparedData
 
 
 def document_end(recipe: Recipe, prepared: PreparedData) -> int | None:

@@ -1,1 +1,1 @@
-"""Costs, schedules and predictions of a recipe."""
+"""What a recipe costs, how its steps are scheduled, and how long they would take."""

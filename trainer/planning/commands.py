@@ -9,25 +9,29 @@ from typing import TYPE_CHECKING
 import click
 
 from trainer.common.errors import UserError
+from trainer.common.format import plural
 from trainer.common.strict_json import dumps
 from trainer.config.options import json_option, recipe_arguments
 from trainer.config.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
+    from pool.placement import ShardSplit
     from trainer.planning.hardware import Hardware
-    from trainer.planning.step_time import Forecast
-    from trainer.planning.what_if import Simulation
+    from trainer.planning.schedule import ScheduleSpec
+    from trainer.planning.step_time import StepTime
+    from trainer.planning.what_if import Variant
 
 
 @click.command()
 @recipe_arguments
 @json_option
-@click.option("--simulate", is_flag=True, help="Simulate a step in lock step and with lanes: time, use, load, memory.")
+@click.option("--simulate", is_flag=True, help="Compare lock step with 1 to 4 lanes: time, use, load, memory.")
 @click.option(
     "--loads",
     type=click.Path(exists=True, path_type=Path),
     metavar="RUN|FILE",
-    help="Load that a run has recorded, or a .npy file by layer and expert; default: even.  [with --simulate]",
+    help="Use the expert load of a run, or of a .npy file by layer and expert, instead of an even one.  "
+    "[with --simulate]",
 )
 @click.option(
     "--timeline",
@@ -36,14 +40,16 @@ if TYPE_CHECKING:
     help="Draw what each rank does when.  [with --simulate]",
 )
 @click.option(
-    "--hardware", metavar="NAME|FILE", help="Predict seconds a step: h100, h200, a100, or a profile made by `bench`."
+    "--hardware",
+    metavar="NAME|FILE",
+    help="Predict the time of a step on h100, h200, a100, or on a profile made by `bench`.",
 )
-@click.option("--devices", type=int, help="Split this many devices; default: the recipe's ranks.  [with --hardware]")
+@click.option("--devices", type=int, help="Number of devices to split; default: the recipe's ranks.  [with --hardware]")
 @click.option(
     "--interconnect",
     type=float,
     metavar="GBIT/S",
-    help="Link of a rank, each way; default: the hardware's own.  [with --hardware]",
+    help="Speed of a rank's link, each way; default: the hardware's own.  [with --hardware]",
 )
 def plan(
     recipe: str,
@@ -58,7 +64,7 @@ def plan(
 ) -> None:
     """Print parameters, memory, tokens, FLOPs and the recommended trunk:pool split of RECIPE.
 
-    With --hardware also what a step would last there, whether the wire binds, and the best splits of the devices.
+    With --hardware, also predict how long a step takes, whether the wire limits it, and which splits are fastest.
 
     \b
     Examples:
@@ -67,83 +73,84 @@ def plan(
       unipool plan quickstart --simulate --loads runs/quickstart
       unipool plan unipool-182m --hardware h100 --devices 16 --interconnect 400
     """
-    from trainer.planning.report import make_plan, print_forecast, print_plan
+    from trainer.planning.report import make_cost_report, print_cost_report
 
+    if not simulate and (loads or timeline):
+        raise UserError(f"{'--loads' if loads else '--timeline'}: needs --simulate")
+    for option, value in (("--devices", devices), ("--interconnect", interconnect)):
+        if value is not None and hardware is None:
+            raise UserError(f"{option} {value:g}: needs --hardware, as in --hardware h100")
     checked = load_recipe(recipe, overrides)
     if hardware and simulate:
         checked = load_recipe(recipe, [*overrides, f"parallel.hardware={dumps(hardware)}"])
-    made = make_plan(checked)
-    outlook = _forecast(checked, hardware, devices, interconnect)
-    simulation = _simulate(checked, loads, timeline) if simulate else None
-    if not simulate and (loads or timeline):
-        raise UserError(f"{'--loads' if loads else '--timeline'}: goes with --simulate")
+    report = make_cost_report(checked)
+    predicted = _predict(checked, hardware, devices, interconnect) if hardware else None
+    simulated = _simulate(checked, loads, timeline) if simulate else None
     if as_json:
-        tree = made.to_json() | {"simulated": [asdict(p) for p in simulation.predictions] if simulation else []}
-        if outlook:
-            own, best, found = outlook
-            tree["predicted"] = asdict(own) | {"hardware": asdict(found), "splits": [asdict(f) for f in best]}
+        tree = report.to_json() | {"simulated": [asdict(variant) for variant in simulated[1]] if simulated else []}
+        if predicted:
+            own, best, device = predicted
+            tree["predicted"] = asdict(own) | {"hardware": asdict(device), "splits": [asdict(split) for split in best]}
         print(dumps(tree))
         return
-    print_plan(made)
-    if simulation:
-        from trainer.planning.what_if import print_simulation
+    print_cost_report(report)
+    if simulated:
+        from trainer.planning.what_if import print_what_if
 
-        print_simulation(simulation, in_seconds=checked.parallel.hardware is not None)
+        print_what_if(*simulated)
         if timeline:
             print(f"timeline: {timeline}")
-    if outlook:
-        print_forecast(*outlook)
+    if predicted:
+        from trainer.planning.step_time import print_step_time
+
+        print_step_time(*predicted)
 
 
-def _simulate(recipe: Recipe, loads: Path | None, timeline: Path | None) -> Simulation:
-    """Simulate, and draw the timeline."""
+def _simulate(
+    recipe: Recipe, loads: Path | None, timeline: Path | None
+) -> tuple[ScheduleSpec, list[Variant], list[ShardSplit]]:
+    """Compare schedules, and draw the timeline of the recipe's own."""
     if recipe.grid.colocated:
-        raise UserError("--simulate: parallel.pool_ranks = 0: a colocated pool has nothing to overlap with")
+        raise UserError("--simulate: parallel.pool_ranks = 0: a colocated pool has no ranks to overlap with the trunk")
     from trainer.planning.schedule import make_schedule
-    from trainer.planning.what_if import read_loads, simulate
+    from trainer.planning.what_if import read_loads, recommend_splits, record_own_step, what_if
 
-    schedule = make_schedule(recipe)
+    spec = make_schedule(recipe)
     load_LM = read_loads(loads, recipe) if loads else None
-    if timeline is None:
-        return simulate(schedule, load_LM)
-    from trainer.planning.timeline import draw_timeline, shown_ranks
+    variants = what_if(spec, load_LM)
+    if timeline:
+        from trainer.planning.timeline import draw_timeline
 
-    found = simulate(schedule, load_LM, shown_ranks(recipe.grid))
-    unit = "seconds" if recipe.parallel.hardware else "nominal units"
-    title = f"{recipe.run.dir}: one step, {found.own_way}"
-    try:
-        draw_timeline(found.own, recipe.grid, timeline, title, unit)
-    except OSError as error:
-        raise UserError(f"--timeline {timeline}: cannot be written ({error.strerror})") from None
-    return found
+        title = f"{recipe.run.dir}: one step, {plural(spec.lanes, 'lane')}"
+        in_seconds = recipe.parallel.hardware is not None
+        try:
+            draw_timeline(record_own_step(spec, load_LM), recipe.grid, timeline, title, in_seconds)
+        except OSError as error:
+            raise UserError(f"--timeline {timeline}: cannot be written ({error.strerror})") from None
+    return spec, variants, recommend_splits(recipe, load_LM)
 
 
-def _forecast(
-    recipe: Recipe, name: str | None, devices: int | None, interconnect: float | None
-) -> tuple[Forecast, tuple[Forecast, ...], Hardware] | None:
-    """The recipe's own step and the best splits; None without --hardware.
+def _predict(
+    recipe: Recipe, name: str, devices: int | None, interconnect: float | None
+) -> tuple[StepTime, tuple[StepTime, ...], Hardware]:
+    """Predict the recipe's own step and the best splits.
 
-    A model without a pool has no splits; a colocated one has them where --devices asks.
+    A model without a pool has no splits; a colocated recipe has splits only if --devices is given.
     """
-    if name is None:
-        for option, value in (("--devices", devices), ("--interconnect", interconnect)):
-            if value is not None:
-                raise UserError(f"{option} {value:g}: goes with --hardware, as in --hardware h100")
-        return None
-    from trainer.planning.hardware import bytes_a_second, find_hardware
-    from trainer.planning.step_time import best_splits, forecast
+    from trainer.planning.hardware import find_hardware, with_link
+    from trainer.planning.step_time import best_splits, step_time
 
     hardware = find_hardware(name)
-    link = None if interconnect is None else bytes_a_second(interconnect)
+    linked = hardware if interconnect is None else with_link(hardware, interconnect)
     if devices is not None and recipe.model.ffn == "dense":
         raise UserError(f"--devices {devices}: model.ffn = dense: there is no pool to split from the trunk")
     if devices is not None and devices < 2:
-        raise UserError(f"--devices {devices}: must be at least 2, a trunk rank and a pool rank")
-    best: tuple[Forecast, ...] = ()
+        raise UserError(f"--devices {devices}: must be at least 2, for a trunk rank and a pool rank")
+    best: tuple[StepTime, ...] = ()
     if devices is not None or not recipe.grid.colocated:
         try:
-            best = best_splits(recipe, devices or recipe.grid.world_size, hardware, link)
+            best = best_splits(recipe, devices or recipe.grid.world_size, linked)
         except UserError:
-            if devices is not None:  # else nobody asked for splits, and the recipe's own step has its say
+            if devices is not None:  # otherwise nobody asked for splits, and the recipe's own step is enough
                 raise
-    return forecast(recipe, hardware, link), best, hardware
+    return step_time(recipe, linked), best, hardware

@@ -1,48 +1,66 @@
-"""How long a step lasts with so many lanes, and how many lanes are worth their memory. No torch here."""
+"""How long a step takes with a given number of lanes, and how many lanes are worth their memory. No torch here."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from pool.schedule_builder import Costs, training_plan
+from pool.schedule_builder import Costs, build_training_schedule, staggered_starts
+from pool.schedule_timing import time_schedule
 from trainer.config.recipe import Recipe
+from trainer.planning.hardware import Hardware, costs_in_seconds
+from trainer.planning.model_costs import fullest_rank, served_trunk_ranks
 
 MOST_LANES = 8
 WORTH = 0.03
-"""More lanes must make a step faster by more than this share: each keeps a micro-batch's activations."""
+"""More lanes must shorten a step by more than this share, because each keeps a micro-batch's activations."""
+FILLED = 0.9
+"""Share of a rank's memory that a layout may fill; the estimate of memory leaves some things out."""
 
 
-@dataclass(frozen=True)
-class Step:
-    """A simulated step up to its last gradient, in the unit of the costs; shares of it in which each role works."""
-
-    seconds: float
-    trunk_busy: float
-    pool_busy: float
-
-
-def simulate_step(recipe: Recipe, lanes: int, costs: Costs) -> Step:
-    """One optimizer step. Colocated, nothing overlaps, and the lanes' requests of a layer are one launch."""
+def role_work(recipe: Recipe, costs: Costs, launches: int) -> tuple[float, float]:
+    """Time that a trunk rank, and the busiest pool rank with so many launches, compute in a step without waits."""
     layers, micro_batches = recipe.model.layers, recipe.micro_batches
-    if not recipe.grid.colocated:
-        plan = training_plan(recipe.grid, layers, micro_batches, lanes, recipe.parallel.stagger, costs)
-        return Step(plan.seconds, plan.trunk_busy, plan.pool_busy)
     trunk = 3 * micro_batches * (layers * costs.trunk_layer + costs.head)
-    launches = -(-micro_batches // lanes) * 2 * layers + 1  # the weight gradients in one more
-    pool = 3 * micro_batches * layers * costs.pool_layer + launches * costs.slot
-    return Step(trunk + pool, trunk / (trunk + pool), pool / (trunk + pool))
+    pool = 3 * micro_batches * layers * served_trunk_ranks(recipe) * costs.pool_layer + launches * costs.slot
+    return trunk, pool
+
+
+def accumulation_time(recipe: Recipe, lanes: int, costs: Costs) -> tuple[float, float, float]:
+    """Time a step up to its last gradient, at an even load.
+
+    In a colocated layout nothing overlaps, and the lanes share a layer's launch.
+
+    Returns:
+        The time, in the unit of the costs, and the shares of it during which trunk and pool compute.
+    """
+    layers, micro_batches, topology = recipe.model.layers, recipe.micro_batches, recipe.grid
+    if topology.colocated:
+        launches = -(-micro_batches // lanes) * 2 * layers + 1  # one more for the weight gradients
+        trunk, pool = role_work(recipe, costs, launches)
+        return trunk + pool, trunk / (trunk + pool), pool / (trunk + pool)
+    stagger = recipe.parallel.stagger
+    schedule = build_training_schedule(topology, layers, micro_batches, lanes, stagger, costs)
+    starts_T = staggered_starts(topology, layers, costs) if stagger else None
+    step = time_schedule(schedule, topology, layers, costs, starts_T=starts_T)
+    return step.seconds, float(step.trunk_busy_T.mean()), float(step.pool_busy_P.mean())
+
+
+def runs_in_order(recipe: Recipe) -> bool:
+    """Whether only one lane is possible: ZeRO-3 gathers weights, so trunk ranks must compute the same at a time."""
+    p = recipe.parallel
+    return p.trunk_zero == 3 and p.trunk_ranks > 1 and p.pool_ranks > 0
 
 
 def choose_lanes(recipe: Recipe, costs: Costs, most: int = MOST_LANES) -> int:
-    """The fewest lanes, up to `most` and the micro-batches, with which a step is within 3 % of the best.
-
-    ZeRO-3 over several trunk ranks goes with one lane only (`trainer.config.recipe`).
-    """
-    p = recipe.parallel
-    if p.trunk_zero == 3 and p.trunk_ranks > 1 and p.pool_ranks:
+    """Choose the fewest lanes, up to `most` and the micro-batches, with which a step is within 3 % of the fastest."""
+    if runs_in_order(recipe):
         return 1
-    seconds = {
-        lanes: simulate_step(recipe, lanes, costs).seconds for lanes in range(1, min(most, recipe.micro_batches) + 1)
-    }
-    good_enough = (1 + WORTH) * min(seconds.values())
-    return min(lanes for lanes, taken in seconds.items() if taken <= good_enough)
+    choices = range(1, min(most, recipe.micro_batches) + 1)
+    seconds = {lanes: accumulation_time(recipe, lanes, costs)[0] for lanes in choices}
+    return min(lanes for lanes in choices if seconds[lanes] <= (1 + WORTH) * min(seconds.values()))
+
+
+def choose_fitting_lanes(recipe: Recipe, hardware: Hardware) -> int:
+    """Choose lanes for some hardware, but no more than fit into its memory; 0 if not even one fits."""
+    lanes = choose_lanes(recipe, costs_in_seconds(recipe, hardware))
+    while lanes and fullest_rank(recipe, lanes) > FILLED * hardware.memory:
+        lanes -= 1
+    return lanes

@@ -1,13 +1,14 @@
-"""What a recipe's model costs: parameters, FLOPs a token, bytes on a rank of each role.
+"""What a recipe's model costs: parameters, FLOPs per token, and bytes on a rank of each role.
 
-Arithmetic on the recipe alone: no torch, no device. A GEMM of I x O costs 2 I O FLOPs a token, and a backward pass
-twice its forward.
+Everything is computed from the recipe; torch and a device are not needed. A GEMM of I x O costs 2 I O FLOPs per token,
+and a backward pass costs twice its forward.
 
 Letters: T tokens, D hidden, F expert width, V vocabulary, L layers, M experts that a layer sees, K top-k, S sequence.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields, replace
 
 from trainer.config.recipe import Recipe
@@ -15,7 +16,7 @@ from trainer.config.recipe import Recipe
 FP32 = 4
 ADAM_MOMENTS = 2 * FP32
 ZERO3_LIVE_PARAMETERS = 10**9
-"""What DeepSpeed's ZeRO-3 may keep gathered by default (stage3_max_live_parameters)."""
+"""Parameters that DeepSpeed's ZeRO-3 may keep gathered by default (`stage3_max_live_parameters`)."""
 
 
 @dataclass(frozen=True)
@@ -23,11 +24,11 @@ class Parameters:
     """Numbers of parameters.
 
     Attributes:
-        total: the whole model.
-        active: what a token's way uses, without the routers (the number in the recipes' names).
-        trunk: embedding, attention, norms, routers, head, and the FFNs of a dense model.
-        pool: all experts.
-        routers: the part of the trunk that routes.
+        total: The whole model.
+        active: Those that one token uses, without the routers; this is the number in the recipes' names.
+        trunk: Embedding, attention, norms, routers, head, and the FFNs of a dense model.
+        pool: All experts.
+        routers: The part of the trunk that routes.
     """
 
     total: int
@@ -43,16 +44,16 @@ class Memory:
 
     Attributes:
         role: "trunk", "pool", or "trunk + pool" (colocated).
-        ranks: how many ranks have this role.
-        parameters: parameters that such a rank computes with.
-        weights: fp32 weights; at ZeRO-3 a rank's part and what is gathered.
-        compute_copies: bf16 copies of the weights: lasting on the pool, on the trunk while a micro-batch is in flight.
-        gradients: the fp32 accumulator.
-        optimizer: AdamW's moments, and DeepSpeed's fp32 master copy at ZeRO 1, 2, 3.
-        activations: what the trunk keeps for backward, of the micro-batches in flight.
-        logits: largest during the loss, of one micro-batch: its backward follows at once.
-        expert_activations: tokens and hidden activations that the experts keep for backward.
-        stash: weight-gradient work, up to `pool.stash_bytes`.
+        ranks: Number of ranks with this role.
+        parameters: Number of parameters that such a rank computes with.
+        weights: fp32 weights; with ZeRO-3 the rank's part and what is gathered.
+        compute_copies: bf16 copies of the weights, on the trunk only while a micro-batch is in flight.
+        gradients: The fp32 accumulator.
+        optimizer: AdamW's moments and, with ZeRO 1 to 3, DeepSpeed's fp32 master copy.
+        activations: What the trunk keeps for the backward of the micro-batches in flight.
+        logits: Peak during the loss of one micro-batch, whose backward follows at once.
+        expert_activations: Tokens and hidden activations that the experts keep for backward.
+        stash: Deferred weight gradients of the experts, at most `pool.stash_bytes`.
     """
 
     role: str
@@ -77,16 +78,16 @@ MEMORY_KINDS = tuple(f.name for f in fields(Memory))[3:]
 
 @dataclass(frozen=True)
 class Flops:
-    """FLOPs a token.
+    """FLOPs per token.
 
     Attributes:
-        trunk_layer: attention of one layer, forward; with the FFN in a dense model.
-        router: one router, forward.
-        expert: one expert, forward; 0 in a dense model.
-        head: output projection, forward.
-        trunk, pool: all that a token costs on either role, forward (Ta and Te of the split).
+        trunk_layer: Attention of one layer, forward; in a dense model with the FFN.
+        router: One router, forward.
+        expert: One expert, forward; 0 in a dense model.
+        head: Output projection, forward.
+        trunk, pool: Everything that a token costs on either role, forward.
         forward: trunk + pool.
-        training: forward and backward.
+        training: Forward and backward.
     """
 
     trunk_layer: int
@@ -117,7 +118,7 @@ def _ffn_weights(recipe: Recipe) -> int:
 
 
 def count_parameters(recipe: Recipe) -> Parameters:
-    """Parameters of `trainer.model.trunk.Trunk` and of all `pool.shard.ExpertShard`s together."""
+    """Count the parameters of `trainer.model.trunk.Trunk` and of all `pool.shard.ExpertShard`s together."""
     m = recipe.model
     backbone = 2 * m.vocab * m.hidden + m.layers * (_attention_weights(recipe) + 2 * m.hidden) + m.hidden
     if m.ffn == "dense":
@@ -131,7 +132,7 @@ def count_parameters(recipe: Recipe) -> Parameters:
 
 
 def count_flops(recipe: Recipe) -> Flops:
-    """FLOPs a token; attention's scores and weighted sum cost 2 S D, half of what they would without the mask."""
+    """Count FLOPs per token. Causal attention costs 2 S D per layer, half of what it would cost without the mask."""
     m = recipe.model
     dense = m.ffn == "dense"
     ffn = 2 * _ffn_weights(recipe)
@@ -144,26 +145,37 @@ def count_flops(recipe: Recipe) -> Flops:
     return Flops(layer, router, 0 if dense else ffn, head, trunk, pool, forward, 3 * forward)
 
 
+def served_trunk_ranks(recipe: Recipe) -> int:
+    """Number of trunk ranks that the busiest pool rank serves."""
+    return math.ceil(recipe.grid.trunk_ranks / recipe.grid.replicas)
+
+
+def compute_bytes(recipe: Recipe) -> int:
+    """Bytes of a number in the precision of the computation."""
+    return 2 if recipe.train.precision == "bf16" else FP32
+
+
 def estimate_memory(recipe: Recipe, lanes: int) -> tuple[Memory, ...]:
-    """Bytes a rank, for each role of the recipe's layout, with `lanes` micro-batches in flight."""
+    """Estimate the bytes on a rank of each role in the recipe's layout, with `lanes` micro-batches in flight."""
     in_flight = 1 if recipe.model.ffn == "dense" else min(lanes, recipe.micro_batches)
-    trunk = _learning(recipe, _trunk_memory(recipe, in_flight))
+    trunk = _without_frozen(recipe, _trunk_memory(recipe, in_flight))
     if recipe.model.ffn == "dense":
         return (trunk,)
-    pool = _learning(recipe, _pool_memory(recipe, in_flight))
+    pool = _without_frozen(recipe, _pool_memory(recipe, in_flight))
     if not recipe.grid.colocated:
         return trunk, pool
     both = {name: getattr(trunk, name) + getattr(pool, name) for name in ("parameters", *MEMORY_KINDS)}
     return (Memory(role="trunk + pool", ranks=trunk.ranks, **both),)
 
 
-def _learning(recipe: Recipe, memory: Memory) -> Memory:
-    """What is frozen has neither gradients nor an optimizer."""
+def fullest_rank(recipe: Recipe, lanes: int) -> int:
+    """Estimate the bytes on the rank that needs most memory."""
+    return max(memory.total for memory in estimate_memory(recipe, lanes))
+
+
+def _without_frozen(recipe: Recipe, memory: Memory) -> Memory:
+    """A frozen role has neither gradients nor an optimizer."""
     return replace(memory, gradients=0, optimizer=0, stash=0) if recipe.train.freeze == memory.role else memory
-
-
-def _compute_bytes(recipe: Recipe) -> int:
-    return 2 if recipe.train.precision == "bf16" else FP32
 
 
 def _state(parameters: int, zero: int, ranks: int) -> tuple[int, int]:
@@ -176,14 +188,14 @@ def _state(parameters: int, zero: int, ranks: int) -> tuple[int, int]:
 
 
 def _trunk_memory(recipe: Recipe, in_flight: int) -> Memory:
-    m, p, compute = recipe.model, recipe.parallel, _compute_bytes(recipe)
+    m, p, compute = recipe.model, recipe.parallel, compute_bytes(recipe)
     parameters = count_parameters(recipe).trunk
     weights, optimizer = _state(parameters, p.trunk_zero, p.trunk_ranks)
     tokens = recipe.train.micro_batch * m.seq_len
     dense = m.ffn == "dense"
     layer_weights = _attention_weights(recipe) + (_ffn_weights(recipe) if dense else 0)
     if recipe.train.recompute and not dense:
-        # A layer keeps its inputs: the residual stream and the experts' answer. One layer at a time is there in full.
+        # A layer keeps its inputs, the residual stream and the experts' answer; one layer at a time is kept in full.
         inputs = (FP32 + compute * recipe.router.top_k) * m.hidden
         kept = in_flight * m.layers * inputs + _layer_activations(recipe)
         cast = max(layer_weights, m.vocab * m.hidden)
@@ -207,8 +219,8 @@ def _trunk_memory(recipe: Recipe, in_flight: int) -> Memory:
 
 
 def _layer_activations(recipe: Recipe) -> int:
-    """Bytes a token that one layer of the trunk keeps for backward."""
-    m, compute = recipe.model, _compute_bytes(recipe)
+    """Bytes per token that one layer of the trunk keeps for backward."""
+    m, compute = recipe.model, compute_bytes(recipe)
     D, KV, F, K, M = m.hidden, _kv_hidden(recipe), m.ffn_hidden, recipe.router.top_k, recipe.experts_per_layer
     # the input of qkv; q and k rotated; qkv, for v; attention's output, twice
     attention = compute * (5 * D + 3 * KV)
@@ -223,22 +235,19 @@ def _layer_activations(recipe: Recipe) -> int:
 
 
 def pool_row_bytes(recipe: Recipe) -> tuple[int, int]:
-    """Bytes that a pool rank keeps of a row until its backward, and of one in the stash."""
-    D, F = recipe.model.hidden, recipe.model.ffn_hidden
-    compute = _compute_bytes(recipe)
+    """Bytes of a row that a pool rank keeps until its backward, and of one with deferred weight gradients."""
+    D, F, compute = recipe.model.hidden, recipe.model.ffn_hidden, compute_bytes(recipe)
     # x and both halves of the hidden activations; x, dH, the activation and dy
     return compute * (D if recipe.pool.recompute else D + 2 * F), compute * (2 * D + 3 * F)
 
 
 def _pool_memory(recipe: Recipe, in_flight: int) -> Memory:
-    m, topology, compute = recipe.model, recipe.grid, _compute_bytes(recipe)
+    m, topology, compute = recipe.model, recipe.grid, compute_bytes(recipe)
     parameters = count_parameters(recipe).pool // topology.expert_parallel
     weights, optimizer = _state(parameters, recipe.parallel.pool_zero, topology.replicas)
-    trunk_ranks_served = -(-topology.trunk_ranks // topology.replicas)
-    assignments = trunk_ranks_served * recipe.train.micro_batch * m.seq_len * recipe.router.top_k * m.layers
+    assignments = served_trunk_ranks(recipe) * recipe.train.micro_batch * m.seq_len * recipe.router.top_k * m.layers
     rows = -(-assignments // topology.expert_parallel)
-    kept, stashed = pool_row_bytes(recipe)
-    stash = rows * recipe.micro_batches * stashed
+    kept, deferred = pool_row_bytes(recipe)
     return Memory(
         role="pool",
         ranks=topology.pool_ranks,
@@ -250,5 +259,5 @@ def _pool_memory(recipe: Recipe, in_flight: int) -> Memory:
         activations=0,
         logits=0,
         expert_activations=in_flight * rows * kept,
-        stash=min(recipe.pool.stash_bytes, stash),
+        stash=min(recipe.pool.stash_bytes, rows * recipe.micro_batches * deferred),
     )

@@ -1,4 +1,4 @@
-"""The service plans of a run: the same on every rank, and on every start of the run."""
+"""The schedules of a run: the same on every rank, and on every start of the run."""
 
 from __future__ import annotations
 
@@ -7,25 +7,28 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, Field, TypeAdapter, model_validator
+from pydantic import BaseModel, Field, model_validator
 
-from pool.schedule import PoolSchedule, forward_only_plan
-from pool.schedule_builder import Costs, evaluation_plan, training_plan
+from pool.schedule import PoolSchedule, generation_schedule
+from pool.schedule_builder import Costs, build_evaluation_schedule, build_training_schedule
 from trainer.common.errors import UserError
 from trainer.common.strict_json import dumps
 from trainer.config.recipe import Recipe
-from trainer.planning.lanes import choose_lanes
+from trainer.planning.hardware import costs_in_seconds, find_hardware
+from trainer.planning.lanes import choose_fitting_lanes, choose_lanes
 from trainer.planning.model_costs import count_flops
 
 LAUNCH_SHARE = 0.4
-"""Cost of a slot however small, as a share of one request's: the weights' way through memory. Measured on a CPU with 32
-rows an expert (tests/benchmarks/results)."""
+"""Cost of a launch, which reads a shard's weights from memory, over one request's cost. Measured on a CPU with 32 rows
+per expert (tests/benchmarks/results)."""
 TRANSFER_SHARE = 0.1
-"""Cost of a request's way over the wire, as a share of a trunk layer's."""
+"""Cost of sending a request over the wire, as a share of a trunk layer's cost."""
+LANES_OF_UNKNOWN_MEMORY = 4
+"""Most lanes to choose where the memory is not known; each lane keeps a micro-batch's activations."""
 
 
 def nominal_costs(recipe: Recipe) -> Costs:
-    """Costs of one micro-batch's pieces, in FLOPs a token of a rank of either role."""
+    """Estimate the costs of one micro-batch's pieces, in FLOPs per token of a rank of either role."""
     flops = count_flops(recipe)
     trunk_layer = flops.trunk_layer + flops.router
     pool_layer = recipe.router.top_k * flops.expert / recipe.grid.expert_parallel
@@ -42,30 +45,27 @@ Cost = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class _Saved(BaseModel):
-    """plan.json."""
+    """The content of `plan.json`."""
 
     shape: dict[str, Any]
     lanes: Annotated[int, Field(ge=1, le=1024)]
     costs: dict[str, Cost]
 
     @model_validator(mode="after")
-    def _whole(self) -> Self:
+    def _has_all_costs(self) -> Self:
         if {field.name for field in fields(Costs)} != self.costs.keys():
-            raise ValueError("its costs are others")
+            raise ValueError("its costs have other names")
         return self
-
-
-_SAVED = TypeAdapter(_Saved)
-
-LANES_OF_UNKNOWN_MEMORY = 4
-"""Chosen where the memory is not known: each lane keeps a micro-batch's activations."""
 
 
 @dataclass(frozen=True)
 class ScheduleSpec:
-    """How a run goes through its micro-batches: lanes, and the costs that its plans are made from.
+    """What the schedules of a run are made from; it is kept in the run's folder, so that a resumed run has the same.
 
-    Kept in the run's folder: a resumed run has the plans of its first start.
+    Attributes:
+        recipe: The recipe.
+        lanes: Micro-batches that a trunk rank has in flight at most.
+        costs: Estimated times of a micro-batch's pieces.
     """
 
     recipe: Recipe
@@ -74,74 +74,72 @@ class ScheduleSpec:
 
     @cached_property
     def step(self) -> PoolSchedule:
-        """The plan of an optimizer step."""
+        """The schedule of an optimizer step."""
         r = self.recipe
         stagger = r.parallel.stagger
-        return training_plan(r.grid, r.model.layers, r.micro_batches, self.lanes, stagger, self.costs)
+        return build_training_schedule(r.grid, r.model.layers, r.micro_batches, self.lanes, stagger, self.costs)
 
     def evaluation(self, micro_batches: int) -> PoolSchedule:
-        """The plan of an evaluation on `micro_batches` of each trunk rank."""
-        return evaluation_plan(self.recipe.grid, self.recipe.model.layers, micro_batches, self.lanes, self.costs)
+        """The schedule of an evaluation on `micro_batches` per trunk rank."""
+        r = self.recipe
+        return build_evaluation_schedule(r.grid, r.model.layers, micro_batches, self.lanes, self.costs)
 
     def generation(self, tokens: int) -> PoolSchedule:
-        """The plan of a generation on every trunk rank: each token waits for the one before."""
-        layers, ranks = self.recipe.model.layers, self.recipe.grid.trunk_ranks
-        slots = tuple(forward_only_plan(range(ranks), tokens, layers))
-        return PoolSchedule(slots, ((0,) * (layers + 1),) * ranks, 0.0, 0.0, 0.0)
+        """The schedule of a generation on every trunk rank, where each token waits for the one before."""
+        return generation_schedule(self.recipe.grid.trunk_ranks, tokens, self.recipe.model.layers)
 
     def to_json(self) -> str:
-        """For the run's folder, and for the other ranks."""
+        """JSON text for the run's folder and for the other ranks."""
         return dumps({"shape": _shape(self.recipe), "lanes": self.lanes, "costs": asdict(self.costs)})
 
     @classmethod
     def from_json(cls, recipe: Recipe, text: str) -> ScheduleSpec | None:
-        """What `to_json` gave; None if that was of another shape or layout.
+        """Read what `to_json` wrote; None if that was for a model or layout of another shape.
 
         Raises:
-            ValueError: it is something else.
+            ValueError: The text is something else.
         """
-        saved = _SAVED.validate_json(text)
+        saved = _Saved.model_validate_json(text)
         if saved.shape != _shape(recipe) or recipe.parallel.lanes not in (None, saved.lanes):
             return None
         return cls(recipe, saved.lanes, Costs(**saved.costs))
 
 
 def make_schedule(recipe: Recipe) -> ScheduleSpec:
-    """Costs from the recipe's hardware or, without one, from FLOPs; lanes from the recipe or the simulator.
+    """Choose costs and lanes: from the recipe's hardware or, without one, from FLOPs.
 
-    Of known hardware the lanes fill the memory at most, of unknown there are four at most.
+    The recipe's own lanes are kept. Otherwise as few are chosen as are fast: on known hardware at most as many as fit
+    into memory, on unknown hardware at most four.
 
     Raises:
         UserError: parallel.hardware is neither a known name nor a profile.
     """
     p = recipe.parallel
     if p.hardware:
-        from trainer.planning.hardware import find_hardware, seconds
-        from trainer.planning.step_time import fitting_lanes
-
         hardware = find_hardware(p.hardware, "parallel.hardware =")
-        return ScheduleSpec(recipe, p.lanes or max(1, fitting_lanes(recipe, hardware)), seconds(recipe, hardware))
+        lanes = p.lanes or max(1, choose_fitting_lanes(recipe, hardware))
+        return ScheduleSpec(recipe, lanes, costs_in_seconds(recipe, hardware))
     costs = nominal_costs(recipe)
     return ScheduleSpec(recipe, p.lanes or choose_lanes(recipe, costs, LANES_OF_UNKNOWN_MEMORY), costs)
 
 
 def schedule_of(recipe: Recipe, file: Path, resume: bool) -> ScheduleSpec:
-    """The run's saved schedule if it resumes in the same shape and layout, else a new one.
+    """Return the run's saved schedule if it resumes with the same shape and layout, else a new one.
 
     Raises:
-        UserError: the file is damaged.
+        UserError: The file is damaged.
     """
     saved = None
     if resume and file.exists():
         try:
             saved = ScheduleSpec.from_json(recipe, file.read_text())
         except (OSError, ValueError):
-            raise UserError(f"{file}: is damaged; remove it, and the run makes a new plan") from None
+            raise UserError(f"{file}: is damaged; delete it, and the run will make a new schedule") from None
     return saved or make_schedule(recipe)
 
 
 def _shape(recipe: Recipe) -> dict[str, Any]:
-    """What costs depend on."""
+    """What the costs depend on."""
     p, m = recipe.parallel, recipe.model
     return {
         "model": m.model_dump(mode="json"),

@@ -1,18 +1,15 @@
-"""The mixture-of-experts layers of a model, seen and rerouted: the only file of the probes that knows model classes.
+"""The mixture-of-experts layers of a model: the only file of the probes that knows model classes.
 
-In all of them a layer's router is a module that returns (..., topk_scores_TK, topk_expert_ids_TK), and its experts are
-a module that is called with these and keeps its weights as stacks over the experts. What differs is inside the router:
-softmax, sigmoid or eq. 7; gate values that are renormalised or scaled; a choice limited to groups of experts, or moved
-by a bias. So one hook on the router sees and replaces the choice of each, and gate values stay what the family makes
-them. Shared experts, which every token meets, are beside the router and never touched; layers with one FFN are left
-out.
+In all supported models, a layer's router is a module that returns (..., topk_scores_TK, topk_expert_ids_TK), and its
+experts are a module that is called with these and keeps its weights as stacks. The families differ inside the router,
+so a hook on it can observe and replace the choice in all of them, and gate values stay what the family makes them.
+Shared experts, which process every token, are beside the router; they and layers with one FFN stay untouched.
 
-Letters: T tokens, D hidden, F expert width, K choices a token, E experts of a bank.
+Dimensions: T tokens, D hidden size, F expert width, K experts per token, E experts of a bank.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -22,28 +19,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging
 
 from trainer.common.errors import UserError
-from trainer.common.machine import limit_threads
+from trainer.common.machine import pick_device
 from trainer.export.configuration_unipool import UniPoolConfig
-from trainer.export.folder import first_line, load_export, read_object
-from trainer.export.generate import load_run
-from trainer.export.source import SavedRun, find_run
+from trainer.export.folder import first_line, read_object
+from trainer.export.loaded_model import LoadedModel, load_model, prepare_libraries
 
 UNIPOOL = UniPoolConfig.model_type
 FAMILIES = ("qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "olmoe", "mixtral")
-"""Values of `model_type` that are known beside our own: in each a layer has experts of its own."""
+"""Supported values of `model_type` besides our own. In these models, each layer has its own experts."""
 
 
 @dataclass(frozen=True)
 class Bank:
-    """Experts that one or more layers choose among: the pool, a sub-pool, or a layer's own.
+    """The experts that one or more layers choose from: the pool, a sub-pool, or a layer's own experts.
 
     Attributes:
-        first: global id of its first expert; ids go on from bank to bank.
-        module: the model's own, which may hold other banks too.
-        offset: number of the bank's first expert within the module.
+        first: The global id of the first expert; ids count through all banks.
+        experts: The number of experts, E.
+        module: The model's module of experts, which may contain other banks too.
+        offset: The index of the bank's first expert in the module.
     """
 
     first: int
@@ -53,18 +49,18 @@ class Bank:
 
     @property
     def width(self) -> int:
-        """F of its experts."""
+        """The width F of an expert."""
         return int(self.module.down_proj.shape[-1])
 
     def weights(self, units: slice) -> Tensor:
-        """What some hidden units of each expert read and write, fp32: (E, 3 * D * units)."""
+        """Return the weights of some hidden units of each expert, fp32, (E, 3 * D * units)."""
         own = slice(self.offset, self.offset + self.experts)
         w1_EFD, w3_EFD = self.module.gate_up_proj[own].chunk(2, dim=1)
         stacks = [w1_EFD[:, units], w3_EFD[:, units], self.module.down_proj[own, :, units]]
         return torch.cat([stack.flatten(1).float() for stack in stacks], dim=1)
 
     def run(self, expert: int, x_TD: Tensor) -> Tensor:
-        """e(x) of its expert number `expert`, from 0, for every token: without gate values."""
+        """Return the output e(x) of the bank's expert number `expert`, without gate values."""
         ids_T1 = torch.full((len(x_TD), 1), self.offset + expert, device=x_TD.device)
         gates_T1 = torch.ones_like(ids_T1, dtype=x_TD.dtype)
         y_TD: Tensor = self.module(x_TD, ids_T1, gates_T1)
@@ -73,111 +69,101 @@ class Bank:
 
 @dataclass(frozen=True)
 class MoELayer:
-    """A layer that chooses experts.
-
-    Attributes:
-        number: of the decoder layer, from 0; layers with one FFN count.
-        bank: what its router chooses among.
-    """
+    """A layer with a router: its number among all layers of the model, and the bank that it chooses from."""
 
     number: int
     router: nn.Module
     bank: Bank
-    top_k: int
 
 
 @dataclass(frozen=True)
 class MoEModel:
-    """A model and its mixture-of-experts layers.
+    """A model and its mixture-of-experts layers."""
 
-    Attributes:
-        name: for titles.
-        depth: decoder layers, those with one FFN too.
-        banks: in the order of their layers.
-        any_expert: whether a layer can run the experts of another bank too.
-        window: positions that the model was made for.
-    """
-
-    name: str
-    model: Any
-    depth: int
+    loaded: LoadedModel
     layers: tuple[MoELayer, ...]
-    banks: tuple[Bank, ...]
-    any_expert: bool
-    window: int
+
+    @property
+    def name(self) -> str:
+        """The name in titles."""
+        return self.loaded.path.name
+
+    @property
+    def model(self) -> Any:
+        """The model of transformers."""
+        return self.loaded.model
+
+    @property
+    def banks(self) -> tuple[Bank, ...]:
+        """All banks, in the order of their layers."""
+        return tuple(dict.fromkeys(layer.bank for layer in self.layers))
 
     @property
     def experts(self) -> int:
-        """Of all banks."""
+        """The number of experts in all banks."""
         return sum(bank.experts for bank in self.banks)
 
     @property
     def top_k(self) -> int:
-        """K, the same in all layers."""
-        return self.layers[0].top_k
+        """The number of experts per token, K."""
+        return int(self.layers[0].router.top_k)  # type: ignore[arg-type]
+
+    @property
+    def any_expert(self) -> bool:
+        """Whether a layer can use the experts of other banks."""
+        return bool(self.model.config.model_type == UNIPOOL)
 
     @property
     def layer_private(self) -> bool:
-        """Whether no two layers choose among the same experts."""
+        """Whether no two layers share experts."""
         return len(self.banks) == len(self.layers) > 1
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What a router made of some tokens.
-
-    Attributes:
-        x_TD: what it read, and the experts get.
-        topk_scores_TK: gate values.
-        topk_expert_ids_TK: global ids.
-    """
+    """A router's choice for some tokens: its inputs, gate values, and global ids of experts."""
 
     x_TD: Tensor
     topk_scores_TK: Tensor
     topk_expert_ids_TK: Tensor
 
 
-@dataclass(frozen=True)
-class Source:
-    """What is probed. `run` is None for an export or a Hugging Face model."""
-
-    model: MoEModel
-    tokenizer: Any
-    run: SavedRun | None
+See = Callable[[MoELayer, Choice], None]
 
 
 @contextmanager
-def observed(model: MoEModel, see: Callable[[MoELayer, Choice], None]) -> Iterator[None]:
-    """Shows `see` every layer's choices, in the order of the layers, in each forward inside the `with`.
+def observed(model: MoEModel, see: See) -> Iterator[None]:
+    """Call `see` for every layer, in order, in each forward pass inside the `with`.
 
-    Reroutings that were entered before are seen as they came out.
+    Choices are seen as replaced by an outer `rerouted`.
     """
 
-    def show(layer: MoELayer) -> Callable[[nn.Module, Any, Any], None]:
+    def hook_of(layer: MoELayer) -> Callable[[nn.Module, Any, Any], None]:
         def hook(_router: nn.Module, inputs: Any, output: Any) -> None:
             *_, scores_TK, ids_TK = output
-            see(layer, Choice(inputs[0].flatten(0, -2), scores_TK, ids_TK + _to_global(layer)))
+            see(layer, Choice(inputs[0].flatten(0, -2), scores_TK, ids_TK + layer.bank.first))
 
         return hook
 
     with ExitStack() as hooks:
         for layer in model.layers:
-            hooks.callback(layer.router.register_forward_hook(show(layer)).remove)
+            hooks.callback(layer.router.register_forward_hook(hook_of(layer)).remove)
         yield
 
 
 @contextmanager
 def rerouted(layer: MoELayer, choose: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Lets `choose` replace the experts of a layer in each forward inside the `with`; gate values stay.
+    """Replace the experts of a layer, but not the gate values, in each forward pass inside the `with`.
 
     Args:
-        choose: from the learned global ids (T, K) to those to use, of the layer's bank, or where the model has
-            `any_expert` of any bank; the k-th gets the gate value of the learned k-th.
+        layer: The layer.
+        choose: Maps the learned global ids (T, K) to the ids to use, which must be of the layer's bank unless the model
+            has `any_expert`. The k-th expert gets the gate value of the learned k-th expert.
     """
 
     def hook(_router: nn.Module, _inputs: Any, output: Any) -> tuple[Tensor, ...]:
         *kept, ids_TK = output
-        return (*kept, choose(ids_TK + _to_global(layer)) - _to_global(layer))
+        return (*kept, choose(ids_TK + layer.bank.first) - layer.bank.first)
 
     handle = layer.router.register_forward_hook(hook)
     try:
@@ -186,107 +172,76 @@ def rerouted(layer: MoELayer, choose: Callable[[Tensor], Tensor]) -> Iterator[No
         handle.remove()
 
 
-def _to_global(layer: MoELayer) -> int:
-    """A router numbers its experts from 0."""
-    return layer.bank.first
-
-
-def adapt(model: Any, name: str) -> MoEModel:
-    """Finds the mixture-of-experts layers of a transformers model.
+def adapt(loaded: LoadedModel) -> MoEModel:
+    """Find the mixture-of-experts layers of a model.
 
     Raises:
-        UserError: a model of no known type, or a dense one.
+        UserError: The model's type is not supported, or the model is dense.
     """
-    _check_type(name, model.config.model_type)
-    blocks = model.model.layers
-    found = _unipool_layers(model) if model.config.model_type == UNIPOOL else _layers_with_own_experts(blocks)
-    if not found:
-        raise UserError(f"{name}: is a dense model; probes look at how a mixture of experts routes")
-    banks = tuple({layer.bank.first: layer.bank for layer in found}.values())
-    window = model.config.max_position_embeddings
-    return MoEModel(name, model, len(blocks), tuple(found), banks, model.config.model_type == UNIPOOL, window)
-
-
-def _unipool_layers(model: Any) -> list[MoELayer]:
-    """Of one of our models: all banks are parts of its one pool."""
-    if model.config.ffn == "dense":
-        return []
-    size = model.config.num_experts // model.config.num_expert_groups
-    return [
-        MoELayer(
-            number,
-            block.router,
-            Bank(block.first_expert, size, model.model.experts, block.first_expert),
-            block.router.top_k,
-        )
-        for number, block in enumerate(model.model.layers)
-    ]
-
-
-def _layers_with_own_experts(blocks: Any) -> list[MoELayer]:
-    """Of one of FAMILIES. The first layers, or every few, may have one FFN."""
-    found: list[MoELayer] = []
-    first = 0
-    for number, block in enumerate(blocks):
-        if not hasattr(block.mlp, "experts"):
+    model, layers, first = loaded.model, list[MoELayer](), 0
+    _check_type(loaded.path, model.config.model_type)
+    for number, block in enumerate(model.model.layers):
+        if model.config.model_type == UNIPOOL and model.config.ffn == "pool":
+            size = model.config.num_experts // model.config.num_expert_groups
+            router, bank = block.router, Bank(block.first_expert, size, model.model.experts, block.first_expert)
+        elif hasattr(block.mlp, "experts"):
+            router, bank = block.mlp.gate, Bank(first, block.mlp.experts.num_experts, block.mlp.experts, 0)
+            first += bank.experts
+        else:
             continue
-        bank = Bank(first, block.mlp.experts.num_experts, block.mlp.experts, 0)
-        first += bank.experts
-        found.append(MoELayer(number, block.mlp.gate, bank, block.mlp.gate.top_k))
-    return found
+        layers.append(MoELayer(number, router, bank))
+    if not layers:
+        raise UserError(f"{loaded.path}: is a dense model; probes require a mixture of experts")
+    return MoEModel(loaded, tuple(layers))
 
 
-def load(source: str, own_text: bool) -> Source:
-    """Model (for evaluation, on the GPU where there is one) and tokenizer of what is to be probed.
+def load(source: str, own_text: bool) -> MoEModel:
+    """Load a run, a checkpoint, an export of format hf, or a model of FAMILIES (a folder, or a name on the hub).
 
     Args:
-        source: a run, a checkpoint of it, an export of format hf, or a model of FAMILIES: its folder, or its name on
-            the Hugging Face hub.
-        own_text: whether text of its own will be read, which only a run has.
+        source: What to load.
+        own_text: Whether its own held-out text will be read, which only a run has.
 
     Raises:
-        UserError: it is none of these, or not whole, or has no text of its own.
+        UserError: `source` is none of these, is incomplete, or has no text of its own.
     """
-    limit_threads()
-    logging.set_verbosity_error()
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
-    path, run = Path(source), None
-    if path.is_dir() and not (path / "config.json").is_file():
-        run = find_run(path)
-        model, tokenizer = load_run(path)
-    elif own_text:
-        raise UserError(f"{source}: give a text to read with --text: only a run knows what it has held out")
-    elif _type_in(path) == UNIPOOL:
-        model, tokenizer = load_export(path)
-    elif not path.is_dir() and path.parent != Path() and path.parent.is_dir():  # NAME/NAME may be on the hub
+    path = Path(source)
+    is_run = path.is_dir() and not (path / "config.json").is_file()
+    if own_text and not is_run:
+        raise UserError(f"{source}: only a run has held-out text; give a text with --text FILE")
+    if is_run or (path.is_dir() and read_object(path / "config.json").get("model_type") == UNIPOOL):
+        return adapt(load_model(path))
+    if not path.is_dir() and path.parent != Path() and path.parent.is_dir():  # otherwise, NAME/NAME may be on the hub
         raise UserError(f"{source}: no such folder")
-    else:
-        model, tokenizer = _load_hugging_face(source, is_folder=path.is_dir())
-    model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    return Source(adapt(model, path.name), tokenizer, run)
+    return adapt(_load_hugging_face(path))
 
 
-def _type_in(path: Path) -> str | None:
-    """`model_type` by a folder's config.json; None where there is no such file."""
-    return read_object(path / "config.json").get("model_type") if path.is_dir() else None
-
-
-def _load_hugging_face(source: str, is_folder: bool) -> tuple[Any, Any]:
-    """Runs no code that comes with the model."""
+def _load_hugging_face(path: Path) -> LoadedModel:
+    """Load a model of FAMILIES, without running code that comes with it."""
+    prepare_libraries()
+    name, is_folder = str(path), path.is_dir()
     try:
-        _check_type(source, AutoConfig.from_pretrained(source, local_files_only=is_folder).model_type)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", local_files_only=is_folder)
-        return model, AutoTokenizer.from_pretrained(source, local_files_only=is_folder)
+        _check_type(path, AutoConfig.from_pretrained(name, local_files_only=is_folder).model_type)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype="auto", local_files_only=is_folder)
+        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=is_folder)
     except UserError:
         raise
-    except Exception as error:  # transformers, the hub, safetensors and tokenizers each have their own
+    except Exception as error:  # transformers, the hub, safetensors and tokenizers each raise their own kinds
         reason = f"({type(error).__name__}: {first_line(error)})"
         if is_folder:
-            raise UserError(f"{source}: no whole model of Hugging Face transformers {reason}") from error
-        raise UserError(f"{source}: no such folder, and not to be had from the Hugging Face hub {reason}") from error
+            raise UserError(f"{path}: is not a complete model of Hugging Face transformers {reason}") from error
+        raise UserError(f"{path}: no such folder, and not available on the Hugging Face hub {reason}") from error
+    if (tokenizer.eos_token_id or 0) >= model.config.vocab_size:
+        raise UserError(
+            f"{path}: eos_token in tokenizer_config.json is {tokenizer.eos_token!r}, which is not in the model's "
+            "vocabulary; correct it"
+        )
+    return LoadedModel(path, model.to(pick_device(None)).eval(), tokenizer, None)
 
 
-def _check_type(name: str, kind: str) -> None:
+def _check_type(path: Path, kind: str) -> None:
     if kind not in (UNIPOOL, *FAMILIES):
-        raise UserError(f"{name}: is a model of type {kind}; probes know runs, their exports, {', '.join(FAMILIES)}")
+        raise UserError(
+            f"{path}: models of type {kind} are not supported; give a run, an export, or a model of type "
+            f"{', '.join(FAMILIES)}"
+        )

@@ -1,11 +1,10 @@
-"""What the learned choice of experts is worth: METHOD.md, probe 1 (routing randomisation)."""
+"""The value of the learned choice of experts: the loss with random experts in one layer (routing randomisation)."""
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,12 +12,12 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from trainer.common.errors import UserError
+from trainer.common.figure_style import add_legend, new_figure, panel_title
 from trainer.model.random_routing import seeded
-from trainer.probe.accuracy import Accuracies, Accuracy, Exam, accuracy
-from trainer.probe.adapters import Choice, MoELayer, MoEModel, observed, rerouted
-from trainer.probe.effects import OVERS, WHAT, Effect, Over, effect_table, over_layers, plot_effects, spread_of
-from trainer.probe.output import INK
-from trainer.probe.text import Text, mean_loss, progress
+from trainer.probe.accuracy import Accuracies, Accuracy, accuracies, accuracy, score_learned
+from trainer.probe.adapters import MoELayer, MoEModel, observed, rerouted
+from trainer.probe.effects import OVERS, WHAT, Effects, Over, effect_table, mean_and_spread, over_layers, plot_effects
+from trainer.probe.text import ExpertCounts, Text, mean_loss, progress
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -28,13 +27,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Randomised:
-    """One layer with random experts.
+    """The loss with random experts in one layer.
 
     Attributes:
-        over, experts: from which, and how many, they were drawn.
-        losses: of every draw, nats a token.
-        increase: mean over the draws, over the learned routing's loss.
-        spread: standard deviation over the draws; None for one.
+        over: The protocol: which experts were drawn from; `experts` is their number.
+        losses: The loss of each draw in nats per token.
+        increase: The mean increase over the loss of the learned routing.
+        spread: The standard deviation over the draws; None for one draw.
     """
 
     layer: int
@@ -47,7 +46,7 @@ class Randomised:
 
 @dataclass(frozen=True)
 class Mean:
-    """The mean over the layers; `spread` is the standard deviation of that mean over the draws."""
+    """The mean increase over the layers, and its standard deviation over the draws."""
 
     over: Over
     increase: float
@@ -56,7 +55,7 @@ class Mean:
 
 @dataclass(frozen=True)
 class Randomization:
-    """A `Result`. `loss` is that of the learned routing; `accuracy` is None without tasks."""
+    """The result of the probe. `loss` is that of the learned routing; `accuracy` is None without tasks."""
 
     model: str
     text: str
@@ -67,9 +66,6 @@ class Randomization:
     layers: tuple[Randomised, ...]
     means: tuple[Mean, ...]
     accuracy: Accuracy | None
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
     def rows(self) -> list[dict[str, Any]]:
         losses = [
@@ -82,57 +78,56 @@ class Randomization:
             return losses
         return [loss | own for loss, own in zip(losses, self.accuracy.rows(), strict=True)]
 
-    def effects(self) -> list[Effect]:
-        means = [Effect(None, m.over, m.increase, m.spread) for m in self.means]
-        return [Effect(r.layer, r.over, r.increase, r.spread) for r in self.layers] + means
+    def effects(self) -> Effects:
+        by_layer = {(r.layer, r.over): (r.increase, r.spread) for r in self.layers}
+        return by_layer | {(None, m.over): (m.increase, m.spread) for m in self.means}
 
     def tables(self) -> list[Table]:
-        title = f"{self.model}: loss with random experts in one layer, {self.text}"
-        losses = effect_table(title, self.effects(), "+z.4f")
+        title = f"{self.model}: loss increase in nats per token with random experts in one layer, {self.text}"
+        losses = effect_table(title, self.effects(), "z.4f")
         return [losses, *self.accuracy.tables(self.model)] if self.accuracy else [losses]
 
     def notes(self) -> list[str]:
         experts = {over: sorted({r.experts for r in self.layers if r.over == over}) for over in OVERS}
-        drawn = "; ".join(f"{WHAT[over]}: {', '.join(map(str, n))}" for over, n in experts.items() if n)
+        drawn = "; ".join(f"{', '.join(map(str, n))} from {WHAT[over]}" for over, n in experts.items() if n)
         spread = f"± is the standard deviation over {self.draws} draws. " if self.draws > 1 else ""
         return [
-            f"Learned routing: {self.loss:.4f} nats a token over {self.tokens:,} tokens; the table has the increase.",
-            f"{spread}Drawn from: {drawn}.",
-            "Gate values stay the learned ones; the experts alone are drawn, K different ones a token.",
+            f"The loss of the learned routing is {self.loss:.4f} nats per token over {self.tokens:,} tokens.",
+            f"{spread}Number of experts to draw from: {drawn}.",
+            "Only the experts are random, K distinct ones per token; gate values are the learned ones.",
             *(self.accuracy.notes() if self.accuracy else []),
         ]
 
     def draw(self) -> Figure:
-        """Increase by layer, a line a protocol with its spread, and the means; below it the same of accuracy's drop."""
+        """Plot the loss increase by layer, and below it the accuracy drop if it was measured."""
         panels = 2 if self.accuracy else 1
-        figure = Figure(figsize=(7, 1.4 + 3.2 * panels), dpi=120, layout="constrained")
+        figure = new_figure(7, 1.4 + 3.2 * panels)
         axes, *below = figure.subplots(panels, sharex=True, squeeze=False)[:, 0]
         labels = {mean.over: f"random over {WHAT[mean.over]}, mean {mean.increase:+z.4f}" for mean in self.means}
         if self.accuracy:
             for drop in self.accuracy.means:
                 labels[drop.over] += f" nats, {drop.drop:z.2f} points"
             plot_effects(below[0], self.accuracy.effects(), {})
-            learned = self.accuracy.learned.mean["acc"]
-            below[0].set_ylabel(f"accuracy drop, points (from {100 * learned:.1f} %)")
+            below[0].set_ylabel(f"accuracy drop, points (from {100 * self.accuracy.learned.mean['acc']:.1f} %)")
         plot_effects(axes, self.effects(), labels)
         axes.set_ylabel(f"loss increase, nats (from {self.loss:.3f})")
-        (below or [axes])[-1].set_xlabel("layer that is randomised", color=INK)
-        figure.legend(loc="outside lower center", frameon=False, fontsize=9, labelcolor=INK)
-        axes.set_title(f"{self.model}: random experts in one layer", loc="left", color=INK, fontsize=12)
+        (below or [axes])[-1].set_xlabel("randomised layer")
+        add_legend(figure, loc="outside lower center")
+        panel_title(axes, f"{self.model}: random experts in one layer")
         return figure
 
 
 @contextmanager
 def randomised(layer: MoELayer, candidates_C: Tensor, generator: torch.Generator) -> Iterator[None]:
-    """Every forward of the model inside the `with` has random experts in one layer.
+    """Use K distinct random experts per token in one layer, in every forward pass inside the `with`.
 
-    METHOD.md, "What the paper measured", probe 1: "in one layer of the deep half replace the learned top-k by uniform
-    random experts". Each token gets K different ones. Of the gate values METHOD.md says nothing: here the learned ones
-    stay, the k-th for the k-th random expert, so that the FFN keeps its size and only the choice is lost.
+    The paper does not say which gate values random experts have. Here the k-th gets the learned gate value of the k-th,
+    so that the FFN keeps its magnitude and only the choice is lost.
 
     Args:
-        candidates_C: global ids to draw from, on the CPU, at least K of them; see `candidates`.
-        generator: on the CPU, so that all devices draw the same.
+        layer: The layer.
+        candidates_C: At least K global ids to draw from uniformly, on the CPU.
+        generator: On the CPU, so that draws are the same on all devices.
     """
 
     def draw(ids_TK: Tensor) -> Tensor:
@@ -145,13 +140,10 @@ def randomised(layer: MoELayer, candidates_C: Tensor, generator: torch.Generator
 
 
 def candidates(model: MoEModel, layer: MoELayer, over: Over, matched: int, counts_E: Tensor) -> Tensor:
-    """Global ids to draw from.
+    """Return the global ids that a protocol draws from.
 
-    Args:
-        over: "layer": the experts that the layer chooses among; "pool": all of the model's; "matched": those that it
-            uses most.
-        matched: how many.
-        counts_E: the layer's assignments by expert of its bank, on held-out text.
+    "layer" draws from the layer's bank, "pool" from all experts, and "matched" from the `matched` experts that the
+    layer uses most; `counts_E` are the layer's assignments to the experts of its bank.
     """
     if over == "pool":
         return torch.arange(model.experts)
@@ -161,7 +153,7 @@ def candidates(model: MoEModel, layer: MoELayer, over: Over, matched: int, count
 
 
 def usual_overs(model: MoEModel, matched: int) -> tuple[Over, ...]:
-    """The protocols that differ from each other for this model, by METHOD.md: the pool is for models that share one."""
+    """Return the protocols that differ from each other for this model."""
     shared = model.any_expert and not model.layer_private
     usual = {
         "layer": len(model.banks) > 1 or not shared,
@@ -172,34 +164,30 @@ def usual_overs(model: MoEModel, matched: int) -> tuple[Over, ...]:
 
 
 def pick_layers(model: MoEModel, wanted: str) -> tuple[MoELayer, ...]:
-    """Layers by "deep" (numbers from half of the depth on), "all", or numbers and ranges as in "4,6-7".
+    """Return the layers that --layers names: "deep" for the deep half, "all", or numbers and ranges as in "4,6-7".
 
     Raises:
-        UserError: it is none of these, or a layer has no router.
+        UserError: It is none of these, or a layer has no router.
     """
-    by_number = {layer.number: layer for layer in model.layers}
     if wanted == "all":
         return model.layers
+    by_number = {layer.number: layer for layer in model.layers}
     if wanted == "deep":
-        deep = tuple(layer for layer in model.layers if 2 * layer.number >= model.depth)
-        if not deep:
-            raise UserError("--layers deep: no layer of the deep half has a router; give all")
-        return deep
-    picked: dict[int, MoELayer] = {}
-    for part in wanted.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise UserError(f"--layers {wanted}: give deep, all, or numbers and ranges as in 4,6-7")
-        for number in range(int(first), int(last if dash else first) + 1):
-            if number not in by_number:
-                raise UserError(
-                    f"--layers {wanted}: layer {number} has no router; those that have: "
-                    f"{', '.join(map(str, by_number))}"
-                )
-            picked[number] = by_number[number]
+        picked = {number for number in by_number if 2 * number >= len(model.model.model.layers)}
+    else:
+        picked = set()
+        for part in wanted.split(","):
+            first, dash, last = part.strip().partition("-")
+            if not first.isdecimal() or (dash and not last.isdecimal()):
+                raise UserError(f"--layers {wanted}: must be deep, all, or numbers and ranges as in 4,6-7")
+            for number in range(int(first), int(last if dash else first) + 1):
+                if number not in by_number:
+                    known = ", ".join(map(str, by_number))
+                    raise UserError(f"--layers {wanted}: layer {number} has no router; layers with one: {known}")
+                picked.add(number)
     if not picked:
-        raise UserError(f"--layers {wanted}: names no layer")
-    return tuple(picked[number] for number in sorted(picked))
+        raise UserError(f"--layers {wanted}: there is no such layer with a router; use --layers all")
+    return tuple(by_number[number] for number in sorted(picked))
 
 
 def randomize(
@@ -212,55 +200,51 @@ def randomize(
     seed: int = 0,
     score: Callable[[bool], Scores] | None = None,
 ) -> Randomization:
-    """The loss on `text` with each of `layers` randomised, one at a time, beside that of the learned routing.
+    """Measure the loss with each of `layers` randomised, one at a time.
 
-    A layer's draws depend on nothing but the seed, its number and the protocol; those for tasks are others.
+    The draws of a layer depend only on the seed, the layer's number and the protocol; tasks have draws of their own.
 
     Args:
-        overs: protocols (see `candidates`); default: those that differ.
-        matched: of how many most used experts the matched protocol draws; they are counted on the same text.
-        score: scores the model on tasks, as `Exam` takes it: then accuracy is measured too.
+        model: The model.
+        text: The text for the loss, and to count the most used experts on.
+        layers: The layers to randomise.
+        overs: The protocols (see `candidates`); by default `usual_overs`.
+        matched: The number of most used experts for the protocol "matched".
+        draws: The number of draws.
+        seed: The seed of the draws.
+        score: Scores the model on tasks, as `Tasks.score` does for a value of `brief`. None: accuracy is not measured.
 
     Raises:
-        UserError: a protocol that the model cannot have, or tasks without accuracy.
+        UserError: The model cannot have a protocol, or no task has an accuracy.
     """
     overs = overs or usual_overs(model, matched)
     if "pool" in overs and not model.any_expert:
-        raise UserError("--over pool: each layer of this model has experts of its own; give layer or matched")
+        raise UserError("--over pool: each layer of this model has its own experts; use layer or matched")
     if "matched" in overs and matched < model.top_k:
-        raise UserError(f"--matched {matched}: a token takes {model.top_k} different experts; give at least as many")
-    counts = {layer.number: torch.zeros(layer.bank.experts, dtype=torch.int64) for layer in model.layers}
-
-    def count(layer: MoELayer, choice: Choice) -> None:
-        own = (choice.topk_expert_ids_TK - layer.bank.first).flatten().cpu()
-        counts[layer.number] += torch.bincount(own, minlength=layer.bank.experts)
-
-    exam = Exam(model, score) if score else None
-    found, taken = [], list[tuple[int, Over, list[Accuracies]]]()
+        raise UserError(f"--matched {matched}: must be at least {model.top_k}, the number of experts per token")
+    learned, forwards = score_learned(model, score) if score else (None, 0)
     routings = len(layers) * len(overs) * draws
-    forwards = (1 + routings) * len(text.batches) + (routings * exam.forwards if exam else 0)
-    with progress("randomising", forwards) as done:
-        with observed(model, count):
-            loss = mean_loss(model, text, done)
+    counts, found, scored = ExpertCounts(model), list[Randomised](), list[tuple[int, Over, list[Accuracies]]]()
+    with progress("randomising", model, (1 + routings) * len(text.batches) + routings * forwards):
+        with observed(model, counts):
+            loss = mean_loss(model, text)
         for layer in layers:
             for over in overs:
-                ids_C = candidates(model, layer, over, matched, counts[layer.number])
-                losses, answers = [], []
+                ids_C = candidates(model, layer, over, matched, counts.by_layer[layer.number])
+                losses, answers = list[float](), list[Accuracies]()
                 for draw in range(draws):
                     numbers = (seed, draw, layer.number, OVERS.index(over))
                     with randomised(layer, ids_C, seeded(*numbers)):
-                        losses.append(mean_loss(model, text, done))
-                    if exam:
+                        losses.append(mean_loss(model, text))
+                    if score:
                         with randomised(layer, ids_C, seeded(*numbers, 1)):
-                            answers.append(exam.take(done))
-                increase = statistics.fmean(losses) - loss
-                found.append(Randomised(layer.number, over, len(ids_C), tuple(losses), increase, spread_of(losses)))
-                taken.append((layer.number, over, answers))
-    means = tuple(_mean_over_layers(over, loss, [r for r in found if r.over == over]) for over in overs)
-    drops = accuracy(exam.learned, taken) if exam else None
-    return Randomization(model.name, text.name, text.tokens, seed, draws, loss, tuple(found), means, drops)
-
-
-def _mean_over_layers(over: Over, loss: float, layers: Sequence[Randomised]) -> Mean:
-    by_draw = over_layers([r.losses for r in layers])
-    return Mean(over, statistics.fmean(by_draw) - loss, spread_of(by_draw))
+                            answers.append(accuracies(score(True)))
+                mean, spread = mean_and_spread(losses)
+                found.append(Randomised(layer.number, over, len(ids_C), tuple(losses), mean - loss, spread))
+                scored.append((layer.number, over, answers))
+    means = []
+    for over in overs:
+        mean, spread = mean_and_spread(over_layers([r.losses for r in found if r.over == over]))
+        means.append(Mean(over, mean - loss, spread))
+    drops = accuracy(learned, scored) if learned else None
+    return Randomization(model.name, text.name, text.tokens, seed, draws, loss, tuple(found), tuple(means), drops)

@@ -1,8 +1,9 @@
-"""How alike the experts of a bank are, in their weights and in what they make of the same tokens.
+"""How similar the experts of a bank are, in their weights and in their outputs for the same tokens.
 
-METHOD.md names no measure; here it is the cosine. Of weights: of all three matrices as one vector, hidden units in
-their order (two experts that differ by the order of their units alone look different, and by their outputs the same).
-Of outputs: of e_i(x) and e_j(x), without gate values, averaged over tokens of every layer that chooses among them.
+The paper names no measure; here it is the cosine. Weights are compared as one vector of all three matrices, with hidden
+units in their order: two experts that differ only in the order of their units look different by weights, and the same
+by outputs. Outputs e_i(x) and e_j(x) are compared without gate values, averaged over tokens of every layer that
+chooses from the bank.
 """
 
 from __future__ import annotations
@@ -22,22 +23,32 @@ from torch import Tensor
 from tqdm import tqdm
 
 from trainer.common.errors import UserError
-from trainer.probe.adapters import Bank, Choice, MoELayer, MoEModel, observed
-from trainer.probe.output import INK, SERIES, quiet, table
-from trainer.probe.text import Text, progress, read
+from trainer.common.figure_style import (
+    FAINT,
+    INK,
+    SERIES,
+    add_legend,
+    figure_title,
+    new_figure,
+    panel_title,
+    style_axes,
+)
+from trainer.common.tables import new_table
+from trainer.probe.adapters import Bank, Choice, MoELayer, MoEModel
+from trainer.probe.text import Text, read
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 _NUMBERS = 1 << 26
-"""Weights in memory at once as fp32."""
+"""Maximum weights in memory at once as fp32."""
 _PAIRS = 5
-"""Most alike pairs that are named."""
+"""Number of most similar pairs to report."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two experts, by global ids, and the cosines of their weights and outputs."""
+    """Two experts (global ids), and the cosines of their weights and outputs."""
 
     first: int
     second: int
@@ -47,7 +58,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Cosines:
-    """Over all pairs of different experts of a bank."""
+    """The mean, 95th percentile and maximum over all pairs of different experts of a bank."""
 
     mean: float
     p95: float
@@ -56,11 +67,12 @@ class Cosines:
 
 @dataclass(frozen=True)
 class BankFound:
-    """Of one bank.
+    """The result for a bank; matrices are (E, E).
 
     Attributes:
-        layers: that choose among its experts.
-        weights_EE, outputs_EE: cosines, float64.
+        layers: The layers that choose from the bank.
+        first: The global id of the bank's first expert.
+        alike: The most similar pairs by outputs.
     """
 
     layers: tuple[int, ...]
@@ -68,19 +80,13 @@ class BankFound:
     weights: Cosines
     outputs: Cosines
     alike: tuple[Pair, ...]
-    weights_EE: NDArray[np.float64] = field(repr=False)
-    outputs_EE: NDArray[np.float64] = field(repr=False)
-
-    @property
-    def title(self) -> str:
-        """Its layers."""
-        first, last = self.layers[0], self.layers[-1]
-        return f"{first}" if first == last else f"{first} to {last}"
+    weights_matrix: list[list[float]] = field(repr=False)
+    outputs_matrix: list[list[float]] = field(repr=False)
 
 
 @dataclass(frozen=True)
 class Redundancy:
-    """A `Result`. `sampled`: tokens a layer on which outputs were compared."""
+    """The result of the probe. `sampled` is the number of tokens per layer on which outputs were compared."""
 
     model: str
     text: str
@@ -89,23 +95,17 @@ class Redundancy:
     experts: int
     banks: tuple[BankFound, ...]
 
-    def to_json(self) -> dict[str, Any]:
-        tree = asdict(self)
-        for bank in tree["banks"]:
-            bank["weights_matrix"] = bank.pop("weights_EE").tolist()
-            bank["outputs_matrix"] = bank.pop("outputs_EE").tolist()
-        return tree
-
     def rows(self) -> list[dict[str, Any]]:
-        return [asdict(pair) for bank in self.banks for pair in _pairs(bank.first, bank.weights_EE, bank.outputs_EE)]
+        return [asdict(pair) for b in self.banks for pair in _pairs(b.first, b.weights_matrix, b.outputs_matrix)]
 
     def tables(self) -> list[Table]:
-        heads = ("layers", "weights: mean", "95 % below", "largest", "outputs: mean", "95 % below", "largest")
-        made = table(f"{self.model}: cosine of every two experts, {self.text}", *heads)
+        summary = ("mean", "95th percentile", "maximum")
+        heads = ("layers", *(f"{of}: {name}" for of in ("weights", "outputs") for name in summary))
+        made = new_table(f"{self.model}: cosine of every two experts, {self.text}", *heads)
         for bank in self.banks:
-            both = (bank.weights, bank.outputs)
-            made.add_row(bank.title, *(f"{v:.3f}" for c in both for v in (c.mean, c.p95, c.largest)))
-        alike = table("Most alike by outputs", "experts", "outputs", "weights")
+            layers = " to ".join(str(number) for number in dict.fromkeys((bank.layers[0], bank.layers[-1])))
+            made.add_row(layers, *(f"{v:.3f}" for c in (bank.weights, bank.outputs) for v in asdict(c).values()))
+        alike = new_table("Most similar experts by outputs", "experts", "outputs", "weights")
         pairs = sorted((p for bank in self.banks for p in bank.alike), key=lambda p: -p.outputs)
         for pair in pairs[:_PAIRS]:
             alike.add_row(f"{pair.first}, {pair.second}", f"{pair.outputs:.3f}", f"{pair.weights:.3f}")
@@ -113,87 +113,70 @@ class Redundancy:
 
     def notes(self) -> list[str]:
         return [
-            f"{self.experts} experts; outputs on the same {self.sampled} tokens of each layer, without gate values.",
-            "Weights are compared with hidden units in their order; independent ones have a cosine near 0.",
+            f"{self.experts} experts. Outputs are compared on the same {self.sampled} tokens of each layer, without "
+            "gate values.",
+            "Weights are compared with hidden units in their order; the cosine of independent experts is near 0.",
         ]
 
     def draw(self) -> Figure:
-        """One bank: both matrices. Several: mean, 95th percentile and largest by bank."""
-        figure = Figure(figsize=(11, 5), dpi=120, layout="constrained")
-        left, right = figure.subplots(1, 2)
-        if len(self.banks) == 1:
-            _draw_matrix(figure, left, self.banks[0].weights_EE, "weights")
-            _draw_matrix(figure, right, self.banks[0].outputs_EE, "outputs on the same tokens")
-        else:
-            _draw_banks(left, self.banks, [bank.weights for bank in self.banks], "weights")
-            _draw_banks(right, self.banks, [bank.outputs for bank in self.banks], "outputs on the same tokens")
-        figure.suptitle(f"{self.model}: cosine of every two experts", x=0.01, ha="left", color=INK, fontsize=12)
+        """Plot both matrices of a single bank, or the summaries of several banks."""
+        figure = new_figure(11, 5)
+        for axes, of in zip(figure.subplots(1, 2), ("weights", "outputs"), strict=True):
+            if len(self.banks) == 1:
+                _draw_matrix(figure, axes, np.array(getattr(self.banks[0], f"{of}_matrix")), of)
+            else:
+                _draw_banks(axes, self.banks, [getattr(bank, of) for bank in self.banks], of)
+        figure_title(figure, f"{self.model}: cosine of every two experts")
         return figure
 
 
 def _draw_matrix(figure: Figure, axes: Axes, cosine_EE: NDArray[np.float64], of: str) -> None:
-    """Without the diagonal, which is 1 and would hide the rest."""
-    shown_EE = cosine_EE.copy()
-    np.fill_diagonal(shown_EE, np.nan)
-    top = max(float(np.nanmax(np.abs(shown_EE))), 1e-3)
-    axes.set_facecolor("#dddddd")
-    image = axes.imshow(shown_EE, cmap="RdBu_r", vmin=-top, vmax=top, interpolation="nearest")
+    np.fill_diagonal(cosine_EE, np.nan)  # the diagonal is 1, which would hide the rest
+    top = max(float(np.nanmax(np.abs(cosine_EE))), 1e-3)
+    axes.set_facecolor(FAINT)
+    image = axes.imshow(cosine_EE, cmap="RdBu_r", vmin=-top, vmax=top, interpolation="nearest")
     figure.colorbar(image, ax=axes, pad=0.02, aspect=24)
-    axes.set_title(f"{of}, mean {np.nanmean(shown_EE):.3f}", color=INK, fontsize=10)
-    axes.set_xlabel("expert", color=INK)
-    axes.set_ylabel("expert", color=INK)
+    panel_title(axes, f"{of}, mean {np.nanmean(cosine_EE):.3f}", 10)
+    axes.set(xlabel="expert", ylabel="expert")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(8, integer=True))
 
 
 def _draw_banks(axes: Axes, banks: Sequence[BankFound], cosines: Sequence[Cosines], of: str) -> None:
     at = [np.mean(bank.layers) for bank in banks]
-    for name, colour in zip(("largest", "p95", "mean"), SERIES, strict=False):
-        values = [getattr(c, name) for c in cosines]
-        axes.plot(at, values, marker="o", ms=4, color=colour, label={"p95": "95 % below"}.get(name, name))
-    quiet(axes)
+    labels = {"largest": "maximum", "p95": "95th percentile", "mean": "mean"}
+    for (name, label), colour in zip(labels.items(), SERIES, strict=False):
+        axes.plot(at, [getattr(c, name) for c in cosines], marker="o", ms=4, color=colour, label=label)
     axes.axhline(0, color=INK, linewidth=0.8)
     axes.xaxis.set_major_locator(MaxNLocator(12, integer=True))
-    axes.set_title(of, color=INK, fontsize=10)
-    axes.set_xlabel("layer", color=INK)
-    axes.set_ylabel("cosine", color=INK)
-    axes.legend(frameon=False, fontsize=9, labelcolor=INK)
+    axes.set(xlabel="layer", ylabel="cosine")
+    style_axes(axes)
+    panel_title(axes, of, 10)
+    add_legend(axes)
 
 
 def redundancy(model: MoEModel, text: Text, sampled: int = 64, seed: int = 0) -> Redundancy:
-    """Compare every two experts of each bank.
-
-    Args:
-        sampled: tokens a layer on which outputs are compared, drawn from the text by the seed.
+    """Compare every two experts of each bank, on `sampled` tokens per layer that the seed selects.
 
     Raises:
-        UserError: banks of one expert.
+        UserError: The banks have only one expert.
     """
     if model.banks[0].experts < 2:
-        raise UserError(f"{model.name}: has one expert a layer; there is nothing to compare")
+        raise UserError(f"{model.name}: has one expert per layer; there is nothing to compare")
     inputs = _sample_inputs(model, text, sampled, seed)
     found = []
     for bank in tqdm(model.banks, "comparing", unit=" banks", disable=None, leave=False):
         layers = tuple(layer.number for layer in model.layers if layer.bank == bank)
-        weights_EE = weight_cosine(bank)
-        outputs_EE = output_cosine(bank, [inputs[number] for number in layers])
+        weights_EE = weight_cosine(bank).tolist()
+        outputs_EE = output_cosine(bank, [inputs[number] for number in layers]).tolist()
         pairs = sorted(_pairs(bank.first, weights_EE, outputs_EE), key=lambda pair: -pair.outputs)
-        found.append(
-            BankFound(
-                layers,
-                bank.first,
-                _cosines([pair.weights for pair in pairs]),
-                _cosines([pair.outputs for pair in pairs]),
-                tuple(pairs[:_PAIRS]),
-                weights_EE,
-                outputs_EE,
-            )
-        )
+        both = (_cosines([pair.weights for pair in pairs]), _cosines([pair.outputs for pair in pairs]))
+        found.append(BankFound(layers, bank.first, *both, tuple(pairs[:_PAIRS]), weights_EE, outputs_EE))
     return Redundancy(model.name, text.name, len(inputs[model.layers[0].number]), seed, model.experts, tuple(found))
 
 
 def _sample_inputs(model: MoEModel, text: Text, sampled: int, seed: int) -> dict[int, Tensor]:
-    """What the experts of each layer read at some tokens, the same ones in all layers: (tokens, D) by layer."""
+    """Return the inputs of each layer's experts at some tokens, the same in all layers: (tokens, D) by layer."""
     generator = torch.Generator().manual_seed(seed)
     wanted_T = torch.randperm(text.tokens, generator=generator)[:sampled].sort().values
     kept: dict[int, list[Tensor]] = {layer.number: [] for layer in model.layers}
@@ -205,14 +188,13 @@ def _sample_inputs(model: MoEModel, text: Text, sampled: int, seed: int) -> dict
         kept[layer.number].append(choice.x_TD[own_T[(own_T >= 0) & (own_T < tokens)].to(choice.x_TD.device)])
         read_tokens[layer.number] += tokens
 
-    with progress("reading", len(text.batches)) as done, observed(model, see):
-        read(model, text, done)
+    read(model, text, see)
     return {number: torch.cat(parts) for number, parts in kept.items()}
 
 
 @torch.no_grad()
 def weight_cosine(bank: Bank) -> NDArray[np.float64]:
-    """Of every two experts' weights, each as one vector: (E, E)."""
+    """Return the cosine of every two experts' weights, each as one vector: (E, E)."""
     gram_EE = torch.zeros(bank.experts, bank.experts, dtype=torch.float64)
     units = max(1, _NUMBERS // bank.weights(slice(0, 1)).numel())
     for start in range(0, bank.width, units):
@@ -224,7 +206,7 @@ def weight_cosine(bank: Bank) -> NDArray[np.float64]:
 
 @torch.no_grad()
 def output_cosine(bank: Bank, inputs: Sequence[Tensor]) -> NDArray[np.float64]:
-    """Of every two experts' outputs for a token, the mean over all tokens of `inputs`, each (T, D): (E, E)."""
+    """Return the cosine of every two experts' outputs, averaged over all tokens of `inputs`, (T, D) each: (E, E)."""
     total_EE = torch.zeros(bank.experts, bank.experts, dtype=torch.float64)
     for x_TD in inputs:
         y_ETD = torch.stack([bank.run(expert, x_TD).float() for expert in range(bank.experts)])
@@ -233,11 +215,9 @@ def output_cosine(bank: Bank, inputs: Sequence[Tensor]) -> NDArray[np.float64]:
     return (total_EE / sum(len(x_TD) for x_TD in inputs)).numpy()
 
 
-def _pairs(first: int, weights_EE: NDArray[np.float64], outputs_EE: NDArray[np.float64]) -> list[Pair]:
-    return [
-        Pair(first + int(i), first + int(j), float(weights_EE[i, j]), float(outputs_EE[i, j]))
-        for i, j in zip(*np.triu_indices(len(weights_EE), 1), strict=True)
-    ]
+def _pairs(first: int, weights_EE: list[list[float]], outputs_EE: list[list[float]]) -> list[Pair]:
+    experts = range(len(weights_EE))
+    return [Pair(first + i, first + j, weights_EE[i][j], outputs_EE[i][j]) for i in experts for j in experts[i + 1 :]]
 
 
 def _cosines(values: Sequence[float]) -> Cosines:

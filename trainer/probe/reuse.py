@@ -1,8 +1,8 @@
-"""How many different experts a token meets over the layers: METHOD.md, probe 2."""
+"""How many distinct experts a token meets over the layers (cross-layer reuse)."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,9 +11,10 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from torch import Tensor
 
 from router import distinct_experts_by_token
-from trainer.probe.adapters import Choice, MoELayer, MoEModel, observed
-from trainer.probe.output import INK, SERIES, quiet, table
-from trainer.probe.text import Text, progress, read
+from trainer.common.figure_style import INK, SERIES, add_legend, new_figure, panel_title, style_axes
+from trainer.common.tables import new_table
+from trainer.probe.adapters import Choice, MoELayer, MoEModel
+from trainer.probe.text import Text, read
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -21,15 +22,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Reuse:
-    """A `Result`.
+    """The result of the probe.
 
     Attributes:
-        layers: L, those that route; top_k: K.
-        distinct: different experts a token meets, mean over the tokens; spread: standard deviation.
-        of_layers: distinct / L, the paper's figure for K = 1; of_choices: distinct / (L K), at most 1.
-        uniform: expected `distinct` where every choice is uniform and independent of the others.
-        layer_private: no two layers share experts, so that no token can meet one twice.
-        histogram: tokens by number of different experts, from 0.
+        layers: L, the number of layers with a router; each chooses `top_k` of its `experts`.
+        distinct: The mean number of distinct experts of a token.
+        spread: The standard deviation over the tokens.
+        of_layers: distinct / L, which the paper reports for K = 1.
+        of_choices: distinct / (L K), at most 1.
+        uniform: The expected `distinct` if all choices were uniform and independent.
+        layer_private: Whether no two layers share experts, so that no token can meet an expert twice.
+        histogram: The number of tokens by number of distinct experts, from 0.
     """
 
     model: str
@@ -46,9 +49,6 @@ class Reuse:
     layer_private: bool
     histogram: tuple[int, ...]
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
     def rows(self) -> list[dict[str, Any]]:
         return [
             {"distinct": number, "of_layers": number / self.layers, "tokens": tokens, "share": tokens / self.tokens}
@@ -56,8 +56,8 @@ class Reuse:
         ]
 
     def tables(self) -> list[Table]:
-        title = f"{self.model}: different experts a token meets, {self.text}"
-        made = table(title, "experts", f"of {self._most}", "tokens", "share")
+        title = f"{self.model}: distinct experts of a token, {self.text}"
+        made = new_table(title, "experts", f"of {self._most}", "tokens", "share")
         for row in self.rows():
             if row["tokens"]:
                 of_most = row["distinct"] / (self.layers * self.top_k)
@@ -69,55 +69,53 @@ class Reuse:
     def notes(self) -> list[str]:
         uniform = self.uniform / (self.layers * self.top_k)
         lines = [
-            f"L = {self.layers} layers with {self.top_k} of {self.experts} experts a token and layer.",
-            f"Uniform, independent choices would meet {self.uniform:.3f} ({uniform:.1%}).",
+            f"Each of L = {self.layers} layers uses {self.top_k} of {self.experts} experts per token.",
+            f"Uniform and independent choices would give {self.uniform:.3f} distinct experts ({uniform:.1%}).",
         ]
         if self.layer_private:
-            lines.append("Layers have experts of their own: no token can meet one twice.")
+            lines.append("No two layers share experts, so no token can meet an expert twice.")
         return lines
 
     @property
     def _most(self) -> str:
-        """What the mean is a share of: the paper's L, where K = 1."""
+        """The maximum number of distinct experts: L in the paper, where K = 1."""
         return "L" if self.top_k == 1 else f"L x {self.top_k}"
 
     def draw(self) -> Figure:
-        """Share of the tokens by the number of different experts, with the mean and what uniform choices would give."""
-        figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
+        """Plot the share of tokens by number of distinct experts, beside the mean and the uniform expectation."""
+        figure = new_figure(7, 4)
         axes = figure.subplots()
         rows = [row for row in self.rows() if row["distinct"]]
         axes.bar([row["distinct"] for row in rows], [row["share"] for row in rows], width=0.85, color=SERIES[0])
         mean = f"mean, {self.distinct:.2f} = {self.of_choices:.1%} of {self._most}"
         axes.axvline(self.distinct, color=SERIES[1], linewidth=2, label=mean)
         axes.axvline(self.uniform, color=INK, linestyle="--", linewidth=1.2, label=f"uniform, {self.uniform:.2f}")
-        quiet(axes)
         axes.xaxis.set_major_locator(MaxNLocator(16, integer=True))
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-        axes.set_xlabel(f"different experts over {self.layers} layers", color=INK)
-        axes.set_ylabel("share of the tokens", color=INK)
-        axes.legend(loc="upper left", frameon=False, fontsize=9, labelcolor=INK)
-        axes.set_title(f"{self.model}: different experts that a token meets", loc="left", color=INK, fontsize=12)
+        axes.set_xlabel(f"distinct experts over {self.layers} layers")
+        axes.set_ylabel("share of tokens")
+        style_axes(axes)
+        add_legend(axes, loc="upper left")
+        panel_title(axes, f"{self.model}: distinct experts of a token")
         return figure
 
 
 def reuse(model: MoEModel, text: Text) -> Reuse:
-    """Count the different experts of each token that the model reads."""
-    histogram = torch.zeros(len(model.layers) * model.top_k + 1, dtype=torch.int64)
+    """Count the distinct experts of each token of a text."""
+    layers, most = len(model.layers), len(model.layers) * model.top_k
+    tokens_by_distinct = torch.zeros(most + 1, dtype=torch.int64)
     seen: list[Tensor] = []
 
     def see(_layer: MoELayer, choice: Choice) -> None:
         seen.append(choice.topk_expert_ids_TK.cpu())
-        if len(seen) == len(model.layers):
+        if len(seen) == layers:
             distinct_T = distinct_experts_by_token(torch.stack(seen))
-            histogram.add_(torch.bincount(distinct_T, minlength=len(histogram)))
+            tokens_by_distinct.add_(torch.bincount(distinct_T, minlength=most + 1))
             seen.clear()
 
-    with progress("reading", len(text.batches)) as done, observed(model, see):
-        read(model, text, done)
-    numbers = torch.arange(len(histogram)).double()
-    shares = histogram / text.tokens
+    read(model, text, see)
+    numbers, shares = torch.arange(most + 1).double(), tokens_by_distinct / text.tokens
     mean = float((shares * numbers).sum())
-    layers = len(model.layers)
     return Reuse(
         model.name,
         text.name,
@@ -126,17 +124,17 @@ def reuse(model: MoEModel, text: Text) -> Reuse:
         model.top_k,
         model.banks[0].experts,
         mean,
-        float((shares * (numbers - mean) ** 2).sum().sqrt()),
-        mean / layers,
-        mean / (layers * model.top_k),
-        _uniform(model),
-        model.layer_private,
-        tuple(histogram.tolist()),
+        spread=float((shares * (numbers - mean) ** 2).sum().sqrt()),
+        of_layers=mean / layers,
+        of_choices=mean / most,
+        uniform=_uniform(model),
+        layer_private=model.layer_private,
+        histogram=tuple(tokens_by_distinct.tolist()),
     )
 
 
 def _uniform(model: MoEModel) -> float:
-    """Each expert of a bank is missed by a layer with probability 1 - K / E."""
+    """Return the expected number if each of a bank's E experts is missed by a layer with probability 1 - K / E."""
     expected = 0.0
     for bank in model.banks:
         layers = sum(layer.bank == bank for layer in model.layers)

@@ -1,30 +1,31 @@
-"""The held-out text that a probe reads, and a model's loss on it."""
+"""The text that a probe reads."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
 from trainer.common.errors import UserError
-from trainer.data.reading.documents import read_text as documents_of
-from trainer.export.source import SavedRun, data_of
+from trainer.data.reading.documents import read_text_option
+from trainer.evaluate.loss import summed_loss, token_ids, windows
+from trainer.export.loaded_model import LoadedModel
+from trainer.export.saved_run import data_of
 from trainer.model.document_mask import attention_of
-from trainer.probe.adapters import MoEModel, Source
+from trainer.probe.adapters import Choice, MoELayer, MoEModel, See, observed
 
 LONGEST = 1024
-"""Tokens of a sequence at most, the paper's length: windows of some families are far longer than a CPU likes."""
+"""Maximum tokens in a sequence, as in the paper: the windows of some families are too long for a CPU."""
 BATCH_TOKENS = 4096
-"""Of one forward, about."""
+"""Approximate tokens in a forward pass."""
 _CHARACTERS = 32
-"""Of a token, at most on average: no more of a long text is tokenised than is needed."""
+"""Upper bound on the mean characters per token, so that only the required part of a long document is tokenised."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,9 @@ class Text:
     """Sequences to read.
 
     Attributes:
-        name: what it is, for titles.
-        rows_NS1: int64; inputs are [:, :-1], targets [:, 1:].
-        document_end: id of the token that ends a document, for a run that was trained with `data.document_mask`.
+        name: The name in titles.
+        rows_NS1: Token ids, int64; inputs are [:, :-1], and targets are [:, 1:].
+        document_end: The id of the token that ends a document, if the run was trained with `data.document_mask`.
     """
 
     name: str
@@ -43,7 +44,7 @@ class Text:
 
     @property
     def tokens(self) -> int:
-        """That the model reads, and as many that it predicts."""
+        """The number of tokens that the model reads, which is also the number that it predicts."""
         return self.rows_NS1[:, 1:].numel()
 
     @property
@@ -53,90 +54,90 @@ class Text:
         return rows
 
 
-def read_text(source: Source, file: Path | None, tokens: int) -> Text:
-    """About `tokens` tokens: of the file, or of the text that the run has held out.
-
-    Args:
-        file: in any of the formats that can be trained on; documents are packed as for training.
+def read_text(loaded: LoadedModel, file: Path | None, tokens: int) -> Text:
+    """Read about `tokens` tokens of a file (in any format of `data.source`), or of the run's held-out text.
 
     Raises:
-        UserError: a file that cannot be read, or data that is not the run's own.
+        UserError: The file cannot be read, or the data are not the run's own.
     """
-    masked = source.run is not None and source.run.recipe.data.document_mask
-    document_end = source.tokenizer.eos_token_id if masked else None
-    if file:
-        rows_NS1 = _pack(_token_ids(source.tokenizer, file, tokens), file, source.model.window, tokens)
-        return Text(file.name, rows_NS1, document_end)
-    assert source.run, "only a run has text of its own"
-    return Text("held-out text", _held_out(source.run, source.tokenizer, tokens), document_end)
+    masked = loaded.run is not None and loaded.run.recipe.data.document_mask
+    document_end = loaded.tokenizer.eos_token_id if masked else None
+    if not file:
+        return Text("held-out text", _held_out(loaded, tokens), document_end)
+    length = min(loaded.window, LONGEST)
+    documents = (document[: _CHARACTERS * tokens] for document in read_text_option(file))
+    ids = list(islice(token_ids(loaded.tokenizer, documents), -(-tokens // length) * length + 1))
+    rows = windows(ids, length)
+    if not rows:
+        raise UserError(f"--text {file}: has {len(ids)} tokens; at least 2 are required")
+    whole = [row for row in rows if len(row) == length + 1]
+    return Text(file.name, torch.tensor(whole or rows), document_end)
 
 
-def _held_out(run: SavedRun, tokenizer: Any, tokens: int) -> Tensor:
-    """The first sequences of the run's validation split, as the trainer evaluates them."""
-    prepared = data_of(run)
-    if prepared.tokenizer().get_vocab() != tokenizer.get_vocab():
+def _held_out(loaded: LoadedModel, tokens: int) -> Tensor:
+    """Return the first sequences of the run's validation split, as the trainer evaluates them."""
+    assert loaded.run, "only a run has held-out text"
+    prepared = data_of(loaded.run)
+    if prepared.tokenizer().get_vocab() != loaded.tokenizer.get_vocab():
         raise UserError(
             f"{prepared.files('validation')}: was prepared with another tokenizer than the run's; restore the data "
-            "that the run was trained on, or give --text"
+            "that the run was trained on, or give a text with --text FILE"
         )
     stream = prepared.stream("validation", None)
-    wanted = min(max(1, tokens // run.recipe.model.seq_len), max(1, stream.rows))
+    wanted = min(max(1, tokens // loaded.run.recipe.model.seq_len), max(1, stream.rows))
     (row_RS1,) = stream.micro_batches(0, wanted, 0, 1, wanted)
     return row_RS1
 
 
-def _token_ids(tokenizer: Any, file: Path, tokens: int) -> Iterator[int]:
-    for document in documents_of(file):
-        yield from tokenizer(document[: _CHARACTERS * tokens], add_special_tokens=False)["input_ids"]
-        if tokenizer.eos_token_id is not None:
-            yield tokenizer.eos_token_id
+@contextmanager
+def forward_hook(model: MoEModel, call: object) -> Iterator[None]:
+    """Call `call` after every forward pass inside the `with`."""
 
+    def hook(*_: object) -> None:
+        call()  # type: ignore[operator]
 
-def _pack(ids: Iterator[int], file: Path, window: int, tokens: int) -> Tensor:
-    """Rows of S+1, each starting with the last token of the one before; a short text is one short row."""
-    length = min(window, LONGEST)
-    rows: list[list[int]] = []
-    row: list[int] = []
-    for token in ids:
-        row.append(token)
-        if len(row) == length + 1:
-            rows.append(row)
-            row = [token]
-            if len(rows) * length >= tokens:
-                break
-    if not rows and len(row) > 1:
-        rows = [row]
-    if not rows:
-        raise UserError(f"--text {file}: has {len(row)} token; at least 2 are needed")
-    return torch.tensor(rows)
+    handle = model.model.model.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextmanager
-def progress(what: str, batches: int) -> Iterator[Callable[[], object]]:
-    """A bar on stderr; call what it gives after each batch. Its ETA is by the mean, as batches differ."""
-    with tqdm(desc=what, total=batches, unit=" batches", disable=None, leave=False, smoothing=0) as bar:
-        yield bar.update
+def progress(what: str, model: MoEModel, forwards: int) -> Iterator[None]:
+    """Show a progress bar on stderr that counts the forward passes inside the `with`."""
+    with (
+        tqdm(desc=what, total=forwards, unit=" batches", disable=None, leave=False, smoothing=0) as bar,
+        forward_hook(model, bar.update),
+    ):
+        yield
 
 
 @torch.no_grad()
-def mean_loss(model: MoEModel, text: Text, done: Callable[[], object]) -> float:
-    """Mean cross-entropy of the text, nats a token."""
-    total = 0.0
-    for rows_BS1 in text.batches:
-        rows_BS1 = rows_BS1.to(model.model.device)
-        tokens_BS = rows_BS1[:, :-1]
-        attention = attention_of(tokens_BS, text.document_end)
-        logits_BSV = model.model(input_ids=tokens_BS, use_cache=False, **attention).logits
-        loss_T = F.cross_entropy(logits_BSV.flatten(0, 1).float(), rows_BS1[:, 1:].flatten(), reduction="none")
-        total += float(loss_T.double().sum())
-        done()
-    return total / text.tokens
+def mean_loss(model: MoEModel, text: Text) -> float:
+    """Return the mean cross-entropy of a text in nats per token."""
+    return sum(summed_loss(model.model, rows_BS1, text.document_end) for rows_BS1 in text.batches) / text.tokens
 
 
 @torch.no_grad()
-def read(model: MoEModel, text: Text, done: Callable[[], object]) -> None:
-    """All layers of the model over the text, without its head."""
-    for rows_BS1 in text.batches:
-        tokens_BS = rows_BS1[:, :-1].to(model.model.device)
-        model.model.model(input_ids=tokens_BS, use_cache=False, **attention_of(tokens_BS, text.document_end))
-        done()
+def read(model: MoEModel, text: Text, see: See) -> None:
+    """Run all layers over a text, without the head, and call `see` with the choice of each layer."""
+    with progress("reading", model, len(text.batches)), observed(model, see):
+        for rows_BS1 in text.batches:
+            tokens_BS = rows_BS1[:, :-1].to(model.model.device)
+            model.model.model(input_ids=tokens_BS, use_cache=False, **attention_of(tokens_BS, text.document_end))
+
+
+class ExpertCounts:
+    """Counts the assignments of each layer to the experts of its bank; to be called by `observed`.
+
+    Attributes:
+        by_layer: The counts (E,) of each layer, int64, by the layer's number.
+    """
+
+    def __init__(self, model: MoEModel):
+        self.by_layer = {layer.number: torch.zeros(layer.bank.experts, dtype=torch.int64) for layer in model.layers}
+
+    def __call__(self, layer: MoELayer, choice: Choice) -> None:
+        own = (choice.topk_expert_ids_TK - layer.bank.first).flatten().cpu()
+        self.by_layer[layer.number] += torch.bincount(own, minlength=layer.bank.experts)

@@ -1,77 +1,76 @@
-"""Laws as a picture: a panel a family, a curve for each of the other factors' values, with its band."""
+"""Laws as a picture: a panel per family, and in it a curve with its band for every value of the other factors."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
+import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import NullLocator
 
-from trainer.scaling_law.report import FORMS, count
+from trainer.common.figure_style import (
+    INK,
+    Colour,
+    add_legend,
+    figure_title,
+    label_ends,
+    new_figure,
+    panel_title,
+    style_axes,
+)
+from trainer.common.format import count, plural
+from trainer.scaling_law.law import interval
+from trainer.scaling_law.report import FORMS
 from trainer.scaling_law.result import FARTHEST, Group, Law
-from trainer.sweep.plot import INK, Colour, quiet, write_figure
 from trainer.sweep.statistics import CONFIDENCE
 
 _ROOM = 0.07
-"""Share of the axis that a label takes."""
-
-
-def write_picture(laws: Sequence[Law], path: Path) -> list[Path]:
-    """Write it as PNG and SVG.
-
-    Args:
-        path: without its suffix, or with either.
-    """
-    return write_figure(draw(laws), path)
+"""Share of the axis that a tick's label takes."""
 
 
 def draw(laws: Sequence[Law]) -> Figure:
-    """Points are runs and their means; bands the intervals of the law; dashed beyond what was tried."""
-    figure = Figure(figsize=(2 + 6.5 * len(laws), 5.2), dpi=120, layout="constrained")
+    """Draw runs as points, their means as dashes, laws with their intervals, and dashed what was not measured."""
+    figure = new_figure(3 + 6.5 * len(laws), 5.2)
     panels = figure.subplots(1, len(laws), sharey=True, squeeze=False)[0]
     for axes, law in zip(panels, laws, strict=True):
-        _panel(axes, law)
-    panels[0].set_ylabel("validation loss, nats a token")
-    figure.suptitle(
-        f"{_title(laws)}: bands {CONFIDENCE:.0%}, but for what a seed's runs share; dashed: not tried",
-        x=0.01,
-        ha="left",
-        color=INK,
-        fontsize=12,
-    )
+        _draw_law(axes, law)
+    panels[0].set_ylabel("validation loss, nats per token")
+    seeds, tokens = max(law.seeds[1] for law in laws), laws[0].family.points[0].tokens
+    about = f"{plural(seeds, 'seed')}, {count(tokens, digits=3)} tokens"
+    figure_title(figure, f"{about}; bands: {CONFIDENCE:.0%} intervals; dashed: not measured")
     return figure
 
 
-def _title(laws: Sequence[Law]) -> str:
-    """How much it rests on."""
-    most = max(law.seeds[1] for law in laws)
-    return f"{most} seed{'s' * (most > 1)}, {laws[0].family.points[0].tokens:,} tokens"
-
-
-def _panel(axes: Axes, law: Law) -> None:
+def _draw_law(axes: Axes, law: Law) -> None:
     first = law.terms[0]
-    colours = colormaps["viridis"]
-    if baseline := {group.crossing.baseline for group in law.groups if group.crossing}:
-        axes.plot([], [], color=INK, linestyle=":", linewidth=1.3, label=", ".join(sorted(baseline)))
+    ends = []
     for place, group in enumerate(law.groups):
-        _group(axes, group, colours(0.35 if len(law.groups) == 1 else 0.85 * place / (len(law.groups) - 1)))
+        colour = colormaps["viridis"](0.35 if len(law.groups) == 1 else 0.75 * place / (len(law.groups) - 1))
+        name = ", ".join(
+            f"{count(value, digits=3)} {key.removesuffix(' parameters')}" for key, value in group.at.items()
+        )
+        ends.append((*_draw_group(axes, law, group, colour), name, colour))
+    names = sorted({group.crossing.name for group in law.groups if group.crossing})
+    if names:
+        axes.plot([], [], color=INK, linestyle=":", linewidth=1.3, label=", ".join(names))
+        add_legend(axes)
     axes.set_xscale("log")
     axes.set_xlim(first.values[0] / 1.1, first.values[-1] * FARTHEST)
-    axes.set_xticks(_apart(first.values))
+    ticks = _apart(first.values)
+    axes.set_xticks(ticks, [count(size, digits=3) for size in ticks])
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: count(value)))
     axes.set_xlabel(first.factor)
-    axes.set_title(f"{law.family.name}\n{FORMS[first.form]}", loc="left", fontsize=10)
-    axes.legend(frameon=False, fontsize=9, labelcolor=INK)
-    quiet(axes, "y")
+    panel_title(axes, f"{law.family.name}: {FORMS[first.form]}", size=10)
+    style_axes(axes)
+    if law.groups[0].at:
+        label_ends(axes, ends)
 
 
 def _apart(sizes: Sequence[float]) -> list[float]:
-    """Those that have room for a label."""
+    """Choose the sizes that have room for a label."""
     shown = [sizes[0]]
     for size in sizes:
         if math.log(size / shown[-1]) > _ROOM * math.log(FARTHEST * sizes[-1] / sizes[0]):
@@ -79,19 +78,24 @@ def _apart(sizes: Sequence[float]) -> list[float]:
     return shown
 
 
-def _group(axes: Axes, group: Group, colour: Colour) -> None:
-    name = ", ".join(f"{count(value)} {key}" for key, value in group.at.items()) or "law"
-    within = group.xs <= group.x[-1]
-    axes.plot(group.xs[within], group.law[within], color=colour, linewidth=1.8, label=name)
-    axes.plot(group.xs[~within], group.law[~within], color=colour, linewidth=1.4, linestyle=(0, (4, 3)))
-    axes.fill_between(group.xs, group.low, group.high, color=colour, alpha=0.15, linewidth=0)
+def _draw_group(axes: Axes, law: Law, group: Group, colour: Colour) -> tuple[float, float]:
+    """Draw the points of a group and its curve; return where the curve ends."""
+    xs = np.geomspace(group.x[0], FARTHEST * group.x[-1], 120)
+    u = law.u(xs, group.at)
+    losses = law.curve(u)
+    low, high = np.array([interval(column) for column in np.array([curve(u) for curve in law.replicates]).T]).T
+    within = xs <= group.x[-1]
+    axes.plot(xs[within], losses[within], color=colour, linewidth=1.8)
+    axes.plot(xs[~within], losses[~within], color=colour, linewidth=1.4, linestyle=(0, (4, 3)))
+    axes.fill_between(xs, low, high, color=colour, alpha=0.15, linewidth=0)
     for x, point in zip(group.x, group.points, strict=True):
-        losses = list(point.losses.values())
-        axes.plot([x] * len(losses), losses, "o", color=colour, markersize=3.5, alpha=0.6, markeredgewidth=0)
-        axes.plot([x], [point.mean], "_", color=colour, markersize=14, markeredgewidth=2)
+        seeds = list(point.losses.values())
+        axes.plot([x] * len(seeds), seeds, "o", color=colour, markersize=3.5, alpha=0.6, markeredgewidth=0)
+        axes.plot([x], [point.val_loss.mean], "_", color=colour, markersize=14, markeredgewidth=2)
     if c := group.crossing:
-        quiet_ink: Colour = INK if not group.at else colour
-        axes.axhline(c.loss, color=quiet_ink, linestyle=":", linewidth=1.3)
+        line: Colour = colour if group.at else INK
+        axes.axhline(c.loss, color=line, linestyle=":", linewidth=1.3)
         if c.smallest:
-            low, high = max(c.smallest.low, group.xs[0]), min(c.smallest.high, group.xs[-1])
-            axes.plot([low, high], [c.loss, c.loss], color=quiet_ink, linewidth=5, alpha=0.3, solid_capstyle="butt")
+            ends = [max(c.smallest.low, xs[0]), min(c.smallest.high, xs[-1])]
+            axes.plot(ends, [c.loss, c.loss], color=line, linewidth=5, alpha=0.3, solid_capstyle="butt")
+    return float(xs[-1]), float(losses[-1])

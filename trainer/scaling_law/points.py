@@ -1,7 +1,8 @@
-"""What a law is fitted to: from the result.json of sweeps to families of points that differ in size only."""
+"""Families of points: variants of one method from the results of sweeps, which differ in size only."""
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -9,48 +10,28 @@ from pathlib import Path
 from typing import Any
 
 from trainer.common.errors import UserError
-from trainer.common.strict_json import loads
-from trainer.common.text_file import Unreadable, read_text
-from trainer.sweep.result import JSON_FILE, SETTINGS
+from trainer.sweep.result import JSON_FILE, SETTINGS, VariantResult, read_result
 
 _COMPARABLE = ("tokens", "data.source", "data.tokenizer", "model.vocab", "model.seq_len")
-"""Must be equal: a loss says nothing beside one of other text or another length of training."""
+"""Must be equal: losses on other text, or after another length of training, cannot be compared."""
 _SCALED = ("balance.layer", "balance.pool", "train.lr")
-"""May be another at another size, as in the paper; said if so."""
-
-LARGEST = 2**28
-"""Bytes of a result at most: it has the curves of all runs."""
+"""May differ between sizes, as in the paper; the notes say so."""
 
 
-@dataclass(frozen=True)
-class Point:
-    """A variant's runs.
+@dataclass(frozen=True, kw_only=True)
+class Point(VariantResult):
+    """A variant with finished runs.
 
     Attributes:
-        block: the result it is of, and its baseline there.
-        experts: of the whole pool, M.
-        expert_parameters: of one expert.
-        layers: depth, L.
-        active: parameters on a token's way.
-        losses: validation loss by seed, nats a token.
-        settings: what of its recipe is no size, by key.
+        block: Names the result file and the baseline in it.
     """
 
-    name: str
-    variant: str
     block: str
-    experts: int
-    expert_parameters: int
-    layers: int
-    active: int
-    tokens: int
-    losses: dict[int, float]
-    settings: dict[str, Any]
 
     @property
-    def mean(self) -> float:
-        """Validation loss."""
-        return sum(self.losses.values()) / len(self.losses)
+    def expert_parameters(self) -> int:
+        """Parameters of one expert."""
+        return 3 * self.hidden * int(self.settings["model.ffn_hidden"])
 
 
 @dataclass(frozen=True)
@@ -58,9 +39,10 @@ class Family:
     """Points of one method.
 
     Attributes:
-        name: of its variants.
-        baselines: by block, where it has one.
-        warnings: what besides size is not equal.
+        name: Names of the variants.
+        points: Their results.
+        baselines: Baseline by block, if the block has one.
+        warnings: What differs besides size.
     """
 
     name: str
@@ -70,110 +52,77 @@ class Family:
 
 
 def result_file(source: Path) -> Path:
-    """The result.json of a sweep's folder; a file is itself."""
+    """Return the result.json of a sweep's folder; a file is returned as it is."""
     return source / JSON_FILE if os.path.isdir(source) else source
 
 
 def read_families(sources: Sequence[Path], variants: Sequence[str] = ()) -> list[Family]:
-    """Read results of sweeps; those of one method are a family.
+    """Read results of sweeps and group them by method.
 
     Args:
-        sources: files or folders.
-        variants: take only these, by the name of the variant or of the cell.
+        sources: Folders or files.
+        variants: Take only these, by the name of the variant, with or without the values of the grid.
+
     Raises:
-        UserError: a file is none, a variant is not there, or points of a family are not comparable.
+        UserError: A file is not a result, a variant does not exist, or points of a family cannot be compared.
     """
-    blocks: dict[str, Point] = {}
-    found: list[Point] = []
-    for file in dict.fromkeys(result_file(source).resolve() for source in sources):
-        points, baselines = _read(file)
-        found += points
-        blocks |= baselines
-    chosen = [point for point in found if not variants or {point.name, point.variant} & set(variants)]
-    known = {name for point in found for name in (point.name, point.variant)}
+    points = [p for file in dict.fromkeys(result_file(source).resolve() for source in sources) for p in _read(file)]
+    compared = {(p.block, p.compared_with) for p in points}
+    baselines = {p.block: p for p in points if (p.block, p.name) in compared}
+    known = {name for p in points for name in (p.name, p.variant)}
     for name in variants:
         if name not in known:
-            raise UserError(f"--variant {name}: has no run that is done; there are: {', '.join(sorted(known))}")
+            raise UserError(f"--variant {name}: has no finished run; choose from: {', '.join(sorted(known))}")
     families: dict[tuple[Any, ...], list[Point]] = {}
-    for point in chosen:
-        if point.settings["model.ffn"] == "pool":
-            families.setdefault(_method(point), []).append(point)
-    return [_family(points, blocks) for points in families.values()]
+    for p in points:
+        if p.settings["model.ffn"] == "pool" and (not variants or {p.name, p.variant} & set(variants)):
+            families.setdefault(_method(p), []).append(p)
+    return [_family(members, baselines) for members in families.values()]
 
 
-def _read(file: Path) -> tuple[list[Point], dict[str, Point]]:
-    """The points of a result, and its baselines by block."""
-    again = f"make it with: unipool sweep {file.parent} --report"
-    try:
-        variants = loads(read_text(file, LARGEST))["variants"]
-        points = {v["name"]: _point(v, f"{file}: {v['compared_with'] or v['name']}") for v in variants if v["runs"]}
-    except Unreadable as error:
-        raise UserError(f"{file}: cannot be read ({error}); {again}") from None
-    except ValueError:
-        raise UserError(f"{file}: not JSON; {again}") from None
-    except (KeyError, TypeError, AttributeError):
-        raise UserError(f"{file}: not a sweep's result, or one of an older version; {again}") from None
-    compared = {point.block: v["compared_with"] for v in variants if (point := points.get(v["name"]))}
-    return list(points.values()), {block: points[name] for block, name in compared.items() if name in points}
-
-
-def _point(variant: dict[str, Any], block: str) -> Point:
-    settings = dict(variant["settings"])
-    _ = [settings[key] for key in SETTINGS]  # a file that lacks one is told here
-    if diverged := [run["seed"] for run in variant["runs"] if run["val_loss"] is None]:
-        raise UserError(f"{block}: {variant['name']} seed {diverged[0]}: its validation loss is not finite")
-    return Point(
-        variant["name"],
-        variant["variant"],
-        block,
-        experts=variant["experts"],
-        expert_parameters=3 * variant["hidden"] * settings["model.ffn_hidden"],
-        layers=variant["layers"],
-        active=variant["parameters"]["active"],
-        tokens=variant["tokens"],
-        losses={run["seed"]: run["val_loss"] for run in variant["runs"]},
-        settings=settings,
-    )
-
-
-def _method(point: Point) -> tuple[Any, ...]:
-    """What two points of a family have in common: sharing, router and the kinds of balance loss."""
-    s, groups = point.settings, point.settings["model.groups"]
-    sharing = "a layer each" if groups == point.layers else groups
-    losses = [s[key] > 0 for key in ("balance.layer", "balance.pool")]
-    router = (s["router.kind"], s["router.constant_factor"])
-    return (sharing, *router, s["balance.scores"], s["balance.scope"], s["balance.delay"], *losses)
-
-
-def _family(points: Sequence[Point], blocks: dict[str, Point]) -> Family:
-    baselines = {point.block: blocks[point.block] for point in points if point.block in blocks}
-    name = ", ".join(dict.fromkeys(point.variant for point in points))
-    for key in _COMPARABLE:
-        values = list(dict.fromkeys(_of(point, key) for point in (*points, *baselines.values())))
-        if len(values) > 1:
-            what = "tokens trained" if key == "tokens" else key
+def _read(file: Path) -> Iterator[Point]:
+    for v in read_result(file).variants:
+        if missing := [key for key in SETTINGS if key not in v.settings]:
             raise UserError(
-                f"{name}: {what} differ ({', '.join(map(str, values))}): a law of sizes needs them equal; choose "
+                f"{file}: it is of an older version, without the setting {missing[0]}; "
+                f"make it with: unipool sweep {file.parent} --report"
+            )
+        if diverged := [seed for seed, loss in v.losses.items() if not math.isfinite(loss)]:
+            raise UserError(f"{file}: the validation loss of {v.name} seed {diverged[0]} is not finite")
+        if v.runs:
+            yield Point(**vars(v), block=f"{file}: {v.compared_with or v.name}")
+
+
+def _method(p: Point) -> tuple[Any, ...]:
+    """Return what all points of a family share: how experts are shared, the router, the kinds of balance loss."""
+    s, groups = p.settings, p.settings["model.groups"]
+    sharing = "private" if groups == p.layers else groups
+    kinds = ("router.kind", "router.constant_factor", "balance.scores", "balance.scope", "balance.delay")
+    return (sharing, *(s[key] for key in kinds), *(s[key] > 0 for key in ("balance.layer", "balance.pool")))
+
+
+def _family(points: Sequence[Point], all_baselines: dict[str, Point]) -> Family:
+    baselines = {p.block: all_baselines[p.block] for p in points if p.block in all_baselines}
+    name = ", ".join(dict.fromkeys(p.variant for p in points))
+    for key in _COMPARABLE:
+        values = dict.fromkeys((vars(p) | p.settings)[key] for p in (*points, *baselines.values()))
+        if len(values) > 1:
+            raise UserError(
+                f"{name}: {key} differs ({', '.join(map(str, values))}); a law of size needs it to be equal: choose "
                 "other results, or variants with --variant"
             )
-    return Family(name, tuple(points), baselines, tuple(_warnings(name, points)))
-
-
-def _warnings(name: str, points: Sequence[Point]) -> Iterator[str]:
     first: dict[tuple[Any, ...], Point] = {}
-    for point in points:
-        size = (point.block, point.experts, point.expert_parameters, point.layers, point.active)
-        if (other := first.setdefault(size, point)) is not point:
-            differing = [key for key in _SCALED if point.settings[key] != other.settings[key]]
+    for p in points:
+        size = (p.block, p.experts, p.expert_parameters, p.layers, p.parameters["active"])
+        if (other := first.setdefault(size, p)) is not p:
+            differing = ", ".join(key for key in _SCALED if p.settings[key] != other.settings[key])
             raise UserError(
-                f"{name}: {other.name} and {point.name} have the same size ({', '.join(differing) or 'another setting'}"
-                " differs): choose one with --variant"
+                f"{name}: {other.name} and {p.name} have the same size and differ in {differing or 'another setting'}; "
+                "choose one with --variant"
             )
+    warnings = []
     for key in _SCALED:
-        values = list(dict.fromkeys(point.settings[key] for point in points))
+        values = dict.fromkeys(p.settings[key] for p in points)
         if len(values) > 1:
-            yield f"{key} is not the same at all sizes ({', '.join(f'{value:g}' for value in values)})"
-
-
-def _of(point: Point, key: str) -> Any:
-    return point.tokens if key == "tokens" else point.settings[key]
+            warnings.append(f"{key} differs between sizes ({', '.join(f'{value:g}' for value in values)})")
+    return Family(name, tuple(points), baselines, tuple(warnings))

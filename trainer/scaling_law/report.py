@@ -1,92 +1,77 @@
-"""A law in words: a table, what it says and how far it may be trusted, JSON."""
+"""A law in words: a table, notes on what it says and how far it may be trusted, and JSON."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
-from rich.box import SIMPLE
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
-from trainer.common.strict_json import finite
-from trainer.scaling_law.law import MISFIT_P
-from trainer.scaling_law.result import FARTHEST, Crossing, Estimate, Law, Term
+from trainer.common.format import count, interval, loss, loss_change, p_value, plural
+from trainer.common.strict_json import json_safe
+from trainer.common.tables import new_table, print_tables
+from trainer.scaling_law.law import MISFIT_P, Form
+from trainer.scaling_law.result import FARTHEST, Crossing, Law, Term
 from trainer.sweep.statistics import CONFIDENCE
 
-FORMS = {"none": "no dependence", "line": "straight line in the logarithm", "power": "power law"}
-_ABSENT = "-"
-_WIDTH = 180
-"""Columns that a table may have that goes to a file."""
-_PERCENT = f"{CONFIDENCE:.0%}"
+FORMS: dict[Form, str] = {"none": "no dependence", "line": "straight line in the logarithm", "power": "power law"}
 
 
 def print_law(law: Law) -> None:
     """Print table and notes to stdout."""
-    table = Table(box=SIMPLE, pad_edge=False, title=law.family.name, title_justify="left")
-    table.add_column("factor", no_wrap=True)
-    for name in ("range", "bears out", "loss a doubling", f"{_PERCENT} interval", "exponent", f"{_PERCENT} interval"):
-        table.add_column(name, justify="right")
-    for form in ("none", "line", "power"):
-        table.add_column(f"left out: {form}", justify="right")
+    level = f"{CONFIDENCE:.0%} interval"
+    errors = (f"left out: {form}" for form in FORMS)
+    table = new_table(
+        law.family.name, "factor", "range", "supported", "loss per doubling", level, "exponent", level, *errors
+    )
     for term in law.terms:
         d, a = term.doubling, term.exponent
-        cells = [
-            term.factor,
-            _range(term),
-            FORMS[term.form].partition(" in ")[0],
-            *(f"{d.value:+.4f}", f"{d.low:+.4f} {d.high:+.4f}"),
-            *(f"{a.value:.2f}", f"{_end(a.low)} {_end(a.high)}"),
-            *(f"{term.left_out[form]:.4f}" for form in ("none", "line", "power")),
-        ]
-        table.add_row(*map(Text, cells))  # Text, so that rich takes no brackets for markup
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(width=_WIDTH, highlight=False)
-    console.print(table)
-    for line in notes(law):
-        console.print(Text(f"- {line}"))
+        table.add_row(
+            *(term.factor, _range(term), FORMS[term.form].partition(" in ")[0]),
+            *(loss_change(d.value), interval(d.low, d.high), f"{a.value:.2f}", interval(a.low, a.high, ".2f")),
+            *(loss(term.left_out_rms[form]) for form in FORMS),
+        )
+    print_tables(table, notes=list(notes(law)))
 
 
 def notes(law: Law) -> Iterator[str]:
-    """What the law says, one thing a line."""
+    """Say what the law is, one thing per line."""
     yield f"law: {formula(law)}"
     if law.floor:
-        yield f"E, for unbounded sizes: {law.floor.value:.3f} ({_end(law.floor.low)} to {_end(law.floor.high)})"
+        ends = interval(law.floor.low, law.floor.high, ".2f")
+        yield f"E, the loss for unbounded sizes, is {law.floor.value:.3f} ({ends})"
     for term in law.terms:
         yield _verdict(term)
-    size, measured, predicted = law.largest
-    error = predicted - measured
+    first, largest = law.terms[0], law.largest
+    error = loss_change(largest["predicted"] - largest["measured"])
     yield (
-        f"left out, the largest {law.terms[0].factor} ({count(size)}) is predicted as {predicted:.4f}, is "
-        f"{measured:.4f}: {error:+.4f}"
+        f"without the largest size ({_size(largest['size'])} {first.factor}) the law predicts a loss of "
+        f"{loss(largest['predicted'])} there; measured is {loss(largest['measured'])}: {error}"
     )
     for group in law.groups:
         if group.crossing:
-            yield _crossing(group.crossing, law.terms[0])
+            yield _crossing(group.crossing, first)
     fewest, most = law.seeds
-    seeds = f"{fewest} to {most}" if fewest < most else f"{most}"
-    tokens, freedom = law.family.points[0].tokens, law.noise.freedom
+    seeds = f"{fewest} to {most} seeds" if fewest < most else plural(most, "seed")
     yield (
-        f"rests on {len(law.family.points)} points of {seeds} seed{'s' * (most > 1)}, all of {tokens:,} tokens; a run "
-        f"lies {law.noise.sd:.4f} nats about the law, known with {freedom} degree{'s' * (freedom > 1)} of freedom"
+        f"the law rests on {len(law.family.points)} points of {seeds}, all of {law.family.points[0].tokens:,} tokens; "
+        f"runs lie {law.noise.sd:.4f} nats about it, known with {plural(law.noise.freedom, 'degree')} of freedom"
     )
     if most == 1:
         yield "with 1 seed, noise and misfit cannot be told apart: add seeds before relying on the intervals"
     if law.noise.misfit_p < MISFIT_P:
-        yield f"the points are farther from the law than runs from each other (F-test, p = {law.noise.misfit_p:.2g})"
+        p = p_value(law.noise.misfit_p)
+        yield f"the points are farther from the law than runs are from each other (F-test, p = {p})"
     for name, other in law.combined.items():
-        yield f"{name} vary with {other} only: the terms here stand for both, and cannot tell them apart"
+        yield f"{name} vary only together with {other}: the terms stand for both and cannot tell them apart"
     for warning in law.family.warnings:
-        yield f"{warning}: the law is of these together with the sizes"
-    limits = ", ".join(f"{count(FARTHEST * term.values[-1])} {term.factor}" for term in law.terms)
-    yield f"holds within the range above, at this many tokens; do not ask it beyond {FARTHEST:g} times that ({limits})"
+        yield f"{warning}: the law describes this together with the sizes"
+    limits = ", ".join(f"{_size(FARTHEST * term.values[-1])} {term.factor}" for term in law.terms)
+    yield f"the law holds in the ranges above; do not use it beyond {FARTHEST:g} times that ({limits})"
 
 
 def formula(law: Law) -> str:
-    """The law to compute with."""
+    """Write the law as a formula to compute with."""
     parts = []
     level = law.curve.level
     for term, slope, a in zip(law.terms, law.curve.slopes, law.curve.exponents, strict=True):
@@ -101,72 +86,53 @@ def formula(law: Law) -> str:
 
 
 def _verdict(term: Term) -> str:
-    d, a, errors = term.doubling, term.exponent, term.left_out
-    change = f"{d.value:+.4f} nats a doubling ({d.low:+.4f} to {d.high:+.4f})"
+    """Say why a term has its form; the numbers are in the table."""
     if term.form == "none":
-        return (
-            f"{term.factor}: no law. Over {_range(term)} the loss does not clearly depend on it: {change}, and without "
-            f"it sizes left out are predicted to {errors['none']:.4f} (else {min(errors['line'], errors['power']):.4f})"
-        )
-    way = "falls" if d.value < 0 else "RISES"
-    if term.form == "line":
-        same = "a straight line in the logarithm says as much"
-        if a.low <= 0:
-            why = f"does not differ from zero: {same}"
-        elif math.isinf(a.high):
-            why = "has no upper bound: these sizes do not tell how the loss levels off"
-        else:
-            why = f"is above zero, but predicts hardly better: {same}"
-        return (
-            f"{term.factor}: the loss {way}, {change}; the exponent, {a.value:.2f} ({_end(a.low)} to {_end(a.high)}), "
-            f"{why}, and no limit for large sizes can be told"
-        )
-    return (
-        f"{term.factor}: the loss {way} by a power law of exponent {a.value:.2f} ({_end(a.low)} to {_end(a.high)}), "
-        f"which differs from zero; sizes left out are predicted to {errors['power']:.4f} (a straight line in the "
-        f"logarithm to {errors['line']:.4f}, a constant to {errors['none']:.4f})"
-    )
+        return f"{term.factor}: no law; from {_range(term)} the loss does not clearly depend on it"
+    way = "falls" if term.doubling.value < 0 else "RISES"
+    if term.form == "power":
+        return f"{term.factor}: the loss {way} by a power law, whose exponent differs from zero"
+    if term.exponent.low <= 0:
+        why = "the exponent of a power law does not differ from zero"
+    elif math.isinf(term.exponent.high):
+        why = "these sizes do not show how the loss levels off"
+    else:
+        why = "a power law hardly predicts sizes left out better"
+    return f"{term.factor}: the loss {way} by a straight line in the logarithm; {why}, so its limit is not known"
 
 
 def _crossing(c: Crossing, term: Term) -> str:
-    at = "".join(f", {name} {count(value)}" for name, value in c.at.items())
-    measured = f"smallest tried that does: {count(c.measured)}" if c.measured else "none that was tried does"
-    head = f"{c.baseline}{at}: loss {c.loss:.4f} is reached by"
+    at = "".join(f", {_size(value)} {name}" for name, value in c.at.items())
+    measured = (
+        f"the smallest measured pool that does has {_size(c.measured)}" if c.measured else "no measured pool does"
+    )
+    head = f"{c.name}{at}: its loss of {loss(c.loss)} is reached by"
     if c.smallest is None:
         return f"{head} no size that a law could name; {measured}"
-    s = c.smallest
-    return f"{head} {term.factor} {_reach(s.value, term)} ({_reach(s.low, term)} to {_reach(s.high, term)}); {measured}"
+    value, low, high = (_reach(end, term) for end in (c.smallest.value, c.smallest.low, c.smallest.high))
+    return f"{head} {value} {term.factor} ({low} to {high}); {measured}"
 
 
 def _reach(size: float, term: Term) -> str:
     if size == 0:
-        return f"below {count(term.values[0] / FARTHEST)}"
+        return f"fewer than {_size(term.values[0] / FARTHEST)}"
     if math.isinf(size):
-        return f"none up to {count(FARTHEST * term.values[-1])}"
-    return count(math.ceil(size - 1e-9))
+        return f"more than {_size(FARTHEST * term.values[-1])}"
+    return _size(math.ceil(size - 1e-9))
 
 
 def _range(term: Term) -> str:
-    return f"{count(term.values[0])} to {count(term.values[-1])}"
+    return f"{_size(term.values[0])} to {_size(term.values[-1])}"
 
 
-def count(x: float) -> str:
-    """A size in few characters."""
-    for unit, name in ((1e9, "B"), (1e6, "M")):
-        if x >= unit:
-            return f"{x / unit:.3g}{name}"
-    return f"{x:g}"
-
-
-def _end(x: float) -> str:
-    return _ABSENT + "inf" if x == -math.inf else "inf" if x == math.inf else f"{x:.2f}"
+def _size(value: float) -> str:
+    return count(value, digits=3)
 
 
 def to_json(law: Law) -> dict[str, Any]:
-    """All of it but the points; what is infinite or NaN as null."""
+    """Return everything but the points; infinite numbers and NaN become null."""
     fewest, most = law.seeds
-    size, measured, predicted = law.largest
-    tree = {
+    tree: dict[str, Any] = {
         "variants": law.family.name,
         "points": len(law.family.points),
         "seeds": {"fewest": fewest, "most": most},
@@ -174,38 +140,12 @@ def to_json(law: Law) -> dict[str, Any]:
         "confidence": CONFIDENCE,
         "formula": formula(law),
         "level": law.curve.level,
-        "floor": _json(law.floor),
-        "terms": [
-            {
-                "factor": term.factor,
-                "values": term.values,
-                "form": term.form,
-                "centre": term.centre,
-                "slope": slope,
-                "fitted_exponent": exponent,
-                "doubling": _json(term.doubling),
-                "exponent": _json(term.exponent),
-                "left_out_rms": term.left_out,
-            }
-            for term, slope, exponent in zip(law.terms, law.curve.slopes, law.curve.exponents, strict=True)
-        ],
-        "noise": {"sd": law.noise.sd, "freedom": law.noise.freedom, "misfit_p": law.noise.misfit_p},
-        "largest": {"size": size, "measured": measured, "predicted": predicted},
-        "baselines": [
-            {"name": c.baseline, "at": c.at, "loss": c.loss, "smallest": _json(c.smallest), "measured": c.measured}
-            for group in law.groups
-            if (c := group.crossing)
-        ],
+        "floor": asdict(law.floor) if law.floor else None,
+        "terms": [asdict(term) for term in law.terms],
+        "noise": asdict(law.noise),
+        "largest": law.largest,
+        "baselines": [asdict(group.crossing) for group in law.groups if group.crossing],
         "combined": law.combined,
         "notes": list(notes(law)),
     }
-    return finite(tree)  # type: ignore[no-any-return]  # a tree stays one
-
-
-def _json(e: Estimate | None) -> dict[str, float] | None:
-    return {"value": e.value, "low": e.low, "high": e.high} if e else None
-
-
-def all_json(laws: Sequence[Law], skipped: Sequence[str]) -> dict[str, Any]:
-    """Of a command."""
-    return {"laws": [to_json(law) for law in laws], "not_fitted": list(skipped)}
+    return json_safe(tree)  # type: ignore[no-any-return]  # a dict stays one

@@ -1,4 +1,4 @@
-"""`sweep` of the command line."""
+"""The command `sweep`."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from trainer.common.errors import UserError
 from trainer.common.strict_json import dumps
 
 if TYPE_CHECKING:
-    from trainer.sweep.spec import Experiment
+    from trainer.sweep.result import SweepResult
 
 
 @click.command()
 @click.argument("source", required=False, metavar="SWEEP")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of every run.")
-@click.option("--dir", "folder", type=click.Path(file_okay=False, path_type=Path), help="Folder of the runs.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a recipe key for every run.")
+@click.option("--dir", "folder", type=click.Path(file_okay=False, path_type=Path), help="Folder for the runs.")
 @click.option(
     "--jobs",
     type=click.IntRange(min=1),
     default=1,
     show_default=True,
     metavar="N",
-    help="Runs at once; the cores are divided among them, unless OMP_NUM_THREADS is set.",
+    help="Number of runs at a time. They share the cores evenly, unless OMP_NUM_THREADS is set.",
 )
-@click.option("--force", is_flag=True, help="Put runs of other recipes that are in the way aside, and train anew.")
-@click.option("--write-recipes", is_flag=True, help="Only write each run's recipe, for `train` on a cluster.")
-@click.option("--report", is_flag=True, help="Only make table and pictures of the runs that are done.")
+@click.option("--force", is_flag=True, help="Move runs of other recipes out of the way and train again.")
+@click.option("--write-recipes", is_flag=True, help="Only write the recipe of each run, for `train` on a cluster.")
+@click.option("--report", is_flag=True, help="Only make the table and the pictures of the finished runs.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result, or the list, as JSON.")
 @click.option("--list", "listed", is_flag=True, help="List the sweeps that come with the trainer.")
 def sweep(
@@ -44,14 +44,15 @@ def sweep(
     as_json: bool,
     listed: bool,
 ) -> None:
-    """Train variants of a recipe with several seeds, and compare them with a baseline.
+    """Train variants of a recipe with several seeds and compare them with a baseline.
 
-    SWEEP is a name (see --list), a YAML file, or the folder of a sweep that has begun. Every recipe is checked before
-    anything starts. Runs are in DIR/VARIANT/seed_N; those that are done are left out, begun ones go on from their
-    checkpoint. At the end, result.json, result.csv and pictures are in DIR.
+    SWEEP is a name (see --list), a YAML file, or the folder of a sweep that was started before. All recipes are checked
+    before anything starts. The runs are in DIR/VARIANT/seed_N. Finished runs are skipped; interrupted ones resume from
+    their last checkpoint. At the end, DIR has result.json, result.csv and the pictures. With --report, a folder that
+    has nothing but a result.json is enough.
 
-    Ctrl-C or SIGTERM: the runs save a checkpoint; the same command goes on. Exit status: 0 all runs are done, 1 some
-    failed, 130 after Ctrl-C, 75 after SIGTERM.
+    After Ctrl-C or SIGTERM the runs save a checkpoint and stop; the same command resumes the sweep. Exit status: 0 if
+    all runs are finished, 1 if some failed, 130 after Ctrl-C, 75 after SIGTERM.
 
     \b
     Examples:
@@ -60,28 +61,37 @@ def sweep(
       unipool sweep runs/sweeps/small-reproduction --report
       unipool sweep table-5 --write-recipes
     """
-    from trainer.sweep.spec import headline, load_sweep, sweep_names
+    from trainer.sweep.spec import SWEEP_FILE, headline, load_sweep, sweep_names
 
     if listed:
         names = {name: headline(name) for name in sweep_names()}
         print(dumps(names) if as_json else "\n".join(f"{name:<24}{text}" for name, text in names.items()))
         return
     if source is None:
-        raise UserError("sweep: name a sweep (unipool sweep --list), its file, or the folder of one that has begun")
+        raise UserError("sweep: give the name of a sweep (see unipool sweep --list), its file, or its folder")
     if "RANK" in os.environ or "OMPI_COMM_WORLD_SIZE" in os.environ or "PMI_SIZE" in os.environ:
-        raise UserError("sweep: starts its runs itself: not under a launcher; --write-recipes makes recipes for one")
+        raise UserError(
+            "sweep: it starts its runs itself and cannot run under a launcher; use --write-recipes for that"
+        )
+    if report and os.path.isdir(source) and not (Path(source) / SWEEP_FILE).exists():
+        from trainer.sweep.result import JSON_FILE, read_result
+
+        _show(read_result(Path(source) / JSON_FILE), Path(source), as_json, collected=False)
+        return
     experiment = load_sweep(source, overrides, folder)
     if jobs > 1 and (taken := [cell.name for cell in experiment.cells if cell.recipe.metrics.port]):
-        raise UserError(f"--jobs {jobs}: metrics.port of {taken[0]} is one number for all runs; set metrics.port=0")
+        raise UserError(f"--jobs {jobs}: all runs would use the metrics.port of {taken[0]}; set metrics.port=0")
     if report:
         if not experiment.folder.is_dir():
-            raise UserError(f"--report: {experiment.folder}: not there; train first, or give --dir")
-        _report(experiment, as_json)
+            raise UserError(f"--report: the folder {experiment.folder} does not exist; train first, or give --dir")
+        from trainer.sweep.result import collect
+
+        _show(collect(experiment), experiment.folder, as_json)
         return
-    from trainer.sweep.runs import Runner, check_places
+    from trainer.sweep.runs import Runner, check_folders, write_recipe
     from trainer.telemetry.console import say
 
-    check_places(experiment, force)
+    check_folders(experiment, force)
     try:
         experiment.folder.mkdir(parents=True, exist_ok=True)
         experiment.save()
@@ -90,31 +100,37 @@ def sweep(
     for warning in experiment.warnings():
         say(f"warning: {warning}")
     if write_recipes:
-        from trainer.sweep.runs import write_recipe
-
         for run in experiment.runs:
             write_recipe(run)
             print(run.recipe_file)
         return
     status = Runner(experiment, jobs).run()
-    _report(experiment, as_json)
+    from trainer.sweep.result import collect
+
+    _show(collect(experiment), experiment.folder, as_json)
     sys.exit(status)
 
 
-def _report(experiment: Experiment, as_json: bool) -> None:
-    """Table, files and pictures of the runs that are done."""
+def _show(result: SweepResult, folder: Path, as_json: bool, collected: bool = True) -> None:
+    """Print the result and write its files and pictures.
+
+    Args:
+        result: The result.
+        folder: Where to write.
+        as_json: Print JSON instead of a table.
+        collected: Whether it comes from runs, not from the result.json in `folder`, which then stays as it is.
+    """
     from trainer.sweep.plot import write_pictures
-    from trainer.sweep.result import collect, to_json, write_files
-    from trainer.sweep.table import print_table
+    from trainer.sweep.result import to_json, write_files
+    from trainer.sweep.table import print_result
     from trainer.telemetry.console import say
 
-    rows = collect(experiment)
     if as_json:
-        print(dumps(to_json(experiment, rows)))
+        print(dumps(to_json(result)))
     else:
-        print_table(experiment, rows)
+        print_result(result)
     try:
-        written = [*write_files(experiment, rows), *write_pictures(experiment, rows)]
+        written = [*(write_files(folder, result) if collected else []), *write_pictures(folder, result)]
     except OSError as error:
-        raise UserError(f"{experiment.folder}: the result cannot be written ({error.strerror})") from None
+        raise UserError(f"{folder}: the result cannot be written ({error.strerror})") from None
     say(f"written: {', '.join(map(str, written))}")

@@ -1,167 +1,227 @@
-"""What a sweep's runs have come to, as far as they are done: rows, and the files result.json and result.csv."""
+"""The result of a sweep: collected from the finished runs, written as result.json and result.csv, and read again."""
 
 from __future__ import annotations
 
 import csv
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter, ValidationError
 
-from trainer.common.atomic import write_whole
-from trainer.common.strict_json import dumps, finite
+from trainer.common.atomic import atomic_write
+from trainer.common.errors import UserError
+from trainer.common.safe_read import Unreadable, read_text
+from trainer.common.strict_json import dumps, json_safe, loads
 from trainer.config.recipe import Recipe
 from trainer.config.sections import source_names
 from trainer.planning.model_costs import count_parameters
 from trainer.sweep.runs import is_done, records_of
-from trainer.sweep.spec import Cell, Experiment, Run
-from trainer.sweep.statistics import CONFIDENCE, Difference, Spread, paired, spread
+from trainer.sweep.spec import Cell, Experiment, Picture, Run, keys_of_axis
+from trainer.sweep.statistics import CONFIDENCE, Difference, Number, Spread, paired, spread
 from trainer.view.records import RECENT
 
 JSON_FILE, CSV_FILE = "result.json", "result.csv"
+_LARGEST_FILE = 2**28
+"""Bytes of result.json at most; it holds the curves of all runs."""
 
-_OF_A_POOL = ("load_imbalance", "dead_experts", "distinct_experts", "specialisation")
-MEASURES = ("train_loss", *_OF_A_POOL, "random_routing", "tokens_per_second")
-"""Of a run, besides its validation loss."""
+_POOL_MEASURES = ("load_imbalance", "dead_experts", "distinct_experts", "specialisation")
 
 SETTINGS = (
     *("model.ffn", "model.groups", "model.ffn_hidden", "model.vocab", "model.seq_len"),
     *("router.kind", "router.top_k", "router.constant_factor", "balance.layer", "balance.pool", "balance.scores"),
     *("balance.scope", "balance.delay", "train.lr", "data.source", "data.tokenizer"),
 )
-"""Keys of a variant's recipe that result.json has, for those who compare results of several sweeps."""
+"""Recipe keys that result.json repeats, so that results of several sweeps can be compared."""
 
 
-@dataclass(frozen=True)
-class RunResult:
-    """A run that is done.
+@dataclass(frozen=True, kw_only=True)
+class Measures:
+    """What is measured besides the validation loss; NaN where there is no such number.
 
     Attributes:
-        val_loss: the last validation's, nats a token.
-        train_loss, load_imbalance, dead_experts, distinct_experts, specialisation: means over the last steps; NaN where
-            a dense model has none.
-        random_routing: nats that random experts in one layer add, of the last probe; NaN without one.
-        tokens_per_second: over the whole run.
-        val_steps, val_losses: its curve.
+        train_loss: Training loss, nats per token, mean over the last steps; so are the next four.
+        load_imbalance: Load of the pool's fullest expert over the mean; NaN for a dense model, as the next three.
+        dead_experts: Experts without a token in a step.
+        distinct_experts: Different experts that a token meets in all layers.
+        specialisation: How much the layers' loads differ, bits.
+        random_routing: Nats that random experts in one layer add to the loss, by the last probe.
+        tokens_per_second: Training throughput over the whole run.
+    """
+
+    train_loss: Number
+    load_imbalance: Number
+    dead_experts: Number
+    distinct_experts: Number
+    specialisation: Number
+    random_routing: Number
+    tokens_per_second: Number
+
+
+MEASURES = tuple(field.name for field in fields(Measures))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult(Measures):
+    """A finished run.
+
+    Attributes:
+        seed: Its `run.seed`.
+        folder: Its folder, as text.
+        val_loss: Last validation loss, nats per token.
+        val_steps: Optimizer steps after which it was validated.
+        val_losses: Validation losses after these steps.
     """
 
     seed: int
-    val_loss: float
-    train_loss: float
-    load_imbalance: float
-    dead_experts: float
-    distinct_experts: float
-    specialisation: float
-    random_routing: float
-    tokens_per_second: float
+    folder: str
+    val_loss: Number
     val_steps: tuple[int, ...]
-    val_losses: tuple[float, ...]
+    val_losses: tuple[Number, ...]
 
 
-@dataclass(frozen=True)
-class Row:
-    """A variant at one point of the grid.
+@dataclass(frozen=True, kw_only=True)
+class VariantResult(Measures):
+    """A variant at one point of the grid; its measures are means over the finished runs.
 
     Attributes:
-        cell: its recipe, name, point and baseline.
-        runs: those that are done, by seed.
-        val_loss: over the seeds.
-        difference: to the baseline; None for the baseline itself, and where it has no such cell.
-        measures: means over the runs by name of MEASURES.
+        name: Name of the variant with the point's values.
+        variant: Name of the variant alone.
+        point: Values of the grid's axes, by key.
+        compared_with: Name of the baseline at this point; None for the baseline itself and if there is none.
+        layers: Depth, L.
+        hidden: Width of the model, D.
+        experts: Experts in the whole pool, M.
+        parameters: `total`, and `active` on a token's way.
+        tokens: Tokens trained.
+        settings: The recipe's values of SETTINGS, by key.
+        planned_runs: Number of seeds, finished or not.
+        val_loss: Validation loss over the seeds, nats per token.
+        difference: Difference to the baseline; None without one.
+        runs: The finished runs.
     """
 
-    cell: Cell
-    runs: tuple[RunResult, ...]
+    name: str
+    variant: str
+    point: dict[str, Any]
+    compared_with: str | None
+    layers: int
+    hidden: int
+    experts: int
+    parameters: dict[str, int]
+    tokens: int
+    settings: dict[str, Any]
+    planned_runs: int
     val_loss: Spread
     difference: Difference | None
-    measures: dict[str, float]
+    runs: tuple[RunResult, ...]
 
     @property
     def losses(self) -> dict[int, float]:
-        """Validation losses by seed."""
+        """Validation loss by seed, nats per token."""
         return {run.seed: run.val_loss for run in self.runs}
 
 
-def collect(experiment: Experiment) -> tuple[Row, ...]:
-    """A row for every cell, with the runs that are done."""
-    results = {cell.name: tuple(_run(run) for run in cell.runs if is_done(run)) for cell in experiment.cells}
-    losses = {name: {run.seed: run.val_loss for run in runs} for name, runs in results.items()}
-    return tuple(
-        Row(
-            cell,
-            runs=results[cell.name],
-            val_loss=spread(list(losses[cell.name].values())),
-            difference=paired(losses[cell.name], losses[cell.baseline]) if cell.baseline else None,
-            measures={name: _mean([getattr(run, name) for run in results[cell.name]]) for name in MEASURES},
-        )
-        for cell in experiment.cells
+@dataclass(frozen=True, kw_only=True)
+class SweepResult:
+    """The result of a sweep, as result.json holds it.
+
+    Attributes:
+        sweep: Name of the sweep.
+        folder: Its folder, as text.
+        baseline: Name of the variant that the others are compared with.
+        axes: Values of the grid, by key or by several keys with commas between them.
+        seeds: Seeds of every variant.
+        confidence: Level of the intervals.
+        variants: In the order of the sweep's file.
+        picture: How pictures show it.
+    """
+
+    sweep: str
+    folder: str
+    baseline: str
+    axes: dict[str, list[Any]]
+    seeds: list[int]
+    confidence: float
+    variants: tuple[VariantResult, ...]
+    picture: Picture = field(default_factory=Picture)
+
+    @property
+    def axis_keys(self) -> list[str]:
+        """Keys of all axes."""
+        return [key for axis in self.axes for key in keys_of_axis(axis)]
+
+    def baseline_of(self, variant: VariantResult) -> VariantResult | None:
+        """Return what a variant is compared with."""
+        return next((other for other in self.variants if other.name == variant.compared_with), None)
+
+
+def collect(experiment: Experiment) -> SweepResult:
+    """Collect the result from the finished runs of a sweep."""
+    runs = {cell.name: tuple(_run(run) for run in cell.runs if is_done(run)) for cell in experiment.cells}
+    return SweepResult(
+        sweep=experiment.name,
+        folder=str(experiment.folder),
+        baseline=experiment.sweep.baseline,
+        axes=experiment.sweep.grid,
+        seeds=experiment.sweep.seeds,
+        confidence=CONFIDENCE,
+        variants=tuple(
+            variant_result(cell, runs[cell.name], runs.get(cell.baseline or "")) for cell in experiment.cells
+        ),
+        picture=experiment.sweep.picture,
+    )
+
+
+def variant_result(cell: Cell, runs: Sequence[RunResult], baseline: Sequence[RunResult] | None) -> VariantResult:
+    """Summarise the finished runs of a variant.
+
+    Args:
+        cell: The variant at a point of the grid.
+        runs: Its finished runs.
+        baseline: Finished runs of what it is compared with; None without a baseline.
+    """
+    r = cell.recipe
+    parameters = count_parameters(r)
+    losses = {run.seed: run.val_loss for run in runs}
+    means = {name: float(np.mean([getattr(run, name) for run in runs])) if runs else math.nan for name in MEASURES}
+    return VariantResult(
+        name=cell.name,
+        variant=cell.variant,
+        point=cell.point,
+        compared_with=cell.baseline,
+        layers=r.model.layers,
+        hidden=r.model.hidden,
+        experts=r.pool.experts,
+        parameters={"total": parameters.total, "active": parameters.active},
+        tokens=r.train.steps * r.train.global_batch * r.model.seq_len,
+        settings={key: _setting(r, key) for key in SETTINGS},
+        planned_runs=len(cell.runs),
+        val_loss=spread(list(losses.values())),
+        difference=None if baseline is None else paired(losses, {run.seed: run.val_loss for run in baseline}),
+        runs=tuple(runs),
+        **means,
     )
 
 
 def _run(run: Run) -> RunResult:
     records = records_of(run)
-    recent = {
-        name: math.nan if name in _OF_A_POOL and run.recipe.model.ffn == "dense" else records.mean(name, RECENT)
-        for name in _OF_A_POOL
-    }
+    dense = run.recipe.model.ffn == "dense"
+    pool = {name: math.nan if dense else records.mean(name, RECENT) for name in _POOL_MEASURES}
     return RunResult(
-        run.seed,
+        seed=run.seed,
+        folder=str(run.folder),
         val_loss=records.val_losses[-1],
         train_loss=records.mean("loss", RECENT),
-        **recent,
         random_routing=records.random_routing[-1] if records.random_routing else math.nan,
         tokens_per_second=records.mean("tokens") / records.mean("seconds"),
         val_steps=tuple(records.val_steps),
         val_losses=tuple(records.val_losses),
+        **pool,
     )
-
-
-def _mean(values: Sequence[float]) -> float:
-    return float(np.mean(values)) if values else math.nan
-
-
-def to_json(experiment: Experiment, rows: Sequence[Row]) -> dict[str, Any]:
-    """All of it, NaN as null."""
-    tree = {
-        "sweep": experiment.name,
-        "folder": str(experiment.folder),
-        "baseline": experiment.sweep.baseline,
-        "axes": experiment.sweep.grid,
-        "seeds": experiment.sweep.seeds,
-        "confidence": CONFIDENCE,
-        "variants": [_row_json(row) for row in rows],
-    }
-    return finite(tree)  # type: ignore[no-any-return]  # a tree stays one
-
-
-def _row_json(row: Row) -> dict[str, Any]:
-    r = row.cell.recipe
-    parameters = count_parameters(r)
-    return {
-        "name": row.cell.name,
-        "variant": row.cell.variant,
-        "point": row.cell.point,
-        "compared_with": row.cell.baseline,
-        "layers": r.model.layers,
-        "hidden": r.model.hidden,
-        "experts": r.pool.experts,
-        "parameters": {"total": parameters.total, "active": parameters.active},
-        "tokens": r.train.steps * r.train.global_batch * r.model.seq_len,
-        "settings": {key: _setting(r, key) for key in SETTINGS},
-        "planned_runs": len(row.cell.runs),
-        "val_loss": asdict(row.val_loss),
-        "difference": asdict(row.difference) if row.difference else None,
-        **row.measures,
-        "runs": [
-            asdict(run) | {"folder": str(planned.folder)}
-            for run in row.runs
-            for planned in row.cell.runs
-            if planned.seed == run.seed
-        ],
-    }
 
 
 def _setting(recipe: Recipe, key: str) -> Any:
@@ -171,11 +231,37 @@ def _setting(recipe: Recipe, key: str) -> Any:
     return getattr(getattr(recipe, section), name)
 
 
-def write_files(experiment: Experiment, rows: Sequence[Row]) -> list[Path]:
-    """Write result.json and result.csv, which has a line a variant; each appears whole or not at all."""
-    tree = to_json(experiment, rows)
-    json_file, csv_file = experiment.folder / JSON_FILE, experiment.folder / CSV_FILE
-    write_whole(json_file, lambda path: path.write_text(dumps(tree, indent=1) + "\n"))
+def to_json(result: SweepResult) -> dict[str, Any]:
+    """Convert a result to what result.json holds; NaN becomes null."""
+    tree: dict[str, Any] = json_safe(asdict(result) | {"picture": result.picture.model_dump(mode="json")})
+    return tree
+
+
+def read_result(file: Path) -> SweepResult:
+    """Read a result.json.
+
+    Raises:
+        UserError: The file cannot be read, or it is not a sweep's result.
+    """
+    again = f"make it with: unipool sweep {file.parent} --report"
+    try:
+        return TypeAdapter(SweepResult).validate_python(loads(read_text(file, _LARGEST_FILE)))
+    except Unreadable as error:
+        raise UserError(f"{file}: cannot be read ({error}); {again}") from None
+    except ValidationError as error:
+        where = ".".join(map(str, error.errors()[0]["loc"])) or "its top level"
+        raise UserError(
+            f"{file}: not a sweep's result, or one of an older version ({where} is missing or wrong); {again}"
+        ) from None
+    except ValueError:
+        raise UserError(f"{file}: not JSON; {again}") from None
+
+
+def write_files(folder: Path, result: SweepResult) -> list[Path]:
+    """Write result.json, and result.csv with a line per variant; each appears whole or not at all."""
+    tree = to_json(result)
+    json_file, csv_file = folder / JSON_FILE, folder / CSV_FILE
+    atomic_write(json_file, lambda path: path.write_text(dumps(tree, indent=1) + "\n"))
     lines = [_flat(variant) for variant in tree["variants"]]
 
     def write(path: Path) -> None:
@@ -184,18 +270,15 @@ def write_files(experiment: Experiment, rows: Sequence[Row]) -> list[Path]:
             writer.writeheader()
             writer.writerows(lines)
 
-    write_whole(csv_file, write)
+    atomic_write(csv_file, write)
     return [json_file, csv_file]
 
 
 def _flat(variant: dict[str, Any]) -> dict[str, Any]:
-    spread_names = ("n", "mean", "sd", "low", "high")
-    difference_names = ("n", "mean", "low", "high", "p")
     return {
         **{name: variant[name] for name in ("name", "variant", "compared_with", "layers", "hidden", "experts")},
-        "total_parameters": variant["parameters"]["total"],
-        "active_parameters": variant["parameters"]["active"],
-        **{f"val_loss_{name}": variant["val_loss"][name] for name in spread_names},
-        **{f"difference_{name}": (variant["difference"] or {}).get(name) for name in difference_names},
+        **{f"{kind}_parameters": number for kind, number in variant["parameters"].items()},
+        **{f"val_loss_{field.name}": variant["val_loss"][field.name] for field in fields(Spread)},
+        **{f"difference_{field.name}": (variant["difference"] or {}).get(field.name) for field in fields(Difference)},
         **{name: variant[name] for name in MEASURES},
     }

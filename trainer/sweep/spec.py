@@ -28,9 +28,9 @@ from typing import Annotated, Any, Self
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from trainer.common.atomic import write_whole
+from trainer.common.atomic import atomic_write
 from trainer.common.errors import UserError
-from trainer.common.text_file import Unreadable, read_text
+from trainer.common.safe_read import Unreadable, read_text
 from trainer.config.constraints import show
 from trainer.config.key_errors import first_line
 from trainer.config.recipe import Recipe, check_recipe, parse_mapping, parse_override, read_tree
@@ -51,6 +51,15 @@ Base = str | dict[str, Any]
 Settings = dict[str, Any]
 
 
+class Picture(Section):
+    labels: dict[str, str] = Field({}, description="names that pictures give to variants and to keys of the grid")
+    highlight: str | None = Field(None, description="variant to show beside the baseline; default: the best one")
+    reference: dict[str, float] = Field(
+        {}, description="known differences to the baseline, in nats per token, by variant: drawn beside the measured"
+    )
+    reference_name: str = Field("reference", description="what the legend calls the known differences")
+
+
 class Sweep(Section):
     dir: str | None = Field(None, description=f"folder of the runs and the result; default: {SWEEPS_FOLDER}/NAME")
     base: Base = Field(description="a recipe: its name, its file, or its sections")
@@ -63,6 +72,7 @@ class Sweep(Section):
         {}, description="key: [values], which multiply; or key, key: [[values], ...]"
     )
     seeds: Annotated[list[NonNegative], Field(min_length=1)] = Field([0, 1, 2], description="run.seed of the runs")
+    picture: Picture = Field(default_factory=Picture, description="how pictures show the result")
 
     @model_validator(mode="after")
     def _relations(self) -> Self:
@@ -78,7 +88,7 @@ class Sweep(Section):
         if len(set(self.axis_keys)) < len(self.axis_keys):
             raise ValueError(f"grid = {show(list(self.grid))}: one key is there twice")
         for axis, values in self.grid.items():
-            keys = _keys_of(axis)
+            keys = keys_of_axis(axis)
             if len(keys) > 1 and any(not isinstance(value, list) or len(value) != len(keys) for value in values):
                 raise ValueError(f"grid.{axis} = {show(values)}: each must be a list of {len(keys)}, a value a key")
             if any(value in values[:place] for place, value in enumerate(values)):
@@ -88,20 +98,20 @@ class Sweep(Section):
     @property
     def axis_keys(self) -> list[str]:
         """Keys of all axes."""
-        return [key for axis in self.grid for key in _keys_of(axis)]
+        return [key for axis in self.grid for key in keys_of_axis(axis)]
 
     def points(self, variant: str) -> Iterator[Settings]:
         """The points of the axes that multiply a variant: those with no key that it sets itself."""
         axes = []
         for axis, values in self.grid.items():
-            keys = _keys_of(axis)
+            keys = keys_of_axis(axis)
             if not set(keys) & self.variants[variant].keys():
                 axes.append([dict(zip(keys, value if len(keys) > 1 else [value], strict=True)) for value in values])
         for settings in itertools.product(*axes):
             yield {key: value for part in settings for key, value in part.items()}
 
 
-def _keys_of(axis: str) -> list[str]:
+def keys_of_axis(axis: str) -> list[str]:
     return [key.strip() for key in axis.split(",")]
 
 
@@ -192,7 +202,7 @@ class Experiment:
     def save(self) -> None:
         """Write the sweep into its folder, from where it goes on as `sweep FOLDER`."""
         text = yaml.safe_dump(self.sweep.model_dump(mode="json", exclude={"dir"}), sort_keys=False)
-        write_whole(self.folder / SWEEP_FILE, lambda path: path.write_text(text))
+        atomic_write(self.folder / SWEEP_FILE, lambda path: path.write_text(text))
 
     def warnings(self) -> Iterator[str]:
         """What of a variant and its baseline cannot be matched though the seed is the same."""

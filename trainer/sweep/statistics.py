@@ -1,33 +1,39 @@
-"""Mean and spread over seeds, and differences between two variants that have the same seeds."""
+"""Mean and spread over seeds, and differences between two variants that share seeds."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
+from pydantic import BeforeValidator
 from scipy import stats
 
 CONFIDENCE = 0.95
 
+Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
+"""A float that JSON has as null where it is NaN."""
+
 
 @dataclass(frozen=True)
 class Spread:
-    """A number over seeds.
+    """A value over seeds.
 
     Attributes:
-        n: how many seeds.
-        mean: NaN without any.
-        sd: standard deviation (n - 1); NaN with fewer than 2.
-        low, high: confidence interval of the mean by Student's t; NaN with fewer than 2.
+        n: Number of seeds.
+        mean: Mean; NaN without any seed.
+        sd: Sample standard deviation; NaN with fewer than 2 seeds.
+        low: Lower end of the mean's confidence interval by Student's t; NaN with fewer than 2 seeds.
+        high: Upper end, likewise.
     """
 
     n: int
-    mean: float
-    sd: float
-    low: float
-    high: float
+    mean: Number
+    sd: Number
+    low: Number
+    high: Number
 
 
 @dataclass(frozen=True)
@@ -35,36 +41,36 @@ class Difference:
     """A variant minus the baseline, over the seeds that both have.
 
     Attributes:
-        n: how many these are.
-        mean, low, high: of the differences, as in `Spread`.
-        p: of the paired t-test, two-sided; NaN with fewer than 2 seeds, or where all differences are the same number.
+        n: Number of these seeds.
+        mean: Mean of the differences.
+        low: Lower end of its confidence interval, as in `Spread`.
+        high: Upper end, likewise.
+        p: Two-sided p-value of the paired t-test; NaN with fewer than 2 seeds, or if all differences are equal.
     """
 
     n: int
-    mean: float
-    low: float
-    high: float
-    p: float
+    mean: Number
+    low: Number
+    high: Number
+    p: Number
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Mean, standard deviation and confidence interval."""
+    """Compute mean, standard deviation and confidence interval."""
     n = len(values)
-    if n == 0:
-        return Spread(0, math.nan, math.nan, math.nan, math.nan)
-    mean = float(np.mean(values))
-    if n == 1:
-        return Spread(1, mean, math.nan, math.nan, math.nan)
+    mean = float(np.mean(values)) if n else math.nan
+    if n < 2:
+        return Spread(n, mean, math.nan, math.nan, math.nan)
     sd = float(np.std(values, ddof=1))
     half = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * sd / math.sqrt(n)
     return Spread(n, mean, sd, mean - half, mean + half)
 
 
 def paired(values: Mapping[int, float], baseline: Mapping[int, float]) -> Difference:
-    """Values and the baseline's by seed, compared by the paired t-test."""
+    """Compare values with the baseline's, both by seed, with a paired t-test."""
     seeds = [seed for seed in values if seed in baseline]
     own, other = [values[seed] for seed in seeds], [baseline[seed] for seed in seeds]
     s = spread([a - b for a, b in zip(own, other, strict=True)])
-    # Without spread the statistic is a division by zero; the same recipe twice comes to that.
+    # Without any spread, as when a recipe is compared with itself, the test would divide by zero.
     p = float(stats.ttest_rel(own, other).pvalue) if s.sd > 0 else math.nan
     return Difference(s.n, s.mean, s.low, s.high, p)

@@ -1,4 +1,4 @@
-"""The picture of who uses which expert: METHOD.md, probe 3 (utilisation)."""
+"""The picture of which layer uses which expert, and how much of all tokens each expert gets."""
 
 from __future__ import annotations
 
@@ -12,46 +12,53 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 
-from trainer.common.atomic import write_whole
-
-_INK, _QUIET, _BAR = "#222222", "#8a8a8a", "#31688e"
+from trainer.common.figure_style import (
+    FAINT,
+    INK,
+    SERIES,
+    add_legend,
+    new_figure,
+    panel_title,
+    style_axes,
+    write_png,
+)
 
 
 def write_heat_map(tokens_per_expert_LM: NDArray[np.integer], path: Path, title: str, groups: int = 1) -> None:
-    """Write the picture as a PNG; the file appears whole or not at all. For the arguments see `draw_heat_map`."""
-    canvas = FigureCanvasAgg(draw_heat_map(tokens_per_expert_LM, title, groups))
-    write_whole(path, lambda temporary: canvas.print_figure(temporary, format="png"))
+    """Write the picture as PNG, see `draw_heat_map`; the file appears whole or not at all."""
+    write_png(draw_heat_map(tokens_per_expert_LM, title, groups), path)
 
 
 def heat_map_image(tokens_per_expert_LM: NDArray[np.integer], title: str, groups: int = 1) -> NDArray[np.uint8]:
-    """The picture as height x width x 3, RGB. For the arguments see `draw_heat_map`."""
+    """Return the picture as RGB, (height, width, 3), see `draw_heat_map`."""
     canvas = FigureCanvasAgg(draw_heat_map(tokens_per_expert_LM, title, groups))
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3]
 
 
 def draw_heat_map(tokens_per_expert_LM: NDArray[np.integer], title: str, groups: int = 1) -> Figure:
-    """Draw each layer's share of tokens by expert, and under it the pool's totals beside the uniform line.
+    """Draw each layer's share of tokens by expert, and below it the totals of the pool beside a uniform load.
 
-    Colour goes with the square root of the share, so that weakly used experts can be told from unused ones.
+    Colour follows the square root of the share, so that weakly used experts can be told from unused ones.
 
     Args:
-        tokens_per_expert_LM: assignments of each layer to the experts that it sees (L, M / groups).
-        groups: sub-pools across depth; the picture is over all M experts, grey where a layer does not reach.
+        tokens_per_expert_LM: Assignments of each layer to the experts that it sees, (L, M / groups).
+        title: Text above the picture.
+        groups: Sub-pools across depth. The picture shows all M experts, grey where a layer does not reach.
     """
     tokens_LM = over_all_experts(tokens_per_expert_LM, groups)
     layers, experts = tokens_LM.shape
     width, height = float(np.clip(3 + 0.09 * experts, 8, 20)), float(np.clip(2.6 + 0.24 * layers, 4.2, 12))
-    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
+    figure = new_figure(width, height)
     map_axes, bar_axes = figure.subplots(2, 1, sharex=True, height_ratios=(height - 2.1, 1.3))
     draw_shares(figure, map_axes, tokens_LM)
     draw_totals(bar_axes, tokens_LM)
-    map_axes.set_title(title, loc="left", color=_INK, fontsize=12)
+    panel_title(map_axes, title)
     return figure
 
 
 def over_all_experts(tokens_per_expert_LM: NDArray[np.integer], groups: int) -> NDArray[np.float64]:
-    """Counts over all M experts of the pool (L, M), NaN where a layer does not reach; from (L, M / groups)."""
+    """Spread counts of the experts that a layer sees, (L, M / groups), over all M experts; NaN for the others."""
     layers, experts_per_layer = tokens_per_expert_LM.shape
     tokens_LM = np.full((layers, groups * experts_per_layer), np.nan)
     for layer, row in enumerate(tokens_per_expert_LM):
@@ -61,34 +68,32 @@ def over_all_experts(tokens_per_expert_LM: NDArray[np.integer], groups: int) -> 
 
 
 def draw_shares(figure: Figure, axes: Axes, tokens_LM: NDArray[np.float64]) -> None:
-    """Each layer's share of tokens by expert, NaN where a layer does not reach."""
+    """Draw each layer's share of tokens by expert; NaN in `tokens_LM` is where a layer does not reach."""
     totals_L1 = np.nansum(tokens_LM, axis=1, keepdims=True)
     shares_LM = tokens_LM / np.maximum(totals_L1, 1)
     top = max(float(np.nanmax(shares_LM)), 1e-6)
-    axes.set_facecolor("#dddddd")
+    axes.set_facecolor(FAINT)
     image = axes.imshow(shares_LM, aspect="auto", interpolation="nearest", cmap="magma", norm=PowerNorm(0.5, 0, top))
     bar = figure.colorbar(image, ax=axes, pad=0.01, aspect=18)
-    bar.set_label("share of the layer's tokens", color=_INK)
+    bar.set_label("share of the layer's tokens", color=INK)
     bar.ax.yaxis.set_major_locator(MaxNLocator(5))
     bar.ax.yaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.set_ylabel("layer", color=_INK)
+    axes.set_ylabel("layer", color=INK)
     axes.yaxis.set_major_locator(MaxNLocator(12, integer=True))
     axes.tick_params(labelbottom=False, bottom=False)
 
 
 def draw_totals(axes: Axes, tokens_LM: NDArray[np.float64]) -> None:
-    """The pool's totals beside the uniform line."""
+    """Draw each expert's share of all tokens beside a uniform load."""
     totals_M = np.nansum(tokens_LM, axis=0)
     shares_M = totals_M / max(totals_M.sum(), 1)
     uniform = 1 / len(shares_M)
-    axes.bar(np.arange(len(shares_M)), shares_M, width=0.9, color=_BAR)
-    axes.axhline(uniform, color=_INK, linestyle="--", linewidth=1.2, label=f"uniform, {uniform:.2%}")
+    axes.bar(np.arange(len(shares_M)), shares_M, width=0.9, color=SERIES[0])
+    axes.axhline(uniform, color=INK, linestyle="--", linewidth=1.2, label=f"uniform, {uniform:.2%}")
     axes.set_ylim(0, 1.3 * max(float(shares_M.max()), uniform))
-    axes.legend(loc="upper right", frameon=False, fontsize=9, labelcolor=_INK)
-    axes.set_xlabel("expert", color=_INK)
-    axes.set_ylabel("share of all", color=_INK)
+    add_legend(axes, loc="upper right")
+    axes.set_xlabel("expert", color=INK)
+    axes.set_ylabel("share of all", color=INK)
     axes.yaxis.set_major_locator(MaxNLocator(4))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.grid(axis="y", color=_QUIET, alpha=0.3, linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    style_axes(axes)

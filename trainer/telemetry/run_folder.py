@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.common.atomic import write_whole
+from trainer.common.atomic import atomic_write
 from trainer.common.errors import UserError
-from trainer.common.strict_json import dumps, loads, marked
+from trainer.common.strict_json import dumps, loads, name_not_finite
 from trainer.config.recipe import Recipe, save_recipe
 from trainer.telemetry.console import say
 
@@ -73,11 +73,11 @@ class RunFolder:
             schedule: the text of plan.json.
             tokenizer: the text of tokenizer.json.
         """
-        write_whole(self.plan_file, lambda path: path.write_text(schedule))
-        write_whole(self.path / TOKENIZER_FILE, lambda path: path.write_text(tokenizer, encoding="utf-8"))
-        write_whole(self.recipe_file, lambda path: save_recipe(recipe, path))
+        atomic_write(self.plan_file, lambda path: path.write_text(schedule))
+        atomic_write(self.path / TOKENIZER_FILE, lambda path: path.write_text(tokenizer, encoding="utf-8"))
+        atomic_write(self.recipe_file, lambda path: save_recipe(recipe, path))
         kept = [line for line in self._lines() if _is_before(line, done_steps)]
-        write_whole(self.metrics_file, lambda path: path.write_text("".join(kept), encoding="utf-8"))
+        atomic_write(self.metrics_file, lambda path: path.write_text("".join(kept), encoding="utf-8"))
 
     def _lines(self) -> list[str]:
         if not self.metrics_file.exists():
@@ -93,7 +93,7 @@ class RunFolder:
         try:
             with self.metrics_file.open("ab", buffering=0) as file:
                 size = file.tell()
-                line = (dumps(marked(record)) + "\n").encode()
+                line = (dumps(name_not_finite(record)) + "\n").encode()
                 if file.write(line) != len(line):
                     file.truncate(size)
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -110,7 +110,7 @@ class RunFolder:
         for file in self.targets_files:
             try:
                 file.parent.mkdir(parents=True, exist_ok=True)
-                write_whole(file, lambda path: path.write_text(dumps(targets) + "\n"))
+                atomic_write(file, lambda path: path.write_text(dumps(targets) + "\n"))
             except OSError as error:
                 say(f"warning: {file}: cannot be written ({error.strerror}); Prometheus cannot find the run by it")
 
@@ -128,7 +128,7 @@ class RunFolder:
                 np.save(file, load_LM)
 
         with suppress(OSError):
-            write_whole(self.load_file, write)
+            atomic_write(self.load_file, write)
 
 
 def _is_before(line: str, done_steps: int) -> bool:

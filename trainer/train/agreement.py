@@ -11,7 +11,7 @@ from trainer.cluster.rendezvous import DIFFERENT_RECIPES, Member
 from trainer.common.errors import UserError
 from trainer.common.strict_json import dumps, loads
 from trainer.config.recipe import Recipe
-from trainer.data.prepared import PreparedData
+from trainer.data.prepared_data import PreparedData
 from trainer.planning.schedule import ScheduleSpec, schedule_of
 from trainer.telemetry.run_folder import RunFolder
 

@@ -81,7 +81,7 @@ def train(
         sys.exit(train_rank(checked, read_launch(), force))
     from trainer.checkpoint.resume import early_check
     from trainer.cluster.hostfile import find_node
-    from trainer.data.recipe_data import prepare_for
+    from trainer.data.prepare import prepare_for
     from trainer.export.initial import ExportedWeights
     from trainer.planning.hardware import find_hardware
     from trainer.telemetry.run_folder import RunFolder
@@ -97,9 +97,7 @@ def train(
     else:
         for option, value in (("node-rank", node_rank), ("master-addr", master_addr), ("master-port", master_port)):
             if value is not None:
-                raise UserError(
-                    f"--{option} {value}: needs --hostfile, as in --hostfile hosts --node-rank 1"
-                )
+                raise UserError(f"--{option} {value}: needs --hostfile, as in --hostfile hosts --node-rank 1")
     if checked.parallel.hardware:  # find a wrong name before anything starts
         find_hardware(checked.parallel.hardware, "parallel.hardware =")
     folder = RunFolder(checked)

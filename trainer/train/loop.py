@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from trainer.checkpoint import format as checkpoint
-from trainer.checkpoint.resume import check_data, choose, early_check
+from trainer.checkpoint.resume import check_data, choose, early_check, load_checkpoint
 from trainer.checkpoint.save import Saver
 from trainer.cluster.fault_watch import FaultWatch
 from trainer.cluster.launch import DONE_FILE
@@ -23,8 +23,8 @@ from trainer.cluster.rendezvous import Launch, provisional_names, rendezvous
 from trainer.common.errors import DIVERGED, START_AGAIN, JobError
 from trainer.config.recipe import Recipe
 from trainer.data.batches import evaluation_steps
-from trainer.data.prepared import PreparedData
-from trainer.data.recipe_data import prepare_for
+from trainer.data.prepare import prepare_for
+from trainer.data.prepared_data import PreparedData
 from trainer.export.initial import load_initial
 from trainer.model.document_mask import document_end
 from trainer.telemetry.console import say
@@ -149,7 +149,7 @@ def start(recipe: Recipe, launch: Launch, watch: FaultWatch, force: bool) -> Run
     # Load its state.
     if saved:
         watch.phase = "loading the checkpoint"
-        checkpoint.load(job, recipe, saved, role)
+        load_checkpoint(job, recipe, saved, role)
     elif recipe.train.init_from:
         watch.phase = f"reading {recipe.train.init_from}"
         load_initial(recipe, role)

@@ -1,8 +1,14 @@
-"""A run to look at: `watch` in a terminal while it goes on, `report` as one HTML file.
+"""Looking at a run: `watch` in a terminal while it runs, `report` as one HTML file.
 
-pages.py    the ranks' /metrics pages, fetched together       records.py  what a run's folder has of it
-rates.py    counters of a rank to rates and shares            view.py     both to one `View`: the numbers shown
-bars.py     bars and sparklines of characters                 frame.py    a `View` to lines of a terminal
-watch.py    the loop                                          commands.py the two commands
-charts.py   curves as SVG      facts.py  the run in words     report.py   the page
+pages     the ranks' /metrics pages, fetched together
+rates     a rank's counters as rates and shares of time
+records   what a run's folder has recorded
+view      both sources as one `View`: the numbers that are shown
+bars      bars and curves made of characters
+frame     a `View` as lines of a terminal
+watch     the loop of `watch`
+charts    curves and the heat map as SVG
+facts     a run in words and numbers
+report    the HTML page
+commands  the commands `watch` and `report`
 """

@@ -1,4 +1,4 @@
-"""Bars and sparklines made of characters."""
+"""Bars and curves made of characters."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ _PARTS = " ▏▎▍▌▋▊▉█"
 
 
 def gauge(share: float, width: int) -> str:
-    """A bar from the left that fills `share` of `width` characters."""
+    """Draw a horizontal bar that fills `share` of `width` characters."""
     eighths = round(min(max(share, 0.0), 1.0) * width * 8)
     full, part = divmod(eighths, 8)
     return ("█" * full + (_PARTS[part] if part else "")).ljust(width)
 
 
 def stacked(shares: Mapping[str, float], width: int) -> dict[str, int]:
-    """Characters for each share of a bar of `width`; they sum to it, and what there is at all shows if it can."""
+    """Divide a bar of `width` characters by shares; the parts add up to the width."""
     total = sum(shares.values())
     exact = {name: width * share / total for name, share in shares.items()}
     cells = {name: int(size) for name, size in exact.items()}
@@ -29,15 +29,20 @@ def stacked(shares: Mapping[str, float], width: int) -> dict[str, int]:
 
 
 def column(level: float, height: int) -> str:
-    """A bar that fills `level` (0 to 1) of `height` lines, from the top line to the bottom one; never quite nothing."""
+    """Draw a vertical bar, one character per line from the top down.
+
+    Args:
+        level: Share of the lines that it fills, 0 to 1; an eighth of a line is always filled.
+        height: Number of lines.
+    """
     eighths = min(max(round(level * height * 8), 1), height * 8)
     return "".join(_EIGHTHS[min(max(eighths - 8 * line, 0), 8)] for line in range(height - 1, -1, -1))
 
 
 def spark(values: Sequence[float], width: int, height: int) -> list[str]:
-    """A curve as `height` lines of `width` characters, from its least to its largest value.
+    """Draw a curve as `height` lines of `width` characters, between its smallest and its largest value.
 
-    Numbers that share a character are averaged, few ones have several; where none is finite it is empty.
+    Values that share a character are averaged. Without any finite value the lines are empty.
     """
     means = _means(values, width)
     finite = [mean for mean in means if math.isfinite(mean)]
@@ -49,6 +54,7 @@ def spark(values: Sequence[float], width: int, height: int) -> list[str]:
 
 
 def _means(values: Sequence[float], width: int) -> list[float]:
+    """Average neighbours so that `width` values remain; few values are repeated."""
     means = []
     for place in range(width if values else 0):
         first = place * len(values) // width
@@ -60,45 +66,46 @@ def _means(values: Sequence[float], width: int) -> list[float]:
 
 @dataclass(frozen=True)
 class Grid:
-    """How a bar an expert fits into lines.
+    """How bars of experts are arranged in rows.
 
     Attributes:
-        merged: experts that share a bar.
-        a_line: bars in a line.
-        lines: lines of bars.
-        width: characters of a bar.
-        height: text lines of a bar.
+        merged: Experts that share a bar.
+        per_row: Bars in a row.
+        rows: Rows of bars.
+        width: Characters of a bar.
+        height: Text lines of a bar.
     """
 
     merged: int
-    a_line: int
-    lines: int
+    per_row: int
+    rows: int
     width: int
     height: int
 
 
 GROUP = 8
-"""Bars between two gaps, so that the eye can count."""
+"""Bars between two gaps, which help to count them."""
 
 
 def grid(experts: int, width: int, height: int, tallest: int = 4) -> Grid:
-    """The most telling way to show `experts` bars in `width` characters and about `height` lines.
+    """Arrange bars of experts so that they show as much as possible.
 
-    Bars are as equally spread over the lines as multiples of GROUP can be. If there is no room for all, several experts
-    share a bar.
+    Rows have about the same number of bars, a multiple of GROUP. If there is no room for all, several experts share a
+    bar.
+
+    Args:
+        experts: Number of experts.
+        width: Characters in a line.
+        height: Lines that are free.
+        tallest: Largest height of a bar.
     """
     largest = max((width + 1) // (GROUP + 1), 1) * GROUP
     merged = 1
     while math.ceil(math.ceil(experts / merged) / largest) > max(height, 1):
         merged *= 2
     bars = math.ceil(experts / merged)
-    lines = math.ceil(bars / largest)
-    a_line = min(bars, math.ceil(bars / lines / GROUP) * GROUP)
-    gaps = (a_line - 1) // GROUP
-    return Grid(
-        merged=merged,
-        a_line=a_line,
-        lines=lines,
-        width=min(max((width - gaps) // a_line, 1), 4),
-        height=min(max(height // lines, 1), tallest),
-    )
+    rows = math.ceil(bars / largest)
+    per_row = min(bars, math.ceil(bars / rows / GROUP) * GROUP)
+    gaps = (per_row - 1) // GROUP
+    bar_width = min(max((width - gaps) // per_row, 1), 4)
+    return Grid(merged, per_row, rows, bar_width, height=min(max(height // rows, 1), tallest))

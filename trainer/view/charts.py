@@ -1,7 +1,7 @@
-"""Curves of a run and its heat map as SVG that takes the page's colours, light or dark.
+"""Curves of a run and its heat map as SVG elements in the colours of the page, light or dark.
 
-matplotlib draws with stand-in colours; afterwards each is replaced by a variable of report.css, fonts by the page's,
-and what only an SVG file of its own needs is cut off.
+matplotlib draws with fixed colours. Afterwards each colour is replaced by a variable of report.css, fonts by those of
+the page, and what only a separate SVG file needs is removed.
 """
 
 from __future__ import annotations
@@ -19,36 +19,37 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 
+from trainer.common.figure_style import FAINT, INK, QUIET, SERIES, add_legend, new_figure, style_axes
 from trainer.telemetry.expert_heatmap import draw_heat_map
 
 POINTS = 400
-"""Points of a curve at most: more records than that share points."""
+"""Points of a curve at most; if there are more records, several share a point."""
 
 COLOURS = {
-    "#222222": "var(--ink)",
+    INK: "var(--ink)",
     "#000000": "var(--ink)",
-    "#8a8a8a": "var(--quiet)",
-    "#dddddd": "var(--absent)",
-    "#31688e": "var(--first)",
-    "#e08a3c": "var(--second)",
-    "#35a06b": "var(--third)",
-    "#8d5a97": "var(--fourth)",
+    QUIET: "var(--quiet)",
+    FAINT: "var(--absent)",
+    **dict(zip(SERIES, ("var(--first)", "var(--second)", "var(--third)", "var(--fourth)"), strict=True)),
 }
-_INK, _QUIET, _FIRST, _SECOND, _THIRD, _FOURTH = "#222222", "#8a8a8a", "#31688e", "#e08a3c", "#35a06b", "#8d5a97"
-SERIES = (_FIRST, _SECOND, _THIRD, _FOURTH)
+"""The page's variable for each colour that matplotlib draws with."""
+
 _SIZE = (4.3, 2.6)
 _LEAST_SCALE = 0.85
-"""Of the heat map, whose text is no longer read when smaller: where there is less room it is scrolled."""
+"""Smallest scale of the heat map, below which its text is unreadable; where there is less room it is scrolled."""
 
 Numbers = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A line of a chart: values at steps; NaN where there are none.
+    """A line of a chart.
 
     Attributes:
-        points: marks them, for few values.
+        name: Its name in the legend.
+        steps: Steps of its values.
+        values: Its values; NaN where there is none.
+        points: Whether every value is marked.
     """
 
     name: str
@@ -62,10 +63,12 @@ class Chart:
     """Curves over the steps.
 
     Attributes:
-        log: whether the scale is logarithmic where the values are far apart.
-        clip: cuts off the few highest values where they would press the others flat.
-        lines: horizontal lines by name.
-        from_zero: whether the scale begins at 0.
+        title: Title on the page.
+        curves: Its lines.
+        log: Use a logarithmic scale if the values are far apart.
+        clip: Cut off the few highest values if they would flatten all others.
+        lines: Horizontal lines by name.
+        from_zero: Begin the scale at 0.
     """
 
     title: str
@@ -78,7 +81,7 @@ class Chart:
 
 @dataclass(frozen=True)
 class Thinned:
-    """A curve's points, each of some records: their mean, least and largest value."""
+    """Points of a curve, each for several records: their mean, smallest and largest value."""
 
     steps: Numbers
     mean: Numbers
@@ -87,7 +90,7 @@ class Thinned:
 
 
 def thin(steps: Numbers, values: Numbers, points: int = POINTS) -> Thinned:
-    """At most `points` points, each of equally many neighbours; values that are not finite are left out."""
+    """Reduce a curve to at most `points` points, each for equally many neighbours; drop values that are not finite."""
     finite = np.isfinite(values)
     steps, values = steps[finite], values[finite]
     if len(values) <= points:
@@ -103,7 +106,7 @@ def thin(steps: Numbers, values: Numbers, points: int = POINTS) -> Thinned:
 
 
 def draw_chart(chart: Chart) -> str:
-    """A chart as an SVG element."""
+    """Draw a chart as an SVG element."""
     figure, axes = _figure()
     drawn = [thin(curve.steps, curve.values) for curve in chart.curves]
     for curve, thinned, colour in zip(chart.curves, drawn, SERIES, strict=False):
@@ -112,7 +115,7 @@ def draw_chart(chart: Chart) -> str:
         if thinned.low is not thinned.high:
             axes.fill_between(thinned.steps, thinned.low, thinned.high, color=colour, alpha=0.25, lw=0)
     for name, value in chart.lines.items():
-        axes.axhline(value, color=_QUIET, ls="--", lw=1, label=name)
+        axes.axhline(value, color=QUIET, ls="--", lw=1, label=name)
     values = np.concatenate([part for t in drawn for part in (t.low, t.high)])
     if chart.log and values.min() > 0 and values.max() > 30 * values.min():
         axes.set_yscale("log")
@@ -123,12 +126,12 @@ def draw_chart(chart: Chart) -> str:
     if axes.get_yscale() == "linear":
         _label_values(axes)
     if len(chart.curves) + len(chart.lines) > 1:
-        axes.legend(frameon=False, fontsize=8.5, labelcolor=_INK, loc="best")
+        add_legend(axes, fontsize=8.5, loc="best")
     return _svg(figure, chart.title)
 
 
 def draw_shares(title: str, steps: Numbers, shares: Mapping[str, Numbers]) -> str:
-    """Shares of time, stacked up to 100 %, as an SVG element. There is a step that has all of them."""
+    """Draw shares of time, stacked up to 100%, as an SVG element; at least one step must have all shares."""
     figure, axes = _figure()
     known = np.isfinite(np.stack(list(shares.values()))).all(0)
     thinned = {name: thin(steps[known], values[known]) for name, values in shares.items()}
@@ -143,57 +146,56 @@ def draw_shares(title: str, steps: Numbers, shares: Mapping[str, Numbers]) -> st
 
 
 def draw_load(load_LM: NDArray[np.int64], groups: int) -> str:
-    """The heat map of layers and experts as an SVG element.
+    """Draw the heat map of layers and experts as an SVG element.
 
     Args:
-        load_LM: assignments of each layer to all experts of the pool (L, M), also where a layer does not reach.
+        load_LM: Assignments of each layer to all experts of the pool, (L, M), also where a layer does not reach.
+        groups: Sub-pools across depth.
     """
     layers, experts = load_LM.shape
     size = experts // groups
     reached = [row[(layer * groups // layers) * size :][:size] for layer, row in enumerate(load_LM)]
     figure = draw_heat_map(np.stack(reached), "", groups)
     figure.patch.set_alpha(0)
-    for axes in figure.axes[1:]:  # not the map: what is behind it shows where a layer does not reach
+    for axes in figure.axes[1:]:  # but not the map, whose background shows where a layer does not reach
         axes.patch.set_alpha(0)
     least = round(_LEAST_SCALE * figure.get_figwidth() * 72)
     return _svg(figure, "load").replace("<svg", f'<svg style="min-width: {least}px"', 1)
 
 
 def _figure() -> tuple[Figure, Axes]:
-    figure = Figure(figsize=_SIZE, dpi=100, layout="constrained")
+    figure = new_figure(*_SIZE)
     figure.patch.set_alpha(0)
     axes = figure.subplots()
     axes.patch.set_alpha(0)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(_QUIET)
-    axes.tick_params(colors=_INK, labelsize=8.5, length=3)
-    axes.grid(axis="y", color=_QUIET, alpha=0.3, lw=0.6)
+    style_axes(axes)
+    axes.tick_params(labelsize=8.5, length=3)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.set_xlabel("step", color=_INK, fontsize=8.5)
+    axes.set_xlabel("step", color=INK, fontsize=8.5)
     axes.margins(x=0.01)
     return figure, axes
 
 
 def _label_values(axes: Axes) -> None:
-    """Thousands as 20k; very small values with their power of ten once, above the axis."""
+    """Write thousands as 20k, and the power of ten of very small values once, above the axis."""
     if axes.get_ylim()[1] >= 10_000:
         axes.yaxis.set_major_formatter(EngFormatter(sep=""))
     else:
         axes.ticklabel_format(axis="y", scilimits=(-2, 4), useMathText=False)
-        axes.yaxis.get_offset_text().set(color=_INK, fontsize=8.5)
+        axes.yaxis.get_offset_text().set(color=INK, fontsize=8.5)
 
 
 def _clip(axes: Axes, means: Numbers) -> None:
-    """Leave out the few highest points where they stand far above the others, as the first losses of a long run do."""
+    """Cut off the few highest points if they are far above all others, like the first losses of a long run."""
     low, most, high = float(means.min()), float(np.percentile(means, 97)), float(means.max())
     if high - low > 3 * (most - low) > 0:
         axes.set_ylim(low - 0.05 * (most - low), low + 1.6 * (most - low))
-        axes.annotate(f"up to {high:.3g}", (0.02, 0.94), xycoords="axes fraction", color=_QUIET, fontsize=8.5)
+        axes.annotate(f"up to {high:.3g}", (0.02, 0.94), xycoords="axes fraction", color=QUIET, fontsize=8.5)
 
 
 def _svg(figure: Figure, salt: str) -> str:
-    """The figure as an element that the page scales; `salt` keeps its ids apart from other figures'."""
+    """Convert a figure to an element that the page scales; `salt` keeps its ids different from other figures' ids."""
     file = io.StringIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": salt}):

@@ -1,4 +1,4 @@
-"""`watch` and `report` of the command line."""
+"""The commands `watch` and `report`."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import click
 @click.command()
 @click.argument("sources", nargs=-1, required=True, metavar="URL...|RUN")
 @click.option(
-    "--interval", type=click.FloatRange(min=0.1), default=2.0, show_default=True, help="Seconds between two looks."
+    "--interval", type=click.FloatRange(min=0.1), default=2.0, show_default=True, help="Seconds between two updates."
 )
-@click.option("--once", is_flag=True, help="Print one frame and end; so it is where stdout is no terminal.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object and end.")
+@click.option("--once", is_flag=True, help="Print one frame; this is the default if stdout is not a terminal.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def watch(sources: tuple[str, ...], interval: float, once: bool, as_json: bool) -> None:
-    """Show a run in the terminal: progress, who waits for whom, the load of the experts.
+    """Show a run in the terminal: its progress, who waits for whom, and the load of the experts.
 
-    RUN is a run's folder: its ranks are asked while it goes on, and found again after a restart; else its records are
-    shown. Or give the ranks' own pages, of which host:port is enough. Shares of time and loads are of the steps between
-    two looks, at first of those since the ranks started.
+    RUN is the folder of a run. While the run goes on, its ranks are asked for their metrics, also after a restart;
+    otherwise its records are shown. Instead of a folder, give the addresses of the ranks' pages; host:port is enough.
+    Shares of time and loads are about the steps since the last update, at first about all steps since the start.
 
     \b
     Examples:
@@ -38,9 +38,9 @@ def watch(sources: tuple[str, ...], interval: float, once: bool, as_json: bool) 
     "--out", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.html", help="Default: report.html in RUN."
 )
 def report(run: Path, out: Path | None) -> None:
-    """Write what a run was as one HTML file that opens without a network: curves, heat map of the load, facts.
+    """Write a report of a run as one HTML file: curves, a heat map of the experts' load, and facts.
 
-    It may be going on: the file shows it as far as it has come.
+    The file opens without a network. The report of a run that goes on shows what it has recorded so far.
 
     \b
     Examples:

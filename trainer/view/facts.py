@@ -1,4 +1,4 @@
-"""What a run is and has come to, in words and numbers."""
+"""A run in words and numbers: its results, its model, its training."""
 
 from __future__ import annotations
 
@@ -8,41 +8,40 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from trainer.checkpoint import format as checkpoint
+from trainer.common.format import count, duration, perplexity
 from trainer.config.recipe import Recipe
 from trainer.config.sections import source_names
 from trainer.planning.model_costs import count_parameters
-from trainer.planning.report import human
-from trainer.view.frame import duration
 from trainer.view.records import CHECKPOINTS, RECENT, ROLES, Records, facts_of
 
 Facts = list[tuple[str, str]]
-"""Name and value."""
+"""Names and values."""
 
 
 def headline(records: Records, recipe: Recipe | None) -> Facts:
-    """What people ask first."""
+    """Return the most important numbers."""
     facts: Facts = []
     if records.val_losses:
-        facts.append(("validation loss, nats a token", f"{records.val_losses[-1]:.4f}"))
-    for title, name, form in (
-        ("loss, nats a token", "loss", "{:.4f}"),
-        ("load imbalance, max/mean", "load_imbalance", "{:.2f}"),
+        facts.append(("validation loss, nats per token", f"{records.val_losses[-1]:.4f}"))
+    for title, name, spec in (
+        ("loss, nats per token", "loss", ".4f"),
+        ("load imbalance, max/mean", "load_imbalance", ".2f"),
     ):
         last = records.mean(name, RECENT)
         if not math.isnan(last):
-            facts.append((f"{title}, last {min(RECENT, len(records.steps))} steps", form.format(last)))
+            facts.append((f"{title}, last {min(RECENT, len(records.steps))} steps", format(last, spec)))
     if records.has("tokens"):
-        facts.append(("tokens seen", human(_tokens(records))))
+        facts.append(("tokens seen", count(_tokens(records))))
     speeds = [speed for speed in records.columns["tokens_per_second"] if math.isfinite(speed)]
     if speeds:
-        facts.append(("tokens a second, median step", f"{statistics.median(speeds):,.0f}"))
+        facts.append(("tokens per second, median step", f"{statistics.median(speeds):,.0f}"))
     if records.steps and recipe:
         facts.append((f"steps done, of {recipe.train.steps:,}", f"{records.steps[-1]:,}"))
     return facts
 
 
 def outcome(run: Path, records: Records) -> Facts:
-    """What the run has come to, what it took, and what was lost."""
+    """Return the results, the time they took, and what was lost."""
     facts: Facts = []
     losses = [
         (loss, step) for loss, step in zip(records.columns["loss"], records.steps, strict=True) if math.isfinite(loss)
@@ -54,7 +53,7 @@ def outcome(run: Path, records: Records) -> Facts:
     evaluated = [(loss, step) for loss, step in validated if math.isfinite(loss)]
     if evaluated:
         (last, _), (best, step) = evaluated[-1], min(evaluated)
-        facts.append(("last validation loss", f"{last:.4f}, perplexity {_perplexity(last)}"))
+        facts.append(("last validation loss", f"{last:.4f}, perplexity {perplexity(last)}"))
         facts.append(("best validation loss", f"{best:.4f} at step {step:,}"))
     seconds = _seconds(records)
     if seconds:
@@ -62,20 +61,20 @@ def outcome(run: Path, records: Records) -> Facts:
     for role in ROLES:
         waiting = records.shares(role).get("waiting")
         if waiting is not None and seconds:
-            facts.append((f"of it, a {role} rank waited", f"{duration(waiting * sum(seconds))}, {waiting:.1%}"))
+            facts.append((f"waiting time of a {role} rank", f"{duration(waiting * sum(seconds))}, {waiting:.1%}"))
     applied = records.columns["applied"]
     skipped = [second for second, done in zip(seconds, applied, strict=False) if done == 0]
     lost = f"{len(skipped):,}, {duration(sum(skipped))}" if skipped else "none"
-    facts.append(("steps skipped, gradients not finite", lost))
+    facts.append(("skipped steps (gradients not finite)", lost))
     saved = checkpoint.complete(run / CHECKPOINTS)
     facts.append(("checkpoints", ", ".join(f"{checkpoint.steps_of(folder):,}" for folder in saved) or "none"))
     return facts
 
 
 def model_facts(recipe: Recipe) -> Facts:
-    """Shape and size of the model, and how it routes."""
+    """Return the size of the model and how it routes."""
     m, p = recipe.model, count_parameters(recipe)
-    facts = [("parameters", human(p.total)), ("active a token", human(p.active))]
+    facts = [("parameters", count(p.total)), ("active per token", count(p.active))]
     if m.ffn == "pool":
         kind = (
             "one pool, shared by all layers" if m.groups == 1 else f"{m.groups} groups of {m.layers // m.groups} layers"
@@ -86,21 +85,21 @@ def model_facts(recipe: Recipe) -> Facts:
             if value
         ]
         facts += [
-            ("in the trunk, in the pool", f"{human(p.trunk)}, {human(p.pool)}"),
+            ("in the trunk, in the pool", f"{count(p.trunk)}, {count(p.pool)}"),
             ("experts", f"{recipe.pool.experts}: {kind}"),
             ("router", f"{recipe.router.kind}, top-{recipe.router.top_k}"),
             ("balance loss", ", ".join(balance) or "none"),
         ]
     else:
         facts.append(("feed-forward", "dense"))
-    facts.append(("layers, hidden, width of a FFN", f"{m.layers}, {m.hidden:,}, {m.ffn_hidden:,}"))
+    facts.append(("layers, hidden width, FFN width", f"{m.layers}, {m.hidden:,}, {m.ffn_hidden:,}"))
     facts.append(("heads, key-value heads", f"{m.heads}, {m.kv_heads}"))
     facts.append(("vocabulary, sequence", f"{m.vocab:,}, {m.seq_len:,} tokens"))
     return facts
 
 
 def training_facts(run: Path, recipe: Recipe) -> Facts:
-    """Data, schedule and layout."""
+    """Return data, schedule and layout."""
     t, p = recipe.train, recipe.parallel
     layout = facts_of(recipe, run)
     batch = f"{t.global_batch:,} sequences, {t.global_batch * recipe.model.seq_len:,} tokens"
@@ -120,12 +119,12 @@ def training_facts(run: Path, recipe: Recipe) -> Facts:
         *facts,
         ("trunk ranks", f"{p.trunk_ranks}, ZeRO {p.trunk_zero}"),
         ("pool ranks", f"{p.pool_ranks}: {shards} shards x {p.pool_ranks // shards}, ZeRO {p.pool_zero}"),
-        ("lanes", layout["lanes"] or "not known"),
+        ("lanes", layout["lanes"] or "unknown"),
     ]
 
 
 def evaluations(records: Records, most: int = 24) -> Iterable[tuple[int, float]]:
-    """Steps and validation losses, evenly chosen where there are many, with the last."""
+    """Return steps and validation losses; if there are too many, an even choice that includes the last."""
     every = max(math.ceil(len(records.val_steps) / most), 1)
     pairs = list(zip(records.val_steps, records.val_losses, strict=True))
     return pairs[::-1][::every][::-1]
@@ -136,12 +135,8 @@ def _tokens(records: Records) -> float:
 
 
 def _seconds(records: Records) -> list[float]:
-    """Of each step; from its throughput where it is not recorded."""
+    """Return the time of each step; from its throughput if it is not recorded."""
     if records.has("seconds"):
         return [seconds if math.isfinite(seconds) else 0.0 for seconds in records.columns["seconds"]]
     speeds = zip(records.columns["tokens"], records.columns["tokens_per_second"], strict=True)
     return [tokens / speed if speed > 0 and math.isfinite(tokens) else 0.0 for tokens, speed in speeds]
-
-
-def _perplexity(loss: float) -> str:
-    return f"{math.exp(loss):,.1f}" if loss < 50 else "beyond measure"

@@ -1,4 +1,4 @@
-"""A `View` as lines of a terminal of any size: facts, loss, who waits for whom, load of the experts."""
+"""A `View` as lines of a terminal of any size: progress, loss, who waits for whom, load of the experts."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
+from trainer.common.format import duration
 from trainer.telemetry.step_scalars import padded
 from trainer.telemetry.time_breakdown import ACTIVITIES
 from trainer.view.bars import GROUP, Grid, column, gauge, grid, spark, stacked
@@ -18,12 +19,12 @@ from trainer.view.view import View, who_waits
 _MARKS = {"computing": "█", "waiting": "░", "wire": "▓", "optimizer": "▒"}
 _STYLES = {"computing": "cyan", "waiting": "yellow", "wire": "magenta", "optimizer": "green"}
 _MOST_RANKS = 16
-"""More ranks than that are not shown one by one."""
+"""Ranks that are shown one by one at most."""
 _CLIP = {1: 2.0, 2: 3.0}
-"""By the height of an expert's bar, the times of the mean at which it is full at the latest; else 4."""
+"""Multiple of the mean load at which an expert's bar is full at the latest, by its height in lines; otherwise 4."""
 _TALLEST_CURVE = 6
 _NO_LIMIT = 60
-"""Lines of a frame that goes to a file."""
+"""Lines of a frame that is written to a file."""
 
 _TITLE = {"layers", "experts", "top_k", "router", "trunk_ranks", "pool_ranks", "precision"}
 
@@ -33,7 +34,7 @@ Cell = tuple[str, str, str]
 
 @dataclass(frozen=True)
 class Frame:
-    """What rich shows of a `View`; it fits the console's width, and where that has one its height."""
+    """A `View` that rich can print; it fits the width of the console, and the height of a terminal."""
 
     view: View
     footer: str = ""
@@ -47,7 +48,7 @@ class Frame:
 
 
 def frame_lines(view: View, width: int, height: int) -> list[Text]:
-    """The frame's lines. The sections' order is their importance: a low terminal cuts the last."""
+    """Return the lines of a frame; where there are too few, the last sections are cut, which matter least."""
     head = [_title(view, width), *_progress(view, width), *_flow(_facts(view), width)]
     head += [Text(f"! {note}", style="bold bright_red") for note in view.notes]
     sides = _sides(view, width)
@@ -57,28 +58,17 @@ def frame_lines(view: View, width: int, height: int) -> list[Text]:
     curve = 2 if sum(map(math.isfinite, view.losses)) > 1 else 0
     fixed = len(head) + curve + len(sides) + len(load_facts) + len(shards) + 2 * bool(view.experts)
     room = max(height - fixed, 1)
-    least = grid(len(view.experts), width - _label_width(view), room).lines if view.experts else 0
+    least = grid(len(view.experts), width - _label_width(view), room).rows if view.experts else 0
     if len(ranks) > min(max(room - least, 0), _MOST_RANKS):
         ranks = []
     room -= len(ranks)
-    if curve:  # where there is much room the loss has some of it
+    if curve:  # give the loss some of the room that is left
         more = min(max((room - 3 * least) // 2, 0), _TALLEST_CURVE - curve)
         curve, room = curve + more, room - more
     lines = [*head, *_loss(view, width, curve), *sides[:-1], *ranks, *sides[-1:]]
     if view.experts:
         lines += [_rule("load of the experts", view.load_window, width), *load_facts, *_bars(view, width, room)]
     return [_cut(line, width) for line in (*lines, *shards)]
-
-
-def duration(seconds: float) -> str:
-    """As a person would say it: two units at most."""
-    if seconds < 99.5:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    if minutes < 100:
-        return f"{minutes} min"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
 
 
 def _title(view: View, width: int) -> Text:
@@ -91,15 +81,12 @@ def _title(view: View, width: int) -> Text:
         about.append(f"{i['trunk_ranks']} {'colocated' if colocated else 'trunk + ' + i['pool_ranks'] + ' pool'}")
         about += [f"{i['lanes']} lanes"] if i.get("lanes") else []
         about.append(i["precision"])
-    title = Text.assemble((view.run or "run", "bold"), "  ", (view.state, _state_style(view.state)))
+    style = "green" if view.state == "running" else "yellow"
+    title = Text.assemble((view.run or "run", "bold"), "  ", (view.state, style))
     for part in about:
         if len(title) + len(part) + 3 <= width:
             title.append(f" · {part}", style="dim")
     return title
-
-
-def _state_style(state: str) -> str:
-    return "green" if state == "running" else "yellow"
 
 
 def _progress(view: View, width: int) -> list[Text]:
@@ -119,20 +106,20 @@ def _progress(view: View, width: int) -> list[Text]:
 def _facts(view: View) -> list[Cell]:
     s = view.scalars
     cells: list[Cell] = []
-    for name, key, form in (
-        ("loss", "loss", "{:.4f}"),
-        ("val loss", "val_loss", "{:.4f}"),
-        ("tokens/s", "tokens_per_second", "{:,.0f}"),
-        ("lr", "lr", "{:.3g}"),
-        ("grad norm", "grad_norm", "{:.3g}"),
+    for name, key, spec in (
+        ("loss", "loss", ".4f"),
+        ("val loss", "val_loss", ".4f"),
+        ("tokens/s", "tokens_per_second", ",.0f"),
+        ("lr", "lr", ".3g"),
+        ("grad norm", "grad_norm", ".3g"),
     ):
         if key in s and not (key == "val_loss" and math.isnan(s[key])):
-            cells.append((name, form.format(s[key]), "bold" if math.isfinite(s[key]) else "bold bright_red"))
+            cells.append((name, format(s[key], spec), "bold" if math.isfinite(s[key]) else "bold bright_red"))
     if s.get("checkpoint_step"):
         age = f", {duration(s['checkpoint_age'])} old" if "checkpoint_age" in s else ""
         cells.append(("checkpoint", f"step {s['checkpoint_step']:,.0f}{age}", ""))
     elif "checkpoint_age" in s:
-        cells.append(("checkpoint", f"none for {duration(s['checkpoint_age'])}", ""))
+        cells.append(("checkpoint", f"none since {duration(s['checkpoint_age'])}", ""))
     for name, key in (
         ("skipped steps", "skipped_steps"),
         ("failed saves", "checkpoint_failures"),
@@ -144,7 +131,7 @@ def _facts(view: View) -> list[Cell]:
 
 
 def _loss(view: View, width: int, height: int) -> list[Text]:
-    """The curve between its ends, the first value on its first line and the last on its last."""
+    """Draw the curve, with its first value at the upper left and its last value at the lower right."""
     finite = [loss for loss in view.losses if math.isfinite(loss)]
     if not height:
         return []
@@ -157,7 +144,7 @@ def _loss(view: View, width: int, height: int) -> list[Text]:
 
 
 def _sides(view: View, width: int) -> list[Text]:
-    """Rule, a bar a role, and at the end the sentence."""
+    """Return a rule, a bar for each role, and a sentence."""
     roles = {role: shares for role, shares in view.roles.items() if shares}
     sentence = who_waits(view.roles, view.info)
     if not roles:
@@ -176,7 +163,7 @@ def _sides(view: View, width: int) -> list[Text]:
 
 
 def _rank_lines(view: View, width: int) -> list[Text]:
-    """A bar a rank, where a role has several."""
+    """Return a bar for each rank of a role that has several."""
     several = [use for use in view.ranks if sum(other.role == use.role for other in view.ranks) > 1 and use.shares]
     return [_use_line(f"  {use.role[0]} {use.rank}", use.shares, width, dim=True) for use in several]
 
@@ -212,14 +199,14 @@ def _load_facts(view: View) -> list[Cell]:
         cells.append(("shards", f"{s['shard_imbalance']:.2f}", ""))
     dead = s.get("dead_experts", sum(tokens == 0 for tokens, _ in known))
     cells.append(("dead", f"{dead:,.0f}", "bold bright_red" if dead else "green"))
-    for name, key in (("effective", "effective_experts"), ("distinct a token", "distinct_experts")):
+    for name, key in (("effective", "effective_experts"), ("distinct per token", "distinct_experts")):
         if key in s:
             cells.append((name, f"{s[key]:.1f}", ""))
     return cells
 
 
 def _bars(view: View, width: int, room: int) -> list[Text]:
-    """A bar an expert in lines that begin with the first one's id, and what a full bar is."""
+    """Return rows of bars, one per expert, that begin with the first expert's number, and what a full bar is."""
     label = _label_width(view)
     g = grid(len(view.experts), width - label, room)
     known = [tokens for tokens in view.experts if not math.isnan(tokens)]
@@ -227,12 +214,12 @@ def _bars(view: View, width: int, room: int) -> list[Text]:
     merged = [_most(view.experts[at : at + g.merged]) for at in range(0, len(view.experts), g.merged)]
     full = min(max(known), _CLIP.get(g.height, 4.0) * mean)
     lines = []
-    for first in range(0, len(merged), g.a_line):
-        lines += _bar_lines(view, merged[first : first + g.a_line], first, g, mean, full)
-    each = "a bar is an expert" if g.merged == 1 else f"a bar is the busiest of {g.merged} experts"
+    for first in range(0, len(merged), g.per_row):
+        lines += _bar_lines(view, merged[first : first + g.per_row], first, g, mean, full)
+    each = "one bar per expert" if g.merged == 1 else f"one bar per {g.merged} experts, for the busiest of them"
     above = " or more" if max(known) > full else ""
-    legend = f"{each}; full: {full / mean:.1f} x mean{above}, {full:,.0f} tokens a step" if mean else each
-    legend += ("; x: dead" if 0 in known else "") + ("; ?: silent" if len(known) < len(view.experts) else "")
+    legend = f"{each}; full: {full / mean:.1f} x mean{above}, {full:,.0f} tokens per step" if mean else each
+    legend += ("; x: dead" if 0 in known else "") + ("; ?: not known" if len(known) < len(view.experts) else "")
     return [*lines, Text(" " * label + legend, style="dim")]
 
 
@@ -263,7 +250,7 @@ def _most(tokens: Sequence[float]) -> float:
 
 
 def _shards(view: View, width: int) -> list[Text]:
-    """Each pool rank's share of the assignments."""
+    """Return each pool rank's share of the assignments."""
     served = [use for use in view.ranks if use.role == "pool" and use.served == use.served]
     total = sum(use.served for use in served)
     if len(served) < 2 or not total:
@@ -280,7 +267,7 @@ def _shards(view: View, width: int) -> list[Text]:
 
 
 def _flow(cells: Sequence[Cell], width: int) -> list[Text]:
-    """Facts side by side, in as many lines as they need."""
+    """Arrange facts side by side, in as many lines as they need."""
     lines: list[Text] = []
     for name, text, style in cells:
         cell = Text.assemble((f"{name} ", "dim"), (text, style))
@@ -292,7 +279,7 @@ def _flow(cells: Sequence[Cell], width: int) -> list[Text]:
 
 
 def _rule(title: str, aside: str, width: int, legend: Text | None = None) -> Text:
-    """A line with a title at its left, and a legend and an aside after it."""
+    """Draw a line with a title, a legend and a remark in it."""
     line = Text.assemble(("── ", "dim"), (title, "bold"), " ")
     if legend:
         line.append_text(Text.assemble(("── ", "dim"), legend))

@@ -1,4 +1,4 @@
-"""The ranks' /metrics pages: where they are, and what they say now."""
+"""The ranks' /metrics pages: their addresses and their current values."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from trainer.telemetry.prometheus import parse
 
 TARGETS_FILE = "targets.json"
 TIMEOUT_SECONDS = 2.0
-"""Longest wait for a page's next bytes."""
+"""Time to wait for the next bytes of a page."""
 
 _LARGEST_PAGE = 16 * 2**20
 _CONNECTIONS = 32
 _ADDRESS = re.compile(r"([\w.-]+|\[[\da-fA-F:.]+\]):\d{1,5}")
-# A proxy is for the world outside; ranks are asked directly, as Prometheus does.
+# Ranks are asked directly, as Prometheus does: a proxy would be for the world outside.
 _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 Samples = dict[str, list[tuple[dict[str, str], float]]]
@@ -36,9 +36,10 @@ class Page:
     """A rank's page at a moment.
 
     Attributes:
-        samples: empty where it did not answer.
-        error: why it did not; empty if it did.
-        seconds: when it was asked, Unix time.
+        url: Its address.
+        samples: Its samples; empty if it did not answer.
+        error: Why it did not answer; empty if it did.
+        seconds: Unix time at which it was asked.
     """
 
     url: str
@@ -48,10 +49,10 @@ class Page:
 
 
 def page_url(text: str) -> str:
-    """The URL of a page from a URL or from `host:port`; without a path it is /metrics.
+    """Return the URL of a page from a URL or from `host:port`; the default path is /metrics.
 
     Raises:
-        UserError: it is neither.
+        UserError: The text is neither.
     """
     url = f"http://{text}" if _ADDRESS.match(text) and "://" not in text else text
     try:
@@ -60,12 +61,14 @@ def page_url(text: str) -> str:
     except ValueError:
         good = False
     if not good or " " in text or not text.isprintable():
-        raise UserError(f"{text}: neither a run's folder nor a page, as in http://host:9400/metrics or host:9400")
+        raise UserError(
+            f"{text}: neither the folder of a run nor the address of a page, such as host:9400 or http://host:9400/metrics"
+        )
     return url if parts.path not in ("", "/") else f"{parts.scheme}://{parts.netloc}/metrics"
 
 
 def targets(run: Path) -> tuple[list[str], str]:
-    """URLs of the pages of a run that goes on or has crashed, in rank order, and its name; none once it has ended."""
+    """Return the URLs of a run's pages in rank order, and the run's name; no URLs if it has ended regularly."""
     try:
         (group,) = loads((run / TARGETS_FILE).read_text())
         return [page_url(address) for address in group["targets"]], str(group["labels"]["run"])
@@ -74,7 +77,7 @@ def targets(run: Path) -> tuple[list[str], str]:
 
 
 def fetch(urls: Sequence[str]) -> list[Page]:
-    """All pages at once, in this order. A page that does not answer in time has its reason instead of samples."""
+    """Fetch all pages at once and return them in this order; a page that does not answer has an error."""
     if not urls:
         return []
     with ThreadPoolExecutor(min(len(urls), _CONNECTIONS)) as threads:
@@ -87,7 +90,7 @@ def _fetch_one(url: str) -> Page:
         with _opener.open(url, timeout=TIMEOUT_SECONDS) as answer:
             samples = parse(answer.read(_LARGEST_PAGE).decode())
         if not any(name.startswith("unipool_") for name in samples):
-            return Page(url, error="has metrics of something else", seconds=now)
+            return Page(url, error="metrics of another program", seconds=now)
         return Page(url, samples, seconds=now)
     except (OSError, http.client.HTTPException, ValueError) as error:
         return Page(url, error=_reason(error), seconds=now)
@@ -95,10 +98,10 @@ def _fetch_one(url: str) -> Page:
 
 def _reason(error: Exception) -> str:
     if isinstance(error, urllib.error.HTTPError):
-        return f"answers {error.code}"
+        return f"HTTP status {error.code}"
     cause = error.reason if isinstance(error, urllib.error.URLError) else error
     if isinstance(cause, TimeoutError):
-        return f"no answer in {TIMEOUT_SECONDS:g} s"
+        return f"timed out after {TIMEOUT_SECONDS:g} s"
     if isinstance(cause, OSError) and cause.strerror:
         return cause.strerror.lower()
-    return "no page of metrics" if isinstance(cause, ValueError) else str(cause).lower() or type(cause).__name__
+    return "not a page of metrics" if isinstance(cause, ValueError) else str(cause).lower() or type(cause).__name__

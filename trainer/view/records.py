@@ -1,4 +1,4 @@
-"""What a run's folder has to show: the records of its steps, its recipe, its load, its checkpoints."""
+"""What a run's folder holds: the records of its steps, its recipe and the load of its experts."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.checkpoint import format as checkpoint
-from trainer.common.arrays import read_array
 from trainer.common.errors import UserError
+from trainer.common.safe_read import read_array
 from trainer.common.strict_json import loads
 from trainer.config.recipe import Recipe, load_recipe
 from trainer.telemetry.time_breakdown import ACTIVITIES
@@ -31,20 +31,22 @@ SCALARS = (
     *("dead_experts", "effective_experts", "distinct_experts", "specialisation"),
     *("layer_gate", "smallest_gate"),
 )
-"""Columns of a step's record that are shown, besides the shares of time."""
+"""Fields of a step's record that are shown, besides the shares of time."""
 
 RECENT = 20
-"""Steps over which the latest shares of time are means."""
+"""Number of last steps over which values are averaged."""
 
 
 class Records:
-    """metrics.jsonl as columns, read on as it grows and again when a resume has cut it.
+    """The contents of metrics.jsonl as columns; `read` continues where it ended, or starts over after a resume.
 
     Attributes:
-        steps: of each record, counted from 1.
-        columns: a number a step by name; NaN where a record lacks it.
-        val_steps, val_losses: of the evaluations.
-        probe_steps, random_routing: of the probes: nats that random experts in a layer add, mean over the layers.
+        steps: Step of each record, counted from 1.
+        columns: Values by name, one per step; NaN where a record has none.
+        val_steps: Steps of the evaluations.
+        val_losses: Validation losses of the evaluations.
+        probe_steps: Steps of the routing probes.
+        random_routing: Nats that random experts in a layer add to the loss, mean over the probed layers.
     """
 
     def __init__(self, run: Path):
@@ -59,7 +61,7 @@ class Records:
         self.columns = {name: array("d") for name in self._names}
 
     def read(self) -> None:
-        """Take what has come since the last time; no file is no records."""
+        """Read the lines that are new; without a file there are no records."""
         try:
             with self._file.open("rb") as file:
                 status = self._file.stat()
@@ -68,7 +70,7 @@ class Records:
                 file.seek(self._read)
                 for line in file:
                     if not line.endswith(b"\n"):
-                        break  # half written
+                        break  # it is still being written
                     self._read += len(line)
                     self._add(line)
         except OSError:
@@ -90,33 +92,33 @@ class Records:
             self.steps.append(step)
             for name, column in self.columns.items():
                 number = record.get(name)
-                column.append(number if type(number) is float else _number(number))  # mostly; there are many
+                column.append(number if type(number) is float else _number(number))  # the short way for most values
 
     def has(self, name: str) -> bool:
-        """Whether any record has a number of this name."""
+        """Return whether any record has a value of this name."""
         return not bool(np.isnan(self.columns[name]).all())
 
     def mean(self, name: str, last: int | None = None) -> float:
-        """Mean of the numbers that there are, over the last records or over all; NaN without any."""
+        """Average the finite values of the last records, or of all; NaN without any."""
         column = self.columns[name]
         numbers = np.array(column if last is None else column[-last:])
         finite = numbers[np.isfinite(numbers)]
         return float(finite.mean()) if len(finite) else math.nan
 
     def shares(self, role: str, last: int | None = None) -> Shares:
-        """How a role's ranks spent their time, mean over the last records or over all; empty if not recorded."""
+        """Return how a role's ranks spent their time, mean over the last records or all; empty if not recorded."""
         parts = {activity: self.mean(f"{role}_{activity}", last) for activity in ACTIVITIES}
         total = sum(parts.values())
         return {activity: part / total for activity, part in parts.items()} if total > 0 else {}
 
 
 def is_run(path: Path) -> bool:
-    """Whether a folder has anything of a run, if only of one that starts."""
+    """Return whether a folder is that of a run, even of one that is just starting."""
     return any((path / name).exists() for name in (RECIPE_FILE, METRICS_FILE, TARGETS_FILE, CHECKPOINTS))
 
 
 def saved_recipe(run: Path) -> Recipe | None:
-    """The run's recipe; None where it has none, or one that this version does not read."""
+    """Return the run's recipe; None if there is none, or none that this version can read."""
     try:
         return load_recipe(str(run / RECIPE_FILE))
     except UserError:
@@ -124,7 +126,7 @@ def saved_recipe(run: Path) -> Recipe | None:
 
 
 def recorded_load(run: Path) -> NDArray[np.int64] | None:
-    """Assignments a step by layer and global expert (L, M): the run's own, else its newest checkpoint's; or None."""
+    """Return assignments per step by layer and expert, (L, M), from the run or its newest checkpoint; or None."""
     found = checkpoint.newest(run / CHECKPOINTS)
     for file in (run / LOAD_FILE, *([found[1] / checkpoint.LOAD_FILE] if found else [])):
         try:
@@ -137,7 +139,7 @@ def recorded_load(run: Path) -> NDArray[np.int64] | None:
 
 
 def facts_of(recipe: Recipe, run: Path) -> dict[str, str]:
-    """The recipe under the labels of unipool_run_info, as far as a folder knows them."""
+    """Return what a folder knows of the labels of the metric unipool_run_info."""
     t = recipe.grid
     try:
         lanes = str(loads((run / "plan.json").read_text())["lanes"])

@@ -1,9 +1,10 @@
-"""`report`: a run as one HTML file that needs nothing else."""
+"""The page that `report` writes: a run as one HTML file that needs nothing else."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from html import escape
 from importlib import resources
 from pathlib import Path
@@ -11,44 +12,50 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.common.atomic import write_whole
+from trainer.common.atomic import atomic_write
 from trainer.common.errors import UserError
+from trainer.common.figure_style import SERIES
 from trainer.config.recipe import Recipe
 from trainer.telemetry.console import describe
 from trainer.telemetry.time_breakdown import ACTIVITIES
 from trainer.view import facts
-from trainer.view.charts import COLOURS, POINTS, SERIES, Chart, Curve, Numbers, draw_chart, draw_load, draw_shares
+from trainer.view.charts import COLOURS, POINTS, Chart, Curve, Numbers, draw_chart, draw_load, draw_shares
 from trainer.view.records import RECIPE_FILE, ROLES, Records, facts_of, is_run, recorded_load, saved_recipe
 from trainer.view.view import who_waits
 
 REPORT_FILE = "report.html"
 _FEW = 40
-"""Evaluations up to which each is a point."""
-# Nothing may be loaded or run, whatever a recipe says.
+"""Number of evaluations up to which each one is marked."""
+# Whatever a recipe contains, the browser must neither load nor run it.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
 def write_report(run: Path, out: Path | None = None) -> Path:
-    """Write the page of a run, whole or not at all; returns its path.
+    """Write the page of a run; the file appears whole or not at all.
 
     Args:
-        out: default: report.html in the run's folder.
+        run: Folder of the run.
+        out: File to write; by default report.html in the folder of the run.
+
+    Returns:
+        The path of the file.
+
     Raises:
-        UserError: there is no run, or the file cannot be written.
+        UserError: The folder is not that of a run, or the file cannot be written.
     """
     if not is_run(run):
-        raise UserError(f"{run}: no run there; give the folder of a run (run.dir)")
+        raise UserError(f"{run}: not a run; give the folder of a run (run.dir)")
     path = out or run / REPORT_FILE
     page = make_page(run)
     try:
-        write_whole(path, lambda temporary: temporary.write_text(page, encoding="utf-8"))
+        atomic_write(path, lambda temporary: temporary.write_text(page, encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
     return path
 
 
 def make_page(run: Path) -> str:
-    """The page as text."""
+    """Return the HTML of the page."""
     records = Records(run)
     records.read()
     recipe, load_LM = saved_recipe(run), recorded_load(run)
@@ -84,21 +91,21 @@ def _about(recipe: Recipe | None) -> str:
 
 
 def _missing(records: Records, recipe: Recipe | None, load_LM: NDArray[np.int64] | None) -> str:
-    """What the page cannot show, and why."""
+    """Say what the page cannot show, and why."""
     pooled = recipe is None or recipe.model.ffn == "pool"
     lines = []
     if recipe is None:
-        lines.append(f"{RECIPE_FILE} is not there, or of another version: facts of model and layout are missing.")
+        lines.append(f"{RECIPE_FILE} is missing or of another version, so there are no facts about model and layout.")
     if not records.steps:
-        lines.append("No step is recorded yet: there are no curves.")
+        lines.append("No step is recorded yet, so there are no curves.")
     elif recipe and records.steps[-1] < recipe.train.steps:
-        lines.append(f"The run has not come to its end: {records.steps[-1]:,} of {recipe.train.steps:,} steps.")
+        lines.append(f"The run is not finished: it has made {records.steps[-1]:,} of {recipe.train.steps:,} steps.")
     if not records.val_losses:
-        lines.append("No evaluation is recorded yet: there is no validation loss.")
+        lines.append("No evaluation is recorded yet, so there is no validation loss.")
     if pooled and load_LM is None:
-        lines.append("No load of the experts is recorded yet: it comes with the first evaluation or checkpoint.")
+        lines.append("No load of the experts is recorded yet; it is saved with the first evaluation or checkpoint.")
     if records.steps and not records.has("trunk_computing"):
-        lines.append("The shares of time are not recorded: an older version trained this run.")
+        lines.append("No shares of time are recorded, because an older version trained this run.")
     return f'<div class="missing">{"".join(f"<p>{escape(line)}</p>" for line in lines)}</div>' if lines else ""
 
 
@@ -108,15 +115,16 @@ def _learning(records: Records, recipe: Recipe | None, steps: Numbers) -> list[C
     losses = [Curve("training", steps, np.array(records.columns["loss"])), validation]
     clip = {"clipping norm": recipe.train.clip} if recipe and recipe.train.clip else {}
     norm = _chart("Gradient norm, before clipping", records, steps, {"grad_norm": "norm"})
-    return [
-        *_with_data([Chart("Loss, nats a token", tuple(losses), clip=True)]),
-        *_with_data([Chart(norm.title, norm.curves, log=True, clip=True, lines=clip)]),
-        *_with_data([_chart("Learning rate", records, steps, {"lr": "rate"}, from_zero=True)]),
+    charts = [
+        Chart("Loss, nats per token", tuple(losses), clip=True),
+        replace(norm, log=True, clip=True, lines=clip),
+        _chart("Learning rate", records, steps, {"lr": "rate"}, from_zero=True),
     ]
+    return _with_data(charts)
 
 
 def _speed(records: Records, steps: Numbers) -> list[str]:
-    charts = [_chart("Tokens a second", records, steps, {"tokens_per_second": "tokens"}, from_zero=True)]
+    charts = [_chart("Tokens per second", records, steps, {"tokens_per_second": "tokens"}, from_zero=True)]
     return _figures(_with_data(charts))
 
 
@@ -139,7 +147,7 @@ def _experts(records: Records, recipe: Recipe | None, steps: Numbers) -> list[Ch
 
 
 def _thinned(steps: Numbers) -> str:
-    """What a point is where there is not one a step."""
+    """Say what a point is, if it is not a single step."""
     if len(steps) <= POINTS:
         return ""
     each = f"{len(steps) / POINTS:,.0f}"
@@ -152,12 +160,12 @@ def _chart(title: str, records: Records, steps: Numbers, names: dict[str, str], 
 
 
 def _with_data(charts: Iterable[Chart]) -> list[Chart]:
-    """Curves that have a number, and charts that have a curve."""
+    """Drop curves without any value, and charts without any curve."""
     kept = []
     for chart in charts:
         curves = tuple(curve for curve in chart.curves if np.isfinite(curve.values).any())
         if curves:
-            kept.append(Chart(chart.title, curves, chart.log, chart.clip, chart.lines, chart.from_zero))
+            kept.append(replace(chart, curves=curves))
     return kept
 
 
@@ -181,7 +189,7 @@ def _sentence(records: Records, recipe: Recipe | None, run: Path) -> str:
 
 
 def _shares(records: Records, steps: Numbers) -> list[str]:
-    """A figure a role whose shares of time are recorded."""
+    """Draw a figure for each role whose shares of time are recorded."""
     figures = []
     for role in ROLES:
         mean = records.shares(role)
@@ -201,15 +209,15 @@ def _load(load_LM: NDArray[np.int64] | None, recipe: Recipe | None) -> str:
     if load_LM is None:
         return ""
     caption = (
-        "Above, each layer's share of its tokens by expert; the colour goes with its square root. Below, the pool's "
-        "totals beside an even load. Means over about the last 100 steps."
+        "Above: each layer's share of tokens by expert, coloured by its square root. Below: each expert's share of all "
+        "tokens beside a uniform load. Means over about the last 100 steps."
     )
     groups = recipe.model.groups if recipe else 1
     return _figure(caption, f'<div class="scroll">{draw_load(load_LM, groups)}</div>')
 
 
 def _facts(run: Path, records: Records, recipe: Recipe | None) -> str:
-    groups = [("What came of it", _list(facts.outcome(run, records)))]
+    groups = [("Results", _list(facts.outcome(run, records)))]
     if recipe:
         groups.append(("Model", _list(facts.model_facts(recipe))))
         groups.append(("Training and layout", _list(facts.training_facts(run, recipe))))
@@ -237,6 +245,6 @@ def _recipe_text(run: Path) -> str:
 
 
 def _section(title: str, *bodies: str) -> str:
-    """Nothing where there is nothing inside."""
+    """Make a section; nothing if it would be empty."""
     body = "".join(bodies)
     return f"<section><h2>{escape(title)}</h2>{body}</section>" if body else ""

@@ -1,4 +1,4 @@
-"""The numbers that `watch` shows, from the ranks' pages or from a run's folder."""
+"""The numbers that `watch` shows, from the ranks' pages or from the folder of a run."""
 
 from __future__ import annotations
 
@@ -37,13 +37,20 @@ _GAUGES = {
     "restarts": "unipool_restarts_total",
 }
 _WAITS = 0.1
-"""A side that waits for less of its time is busy."""
+"""Share of its time up to which a role that waits counts as busy."""
 _HISTORY = 10_000
 
 
 @dataclass(frozen=True)
 class RankUse:
-    """One rank: how it spent its time, and a pool rank's assignments a step (NaN if not known)."""
+    """How one rank spent its time.
+
+    Attributes:
+        role: `trunk` or `pool`.
+        rank: Its number in the job.
+        shares: Shares of its time.
+        served: Assignments per step that a pool rank served; NaN if not known.
+    """
 
     role: str
     rank: int
@@ -53,19 +60,21 @@ class RankUse:
 
 @dataclass(frozen=True)
 class View:
-    """What there is to see of a run at a moment. What is not known is left out, or NaN in a sequence.
+    """A run at a moment. What is not known is left out, or NaN in a sequence.
 
     Attributes:
-        state: of the run, as in "running".
-        info: labels of unipool_run_info.
-        scalars: numbers of the last step by the names of metrics.jsonl.
-        roles: shares of time by role, means over its ranks.
-        experts: assignments a step by expert.
-        layers: load imbalance by layer.
-        losses: so far.
-        window: the time that shares are of.
-        load_window: the time that `experts` is of.
-        notes: what is wrong, each in a line.
+        run: Name of the run.
+        state: Its state, such as `running`.
+        info: Labels of unipool_run_info.
+        scalars: Values of the last step, by their names in metrics.jsonl.
+        roles: Shares of time by role, means over its ranks.
+        ranks: The same for every rank.
+        experts: Assignments per step by expert.
+        layers: Load imbalance by layer.
+        losses: Training losses so far.
+        window: Steps that the shares of time are about.
+        load_window: Steps that `experts` is about.
+        notes: Problems, one per line.
     """
 
     run: str
@@ -83,9 +92,9 @@ class View:
 
 
 def who_waits(roles: Mapping[str, Shares], info: Mapping[str, str]) -> str:
-    """Who waits for whom, in a sentence; empty where it is not known."""
+    """Say in a sentence which role waits for which; empty if it is not known."""
     if info.get("pool_ranks") == "0":
-        return "All ranks are alike: there is no other role to wait for."
+        return "All ranks have the same role, so none waits for another role."
     if not roles.get("trunk") or not roles.get("pool"):
         return ""
     trunk, pool = roles["trunk"]["waiting"], roles["pool"]["waiting"]
@@ -99,7 +108,7 @@ def who_waits(roles: Mapping[str, Shares], info: Mapping[str, str]) -> str:
 
 
 def step_text(window: Window) -> str:
-    """The time that a window covers."""
+    """Say which steps a window covers."""
     if not window.steps:
         return ""
     if window.from_start:
@@ -108,7 +117,7 @@ def step_text(window: Window) -> str:
 
 
 class Follower:
-    """The ranks of one run, page after page."""
+    """Follows the ranks of one run from page to page."""
 
     def __init__(self) -> None:
         self._windows: dict[str, Window] = {}
@@ -118,7 +127,7 @@ class Follower:
         self._pace: tuple[float, float] | None = None
 
     def view(self, pages: Sequence[Page]) -> View:
-        """The run as these pages have it; those of the ranks that answer."""
+        """Return the run as these pages show it."""
         answered = [page for page in pages if not page.error]
         self._windows = {page.url: self._windows.get(page.url, Window()) for page in pages}
         for page in answered:
@@ -152,7 +161,7 @@ class Follower:
         if saved:
             scalars["checkpoint_age"] = max(page.seconds - saved, 0.0)
         step = scalars["step"]
-        if self._losses and self._losses[-1][0] > step:  # gone back to a checkpoint
+        if self._losses and self._losses[-1][0] > step:  # the run went back to a checkpoint
             self._losses = [(at, loss) for at, loss in self._losses if at < step]
         if "loss" in scalars and step and (not self._losses or self._losses[-1][0] < step):
             self._losses = [*self._losses[-_HISTORY:], (step, scalars["loss"])]
@@ -160,22 +169,22 @@ class Follower:
             self._pace = (page.seconds, step)
         left = scalars.get("target_steps", step) - step
         since, done = page.seconds - self._pace[0], step - self._pace[1]
-        # With evaluations and checkpoints, once some steps have been seen; before that by the last step.
-        a_step = since / done if done >= 5 else scalars.get("step_seconds", math.nan)
-        if left > 0 and math.isfinite(a_step):
-            scalars["eta"] = left * a_step
+        # After some steps by the time that has passed, with evaluations and checkpoints; before that by the last step.
+        step_seconds = since / done if done >= 5 else scalars.get("step_seconds", math.nan)
+        if left > 0 and math.isfinite(step_seconds):
+            scalars["eta"] = left * step_seconds
         return scalars
 
     def _use(self, page: Page) -> RankUse:
         role, rank = self._known[page.url]
         window = self._windows[page.url]
-        served = window.a_step("unipool_service_tokens_total", "rank")
+        served = window.per_step("unipool_service_tokens_total", "rank")
         return RankUse(role, rank, window.shares(), sum(served.values()) if served else math.nan)
 
     def _experts(self, answered: Sequence[Page]) -> tuple[float, ...]:
         load: dict[int, float] = {}
         for page in answered:
-            for expert, tokens in self._windows[page.url].a_step("unipool_expert_tokens_total", "expert").items():
+            for expert, tokens in self._windows[page.url].per_step("unipool_expert_tokens_total", "expert").items():
                 if expert.isdecimal():
                     load[int(expert)] = load.get(int(expert), 0.0) + tokens
         if not load:
@@ -194,17 +203,18 @@ class Follower:
         notes = []
         for reason, who in silent.items():
             shown = ", ".join(who[:3]) + (f" and {len(who) - 3} more" if len(who) > 3 else "")
-            notes.append(f"silent, {reason}: {shown}")
+            notes.append(f"no metrics ({reason}): {shown}")
         answered = [self._known[page.url] for page in pages if not page.error]
         twice = {rank for rank in answered if answered.count(rank) > 1}
         notes += [
-            f"{role} rank {rank} is there more than once: are these several runs?" for role, rank in sorted(twice)
+            f"{role} rank {rank} appears more than once: do the pages belong to several runs?"
+            for role, rank in sorted(twice)
         ]
         return notes
 
 
 def recorded_view(run: Path, records: Records, state: str, notes: Sequence[str] = ()) -> View:
-    """A run that does not answer, as its folder remembers it."""
+    """Return a run whose ranks do not answer, from its folder."""
     recipe = saved_recipe(run)
     scalars = {name: column[-1] for name, column in records.columns.items() if len(column) and column[-1] == column[-1]}
     scalars = {name: number for name, number in scalars.items() if name.partition("_")[0] not in ROLES}
@@ -218,7 +228,7 @@ def recorded_view(run: Path, records: Records, state: str, notes: Sequence[str] 
     newest = checkpoint.newest(run / CHECKPOINTS)
     if newest:
         scalars["checkpoint_step"] = newest[0]
-        with suppress(OSError):  # removed in favour of a newer one
+        with suppress(OSError):  # it was replaced by a newer one
             scalars["checkpoint_age"] = max(time.time() - newest[1].stat().st_mtime, 0.0)
     load_LM = recorded_load(run)
     return View(
@@ -230,7 +240,7 @@ def recorded_view(run: Path, records: Records, state: str, notes: Sequence[str] 
         experts=tuple(load_LM.sum(0).tolist()) if load_LM is not None else (),
         losses=tuple(records.columns["loss"]),
         window=f"the last {min(RECENT, len(records.steps))} steps" if records.steps else "",
-        load_window="as it was last saved",
+        load_window="as saved last",
         notes=tuple(notes),
     )
 

@@ -1,4 +1,4 @@
-"""`watch`: what a run does now, in a terminal, until Ctrl-C."""
+"""The loop of `watch`: a run in a terminal, until Ctrl-C."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.live import Live
 
 from trainer.common.errors import UserError
-from trainer.common.strict_json import dumps, finite
+from trainer.common.strict_json import dumps, json_safe
 from trainer.view.frame import Frame
 from trainer.view.pages import TARGETS_FILE, fetch, page_url, targets
 from trainer.view.records import Records, is_run, saved_recipe
@@ -22,20 +22,23 @@ from trainer.view.view import Follower, View, recorded_view
 
 
 def watch(sources: Sequence[str], interval: float, once: bool, as_json: bool) -> None:
-    """Show the run until Ctrl-C, or one frame of it.
+    """Show a run until Ctrl-C, or one frame of it.
 
     Args:
-        sources: URLs of pages, or one run's folder.
-        interval: seconds between two looks.
+        sources: Addresses of pages, or the folder of one run.
+        interval: Seconds between two looks.
+        once: Print one frame.
+        as_json: Print one JSON object.
+
     Raises:
-        UserError: a source is neither, or there is nothing at all.
+        UserError: A source is neither, or nothing answers.
     """
     look = _look_at(sources)
     if as_json:
         print(dumps(to_json(look())))
         return
     with suppress(OSError, ValueError, AttributeError):
-        sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # a terminal that cannot show bars
+        sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # for terminals without the characters of bars
     console = Console(highlight=False)
     if once or not console.is_terminal:
         console.print(Frame(look()))
@@ -45,7 +48,7 @@ def watch(sources: Sequence[str], interval: float, once: bool, as_json: bool) ->
 
 
 def _follow(look: Callable[[], View], interval: float, console: Console) -> None:
-    footer = f"every {interval:g} s; Ctrl-C ends"
+    footer = f"every {interval:g} s; press Ctrl-C to leave"
     with Live(Frame(look(), footer), console=console, screen=True, refresh_per_second=2) as live:
         while True:
             time.sleep(interval)
@@ -53,24 +56,24 @@ def _follow(look: Callable[[], View], interval: float, console: Console) -> None
 
 
 def to_json(view: View) -> dict[str, Any]:
-    """The view for machines: numbers that are not known, or not finite, are null. The loss curve is left out."""
-    tree: dict[str, Any] = finite(asdict(replace(view, losses=())))
+    """Convert a view to JSON, without the loss curve; numbers that are unknown or not finite are null."""
+    tree: dict[str, Any] = json_safe(asdict(replace(view, losses=())))
     del tree["losses"]
     return tree
 
 
 def _look_at(sources: Sequence[str]) -> Callable[[], View]:
-    """What gives the next view. Something is there when it returns."""
+    """Return a function that gives the next view, after a first successful look."""
     folders = [source for source in sources if Path(source).is_dir()]
     if folders:
         if len(sources) > 1:
-            raise UserError(f"{folders[0]}: give one run's folder, or pages: {len(sources)} sources are given")
+            raise UserError(f"{folders[0]}: give either the folder of one run or addresses of pages, not both")
         return _Run(Path(folders[0])).look
     return _Pages(list(dict.fromkeys(page_url(source) for source in sources))).look
 
 
 class _Pages:
-    """Pages of a run whose folder is not at hand."""
+    """A run that is known by its pages only."""
 
     def __init__(self, urls: Sequence[str]):
         self._urls = urls
@@ -86,11 +89,11 @@ class _Pages:
 
 
 class _Run:
-    """A run's folder: its ranks where they answer, its records where not."""
+    """A run that is known by its folder: its ranks if they answer, otherwise its records."""
 
     def __init__(self, folder: Path):
         if not is_run(folder):
-            raise UserError(f"{folder}: no run there; give the folder of a run (run.dir) or pages of its ranks")
+            raise UserError(f"{folder}: not a run; give the folder of a run (run.dir) or addresses of its ranks' pages")
         self._folder = folder
         self._records = Records(folder)
         self._follower = Follower()
@@ -101,8 +104,8 @@ class _Run:
         self._records.read()
         view = self._follower.view(pages)
         notes, live = view.notes, any(not page.error for page in pages)
-        if live and view.run not in ("", name):  # a crashed run's ports, which another one has now
-            notes, live = (f"{TARGETS_FILE} names pages that are of another run now: {view.run}",), False
+        if live and view.run not in ("", name):  # the ports of a crashed run, which another one uses now
+            notes, live = (f"{TARGETS_FILE} names pages that belong to another run now: {view.run}",), False
         if not live:
             return recorded_view(self._folder, self._records, self._state(bool(urls)), notes)
         scalars = dict(view.scalars)

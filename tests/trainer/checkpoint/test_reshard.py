@@ -129,7 +129,7 @@ def altered(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 def refusal(altered: Path, file: str) -> str:
-    return re.escape(f"{altered / file}: refused, and nothing of it was run: it holds io.open, which no")
+    return re.escape(f"{altered / file}: refused, and nothing in it was executed: it holds io.open, which no")
 
 
 @pytest.mark.parametrize(
@@ -153,11 +153,11 @@ def test_a_conversion_runs_nothing_that_a_checkpoint_holds(
 ) -> None:
     def read() -> None:
         convert(altered, tmp_path / "work")
-        SavedCheckpoint(altered, read_placement(altered), tmp_path / "work")
+        SavedCheckpoint(altered, tmp_path / "work")
 
     with pytest.raises(UserError, match=refusal(altered, file)):
         read()
-    monkeypatch.setattr(engine, "load_file", lambda *_, **__: None)  # as if it had been altered a moment later
+    monkeypatch.setattr(engine, "read_tensors", lambda *_, **__: None)  # as if it had been altered a moment later
     with pytest.raises((UserError, pickle.UnpicklingError)):
         read()
     assert not (tmp_path / "proof").exists()
@@ -165,7 +165,7 @@ def test_a_conversion_runs_nothing_that_a_checkpoint_holds(
 
 def test_a_recorded_load_that_is_no_numbers_is_refused(tmp_path: Path) -> None:
     np.save(tmp_path / "load.npy", np.array([Code(tmp_path / "proof")], dtype=object))
-    with pytest.raises(UserError, match=f"{tmp_path}/load.npy: is not numbers alone: refused"):
+    with pytest.raises(UserError, match=f"{tmp_path}/load.npy: missing or damaged"):
         read_load(tmp_path)
     assert not (tmp_path / "proof").exists()
 
@@ -176,7 +176,7 @@ def states(checkpoints: Path) -> dict[str, ParameterState]:
     assert found
     work = Path(tempfile.mkdtemp())
     convert(found[1], work)
-    everything = SavedCheckpoint(found[1], placement_of(checkpoints), work)
+    everything = SavedCheckpoint(found[1], work)
     trunk = Trunk(recipe(COLOCATED), torch.device("cpu"))
     every_expert = tuple(range(8))
     pool = {name: everything.read_experts(name, every_expert) for name in ("w13_e2FD", "w2_eDF")}

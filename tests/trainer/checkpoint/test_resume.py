@@ -1,4 +1,4 @@
-"""Resuming: from the newest checkpoint that is whole, under a recipe of the same mathematics."""
+"""Resuming: from the newest intact checkpoint, with a recipe that gives the same results."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from tests.distributed import RankFailed, join, run_ranks
 from tests.training import Outcome, assert_same, run_training, tiny
 from trainer.checkpoint import format as checkpoint
-from trainer.checkpoint.resume import changes_mathematics, check, check_data, choose
+from trainer.checkpoint.resume import affects_results, check, check_data, choose
 from trainer.common.errors import UserError
 from trainer.config.recipe import Recipe
 
@@ -34,18 +34,18 @@ def checkpoints(saved: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(saved, tmp_path / "checkpoints"))
 
 
-def test_keys_that_change_the_mathematics() -> None:
+def test_keys_that_affect_results() -> None:
     recipe = tiny()
     for key in ("train.lr", "train.steps", "run.seed", "data.source", "balance.pool", "router.top_k", "model.norm_eps"):
-        assert changes_mathematics(key, recipe), key
+        assert affects_results(key, recipe), key
     for key in ("parallel.trunk_ranks", "train.micro_batch", "eval.every", "run.dir", "pool.placement", "data.dir"):
-        assert not changes_mathematics(key, recipe), key
+        assert not affects_results(key, recipe), key
     for key in ("topology.order", "metrics.port"):
-        assert not changes_mathematics(key, recipe), key
+        assert not affects_results(key, recipe), key
     own = tiny(balance={"scope": "micro_batch", "delay": 0})
-    assert changes_mathematics("train.micro_batch", own)
-    assert not changes_mathematics("parallel.trunk_ranks", own)
-    assert changes_mathematics("parallel.trunk_ranks", tiny(balance={"scope": "micro_batch", "delay": 1}))
+    assert affects_results("train.micro_batch", own)
+    assert not affects_results("parallel.trunk_ranks", own)
+    assert affects_results("parallel.trunk_ranks", tiny(balance={"scope": "micro_batch", "delay": 1}))
 
 
 def test_a_changed_recipe_says_what_differs(checkpoints: Path) -> None:
@@ -54,7 +54,7 @@ def test_a_changed_recipe_says_what_differs(checkpoints: Path) -> None:
     allowed = tiny(parallel={"pool_ranks": 1, "trunk_ranks": 2}, eval={"every": 3})
     assert check(allowed, folder, force=False) == ["parallel.trunk_ranks 1 -> 2", "eval.every 0 -> 3"]
     changed = tiny(**RECIPE, train={"lr": 1e-2, "betas": (0.8, 0.9)})
-    with pytest.raises(UserError, match=r"other mathematics: train.lr 0.003 -> 0.01, train.betas .* or --force"):
+    with pytest.raises(UserError, match=r"different settings: train.lr 0.003 -> 0.01, train.betas .* pass --force"):
         check(changed, folder, force=False)
     assert check(changed, folder, force=True) == ["train.lr 0.003 -> 0.01", "train.betas [0.9, 0.95] -> [0.8, 0.9]"]
     with pytest.raises(UserError, match="of another model: pool.experts 8 -> 16"):
@@ -114,11 +114,11 @@ def flip_a_bit(path: Path) -> None:
 
 
 DAMAGE = {
-    "pool/shard_0/state/mp_rank_00_model_states.pt": (flip_a_bit, "has another checksum than its manifest says"),
-    "trunk/rank_0.pt": (lambda path: path.write_bytes(path.read_bytes()[:-5]), "bytes, its manifest says"),
-    "load.npy": (Path.unlink, "cannot be read (No such file or directory)"),
+    "pool/shard_0/state/mp_rank_00_model_states.pt": (flip_a_bit, "does not have the checksum in its manifest"),
+    "trunk/rank_0.pt": (lambda path: path.write_bytes(path.read_bytes()[:-5]), "bytes instead of"),
+    "load.npy": (Path.unlink, "cannot be read (no such file or directory)"),
     "manifest.json": (flip_a_bit, "is not the one that COMPLETE was written for"),
-    "COMPLETE": (Path.unlink, "cannot be read (No such file or directory)"),
+    "COMPLETE": (Path.unlink, "cannot be read (no such file or directory)"),
 }
 
 
@@ -138,8 +138,8 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(checkpoints: Path) -
     shutil.copytree(checkpoint.folder_of(checkpoints, 1), checkpoints / "step_00000003.bak")  # somebody's own copy
     (trunk, said), (pool, nothing) = run_ranks(2, chosen, tiny(**RECIPE), checkpoints)
     assert trunk == pool == "step_00000001"
-    assert f"WARNING: checkpoint step_00000002 is damaged: {name} has another checksum" in said
-    assert "GOING BACK to step_00000001" in said
+    assert f"WARNING: checkpoint step_00000002 is damaged: {name} does not have the checksum" in said
+    assert "RESUMING FROM step_00000001" in said
     assert nothing == ""
     assert sorted(path.name for path in checkpoints.iterdir()) == [
         "damaged_step_00000002",
@@ -151,6 +151,6 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(checkpoints: Path) -
 def test_no_whole_checkpoint_is_an_error_not_a_new_start(checkpoints: Path) -> None:
     for steps in (1, 2):
         flip_a_bit(checkpoint.folder_of(checkpoints, steps) / "load.npy")
-    with pytest.raises(RankFailed, match=r"none of its checkpoints is whole \(step_00000002: load.npy has another"):
+    with pytest.raises(RankFailed, match=r"all its checkpoints are damaged \(step_00000002: load.npy does not have"):
         run_ranks(2, chosen, tiny(**RECIPE), checkpoints)
     assert len(list(checkpoints.glob("step_*"))) == 2

@@ -67,7 +67,7 @@ def build(recipe: Recipe, checkpoints: Path) -> tuple[Any, Any, Any]:
 
 def save_without_end(recipe: Recipe, checkpoints: Path) -> None:
     """Resume from what is there, then train and save after every step until killed."""
-    from trainer.checkpoint.resume import choose
+    from trainer.checkpoint.resume import choose, load_checkpoint
     from trainer.train.loop import optimizer_step
 
     fsync = os.fsync
@@ -80,7 +80,7 @@ def save_without_end(recipe: Recipe, checkpoints: Path) -> None:
     job, role, saver = build(recipe, checkpoints)
     start, found = choose(job, recipe, checkpoints, force=False) or (0, None)
     if found:
-        checkpoint.load(job, recipe, found, role)
+        load_checkpoint(job, recipe, found, role)
     saver.clean()
     for step in range(start, 10_000):
         optimizer_step(job, role, step)
@@ -174,12 +174,13 @@ def skip_and_learn(recipe: Recipe, checkpoints: Path, steps: str) -> list[list[s
     """A step and a save for every letter: l learns, s is skipped. Which checkpoints there are after each."""
     import math
 
+    from trainer.checkpoint.resume import load_checkpoint
     from trainer.train.loop import update
 
     job, role, saver = build(recipe, checkpoints)
     start, found = checkpoint.newest(checkpoints) or (0, None)
     if found:
-        checkpoint.load(job, recipe, found, role)
+        load_checkpoint(job, recipe, found, role)
     kept = []
     for number, letter in enumerate(steps, start):
         squared_norm = role.accumulate(number)

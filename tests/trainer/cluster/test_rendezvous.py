@@ -98,9 +98,7 @@ def test_a_rank_that_never_comes_is_named_by_the_launchers_number(name: str, at_
     """Its role it has told nobody."""
     job, absent = at_the_door[name], ABSENT[name]
     assert job.end(LIMIT, without=absent)[1 - absent] == 1
-    wanted = (
-        rf"^unipool: launcher rank {1 - absent} failed during .*: PeerLost: .* rank {absent}.* has not joined"
-    )
+    wanted = rf"^unipool: launcher rank {1 - absent} failed during .*: PeerLost: .* rank {absent}.* has not joined"
     assert re.search(wanted, job.log(1 - absent), re.M), job.log(1 - absent)
 
 

@@ -17,7 +17,7 @@ import pytest
 from tests.tools import ended
 from tests.trainer.job import ROOT, write_recipe
 from trainer.cli import cli
-from trainer.common.error_reporting import told
+from trainer.common.error_reporting import report_errors
 
 UNIPOOL = (sys.executable, "-m", "trainer")
 
@@ -88,15 +88,15 @@ def test_what_stdout_cannot_show(monkeypatch: pytest.MonkeyPatch) -> None:
     """A question mark, and no error."""
     content = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(content, "ascii"))
-    with told():
+    with report_errors():
         print("naïve café ± 東京")
     assert content.getvalue() == b"na?ve caf? ? ??\n"
 
 
 def test_an_error_that_is_ours_keeps_its_traceback() -> None:
-    with pytest.raises(ConnectionRefusedError), told():
+    with pytest.raises(ConnectionRefusedError), report_errors():
         raise ConnectionRefusedError(errno.ECONNREFUSED, "refused")
-    with pytest.raises(ValueError, match="ours"), told():
+    with pytest.raises(ValueError, match="ours"), report_errors():
         raise ValueError("ours")
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from trainer.data.settings import DataSettings
+from trainer.data.reading import content, documents, hub, readers, records, tables
+from trainer.data.settings import SourceSettings
 from trainer.data.tokenizer import train_tokenizer
 
 SPLIT = (6, 3, 1)
@@ -36,8 +37,8 @@ def jsonl(tmp_path_factory, corpus) -> Path:
 
 
 @pytest.fixture
-def settings(tmp_path, jsonl, tokenizer_path) -> DataSettings:
-    return DataSettings(
+def settings(tmp_path, jsonl, tokenizer_path) -> SourceSettings:
+    return SourceSettings(
         source=str(jsonl),
         tokenizer=str(tokenizer_path),
         vocab=300,
@@ -53,3 +54,14 @@ def settings(tmp_path, jsonl, tokenizer_path) -> DataSettings:
 def settings_for(settings):
     """Settings for another source, kept in the same folder."""
     return lambda source, **changes: replace(settings, source=str(source), **changes)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Pieces of 40 characters, and every other size small as well."""
+    for module in (records, documents, readers):
+        monkeypatch.setattr(module, "PIECE_CHARACTERS", 40)
+    monkeypatch.setattr(readers, "_BLOCK", 64)
+    monkeypatch.setattr(content, "_BLOCK", 50)
+    monkeypatch.setattr(tables, "_BATCH_ROWS", 7)
+    monkeypatch.setattr(hub, "_SNAPSHOT_RECORDS", 7)

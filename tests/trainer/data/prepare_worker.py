@@ -14,9 +14,9 @@ import sys
 import time
 from pathlib import Path
 
-from trainer.data import preparation as module
+from trainer.data import source_builder as module
 from trainer.data.prepare import prepare_source
-from trainer.data.settings import DataSettings
+from trainer.data.settings import SourceSettings
 
 
 def kill_at(last: int) -> None:
@@ -70,7 +70,7 @@ def meet(folder: Path) -> None:
 
 module.BATCH_CHARACTERS, module.COMMIT_TOKENS = 400, 500
 fields = json.loads(sys.argv[1])
-settings = DataSettings(**fields | {"split": tuple(fields["split"])})
+settings = SourceSettings(**fields | {"split": tuple(fields["split"])})
 if sys.argv[2] == "kill":
     kill_at(int(sys.argv[3]))
 else:

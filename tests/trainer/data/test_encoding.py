@@ -100,14 +100,14 @@ def test_memory_is_bounded_whatever_the_document(tmp_path, tokenizer):
 import resource, sys
 if sys.argv[1] == "slow":
     sys.modules["fastokens"] = None
-from trainer.data import preparation
-preparation.BATCH_CHARACTERS = 500_000
+from trainer.data import source_builder
+source_builder.BATCH_CHARACTERS = 500_000
 from trainer.data.prepare import prepare_source
-from trainer.data.settings import DataSettings
+from trainer.data.settings import SourceSettings
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-settings = DataSettings({str(path)!r}, {str(saved)!r}, 512, 64, (8, 2, 0), "text", None, sys.argv[2])
+settings = SourceSettings({str(path)!r}, {str(saved)!r}, 512, 64, (8, 2, 0), "text", None, sys.argv[2])
 if sys.argv[1] == "slow":
-    settings = DataSettings(*list(settings.__dict__.values())[:8], max_tokens=3_000_000)
+    settings = SourceSettings(*list(settings.__dict__.values())[:8], max_tokens=3_000_000)
 print(prepare_source(settings, False).train.tokens, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
     for library, limit in (("fast", 600), ("slow", 900)):

@@ -5,7 +5,6 @@ import gzip
 import io
 import json
 import lzma
-import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,10 +12,10 @@ import pyarrow.feather as feather
 import pyarrow.parquet as pq
 import pytest
 import zstandard
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.common.errors import UserError
+from tests.trainer.fuzzing import fuzz, user_error
 from trainer.data.reading.documents import Documents
 from trainer.data.reading.sources import find_files
 from trainer.data.tokenizer import end_of_document_id, load_tokenizer, train_tokenizer, vocabulary
@@ -65,10 +64,6 @@ def _files() -> dict[str, bytes]:
 
 
 FILES = _files()
-# Always the same, and few; UNIPOOL_FUZZ=1000 tries as many others of each kind.
-MORE = int(os.environ.get("UNIPOOL_FUZZ", "0"))
-fast = settings(max_examples=MORE or 40, deadline=None, derandomize=not MORE, database=None)
-
 edits = st.lists(
     st.tuples(
         st.floats(0, 1, exclude_max=True),  # where
@@ -99,22 +94,14 @@ def folder(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("fuzz")
 
 
-def only_user_errors(act) -> None:
-    try:
-        act()
-    except UserError as error:
-        if not str(error).isprintable():
-            raise AssertionError(f"more than one line: {error}") from error
-
-
 @pytest.mark.parametrize("name", FILES)
 def test_damaged_file(name: str, folder: Path) -> None:
-    @fast
+    @fuzz(40)
     @given(changes=edits, field=st.sampled_from(["text", "meta.text", "meta.parts.0", "dictionary", "id", ""]))
     def check(changes, field) -> None:
         path = folder / name
         path.write_bytes(damaged(FILES[name], changes))
-        only_user_errors(lambda: list(Documents(str(path), field, max_bad_share=1.0)))
+        user_error(lambda: list(Documents(str(path), field, max_bad_share=1.0)))
 
     check()
 
@@ -122,7 +109,7 @@ def test_damaged_file(name: str, folder: Path) -> None:
 def test_damaged_tokenizer(folder: Path) -> None:
     content = train_tokenizer(["alpha beta gamma"], 260).to_str().encode()
 
-    @fast
+    @fuzz(40)
     @given(changes=edits)
     def check(changes) -> None:
         path = folder / "tokenizer.json"
@@ -134,15 +121,15 @@ def test_damaged_tokenizer(folder: Path) -> None:
             end_of_document_id(tokenizer)
             tokenizer.to_str()
 
-        only_user_errors(load)
+        user_error(load)
 
     check()
 
 
 def test_odd_source(folder: Path) -> None:
-    @fast
+    @fuzz(40)
     @given(source=st.text(alphabet=st.characters() | st.sampled_from("*?[]{}~/:\0\n"), max_size=300))
     def check(source: str) -> None:
-        only_user_errors(lambda: find_files(f"{folder}/{source.replace('.', '')}"))
+        user_error(lambda: find_files(f"{folder}/{source.replace('.', '')}"))
 
     check()

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from trainer.common.errors import UserError
-from trainer.data import preparation
 from trainer.data import prepare as module
+from trainer.data import source_builder
 from trainer.data.prepare import prepare, prepare_source
-from trainer.data.prepared import PreparedData, open_prepared
+from trainer.data.prepared_data import PreparedData, open_prepared
 from trainer.data.splitting import SPLITS, split_of
 from trainer.data.tokenizer import load_tokenizer
 
@@ -40,11 +40,11 @@ def forbid_reading(monkeypatch) -> None:
     def read(*args):
         raise AssertionError("documents are read again")
 
-    monkeypatch.setattr(preparation, "Documents", read)
+    monkeypatch.setattr(source_builder, "Documents", read)
 
 
 def test_prepared_rows_are_the_tokenised_documents(settings, corpus, tokenizer_path, monkeypatch):
-    monkeypatch.setattr(preparation, "BATCH_CHARACTERS", 700)  # several documents a batch, several batches
+    monkeypatch.setattr(source_builder, "BATCH_CHARACTERS", 700)  # several documents a batch, several batches
     prepared = prepare_source(settings, progress=False)
     tokenizer = load_tokenizer(str(tokenizer_path))
     end_id = tokenizer.token_to_id("<|endoftext|>")
@@ -134,8 +134,8 @@ def test_hub_gives_the_same_rows_as_a_local_copy(settings, settings_for, corpus,
 def test_progress_bar_on_stderr(settings, capfd):
     alone(replace(settings, tokenizer="train"), progress=True)
     out, err = capfd.readouterr()
-    assert out == "" and "training the tokenizer" in err and "tokenising" in err and "tokens/s" in err
-    assert "documents end with <|endoftext|>" in err and "skipped" not in err and "left out" not in err
+    assert out == "" and "training the tokenizer" in err and "tokenizing" in err and "tokens/s" in err
+    assert "documents end with <|endoftext|>" in err and "skipped" not in err and "data.source" not in err
     alone(replace(settings, tokenizer="train", seq_len=5))
     assert capfd.readouterr() == ("", "")
 
@@ -143,11 +143,13 @@ def test_progress_bar_on_stderr(settings, capfd):
 def test_tokenizer_larger_than_the_model_is_told_before_documents_are_read(settings, monkeypatch):
     forbid_reading(monkeypatch)
     said = message_of(replace(settings, vocab=299))
-    assert f"data.tokenizer {settings.tokenizer}: its vocabulary of 300 does not fit model.vocab = 299" in said
+    assert f"data.tokenizer {settings.tokenizer}: its vocabulary of 300 does not fit into model.vocab = 299" in said
 
 
 def test_vocabulary_too_small_to_train(settings):
-    assert message_of(replace(settings, tokenizer="train", vocab=256)).startswith("model.vocab = 256: a tokenizer that")
+    assert message_of(replace(settings, tokenizer="train", vocab=256)).startswith(
+        "model.vocab = 256: a trained tokenizer"
+    )
 
 
 def test_a_bad_document_is_skipped_and_said(settings, settings_for, jsonl, tmp_path, capfd):
@@ -168,7 +170,7 @@ def test_too_little_text(settings, settings_for, tmp_path):
     path = tmp_path / "one.txt"
     path.write_text("a document")
     said = message_of(settings_for(path))
-    assert "no full sequence for the train split" in said and "of 1 documents" in said and "by size as 6:3:1" in said
+    assert "the train split has less text" in said and "of 1 documents, split by size as 6:3:1" in said
 
 
 def test_one_document_is_split_by_size(settings, settings_for, corpus, tmp_path):
@@ -249,7 +251,7 @@ def test_disk_that_fills_up(settings, limit):
         said = message_of(replace(settings, vocab=70_000))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert "prepared data cannot be written" in said and "make room" in said
+    assert "prepared data cannot be written" in said and "free some space" in said
 
 
 def test_import_is_quick():
@@ -279,20 +281,20 @@ def damaged(path: Path, damage) -> str:
 @pytest.mark.parametrize(
     "damage, what",
     [
-        (lambda path: (path / "facts.json").write_text("{}"), "facts.json is not what was written"),
-        (lambda path: (path / "facts.json").write_text('{"files": []}'), "facts.json is not what was written"),
+        (lambda path: (path / "facts.json").write_text("{}"), "facts.json has unexpected content"),
+        (lambda path: (path / "facts.json").write_text('{"files": []}'), "facts.json has unexpected content"),
         (lambda path: (path / "facts.json").write_text("x"), "Expecting value"),
         (lambda path: (path / "facts.json").unlink(), "No such file"),
-        (lambda path: os.truncate(path / "train.arrow", 100), "train.arrow does not have its "),
+        (lambda path: os.truncate(path / "train.arrow", 100), "train.arrow should have "),
         (lambda path: (path / "validation.arrow").unlink(), "validation.arrow"),
-        (lambda path: (path / "tokenizer.json").write_text("{}"), "tokenizer.json does not have its "),
+        (lambda path: (path / "tokenizer.json").write_text("{}"), "tokenizer.json should have "),
     ],
 )
 def test_damaged_prepared_data_say_how_to_make_them_again(settings, damage, what):
     path = prepare_source(settings, progress=False).path
     said = damaged(path, damage)
-    assert said.startswith(f"{path}: prepared data that are damaged (") and what in said and "\n" not in said
-    assert said.endswith("delete this folder, and it will be made again")
+    assert said.startswith(f"{path}: these prepared data are damaged (") and what in said and "\n" not in said
+    assert said.endswith("delete the folder, and they will be made again")
 
 
 def test_a_share_of_bad_records_holds_for_data_that_are_there(settings_for, jsonl, tmp_path):

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from trainer.data import preparation as module
-from trainer.data.preparation import PROGRESS_FILE
+from trainer.data import source_builder as module
+from trainer.data.cache import PROGRESS_FILE
 from trainer.data.prepare import prepare_source
 
 WORKER = Path(__file__).with_name("prepare_worker.py")
@@ -91,7 +91,7 @@ def test_what_was_left_of_other_settings_is_kept_if_it_can_go_on(settings, tmp_p
 
 
 def test_going_on_reads_only_what_is_left(settings, reference, monkeypatch, capfd):
-    """After an interruption at the last document: 'going on' is said, and no document is tokenised twice."""
+    """After an interruption at the last document: 'resuming' is said, and no document is tokenised twice."""
 
     class Interrupted(module.Documents):
         def __iter__(self):
@@ -117,7 +117,7 @@ def test_going_on_reads_only_what_is_left(settings, reference, monkeypatch, capf
     assert (partial / PROGRESS_FILE).is_file()
     before, tokenised = tokenised, 0
     assert content(prepare_source(settings, progress=True).path) == reference
-    assert "going on with the preparation" in capfd.readouterr().err
+    assert "resuming the preparation" in capfd.readouterr().err
     assert before > 60 and tokenised < 50
 
 
@@ -142,6 +142,16 @@ def test_two_processes_at_once(settings, reference, tmp_path):
     assert content(folder) == reference
 
 
+def test_sigterm_leaves_nothing_that_cannot_be_resumed(settings, tmp_path):
+    worker = start(settings, "meet", tmp_path)
+    wait_until((tmp_path / "reading").exists, worker)
+    worker.terminate()
+    (tmp_path / "go").touch()
+    worker.communicate(timeout=TIMEOUT)
+    assert worker.returncode == 128 + signal.SIGTERM
+    assert folders(settings) == []
+
+
 @pytest.mark.parametrize("what", [PROGRESS_FILE, "train.arrow"])
 def test_a_damaged_beginning_is_begun_again(settings, reference, tmp_path, what, capfd):
     out, _ = start(replace(settings, directory=str(tmp_path / "whole")), "kill", 0).communicate(timeout=TIMEOUT)
@@ -149,4 +159,4 @@ def test_a_damaged_beginning_is_begun_again(settings, reference, tmp_path, what,
     (partial,) = folders(settings)
     os.truncate(partial / what, 100)
     assert content(prepare_source(settings, progress=True).path) == reference
-    assert "beginning again, for what was left is damaged" in capfd.readouterr().err
+    assert "again, because its files are damaged" in capfd.readouterr().err

@@ -6,7 +6,15 @@ from pathlib import Path
 import pytest
 
 from trainer.common.errors import UserError
-from trainer.data.reading.sources import find_files, kind_of, shown, skipped_files, source_files
+from trainer.data.reading.sources import find_files, kind_of, shown
+
+
+def source_files(source: str) -> list[Path]:
+    return find_files(source).read
+
+
+def skipped_line(source: Path | str) -> str | None:
+    return find_files(str(source)).skipped_line(str(source))
 
 
 def make(root: Path, *names: str) -> Path:
@@ -22,8 +30,8 @@ def found(source) -> list[str]:
     return [os.path.relpath(file, source if os.path.isdir(source) else "/") for file in source_files(str(source))]
 
 
-def left_out(source) -> dict[str, str]:
-    return {path.name: reason for path, reason in find_files(str(source)).left_out}
+def skipped(source) -> dict[str, str]:
+    return {path.name: reason for path, reason in find_files(str(source)).skipped}
 
 
 def message_of(source) -> str:
@@ -65,29 +73,29 @@ def test_python_stdlib_is_its_own_sources_and_stable():
     assert not any({"site-packages", "dist-packages"} & set(file.parts) for file in files)
 
 
-def test_folder_in_the_order_of_paths_and_what_is_left_out(tmp_path):
+def test_folder_in_the_order_of_paths_and_what_is_skipped(tmp_path):
     data = make(tmp_path, "c.JSONL", "b/a.jsonl.gz", "a.txt", "b.docx", "B.pdf", "x.jsonl.tmp", "d.tar.gz", "~e.txt~")
     (tmp_path / "empty.txt").touch()
     (tmp_path / "empty.parquet").touch()  # cut off: reading it says so
     assert found(data) == ["a.txt", "b/a.jsonl.gz", "c.JSONL", "empty.parquet"]
-    assert left_out(data) == {
-        "B.pdf": "of unknown kind",
-        "b.docx": "of unknown kind",
-        "x.jsonl.tmp": "of unknown kind",
-        "~e.txt~": "of unknown kind",
-        "d.tar.gz": "archive (to be unpacked first)",
+    assert skipped(data) == {
+        "B.pdf": "of unknown type",
+        "b.docx": "of unknown type",
+        "x.jsonl.tmp": "of unknown type",
+        "~e.txt~": "of unknown type",
+        "d.tar.gz": "to be unpacked first",
         "empty.txt": "empty",
     }
-    said = skipped_files(str(data))
+    said = skipped_line(data)
     assert said is not None and said.isprintable()
     assert said.startswith(
-        f"data.source {data}: left out: 4 of unknown kind (B.pdf, b.docx, x.jsonl.tmp, ...); 1 archive"
+        f"data.source {data}: skipped 4 of unknown type (B.pdf, b.docx, x.jsonl.tmp, ...); 1 to be unpacked first"
     )
 
 
 def test_nothing_is_said_where_everything_is_read(tmp_path):
-    assert skipped_files(str(make(tmp_path, "a.txt", "b/c.md"))) is None
-    assert skipped_files("hub:owner/name") is None
+    assert skipped_line(str(make(tmp_path, "a.txt", "b/c.md"))) is None
+    assert skipped_line("hub:owner/name") is None
 
 
 def test_hidden_and_tools_files_of_a_folder(tmp_path):
@@ -97,16 +105,16 @@ def test_hidden_and_tools_files_of_a_folder(tmp_path):
         *("s/data-0.arrow", "s/cache-1f.arrow", "s/dataset_info.json", "s/state.json", "__pycache__/a.txt"),
     )
     assert found(data) == ["a.jsonl", "s/data-0.arrow"]
-    assert left_out(data) == {
+    assert skipped(data) == {
         "._a.jsonl": "hidden",
         ".b.jsonl": "hidden",
         ".git": "hidden",
         ".ipynb_checkpoints": "hidden",
-        "__MACOSX": "of a tool's own",
-        "__pycache__": "of a tool's own",
-        "cache-1f.arrow": "of the `datasets` library's own",
-        "dataset_info.json": "of the `datasets` library's own",
-        "state.json": "of the `datasets` library's own",
+        "__MACOSX": "kept by a tool",
+        "__pycache__": "kept by a tool",
+        "cache-1f.arrow": "of metadata of the `datasets` library",
+        "dataset_info.json": "of metadata of the `datasets` library",
+        "state.json": "of metadata of the `datasets` library",
     }
 
 
@@ -115,7 +123,7 @@ def test_notes_are_documents_unless_they_lie_beside_records(tmp_path):
         tmp_path, "code/README.md", "code/a.py", "set/README.md", "set/LICENSE.txt", "set/a.parquet", "set/b.txt"
     )
     assert found(data) == ["code/README.md", "code/a.py", "set/a.parquet", "set/b.txt"]
-    assert left_out(data) == {"README.md": "beside the records", "LICENSE.txt": "beside the records"}
+    assert skipped(data) == {"README.md": "of notes beside the records", "LICENSE.txt": "of notes beside the records"}
 
 
 def test_what_is_named_outright_is_read(tmp_path):
@@ -124,7 +132,7 @@ def test_what_is_named_outright_is_read(tmp_path):
         assert source_files(str(tmp_path / name)) == [tmp_path / name]
     assert source_files(str(tmp_path / ".*" / "*.json")) == [tmp_path / ".git/state.json"]
     assert [file.name for file in source_files(str(tmp_path / "*"))] == ["README.md", "a.jsonl"]
-    assert left_out(tmp_path / "*") == {"b.docx": "of unknown kind"}
+    assert skipped(tmp_path / "*") == {"b.docx": "of unknown type"}
 
 
 def test_folder_whose_name_looks_like_a_glob(tmp_path):
@@ -140,8 +148,8 @@ def test_links(tmp_path):
     (data / "broken.txt").symlink_to(tmp_path / "nowhere")
     (data / "self.txt").symlink_to(data / "self.txt")
     assert found(data) == ["a.txt", "b/c.txt", "file.txt", "linked/d.txt"]
-    assert left_out(data) == {
-        "loop": "reached twice, by a link",
+    assert skipped(data) == {
+        "loop": "reached twice through links",
         "broken.txt": "not a file, or a broken link",
         "self.txt": "not a file, or a broken link",
     }
@@ -152,18 +160,18 @@ def test_links(tmp_path):
 
 def test_what_is_no_file(tmp_path):
     os.mkfifo(tmp_path / "pipe.txt")
-    assert "left out: 1 not a file, or a broken link (pipe.txt): no file found" in message_of(tmp_path)
+    assert "skipped 1 not a file, or a broken link (pipe.txt): no file found" in message_of(tmp_path)
     for source in (tmp_path / "pipe.txt", "/dev/null"):
-        assert f"{source}: cannot be read (a device, a pipe or a socket)" in message_of(source)
-    assert "a.txt: cannot be read (No such file or directory)" in message_of(tmp_path / "a.txt")
-    assert "cannot be read (File name too long)" in message_of(tmp_path / ("a" * 300))
+        assert f"{source}: cannot be read (it is a device, a pipe or a socket)" in message_of(source)
+    assert "a.txt: cannot be read (no such file or directory)" in message_of(tmp_path / "a.txt")
+    assert "cannot be read (file name too long)" in message_of(tmp_path / ("a" * 300))
 
 
 def test_names_that_are_not_text(tmp_path):
     name = os.fsdecode(b"\xff\xfe\n.docx")
     make(tmp_path, name, os.fsdecode(b"\xff.txt"), "ж.txt")
     assert [file.name for file in source_files(str(tmp_path))] == ["ж.txt", os.fsdecode(b"\xff.txt")]
-    said = skipped_files(str(tmp_path))
+    said = skipped_line(tmp_path)
     assert said is not None and said.isprintable() and r"(\xff\xfe\n.docx)" in said
     assert shown("a\tb") == r"a\tb"
 
@@ -180,10 +188,8 @@ def test_nothing_to_read(tmp_path):
     make(tmp_path, "only.docx")
     for source in (tmp_path / "*.jsonl", tmp_path):
         assert "no file found" in message_of(source) and ".parquet" in message_of(source)
-    assert "1 of unknown kind (only.docx)" in message_of(tmp_path)
-    assert message_of(tmp_path / "only.docx").startswith(
-        f"{tmp_path}/only.docx: unknown kind of file; allowed are .txt"
-    )
+    assert "1 of unknown type (only.docx)" in message_of(tmp_path)
+    assert message_of(tmp_path / "only.docx").startswith(f"{tmp_path}/only.docx: is of unknown type; allowed are .txt")
 
 
 def test_named_file_that_cannot_be_read(tmp_path):
@@ -191,7 +197,7 @@ def test_named_file_that_cannot_be_read(tmp_path):
     (tmp_path / "a.txt").touch()
     assert (
         message_of(tmp_path / "a.zip")
-        == f"{tmp_path}/a.zip: is an archive; unpack it and give the folder with its files"
+        == f"{tmp_path}/a.zip: is an archive; unpack it and name the folder with its files"
     )
     assert message_of(tmp_path / "a.txt").startswith(f"{tmp_path}/a.txt: is empty")
     assert "1 empty (a.txt)" in message_of(tmp_path)
@@ -199,12 +205,12 @@ def test_named_file_that_cannot_be_read(tmp_path):
 
 def test_folder_that_cannot_be_listed(tmp_path, monkeypatch):
     make(tmp_path, "a.txt", "b/c.txt")
-    scandir = os.scandir
+    listdir = os.listdir
 
     def refuse(path):
         if Path(path).name == "b":
             raise PermissionError(13, "Permission denied")
-        return scandir(path)
+        return listdir(path)
 
-    monkeypatch.setattr(os, "scandir", refuse)
-    assert message_of(tmp_path).startswith(f"{tmp_path}/b: the folder cannot be listed (Permission denied)")
+    monkeypatch.setattr(os, "listdir", refuse)
+    assert message_of(tmp_path).startswith(f"{tmp_path}/b: the folder cannot be listed (permission denied)")

@@ -18,14 +18,16 @@ from tests.tools import ended, need_package
 from tests.training import END, run_training, tiny, tokens
 from trainer.cli import cli
 from trainer.common.errors import UserError
+from trainer.common.tables import print_tables
 from trainer.config.recipe import Recipe
 from trainer.data.tokenizer import train_tokenizer
 from trainer.evaluate.loss import total_loss, windows
-from trainer.evaluate.subject import load_subject
+from trainer.evaluate.scores import Scores
+from trainer.export.loaded_model import load_model
 
 VOCAB, WINDOW = 300, 120
 TEXT = "Die Straße — naïve café, 東京, 🙂 <|endoftext|> def main(argument):\n    return argument\n" * 6
-HARNESS = "pip install -r requirements-eval.txt"
+HARNESS = "pip install -c constraints.txt -r requirements-eval.txt"
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +83,7 @@ def test_the_trainer_s_loss_in_bf16(home: Path, run: tuple[Path, float]) -> None
     """It is computed in the run's own precision unless another is asked for; the loss is training's, up to rounding."""
     rows = torch.tensor(tokens(recipe_of(home))["tokens"][:8])
     for precision, dtype in ((None, torch.bfloat16), ("fp32", torch.float32)):
-        subject = load_subject(run[0], "cpu", precision, as_trained=True)
+        subject = load_model(run[0], "cpu", precision, as_trained=True)
         dtypes = set()
         subject.model.lm_head.register_forward_hook(lambda _m, _i, logits, seen=dtypes: seen.add(logits.dtype))
         nats, count = total_loss(subject, rows, len(rows), 3)
@@ -96,7 +98,7 @@ def test_documents_are_masked_as_in_training(home: Path, tmp_path: Path) -> None
     masked = {"data": recipe.data.model_copy(update={"document_mask": True})}
     recipe = recipe.model_copy(update={**masked, "train": recipe.train.model_copy(update={"precision": "fp32"})})
     trained = run_training(recipe, 1, save_to=tmp_path / "checkpoints").val_loss
-    subject = load_subject(tmp_path, "cpu", None, as_trained=True)
+    subject = load_model(tmp_path, "cpu", None, as_trained=True)
     rows = torch.tensor(tokens(recipe)["tokens"][:8])
     losses = {}
     for end in (END, None):
@@ -109,7 +111,7 @@ def test_documents_are_masked_as_in_training(home: Path, tmp_path: Path) -> None
 @torch.no_grad()
 def test_a_text_s_loss_against_a_slow_reference(home: Path, run: tuple[Path, float], export: Path) -> None:
     """Token by token; bytes are the text's, and what looks like a special token is text."""
-    subject = load_subject(export, "cpu", None, as_trained=False)
+    subject = load_model(export, "cpu", None)
     ids = subject.tokenizer(TEXT, split_special_tokens=True)["input_ids"]
     assert len(ids) > 2 * WINDOW and (len(ids) - 1) % WINDOW and 0 not in ids
     nats = 0.0
@@ -142,7 +144,7 @@ def test_results_are_kept_by_checkpoint(home: Path, run: tuple[Path, float], exp
     assert json.loads((other / "eval.json").read_text()) == {"step_00000001": results}
     copied = Path(shutil.copytree(export, tmp_path / "hf"))
     (copied / "eval.json").write_text("[")
-    assert "is no record of `eval`" in refused(str(copied), "--text", str(home / "text"))
+    assert "is not a record of `eval`" in refused(str(copied), "--text", str(home / "text"))
     assert (copied / "eval.json").read_text() == "["
 
 
@@ -155,8 +157,8 @@ def test_bad_input_is_one_line(home: Path, run: tuple[Path, float], export: Path
     assert "has no complete checkpoint" in refused(str(tmp_path))
     assert "an export has no held-out text" in refused(source)
     assert "data.source gone: cannot be read" in refused(str(run[0])), "its data are gone"
-    assert "goes with --tasks" in refused(source, "--limit", "3")
-    assert "not with --tasks" in refused(source, "--tasks", "piqa", "--text", "x")
+    assert "requires --tasks" in refused(source, "--limit", "3")
+    assert "cannot be combined with --tasks" in refused(source, "--tasks", "piqa", "--text", "x")
     assert "names no task" in refused(source, "--tasks", ",")
     assert "--batches 2" in refused(source, "--batches", "2", "--text", "x")
 
@@ -164,7 +166,7 @@ def test_bad_input_is_one_line(home: Path, run: tuple[Path, float], export: Path
 def test_without_the_harness(export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.delitem(sys.modules, "trainer.evaluate.tasks", raising=False)
-    assert "pip install -r requirements-eval.txt" in refused(str(export), "--tasks", "piqa")
+    assert HARNESS in refused(str(export), "--tasks", "piqa")
 
 
 def _own_task(folder: Path) -> Path:
@@ -177,7 +179,7 @@ def _own_task(folder: Path) -> Path:
 def test_a_task_of_one_s_own_against_likelihoods_by_hand(export: Path, tmp_path: Path) -> None:
     need_package("lm_eval", HARNESS)
     found = evaluated(str(export), "--tasks", "own", "--include-path", str(_own_task(tmp_path)))["tasks"]
-    subject = load_subject(export, "cpu", None, as_trained=False)
+    subject = load_model(export, "cpu", None)
     right = []
     for number in range(6):
         prompt = subject.tokenizer(f"def f{number}(")["input_ids"]
@@ -240,17 +242,16 @@ def test_tasks_that_cannot_be_had(export: Path, tmp_path: Path, monkeypatch: pyt
     folder = _own_task(tmp_path)
     arguments = (str(export), "--include-path", str(folder), "--tasks")
     assert "--tasks ownn: no such task; did you mean own?" in refused(*arguments, "own,ownn")
-    assert "`lm_eval ls tasks` lists" in refused(*arguments, "piqa")
+    assert "`lm_eval ls tasks` lists all" in refused(*arguments, "piqa")
     (folder / "own.jsonl").unlink()
-    assert "--tasks own: its data cannot be had (FileNotFoundError" in refused(*arguments, "own")
+    assert "--tasks own: the data are not available (FileNotFoundError" in refused(*arguments, "own")
     assert "no such folder" in refused(str(export), "--include-path", str(tmp_path / "no"), "--tasks", "own")
 
 
-def test_groups_and_other_metrics() -> None:
+def test_groups_and_other_metrics(capsys: pytest.CaptureFixture[str]) -> None:
     """A group counts once in the mean, its parts do not; what has no accuracy is left out."""
     need_package("lm_eval", HARNESS)
-    from trainer.evaluate.tables import print_scores
-    from trainer.evaluate.tasks import Scores, _mean, _scores
+    from trainer.evaluate.tasks import mean_accuracies, task_scores
 
     found = {
         "results": {
@@ -263,16 +264,19 @@ def test_groups_and_other_metrics() -> None:
         "versions": {"a": 1.0},
         "n-shot": {"a": 0, "part": 0, "text": 0},
     }
-    scores = _scores(found)
+    scores = task_scores(found)
     assert [(s.task, s.examples, s.part) for s in scores] == [
         *(("a", 2, False), ("part", 3, True), ("text", 4, False)),
         ("whole", 3, False),
     ]
     assert scores[2].metrics.keys() == {"exact,strict"}
-    mean = _mean(scores)
+    mean = mean_accuracies(scores)
     assert mean == {"acc": 0.375, "acc_norm": 0.625, "tasks": 2}
-    assert _mean(scores[2:3]) == {}
-    print_scores(Scores(scores, mean, None, 0, "fp32", "0"))
+    assert mean_accuracies(scores[2:3]) == {}
+    print_tables(*Scores(scores, mean, None, 0, "fp32", "0").tables())
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["a", "2", "0.5000", "±", "0.5000", "1.0000"] in lines and ["mean", "0.3750", "0.6250"] in lines
+    assert ["text", "4", "-", "-", "exact,strict", "0.2500"] in lines
 
 
 @pytest.fixture(scope="module")

@@ -22,15 +22,15 @@ from pool.placement import contiguous
 from pool.shard import ExpertShard
 from router import Routing
 from tests.training import run_training, tiny
-from trainer.checkpoint.format import newest, read_placement
+from trainer.checkpoint.format import newest
 from trainer.checkpoint.reshard import SavedCheckpoint, convert
 from trainer.cli import cli
 from trainer.common.errors import UserError
 from trainer.config.recipe import Recipe
 from trainer.data.tokenizer import train_tokenizer
-from trainer.export.folder import load_export
-from trainer.export.generate import load_run
-from trainer.export.source import stored_tensors
+from trainer.export.exported_model import load_export, stored_tensors
+from trainer.export.loaded_model import LoadedModel
+from trainer.export.saved_run import find_run, load_run
 from trainer.model.micro_batch import PoolMap, Reroute, hidden_states
 from trainer.model.pool_client import LocalPool, NoPool
 from trainer.model.random_routing import random_routing
@@ -97,7 +97,7 @@ def trainer_logits(model: str, tokens_BS: Tensor, reroute: Reroute | None = None
     assert found
     with tempfile.TemporaryDirectory() as work:
         convert(found[1], Path(work))
-        saved = SavedCheckpoint(found[1], read_placement(found[1]), Path(work))
+        saved = SavedCheckpoint(found[1], Path(work))
         trunk = Trunk(recipe, torch.device("cpu"))
         if recipe.model.ffn == "dense":
             saved.load_weights(trunk, None)
@@ -128,7 +128,7 @@ def test_logits_are_the_trainers(model: str) -> None:
     """Of the run built in memory and of the export; the bias that chooses experts is one that has moved."""
     expected = trainer_logits(model, some_tokens())
     assert expected.std() > 0.1
-    for loaded, _ in (load_run(trained(model)[0]), load_export(exported(model))):
+    for loaded, _ in (load_run(find_run(trained(model)[0])), load_export(exported(model))):
         assert_close(loaded.eval()(some_tokens()).logits, expected)
     if model.startswith("sigmoid_bias"):
         assert loaded.model.layers[0].router.expert_bias.abs().max() > 0.2
@@ -151,7 +151,7 @@ def test_logits_with_random_experts_are_those_of_the_probes(model: str) -> None:
     random = trainer_logits(model, some_tokens(), look)
     assert [same for _, _, same in seen] == [True, False, True], "of layers 0, 1, 2"
     loaded, _ = load_export(exported(model))
-    layer = adapt(loaded.eval(), model).layers[1]
+    layer = adapt(LoadedModel(exported(model), loaded.eval(), None, None)).layers[1]
     with rerouted(layer, lambda _: seen[1][1] + layer.bank.first):
         assert_close(loaded(some_tokens()).logits, random)
     assert (loaded(some_tokens()).logits - random).abs().max() > 0.01 * random.abs().max()
@@ -341,8 +341,8 @@ def test_a_folder_in_use_is_refused_and_left_alone(tmp_path: Path) -> None:
     kept = tmp_path / "out" / "file"
     kept.write_text("kept")
     run = str(trained("dense")[0])
-    assert "is there already" in refused("export", run, str(kept.parent))
-    assert "is there already" in refused("export", run, str(kept))
+    assert "already exists" in refused("export", run, str(kept.parent))
+    assert "already exists" in refused("export", run, str(kept))
     assert "cannot be written" in refused("export", run, str(kept / "below"))
     assert kept.read_text() == "kept" and [kept.parent] == list(tmp_path.iterdir())
 
@@ -382,4 +382,4 @@ def test_the_tokenizer_is_the_run_s_own(tmp_path: Path) -> None:
 def test_prompts_that_generate_refuses() -> None:
     assert "not UTF-8" in refused("generate", str(exported("dense")), "--prompt", "-", stdin=b"\xff")
     long = refused("generate", str(exported("dense")), "--prompt", "=" * 24)
-    assert "24 tokens" in long and "give 23 at most" in long
+    assert "24 tokens" in long and "shorten it to 23 or fewer" in long

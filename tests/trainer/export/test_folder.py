@@ -13,11 +13,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 
 from tests.trainer.export.test_export import VOCAB, exported, invoke, refused, some_tokens, trained
 from trainer.common.errors import UserError
-from trainer.export.folder import load_export
+from trainer.export.exported_model import load_export
 
 
 def change(file: Path, **changes: Any) -> None:
@@ -41,29 +40,32 @@ def test_damaged_exports_are_refused_in_one_line(tmp_path: Path, monkeypatch: py
         assert str(broken) in line
         return line
 
-    config, index = "config.json", "model.safetensors.index.json"
+    config = "config.json"
     shard = next(whole.glob("model-00001*")).name
     assert "JSONDecodeError" in line_after(lambda folder: (folder / config).write_text("{"))
     assert "must hold a JSON object" in line_after(lambda folder: (folder / config).write_text("[]"))
     assert "type llama" in line_after(lambda folder: change(folder / config, model_type="llama"))
-    assert "export_version is 9" in line_after(lambda folder: change(folder / config, export_version=9))
+    assert "export_version in its config.json is 9" in line_after(
+        lambda folder: change(folder / config, export_version=9)
+    )
     assert "hidden_size is -1" in line_after(lambda folder: change(folder / config, hidden_size=-1))
     assert "multiple of num_attention_heads" in line_after(lambda folder: change(folder / config, hidden_size=33))
-    assert "tensors are missing" in line_after(lambda folder: change(folder / config, num_hidden_layers=4))
-    assert "tensors are missing" in line_after(lambda folder: change(folder / config, num_experts=10**9))
+    assert "is missing in the files" in line_after(lambda folder: change(folder / config, num_hidden_layers=4))
+    assert "missing by its config.json" in line_after(lambda folder: change(folder / config, num_hidden_layers=2))
+    assert "fewer tensors than" in line_after(lambda folder: change(folder / config, num_experts=10**9))
     assert "by its config.json" in line_after(lambda folder: change(folder / config, vocab_size=VOCAB + 1))
-    assert f"{shard} is missing" in line_after(lambda folder: (folder / shard).unlink())
-    assert f"{shard}: a damaged file" in line_after(lambda folder: (folder / shard).write_bytes(b"no weights"))
-    assert "weight_map" in line_after(lambda folder: change(folder / index, weight_map={"a": "../a"}))
-    assert "does not agree" in line_after(lambda folder: change(folder / index, weight_map={"a": shard}))
+    assert "is missing in the files" in line_after(lambda folder: (folder / shard).unlink())
+    assert f"{shard}: damaged file" in line_after(lambda folder: (folder / shard).write_bytes(b"no weights"))
     assert "tokenizer.json: cannot be read" in line_after(lambda folder: (folder / "tokenizer.json").write_text("{}"))
-    assert "bos_token is 'x!'" in line_after(lambda folder: change(folder / "tokenizer_config.json", bos_token="x!"))
+    for name in ("eos_token", "bos_token"):
+        line = line_after(lambda folder, name=name: change(folder / "tokenizer_config.json", **{name: "x!"}))
+        assert f"{name} is 'x!', which is not in tokenizer.json" in line
     assert "eos_token_id" in line_after(lambda folder: change(folder / "generation_config.json", eos_token_id="x"))
 
 
 @settings(max_examples=25, deadline=None, database=None)
 @given(
-    file=st.sampled_from(["config.json", "generation_config.json", "tokenizer_config.json", "index"]),
+    file=st.sampled_from(["config.json", "generation_config.json", "tokenizer_config.json"]),
     place=st.integers(0, 99),
     value=st.one_of(
         st.none(), st.booleans(), st.integers(-2, 9), st.floats(), st.text(max_size=3), st.lists(st.none(), max_size=1)
@@ -74,16 +76,9 @@ def test_any_value_in_an_export_s_json_works_or_is_refused_in_one_line(file: str
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work) / "export"
         shutil.copytree(exported("unipool"), folder)
-        if file == "index":
-            names = load_file(folder / "model.safetensors").keys()
-            path = folder / "model.safetensors.index.json"
-            said: dict[str, Any] = {"metadata": {}, "weight_map": dict.fromkeys(names, "model.safetensors")}
-            place_in = said["weight_map"] if place % 3 else said
-        else:
-            path = folder / file
-            said = place_in = json.loads(path.read_text())
-        place_in[sorted(place_in)[place % len(place_in)]] = value
-        path.write_text(json.dumps(said))
+        stored = json.loads((folder / file).read_text())
+        stored[sorted(stored)[place % len(stored)]] = value
+        (folder / file).write_text(json.dumps(stored))
         done = invoke("generate", str(folder), "--prompt", "def", "--tokens", "2")
     error = done.exception
     assert error is None or (isinstance(error, UserError) and "\n" not in str(error) and str(folder) in str(error)), (

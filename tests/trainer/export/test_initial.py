@@ -84,24 +84,20 @@ def test_what_is_frozen_stays_and_the_rest_learns_as_ever(
 def test_what_does_not_fit_is_refused(exported: str, run: Path, tmp_path: Path) -> None:
     ExportedWeights(recipe(COLOCATED, init_from=exported)).check()
     other = tiny(router=ROUTER, pool={"experts": 6}, train={"init_from": exported})
-    with pytest.raises(
-        UserError, match=r"the export has a tensor model.experts.6.down_proj.weight, the recipe has not"
-    ):
+    with pytest.raises(UserError, match=r"pool.experts is 8 in the export, but 6 in the recipe"):
         ExportedWeights(other).check()
     wider = tiny(router=ROUTER, model={"ffn_hidden": 24}, train={"init_from": exported})
-    with pytest.raises(
-        UserError, match=r"has shape \[24, 20\], .*24 rows|has shape \[20, 24\], by the recipe it has 24"
-    ):
+    with pytest.raises(UserError, match=r"model.ffn_hidden is 20 in the export, but 24 in the recipe"):
         ExportedWeights(wider).check()
     more = tiny(router=ROUTER | {"top_k": 3}, train={"init_from": exported})
-    with pytest.raises(UserError, match=r"has router.top_k = 2, the recipe 3: another model"):
+    with pytest.raises(UserError, match=r"router.top_k is 2 in the export, but 3 in the recipe"):
         ExportedWeights(more).check()
     export(run, run / "bare", "safetensors", "float32")
     ExportedWeights(recipe(COLOCATED, init_from=str(run / "bare"))).check()
     base = tiny(router=ROUTER, model={"rope_base": 1e4}, train={"init_from": str(run / "bare")})
-    with pytest.raises(UserError, match=r"has model.rope_base = 1000000.0, the recipe 10000.0: another model"):
+    with pytest.raises(UserError, match=r"model.rope_base is 1000000.0 in the export, but 10000.0 in the recipe"):
         ExportedWeights(base).check()
-    with pytest.raises(UserError, match="no export of this trainer"):
+    with pytest.raises(UserError, match="is not an export"):
         ExportedWeights(recipe(COLOCATED, init_from=str(run)))
     save_recipe(recipe(COLOCATED), tmp_path / "recipe.yaml")
     with pytest.raises(UserError, match=r"train.freeze = 'pool': needs train.init_from"):

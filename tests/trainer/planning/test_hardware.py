@@ -1,4 +1,4 @@
-"""Seconds of a recipe's work: against arithmetic by hand; profiles; the wire; splits and lanes."""
+"""Predicted times compared with arithmetic by hand; profiles; the wire; splits and lanes."""
 
 from __future__ import annotations
 
@@ -10,21 +10,20 @@ from pathlib import Path
 
 import pytest
 
-from pool.schedule_builder import training_plan
 from trainer.common.errors import UserError
 from trainer.config.recipe import Recipe, load_recipe
 from trainer.planning.hardware import (
     DATA_SHEETS,
     Figure,
     Profile,
-    bytes_a_second,
+    costs_in_seconds,
     find_hardware,
     load_profile,
-    seconds,
     step_end,
+    with_link,
 )
-from trainer.planning.lanes import choose_lanes
-from trainer.planning.step_time import best_splits, forecast
+from trainer.planning.lanes import accumulation_time, choose_lanes
+from trainer.planning.step_time import best_splits, step_time
 
 ONE_SHARD = "parallel.expert_parallel=1"
 H100 = DATA_SHEETS["h100"]
@@ -37,7 +36,7 @@ def at_182m(*overrides: str) -> Recipe:
 
 def test_costs_at_182m_by_hand() -> None:
     """A layer of 4.72 + 0.147 MFLOP, head 78.6, expert 14.16 over 4 shards; half and 0.7 of 989 TFLOP/s."""
-    costs = seconds(at_182m(), H100, bytes_a_second(400))
+    costs = costs_in_seconds(at_182m(), with_link(H100, 400))
     assert costs.trunk_layer == pytest.approx(16384 * 4.866e6 / 494.5e12, rel=1e-3)
     assert costs.head == pytest.approx(16384 * 78.64e6 / 494.5e12, rel=1e-3)
     assert costs.pool_layer == pytest.approx(16384 * 14.156e6 / 4 / 692.3e12, rel=1e-3)
@@ -50,7 +49,7 @@ def test_transfer_goes_at_the_slower_side() -> None:
     sent = 16384 * 768 * 2
     for trunk_ranks, pool_ranks, shards, slower in ((8, 4, 4, 2), (4, 8, 4, 1), (8, 4, 2, 2), (2, 4, 4, 1)):
         layout = (f"parallel.trunk_ranks={trunk_ranks}", f"parallel.pool_ranks={pool_ranks}")
-        costs = seconds(at_182m(*layout, f"parallel.expert_parallel={shards}"), H100)
+        costs = costs_in_seconds(at_182m(*layout, f"parallel.expert_parallel={shards}"), H100)
         assert costs.transfer == pytest.approx(100e-6 + slower * sent / 450e9), (trunk_ranks, pool_ranks, shards)
 
 
@@ -64,14 +63,14 @@ def test_step_end_by_hand() -> None:
 def test_one_400_gbit_link_at_182m() -> None:
     """Each of 4 + 4 ranks sends 12 layers x 2 x 8 micro-batches of 25.2 MB a step: 4.83 GB, 97 ms at 50 GB/s.
 
-    At half of the peak the trunk computes 109 ms, so that one such link is enough, just, and 200 Gbit/s are not.
-    At the whole peak one would not be.
+    At half of the peak the trunk computes for 109 ms, so one such link is just enough and 200 Gbit/s are not.
+    At the whole peak it would not be.
     """
     traffic = 2 * 12 * 8 * 16384 * 768 * 2
     trunk_seconds = 3 * 8 * 16384 * 137.04e6 / 494.5e12
     assert traffic / 50e9 == pytest.approx(0.0966, rel=1e-3)
     assert trunk_seconds == pytest.approx(0.109, rel=1e-2)
-    fine, half = (forecast(at_182m("parallel.lanes=8"), H100, bytes_a_second(gbit)) for gbit in (400, 200))
+    fine, half = (step_time(at_182m("parallel.lanes=8"), with_link(H100, gbit)) for gbit in (400, 200))
     assert fine.wire is not None and half.wire is not None
     assert not fine.wire.binds
     assert fine.wire.needed <= traffic / trunk_seconds < fine.wire.available
@@ -79,13 +78,13 @@ def test_one_400_gbit_link_at_182m() -> None:
     assert half.seconds - half.step_end >= traffic / 25e9
     ideal = replace(H100, bf16=replace(H100.bf16, trunk=1.0, head=1.0, experts=1.0), launch_latency=0.0)
     assert traffic / (trunk_seconds / 2) > 50e9
-    at_peak = forecast(at_182m("parallel.lanes=8"), ideal, bytes_a_second(400)).wire
+    at_peak = step_time(at_182m("parallel.lanes=8"), with_link(ideal, 400)).wire
     assert at_peak is not None and at_peak.needed > fine.wire.needed
 
 
 def test_wire_of_the_pool_where_it_serves_more() -> None:
     overrides = ("parallel.trunk_ranks=8", "parallel.pool_ranks=2")
-    few = forecast(at_182m(*overrides), H100, bytes_a_second(100))
+    few = step_time(at_182m(*overrides), with_link(H100, 100))
     assert few.wire is not None and few.wire.role == "pool" and few.wire.binds
     # 4 micro-batches of each of 8 trunk ranks, half of each to either shard
     traffic = 2 * 12 * 4 * 8 * 16384 * 768 * 2 / 2
@@ -93,9 +92,9 @@ def test_wire_of_the_pool_where_it_serves_more() -> None:
     assert few.wire.slowdown > 1
 
 
-def test_forecast_adds_up() -> None:
+def test_step_time_adds_up() -> None:
     recipe = at_182m()
-    f = forecast(recipe, H100)
+    f = step_time(recipe, H100)
     assert f.tokens_per_second * f.seconds == pytest.approx(512 * 1024)
     assert f.mfu == pytest.approx(3 * (137.04e6 + 169.87e6) * f.tokens_per_second / (8 * 989e12), rel=1e-3)
     # The trunk works at half of the peak on half of the ranks
@@ -104,7 +103,7 @@ def test_forecast_adds_up() -> None:
 
 @pytest.mark.parametrize("name", ["dense-182m", "unipool-182m"])
 def test_without_pool_ranks_nothing_overlaps(name: str) -> None:
-    f = forecast(load_recipe(name, ["parallel.pool_ranks=0"]), H100)
+    f = step_time(load_recipe(name, ["parallel.pool_ranks=0"]), H100)
     assert f.wire is None and f.pool_ranks == 0
     assert (f.trunk_busy + f.pool_busy) * f.seconds == pytest.approx(f.seconds - f.step_end)
     assert (f.pool_busy == 0) == (name == "dense-182m")
@@ -115,13 +114,13 @@ def test_best_splits_are_valid_and_ordered() -> None:
     best = best_splits(recipe, 8, H100)
     assert [f.tokens_per_second for f in best] == sorted((f.tokens_per_second for f in best), reverse=True)
     assert (best[0].trunk_ranks, best[0].pool_ranks, best[0].expert_parallel) == (4, 4, 4)
-    assert best[0].tokens_per_second >= forecast(recipe, H100).tokens_per_second
+    assert best[0].tokens_per_second >= step_time(recipe, H100).tokens_per_second
     for f in best:
         layout = (f"parallel.trunk_ranks={f.trunk_ranks}", f"parallel.pool_ranks={f.pool_ranks}")
         lanes = (f"parallel.expert_parallel={f.expert_parallel}", f"parallel.lanes={f.lanes}")
         checked = at_182m(*layout, *lanes)
         assert f.trunk_ranks + f.pool_ranks == 8 and f.lanes <= checked.micro_batches
-        assert f == forecast(checked, H100)
+        assert f == step_time(checked, H100)
         assert f.memory <= 0.9 * H100.memory
 
 
@@ -139,22 +138,23 @@ def test_no_split() -> None:
 
 def test_chosen_lanes_are_the_fewest_of_the_good() -> None:
     recipe = at_182m()
-    for link in (None, bytes_a_second(400)):
-        costs = seconds(recipe, H100, link)
-        taken = [training_plan(recipe.grid, 12, 8, lanes, True, costs).seconds for lanes in range(1, 9)]
+    hardware = (with_link(H100, 400), H100)
+    for device in hardware:
+        costs = costs_in_seconds(recipe, device)
+        taken = [accumulation_time(recipe, lanes, costs)[0] for lanes in range(1, 9)]
         chosen = choose_lanes(recipe, costs)
         assert taken[chosen - 1] <= 1.03 * min(taken)
         assert all(seconds > 1.03 * min(taken) for seconds in taken[: chosen - 1])
-    slow, fast = (choose_lanes(recipe, seconds(recipe, H100, link)) for link in (bytes_a_second(400), None))
+    slow, fast = (choose_lanes(recipe, costs_in_seconds(recipe, device)) for device in hardware)
     assert slow > fast > 1
 
 
 def test_lanes_are_at_most_the_micro_batches() -> None:
     recipe = at_182m("train.global_batch=128")
     assert recipe.micro_batches == 2
-    assert choose_lanes(recipe, seconds(recipe, H100)) <= 2
+    assert choose_lanes(recipe, costs_in_seconds(recipe, H100)) <= 2
     dense = load_recipe("dense-182m")
-    assert choose_lanes(dense, seconds(dense, H100)) == 1
+    assert choose_lanes(dense, costs_in_seconds(dense, H100)) == 1
 
 
 def test_profile_comes_back_equal(tmp_path: Path) -> None:
@@ -189,7 +189,7 @@ def test_bad_profile(tmp_path: Path, keys: tuple[str, ...], value: object, said:
 
 
 def test_bad_names(tmp_path: Path) -> None:
-    for name, said in (("h10", "did you mean h100"), ("tpu", "allowed: h100, h200, a100, or a file")):
+    for name, said in (("h10", "did you mean h100"), ("tpu", "allowed: h100, h200, a100, or a profile")):
         with pytest.raises(UserError, match=said):
             find_hardware(name)
     with pytest.raises(UserError, match="cannot be read"):
@@ -198,7 +198,7 @@ def test_bad_names(tmp_path: Path) -> None:
         PROFILE.save(tmp_path / "none" / "profile.json")
     for gbit in (-3.0, 0.0, float("nan"), float("inf")):
         with pytest.raises(UserError, match=r"--interconnect .* above 0"):
-            bytes_a_second(gbit)
+            with_link(H100, gbit)
 
 
 def test_needs_no_torch() -> None:

@@ -1,14 +1,18 @@
-"""Plans of recipes: what they follow from, and what is predicted of them."""
+"""Schedules of recipes: their costs, requests and lanes, and the saved schedule."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from trainer.common.errors import UserError
 from trainer.config.recipe import load_recipe
-from trainer.planning.schedule import ScheduleSpec, make_schedule, nominal_costs
+from trainer.planning.lanes import accumulation_time
+from trainer.planning.schedule import ScheduleSpec, make_schedule, nominal_costs, schedule_of
 
 
-def test_costs_have_the_proportions_of_facts() -> None:
+def test_nominal_costs_by_hand() -> None:
     """At 182M: trunk layer 4.7 MFLOP and router 0.15, head 78.6, expert 14.2 over 4 shards."""
     costs = nominal_costs(load_recipe("unipool-182m"))
     assert costs.trunk_layer == pytest.approx(4.87e6, rel=0.01)
@@ -16,7 +20,7 @@ def test_costs_have_the_proportions_of_facts() -> None:
     assert costs.pool_layer == pytest.approx(14.16e6 / 4, rel=0.01)
 
 
-def test_plans_have_every_request() -> None:
+def test_schedules_have_every_request() -> None:
     recipe = load_recipe("unipool-182m")
     layers, ranks, micro_batches = 12, 4, 8
     assert sum(map(len, make_schedule(recipe).step.slots)) == 2 * layers * ranks * micro_batches
@@ -27,10 +31,10 @@ def test_plans_have_every_request() -> None:
 
 
 def test_lanes_are_the_fewest_that_are_fast() -> None:
-    """One more lane would gain 3 % at most, one less would lose more; and a recipe's own number is kept."""
+    """More lanes would gain at most 3 %, and one less would lose more; a recipe's own number is kept."""
     recipe = load_recipe("unipool-182m")
     schedule = make_schedule(recipe)
-    seconds = {lanes: ScheduleSpec(recipe, lanes, schedule.costs).step.seconds for lanes in range(1, 9)}
+    seconds = {lanes: accumulation_time(recipe, lanes, schedule.costs)[0] for lanes in range(1, 9)}
     assert seconds[schedule.lanes] <= 1.03 * min(seconds.values()) < seconds[schedule.lanes - 1]
     assert make_schedule(load_recipe("unipool-182m", ["parallel.lanes=5"])).lanes == 5
 
@@ -42,3 +46,25 @@ def test_a_saved_schedule_serves_the_same_shape_only() -> None:
     assert ScheduleSpec.from_json(load_recipe("unipool-182m", ["train.lr=1e-3"]), text) is not None
     for other in ("parallel.pool_ranks=8", "train.micro_batch=8", "parallel.lanes=7", "parallel.hardware=h100"):
         assert ScheduleSpec.from_json(load_recipe("unipool-182m", [other]), text) is None, other
+
+
+OLD_FILE = """{"shape": {"model": {"layers": 8, "hidden": 128, "heads": 4, "kv_heads": 4, "ffn_hidden": 256,
+"vocab": 2048, "seq_len": 256, "ffn": "pool", "groups": 1, "init_std": 0.02, "rope_base": 1000000.0, "norm_eps": 1e-05},
+"experts": [64, 1], "batch": [16, 8, "fp32"], "ranks": [1, 1, 1], "hardware": null}, "lanes": 2,
+"costs": {"trunk_layer": 212992, "head": 524288, "pool_layer": 196608.0, "slot": 7.0, "transfer": 21299.2}}"""
+
+
+def test_a_resumed_run_keeps_the_schedule_of_an_earlier_version(tmp_path: Path) -> None:
+    recipe, file = load_recipe("quickstart"), tmp_path / "plan.json"
+    file.write_text(OLD_FILE)
+    resumed = schedule_of(recipe, file, resume=True)
+    assert (resumed.lanes, resumed.costs.slot) == (2, 7.0)
+    assert schedule_of(recipe, file, resume=False) == make_schedule(recipe) != resumed
+
+
+@pytest.mark.parametrize("text", ["", OLD_FILE.replace('"head"', '"heads"'), OLD_FILE.replace("524288", "-1")])
+def test_a_damaged_schedule_is_named(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    file.write_text(text)
+    with pytest.raises(UserError, match=r"plan.json: is damaged; delete it"):
+        schedule_of(load_recipe("quickstart"), file, resume=True)

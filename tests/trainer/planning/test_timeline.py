@@ -1,4 +1,4 @@
-"""The timeline: which ranks it shows, what its rows are drawn from, and that the file appears whole."""
+"""The timeline: which ranks it shows, what its rows show, and that the file appears whole."""
 
 from __future__ import annotations
 
@@ -7,21 +7,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.colors import to_rgb
+from matplotlib.image import imread
 
-from pool.schedule_builder import Costs, training_plan
-from pool.schedule_timing import Intervals, Replay, Work, replay
+from pool.schedule_builder import Costs, build_training_schedule
+from pool.schedule_timing import StepTiming, time_schedule
 from pool.topology import Topology
-from trainer.planning.timeline import covered, draw_timeline, row_picture, shown_ranks
+from trainer.planning.timeline import draw_timeline, shown_ranks
 
 COSTS = Costs(trunk_layer=1.0, head=6.0, pool_layer=0.5, slot=0.05, transfer=0.1)
 
 
-def replayed(topology: Topology, load_of_first: float = 0.5) -> Replay:
+def timed(topology: Topology, load_of_first: float = 0.5) -> StepTiming:
     shards, layers = topology.expert_parallel, 3
     load_LS = np.full((layers, shards), (1 - load_of_first) / max(1, shards - 1))
     load_LS[:, 0] = load_of_first if shards > 1 else 1.0
-    plan = training_plan(topology, layers, 2, 2, True, COSTS)
-    return replay(plan, topology, layers, COSTS, load_LS, shown_ranks(topology))
+    schedule = build_training_schedule(topology, layers, 2, 2, True, COSTS)
+    return time_schedule(schedule, topology, layers, COSTS, load_LS, record=True)
 
 
 @pytest.mark.parametrize(
@@ -41,45 +43,11 @@ def test_shown_ranks_are_of_both_roles_and_evenly_spaced(
         assert not steps.size or (steps.min() > 0 and steps.max() - steps.min() <= 1)
 
 
-def test_covered_is_the_share_of_each_column() -> None:
-    starts, ends = np.array([0.5, 2.0, 2.25, 3.5]), np.array([1.25, 2.25, 2.5, 4.0])
-    np.testing.assert_allclose(covered(starts, ends, 4.0, 4), [0.5, 0.25, 0.5, 0.5], atol=1e-12)
-    np.testing.assert_allclose(covered(starts[:0], ends[:0], 4.0, 3), [0, 0, 0])
-
-
-def test_covered_beside_a_fine_count() -> None:
-    edges = np.sort(np.random.default_rng(0).integers(0, 7000, 60)) / 1000
-    starts, ends = edges[::2], edges[1::2]
-    middles = (np.arange(7000) + 0.5) / 1000
-    inside = ((starts[:, None] < middles) & (middles < ends[:, None])).any(axis=0)
-    np.testing.assert_allclose(covered(starts, ends, 7.0, 7), inside.reshape(7, -1).mean(axis=1), atol=1e-9)
-
-
-def test_a_row_stacks_what_shares_a_column() -> None:
-    """A quarter of the step forward, then bars far shorter than a column: half backward, a quarter weight gradients."""
-    starts = np.arange(2500, 10000) / 10000
-    parts = [([0.0], [0.25], Work.POOL_FORWARD)]
-    parts += [(starts, starts + 5e-5, Work.POOL_BACKWARD), (starts + 5e-5, starts + 7.5e-5, Work.WEIGHT_GRADIENTS)]
-    start_I, end_I = (np.concatenate([part[side] for part in parts]) for side in (0, 1))
-    work_I = np.concatenate([np.full(len(part[0]), part[2], dtype=np.int8) for part in parts])
-    rank_I = np.full(len(start_I), 3, dtype=np.int32)
-    picture = row_picture(Intervals(rank_I, start_I, end_I, work_I), 3, 1.0)
-    height, width, _ = picture.shape
-    left, right = picture[:, 5], picture[:, width // 2]
-    assert (left == left[0]).all()
-    bands = [right[0], right[height // 4 + 1], right[-1]]  # idle, weight gradients, backward
-    expected = np.repeat(bands, [height // 4, height // 4, height // 2], axis=0)
-    assert (np.abs(right - expected).sum(axis=1) > 0).sum() <= 2  # bars that a column's edge cuts
-    assert len({tuple(colour) for colour in (*bands, left[0])}) == 4
-    nobody = row_picture(Intervals(rank_I, start_I, end_I, work_I), 2, 1.0)
-    assert (nobody == right[0]).all()
-
-
 @pytest.mark.parametrize("grid", [(1, 1, 1), (4, 5, 5), (30, 40, 4)])
 def test_file_appears_whole(grid: tuple[int, int, int], tmp_path: Path) -> None:
     topology = Topology(*grid)
     path = tmp_path / "timeline.png"
-    draw_timeline(replayed(topology), topology, path, "a step")
+    draw_timeline(timed(topology), topology, path, "a step", in_seconds=False)
     content = path.read_bytes()
     assert content.startswith(b"\x89PNG\r\n\x1a\n") and content.endswith(b"IEND\xaeB`\x82")
     width, height = struct.unpack(">II", content[16:24])
@@ -91,9 +59,22 @@ def test_file_appears_whole(grid: tuple[int, int, int], tmp_path: Path) -> None:
 def test_picture_shows_the_data(tmp_path: Path) -> None:
     topology = Topology(2, 3, 3)
     pictures = []
-    for number, (load, unit) in enumerate(((0.5, "ms"), (0.5, "ms"), (0.7, "ms"), (0.5, "nominal units"))):
+    for number, (load, in_seconds) in enumerate(((0.5, True), (0.5, True), (0.7, True), (0.5, False))):
         path = tmp_path / f"{number}.png"
-        draw_timeline(replayed(topology, load), topology, path, "a step", unit)
+        draw_timeline(timed(topology, load), topology, path, "a step", in_seconds)
         pictures.append(path.read_bytes())
     assert pictures[0] == pictures[1]
     assert len(set(pictures)) == 3
+
+
+def test_a_row_is_coloured_by_its_busy_share(tmp_path: Path) -> None:
+    """A pool rank is idle at first and ends the step with weight gradients, so its row lies between these colours."""
+    topology = Topology(1, 1, 1)
+    step = timed(topology)
+    path = tmp_path / "step.png"
+    draw_timeline(step, topology, path, "a step", in_seconds=False)
+    picture = imread(path)[..., :3]
+    idle, weight_gradients = (np.abs(picture - to_rgb(colour)).max(axis=2) < 0.01 for colour in ("#e8e8e8", "#35a06b"))
+    row = np.flatnonzero(weight_gradients.any(axis=1))[5]
+    inside = slice(np.flatnonzero(idle[row])[0], np.flatnonzero(weight_gradients[row])[-1] + 1)
+    assert 1 - idle[row, inside].mean() == pytest.approx(step.pool_busy_P[0], abs=0.02)

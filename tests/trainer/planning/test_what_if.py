@@ -1,4 +1,4 @@
-"""Predictions of a step: that they hang together, and that load and placement show in them."""
+"""Variants of a step agree with each other, and show the effect of load and placement."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from trainer.common.errors import UserError
 from trainer.config.recipe import load_recipe
 from trainer.planning.model_costs import estimate_memory
 from trainer.planning.schedule import make_schedule
-from trainer.planning.what_if import Counts, read_loads, simulate
+from trainer.planning.what_if import Counts, read_loads, recommend_splits, what_if
 
 RECIPE = load_recipe("unipool-182m", ["parallel.lanes=2"])
 
 
 def skewed() -> Counts:
-    """Every layer sends half of its tokens to 3 experts that it prefers, side by side."""
+    """Every layer sends half of its tokens to 3 neighbouring experts."""
     load_LM = np.full((12, 96), 100, dtype=np.int64)
     for layer, row in enumerate(load_LM):
         row[8 * layer : 8 * layer + 3] += 3200
@@ -28,38 +28,36 @@ def skewed() -> Counts:
 
 
 def test_an_even_load() -> None:
-    s = simulate(make_schedule(RECIPE), None)
-    ways = {p.way: p for p in s.predictions}
-    assert list(ways) == ["lock step", "1 lanes", "2 lanes", "3 lanes", "4 lanes"]
-    assert s.own_way == "2 lanes"
-    assert not s.splits
-    for p in s.predictions:
+    variants = what_if(make_schedule(RECIPE), None)
+    ways = {p.way: p for p in variants}
+    assert list(ways) == ["lock step", "1 lane", "2 lanes", "3 lanes", "4 lanes"]
+    assert recommend_splits(RECIPE, None) == []
+    for p in variants:
         assert p.imbalance == pytest.approx(1.0)
         assert p.slowdown >= 1
         assert max(p.trunk_busy, p.pool_busy) <= 1
     assert ways["lock step"].requests_a_slot == 4.0, "all trunk ranks together"
-    assert ways["2 lanes"].seconds < ways["1 lanes"].seconds < 0.85 * ways["lock step"].seconds
+    assert ways["2 lanes"].seconds < ways["1 lane"].seconds < 0.85 * ways["lock step"].seconds
     trunk, pool = estimate_memory(RECIPE, 1)
     assert ways["lock step"].trunk_bytes == trunk.total
-    # Of one micro-batch in flight the pool keeps what the estimate says, and the stash is as large as may be.
+    # With one micro-batch in flight the pool keeps what the estimate says, and defers as many bytes as it may.
     assert ways["lock step"].pool_bytes == pytest.approx(pool.total, rel=1e-6)
 
 
 def test_a_skewed_load_and_a_placement_for_it() -> None:
-    s = simulate(make_schedule(RECIPE), skewed())
-    apart = {(p.way, p.placed): p for p in s.predictions}
+    apart = {(p.way, p.placed): p for p in what_if(make_schedule(RECIPE), skewed())}
     assert len(apart) == 10
     for way in ("lock step", "4 lanes"):
         assert apart[way, True].seconds < apart[way, False].seconds
-    assert apart["lock step", False].seconds > simulate(make_schedule(RECIPE), None).predictions[0].seconds
-    assert [(split.shards, split.replicas) for split in s.splits] == [(1, 4), (2, 2), (4, 1)]
+    assert apart["lock step", False].seconds > what_if(make_schedule(RECIPE), None)[0].seconds
+    assert [(split.shards, split.replicas) for split in recommend_splits(RECIPE, skewed())] == [(1, 4), (2, 2), (4, 1)]
 
 
 def test_loads_are_checked(tmp_path: Path) -> None:
     np.save(tmp_path / "micro_batches.npy", np.stack([skewed(), 2 * skewed()]))
     assert np.array_equal(read_loads(tmp_path / "micro_batches.npy", RECIPE), 3 * skewed())
     np.save(tmp_path / "small.npy", np.ones((8, 64), dtype=np.int64))
-    with pytest.raises(UserError, match=r"small.npy: int64 \(8, 64\): must be counts .*\(12, 96\)"):
+    with pytest.raises(UserError, match=r"small.npy: int64 \(8, 64\): must be non-negative integers .*\(12, 96\)"):
         read_loads(tmp_path / "small.npy", RECIPE)
     for text in ("no numbers", ""):
         (tmp_path / "text.npy").write_text(text)

@@ -25,16 +25,16 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.local_tasks import write_own
 from tests.tools import need_package
-from tests.trainer.probe.tiny_models import fresh
+from tests.trainer.probe.tiny_models import adapted, fresh
 from trainer.cli import cli
 from trainer.common.errors import UserError
 from trainer.evaluate.scores import Score, Scores, TaskScores
 from trainer.probe.accuracy import Accuracies, accuracy
-from trainer.probe.adapters import MoEModel, adapt
+from trainer.probe.adapters import MoEModel
 from trainer.probe.randomize import randomize
 from trainer.probe.text import Text
 
-HARNESS = "pip install -r requirements-eval.txt"
+HARNESS = "pip install -c constraints.txt -r requirements-eval.txt"
 FILLERS = [f"w{number}" for number in range(40)]
 WORDS = ["end", "a", "b", "yes", "no", *FILLERS]
 END, A, B, YES, NO = range(5)
@@ -159,7 +159,7 @@ def test_tables(home: Path) -> None:
     need_package("lm_eval", HARNESS)
     one = ("--over", "matched", "--matched", "1", "--draws", "2", "--tasks", "mixed,same", "--include-path", str(home))
     lines = CliRunner().invoke(cli, arguments(home, "mixtral", *one)).stdout.splitlines()
-    cells = [line.replace("│", " ").split() for line in lines]
+    cells = [line.split() for line in lines]
     assert ["0", "37.50", "±", "0.00"] in cells and ["mean", "18.75", "±", "0.00"] in cells
     assert ["mixed", "4", "1.0000", "±", "0.0000", "37.50", "±", "0.00"] in cells
 
@@ -170,13 +170,13 @@ def test_bad_tasks_are_refused_before_the_work(home: Path, tmp_path: Path, monke
     monkeypatch.setattr("lm_eval.tasks.manager.__file__", str(tmp_path / "harness" / "manager.py"))  # it has 14,000
     gone = arguments(home, "gone", "--include-path", str(home), "--tasks")
     assert "--tasks mixt: no such task; did you mean mixed?" in refused(*gone, "same,mixt")
-    assert "--tasks: none has an accuracy" in refused(*gone, "normed")
+    assert "--tasks: no task has an accuracy" in refused(*gone, "normed")
     assert "gone: no such folder" in refused(*gone, "same")
 
 
 def test_options_that_need_tasks(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gone = arguments(home, "gone")
-    assert "--limit 3: goes with --tasks" in refused(*gone, "--limit", "3")
+    assert "--limit 3: requires --tasks" in refused(*gone, "--limit", "3")
     assert "names no task" in refused(*gone, "--tasks", ",")
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.delitem(sys.modules, "trainer.evaluate.tasks", raising=False)
@@ -213,7 +213,7 @@ class Examiner:
 @pytest.mark.parametrize("name", ["mixtral", "unipool"])
 def test_losses_are_the_same_with_tasks(name: str) -> None:
     """And what a layer's draws give does not depend on the other layers, nor on the text's length."""
-    model = adapt(made(name), name)
+    model = adapted(made(name), name)
     text = Text("b", torch.full((3, 9), B))
     overs = ["pool" if name == "unipool" else "layer", "matched"]
     examiner = Examiner(model, "aab")
@@ -226,16 +226,16 @@ def test_losses_are_the_same_with_tasks(name: str) -> None:
     assert {a.mean for a in random.accuracies} <= {0, 1 / 3, 2 / 3, 1} and random.spread > 0
     assert [a.tasks for a in matched.accuracies] == [{"questions": 1 / 3}] * 3
     assert matched.drop == pytest.approx(200 / 3) and [d.drop for d in harmless] == [0, 0]
-    assert any("Left out, without an accuracy: other." in note for note in found.notes())
-    assert any("2 requests are longer" in note for note in found.notes())
+    assert any("Tasks without an accuracy are left out: other." in note for note in found.notes())
+    assert any("2 requests were longer" in note for note in found.notes())
     longer = Text("b", torch.full((7, 9), B))
     other = randomize(model, longer, model.layers[:1], overs, matched=1, score=Examiner(model, "aab"))
     assert other.accuracy and other.accuracy.layers == found.accuracy.layers[:2]
 
 
 def test_without_an_accuracy() -> None:
-    model = adapt(made("unipool"), "x")
-    with pytest.raises(UserError, match="--tasks: none has an accuracy"):
+    model = adapted(made("unipool"))
+    with pytest.raises(UserError, match="--tasks: no task has an accuracy"):
         randomize(model, Text("b", torch.full((1, 9), B)), model.layers, score=lambda brief: scored(other=None))
 
 

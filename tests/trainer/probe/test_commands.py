@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import tempfile
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,9 @@ from tests.training import Outcome, run_training, tiny, tokens
 from trainer.cli import cli
 from trainer.common.errors import UserError
 from trainer.config.recipe import Recipe
-from trainer.data.recipe_data import prepare_for
+from trainer.data.prepare import prepare_for
 from trainer.data.tokenizer import END_OF_DOCUMENT, load_tokenizer, train_tokenizer
-from trainer.probe.adapters import Source, load
+from trainer.probe.adapters import load
 from trainer.probe.text import Text, mean_loss, read_text
 
 PROBES = ("randomize", "reuse", "load", "redundancy")
@@ -110,14 +111,14 @@ def test_table_json_csv_and_plot(probe: str, name: str, tmp_path: Path) -> None:
 def test_of_a_run_on_what_it_has_held_out() -> None:
     """The trainer's own validation loss from its checkpoint; by default on its validation split."""
     folder, outcome = run()
-    source = load(folder, own_text=True)
+    model = load(folder, own_text=True)
     batch = np.array(tokens(recipe())["tokens"][: recipe().train.global_batch])
-    loss = mean_loss(source.model, Text("the same", torch.from_numpy(batch)), lambda: None)
+    loss = mean_loss(model, Text("the same", torch.from_numpy(batch)))
     assert loss == pytest.approx(outcome.val_loss, rel=1e-5)
-    rows_NS1 = read_text(source, None, 100).rows_NS1
+    rows_NS1 = read_text(model.loaded, None, 100).rows_NS1
     held_out = prepare_for(recipe()).training[0][0].dataset("validation")["tokens"]
     assert rows_NS1.tolist() == held_out[:4]
-    assert read_text(source, None, 10**9).rows_NS1.tolist() == held_out[:]
+    assert read_text(model.loaded, None, 10**9).rows_NS1.tolist() == held_out[:]
     found = json.loads(invoke("reuse", f"{folder}/checkpoints/step_00000001", "--tokens", "100", "--json").stdout)
     assert (found["text"], found["tokens"], found["layers"]) == ("held-out text", 96, 3)
 
@@ -125,7 +126,7 @@ def test_of_a_run_on_what_it_has_held_out() -> None:
 def test_a_text_is_packed_as_for_training(tmp_path: Path) -> None:
     """Documents with their end, rows that begin with the last token of the one before; a short text is one row."""
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in ("ab" * 40, "cd" * 40)))
-    source = Source(load(saved("unipool"), own_text=False).model, tokenizer(), None)
+    source = load(saved("unipool"), own_text=False).loaded
     ids = [*tokenizer()("ab" * 40)["input_ids"], 0, *tokenizer()("cd" * 40)["input_ids"], 0]
     rows = read_text(source, tmp_path / "a.jsonl", 1000).rows_NS1.tolist()
     assert rows == [ids[start : start + 33] for start in range(0, len(ids) - 32, 32)] and len(rows) >= 2
@@ -136,26 +137,26 @@ def test_a_text_is_packed_as_for_training(tmp_path: Path) -> None:
 
 def test_refusals(tmp_path: Path) -> None:
     text = ["--text", str(home() / "text")]
-    assert "only a run knows what it has held out" in refused("load", saved("unipool"))
+    assert "only a run has held-out text" in refused("load", saved("unipool"))
     assert refused("load", f"{tmp_path}/nothing", *text) == f"{tmp_path}/nothing: no such folder"
     assert "has no complete checkpoint" in refused("load", str(tmp_path), *text)
     assert "no folder" in refused("load", saved("unipool"), "--out", str(tmp_path / "no" / "a.png"))
     assert "layer 3 has no router" in refused("randomize", saved("unipool"), *text, "--layers", "3")
     broken: dict[str, Any] = json.loads((Path(saved("qwen2_moe")) / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(broken))
-    assert "no whole model" in refused("load", str(tmp_path), *text)
+    assert "is not a complete model" in refused("load", str(tmp_path), *text)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    assert "is a model of type llama" in refused("load", str(tmp_path), *text)
+    assert "models of type llama are not supported" in refused("load", str(tmp_path), *text)
 
 
 def test_a_name_that_the_hub_has_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert "no such folder, and not to be had" in refused("load", "no/such-model", "--text", str(home() / "text"))
+    assert "no such folder, and not available" in refused("load", "no/such-model", "--text", str(home() / "text"))
 
 
 def test_data_of_another_tokenizer() -> None:
     """Prepared data whose ids mean something else would give numbers that mean nothing."""
-    source = load(run()[0], own_text=True)
+    loaded = load(run()[0], own_text=True).loaded
     other = PreTrainedTokenizerFast(tokenizer_object=train_tokenizer(["another text\n" * 20], VOCAB))
     with pytest.raises(UserError, match="prepared with another tokenizer"):
-        read_text(Source(source.model, other, source.run), None, 100)
+        read_text(replace(loaded, tokenizer=other), None, 100)

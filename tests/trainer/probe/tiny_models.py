@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
+from trainer.export.loaded_model import LoadedModel
 from trainer.export.modeling_unipool import UniPoolConfig, UniPoolForCausalLM
 from trainer.probe.adapters import MoEModel, adapt
 from trainer.probe.text import Text
@@ -78,8 +80,12 @@ def fresh(name: str, **settings: Any) -> Any:
     return model.eval()
 
 
+def adapted(model: Any, name: str = "x") -> MoEModel:
+    return adapt(LoadedModel(Path(name), model, None, None))
+
+
 def tiny(name: str) -> MoEModel:
-    return adapt(built(name), name)
+    return adapted(built(name), name)
 
 
 def some_text(rows: int = 5, length: int = 12) -> Text:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -20,9 +21,8 @@ from trainer.scaling_law.law import Curve, fit, interval, left_out, match_seeds
 from trainer.scaling_law.points import Family, Point, read_families
 from trainer.scaling_law.report import formula, notes
 from trainer.scaling_law.result import Law, find_law
-from trainer.sweep.result import MEASURES, Row, RunResult, write_files
+from trainer.sweep.result import MEASURES, RunResult, collect, variant_result, write_files
 from trainer.sweep.spec import Cell, load_sweep
-from trainer.sweep.statistics import spread
 
 REPLICATES = 100
 NOISE = 0.003
@@ -34,23 +34,22 @@ def write_result(folder: Path, sweep: str, loss: Callable[[Cell], float], seeds:
     experiment = load_sweep(sweep, [], folder)
     random = np.random.default_rng(5)
     shifts = 0.05 * random.standard_normal(len(experiment.sweep.seeds))
-    nothing = dict.fromkeys(MEASURES, math.nan)
-    rows = []
-    for cell in experiment.cells:
-        runs = tuple(
-            RunResult(
-                run.seed,
-                val_loss=loss(cell) + float(shift + NOISE * random.standard_normal()),
-                val_steps=(),
-                val_losses=(),
-                **nothing,
-            )
+    runs = {
+        cell.name: [
+            run_result(run.seed, loss(cell) + float(shift + NOISE * random.standard_normal()))
             for run, shift in list(zip(cell.runs, shifts, strict=True))[:seeds]
-        )
-        rows.append(Row(cell, runs, spread([run.val_loss for run in runs]), None, nothing))
+        ]
+        for cell in experiment.cells
+    }
+    variants = [variant_result(cell, runs[cell.name], runs.get(cell.baseline or "")) for cell in experiment.cells]
     folder.mkdir(parents=True)
-    write_files(experiment, rows)
+    write_files(folder, replace(collect(experiment), variants=tuple(variants)))
     return folder
+
+
+def run_result(seed: int, loss: float) -> RunResult:
+    nothing = dict.fromkeys(MEASURES, math.nan)
+    return RunResult(seed=seed, folder="", val_loss=loss, val_steps=(), val_losses=(), **nothing)
 
 
 def sweep_file(folder: Path, sizes: str = SIZES) -> str:
@@ -85,21 +84,18 @@ def test_a_power_law_is_found_again(powers: Path) -> None:
     assert term.exponent.low < 0.4096 < term.exponent.high and term.exponent.low > 0
     assert law.floor and law.floor.low < 2.0 < law.floor.high
     assert 0.5 * NOISE < law.noise.sd < 2 * NOISE, "without what seeds have in common"
-    size, measured, predicted = law.largest
-    assert size == 96 and abs(predicted - measured) < 0.02
+    assert law.largest["size"] == 96 and abs(law.largest["predicted"] - law.largest["measured"]) < 0.02
     (group,) = law.groups
     crossing = group.crossing
-    assert crossing and crossing.smallest and crossing.baseline == "vanilla"
+    assert crossing and crossing.smallest and crossing.name == "vanilla"
     smallest = (4.8 / 0.4) ** (1 / 0.4096) / 12
     assert crossing.smallest.low < smallest < crossing.smallest.high < 1.5 * smallest
     assert crossing.measured == 48 > smallest > 32
-    assert group.xs[-1] == pytest.approx(2 * 96) and np.all(group.low <= group.high)
-    inside = (2.0 + 4.8 * (12 * group.xs) ** -0.4096)[group.xs <= 96]
-    shift = np.mean([sum(point.losses.values()) / 3 for point in group.points]) - np.mean(
+    xs = np.geomspace(16, 96, 50)
+    shift = np.mean([point.val_loss.mean for point in group.points]) - np.mean(
         [2.0 + 4.8 * (12 * x) ** -0.4096 for x in group.x]
     )
-    near = abs(group.law[group.xs <= 96] - inside - shift)
-    assert near.max() < 2 * NOISE
+    assert abs(law.curve(law.u(xs, group.at)) - 2.0 - 4.8 * (12 * xs) ** -0.4096 - shift).max() < 2 * NOISE
     text = " ".join(notes(law))
     assert "differs from zero" in text and "3 seeds" in text and "beyond 2 times that (192 experts)" in text
     assert f"{10 * 16 * 128:,} tokens" in text
@@ -125,11 +121,12 @@ def test_noise_alone_is_no_law(tmp_path: Path) -> None:
 
 def family_of(losses: dict[int, list[float]]) -> Family:
     """Points that have these losses, by experts."""
-    settings = {"balance.layer": 0.0, "balance.pool": 0.01, "train.lr": 1e-3}
-    points = [
-        Point(f"m{experts}", "m", "block", experts, 10, 8, 1000, 5, dict(enumerate(runs)), settings)
-        for experts, runs in losses.items()
-    ]
+    cell = load_sweep("small-law").cells[0]
+    points = []
+    for experts, values in losses.items():
+        runs = [run_result(seed, value) for seed, value in enumerate(values)]
+        variant = replace(variant_result(cell, runs, None), name=f"m{experts}", experts=experts)
+        points.append(Point(**vars(variant), block="block"))
     return Family("m", tuple(points), {}, ())
 
 
@@ -147,7 +144,7 @@ def test_a_straight_line_is_no_power_law() -> None:
     (term,) = law.terms
     assert term.form == "line" and law.floor is None and term.exponent.low <= 0
     assert term.doubling.low < -0.1 * math.log(2) < term.doubling.high < 0
-    assert "no limit for large sizes can be told" in " ".join(notes(law))
+    assert "its limit is not known" in " ".join(notes(law))
 
 
 def test_one_seed_is_said_and_is_wider() -> None:
@@ -215,7 +212,7 @@ def test_pool_and_active_parameters_each_have_a_term(tmp_path: Path) -> None:
         true = 0.6 * group.points[-1].experts * group.points[-1].expert_parameters
         assert group.crossing and group.crossing.smallest
         assert group.crossing.smallest.low / 1.1 < true < group.crossing.smallest.high * 1.1
-    assert "balance.pool is not the same at all sizes (0.01, 0.02)" in " ".join(notes(law))
+    assert "balance.pool differs between sizes (0.01, 0.02)" in " ".join(notes(law))
 
 
 def test_terms_of_several_forms(tmp_path: Path) -> None:
@@ -235,10 +232,10 @@ def test_terms_of_several_forms(tmp_path: Path) -> None:
 
 
 TOO_LITTLE = {
-    "pool.experts: [32, 64]": "2 points with runs that are done: experts 32 and 64; a law needs at least 3 values",
+    "pool.experts: [32, 64]": "2 points with finished runs: experts is 32 and 64; a law needs at least 3 values",
     "pool.experts: [16, 32, 64]": "3 sizes (experts); a law of 3 parameters needs at least 4: 1 missing",
     "balance.scores: [raw, normalized]": "all of one size; a law needs at least 4 pool sizes",
-    "pool.experts: [8, 16, 32, 64], balance.pool: [1e-3, 1e-2]": "have the same size (balance.pool differs): choose",
+    "pool.experts: [8, 16, 32, 64], balance.pool: [1e-3, 1e-2]": "the same size and differ in balance.pool; choose",
 }
 
 
@@ -263,15 +260,18 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
         assert isinstance(error, UserError) and "\n" not in str(error)
         return str(error)
 
-    assert "unipool: tokens trained differ (20480, 40960): a law of sizes needs them equal" in said(tree)
+    assert "unipool: tokens differs (20480, 40960); a law of size needs it to be equal" in said(tree)
     assert (
         "not JSON" in said("{")
         and "not a sweep's result" in said({"variants": [{}]})
-        and "there is" in said({"variants": []})
+        and "variants.0" in said(json.dumps(tree).replace('"layers"', '"depth"'))
     )
     del tree["variants"][0]["settings"]["model.vocab"]
-    assert "one of an older version; make it with: unipool sweep" in said(tree)
-    assert "--variant uni: has no run that is done; there are: unipool, " in said_of(first, "--variant", "uni")
+    assert "it is of an older version, without the setting model.vocab; make it with: unipool sweep" in said(tree)
+    tree["variants"][0]["settings"]["model.vocab"] = 2048
+    tree["variants"][0]["runs"][0]["val_loss"] = None
+    assert "the validation loss of vanilla seed 0 is not finite" in said(tree)
+    assert "--variant uni: has no finished run; choose from: unipool, " in said_of(first, "--variant", "uni")
     assert "cannot be written" in said_of(first, "--out", str(tmp_path / "none" / "law.png"))
 
 
@@ -287,7 +287,7 @@ def test_the_command(powers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = CliRunner().invoke(cli, ["law", str(powers), str(powers / "result.json")])
     assert first.exit_code == 0, first.output
     assert "16 to 96" in first.output and "power law" in first.output
-    assert "not fitted: vanilla: 1 point with runs that are done, all of one size" in first.output
+    assert "not fitted: vanilla: 1 point with finished runs, all of one size" in first.output
     assert (powers / "law.png").read_bytes().startswith(b"\x89PNG")
     ElementTree.parse(powers / "law.svg")
     out = powers / "again.png"

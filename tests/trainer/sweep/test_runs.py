@@ -18,7 +18,7 @@ from tests.trainer.job import write_recipe
 from trainer.common.errors import UserError
 from trainer.common.machine import usable_cores
 from trainer.sweep.result import collect
-from trainer.sweep.runs import Runner, check_places, is_done
+from trainer.sweep.runs import Runner, check_folders, is_done
 from trainer.sweep.spec import Experiment, Run, load_sweep
 
 # Two steps a run; FAKE says by run what goes wrong. Each start is noted with the step it goes on from.
@@ -116,7 +116,7 @@ def test_what_is_done_is_left_out_and_what_fails_is_said(
         "b seed 0": [0],
         "b seed 1": [0],
     }
-    assert [row.losses for row in collect(experiment)] == [{0: 2.0, 1: 3.0}] * 2
+    assert [row.losses for row in collect(experiment).variants] == [{0: 2.0, 1: 3.0}] * 2
 
 
 def test_a_signal_stops_the_runs_and_the_next_start_goes_on(
@@ -186,15 +186,15 @@ def test_a_run_that_somebody_else_trains_is_waited_for(
 
 def test_another_run_in_the_place(experiment: Experiment, tmp_path: Path) -> None:
     assert runner(experiment).run() == 0
-    check_places(experiment, force=False)
+    check_folders(experiment, force=False)
     elsewhere = load_sweep(str(tmp_path / "two.yaml"), ["checkpoint.keep=5", "data.dir=else"], experiment.folder)
-    check_places(elsewhere, force=False)  # where things lie is no other run
+    check_folders(elsewhere, force=False)  # where things lie is no other run
     longer = load_sweep(str(tmp_path / "two.yaml"), ["train.steps=3"], experiment.folder)
     with pytest.raises(
         UserError, match=r"seed_0: has a run of another recipe \(train.steps 2 -> 3\); use another --dir"
     ):
-        check_places(longer, force=False)
-    check_places(longer, force=True)
+        check_folders(longer, force=False)
+    check_folders(longer, force=True)
     assert [path.name for path in (experiment.folder / "a").glob("*.replaced-1")] != []
     assert runner(longer).run() == 0 and [starts(run) for run in longer.runs] == [[0]] * 4
 
@@ -226,9 +226,9 @@ def test_real_runs_are_known_as_done(tmp_path: Path) -> None:
         job = ForkedJob(run.recipe, run.folder.parent)
         jobs.append(job)
     assert [job.end(240.0) for job in jobs] == [[0], [0]], [job.log(0) for job in jobs]
-    check_places(experiment, force=False)
+    check_folders(experiment, force=False)
     nothing = Runner(experiment, command=("false",))
     assert nothing.run() == 0 and len(nothing.done) == 2
-    a, b = collect(experiment)
+    a, b = collect(experiment).variants
     assert a.val_loss.mean > 1 and b.difference and b.difference.mean == b.val_loss.mean - a.val_loss.mean != 0
-    assert a.measures["tokens_per_second"] > 0 and 1 <= a.measures["distinct_experts"] <= 2
+    assert a.tokens_per_second > 0 and 1 <= a.distinct_experts <= 2

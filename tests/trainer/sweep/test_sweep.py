@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -18,12 +19,13 @@ from pool.placement import Placement
 from tests.trainer.made_up import write_run
 from trainer.cli import cli
 from trainer.common.errors import UserError
+from trainer.common.figure_style import INK, SERIES
 from trainer.data.batches import permutation
 from trainer.engine.experts import build_shard
 from trainer.model.trunk import Trunk
 from trainer.planning.model_costs import count_parameters
-from trainer.sweep.result import collect, to_json
-from trainer.sweep.spec import Experiment, load_sweep, sweep_names
+from trainer.sweep.result import SweepResult, collect, to_json
+from trainer.sweep.spec import Experiment, Picture, load_sweep, sweep_names
 from trainer.sweep.statistics import paired, spread
 
 SWEEP = """
@@ -170,7 +172,7 @@ def test_wrong_commands(tmp_path: Path) -> None:
         return str(CliRunner().invoke(cli, ["sweep", *arguments]).exception)
 
     assert "did you mean: small-scores" in said("small-score")
-    assert "name a sweep" in said()
+    assert "give the name of a sweep" in said()
     assert "train first" in said("small-scores", "--report", "--dir", str(tmp_path / "none"))
     assert "metrics.port=0" in said("small-scores", "--jobs", "2", "--set", "metrics.port=9400")
     assert "must be a recipe's key" in said("small-scores", "--set", "seed=1")
@@ -276,7 +278,7 @@ def made_up(tmp_path: Path) -> Experiment:
 
 
 def test_rows_of_made_up_runs(made_up: Experiment) -> None:
-    rows = {row.cell.name: row for row in collect(made_up)}
+    rows = {row.name: row for row in collect(made_up).variants}
     assert rows["raw"].losses == dict(enumerate(LOSSES["raw"]))
     assert rows["raw"].difference == paired(dict(enumerate(LOSSES["raw"])), dict(enumerate(LOSSES["vanilla"])))
     assert rows["vanilla"].difference is None
@@ -291,7 +293,7 @@ def test_rows_of_made_up_runs(made_up: Experiment) -> None:
     assert run.random_routing == probes[-1] and run.specialisation == pytest.approx(
         sum(line["specialisation"] for line in steps) / 12
     )
-    assert math.isnan(rows["dense"].measures["dead_experts"]) and rows["raw"].measures["dead_experts"] >= 0
+    assert math.isnan(rows["dense"].dead_experts) and rows["raw"].dead_experts >= 0
 
 
 def test_report_of_made_up_runs(made_up: Experiment) -> None:
@@ -300,10 +302,12 @@ def test_report_of_made_up_runs(made_up: Experiment) -> None:
     assert invoked.exit_code == 0, invoked.output
     lines = {line.split()[0]: " ".join(line.split()) for line in invoked.output.splitlines() if line.strip()}
     assert "2.1000 0.2646" in lines["raw"] and "-0.1333" in lines["raw"] and "0.0572" in lines["raw"]
-    assert "2/3" in lines["normalized"] and "raw 2.0M 0.6M 3/3" in lines["raw"] and "dense 0.6M 0.6M" in lines["dense"]
+    assert (
+        "2/3" in lines["normalized"] and "raw 2M 590.9K 3/3" in lines["raw"] and "dense 590.9K 590.9K" in lines["dense"]
+    )
     assert "not corrected for 3 comparisons" in " ".join(invoked.output.split())
     tree = json.loads((made_up.folder / "result.json").read_text())
-    assert tree == json.loads(json.dumps(to_json(made_up, collect(made_up))))
+    assert tree == json.loads(json.dumps(to_json(collect(made_up))))
     raw = tree["variants"][1]
     assert raw["name"] == "raw" and raw["difference"]["p"] == pytest.approx(0.0571910) and raw["experts"] == 64
     assert tree["variants"][3]["dead_experts"] is None
@@ -318,37 +322,81 @@ def test_report_of_made_up_runs(made_up: Experiment) -> None:
     assert json.loads(as_json.stdout) == tree
 
 
+def test_a_result_file_is_enough_for_the_report(made_up: Experiment, tmp_path: Path) -> None:
+    """A folder with nothing but result.json gives the same table and the same pictures; the file stays as it is."""
+    first = CliRunner().invoke(cli, ["sweep", str(made_up.folder), "--report"])
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    text = (made_up.folder / "result.json").read_bytes()
+    (alone / "result.json").write_bytes(text)
+    again = CliRunner().invoke(cli, ["sweep", str(alone), "--report"])
+    assert again.exit_code == 0, again.output
+    assert again.stdout == first.stdout and (alone / "result.json").read_bytes() == text
+    for name in ("result.svg", "curves.svg"):
+        assert (alone / name).read_bytes() == (made_up.folder / name).read_bytes()
+    assert sorted(path.name for path in alone.iterdir()) == [
+        *("curves.png", "curves.svg", "result.json", "result.png", "result.svg"),
+    ]
+    tree = json.loads(text)
+    del tree["variants"][0]["tokens"], tree["picture"]
+    (alone / "result.json").write_text(json.dumps(tree))
+    error = str(CliRunner().invoke(cli, ["sweep", str(alone), "--report"]).exception)
+    assert "variants.0.tokens is missing or wrong" in error and "\n" not in error
+
+
+def with_picture(experiment: Experiment, **picture: Any) -> SweepResult:
+    return replace(collect(experiment), picture=Picture(**picture))
+
+
+def test_the_variants_are_drawn_by_effect_beside_what_is_known(made_up: Experiment) -> None:
+    from trainer.sweep.plot import draw_variants
+
+    result = with_picture(made_up, labels={"raw": "raw scores"}, reference={"raw": -0.3}, reference_name="paper")
+    figure = draw_variants(result, result.variants)
+    losses, differences = figure.axes
+    names = [label.get_text() for label in losses.get_yticklabels()]
+    assert names == ["normalized", "raw scores", "vanilla", "dense"]
+    (known,) = [line for line in differences.lines if line.get_label() == "paper"]
+    assert list(known.get_xdata()) == [-0.3] and list(known.get_ydata()) == [1]
+
+
 def test_curves_are_also_drawn_against_the_baseline(made_up: Experiment) -> None:
-    """Left a mean a variant; right those that are compared, which end at their difference."""
+    """The two that matter stand out, every curve is named once, and the differences end at the result."""
     from trainer.sweep.plot import draw_curves
 
-    rows = {row.cell.name: row for row in collect(made_up)}
-    panels = draw_curves(made_up, list(rows.values())).axes
-    losses, differences = ([line for line in axes.lines if line.get_marker() == "o"] for axes in panels)
-    assert {line.get_label() for line in losses} == set(rows)
-    ends = sorted(float(np.asarray(line.get_ydata())[-1]) for line in differences)
-    assert ends == pytest.approx(sorted(row.difference.mean for row in rows.values() if row.difference))
-    alone = [row for row in rows.values() if row.difference is None]
-    assert len(draw_curves(made_up, alone).axes) == 1
+    result = with_picture(made_up, highlight="raw")
+    losses, differences = draw_curves(result, result.variants).axes
+    assert [text.get_text() for text in losses.texts] == ["vanilla", "raw"]
+    compared = [variant for variant in result.variants if variant.difference]
+    assert {text.get_text() for text in differences.texts} == {variant.name for variant in compared}
+    lines = [line for line in differences.lines if line.get_linestyle() == "-"]
+    ends = sorted(float(np.asarray(line.get_ydata())[-1]) for line in lines)
+    assert ends == pytest.approx(sorted(variant.difference.mean for variant in compared if variant.difference))
+    thick = [line for line in losses.lines if line.get_linewidth() > 2]
+    assert {line.get_color() for line in thick} == {INK, SERIES[1]}
+    alone = [variant for variant in result.variants if variant.difference is None]
+    assert len(draw_curves(result, alone).axes) == 1
 
 
-def axis_panels(experiment: Experiment) -> list[dict[str, Any]]:
+def test_a_numeric_axis_has_points_on_one_scale(tmp_path: Path) -> None:
+    """A panel for each point of the other axes; vanilla, which has no value on the axis, is a level line."""
     from trainer.sweep.plot import draw_axis, numeric_axis
 
+    text = SWEEP.replace("train.lr: [1e-3, 2e-3]", "train.steps: [12, 24]").replace("{train.steps: 12, ", "{")
+    experiment = load_sweep(write(tmp_path, text), folder=tmp_path / "runs")
     for run in experiment.runs:
-        write_run(run.folder, 12, "small", ["train.steps=12"])
-    axis = numeric_axis(experiment)
-    assert axis
-    panels = draw_axis(experiment, collect(experiment), axis).axes
-    return [{"axes": axes, **{str(line.get_label()): line for line in axes.lines}} for axes in panels]
-
-
-def test_a_numeric_axis_is_a_curve(tmp_path: Path) -> None:
-    """A panel for each point of the other axes; there vanilla, without the axis, is a level line."""
-    experiment = load_sweep(write(tmp_path, SWEEP.replace("seeds: [0, 1]", "seeds: [0]")), folder=tmp_path / "runs")
-    panels = axis_panels(experiment)
-    assert [drawn["axes"].get_title(loc="left") for drawn in panels] == ["train.lr=0.001", "train.lr=0.002"]
-    for drawn in panels:
-        assert list(drawn["raw"].get_xdata()) == [1e-3, 1e-2] == list(drawn["normalized"].get_xdata())
-        assert drawn["axes"].get_xscale() == "log" and drawn["axes"].get_xlabel() == "balance.pool"
-        assert len(set(drawn["vanilla"].get_ydata())) == 1
+        steps = run.recipe.train.steps
+        write_run(run.folder, steps, "small", [f"train.steps={steps}", f"run.seed={run.seed}"])
+    result = collect(experiment)
+    assert numeric_axis(result) == "balance.pool"
+    panels = draw_axis(result, result.variants, "balance.pool").axes
+    assert [axes.get_title(loc="left") for axes in panels] == ["24.6K tokens", "49.2K tokens"]
+    assert len({axes.get_ylim() for axes in panels}) == 1
+    for axes in panels:
+        assert [label.get_text() for label in axes.get_xticklabels()] == ["0.001", "0.01"]
+        means = {str(line.get_label()): line for line in axes.lines if not str(line.get_label()).startswith("_")}
+        assert set(means) == {"vanilla", "raw", "normalized"}
+        assert set(means["vanilla"].get_ydata()) == {0.0} and means["vanilla"].get_linestyle() == "--"
+        places = [float(np.asarray(means[name].get_xdata())[0]) for name in ("raw", "normalized")]
+        assert places[0] < math.log(1e-3) < places[1], "dodged"
+        assert not [line for line in axes.lines if line.get_linestyle() == "-" and line.get_alpha() is None]

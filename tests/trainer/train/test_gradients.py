@@ -85,8 +85,9 @@ class Reference:
     """The exported model with the losses written out, under autograd."""
 
     def __init__(self, recipe: Recipe, weights: Numbers):
-        from trainer.export.modeling_unipool import UniPoolForCausalLM
         from trainer.export.source import model_config, stored_tensors
+
+        from trainer.export.modeling_unipool import UniPoolForCausalLM
 
         config = model_config(recipe)
         config._attn_implementation = "eager"

@@ -212,7 +212,7 @@ def test_resume_goes_on_where_the_checkpoint_was(recipe: str, folder: Path) -> N
     assert steps(run_dir) == steps(folder / "run")
     status, told = train_as_forked(folder, recipe, *sets, "balance.scope=micro_batch")
     assert status == 2, told
-    assert 'balance.scope "global_batch" -> "micro_batch"; use the same, another run.dir, or --force' in told
+    assert 'balance.scope "global_batch" -> "micro_batch"; restore them, use another run.dir, or pass --force' in told
 
 
 @pytest.mark.usefixtures("reference")
@@ -223,7 +223,7 @@ def test_resume_in_another_layout_and_placement(recipe: str, folder: Path) -> No
     sets = ("checkpoint.every=2", f"run.dir={run_dir}", "parallel.pool_ranks=2", "pool.placement=auto")
     status, told = train_as_forked(folder, recipe, *sets)
     assert status == 0, told
-    assert "checkpoint step_00000002 is of another layout: reshaping it" in told
+    assert "checkpoint step_00000002 has another layout: resharding it" in told
     for record, undisturbed in zip(steps(run_dir), before, strict=True):
         name = next(name for name in ("loss", "val_loss", "probe_loss") if name in record)
         assert record[name] == pytest.approx(undisturbed[name], rel=1e-5)

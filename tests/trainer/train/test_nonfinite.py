@@ -19,7 +19,7 @@ from tests.trainer.job import write_recipe
 from tests.training import tiny, tokens
 from trainer.checkpoint.format import complete
 from trainer.common.errors import DIVERGED
-from trainer.common.strict_json import dumps, marked
+from trainer.common.strict_json import dumps, name_not_finite
 from trainer.config.recipe import Recipe, load_recipe
 from trainer.planning.schedule import make_schedule
 from trainer.train.summary import perplexity
@@ -137,8 +137,8 @@ def test_dumps(indent: int | None) -> None:
     expected = {"a": [None, 1.5, [None, None]], "b": {"c": None, "d": "NaN"}, "e": None, "f": 3}
     assert json.loads(text, parse_constant=refuse_constant) == expected
     assert ("\n" in text) == bool(indent)
-    assert marked({"a": 1.0, "b": math.inf}) == {"a": 1.0, "b": math.inf, "not_finite": ["b"]}
-    assert marked({"a": 1.0}) == {"a": 1.0}
+    assert name_not_finite({"a": 1.0, "b": math.inf}) == {"a": 1.0, "b": math.inf, "not_finite": ["b"]}
+    assert name_not_finite({"a": 1.0}) == {"a": 1.0}
 
 
 def test_json_is_written_in_one_place() -> None:

@@ -41,7 +41,10 @@ def unstacked(values: Numbers) -> Numbers:
     found: Numbers = {}
     for key, value in values.items():
         prefix, pool, name = key.partition("pool.")
-        found |= {f"{prefix}expert/{expert}/{name}": part for expert, part in enumerate(value)} if pool else {key: value}
+        if pool:
+            found |= {f"{prefix}expert/{expert}/{name}": part for expert, part in enumerate(value)}
+        else:
+            found[key] = value
     return found
 
 

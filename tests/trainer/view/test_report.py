@@ -79,7 +79,13 @@ def test_a_whole_run(tmp_path: Path) -> None:
     assert done.exit_code == 0 and done.output.strip() == str(run / "report.html")
     page = read(run / "report.html")
     assert page.tags.count("svg") == 13, "twelve charts and the heat map"
-    for title in ("Loss, nats a token", "Gradient norm", "Learning rate", "Time of a trunk rank", "Tokens a second"):
+    for title in (
+        "Loss, nats per token",
+        "Gradient norm",
+        "Learning rate",
+        "Time of a trunk rank",
+        "Tokens per second",
+    ):
         assert title in page.text
     for title in ("Time of a pool rank", "Load imbalance, max / mean", "Dead experts", "Different experts"):
         assert title in page.text
@@ -94,7 +100,7 @@ def test_a_whole_run(tmp_path: Path) -> None:
     last = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if "val_loss" in line][-1]
     assert f"{last['val_loss']:.4f}" in page.text
     assert "ZeRO 1" in page.text and "7.408M" in page.text and "scores: normalized" in page.text
-    assert "The run has not come to its end: 60 of 240 steps." in page.text
+    assert "The run is not finished: it has made 60 of 240 steps." in page.text
     assert not list(run.glob(".*")), "nothing is left beside it"
 
 
@@ -125,7 +131,7 @@ def test_runs_that_lack_something(tmp_path: Path) -> None:
     (run / "load.npy").write_text("no numbers")
     assert invoke(str(run), "--out", str(tmp_path / "out.html")).exit_code == 0
     page = read(tmp_path / "out.html")
-    assert "shares of time are not recorded" in page.text and "of another version" in page.text
+    assert "No shares of time are recorded" in page.text and "of another version" in page.text
     assert page.tags.count("svg") == 3 and "unknown: 1" in page.text and "4 s" in page.text
     dense = write_run(tmp_path / "dense", 3, "dense-182m")
     (dense / "load.npy").unlink()
@@ -173,8 +179,8 @@ def test_thinned_curves_keep_their_spikes() -> None:
 
 
 def test_wrong_input(tmp_path: Path) -> None:
-    assert "no run there" in str(invoke(str(tmp_path)).exception)
-    assert "no run there" in str(invoke(str(tmp_path / "nothing")).exception)
+    assert "not a run" in str(invoke(str(tmp_path)).exception)
+    assert "not a run" in str(invoke(str(tmp_path / "nothing")).exception)
     run = write_run(tmp_path / "run", 3)
     out = tmp_path / "no folder" / "r.html"
     assert str(invoke(str(run), "--out", str(out)).exception) == f"{out}: cannot be written (No such file or directory)"

@@ -80,20 +80,20 @@ def test_a_silent_rank_says_why() -> None:
     texts = pages(job(12, 64, pool_ranks=2))
     texts[3] = Page(texts[3].url, error="connection refused")
     view = follower.view(texts)
-    assert view.notes == ("silent, connection refused: pool rank 3 at h:9403",)
+    assert view.notes == ("no metrics (connection refused): pool rank 3 at h:9403",)
     assert [math.isnan(tokens) for tokens in view.experts] == [False] * 32 + [True] * 32
     lines = shown(view, 80, 24)
-    assert "! silent, connection refused: pool rank 3 at h:9403" in lines
+    assert "! no metrics (connection refused): pool rank 3 at h:9403" in lines
     assert any("? ???????" in line or "????????" in line for line in lines)
-    gone = follower.view([Page(p.url, error="no answer in 2 s") for p in texts])
+    gone = follower.view([Page(p.url, error="timed out after 2 s") for p in texts])
     assert gone.state == "no rank answers" and gone.notes[0].startswith(
-        "silent, no answer in 2 s: trunk rank 0 at h:9400, "
+        "no metrics (timed out after 2 s): trunk rank 0 at h:9400, "
     )
 
 
 def test_two_runs_at_once_are_noticed() -> None:
     notes = Follower().view(pages(job(5, 8) + job(5, 8))).notes
-    assert "trunk rank 0 is there more than once: are these several runs?" in notes
+    assert "trunk rank 0 appears more than once: do the pages belong to several runs?" in notes
 
 
 @pytest.mark.parametrize("experts", [64, 384])
@@ -108,7 +108,7 @@ def test_a_frame_fits_and_shows_every_expert(experts: int, width: int, height: i
     digits = len(str(experts - 1))
     g = grid(experts, width - digits - 1, len(lines))
     rows = [line for line in lines if line[:digits].isdigit()]
-    assert [int(row[:digits]) for row in rows] == list(range(0, experts, g.a_line))
+    assert [int(row[:digits]) for row in rows] == list(range(0, experts, g.per_row))
     bars = "".join(row[digits + 1 :].replace(" ", "") for row in rows)
     assert len(bars) == experts * g.width, "a bar an expert, none empty"
     assert bars.count("x") == g.width and bars[3 * g.width] == "x", "expert 3 is dead"
@@ -155,7 +155,7 @@ def test_frames_of_little_and_of_strange_things(tmp_path: Path) -> None:
 )
 def test_who_waits(trunk: float, pool: float, said: str) -> None:
     assert who_waits({"trunk": {"waiting": trunk}, "pool": {"waiting": pool}}, INFO).startswith(said)
-    assert "no other role" in who_waits({"trunk": {"waiting": 0.0}}, {"pool_ranks": "0"})
+    assert "none waits for another role" in who_waits({"trunk": {"waiting": 0.0}}, {"pool_ranks": "0"})
     assert who_waits({"trunk": {"waiting": 0.5}, "pool": {}}, INFO) == "", "the pool is silent"
 
 
@@ -167,7 +167,7 @@ def test_bars() -> None:
     assert spark([0, 2, 1], 6, 2) == ["  ██  ", "▁▁████"]
     assert spark([math.nan], 9, 2) == ["", ""]
     big = grid(4096, 75, 6)
-    assert big.merged * big.a_line * big.lines >= 4096 and big.lines <= 6
+    assert big.merged * big.per_row * big.rows >= 4096 and big.rows <= 6
 
 
 def test_pages_have_urls() -> None:
@@ -175,7 +175,7 @@ def test_pages_have_urls() -> None:
     assert page_url("[::1]:9400") == "http://[::1]:9400/metrics"
     assert page_url("https://h/custom") == "https://h/custom"
     for wrong in ("runs/none", "ftp://h:1/metrics", "file:///etc/passwd", "h:99999", "h:1 2", "h:1/\x1b[2J", ""):
-        with pytest.raises(UserError, match="neither a run's folder nor a page"):
+        with pytest.raises(UserError, match="neither the folder of a run nor the address of a page"):
             page_url(wrong)
 
 
@@ -192,7 +192,7 @@ def test_once_from_real_servers(tmp_path: Path) -> None:
         assert view["state"] == "running" and view["scalars"]["loss"] == 3.25
         assert view["scalars"]["val_loss"] == records_of(run).val_losses[-1], "the records' own"
         write_targets(run, ["127.0.0.1:1", *addresses[1:]])
-        assert "! silent, connection refused: 127.0.0.1:1" in invoke(str(run)).output
+        assert "! no metrics (connection refused): 127.0.0.1:1" in invoke(str(run)).output
     refused = invoke(*addresses)
     assert isinstance(refused.exception, UserError)
     assert str(refused.exception).endswith("connection refused (and 2 more); no rank answers")
@@ -202,10 +202,10 @@ def test_once_from_real_servers(tmp_path: Path) -> None:
         write_targets(run, [f"127.0.0.1:{server.server_port}" for server in servers])
         assert "step 1,200 of 60,000" in invoke(str(run)).output
         write_targets(run, [f"127.0.0.1:{server.server_port}" for server in servers], "another")
-        assert "names pages that are of another run now: made-up" in invoke(str(run)).output
+        assert "names pages that belong to another run now: made-up" in invoke(str(run)).output
     (run / "targets.json").unlink()
     stopped = invoke(str(run)).output
-    assert "stopped" in stopped and "silent" not in stopped and "The pool waits" in stopped
+    assert "stopped" in stopped and "no metrics" not in stopped and "The pool waits" in stopped
 
 
 def write_targets(run: Path, addresses: list[str], name: str = "made-up") -> None:
@@ -223,18 +223,18 @@ def test_pages_that_are_none_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(["<html>", "go_info 1", job(5, 8)[0]]) as servers:
         ports = [server.server_port for server in servers]
         notes = json.loads(invoke(*(f"127.0.0.1:{port}" for port in ports), "--json").output)["notes"]
-        assert "answers 404" in str(invoke(f"http://127.0.0.1:{ports[-1]}/other").exception)
-    reasons = ("no page of metrics", "has metrics of something else")
-    assert notes == [f"silent, {why}: 127.0.0.1:{port}" for port, why in zip(ports, reasons, strict=False)]
+        assert "HTTP status 404" in str(invoke(f"http://127.0.0.1:{ports[-1]}/other").exception)
+    reasons = ("not a page of metrics", "metrics of another program")
+    assert notes == [f"no metrics ({why}): 127.0.0.1:{port}" for port, why in zip(ports, reasons, strict=False)]
     monkeypatch.setattr("trainer.view.pages.TIMEOUT_SECONDS", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as mute:
-        assert "no answer in 0.2 s" in str(invoke(f"127.0.0.1:{mute.getsockname()[1]}").exception)
+        assert "timed out after 0.2 s" in str(invoke(f"127.0.0.1:{mute.getsockname()[1]}").exception)
 
 
 def test_wrong_sources(tmp_path: Path) -> None:
-    assert "no run there" in str(invoke(str(tmp_path)).exception)
-    assert "give one run's folder, or pages" in str(invoke(str(tmp_path), "h:1").exception)
-    assert "neither a run's folder" in str(invoke("runs/nothing").exception)
+    assert "not a run" in str(invoke(str(tmp_path)).exception)
+    assert "give either the folder of one run or addresses" in str(invoke(str(tmp_path), "h:1").exception)
+    assert "neither the folder of a run" in str(invoke("runs/nothing").exception)
     (tmp_path / "targets.json").write_text("{")
     assert targets(tmp_path) == ([], "")
     assert "has not begun" in invoke(str(tmp_path)).output

@@ -1,6 +1,6 @@
-"""The content of a text file as UTF-8: unpacked, converted where a byte-order mark says so, the mark dropped.
+"""The content of a text file as UTF-8: decompressed, converted as its byte-order mark says, the mark dropped.
 
-What a file holds is recognised by its first bytes, and its ending is believed only where these say nothing.
+A file's first bytes determine what it holds; its ending decides only if they are not conclusive.
 """
 
 import bz2
@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from trainer.common.errors import UserError
-from trainer.data.reading.sources import COMPRESSED, kind_of, one_line, shown
+from trainer.common.errors import UserError, one_line
+from trainer.data.reading.sources import COMPRESSED, kind_of, shown
 
 _BLOCK = 1 << 16
-_PACKED_BLOCK = 1 << 12  # unpacked at once: some codecs make 32,000 bytes of one, so that little at a time fills memory
+_COMPRESSED_BLOCK = 1 << 12  # decompressed at once; it is small because some codecs make 32,000 bytes of one
 
 _CODECS = (
     (b"\x1f\x8b", ".gz"),
@@ -39,26 +39,27 @@ _NOT_TEXT = (
     (0, b"7z\xbc\xaf\x27\x1c", "a .7z archive; unpack it"),
     (0, b"Rar!\x1a\x07", "a .rar archive; unpack it"),
     (257, b"ustar", "a .tar archive; unpack it"),
-    (0, b"\x04\x22\x4d\x18", "packed by lz4; unpack it, or pack it by zstd"),
+    (0, b"\x04\x22\x4d\x18", "compressed by lz4; decompress it, or compress it with zstd"),
     (0, b"%PDF-", "a PDF; save its text"),
-    (0, b"\x00\x05\x16\x07", "a file that macOS keeps beside another one; remove it"),
-    (0, b"version https://git-lfs.github.com/spec/", 'a pointer of Git LFS; fetch its content by "git lfs pull"'),
+    (0, b"\x00\x05\x16\x07", "a file in which macOS keeps another one's attributes; remove it"),
+    (0, b"version https://git-lfs.github.com/spec/", 'a pointer of Git LFS; fetch its content with "git lfs pull"'),
 )
 
 
 class Content:
-    """The content of one text file, which can be read from any of its bytes on.
+    """The content of one text file, readable from any byte.
 
     Args:
-        keep_mark: take a byte-order mark for text, and the file for UTF-8.
+        path: The file.
+        keep_mark: Whether a byte-order mark is text, and the file is UTF-8 in any case.
 
     Attributes:
-        path: the file.
-        kind: as `kind_of` gives it, by the first bytes where they tell.
+        path: The file.
+        kind: What `kind_of` returns, corrected by the first bytes.
 
     Raises:
-        OSError: the file cannot be read.
-        UserError: it is of a kind that is not read, though its ending says otherwise.
+        OSError: The file cannot be read.
+        UserError: The file is of a type that cannot be read, in spite of its ending.
     """
 
     def __init__(self, path: Path, keep_mark: bool = False) -> None:
@@ -70,12 +71,12 @@ class Content:
             head = file.read(512)
         self._codec = next((codec for magic, codec in _CODECS if head.startswith(magic)), "")
         if self._codec:
-            with self.open() as unpacked:
-                head = unpacked.read(512)
+            with self.open() as decompressed:
+                head = decompressed.read(512)
             if any(head.startswith(magic) for magic, _ in _CODECS):
-                raise UserError(f"{shown(path)}: is packed twice; unpack it once")
+                raise UserError(f"{shown(path)}: is compressed twice; decompress it once")
         elif path.name.lower().endswith(COMPRESSED) and not _looks_like_text(head):
-            raise UserError(f"{shown(path)}: damaged or not a {path.suffix.lower()} file; fetch it again")
+            raise UserError(f"{shown(path)}: damaged, or not a {path.suffix.lower()} file; fetch it again")
         if not keep_mark:
             self._encoding = next((encoding for mark, encoding in _MARKS if head.startswith(mark)), "")
         for at, magic, what in _NOT_TEXT:
@@ -83,20 +84,20 @@ class Content:
                 raise UserError(f"{shown(path)}: is {what}")
         table = next((kind for magic, kind in _TABLES if head.startswith(magic)), None)
         if table and self._codec:
-            raise UserError(f"{shown(path)}: is a packed .{table} file; unpack it")
+            raise UserError(f"{shown(path)}: is a compressed .{table} file; decompress it")
         self.kind = table or self.kind
 
     def open(self, offset: int = 0) -> IO[bytes]:
-        """The content from its byte `offset` on (of the content as it comes out of here)."""
+        """Open the content at byte `offset`, counted in UTF-8 after decompression."""
         file = self.path.open("rb")
         if self._encoding == "utf-8":
             offset += len(codecs.BOM_UTF8)
         if not self._codec and self._encoding in ("", "utf-8"):
             file.seek(offset)
             return file
-        chunks = iter(lambda: file.read(_PACKED_BLOCK if self._codec else _BLOCK), b"")
+        chunks = iter(lambda: file.read(_COMPRESSED_BLOCK if self._codec else _BLOCK), b"")
         if self._codec:
-            chunks = _unpack(chunks, self._codec, shown(self.path))
+            chunks = _decompress(chunks, self._codec, shown(self.path))
         if self._encoding not in ("", "utf-8"):
             chunks = _to_utf8(chunks, self._encoding, shown(self.path))
         stream = io.BufferedReader(_Stream(file, chunks), 1 << 18)
@@ -153,13 +154,14 @@ def _decompressor(codec: str) -> Callable[[], Any]:
     }[codec]
 
 
-def _unpack(chunks: Iterator[bytes], codec: str, where: str) -> Iterator[bytes]:
-    """The content of one or more members (of gzip, xz), streams (bzip2) or frames (zstd) behind each other.
+def _decompress(chunks: Iterator[bytes], codec: str, where: str) -> Iterator[bytes]:
+    """Yield the content of one or more concatenated members (gzip, xz), streams (bzip2) or frames (zstd).
 
-    The libraries' own file objects end in silence at a damaged second member (bz2, lzma) or a truncated frame (zstd).
+    The libraries' own file objects end silently at a damaged second member (bz2, lzma) or a truncated frame (zstd).
     """
     import zstandard
 
+    errors = (zlib.error, lzma.LZMAError, zstandard.ZstdError, OSError, ValueError, EOFError, MemoryError)
     new = _decompressor(codec)
     member = None
     for chunk in chunks:
@@ -171,17 +173,9 @@ def _unpack(chunks: Iterator[bytes], codec: str, where: str) -> Iterator[bytes]:
                 member = new()
             try:
                 yield member.decompress(chunk)
-            except (
-                zlib.error,
-                lzma.LZMAError,
-                zstandard.ZstdError,
-                OSError,
-                ValueError,
-                EOFError,
-                MemoryError,
-            ) as error:
+            except errors as error:
                 raise UserError(
-                    f"{where}: damaged or not a {codec} file ({one_line(error)}); fetch it again"
+                    f"{where}: damaged, or not a {codec} file ({one_line(error, 300)}); fetch it again"
                 ) from error
             chunk = member.unused_data if member.eof else b""
             member = None if member.eof else member
@@ -197,32 +191,11 @@ def _to_utf8(chunks: Iterator[bytes], encoding: str, where: str) -> Iterator[byt
         decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{where}: not valid {encoding.upper()}, though it begins with its byte-order mark; convert it to UTF-8"
+            f"{where}: not valid {encoding.upper()}, although it begins with its byte-order mark; convert it to UTF-8"
         ) from error
 
 
-def decode(data: bytes, where: str, first_line: int) -> str:
-    """Text of UTF-8, without its byte-order mark.
-
-    Raises:
-        UserError: it is not; names the line.
-    """
-    data = data.removeprefix(codecs.BOM_UTF8)
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        line, reason = invalid(error, data, first_line)
-        raise UserError(f"{where}, {line}: {reason}; convert the file to UTF-8") from error
-
-
-def invalid(error: UnicodeDecodeError, data: bytes, first_line: int) -> tuple[str, str]:
-    """(the line of `data`, what is wrong in it)."""
-    line = first_line + data.count(b"\n", 0, error.start)
-    column = error.start - data.rfind(b"\n", 0, error.start)
-    return f"line {line}", f"invalid UTF-8 at byte {column} of the line"
-
-
-def identity(path: Path) -> tuple[int, int, int]:
-    """What changes when a file is written to or replaced."""
+def file_stamp(path: Path) -> tuple[int, int, int]:
+    """Return what changes when a file is written to or replaced."""
     facts = os.stat(path)
     return facts.st_ino, facts.st_size, facts.st_mtime_ns

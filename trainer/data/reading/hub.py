@@ -6,34 +6,30 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from trainer.common.errors import UserError
-from trainer.data.reading.readers import Found
-from trainer.data.reading.records import text_of
-from trainer.data.reading.sources import HUB_PREFIX, one_line, shown
+from trainer.common.errors import UserError, one_line
+from trainer.data.reading.records import Found, text_of
+from trainer.data.reading.sources import HUB_PREFIX, shown
 
 _SNAPSHOT_RECORDS = 1000
 
 
 def read_hub(source: str, text_field: str, at: list[Any] | None) -> Found:
-    """The split "train" of "hub:NAME" or "hub:NAME:CONFIG".
+    """Read the split "train" of "hub:NAME" or "hub:NAME:CONFIG".
 
-    A position is the row, rows since the snapshot, and a snapshot of the data set's own position, for that costs as
-    much as many records to take.
+    A position is the row, the number of rows since the last snapshot, and that snapshot of the data set's own position,
+    which is too slow to take for every record.
     """
     from datasets import load_dataset
 
     name, _, config = source.removeprefix(HUB_PREFIX).partition(":")
     row, since, snapshot = at or [0, 0, None]
-    with _faults(HUB_PREFIX + name):
+    with _reported_errors(HUB_PREFIX + name):
         records = load_dataset(name, config or None, split="train", streaming=True)
         if snapshot:
             records.load_state_dict(snapshot)
-        skipped = 0
-        for record in records:
-            if skipped < since and at:
-                skipped += 1
+        for number, record in enumerate(records):
+            if at and number < at[1]:
                 continue
-            at = None
             row += 1
             since += 1
             if since == _SNAPSHOT_RECORDS:
@@ -42,7 +38,7 @@ def read_hub(source: str, text_field: str, at: list[Any] | None) -> Found:
 
 
 @contextmanager
-def _faults(source: str) -> Iterator[None]:
+def _reported_errors(source: str) -> Iterator[None]:
     from datasets.exceptions import DatasetNotFoundError
     from huggingface_hub.utils import httpx  # the HTTP client that this version of the hub's library uses
 
@@ -54,7 +50,8 @@ def _faults(source: str) -> Iterator[None]:
     except (OSError, httpx.HTTPError) as error:
         raise UserError(
             f"{where}: the Hugging Face hub cannot be reached ({type(error).__name__}); "
-            "try again, or give the path of a local copy"
+            "try again, or set it to the path of a local copy"
         ) from error
-    except Exception as error:  # an unknown config or split, files that `datasets` cannot read: it says which
-        raise UserError(f"{where}: {one_line(error)}; mend the name or give the path of a local copy") from error
+    except Exception as error:  # an unknown config or split, files that `datasets` cannot read: the message says which
+        reason = one_line(error, 300)
+        raise UserError(f"{where}: {reason}; mend the name, or set it to the path of a local copy") from error

@@ -1,4 +1,4 @@
-"""The text of one record: found by a path of keys, and fit to be tokenised."""
+"""The text of one record: found under a key or a path of keys, and checked to be fit for tokenizing."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -6,25 +6,26 @@ from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any
 
-from trainer.data.reading.sources import one_line
+from trainer.common.errors import one_line
 
 PIECE_CHARACTERS = 1 << 20
 RECORD_BYTES = 1 << 27
-"""The longest record that is read: a line of JSON, an element of an array, a row's text. It is in memory as a whole."""
+"""The longest record that is read (a JSON line, an element of an array, a row's text), as it must fit into memory."""
 
 Position = list[int]
-"""Behind a record, for its file's reader; JSON can hold it."""
+"""The place behind a record, for its file's reader; JSON can hold it."""
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_NAME_CHARACTERS = 300
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of a document, so that a long one is never in memory as a whole.
+    """A part of a document, so that a long one never has to fit into memory.
 
     Attributes:
-        text: never empty; at most PIECE_CHARACTERS long.
-        ends_document: it is the last of its document.
+        text: At least one character, at most `PIECE_CHARACTERS`.
+        ends_document: Whether this is the last piece of its document.
     """
 
     text: str
@@ -36,38 +37,44 @@ class Bad:
     """A record that cannot be used.
 
     Attributes:
-        where: in its file: "line 3", "row 3".
-        reason: what is wrong, and how to mend it.
+        where: Its place in the file, as "line 3" or "row 3".
+        reason: What is wrong, and how to mend it.
     """
 
     where: str
     reason: str
 
 
+Found = Iterator[tuple[str | Piece | Bad, Position]]
+"""What a reader yields: a text, a piece of one or a bad record, with the position behind it.
+
+A reader can resume from any position that it has yielded.
+"""
+
+
 def text_of(record: Any, text_field: str, where: str) -> str | Bad:
-    """The text of a record under `text_field`: a key, or keys and list indices joined by dots."""
+    """Return the text of a record under `text_field`: a key, or keys and list indices joined by dots."""
     value = record.get(text_field) if isinstance(record, dict) else None
     if value is None:
         try:
-            value = under(record, text_field)
+            value = value_under(record, text_field)
         except KeyError:
-            return Bad(
-                where, f'no text under "{one_line(text_field)}" ({_keys(record)}); mend it or set data.text_field'
-            )
-    return checked(value, text_field, where)
+            name = one_line(text_field, _NAME_CHARACTERS)
+            return Bad(where, f'no text under "{name}" ({_keys(record)}); mend it or set data.text_field')
+    return checked_text(value, text_field, where)
 
 
-def checked(value: Any, text_field: str, where: str) -> str | Bad:
-    """The value under `text_field` if it is a text that can be tokenised."""
+def checked_text(value: Any, text_field: str, where: str) -> str | Bad:
+    """Return the value found under `text_field` if it is a text that can be tokenized."""
     if isinstance(value, bytes):
         try:
             value = value.decode()
         except UnicodeDecodeError as error:
             return Bad(where, f"invalid UTF-8 at byte {error.start + 1} of the text; convert the text to UTF-8")
     if not isinstance(value, str):
-        return Bad(where, not_text(text_field, _kind(value)))
+        return Bad(where, not_text(text_field, _type_of(value)))
     if not value.isascii() and (half := _SURROGATE.search(value)):
-        # An undecodable byte was read as one of these.
+        # The readers decode an invalid byte as one of "\udc80" ... "\udcff".
         what = "invalid UTF-8" if "\udc80" <= half[0] <= "\udcff" else "half a surrogate pair, which is invalid UTF-8,"
         return Bad(where, f"{what} in its text; mend or remove it")
     if "\0" in value:
@@ -76,26 +83,26 @@ def checked(value: Any, text_field: str, where: str) -> str | Bad:
 
 
 def not_text(text_field: str, kind: str) -> str:
-    """Why there is no text under a key that is there."""
-    name = one_line(text_field)
+    """Return why the value under `text_field`, of type `kind`, is not a text."""
+    name = one_line(text_field, _NAME_CHARACTERS)
     if kind.startswith("list"):
         return (
-            f'"{name}" is a {kind}, as of chat messages or sentences; make one text of each first, '
-            f"or set data.text_field to a text in it ({name}.0)"
+            f'"{name}" is a {kind}, such as chat messages or sentences; join them into one text first, '
+            f"or set data.text_field to one of them ({name}.0)"
         )
     return f'no text under "{name}" (it is {kind}); mend it or set data.text_field'
 
 
 def too_long() -> str:
-    """Why a record is not read."""
-    return f"longer than {RECORD_BYTES:,} bytes; split it, or give it as a file of plain text"
+    """Return why a record is too long to be read."""
+    return f"longer than {RECORD_BYTES:,} bytes; split it, or provide it as a file of plain text"
 
 
 def cut(text: str, begin: int = 0) -> int:
-    """Where the piece ends that begins at `begin`, of a text that goes on for more than PIECE_CHARACTERS from there.
+    """Return where the piece that starts at `begin` ends, in a text that is longer than `PIECE_CHARACTERS` from there.
 
-    Byte-level BPEs put a space with the word behind it. So tokens do not change where a piece ends between something
-    and a single space before a letter, and hardly so behind a line.
+    Byte-level BPEs join a space with the word behind it. So tokens do not change if a piece ends before a single space
+    that precedes a letter, and hardly change if it ends behind a line.
     """
     limit = begin + PIECE_CHARACTERS
     lowest = limit - PIECE_CHARACTERS // 16
@@ -111,41 +118,53 @@ def cut(text: str, begin: int = 0) -> int:
 
 
 def splits(path: str) -> Iterator[tuple[str, str]]:
-    """(first key, rest of the path), the longest key first, for keys may hold dots."""
+    """Yield (first key, rest of the path), the longest key first, as keys may contain dots."""
     yield path, ""
     for dot in reversed([*re.finditer(r"\.", path)]):
         yield path[: dot.start()], path[dot.end() :]
 
 
-def under(record: Any, path: str) -> Any:
-    """Raises KeyError where there is nothing."""
+def value_under(record: Any, path: str) -> Any:
+    """Return what is under a path of keys.
+
+    Raises:
+        KeyError: There is nothing.
+    """
     if not path:
         return record
     if isinstance(record, dict):
         for key, rest in splits(path):
             if key in record:
-                return under(record[key], rest)
+                return value_under(record[key], rest)
     elif isinstance(record, list):
         index, _, rest = path.partition(".")
         if index.isdecimal() and len(index) < 10 and int(index) < len(record):
-            return under(record[int(index)], rest)
+            return value_under(record[int(index)], rest)
     raise KeyError(path)
 
 
-def listed(names: Iterable[str]) -> str:
-    """The first twenty names, for a message."""
-    names = [one_line(name)[:80] for name in islice(names, 21)]
+def no_column(text_field: str, columns: Iterable[str]) -> str:
+    """Return what to say of a table without the column `text_field`."""
+    return (
+        f'no column "{one_line(text_field, _NAME_CHARACTERS)}"; set data.text_field to one of {_listed(columns)}, or '
+        "remove the file from data.source"
+    )
+
+
+def _listed(names: Iterable[str]) -> str:
+    """The first twenty names."""
+    names = [one_line(name, 80) for name in islice(names, 21)]
     return ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
 
 
 def _keys(record: Any) -> str:
     if not isinstance(record, dict):
-        return f"its keys: none, it is {_kind(record)}"
+        return f"it has no keys, it is {_type_of(record)}"
     nested = (f"{key}.{inner}" for key, value in record.items() if isinstance(value, dict) for inner in value)
-    return f"its keys: {listed(chain(record, nested))}"
+    return f"its keys: {_listed(chain(record, nested))}"
 
 
-def _kind(value: Any) -> str:
+def _type_of(value: Any) -> str:
     if value is None:
         return "null"
     if isinstance(value, list):

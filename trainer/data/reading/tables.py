@@ -1,4 +1,4 @@
-"""The records of Parquet and Arrow files. As in `readers`, a reader goes on from a position that it has given."""
+"""The records of Parquet and Arrow files."""
 
 from __future__ import annotations
 
@@ -9,11 +9,21 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.common.errors import UserError
-from trainer.data.reading.content import identity
-from trainer.data.reading.readers import Found
-from trainer.data.reading.records import RECORD_BYTES, Bad, Position, checked, listed, not_text, splits, too_long, under
-from trainer.data.reading.sources import one_line, shown
+from trainer.common.errors import UserError, one_line
+from trainer.data.reading.content import file_stamp
+from trainer.data.reading.records import (
+    RECORD_BYTES,
+    Bad,
+    Found,
+    Position,
+    checked_text,
+    no_column,
+    not_text,
+    splits,
+    too_long,
+    value_under,
+)
+from trainer.data.reading.sources import shown
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -27,10 +37,10 @@ class _Column:
     """Where a table has its texts.
 
     Attributes:
-        top: the column's name.
-        index: of the column.
-        rest: the way to the text in what the column holds; "" if it holds texts.
-        read: what pyarrow reads of a Parquet file, which may be one field of a struct.
+        top: The column's name.
+        index: The column's number.
+        rest: The path to the text within the column; "" if the column holds texts.
+        read: What pyarrow reads from a Parquet file, which may be one field of a struct.
     """
 
     top: str
@@ -40,12 +50,16 @@ class _Column:
 
 
 def read_parquet(path: Path, text_field: str, at: Position | None) -> Found:
-    """Rows of a Parquet file. A position counts the rows."""
+    """Read the rows of a Parquet file. A position counts rows."""
     import pyarrow.parquet as pq
 
     (done,) = at or [0]
     row = 0
-    with path.open("rb") as opened, _faults(path, "parquet"), pq.ParquetFile(opened, buffer_size=1 << 20) as file:
+    with (
+        path.open("rb") as opened,
+        _reported_errors(path, "parquet"),
+        pq.ParquetFile(opened, buffer_size=1 << 20) as file,
+    ):
         column = _column(file.schema_arrow, text_field, path)
         for group in range(file.num_row_groups):
             facts = file.metadata.row_group(group)
@@ -62,17 +76,21 @@ def read_parquet(path: Path, text_field: str, at: Position | None) -> Found:
 
 
 def read_arrow(path: Path, text_field: str, at: Position | None) -> Found:
-    """Rows of an Arrow file, or of an Arrow stream, which is what `datasets` writes.
+    """Read the rows of an Arrow file, or of an Arrow stream, which is what `datasets` writes.
 
-    A position is the batch, rows of it, and rows before it. The file is mapped into memory, as a batch may be as large
+    A position is the batch, rows in it, and rows before it. The file is mapped into memory, as a batch may be as large
     as the file.
     """
     import pyarrow as pa
 
-    before = identity(path)
+    before = file_stamp(path)
     first, done, row = at or [0, 0, 0]
-    # Opened by us, for pyarrow refuses paths that are not UTF-8.
-    with path.open("rb") as opened, _faults(path, "arrow"), pa.memory_map(f"/dev/fd/{opened.fileno()}") as source:
+    # We open the file, because pyarrow refuses paths that are not UTF-8.
+    with (
+        path.open("rb") as opened,
+        _reported_errors(path, "arrow"),
+        pa.memory_map(f"/dev/fd/{opened.fileno()}") as source,
+    ):
         is_file = source.read(6) == b"ARROW1"
         source.seek(0)
         reader = (pa.ipc.open_file if is_file else pa.ipc.open_stream)(source)
@@ -85,7 +103,7 @@ def read_arrow(path: Path, text_field: str, at: Position | None) -> Found:
             array = batch.column(column.index)
             array.validate()
             for begin in range(done, len(array), _BATCH_ROWS):
-                if identity(path) != before:  # to read behind the end of a mapped file kills the process
+                if file_stamp(path) != before:  # reading behind the end of a mapped file kills the process
                     raise UserError(f"{shown(path)}: has changed while it was read; start again when it is complete")
                 texts = _texts(array.slice(begin, _BATCH_ROWS), column.rest, text_field, row + begin)
                 for done_in_batch, found in enumerate(texts, start=begin + 1):
@@ -95,8 +113,8 @@ def read_arrow(path: Path, text_field: str, at: Position | None) -> Found:
 
 
 @contextmanager
-def _faults(path: Path, kind: str) -> Iterator[None]:
-    """Tells what pyarrow finds wrong with a file in one line."""
+def _reported_errors(path: Path, kind: str) -> Iterator[None]:
+    """Report what pyarrow finds wrong with a file in one line."""
     import pyarrow as pa
 
     try:
@@ -104,11 +122,12 @@ def _faults(path: Path, kind: str) -> Iterator[None]:
     except (pa.ArrowException, OSError, ValueError, MemoryError, OverflowError) as error:
         if isinstance(error, OSError) and error.errno:
             raise
-        raise UserError(f"{shown(path)}: damaged or not a .{kind} file ({one_line(error)}); fetch it again") from error
+        reason = one_line(error, 300)
+        raise UserError(f"{shown(path)}: damaged, or not a .{kind} file ({reason}); fetch it again") from error
 
 
 def _column(schema: pa.Schema, text_field: str, path: Path) -> _Column:
-    """Raises UserError where there is no column of that name, or it holds no text."""
+    """Find the column of the texts, or raise a UserError."""
     import pyarrow as pa
 
     top, rest = next(((top, rest) for top, rest in splits(text_field) if top in schema.names), ("", text_field))
@@ -124,10 +143,7 @@ def _column(schema: pa.Schema, text_field: str, path: Path) -> _Column:
             return _Column(top, index, rest, top)
     structs = [field for field in schema if pa.types.is_struct(field.type)]
     nested = [f"{field.name}.{inner.name}" for field in structs for inner in field.type]
-    raise UserError(
-        f'{shown(path)}: no column "{one_line(text_field)}"; '
-        f"set data.text_field to one of {listed(schema.names + nested)}, or leave the file out"
-    )
+    raise UserError(f"{shown(path)}: {no_column(text_field, schema.names + nested)}")
 
 
 def _inner(kind: pa.DataType, path: str) -> tuple[pa.DataType, str]:
@@ -153,13 +169,18 @@ def _is_text(kind: pa.DataType) -> bool:
 
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
-    strings = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
-    binaries = pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
-    return bool(strings or binaries or pa.types.is_null(kind))
+    return kind in {*_binary_types(), *_binary_types().values(), pa.null()}
+
+
+def _binary_types() -> dict[pa.DataType, pa.DataType]:
+    """The types of texts, each with the type of the same bytes."""
+    import pyarrow as pa
+
+    return {pa.string(): pa.binary(), pa.large_string(): pa.large_binary(), pa.string_view(): pa.binary_view()}
 
 
 def _texts(array: pa.Array, rest: str, text_field: str, row: int) -> Iterator[str | Bad]:
-    """The texts of a part of a column, whose first row is row + 1 of the file."""
+    """Yield the texts of a part of a column that begins behind row `row` of the file."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -172,20 +193,19 @@ def _texts(array: pa.Array, rest: str, text_field: str, row: int) -> Iterator[st
     if rest:
         for number, value in enumerate(array, start=row + 1):
             try:
-                found = under(value.as_py(), rest)
+                found = value_under(value.as_py(), rest)
             except KeyError:
                 found = None
-            yield checked(found, text_field, f"row {number}")
+            yield checked_text(found, text_field, f"row {number}")
         return
     if pa.types.is_dictionary(array.type):
         array = array.dictionary_decode()
-    # As bytes, for pyarrow raises for the whole of an array where one text is not UTF-8.
-    as_bytes = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary(), pa.string_view(): pa.binary_view()}
-    array = array.cast(as_bytes.get(array.type, array.type))
+    # As bytes, because pyarrow raises an error for the whole array if one text is not UTF-8.
+    array = array.cast(_binary_types().get(array.type, array.type))
     array.validate(full=True)
     for number, value in enumerate(array, start=row + 1):
         where = f"row {number}"
         if value.is_valid and value.as_buffer().size > RECORD_BYTES:
             yield Bad(where, too_long())
         else:
-            yield checked(value.as_py(), text_field, where)
+            yield checked_text(value.as_py(), text_field, where)

@@ -1,9 +1,8 @@
-"""Prepared data, as a run reads it: folders of packed sequences, one a source, mixed by weight."""
+"""Prepared data as a run reads them: one folder of packed sequences for each source, mixed by weight."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,8 +29,9 @@ class BadRecords:
     """Records that were skipped.
 
     Attributes:
-        records: read, good or bad.
-        first: what was wrong with the first ones.
+        count: The number of bad records.
+        records: The number of records that were read, good or bad.
+        first: What was wrong with the first ones.
     """
 
     count: int
@@ -44,8 +44,11 @@ class PreparedSource:
     """A finished folder: the packed text of one source.
 
     Attributes:
-        tokenizer_vocab: entries that the model needs for the tokenizer.
-        end_of_document: the token that ends a document.
+        path: The folder.
+        tokenizer_vocab: The number of entries that the model needs for the tokenizer.
+        end_of_document: The token that ends a document.
+        bad_records: Records that were skipped.
+        train, validation, test: What each split holds.
     """
 
     path: Path
@@ -58,24 +61,24 @@ class PreparedSource:
 
     @property
     def identity(self) -> str:
-        """Of what the model reads, wherever it lies and whenever it was made: the tokenizer and the splits' facts."""
+        """A hash of the tokenizer and the splits' facts, independent of where and when the folder was made."""
         facts = {split: asdict(self.facts(split)) for split in SPLITS}
         text = self.tokenizer().to_str() + dumps(facts, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def facts(self, split: str) -> SplitFacts:
-        """Of one of SPLITS."""
+        """Return what one of `SPLITS` holds."""
         facts: SplitFacts = getattr(self, split)
         return facts
 
     def dataset(self, split: str) -> Dataset:
-        """One of SPLITS, memory-mapped: a column `tokens`, rows of seq_len + 1 ids."""
+        """Return one of `SPLITS`, memory-mapped: a column `tokens` with rows of seq_len + 1 ids."""
         from datasets import Dataset
 
         return Dataset.from_file(str(self.path / f"{split}.arrow"))
 
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer that its text was tokenised with."""
+        """Return the tokenizer that produced the tokens."""
         return load_tokenizer(str(self.path))
 
 
@@ -83,20 +86,20 @@ def open_prepared(path: Path) -> PreparedSource:
     """Open a finished folder.
 
     Raises:
-        UserError: a file is missing, or not as it was made.
+        UserError: A file is missing or damaged.
     """
     try:
         facts = loads((path / FACTS_FILE).read_text())
         for name, size in facts["files"].items():
             if (path / name).stat().st_size != size:
-                raise ValueError(f"{name} does not have its {size:,} bytes")
+                raise ValueError(f"{name} should have {size:,} bytes")
         splits = {split: SplitFacts(**facts["splits"][split]) for split in SPLITS}
         bad = BadRecords(facts["bad_records"]["count"], facts["records"], tuple(facts["bad_records"]["first"]))
         return PreparedSource(path, facts["tokenizer_vocab"], facts["end_of_document"], bad, **splits)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        what = error if isinstance(error, OSError | ValueError) else f"{FACTS_FILE} is not what was written"
+        what = error if isinstance(error, OSError | ValueError) else f"{FACTS_FILE} has unexpected content"
         raise UserError(
-            f"{path}: prepared data that are damaged ({what}); delete this folder, and it will be made again"
+            f"{path}: these prepared data are damaged ({what}); delete the folder, and they will be made again"
         ) from error
 
 
@@ -105,8 +108,8 @@ class PreparedData:
     """All data of a run.
 
     Attributes:
-        training: the sources, with the share of each in what is trained on; shares add up to 1.
-        held_out: the same for validation: the validation splits of the sources, or of text that is held out as a whole.
+        training: The sources, each with its share of the training sequences; shares add up to 1.
+        held_out: The same for validation: the validation splits of these sources, or held-out text of its own.
     """
 
     training: tuple[tuple[PreparedSource, float], ...]
@@ -114,7 +117,7 @@ class PreparedData:
 
     @property
     def identity(self) -> str:
-        """Of what the model reads, in which proportion."""
+        """A hash of what the model reads, and in which proportion."""
         (first, _), *more = self.training
         if not more and self.held_out == self.training:
             return first.identity
@@ -122,22 +125,22 @@ class PreparedData:
         return hashlib.sha256(dumps(shares).encode()).hexdigest()[:16]
 
     def sources(self, split: str) -> tuple[tuple[PreparedSource, float], ...]:
-        """The sources of training ("train") or validation, and their shares."""
+        """Return the sources, with their shares, of "train" or "validation"."""
         return self.training if split == "train" else self.held_out
 
     def stream(self, split: str, seed: int | None) -> SequenceStream:
-        """The sequences of training or validation; see `SequenceStream`."""
+        """Return the sequences of "train" or "validation"; see `SequenceStream`."""
         from trainer.data.batches import SequenceStream
 
         sources = self.sources(split)
         return SequenceStream([source.dataset(split) for source, _ in sources], seed, [share for _, share in sources])
 
     def files(self, split: str) -> str:
-        """Where the sequences of training or validation are, for a message."""
+        """Return the paths of the sequences of "train" or "validation", for a message."""
         return ", ".join(str(source.path / f"{split}.arrow") for source, _ in self.sources(split))
 
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer of all sources."""
+        """Return the tokenizer of all sources."""
         return self.training[0][0].tokenizer()
 
     @property
@@ -148,7 +151,7 @@ class PreparedData:
         return end
 
     def to_json(self) -> dict[str, Any]:
-        """All that is known of it, as JSON has it."""
+        """Return all facts as a tree for JSON."""
         return {
             part: [asdict(source) | {"path": str(source.path), "share": share} for source, share in sources]
             for part, sources in (("training", self.training), ("held_out", self.held_out))
@@ -156,7 +159,7 @@ class PreparedData:
 
     @property
     def unigram_entropy(self) -> float:
-        """Of the training tokens, nats: the loss of knowing nothing but how frequent each token is."""
+        """Entropy of the training tokens in nats: the loss of a model that knows only how frequent each token is."""
         import numpy as np
 
         if len(self.training) == 1:
@@ -167,13 +170,13 @@ class PreparedData:
 
     @property
     def bytes_per_token(self) -> float:
-        """Mean bytes of UTF-8 text that a token of the held-out text stands for."""
+        """The mean number of UTF-8 bytes that a token of the held-out text stands for."""
         facts = [(source.validation, share) for source, share in self.held_out]
         return sum(share * f.bytes / f.tokens for f, share in facts)
 
 
 def describe(data: PreparedData) -> str:
-    """What is there, for people: the folders, and the size of each split."""
+    """Return the folders and the size of each split, for people to read."""
     lines = []
     for source, share in dict.fromkeys((*data.training, *data.held_out)):
         lines.append(
@@ -187,9 +190,3 @@ def describe(data: PreparedData) -> str:
                 counts = f"{facts.documents:,} documents, {facts.tokens:,} tokens, {facts.sequences:,} sequences"
                 lines.append(f"{split:<12}{counts}, unigram entropy {facts.unigram_entropy:.4f} nats")
     return "\n".join(lines)
-
-
-def shares(weights: Sequence[float]) -> list[float]:
-    """Weights that add up to 1."""
-    total = sum(weights)
-    return [weight / total for weight in weights]

@@ -1,7 +1,7 @@
-"""Writes the files of a prepared folder, or goes on with one that was begun.
+"""Builds the prepared folder of one source, or resumes a build that was interrupted.
 
-Every `COMMIT_TOKENS` tokens the files so far are brought to the disk with the position in the source. Memory holds a
-batch of pieces of documents, whatever the documents are.
+Every `COMMIT_TOKENS` tokens the files are flushed to the disk together with the position in the source. Memory holds a
+few batches of pieces of documents, however long the documents are.
 """
 
 from __future__ import annotations
@@ -16,29 +16,32 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from zipfile import BadZipFile
 
-from trainer.common.atomic import write_whole
+from trainer.common.atomic import atomic_write
 from trainer.common.errors import UserError
 from trainer.common.strict_json import dumps, loads
+from trainer.data.cache import PROGRESS_FILE
 from trainer.data.encoding import Encoder
 from trainer.data.packing import SplitWriter
-from trainer.data.prepared import COUNTS_FILE, FACTS_FILE, TOKENIZER_FILE
+from trainer.data.prepared_data import COUNTS_FILE, FACTS_FILE, TOKENIZER_FILE
 from trainer.data.reading.documents import Documents
-from trainer.data.reading.sources import skipped_files
-from trainer.data.settings import DataSettings, limited, pieces, readable
+from trainer.data.reading.sources import find_files
+from trainer.data.settings import SourceSettings, limited
 from trainer.data.splitting import SPLITS, Passage, Splitter, choose_splitter
 from trainer.data.tokenizer import end_of_document_id, load_tokenizer, vocabulary
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-BATCH_CHARACTERS = 2_000_000  # tokenised at once, over all cores
-COMMIT_TOKENS = 1 << 26  # between two positions from which preparation can go on
-PROGRESS_FILE = "progress.npz"
+BATCH_CHARACTERS = 2_000_000
+"""Characters that are tokenized at once, over all cores."""
+
+COMMIT_TOKENS = 1 << 26
+"""Tokens between two positions from which a build can resume."""
 
 
 @dataclass(frozen=True)
 class _Batch:
-    """Passages to tokenise at once, and the position behind them."""
+    """Passages to tokenize at once, and the position behind them."""
 
     passages: list[Passage]
     documents: int
@@ -46,22 +49,32 @@ class _Batch:
     splitter: dict[str, Any]
 
 
-class Preparation:
-    """Writes the files of a prepared folder, or goes on with one that was begun."""
+class SourceBuilder:
+    """Builds the prepared folder of one source.
 
-    def __init__(self, settings: DataSettings, folder: Path, progress: bool):
+    Args:
+        settings: The source, and how to prepare it.
+        folder: The folder to fill; it may hold what an interrupted build has committed.
+        progress: Whether to show bars and notes on stderr.
+    """
+
+    def __init__(self, settings: SourceSettings, folder: Path, progress: bool):
         self.settings, self.folder, self.progress = settings, folder, progress
-        # What max_tokens limits: what is trained on, or held-out text of its own.
-        self._main = next(split for split, part in zip(SPLITS, settings.split, strict=True) if part)
+        self._parts = dict(zip(SPLITS, settings.split, strict=True))
+        # What max_tokens limits: the text that is trained on, or held-out text of its own.
+        self._main = next(split for split, part in self._parts.items() if part)
 
     def run(self) -> None:
-        """Read, tokenise and pack everything."""
+        """Read, tokenize and pack everything.
+
+        Raises:
+            UserError: See `trainer.data.prepare.prepare_source`.
+        """
         settings, folder = self.settings, self.folder
-        tokenizer = _load(settings)
-        if self.progress and (left_out := skipped_files(settings.source)):
-            print(left_out, file=sys.stderr)
+        tokenizer = _load_tokenizer(settings)
+        if skipped := find_files(settings.source).skipped_line(settings.source):
+            self._note(skipped)
         end_id = end_of_document_id(tokenizer)
-        end = str(tokenizer.id_to_token(end_id))
         (folder / TOKENIZER_FILE).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
         saved = self._saved()
         reader = saved["reader"] if saved else None
@@ -74,20 +87,25 @@ class Preparation:
                 writer = SplitWriter(folder / f"{split}.arrow", settings.seq_len, settings.vocab, state)
                 stack.callback(writer.abandon)
                 self._writers[split] = writer
-            self._tokenise(tokenizer, end_id)
+            self._tokenize(tokenizer, end_id)
             splits = {split: writer.close() for split, writer in self._writers.items()}
         self._check(splits)
-        self._write_facts(tokenizer, end, splits)
+        self._write_facts(tokenizer, end_id, splits)
+
+    def _note(self, line: str) -> None:
+        if self.progress:
+            print(line, file=sys.stderr)
 
     def _choose_splitter(self) -> Splitter:
         from tqdm import tqdm
 
-        # Long only where a few documents are very long.
-        what = f"measuring {readable(self.settings.source)}"
-        looked_at = tqdm(pieces(self.settings), what, unit=" pieces", delay=2, leave=False, disable=not self.progress)
-        return choose_splitter(looked_at, self.settings.split)
+        # This takes long only if a few documents are very long.
+        what = f"measuring {self.settings.short_name}"
+        pieces = self.settings.pieces()
+        bar = tqdm(pieces, what, unit=" pieces", delay=2, leave=False, disable=not self.progress)
+        return choose_splitter(bar, self.settings.split)
 
-    def _tokenise(self, tokenizer: Tokenizer, end_id: int) -> None:
+    def _tokenize(self, tokenizer: Tokenizer, end_id: int) -> None:
         import numpy as np
         from tqdm import tqdm
 
@@ -97,29 +115,29 @@ class Preparation:
         begin = time.monotonic()
         with (
             tqdm(
-                desc=f"tokenising {readable(self.settings.source)}",
+                desc=f"tokenizing {self.settings.short_name}",
                 unit=" documents",
                 total=self.settings.max_documents,
                 initial=self._splitter.documents,
                 disable=not self.progress,
             ) as bar,
-            closing(_ahead(self._batches())) as batches,
+            closing(_read_ahead(self._batches())) as batches,
         ):
             for batch in batches:
                 wanted = [passage for passage in batch.passages if self._room(passage.split) > 0]
                 for passage, ids in zip(wanted, encoder.encode([passage.text for passage in wanted]), strict=True):
-                    if not self._enough():
+                    if not self._has_enough():
                         self._add(passage, ids, end_1)
                 tokens = self._tokens()
                 bar.set_postfix_str(f"{(tokens - begun) / (time.monotonic() - begin):,.0f} tokens/s", refresh=False)
                 bar.update(batch.documents)
-                if self._enough():
+                if self._has_enough():
                     break
                 if tokens - committed >= COMMIT_TOKENS:
                     self._commit(batch)
                     committed = tokens
-        if self.progress and encoder.slow_because:
-            print(f"tokenised slowly: fastokens is not used ({encoder.slow_because})", file=sys.stderr)
+        if encoder.slow_because:
+            self._note(f"tokenized slowly, because fastokens was not used ({encoder.slow_because})")
 
     def _add(self, passage: Passage, ids: Any, end_1: Any) -> None:
         import numpy as np
@@ -133,17 +151,16 @@ class Preparation:
                 size = size * room // len(ids)
             self._writers[passage.split].add(ids[:room], size, passage.ends_document)
 
-    def _enough(self) -> bool:
-        """Whether nothing more is to be read; of a text that is split by size, what is held out comes later."""
+    def _has_enough(self) -> bool:
+        """Whether nothing more has to be read; in text that is split by size, the held-out part comes at the end."""
         return self._splitter.size is None and self._room(self._main) <= 0
 
     def _room(self, split: str) -> int:
-        """Tokens that a split still takes."""
+        """The number of tokens that a split still takes."""
         limit = self.settings.max_tokens
         if limit is None or (split != self._main and self._splitter.size is None):
             return sys.maxsize
-        parts = dict(zip(SPLITS, self.settings.split, strict=True))
-        return -(-limit * parts[split] // parts[self._main]) - self._writers[split].tokens
+        return -(-limit * self._parts[split] // self._parts[self._main]) - self._writers[split].tokens
 
     def _tokens(self) -> int:
         return sum(writer.tokens for writer in self._writers.values())
@@ -166,7 +183,7 @@ class Preparation:
             yield batch()
 
     def _commit(self, batch: _Batch) -> None:
-        """Bring everything so far to the disk, with the position from which to go on."""
+        """Flush everything so far to the disk, with the position from which to resume."""
         import numpy as np
 
         arrays: dict[str, Any] = {
@@ -180,10 +197,10 @@ class Preparation:
             with path.open("wb") as file:
                 np.savez(file, position=position, **arrays)
 
-        write_whole(self.folder / PROGRESS_FILE, write)
+        atomic_write(self.folder / PROGRESS_FILE, write)
 
     def _saved(self) -> dict[str, Any] | None:
-        """What `_commit` has left; None if there is nothing from which to go on."""
+        """What `_commit` has saved, or None if there is nothing to resume from."""
         import numpy as np
 
         path = self.folder / PROGRESS_FILE
@@ -195,33 +212,32 @@ class Preparation:
                 saved["writers"] = {
                     split: {name: arrays[f"{split}/{name}"] for name in SplitWriter.SAVED} for split in SPLITS
                 }
-            whole = all(SplitWriter.holds(self.folder / f"{split}.arrow", saved["writers"][split]) for split in SPLITS)
+            intact = all(SplitWriter.holds(self.folder / f"{split}.arrow", saved["writers"][split]) for split in SPLITS)
         except (OSError, ValueError, KeyError, EOFError, BadZipFile):
-            whole = False
-        if self.progress:
-            how = "going on with" if whole else "beginning again, for what was left is damaged:"
-            print(f"{how} the preparation in {self.folder}", file=sys.stderr)
-        if not whole:
+            intact = False
+        if not intact:
+            self._note(f"starting the preparation in {self.folder} again, because its files are damaged")
             path.unlink()
             return None
+        self._note(f"resuming the preparation in {self.folder}")
         return saved
 
     def _check(self, splits: dict[str, Any]) -> None:
         settings = self.settings
-        for split, part in zip(SPLITS[:2], settings.split[:2], strict=True):
-            if part and splits[split].sequences == 0:
+        for split in SPLITS[:2]:
+            if self._parts[split] and splits[split].sequences == 0:
                 how = "by size" if self._splitter.size is not None else "by document"
                 raise UserError(
-                    f"data.source {settings.source}: no full sequence for the {split} split ({splits[split].documents} "
-                    f"of {self._splitter.documents} documents, {splits[split].tokens} tokens, split {how} as "
-                    f"{':'.join(map(str, settings.split))}, and a sequence needs {settings.seq_len + 1}); give more "
-                    "text, a shorter model.seq_len or another data.split"
+                    f"data.source {settings.source}: the {split} split has less text than one sequence, "
+                    f"{splits[split].tokens} of {settings.seq_len + 1} tokens (it got {splits[split].documents} of "
+                    f"{self._splitter.documents} documents, split {how} as {':'.join(map(str, settings.split))}); "
+                    "provide more text, a shorter model.seq_len or another data.split"
                 )
 
-    def _write_facts(self, tokenizer: Tokenizer, end: str, splits: dict[str, Any]) -> None:
+    def _write_facts(self, tokenizer: Tokenizer, end_id: int, splits: dict[str, Any]) -> None:
         import numpy as np
 
-        documents = self._documents
+        documents, end = self._documents, str(tokenizer.id_to_token(end_id))
         facts = {
             "settings": asdict(self.settings),
             "tokenizer_vocab": vocabulary(tokenizer),
@@ -231,34 +247,29 @@ class Preparation:
             "bad_records": {"count": documents.bad_records, "first": documents.first_bad},
             "splits": {split: asdict(facts) for split, facts in splits.items()},
         }
-        with (self.folder / COUNTS_FILE).open("wb") as file:
-            np.save(file, self._writers["train"].counts_V)
+        np.save(self.folder / COUNTS_FILE, self._writers["train"].counts_V)
         made = (*(f"{split}.arrow" for split in SPLITS), COUNTS_FILE, TOKENIZER_FILE)
         facts["files"] = {name: (self.folder / name).stat().st_size for name in made}
         (self.folder / FACTS_FILE).write_text(dumps(facts, indent=1) + "\n")
-        if self.progress:
-            print(f"documents end with {end}", file=sys.stderr)
-            if documents.bad_records:
-                print(
-                    f"{documents.bad_records:,} of {documents.records:,} records were skipped: "
-                    f"{'; '.join(documents.first_bad)}",
-                    file=sys.stderr,
-                )
+        self._note(f"documents end with {end}")
+        if documents.bad_records:
+            what = f"{documents.bad_records:,} of {documents.records:,} records were skipped"
+            self._note(f"{what}: {'; '.join(documents.first_bad)}")
 
 
-def _load(settings: DataSettings) -> Tokenizer:
+def _load_tokenizer(settings: SourceSettings) -> Tokenizer:
     tokenizer = load_tokenizer(settings.tokenizer, settings.end_of_document)
     entries = vocabulary(tokenizer)
     if entries > settings.vocab:
         raise UserError(
-            f"data.tokenizer {settings.tokenizer}: its vocabulary of {entries} does not fit model.vocab = "
-            f"{settings.vocab}; set model.vocab to at least {entries} or name a smaller tokenizer"
+            f"data.tokenizer {settings.tokenizer}: its vocabulary of {entries} does not fit into model.vocab = "
+            f"{settings.vocab}; set model.vocab to at least {entries}, or choose a smaller tokenizer"
         )
     return tokenizer
 
 
-def _ahead(batches: Iterator[_Batch]) -> Generator[_Batch]:
-    """The same batches, each read by a thread while the one before is worked on."""
+def _read_ahead(batches: Iterator[_Batch]) -> Generator[_Batch]:
+    """Yield the same batches; a thread reads the next one while the caller works on the current one."""
     with ThreadPoolExecutor(1, "reader") as thread:
         coming = thread.submit(next, batches, None)
         while (batch := coming.result()) is not None:
