@@ -76,7 +76,6 @@ class Accuracy:
     def tables(self, model: str) -> list[Table]:
         title = f"{model}: accuracy drop in percentage points with random experts in one layer"
         by_task = f"{model}: accuracy drop in percentage points by task, mean over the layers"
-        overs = (f"over {OVER_LABELS[mean.over]}" for mean in self.means)
         tasks = new_table(
             by_task, "task", "examples", "learned", *(f"over {OVER_LABELS[mean.over]}" for mean in self.means)
         )
