@@ -136,6 +136,24 @@ def test_balanced_is_near_the_optimum(layers: int, experts: int, shards: int) ->
     assert sum(losses) / len(losses) < 0.005
 
 
+def test_no_swap_improves_what_balanced_has_found() -> None:
+    for seed in range(20):
+        load_LM = torch.randint(0, 10, (3, 8), generator=torch.Generator().manual_seed(seed))
+        order = balanced(load_LM, 4).order
+        found = objective(load_LM, Placement(order, 4))
+        for i, j in combinations(range(8), 2):
+            swapped = list(order)
+            swapped[i], swapped[j] = swapped[j], swapped[i]
+            assert objective(load_LM, Placement(tuple(swapped), 4)) >= found - 1e-9
+
+
+def test_the_greedy_start_regards_every_layer() -> None:
+    """Swaps alone, from contiguous shards or from shards of an even total, do not lead here."""
+    load_LM = torch.tensor([[0, 7, 5, 0, 3, 2], [6, 0, 4, 8, 8, 6]])
+    best = min(objective(load_LM, Placement(order, 3)) for order in partitions(tuple(range(6)), 2))
+    assert objective(load_LM, balanced(load_LM, 3)) == best
+
+
 def test_balanced_separates_what_a_layer_prefers() -> None:
     """Each layer sends all to two neighbours: contiguous shards work one at a time, apart they always work together."""
     load_LM = torch.zeros(4, 8, dtype=torch.int64)
