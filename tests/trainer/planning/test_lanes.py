@@ -1,13 +1,10 @@
-"""Costs, and the time that both roles compute in a step, by hand."""
+"""The time that both roles compute in a step, by hand."""
 
 from __future__ import annotations
-
-import pytest
 
 from pool.schedule_builder import Costs
 from tests.training import tiny
 from trainer.planning.lanes import accumulation_time, role_work
-from trainer.planning.schedule import nominal_costs
 
 COSTS = Costs(trunk_layer=2.0, head=3.0, pool_layer=5.0, slot=7.0, transfer=0.0)
 
@@ -27,14 +24,3 @@ def test_a_pool_rank_works_for_every_trunk_rank_that_it_serves() -> None:
     trunk, pool = role_work(recipe, COSTS, launches=10)
     assert trunk == 3 * 1 * (3 * 2.0 + 3.0)
     assert pool == 3 * 1 * 3 * 2 * 5.0 + 10 * 7.0
-
-
-def test_nominal_costs_in_flops_a_token() -> None:
-    """Of the tiny recipe: D 24, F 20, S 9, vocabulary 61, half as many heads for keys and values, 8 experts, top-2."""
-    costs = nominal_costs(tiny(parallel={"pool_ranks": 2}))
-    attention = 2 * (24 * 24 + 2 * 24 * 12 + 24 * 24) + 2 * 9 * 24
-    assert costs.trunk_layer == attention + 2 * 8 * 24
-    assert costs.head == 2 * 61 * 24
-    assert costs.pool_layer == 2 * (2 * 3 * 24 * 20) / 2, "half of the pool's experts are this shard's"
-    assert costs.slot == pytest.approx(0.4 * costs.pool_layer)
-    assert costs.transfer == pytest.approx(0.1 * costs.trunk_layer)

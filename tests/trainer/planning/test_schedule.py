@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.training import tiny
 from trainer.common.errors import UserError
 from trainer.config.recipe import load_recipe
 from trainer.planning.lanes import accumulation_time
@@ -13,11 +14,14 @@ from trainer.planning.schedule import ScheduleSpec, make_schedule, nominal_costs
 
 
 def test_nominal_costs_by_hand() -> None:
-    """At 182M: trunk layer 4.7 MFLOP and router 0.15, head 78.6, expert 14.2 over 4 shards."""
-    costs = nominal_costs(load_recipe("unipool-182m"))
-    assert costs.trunk_layer == pytest.approx(4.87e6, rel=0.01)
-    assert costs.head == pytest.approx(78.6e6, rel=0.01)
-    assert costs.pool_layer == pytest.approx(14.16e6 / 4, rel=0.01)
+    """Of the tiny recipe: D 24, F 20, S 9, vocabulary 61, half as many heads for keys and values, 8 experts, top-2."""
+    costs = nominal_costs(tiny(parallel={"pool_ranks": 2}))
+    attention = 2 * (24 * 24 + 2 * 24 * 12 + 24 * 24) + 2 * 9 * 24
+    assert costs.trunk_layer == attention + 2 * 8 * 24
+    assert costs.head == 2 * 61 * 24
+    assert costs.pool_layer == 2 * (2 * 3 * 24 * 20) / 2, "half of the pool's experts are this shard's"
+    assert costs.slot == pytest.approx(0.4 * costs.pool_layer)
+    assert costs.transfer == pytest.approx(0.1 * costs.trunk_layer)
 
 
 def test_schedules_have_every_request() -> None:
