@@ -113,12 +113,12 @@ def main(rounds: int, as_json: bool) -> None:
             name = plural(lanes, "lane") if lanes else "lock step"
             notes.append(
                 f"{precision}, {name}: {TOKENS / statistics.median(seconds[lanes]):,.0f} tokens/s, "
-                f"trunk works {1 - idle[0]:.0%} of the step, pool {1 - idle[1]:.0%}; speed over one lane: predicted from "
-                f"nominal costs {predicted[1] / predicted[lanes]:.2f}, measured "
+                f"trunk works {1 - idle[0]:.0%} of the step, pool {1 - idle[1]:.0%}; speed over one lane: predicted "
+                f"from nominal costs {predicted[1] / predicted[lanes]:.2f}, measured "
                 f"{statistics.median(ratios(seconds[1], seconds[lanes])):.2f}"
             )
     print_report(
-        f"Lanes over lock step, 1 trunk + 1 pool rank, {MICRO_BATCHES} micro-batches a step",
+        f"Lanes over lock step, 1 trunk + 1 pool rank, {MICRO_BATCHES} micro-batches per step",
         "python -m tests.benchmarks.overlap",
         results,
         notes,
