@@ -138,11 +138,7 @@ class Law:
 
 
 def factors_of(points: Sequence[Point]) -> tuple[dict[str, Floats], dict[str, str]]:
-    """Find the factors that vary.
-
-    Returns:
-        Values by factor, in the order of the points; and the factors that vary only with others, by those.
-    """
+    """Return the values of the factors that vary, point by point, and the factors that vary only with others."""
     wide = len({p.expert_parameters for p in points}) > 1
     candidates = {
         "pool parameters" if wide else "experts": [p.experts * (p.expert_parameters if wide else 1) for p in points],
@@ -165,11 +161,7 @@ def factors_of(points: Sequence[Point]) -> tuple[dict[str, Floats], dict[str, st
 
 
 def find_law(family: Family, replicates: int) -> Law:
-    """Fit the law of a family.
-
-    Args:
-        family: Points of one method.
-        replicates: Number of bootstrap replicates.
+    """Fit the law of a family, with a number of bootstrap replicates.
 
     Raises:
         UserError: There are too few sizes.
