@@ -29,12 +29,7 @@ def stacked(shares: Mapping[str, float], width: int) -> dict[str, int]:
 
 
 def column(level: float, height: int) -> str:
-    """Draw a vertical bar, one character per line from the top down.
-
-    Args:
-        level: Share of the lines that it fills, 0 to 1; an eighth of a line is always filled.
-        height: Number of lines.
-    """
+    """Draw a vertical bar, one character per line from the top; it fills a share of them, at least an eighth of one."""
     eighths = min(max(round(level * height * 8), 1), height * 8)
     return "".join(_EIGHTHS[min(max(eighths - 8 * line, 0), 8)] for line in range(height - 1, -1, -1))
 
@@ -66,15 +61,7 @@ def _means(values: Sequence[float], width: int) -> list[float]:
 
 @dataclass(frozen=True)
 class Grid:
-    """How bars of experts are arranged in rows.
-
-    Attributes:
-        merged: Experts that share a bar.
-        per_row: Bars in a row.
-        rows: Rows of bars.
-        width: Characters of a bar.
-        height: Text lines of a bar.
-    """
+    """How bars are arranged in rows: experts per bar, bars per row, rows, and the size of a bar in characters."""
 
     merged: int
     per_row: int
@@ -90,14 +77,7 @@ GROUP = 8
 def grid(experts: int, width: int, height: int, tallest: int = 4) -> Grid:
     """Arrange bars of experts so that they show as much as possible.
 
-    Rows have about the same number of bars, a multiple of GROUP. If there is no room for all, several experts share a
-    bar.
-
-    Args:
-        experts: Number of experts.
-        width: Characters in a line.
-        height: Lines that are free.
-        tallest: Largest height of a bar.
+    Rows have about equally many bars, a multiple of GROUP. If there is no room for all, several experts share one.
     """
     largest = max((width + 1) // (GROUP + 1), 1) * GROUP
     merged = 1

@@ -43,14 +43,7 @@ Numbers = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Curve:
-    """A line of a chart.
-
-    Attributes:
-        name: Its name in the legend.
-        steps: Steps of its values.
-        values: Its values; NaN where there is none.
-        points: Whether every value is marked.
-    """
+    """A line of a chart: values, or NaN, at steps; `points` marks each of them."""
 
     name: str
     steps: Numbers
@@ -63,8 +56,6 @@ class Chart:
     """Curves over the steps.
 
     Attributes:
-        title: Title on the page.
-        curves: Its lines.
         log: Use a logarithmic scale if the values are far apart.
         clip: Cut off the few highest values if they would flatten all others.
         lines: Horizontal lines by name.
@@ -146,12 +137,7 @@ def draw_shares(title: str, steps: Numbers, shares: Mapping[str, Numbers]) -> st
 
 
 def draw_load(load_LM: NDArray[np.int64], groups: int) -> str:
-    """Draw the heat map of layers and experts as an SVG element.
-
-    Args:
-        load_LM: Assignments of each layer to all experts of the pool, (L, M), also where a layer does not reach.
-        groups: Sub-pools across depth.
-    """
+    """Draw the heat map of assignments of all layers to all experts, (L, M), as an SVG element."""
     layers, experts = load_LM.shape
     size = experts // groups
     reached = [row[(layer * groups // layers) * size :][:size] for layer, row in enumerate(load_LM)]

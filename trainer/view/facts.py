@@ -72,45 +72,26 @@ def outcome(run: Path, records: Records) -> Facts:
 
 
 def model_facts(recipe: Recipe) -> Facts:
-    """Return the size of the model and how it routes."""
+    """Return the size of the model and who shares experts; the recipe itself is shown below them."""
     m, p = recipe.model, count_parameters(recipe)
     facts = [("parameters", count(p.total)), ("active per token", count(p.active))]
-    if m.ffn == "pool":
-        kind = (
-            "one pool, shared by all layers" if m.groups == 1 else f"{m.groups} groups of {m.layers // m.groups} layers"
-        )
-        balance = [
-            f"{name} {value:g}"
-            for name, value in (("pool", recipe.balance.pool), ("layer", recipe.balance.layer))
-            if value
-        ]
-        facts += [
-            ("in the trunk, in the pool", f"{count(p.trunk)}, {count(p.pool)}"),
-            ("experts", f"{recipe.pool.experts}: {kind}"),
-            ("router", f"{recipe.router.kind}, top-{recipe.router.top_k}"),
-            ("balance loss", ", ".join(balance) or "none"),
-        ]
-    else:
-        facts.append(("feed-forward", "dense"))
-    facts.append(("layers, hidden width, FFN width", f"{m.layers}, {m.hidden:,}, {m.ffn_hidden:,}"))
-    facts.append(("heads, key-value heads", f"{m.heads}, {m.kv_heads}"))
-    facts.append(("vocabulary, sequence", f"{m.vocab:,}, {m.seq_len:,} tokens"))
-    return facts
+    if m.ffn == "dense":
+        return [*facts, ("feed-forward", "dense")]
+    kind = "one pool, shared by all layers" if m.groups == 1 else f"{m.groups} groups of {m.layers // m.groups} layers"
+    return [
+        *facts,
+        ("in the trunk, in the pool", f"{count(p.trunk)}, {count(p.pool)}"),
+        ("experts", f"{recipe.pool.experts}: {kind}"),
+        ("router", f"{recipe.router.kind}, top-{recipe.router.top_k}"),
+    ]
 
 
 def training_facts(run: Path, recipe: Recipe) -> Facts:
-    """Return data, schedule and layout."""
-    t, p = recipe.train, recipe.parallel
-    layout = facts_of(recipe, run)
-    batch = f"{t.global_batch:,} sequences, {t.global_batch * recipe.model.seq_len:,} tokens"
+    """Return data, batch and layout."""
+    batch, p = recipe.train.global_batch, recipe.parallel
     facts = [
         ("data", source_names(recipe.data.source)),
-        ("tokenizer", recipe.data.tokenizer),
-        ("batch", batch),
-        ("learning rate", f"{t.lr:g} to {t.min_lr:g}, warm-up {t.warmup_fraction:.1%}"),
-        ("clipping norm, weight decay", f"{t.clip:g}, {t.weight_decay:g}"),
-        ("precision", t.precision),
-        ("seed", str(recipe.run.seed)),
+        ("batch", f"{batch:,} sequences, {batch * recipe.model.seq_len:,} tokens"),
     ]
     if recipe.grid.colocated:
         return [*facts, ("layout", f"{p.trunk_ranks} ranks, ZeRO {p.trunk_zero}")]
@@ -119,7 +100,7 @@ def training_facts(run: Path, recipe: Recipe) -> Facts:
         *facts,
         ("trunk ranks", f"{p.trunk_ranks}, ZeRO {p.trunk_zero}"),
         ("pool ranks", f"{p.pool_ranks}: {shards} shards x {p.pool_ranks // shards}, ZeRO {p.pool_zero}"),
-        ("lanes", layout["lanes"] or "unknown"),
+        ("lanes", facts_of(recipe, run)["lanes"] or "unknown"),
     ]
 
 

@@ -33,14 +33,7 @@ Samples = dict[str, list[tuple[dict[str, str], float]]]
 
 @dataclass(frozen=True)
 class Page:
-    """A rank's page at a moment.
-
-    Attributes:
-        url: Its address.
-        samples: Its samples; empty if it did not answer.
-        error: Why it did not answer; empty if it did.
-        seconds: Unix time at which it was asked.
-    """
+    """A rank's page at a moment, in Unix seconds; it has either samples or the reason why it did not answer."""
 
     url: str
     samples: Samples = field(default_factory=dict)

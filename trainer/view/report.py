@@ -31,14 +31,7 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
 def write_report(run: Path, out: Path | None = None) -> Path:
-    """Write the page of a run; the file appears whole or not at all.
-
-    Args:
-        run: Folder of the run.
-        out: File to write; by default report.html in the folder of the run.
-
-    Returns:
-        The path of the file.
+    """Write the page of a run, by default as report.html in its folder; the file appears whole or not at all.
 
     Raises:
         UserError: The folder is not that of a run, or the file cannot be written.

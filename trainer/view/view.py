@@ -43,14 +43,7 @@ _HISTORY = 10_000
 
 @dataclass(frozen=True)
 class RankUse:
-    """How one rank spent its time.
-
-    Attributes:
-        role: `trunk` or `pool`.
-        rank: Its number in the job.
-        shares: Shares of its time.
-        served: Assignments per step that a pool rank served; NaN if not known.
-    """
+    """How one rank spent its time, and the assignments per step that a pool rank served (NaN if not known)."""
 
     role: str
     rank: int

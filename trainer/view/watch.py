@@ -22,13 +22,7 @@ from trainer.view.view import Follower, View, recorded_view
 
 
 def watch(sources: Sequence[str], interval: float, once: bool, as_json: bool) -> None:
-    """Show a run until Ctrl-C, or one frame of it.
-
-    Args:
-        sources: Addresses of pages, or the folder of one run.
-        interval: Seconds between two looks.
-        once: Print one frame.
-        as_json: Print one JSON object.
+    """Show a run, given by its folder or by addresses of pages, until Ctrl-C, or once as a frame or as JSON.
 
     Raises:
         UserError: A source is neither, or nothing answers.
