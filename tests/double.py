@@ -1,4 +1,4 @@
-"""Double precision where the product says float32, so that a reference can be met to more digits than rounding leaves."""
+"""Double precision where the product says float32, for references that are met to more digits than float32 has."""
 
 from __future__ import annotations
 

@@ -137,7 +137,6 @@ def _train(
     else:
         assert placement
         role = PoolRank(recipe, job, make_schedule(recipe), placement)
-    engines = role.engines
     result: dict[str, Any] = {"scalars": [], "gradients": [], "val_loss": 0.0, "load_LM": None, "random_loss": 0.0}
     if saved:
         load_checkpoint(job, recipe, saved, role)

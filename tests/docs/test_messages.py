@@ -20,7 +20,7 @@ OUTPUT = [
     if not line.startswith("$ ")
 ]
 VALUE = re.compile(
-    r"\.\.\.|\. |[\d()/:;,%]+|\s{2,}|[^\x00-\x7f]+|\brank\b|\bstep(?=\b|_)"
+    r"\S*/\S*|\.\.\.|\. |[\d()/:;,%]+|\s{2,}|[^\x00-\x7f]+|\brank\b|\bstep(?=\b|_)"
     r"|(?:in|during) (?:the forward and backward of|start-up)|UNIPOOL_ROLE|SIG\w+|\bnan\b|the answer of|top-1 norm"
 )
 """What stands between the fixed words of an output: names, numbers, phases, bars."""

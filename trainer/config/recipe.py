@@ -121,8 +121,8 @@ def check_recipe(tree: dict[str, Any], settings: Sequence[tuple[str, Any]], what
             raise UserError(f"{what}: {key}: contains a control character or half of a surrogate pair; remove it")
         if redacted(text) != text:  # before any line shows a value
             raise UserError(
-                f"{what}: {key}: contains a credential, which recipe.yaml, checkpoints and logs would repeat; remove it "
-                "and set HF_TOKEN in the environment, or log in on the machine, to read private data from the hub"
+                f"{what}: {key}: contains a credential, which recipe.yaml, checkpoints and logs would repeat; remove "
+                "it and set HF_TOKEN in the environment, or log in on the machine, to read private data from the hub"
             )
     try:
         return Recipe.model_validate(tree)

@@ -1,0 +1,166 @@
+"""What the wire says of peers that are silent, and of peers that are gone."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pool.schedule import RequestKey
+from pool.topology import Topology
+from pool.wire import PoolWire, TrunkWire
+from tests.distributed import RankFailed, run_ranks
+from tests.pool.wire_job import LONG, STEP, D, barrier, connect, error_of, groups, my_rank, settings, train_plan
+
+SHORT = 2.0
+SETTLE = 0.5
+"""Time in which the end of a process becomes known on all its connections."""
+
+SILENCES = (
+    "trunk without a word",
+    "trunk without its tokens",
+    "trunk that takes no answer",
+    "pool without a word",
+    "pool without an answer",
+)
+
+
+class Mute:
+    """A lane that loses everything."""
+
+    def send(self, tensors: list[Tensor], peer: int, tag: int) -> Any:
+        return None
+
+    def recv(self, tensors: list[Tensor], peer: int, tag: int) -> None:
+        return None
+
+
+class NoReceives(Mute):
+    """A lane that sends and takes nothing."""
+
+    def __init__(self, lane: Any):
+        self._lane = lane
+
+    def send(self, tensors: list[Tensor], peer: int, tag: int) -> Any:
+        return self._lane.send(tensors, peer, tag)
+
+
+def answer_twice(pool: PoolWire, key: RequestKey) -> None:
+    """Whether the first answer came is known when the next message is due."""
+    ((rows_ND, counts),) = pool.receive([key], STEP)
+    pool.answer(key, STEP, rows_ND, counts)
+    pool.answer(key, STEP, rows_ND, counts)
+    pool.receive([key], STEP)
+
+
+def silence() -> dict[str, str]:
+    """What ranks 0 and 2 of 2+1 say of a silent rank 1 (a trunk) and a silent rank 2 (the pool).
+
+    Barriers see to it that a rank starts its short wait when all that it does get is there.
+    """
+    store, topology = connect(), Topology(2, 1, 1)
+    short, long = (settings(topology, torch.float32, seconds) for seconds in (SHORT, LONG))
+    keys = next(train_plan(2, lanes=1))
+    counts = torch.tensor([1, 0, 2, 0, 0, 0])
+    errors: dict[str, str] = {}
+    kept: list[Any] = []
+    for case in SILENCES:
+        host, lanes = groups(store, case, topology, lanes=1)
+        kept += [host, *lanes]
+        if my_rank() == 0:
+            kept.append(TrunkWire(short, host, lanes).request(keys[0], STEP, torch.ones(3, D), counts))
+        if my_rank() == 1 and case in ("trunk without its tokens", "trunk that takes no answer"):
+            lane = NoReceives(lanes[0]) if case == "trunk that takes no answer" else Mute()
+            kept.append(TrunkWire(short, host, [lane]).request(keys[1], STEP, torch.ones(3, D), counts))
+        if my_rank() == 2 and case == "pool without an answer":
+            PoolWire(long, host, lanes).receive(keys[:1], STEP)
+        barrier(store, f"start {case}")
+        if my_rank() == 0 and case.startswith("pool"):
+            errors[case] = error_of(kept[-1].wait)
+        if my_rank() == 2 and case.startswith("trunk"):
+            pool = PoolWire(short, host, lanes)
+            if case == "trunk that takes no answer":
+                errors[case] = error_of(partial(answer_twice, pool, keys[1]))
+            else:
+                errors[case] = error_of(partial(pool.receive, keys, STEP))
+        barrier(store, f"end {case}")
+    return errors
+
+
+def test_silent_peers() -> None:
+    trunk, _, pool = run_ranks(3, silence)
+    message = "FORWARD, lane 0, layer 0, micro-batch 0, step 7 ("
+    me, other = "rank 2 (pool 0, shard 0)", "rank 1 (trunk 1)"
+    assert pool["trunk without a word"].startswith(f"{me} could not get a header from {other} within 2 s: {message}")
+    assert pool["trunk without its tokens"].startswith(f"{me} could not get tokens from {other} within 2 s: {message}")
+    assert pool["trunk that takes no answer"].startswith(
+        f"{me} could not send an answer to {other} within 2 s: {message}"
+    )
+    me, other = "rank 0 (trunk 0)", "rank 2 (pool 0, shard 0)"
+    assert trunk["pool without a word"].startswith(f"{me} could not send a header to {other} within 2 s: {message}")
+    assert trunk["pool without an answer"].startswith(f"{me} could not get the answer of {other} within 2 s: {message}")
+
+
+def deaths(folder: str) -> None:
+    """1+2: shard 0 goes without a word, then the trunk rank; who is left writes down what it was told.
+
+    Each is told in its wait for a message under way, and when it starts the next one. Groups "next" are for the latter.
+    """
+
+    def tell(name: str, act: Callable[[], object]) -> None:
+        (Path(folder) / name).write_text(error_of(act))
+
+    store, topology = connect(), Topology(1, 2, 2)
+    ends = settings(topology, torch.float32, LONG)
+    host, lanes = groups(store, "first", topology, lanes=1)
+    next_host, next_lanes = groups(store, "next", topology, lanes=1)
+    first, second = (requests[0] for requests in list(train_plan(1, lanes=1))[:2])
+    barrier(store, "start")
+    if my_rank() == 0:
+        rows_ND, counts_M = torch.ones(4, D), torch.tensor([1, 0, 1, 0, 2, 0])
+        answer = TrunkWire(ends, host, lanes).request(first, STEP, rows_ND, counts_M)
+        store.set("requested", "")
+        tell("trunk waits", answer.wait)
+        time.sleep(SETTLE)
+        wire = TrunkWire(ends, next_host, next_lanes)
+        tell("trunk starts", lambda: wire.request(second, STEP, rows_ND, counts_M).wait())
+        store.wait(["received"])
+        time.sleep(SETTLE)
+        os._exit(0)
+    pool = PoolWire(ends, host, lanes)
+    ((rows_ND, counts),) = pool.receive([first], STEP)
+    if my_rank() == 1:
+        store.wait(["requested"])
+        os._exit(0)
+    store.set("received", "")
+    tell("pool waits", lambda: pool.receive([second], STEP))
+    time.sleep(SETTLE)
+    tell("pool starts", lambda: pool.receive([second], STEP))
+    tell("pool answers", lambda: pool.answer(first, STEP, rows_ND, counts))
+
+
+def test_peers_that_are_gone(tmp_path: Path) -> None:
+    """Nobody waits for the time limit (60 s here): a broken connection is an error at once, and it names the peer."""
+    with pytest.raises(RankFailed):
+        run_ranks(3, deaths, str(tmp_path))
+    told = {file.name: file.read_text() for file in tmp_path.iterdir()}
+    trunk, pool = "rank 0 (trunk 0)", "rank 2 (pool 1, shard 1)"
+    gone = "rank 1 (pool 0, shard 0)"
+    broke = "because the connection broke: FORWARD, lane 0"
+    wanted = {
+        "trunk waits": f"{trunk} could not get the answer of {gone} {broke}, layer 0, micro-batch 0, step 7 (",
+        "trunk starts": f"{trunk} could not send a header to {gone} {broke}, layer 1, micro-batch 0, step 7 (",
+        "pool waits": f"{pool} could not get a header from {trunk} {broke}, layer 1, micro-batch 0, step 7 (",
+        "pool starts": f"{pool} could not get a header from {trunk} {broke}, layer 1, micro-batch 0, step 7 (",
+        "pool answers": f"{pool} could not send an answer to {trunk} {broke}, layer 0, micro-batch 0, step 7 (",
+    }
+    assert told.keys() == wanted.keys()
+    for name, text in wanted.items():
+        assert told[name].startswith(text), told[name]

@@ -1,0 +1,59 @@
+"""Drivers of micro-batches, on micro-batches that are made up."""
+
+from __future__ import annotations
+
+import itertools
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+
+from pool.schedule import Kind
+from pool.wire import TrunkWire
+from tests.pool.shard_work import COUNTS, make_shard, make_work
+from tests.pool.test_weight_gradients import deferred_bytes_of
+from trainer.model import pool_client
+from trainer.model.micro_batch import Request
+from trainer.model.pool_client import LocalPool, MicroBatch, RemotePool
+
+
+def micro_batch(number: int, layers: int) -> MicroBatch[int]:
+    """Asks for so many layers, forward and backward; its value is its number."""
+    for kind in (Kind.FORWARD, Kind.BACKWARD):
+        for layer in range(layers):
+            work = make_work(COUNTS[0], layer)
+            rows_ND = work.x_ND if kind == Kind.FORWARD else work.dy_ND
+            answer_ND = yield Request(kind, number, layer, rows_ND, torch.tensor(work.counts))
+            assert answer_ND.shape == rows_ND.shape
+    return number
+
+
+@pytest.mark.parametrize("requests", [1, 2, 100])
+def test_deferred_work_of_a_local_pool_stays_within_its_limit(requests: int) -> None:
+    """At most the requests of one launch above it."""
+    one = deferred_bytes_of([make_work(COUNTS[0], 0)])
+    shard = make_shard(deferred_bytes=requests * one)
+    micro_batches, layers = 3, 2
+    found = LocalPool(shard).run((micro_batch(n, layers) for n in range(micro_batches)), (0,), 0)
+    assert found == [0, 1, 2]
+    assert shard.deferred_dw.peak_bytes == min(requests + 1, micro_batches * layers) * one
+
+
+class Echo:
+    """A wire whose answers are the requests."""
+
+    bytes_sent = bytes_received = 0
+
+    def request(self, key: Any, step: int, rows_ND: torch.Tensor, tokens_per_expert: torch.Tensor) -> Any:
+        return SimpleNamespace(wait=lambda: rows_ND)
+
+
+def test_values_come_in_the_order_of_the_micro_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though the second, which is shorter, ends first; and what is waited for is counted."""
+    clock = itertools.count()
+    monkeypatch.setattr(pool_client.time, "perf_counter", lambda: next(clock))
+    pool = RemotePool(cast(TrunkWire, Echo()), 0)
+    found = pool.run([micro_batch(0, 2), micro_batch(1, 1), micro_batch(2, 1)], (0, 1, 1, 1, 0, 1, 0, 1, 0, 1, 0), 0)
+    assert found == [0, 1, 2]
+    assert pool.seconds_waiting == pool.seconds_on_wire == 8, "one tick each"
