@@ -3,7 +3,7 @@
 In all supported models, a layer's router is a module that returns (..., topk_scores_TK, topk_expert_ids_TK), and its
 experts are a module that is called with these and keeps its weights as stacks. The families differ inside the router,
 so a hook on it can observe and replace the choice in all of them, and gate values stay what the family makes them.
-Shared experts, which process every token, are beside the router; they and layers with one FFN stay untouched.
+Shared experts, which process every token, are separate from the router; they and layers with one FFN stay untouched.
 
 Dimensions: T tokens, D hidden size, F expert width, K experts per token, E experts of a bank.
 """
