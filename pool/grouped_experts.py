@@ -1,4 +1,4 @@
-"""Experts by torch's grouped kernel: the back end of GPUs in bf16.
+"""Experts by torch's grouped matrix multiplication: the back end for GPUs in bf16.
 
 SwiGLU and its backward are one fused kernel each. Letters: N rows in expert-major order, D hidden, F expert width,
 e experts.
@@ -20,9 +20,11 @@ from pool.permute import merge_order
 
 
 class Hidden(NamedTuple):
-    """Of one request: where its rows are in the tensor [W1 x, W3 x] of those merged with it.
+    """What is kept of a request: its rows within the tensor [W1 x, W3 x] of all requests merged with it.
 
-    starts, counts: by expert, where its rows begin and how many they are.
+    Attributes:
+        h_N2F: the tensor of all merged requests.
+        starts, counts: by expert, where the request's rows start and how many there are.
     """
 
     h_N2F: Tensor
@@ -69,16 +71,16 @@ def backward(
 def add_weight_gradients(
     grad13_e2FD: Tensor,
     grad2_eDF: Tensor,
-    stash: Sequence[tuple[Tensor, Tensor, ForWeights, list[int]]],
+    work: Sequence[tuple[Tensor, Tensor, ForWeights, list[int]]],
     experts: slice,
 ) -> None:
     """See `loop_experts.add_weight_gradients`."""
     device = grad2_eDF.device
-    counts = [c[experts] for *_, c in stash]
+    counts = [c[experts] for *_, c in work]
     if not any(map(sum, counts)):
         return
-    # Rows are expert-major: those of adjacent experts are one piece of every batch.
-    starts = [sum(c[: experts.start]) for *_, c in stash]
+    # Rows are expert-major, so those of adjacent experts are one piece of every batch.
+    starts = [sum(c[: experts.start]) for *_, c in work]
     pieces = [slice(start, start + sum(mine)) for start, mine in zip(starts, counts, strict=True)]
     index_N = merge_order(counts).to(device)
     offsets_e = _offsets(counts, device)
@@ -89,23 +91,23 @@ def add_weight_gradients(
         return rows[0] if len(rows) == 1 else torch.cat(rows).index_select(0, index_N)
 
     pairs = (
-        (grad13_e2FD, [dh for _, _, (dh, _), _ in stash], [x for x, *_ in stash]),
-        (grad2_eDF, [dy for _, dy, *_ in stash], [act for _, _, (_, act), _ in stash]),
+        (grad13_e2FD, [dh for _, _, (dh, _), _ in work], [x for x, *_ in work]),
+        (grad2_eDF, [dy for _, dy, *_ in work], [act for _, _, (_, act), _ in work]),
     )
     for grad, dys, xs in pairs:
         product = F.grouped_mm(merged(dys).t(), merged(xs), offs=offsets_e)
-        # An expert without rows: the kernel may leave its part unwritten (pytorch issue 172439).
+        # The kernel may leave the part of an expert without rows unwritten (pytorch issue 172439).
         grad[experts] += product.masked_fill_(empty_e11, 0.0)
 
 
 def swiglu(h_N2F: Tensor) -> Tensor:
-    """silu(a) * b of h = [a, b]."""
+    """Return silu(a) * b of h = [a, b]."""
     a_NF, b_NF = h_N2F.chunk(2, dim=1)
     return F.silu(a_NF) * b_NF
 
 
 def swiglu_backward(h_N2F: Tensor, dact_NF: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradient dh_N2F of h, and swiglu(h) again."""
+    """Return the gradient dh_N2F of h, and swiglu(h) again."""
     a_NF, b_NF = h_N2F.chunk(2, dim=1)
     sigmoid_NF = torch.sigmoid(a_NF)
     silu_NF = a_NF * sigmoid_NF
@@ -114,33 +116,33 @@ def swiglu_backward(h_N2F: Tensor, dact_NF: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _fused(function: Callable[..., Any], x: Tensor) -> Callable[..., Any]:
-    """The function as one kernel on a GPU; as it is elsewhere, where tests run this back end."""
+    """Return the function compiled into one kernel on a GPU, or as it is on a CPU, where tests use this back end."""
     return _compiled(function) if x.is_cuda and len(x) else function
 
 
 @cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    # The compiler's cache holds pickles, and its default is a folder in /tmp that anyone may have made before.
+    # The compiler's cache holds pickles, and its default is a folder in /tmp that anyone may have created before.
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(home / "torchinductor"))
     return torch.compile(function, dynamic=True)
 
 
 def _offsets(batches: Sequence[list[int]], device: torch.device) -> Tensor:
-    """Where each expert's rows end."""
+    """Return where the rows of each expert end."""
     return torch.tensor(batches).sum(0).cumsum(0).to(device, torch.int32)
 
 
 def _product(x_NI: Tensor, w_eIO: Tensor, offsets_e: Tensor) -> Tensor:
-    """Rows of expert i times `w_eIO[i]`. Every row is an expert's: behind the last offset the kernel writes nothing."""
+    """Multiply the rows of expert i by `w_eIO[i]`. Every row must belong to an expert: others would stay unwritten."""
     if len(x_NI) == 0:
         return x_NI.new_empty(0, w_eIO.shape[2])
     return F.grouped_mm(x_NI, w_eIO, offs=offsets_e)
 
 
 def _joined(hidden: Sequence[Hidden]) -> Tensor:
-    """Rows of several requests in the order of `merge_order`."""
-    begins: dict[int, int] = {}  # where each tensor begins, once they lie one behind the other
+    """Concatenate the rows of several requests in the order of `merge_order`."""
+    begins: dict[int, int] = {}  # where each tensor starts, once they are concatenated
     tensors: list[Tensor] = []
     length = 0
     for part in hidden:

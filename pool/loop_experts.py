@@ -1,8 +1,8 @@
-"""Experts one after the other: the back end of CPUs, and of GPUs in fp32.
+"""Experts one after another: the back end for CPUs, and for GPUs in fp32.
 
-An expert's products and what lies between them are done together, while its rows are in the cache: over the whole
-batch at once each elementwise pass would go through memory. What is kept is kept expert by expert, in tensors small
-enough for the C library to use their memory again; larger ones come from the kernel, page by page, every time.
+An expert's products and the elementwise operations between them run together, while its rows are in the cache; over the
+whole batch each elementwise pass would go through memory. Tensors are kept per expert, because the C library reuses the
+memory of small tensors, whereas the kernel supplies that of large ones anew, page by page.
 
 Letters: N rows in expert-major order, n rows of one expert, D hidden, F expert width, e experts.
 """
@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Hidden = list[Tensor]
-"""Of one request: [W1 x, W3 x] of the rows of each expert, (n, 2F)."""
+"""What is kept of a request: [W1 x, W3 x] of the rows of each expert, (n, 2F)."""
 ForWeights = tuple[list[Tensor], list[Tensor]]
-"""dh (n, 2F) and the input of W2 (n, F), of each expert."""
+"""Of each expert, dh (n, 2F) and the input of W2 (n, F)."""
 
 _silu_backward = torch.ops.aten.silu_backward.grad_input
 
@@ -26,10 +26,11 @@ _silu_backward = torch.ops.aten.silu_backward.grad_input
 def forward(
     x_ND: Tensor, w13_e2FD: Tensor, w2_eDF: Tensor, batches: Sequence[list[int]]
 ) -> tuple[Tensor, list[Hidden]]:
-    """Outputs y_ND, and the hidden activations of every request.
+    """Return the outputs y_ND, and the hidden activations of every request.
 
     Args:
-        batches: tokens per expert of every request in the merged rows; within an expert they come in this order.
+        x_ND: merged rows of all requests, expert-major.
+        batches: tokens per expert of every request; within an expert the requests follow this order.
     """
     counts = _totals(batches)
     y_ND, act_nF = torch.empty_like(x_ND), x_ND.new_empty(max(counts), w2_eDF.shape[2])
@@ -54,10 +55,10 @@ def backward(
     w2_eDF: Tensor,
     batches: Sequence[list[int]],
 ) -> tuple[Tensor, ForWeights]:
-    """Gradients dx_ND of the tokens, and what the weights' gradients need besides x and dy.
+    """Return the gradients dx_ND of the tokens, and what the weights' gradients need besides x and dy.
 
     Args:
-        hidden: what the forwards of these requests gave; None computes it again.
+        hidden: what the forwards of these requests returned; None computes it again.
         batches: as in `forward`.
     """
     counts = _totals(batches)
@@ -83,15 +84,18 @@ def backward(
 def add_weight_gradients(
     grad13_e2FD: Tensor,
     grad2_eDF: Tensor,
-    stash: Sequence[tuple[Tensor, Tensor, ForWeights, list[int]]],
+    work: Sequence[tuple[Tensor, Tensor, ForWeights, list[int]]],
     experts: slice,
 ) -> None:
-    """Add the weight gradients of merged backwards (x_ND, dy_ND, what `backward` gave, tokens per expert), in place.
+    """Add weight gradients of some experts in place, expert by expert, so that its gradient stays in the cache.
 
-    Only of a part of the experts. One expert over all of them, while its gradient is in the cache: in fp32 without a
-    copy, otherwise as one product, which is rounded once.
+    In fp32 each backward is a product of its own, which avoids a copy; otherwise all are one product, rounded once.
+
+    Args:
+        work: of merged backwards: (x_ND, dy_ND, what `backward` returned, tokens per expert).
+        experts: for which to add them.
     """
-    parts = [(dh, x.split(counts), dy.split(counts), act) for x, dy, (dh, act), counts in stash]
+    parts = [(dh, x.split(counts), dy.split(counts), act) for x, dy, (dh, act), counts in work]
     for expert in range(len(grad13_e2FD))[experts]:
         grad13, grad2 = grad13_e2FD[expert], grad2_eDF[expert]
         mine = [[rows[expert] for rows in part] for part in parts if len(part[0][expert])]
@@ -112,7 +116,7 @@ def _totals(batches: Sequence[list[int]]) -> list[int]:
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
-    """An expert's rows of several requests: without a copy where they lie one behind the other already."""
+    """Concatenate an expert's rows of several requests, without a copy if they are adjacent in memory already."""
     first, end = parts[0], parts[0].storage_offset()
     storage = first.untyped_storage().data_ptr()
     for part in parts:

@@ -1,6 +1,6 @@
-"""Bringing tokens into expert-major order and back.
+"""Permuting tokens into expert-major order, and combining the experts' outputs.
 
-Letters: T tokens, K experts a token, D hidden, M experts in the pool, N = T * K assignments.
+Letters: T tokens, K experts per token, D hidden, M experts in the pool, N = T * K assignments.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ class Permutation:
     """The order in which the assignments of one layer travel.
 
     Attributes:
-        order_N: order_N[n] is the flat assignment (token * K + k) that stands at place n.
-        inverse_N: the place of each flat assignment.
-        tokens_per_expert_M: assignments of each expert, by its place in shard-major order (int64).
+        order_N: order_N[n] is the flat assignment (token * K + k) at position n.
+        inverse_N: the position of each flat assignment.
+        tokens_per_expert_M: assignments of each expert, in shard-major order (int64).
     """
 
     order_N: Tensor
@@ -28,7 +28,7 @@ class Permutation:
 
 
 def permutation(expert_ids_TK: Tensor, position_M: Tensor) -> Permutation:
-    """Stable order of the assignments by the shard-major position of their expert.
+    """Sort the assignments stably by the shard-major position of their expert.
 
     Args:
         expert_ids_TK: global expert ids (int64).
@@ -42,7 +42,7 @@ def permutation(expert_ids_TK: Tensor, position_M: Tensor) -> Permutation:
 
 
 class _Permute(torch.autograd.Function):
-    """Rows gathered by a permutation; the gradient is gathered by its inverse, so sums never depend on atomics."""
+    """Gathers rows by a permutation, and their gradients by its inverse, so that no sum depends on atomics."""
 
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, order_N: Tensor, inverse_N: Tensor) -> Tensor:
@@ -69,21 +69,21 @@ class _Unpermute(torch.autograd.Function):
 
 
 def permute(x_TD: Tensor, p: Permutation) -> Tensor:
-    """Dispatched tokens x_ND in expert-major order: token t stands there K times."""
+    """Return the dispatched tokens x_ND in expert-major order, in which each token occurs K times."""
     return _Permute.apply(x_TD, p.order_N, p.inverse_N)  # type: ignore[no-any-return]
 
 
 def combine(y_ND: Tensor, topk_scores_TK: Tensor, p: Permutation) -> Tensor:
-    """Expert outputs weighted by their gate values, summed over K in fp32: sum_i g_i(x) e_i(x). Returns y_TD (fp32)."""
+    """Sum the expert outputs over K, weighted by their gate values: sum_i g_i(x) e_i(x). Returns y_TD, fp32."""
     y_TKD = _Unpermute.apply(y_ND, p.order_N, p.inverse_N).float().unflatten(0, topk_scores_TK.shape)
     return (y_TKD * topk_scores_TK.unsqueeze(-1)).sum(1)  # type: ignore[no-any-return]
 
 
 def merge_order(tokens_per_expert: list[list[int]]) -> Tensor:
-    """Index that brings several expert-major batches, laid one behind the other, into one expert-major batch.
+    """Return the index that merges several expert-major batches, concatenated, into one expert-major batch.
 
     Args:
-        tokens_per_expert: a list of per-expert counts for every batch, all of one length.
+        tokens_per_expert: tokens per expert of every batch, lists of the same length.
     Returns:
         index_N (int64): `torch.cat(batches)[index_N]` is expert-major; within an expert the batches keep their order.
     """

@@ -1,7 +1,7 @@
-"""Where each expert lives: an order of all experts, cut into equal shards.
+"""Placement: which shard holds each expert, as an order of all experts that is cut into equal shards.
 
-`contiguous` needs to know nothing. `balanced` places by the load that was recorded: L layers by M experts, each with
-the rows that a layer sent to it.
+`contiguous` needs no measurements. `balanced` uses a recorded load, the rows that each of L layers sent to each of M
+experts.
 """
 
 from __future__ import annotations
@@ -37,23 +37,23 @@ class Placement:
         return len(self.order) // self.shards
 
     def experts_of(self, shard: int) -> tuple[int, ...]:
-        """Global ids of the experts of `shard`, in the order of its stacked weights."""
+        """Return the global ids of the experts of `shard`, in the order of its stacked weights."""
         e = self.num_local_experts
         return self.order[shard * e : (shard + 1) * e]
 
     @cached_property
     def position_M(self) -> Tensor:
-        """position_M[i]: index of global expert i in shard-major order (int64)."""
+        """Position of each global expert in shard-major order, (M,) int64."""
         position_M = torch.empty(len(self.order), dtype=torch.int64)
         position_M[torch.tensor(self.order)] = torch.arange(len(self.order))
         return position_M
 
 
 def contiguous(num_experts: int, groups: int, shards: int) -> Placement:
-    """Each shard owns a contiguous part of every sub-pool, as far as the numbers divide.
+    """Give each shard a contiguous part of every sub-pool, as far as the numbers divide.
 
-    With one group shard s owns experts [s * M / shards, (s + 1) * M / shards). With more groups the sub-pools are cut
-    across the shards rather than handed to one each, so that a layer's tokens never all meet in one shard.
+    With one group, shard s owns experts [s * M / shards, (s + 1) * M / shards). With more groups, every sub-pool is
+    spread over the shards, so that the tokens of a layer never all go to the same shard.
     """
     per_group = num_experts // groups
     order = tuple(g * per_group + i for i in range(per_group) for g in range(groups))
@@ -62,11 +62,11 @@ def contiguous(num_experts: int, groups: int, shards: int) -> Placement:
 
 @dataclass(frozen=True)
 class Imbalance:
-    """Load of the shards, largest over mean; 1 is even, the number of shards is all on one, and no load counts as even.
+    """Imbalance of the shards' load, largest over mean: 1 is even, the number of shards is the worst case.
 
     Attributes:
-        lockstep: the pool serves one layer at a time: the largest load, summed over layers, over the summed means.
-        mixed: the pool serves all layers at once: the largest total over the mean.
+        lockstep: if the pool serves one layer at a time: the largest loads summed over layers, over the summed means.
+        mixed: if the pool serves all layers at once: the largest total over the mean.
     """
 
     lockstep: float
@@ -74,17 +74,16 @@ class Imbalance:
 
 
 def imbalance(load_LM: Tensor, placement: Placement) -> Imbalance:
-    """How evenly `placement` spreads the load over its shards.
+    """Return how evenly `placement` spreads a load over its shards; no load counts as even.
 
     Args:
         load_LM: rows by layer and global expert id, (L, M).
-
     Raises:
-        ValueError: the load is not one of the placement's experts.
+        ValueError: the load has another number of experts than the placement.
     """
     load_RM = _with_total(load_LM)
     if load_RM.shape[1] != placement.num_experts:
-        raise ValueError(f"load_LM has {load_RM.shape[1]} experts, the placement {placement.num_experts}")
+        raise ValueError(f"load_LM has {load_RM.shape[1]} experts, but the placement has {placement.num_experts}")
     if not load_RM.any():
         return Imbalance(1.0, 1.0)
     largest_R = load_RM[:, _members(placement)].sum(-1).max(-1)
@@ -93,28 +92,26 @@ def imbalance(load_LM: Tensor, placement: Placement) -> Imbalance:
 
 
 def balanced(load_LM: Tensor, shards: int, groups: int = 1) -> Placement:
-    """Spread each layer's traffic and the pool's total evenly over equal shards.
+    """Spread each layer's load and the pool's total evenly over equal shards.
 
-    Minimises lockstep + mixed of `Imbalance` by swaps of two experts, from two starts: `contiguous`, which the result
-    is never worse than, and a greedy one, heaviest expert first. A local minimum, within some percent of the optimum.
-    The same load always gives the same placement.
+    Swaps of two experts minimise lockstep + mixed of `Imbalance`, from two starting points: `contiguous`, so that the
+    result is never worse than it, and a greedy placement. The result is a local minimum, typically within a few percent
+    of the optimum. The same load always gives the same placement.
 
     Args:
-        load_LM: rows by layer and global expert id, (L, M); with groups a layer's row is zero outside its group.
-        shards: divides M.
-        groups: sub-pools, for `contiguous`; divides M.
-
+        load_LM: rows by layer and global expert id, (L, M); with groups, a layer's row is zero outside its group.
+        shards: number of shards; divides M.
+        groups: number of sub-pools, for `contiguous`; divides M.
     Returns:
-        Experts in ascending order within a shard; `contiguous` itself where there is no load or nothing to gain.
-
+        A placement with ascending experts within each shard, or `contiguous` itself if nothing is better.
     Raises:
-        ValueError: the load is not (L, M) of counts, or M does not divide.
+        ValueError: the load is not (L, M) of counts, or M is not divisible.
     """
     load_RM = _with_total(load_LM)
     experts = load_RM.shape[1]
     for name, parts in (("shards", shards), ("groups", groups)):
         if parts < 1 or experts % parts:
-            raise ValueError(f"{name} = {parts}: must be at least 1 and divide the experts of load_LM ({experts})")
+            raise ValueError(f"{name} = {parts}: must be at least 1 and divide the number of experts ({experts})")
     start = contiguous(experts, groups, shards)
     if shards in (1, experts) or not load_RM.any():
         return start
@@ -129,7 +126,7 @@ def balanced(load_LM: Tensor, shards: int, groups: int = 1) -> Placement:
 
 @dataclass(frozen=True)
 class ShardSplit:
-    """Pool ranks as shards x replicas, and what `balanced` reaches with so many shards on the load it was made from."""
+    """Pool ranks as shards x replicas, and the imbalance that `balanced` reaches with that number of shards."""
 
     shards: int
     replicas: int
@@ -137,10 +134,10 @@ class ShardSplit:
 
 
 def recommend_shards(load_LM: Tensor, pool_ranks: int, groups: int = 1) -> list[ShardSplit]:
-    """Every way to cut the pool for `pool_ranks`, fewest shards first.
+    """Return every way to divide the pool among `pool_ranks`, fewest shards first.
 
-    Fewer shards are nearly always more even, since a hot expert is a smaller part of a larger shard, but each rank
-    holds more experts: take the first that fits into memory. See `balanced` for the arguments and errors.
+    Fewer shards are nearly always more even, because a hot expert is a smaller part of a larger shard, but each rank
+    holds more experts. Choose the first split that fits into memory. See `balanced` for the other arguments and errors.
     """
     experts = load_LM.shape[-1]
     return [
@@ -150,22 +147,22 @@ def recommend_shards(load_LM: Tensor, pool_ranks: int, groups: int = 1) -> list[
     ]
 
 
-# Rows R are the layers and, as one more, their total: `lockstep + mixed` is then a sum of maxima over shards S, one
-# a row. Counts are whole numbers in float64, and so are all sums (halves in `_swap`): exact, so that ties are ties.
+# Rows R are the layers and their total: `lockstep + mixed` is then a sum over rows of maxima over shards S. Counts are
+# whole numbers in float64, and so are all sums (halves in `_swap`), hence exact, and ties are found as ties.
 
 
 def _with_total(load_LM: Tensor) -> NDArray[np.float64]:
-    """load_RM, (L + 1, M)."""
+    """Return load_RM, (L + 1, M): the load, and its total over the layers."""
     if load_LM.dim() != 2 or not load_LM.numel():
-        raise ValueError(f"load_LM of shape {tuple(load_LM.shape)}: must be (layers, experts)")
+        raise ValueError(f"load_LM has shape {tuple(load_LM.shape)}: it must be (layers, experts)")
     if load_LM.is_floating_point() or (load_LM < 0).any():
-        raise ValueError("load_LM: must hold counts, whole numbers from 0 up")
+        raise ValueError("load_LM must hold counts: whole numbers from 0 up")
     counts_LM = load_LM.cpu().numpy().astype(np.float64)
     return np.vstack((counts_LM, counts_LM.sum(0)))
 
 
 def _members(placement: Placement) -> NDArray[np.int64]:
-    """Expert ids by shard, (S, e)."""
+    """Return the expert ids of each shard, (S, e)."""
     return np.array(placement.order).reshape(placement.shards, -1)
 
 
@@ -174,7 +171,7 @@ def _objective(load_RM: NDArray[np.float64], members_Se: NDArray[np.int64]) -> f
 
 
 def _greedy(load_RM: NDArray[np.float64], shards: int) -> NDArray[np.int64]:
-    """Heaviest expert first, each to the shard with room whose maxima it raises least, then of the least total."""
+    """Place the heaviest expert first, each on the shard with room whose maxima (then total) it raises least."""
     experts = load_RM.shape[1]
     load_SR = np.zeros((shards, len(load_RM)))
     members: list[list[int]] = [[] for _ in range(shards)]
@@ -188,14 +185,14 @@ def _greedy(load_RM: NDArray[np.float64], shards: int) -> NDArray[np.int64]:
 
 
 def _swap(load_RM: NDArray[np.float64], members_Se: NDArray[np.int64]) -> None:
-    """Swap experts of two shards, in place, while it lowers the objective: for each pair of shards the best swap."""
+    """Swap experts between shards in place while the best swap of some pair of shards lowers the objective."""
     shards, e = members_Se.shape
     load_RS = load_RM[:, members_Se].sum(-1)
     improved = True
     while improved:
         improved = False
         for a, b in combinations(range(shards), 2):
-            # The larger of two numbers is their mean plus half their distance; a swap keeps the mean.
+            # The larger of two numbers is their mean plus half their distance, and a swap keeps the mean.
             mean_R = (load_RS[:, a] + load_RS[:, b]) / 2
             half_R = (load_RS[:, a] - load_RS[:, b]) / 2
             others_R = np.delete(load_RS, (a, b), axis=1).max(1, initial=0.0) - mean_R

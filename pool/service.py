@@ -1,4 +1,4 @@
-"""The service: what a pool rank does between optimizer steps."""
+"""The service: how a pool rank answers the requests of a schedule."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pool.shard import ExpertServer, ExpertShard
 from pool.wire import PoolWire, WireError
 
 _Received = tuple[list[tuple[Tensor, list[int]]], float]
-"""What a slot's requests carry, and when their headers had come."""
+"""Rows and counts of a slot's requests, and when their headers had arrived."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Served:
     Attributes:
         tokens_Le: assignments of forwards, by layer and local expert (int64, host).
         gradients_e: assignments of backwards, by local expert (int64, host).
-        queue_depth: slots received and not begun, a mean over the moments when one was done.
+        queue_depth: number of slots received but not begun when one was done, mean over the slots.
         deferred_bytes: largest size of deferred weight-gradient work.
     """
 
@@ -38,11 +38,11 @@ class Served:
 
 
 class PoolService:
-    """Serves the slots of a plan: receive, one merged launch, answer; weight gradients when nobody waits.
+    """Serves the slots of a schedule: receive, one merged launch, answer; weight gradients while no request waits.
 
     Attributes:
-        seconds_waiting, seconds_on_wire: time in waits for requests, and in waits for the payloads of requests that
-            have come and in sending answers, since the start.
+        seconds_waiting: time spent waiting for requests, since the start.
+        seconds_on_wire: time spent waiting for payloads of requests that have arrived, and sending answers.
     """
 
     def __init__(self, shard: ExpertShard, wire: PoolWire, layers: int):
@@ -61,11 +61,11 @@ class PoolService:
         """Serve every request of `slots` that comes from one of this rank's trunk ranks.
 
         Raises:
-            WireError: see `PoolWire.receive`; also a backward whose forward never came, or with other counts.
+            WireError: see `PoolWire.receive`; also a backward without its forward, or with other counts.
         """
         mine = [(slot, [key for key in slot if key.trunk_rank in self._served]) for slot in slots]
-        # A thread receives in the plan's order while this one computes; what it holds is bounded by the lanes. A slot's
-        # future holds what was received for it, and is let go when the slot has been served.
+        # A thread receives in the schedule's order while this one computes. The lanes bound what it holds, because a
+        # slot's future is released once the slot has been served.
         coming = deque(self._receiver.submit(self._wire.receive_in_thread, keys, step) for _, keys in mine if keys)
         try:
             for slot, keys in mine:
@@ -75,10 +75,10 @@ class PoolService:
                 elif not slot:
                     self.shard.deferred_dw.seal()
         except BaseException:
-            # Not waited for: the thread may be in a wait for a message that never comes.
+            # Do not wait for the thread: it may be waiting for a message that never arrives.
             self._receiver.shutdown(wait=False, cancel_futures=True)
             raise
-        assert self._server.open_forwards == 0, "the plan leaves forwards without a backward"
+        assert self._server.open_forwards == 0, "the schedule leaves forwards without a backward"
 
     def _serve_slot(self, keys: list[RequestKey], coming: Future[_Received], step: int) -> None:
         while not coming.done() and self.shard.deferred_dw.drain_some():
@@ -127,7 +127,7 @@ class PoolService:
         return self._server.backward([key.forward for key in keys], [dy_ND for dy_ND, _ in batches])
 
     def take_served(self) -> Served:
-        """What was served since the last call."""
+        """Return what was served since the last call."""
         depths = self._queue_depths
         queue_depth = sum(depths) / len(depths) if depths else 0.0
         served = Served(self._tokens_Le, self._gradients_e, queue_depth, self.shard.deferred_dw.peak_bytes)

@@ -238,7 +238,7 @@ class ExpertShard(nn.Module):
         self._kernels().add_weight_gradients(*self.gradients(), work, experts)
 
     def gradients(self) -> list[Tensor]:
-        """The weights' `.grad`, zeros if there is none yet. Memory is kept over steps: fresh memory is slow to touch."""
+        """Return the weights' `.grad`, zeros at first. Its memory is reused, because new memory is slow to touch."""
         for place, weight in enumerate((self.w13_e2FD, self.w2_eDF)):
             if weight.grad is None:
                 if place == len(self._gradients):

@@ -1,9 +1,9 @@
 """The wire: how tokens of one layer travel between a trunk rank and the shards of the pool.
 
-A request is a header (kind, step, lane, micro-batch, layer, tokens of each expert of the shard) and a payload to each
-shard; the answer is one payload back, of the same number of rows. Headers go over a host group (gloo), so that receive
-buffers are sized without touching the device; payloads go over the lane's own group in the compute dtype. A shard
-without tokens gets the header only. Only this file talks to process groups about tokens.
+A request consists of a header (kind, step, lane, micro-batch, layer, tokens of each expert of the shard) and a payload
+to each shard. The answer is one payload with the same number of rows. Headers travel over a host group (gloo), so that
+receive buffers are sized without touching the device. Payloads travel over the lane's own group in the compute dtype;
+a shard without tokens gets a header only. No other file passes tokens to process groups.
 
 Every wait has a time limit, and every error names the ranks, the lane, the layer and the micro-batch. With
 `WireSettings.check` both ends also check every message, and every answer has a header too (see `pool.wire_check`).
@@ -23,31 +23,32 @@ from torch import Tensor
 
 from pool.schedule import Kind, RequestKey
 from pool.topology import Topology
-from pool.wire_check import SEAL_FIELDS, altered, not_conserved, not_finite, seal
+from pool.wire_check import FINGERPRINT_FIELDS, altered, fingerprint, not_conserved, not_finite
 
-_HEADER_FIELDS = 5
-# Of payloads, in a lane's own group. A request's header has its lane as tag; an answer's the number of lanes more.
+_KEY_FIELDS = 5
+# Tags of payloads in a lane's own group. A request's header has its lane as tag, an answer's adds the number of lanes.
 _REQUEST_TAG, _ANSWER_TAG = 1, 2
 
 
 class WireError(RuntimeError):
-    """A message did not come, or was not the one that the plan asks for."""
+    """A message did not arrive, or was not the one in the schedule."""
 
 
 @dataclass(frozen=True)
 class WireSettings:
-    """What both sides of the wire agree on.
+    """What both ends of the wire agree on.
 
     Attributes:
         topology: the grid of ranks.
-        rank: this process's world rank.
+        rank: world rank of this process.
         num_local_experts: experts of a shard (e).
         hidden: row length D.
         dtype: payload dtype.
         device: where tokens are computed.
-        payload_device: where the lane groups take their buffers ("cpu" for gloo).
+        payload_device: where the lane groups take their buffers from ("cpu" for gloo).
         timeout: longest wait for one message.
-        check: check every message: headers both ways, finite payloads, checksums, tokens sent = served = returned.
+        check: check every message: headers in both directions, finite payloads, checksums, tokens sent = served =
+            returned.
     """
 
     topology: Topology
@@ -61,13 +62,46 @@ class WireSettings:
     check: bool = False
 
 
+@dataclass(frozen=True)
+class _Exchange:
+    """A request and its answer, between this rank and a peer."""
+
+    peer: int
+    key: RequestKey
+    step: int
+
+    @property
+    def fields(self) -> list[int]:
+        """The first fields of a header."""
+        return [self.key.kind, self.step, self.key.lane, self.key.micro_batch, self.key.layer]
+
+    def __str__(self) -> str:
+        k = self.key
+        return f"{k.kind.name}, lane {k.lane}, layer {k.layer}, micro-batch {k.micro_batch}, step {self.step}"
+
+
+@dataclass(frozen=True)
+class _Transfer:
+    """A send or receive in progress. It keeps its message alive, and names the exchange in errors."""
+
+    wire: _Wire
+    work: Any
+    message: Tensor
+    doing: str
+    exchange: _Exchange
+
+    def wait(self) -> None:
+        with self.wire.naming(self.doing, self.exchange):
+            self.work.wait(self.wire.settings.timeout)
+
+
 class _Wire:
-    """What both ends share: the groups, named waits, buffers.
+    """What both ends share: the groups, named errors, headers, buffers.
 
     Args:
         settings: see `WireSettings`.
         host_group: gloo process group over all ranks, for headers.
-        lane_groups: one process group over all ranks a lane, for payloads.
+        lane_groups: one process group over all ranks per lane, for payloads.
     Attributes:
         bytes_sent, bytes_received: headers and payloads since the start.
     """
@@ -78,26 +112,21 @@ class _Wire:
         self._host = host_group
         self._lanes = lane_groups
 
-    def _post(
+    def _start(
         self,
         operation: Callable[[list[Tensor], int, int], Any],
         message: Tensor,
         tag: int,
         doing: str,
-        peer: int,
-        key: RequestKey,
-        step: int,
-    ) -> Any:
-        """Start a send or receive of a group. A peer known to be gone is an error here already, not in the wait."""
-        with self._naming(doing, peer, key, step):
-            return operation([message], peer, tag)
-
-    def _wait(self, work: Any, doing: str, peer: int, key: RequestKey, step: int) -> None:
-        with self._naming(doing, peer, key, step):
-            work.wait(self.settings.timeout)
+        exchange: _Exchange,
+    ) -> _Transfer:
+        """Start a send or receive of a group. If the peer is known to be gone, this fails at once."""
+        with self.naming(doing, exchange):
+            return _Transfer(self, operation([message], exchange.peer, tag), message, doing, exchange)
 
     @contextmanager
-    def _naming(self, doing: str, peer: int, key: RequestKey, step: int) -> Iterator[None]:
+    def naming(self, doing: str, exchange: _Exchange) -> Iterator[None]:
+        """Turn an error of a process group into a WireError that names the exchange."""
         try:
             yield
         except RuntimeError as error:
@@ -105,42 +134,41 @@ class _Wire:
             limit = self.settings.timeout.total_seconds()
             how = f"within {limit:g} s" if "imed out" in reason else "because the connection broke"
             raise WireError(
-                f"{self._me} could not {doing} {self._name(peer)} {how}: {_describe(key, step)} ({reason})"
+                f"{self._me} could not {doing} {self._name(exchange.peer)} {how}: {exchange} ({reason})"
             ) from error
 
-    def _header(self, key: RequestKey, step: int, counts_e: Tensor, rows_ND: Tensor, peer: int, payload: str) -> Tensor:
-        """Header of a message with this payload, which is named in errors ("the answer to")."""
-        fields = torch.tensor([key.kind, step, key.lane, key.micro_batch, key.layer])
-        if not self.settings.check:
-            return torch.cat((fields, counts_e))
-        if wrong := not_finite(rows_ND):
-            self._refuse(payload, wrong, peer, key, step)
-        return torch.cat((fields, counts_e, torch.tensor(seal(rows_ND))))
+    def _header(self, exchange: _Exchange, counts_e: Tensor, rows_ND: Tensor, payload: str) -> Tensor:
+        """Return the header for this payload, which errors call `payload` ("the answer to")."""
+        parts = [torch.tensor(exchange.fields), counts_e]
+        if self.settings.check:
+            if wrong := not_finite(rows_ND):
+                self._refuse(payload, wrong, exchange)
+            parts.append(torch.tensor(fingerprint(rows_ND)))
+        return torch.cat(parts)
 
     def _header_buffer(self) -> Tensor:
-        seal_fields = SEAL_FIELDS if self.settings.check else 0
-        return torch.empty(_HEADER_FIELDS + self.settings.num_local_experts + seal_fields, dtype=torch.int64)
+        extra = FINGERPRINT_FIELDS if self.settings.check else 0
+        return torch.empty(_KEY_FIELDS + self.settings.num_local_experts + extra, dtype=torch.int64)
 
     def _split(self, header: Tensor) -> tuple[list[int], list[int], list[int]]:
-        """(fields, tokens of each expert, seal) of a header."""
-        counts_end = _HEADER_FIELDS + self.settings.num_local_experts
+        """Split a header into (fields, tokens of each expert, fingerprint)."""
+        counts_end = _KEY_FIELDS + self.settings.num_local_experts
         values = header.tolist()
-        return values[:_HEADER_FIELDS], values[_HEADER_FIELDS:counts_end], values[counts_end:]
+        return values[:_KEY_FIELDS], values[_KEY_FIELDS:counts_end], values[counts_end:]
 
-    def _check_fields(self, got: list[int], message: str, key: RequestKey, step: int, peer: int) -> None:
-        """Whether a header's fields are those that the plan has."""
-        if got == [key.kind, step, key.lane, key.micro_batch, key.layer]:
+    def _check_fields(self, got: list[int], message: str, exchange: _Exchange) -> None:
+        """Check that a header's fields are those of the schedule."""
+        if got == exchange.fields:
             return
-        kind, got_step, lane, micro_batch, layer = got
+        kind, step, lane, micro_batch, layer = got
         name = Kind(kind).name if kind in list(Kind) else f"kind {kind}"
         raise WireError(
-            f"{self._me} got {message} that does not fit the plan from {self._name(peer)}: "
-            f"{name}, lane {lane}, layer {layer}, micro-batch {micro_batch}, step {got_step}; "
-            f"the plan has {_describe(key, step)}"
+            f"{self._me} got {message} that does not match the schedule from {self._name(exchange.peer)}: "
+            f"{name}, lane {lane}, layer {layer}, micro-batch {micro_batch}, step {step}; the schedule has {exchange}"
         )
 
-    def _refuse(self, payload: str, wrong: str, peer: int, key: RequestKey, step: int) -> NoReturn:
-        raise WireError(f"{self._me} checked {payload} {self._name(peer)}: {wrong}: {_describe(key, step)}")
+    def _refuse(self, payload: str, wrong: str, exchange: _Exchange) -> NoReturn:
+        raise WireError(f"{self._me} checked {payload} {self._name(exchange.peer)}: {wrong}: {exchange}")
 
     def _payload_buffer(self, rows: int) -> Tensor:
         s = self.settings
@@ -158,33 +186,29 @@ class _Wire:
 
 
 @dataclass(frozen=True)
-class _Due:
-    """A shard's part of an answer, with `WireSettings.check`: its header comes first, and says whether to take it."""
+class _CheckedPart:
+    """A shard's part of an answer with `WireSettings.check`: its header arrives before its rows are received."""
 
-    shard_rank: int
+    exchange: _Exchange
     sent_header: Tensor
     header: Tensor
     rows_ND: Tensor
 
 
 class Answer:
-    """An answer under way: holds the buffers until `wait`."""
+    """An answer in progress, which keeps all buffers until `wait`."""
 
-    def __init__(self, rows_ND: Tensor, wire: TrunkWire, key: RequestKey, step: int):
-        self._rows_ND = rows_ND
-        self._wire = wire
-        self._key = key
-        self._step = step
-        self.waits: list[tuple[Any, str, int]] = []
-        self.due: list[_Due] = []
-        self.sent: list[Tensor] = []
+    def __init__(self, rows_ND: Tensor, wire: TrunkWire):
+        self._rows_ND, self._wire = rows_ND, wire
+        self.transfers: list[_Transfer] = []
+        self.checked_parts: list[_CheckedPart] = []
 
     def wait(self) -> Tensor:
-        """The answer's rows (N, D), in the order of the request's, on the compute device."""
-        for work, doing, peer in self.waits:
-            self._wire._wait(work, doing, peer, self._key, self._step)
-        self._wire.take_checked(self.due, self._key, self._step)
-        self.sent.clear()
+        """Return the answer's rows (N, D), in the order of the request's, on the compute device."""
+        for transfer in self.transfers:
+            transfer.wait()
+        self._wire.receive_checked(self.checked_parts)
+        self.transfers.clear()
         return self._rows_ND.to(self._wire.settings.device)
 
 
@@ -192,7 +216,7 @@ class TrunkWire(_Wire):
     """A trunk rank's end of the wire."""
 
     def request(self, key: RequestKey, step: int, rows_ND: Tensor, tokens_per_expert_M: Tensor) -> Answer:
-        """Send a request to every shard and post the receive of its answer.
+        """Send a request to every shard, and start receiving its answer.
 
         Args:
             rows_ND: tokens (forward) or output gradients (backward), expert-major over the whole pool.
@@ -205,102 +229,98 @@ class TrunkWire(_Wire):
         if s.check and sum(sizes) != len(sent_ND):
             raise WireError(
                 f"{self._me} made a request of {len(sent_ND)} rows with token counts of {sum(sizes)}: "
-                f"{_describe(key, step)}"
+                f"{_Exchange(s.rank, key, step)}"
             )
         answer_ND = self._payload_buffer(sent_ND.shape[0])
         lane = self._lanes[key.lane]
-        answer = Answer(answer_ND, self, key, step)
-        start = 0
-        for shard, (size, counts_e) in enumerate(zip(sizes, counts_se, strict=True)):
-            peer = s.topology.pool_rank(shard, key.trunk_rank)
-            rows, answer_rows = sent_ND[start : start + size], answer_ND[start : start + size]
-            header = self._header(key, step, counts_e, rows, peer, "the tokens to")
-            answer.sent.append(header)
+        answer = Answer(answer_ND, self)
+        shards = zip(counts_se, sent_ND.split(sizes), answer_ND.split(sizes), strict=True)
+        for shard, (counts_e, rows, answer_rows) in enumerate(shards):
+            exchange = _Exchange(s.topology.pool_rank(shard, key.trunk_rank), key, step)
+            header = self._header(exchange, counts_e, rows, "the tokens to")
             messages = [(self._host.send, header, key.lane, "send a header to")]
-            if size:
-                answer.sent.append(rows)
+            if len(rows):
                 messages.append((lane.send, rows, _REQUEST_TAG, "send tokens to"))
             if s.check:
-                due = _Due(peer, header, self._header_buffer(), answer_rows)
-                answer.due.append(due)
-                messages.append((self._host.recv, due.header, self._answer_tag(key), "get the answer's header of"))
-            elif size:
+                part = _CheckedPart(exchange, header, self._header_buffer(), answer_rows)
+                answer.checked_parts.append(part)
+                messages.append((self._host.recv, part.header, self._answer_tag(key), "get the answer's header of"))
+            elif len(rows):
                 messages.append((lane.recv, answer_rows, _ANSWER_TAG, "get the answer of"))
             self.bytes_sent += header.nbytes + rows.nbytes
             self.bytes_received += answer_rows.nbytes + (header.nbytes if s.check else 0)
-            for operation, message, tag, doing in messages:
-                answer.waits.append((self._post(operation, message, tag, doing, peer, key, step), doing, peer))
-            start += size
+            answer.transfers += [self._start(*message, exchange) for message in messages]
         return answer
 
-    def take_checked(self, due: Sequence[_Due], key: RequestKey, step: int) -> None:
-        """Check the headers of an answer's parts, which have come, then receive the parts and check them too."""
-        works = []
-        for part in due:
-            fields, served_e, sealed = self._split(part.header)
-            _, sent_e, (rows_sent, _) = self._split(part.sent_header)
-            self._check_fields(fields, "an answer", key, step, part.shard_rank)
-            if wrong := not_conserved(sent_e, rows_sent, served_e, sealed[0]):
-                self._refuse("the answer of", wrong, part.shard_rank, key, step)
+    def receive_checked(self, parts: Sequence[_CheckedPart]) -> None:
+        """Check the headers of an answer's parts, which have arrived, then receive the parts and check them too."""
+        receiving = []
+        for part in parts:
+            fields, served_e, returned = self._split(part.header)
+            _, sent_e, sent = self._split(part.sent_header)
+            self._check_fields(fields, "an answer", part.exchange)
+            if wrong := not_conserved(sent_e, sent[0], served_e, returned[0]):
+                self._refuse("the answer of", wrong, part.exchange)
             if len(part.rows_ND):
-                receive, doing = self._lanes[key.lane].recv, "get the answer of"
-                work = self._post(receive, part.rows_ND, _ANSWER_TAG, doing, part.shard_rank, key, step)
-                works.append((part, work, sealed))
-        for part, work, sealed in works:
-            self._wait(work, "get the answer of", part.shard_rank, key, step)
-            if wrong := altered(part.rows_ND, sealed):
-                self._refuse("the answer of", wrong, part.shard_rank, key, step)
+                receive = self._lanes[part.exchange.key.lane].recv
+                transfer = self._start(receive, part.rows_ND, _ANSWER_TAG, "get the answer of", part.exchange)
+                receiving.append((transfer, returned))
+        for transfer, returned in receiving:
+            transfer.wait()
+            if wrong := altered(transfer.message, returned):
+                self._refuse("the answer of", wrong, transfer.exchange)
 
 
 class PoolWire(_Wire):
     """A pool rank's end of the wire.
 
     Attributes:
-        headers_came: when the last headers that `receive` waited for had come, by `time.perf_counter`.
+        headers_came: when the last headers that `receive` waited for had arrived, by `time.perf_counter`.
     """
 
     def __init__(self, settings: WireSettings, host_group: Any, lane_groups: Sequence[Any]):
         super().__init__(settings, host_group, lane_groups)
         self.headers_came = 0.0
-        self._sending: dict[tuple[int, int], tuple[list[Any], list[Tensor], RequestKey, int]] = {}
+        self._sending: dict[tuple[int, int], list[_Transfer]] = {}
         if settings.payload_device.type == "cuda":
             self._receive_stream = torch.cuda.Stream(settings.device)
 
     def receive(self, keys: Sequence[RequestKey], step: int) -> list[tuple[Tensor, list[int]]]:
-        """Receive the requests of one slot: for each key its rows (n, D) and the tokens of each local expert.
+        """Receive the requests of one slot.
 
+        Returns:
+            For each key its rows (n, D) and the tokens of each local expert.
         Raises:
-            WireError: a message did not come in time, its sender is gone, or it is not what the plan says.
+            WireError: a message did not arrive in time, its sender is gone, or it is not the one in the schedule.
         """
-        headers = [self._header_buffer() for _ in keys]
-        posted = [
-            self._post(self._host.recv, h, k.lane, "get a header from", k.trunk_rank, k, step)
-            for h, k in zip(headers, keys, strict=True)
+        exchanges = [_Exchange(key.trunk_rank, key, step) for key in keys]
+        headers = [
+            self._start(self._host.recv, self._header_buffer(), e.key.lane, "get a header from", e) for e in exchanges
         ]
         received: list[tuple[Tensor, list[int]]] = []
-        works: list[tuple[RequestKey, Any, Tensor, list[int]]] = []
-        for key, header, work in zip(keys, headers, posted, strict=True):
-            self._wait(work, "get a header from", key.trunk_rank, key, step)
-            counts, sealed = self._check(header, key, step)
+        receiving: list[tuple[_Transfer, list[int]]] = []
+        for header in headers:
+            header.wait()
+            counts, sent = self._check_request(header)
             rows_ND = self._payload_buffer(sum(counts))
-            self.bytes_received += header.nbytes + rows_ND.nbytes
+            self.bytes_received += header.message.nbytes + rows_ND.nbytes
             received.append((rows_ND, counts))
             if len(rows_ND):
-                receive = self._lanes[key.lane].recv
-                work = self._post(receive, rows_ND, _REQUEST_TAG, "get tokens from", key.trunk_rank, key, step)
-                works.append((key, work, rows_ND, sealed))
+                receive = self._lanes[header.exchange.key.lane].recv
+                transfer = self._start(receive, rows_ND, _REQUEST_TAG, "get tokens from", header.exchange)
+                receiving.append((transfer, sent))
         self.headers_came = time.perf_counter()
-        for key, work, rows_ND, sealed in works:
-            self._wait(work, "get tokens from", key.trunk_rank, key, step)
-            if sealed and (wrong := altered(rows_ND, sealed)):
-                self._refuse("the tokens of", wrong, key.trunk_rank, key, step)
+        for transfer, sent in receiving:
+            transfer.wait()
+            if sent and (wrong := altered(transfer.message, sent)):
+                self._refuse("the tokens of", wrong, transfer.exchange)
         return [(rows_ND.to(self.settings.device), counts) for rows_ND, counts in received]
 
     def receive_in_thread(self, keys: Sequence[RequestKey], step: int) -> tuple[list[tuple[Tensor, list[int]]], float]:
-        """`receive` in a thread beside the computing one, and when the headers had come.
+        """`receive` in a thread beside the computing one; also returns when the headers had arrived.
 
-        On a GPU the waits go to a stream of their own, and the host waits for it: on the computing stream they would
-        hold up work whose answers the awaited requests may depend on.
+        On a GPU the waits use a stream of their own, for which the host waits. On the computing stream they would hold
+        up work whose answers the awaited requests may depend on.
         """
         if self.settings.payload_device.type != "cuda":
             return self.receive(keys, step), self.headers_came
@@ -312,47 +332,37 @@ class PoolWire(_Wire):
         return requests, self.headers_came
 
     def answer(self, key: RequestKey, step: int, rows_ND: Tensor, served_e: Sequence[int]) -> None:
-        """Send the answer of a request; returns at once.
+        """Send the answer of a request, and return at once.
 
-        The rows are kept until the next answer to the same lane of the same trunk rank, which cannot ask again before
-        it has them.
+        The rows are kept until the next answer to the same lane of the same trunk rank, which cannot make a request
+        before it has them.
 
         Args:
             served_e: tokens of each local expert that were served.
         """
-        before = self._sending.pop((key.trunk_rank, key.lane), None)
-        if before is not None:
-            works, _, sent, sent_step = before
-            for work in works:
-                self._wait(work, "send an answer to", sent.trunk_rank, sent, sent_step)
+        for transfer in self._sending.pop((key.trunk_rank, key.lane), []):
+            transfer.wait()
+        exchange = _Exchange(key.trunk_rank, key, step)
         rows_ND = rows_ND.to(self.settings.payload_device).contiguous()
         messages = []
         if self.settings.check:
-            header = self._header(key, step, torch.tensor(served_e), rows_ND, key.trunk_rank, "the answer to")
+            header = self._header(exchange, torch.tensor(served_e), rows_ND, "the answer to")
             messages.append((self._host.send, header, self._answer_tag(key)))
         if len(rows_ND):
             messages.append((self._lanes[key.lane].send, rows_ND, _ANSWER_TAG))
-        if messages:
-            self.bytes_sent += sum(message.nbytes for _, message, _ in messages)
-            works = [
-                self._post(send, message, tag, "send an answer to", key.trunk_rank, key, step)
-                for send, message, tag in messages
-            ]
-            self._sending[key.trunk_rank, key.lane] = (works, [message for _, message, _ in messages], key, step)
+        self.bytes_sent += sum(message.nbytes for _, message, _ in messages)
+        self._sending[key.trunk_rank, key.lane] = [
+            self._start(*message, "send an answer to", exchange) for message in messages
+        ]
 
-    def _check(self, header: Tensor, key: RequestKey, step: int) -> tuple[list[int], list[int]]:
-        """Tokens of each local expert, and the seal, of the header of a request that fits the plan."""
-        fields, counts, sealed = self._split(header)
-        self._check_fields(fields, "a request", key, step, key.trunk_rank)
+    def _check_request(self, header: _Transfer) -> tuple[list[int], list[int]]:
+        """Check the header of a request; return the tokens of each local expert, and the fingerprint of its payload."""
+        fields, counts, sent = self._split(header.message)
+        exchange = header.exchange
+        self._check_fields(fields, "a request", exchange)
         if min(counts, default=0) < 0:
-            raise WireError(
-                f"{self._me} got negative token counts from {self._name(key.trunk_rank)}: {_describe(key, step)}"
-            )
-        if sealed and sealed[0] != sum(counts):
-            wrong = f"{sealed[0]} rows were sent with token counts of {sum(counts)}"
-            self._refuse("the header of", wrong, key.trunk_rank, key, step)
-        return counts, sealed
-
-
-def _describe(key: RequestKey, step: int) -> str:
-    return f"{key.kind.name}, lane {key.lane}, layer {key.layer}, micro-batch {key.micro_batch}, step {step}"
+            raise WireError(f"{self._me} got negative token counts from {self._name(exchange.peer)}: {exchange}")
+        if sent and sent[0] != sum(counts):
+            wrong = f"{sent[0]} rows were sent with token counts of {sum(counts)}"
+            self._refuse("the header of", wrong, exchange)
+        return counts, sent

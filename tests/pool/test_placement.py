@@ -202,8 +202,8 @@ def test_fewer_shards_are_more_even() -> None:
 @pytest.mark.parametrize(
     "load_LM, shards, groups, message",
     [
-        (torch.ones(8, dtype=torch.int64), 2, 1, r"load_LM of shape \(8,\): must be \(layers, experts\)"),
-        (torch.ones(2, 0, dtype=torch.int64), 1, 1, r"load_LM of shape \(2, 0\)"),
+        (torch.ones(8, dtype=torch.int64), 2, 1, r"load_LM has shape \(8,\): it must be \(layers, experts\)"),
+        (torch.ones(2, 0, dtype=torch.int64), 1, 1, r"load_LM has shape \(2, 0\)"),
         (torch.ones(2, 8), 2, 1, "must hold counts"),
         (-torch.ones(2, 8, dtype=torch.int64), 2, 1, "must hold counts"),
         (torch.ones(2, 8, dtype=torch.int64), 3, 1, r"shards = 3: must be at least 1 and divide .* \(8\)"),
@@ -217,5 +217,5 @@ def test_wrong_loads(load_LM: Tensor, shards: int, groups: int, message: str) ->
 
 
 def test_load_of_another_pool() -> None:
-    with pytest.raises(ValueError, match="load_LM has 8 experts, the placement 6"):
+    with pytest.raises(ValueError, match="load_LM has 8 experts, but the placement has 6"):
         imbalance(torch.ones(2, 8, dtype=torch.int64), contiguous(6, 1, 2))

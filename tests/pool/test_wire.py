@@ -139,27 +139,27 @@ MISFITS: dict[str, tuple[list[tuple[RequestKey, int, list[int]]], list[RequestKe
     "step": (
         [(WANTED, STEP + 1, NOTHING)],
         [WANTED],
-        "FORWARD, lane 0, layer 1, micro-batch 1, step 8; the plan has FORWARD, lane 0, layer 1, micro-batch 1, step 7",
+        "FORWARD, lane 0, layer 1, micro-batch 1, step 8; the schedule has FORWARD, lane 0, layer 1, micro-batch 1",
     ),
     "layer": (
         [(RequestKey(0, 0, 1, 0, Kind.FORWARD), STEP, NOTHING)],
         [WANTED],
-        "FORWARD, lane 0, layer 0, micro-batch 1, step 7; the plan has FORWARD, lane 0, layer 1, micro-batch 1, step 7",
+        "FORWARD, lane 0, layer 0, micro-batch 1, step 7; the schedule has FORWARD, lane 0, layer 1, micro-batch 1",
     ),
     "micro-batch": (
         [(RequestKey(0, 0, 2, 1, Kind.FORWARD), STEP, NOTHING)],
         [WANTED],
-        "FORWARD, lane 0, layer 1, micro-batch 2, step 7; the plan has FORWARD, lane 0, layer 1, micro-batch 1, step 7",
+        "FORWARD, lane 0, layer 1, micro-batch 2, step 7; the schedule has FORWARD, lane 0, layer 1, micro-batch 1",
     ),
     "kind": (
         [(RequestKey(0, 0, 1, 1, Kind.BACKWARD), STEP, NOTHING)],
         [WANTED],
-        "BACKWARD, lane 0, layer 1, micro-batch 1, step 7; the plan has FORWARD, lane 0, layer 1, micro-batch 1, step",
+        "BACKWARD, lane 0, layer 1, micro-batch 1, step 7; the schedule has FORWARD, lane 0, layer 1, micro-batch 1",
     ),
     "unknown kind": (
         [(RequestKey(0, 0, 1, 1, cast(Kind, 9)), STEP, NOTHING)],
         [WANTED],
-        "kind 9, lane 0, layer 1, micro-batch 1, step 7; the plan has FORWARD, lane 0, layer 1, micro-batch 1, step 7",
+        "kind 9, lane 0, layer 1, micro-batch 1, step 7; the schedule has FORWARD, lane 0, layer 1, micro-batch 1",
     ),
     "negative counts": (
         [(WANTED, STEP, [1, 0, 0, 0, 0, -1])],

@@ -14,7 +14,7 @@ from torch import Tensor
 from pool.schedule import Kind, RequestKey
 from pool.topology import Topology
 from pool.wire import PoolWire, TrunkWire
-from pool.wire_check import altered, not_finite, seal
+from pool.wire_check import altered, fingerprint, not_finite
 from tests.distributed import run_ranks
 from tests.pool.wire_job import LONG, STEP, D, barrier, connect, error_of, groups, my_rank, settings
 from tests.training import assert_same, run_training, tiny
@@ -105,8 +105,8 @@ CASES = {
     ),
     "the answer of another layer": Case(
         0,
-        f"{TRUNK} got an answer that does not fit the plan from {POOL}: BACKWARD, lane 1, layer 0, micro-batch 3, "
-        "step 7; the plan has BACKWARD",
+        f"{TRUNK} got an answer that does not match the schedule from {POOL}: BACKWARD, lane 1, layer 0, "
+        "micro-batch 3, step 7; the schedule has BACKWARD",
         answer_key=replace(KEY, layer=0),
     ),
 }
@@ -163,12 +163,12 @@ def test_violations_are_found_and_named(name: str, found: dict[str, str]) -> Non
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_seals(dtype: torch.dtype) -> None:
+def test_fingerprints(dtype: torch.dtype) -> None:
     rows_ND = torch.randn(4, 5).to(dtype)
-    assert altered(rows_ND, seal(rows_ND)) == ""
-    assert "the checksum was" in altered(rows_ND * 2, seal(rows_ND))
+    assert altered(rows_ND, fingerprint(rows_ND)) == ""
+    assert "the checksum was" in altered(rows_ND * 2, fingerprint(rows_ND))
     assert not_finite(torch.full((2, 3), torch.inf, dtype=dtype)) == "6 of 6 values are not finite"
-    assert altered(rows_ND[:0], seal(rows_ND[:0])) == ""
+    assert altered(rows_ND[:0], fingerprint(rows_ND[:0])) == ""
 
 
 def test_numbers_stay_as_they_are() -> None:

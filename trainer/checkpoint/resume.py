@@ -174,7 +174,7 @@ def _set_aside(checkpoints: Path, damaged: dict[str, str], chosen: str) -> None:
 
 
 def load_checkpoint(job: Job, recipe: Recipe, folder: Path, role: checkpoint.Role) -> None:
-    """Load this rank's part of a checkpoint, resharding it if its layout is another one. All ranks call this together."""
+    """Load this rank's part of a checkpoint, resharded if its layout is another one. A collective of all ranks."""
     info = checkpoint.read_info(folder)
     if info.layout == checkpoint.layout_of(recipe, role.placement):
         for name, engine in role.engines.items():
