@@ -96,8 +96,8 @@ def test_scale_gradients() -> None:
 SIX = ([3, 0, 5, 1, 0, 2], [0, 4, 1, 0, 0, 2], [2, 2, 0, 0, 0, 9])
 
 
-def stashed(kernels: ModuleType, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, some: int) -> ExpertShard:
-    """Three backwards of six experts, a cut before the last, and `some` calls of flush_some at every cut."""
+def deferred(kernels: ModuleType, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, some: int) -> ExpertShard:
+    """Three backwards of six experts, sealed before the last, with `some` calls of drain_some after every later one."""
     shard = ExpertShard(tuple(range(6)), 16, 8, dtype)
     shard.reset_parameters(0.5, 0.4, 3)
     monkeypatch.setattr(shard, "_kernels", lambda: kernels)
@@ -120,10 +120,10 @@ def test_when_weight_gradients_are_made_does_not_show(
     kernels: ModuleType, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Bit for bit, whatever part of a cut was made in idle time; and they are the sums that they should be."""
-    at_the_end = gradients(stashed(kernels, dtype, monkeypatch, 0))
+    at_the_end = gradients(deferred(kernels, dtype, monkeypatch, 0))
     for some in (1, 2, 5):
-        assert all(map(torch.equal, gradients(stashed(kernels, dtype, monkeypatch, some)), at_the_end)), some
-    whole = gradients(stashed(loop_experts, torch.float32, monkeypatch, 0))
+        assert all(map(torch.equal, gradients(deferred(kernels, dtype, monkeypatch, some)), at_the_end)), some
+    whole = gradients(deferred(loop_experts, torch.float32, monkeypatch, 0))
     for got, want in zip(at_the_end, whole, strict=True):
         scale = float(want.abs().max())
         assert float((got - want).abs().max()) < (1e-5 if dtype == torch.float32 else 3e-2) * scale

@@ -12,7 +12,7 @@ import torch
 from pool.schedule import Kind
 from pool.wire import TrunkWire
 from tests.pool.shard_work import COUNTS, make_shard, make_work
-from tests.pool.test_weight_gradients import stash_bytes_of
+from tests.pool.test_weight_gradients import deferred_bytes_of
 from trainer.model import pool_client
 from trainer.model.micro_batch import Request
 from trainer.model.pool_client import LocalPool, MicroBatch, RemotePool
@@ -30,14 +30,14 @@ def micro_batch(number: int, layers: int) -> MicroBatch[int]:
 
 
 @pytest.mark.parametrize("requests", [1, 2, 100])
-def test_the_stash_of_a_local_pool_stays_within_its_limit(requests: int) -> None:
+def test_deferred_work_of_a_local_pool_stays_within_its_limit(requests: int) -> None:
     """At most the requests of one launch above it."""
-    one = stash_bytes_of([make_work(COUNTS[0], 0)])
-    shard = make_shard(stash_bytes=requests * one)
+    one = deferred_bytes_of([make_work(COUNTS[0], 0)])
+    shard = make_shard(deferred_bytes=requests * one)
     micro_batches, layers = 3, 2
     found = LocalPool(shard).run((micro_batch(n, layers) for n in range(micro_batches)), (0,), 0)
     assert found == [0, 1, 2]
-    assert shard.peak_stash_bytes == min(requests + 1, micro_batches * layers) * one
+    assert shard.deferred_dw.peak_bytes == min(requests + 1, micro_batches * layers) * one
 
 
 class Echo:
