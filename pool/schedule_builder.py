@@ -68,7 +68,7 @@ def build_training_schedule(
 
     Args:
         topology: A layout with pool ranks.
-        layers: Layers of the model.
+        layers: Number of layers.
         micro_batches: Micro-batches per trunk rank.
         lanes: Micro-batches that a trunk rank has in flight at most.
         stagger: Whether trunk ranks start one after the other, see `staggered_starts`.

@@ -165,17 +165,10 @@ def _intervals(log: _Log) -> Intervals:
 
 @dataclass
 class _MicroBatch:
-    """A micro-batch in flight.
-
-    Attributes:
-        number: Its place among the micro-batches of its trunk rank.
-        segment: Number of its next segment.
-        time: When its last request left or, once there is an answer, when that came.
-        answered: Whether its next segment can run.
-    """
+    """A micro-batch in flight; `time` is when its last request left or, once it is answered, when the answer came."""
 
     number: int
-    segment: int = 0
+    segment: int = 0  # the next one
     time: float = 0.0
     answered: bool = True
 
@@ -214,6 +207,7 @@ class _Trunk:
 
     def advance(self) -> None:
         """Run segments in the lane order, up to the first that has to wait for an unknown answer."""
+        head = len(self._segments) // 2
         while not self.ended:
             lane = self._lane_order[self._ran]
             micro_batch = self._in_flight.get(lane)
@@ -223,22 +217,18 @@ class _Trunk:
                 self.peak_open = max(self.peak_open, len(self._in_flight))
             elif not micro_batch.answered:
                 return
+            number = micro_batch.segment
+            segment = self._segments[number]
+            start = max(self.free_at, micro_batch.time)
             self._ran += 1
-            self._run(lane, micro_batch)
-
-    def _run(self, lane: int, micro_batch: _MicroBatch) -> None:
-        number = micro_batch.segment
-        segment = self._segments[number]
-        start = max(self.free_at, micro_batch.time)
-        self.free_at = start + segment.cost
-        self.busy += segment.cost
-        micro_batch.segment, micro_batch.time, micro_batch.answered = number + 1, self.free_at, False
-        if segment.kind is None:
-            del self._in_flight[lane]
-        if self._log is not None:
-            head = len(self._segments) // 2
-            work = Work.HEAD if number == head else Work.TRUNK_FORWARD if number < head else Work.TRUNK_BACKWARD
-            self._log.append((self._rank, start, self.free_at, work))
+            self.free_at = start + segment.cost
+            self.busy += segment.cost
+            micro_batch.segment, micro_batch.time, micro_batch.answered = number + 1, self.free_at, False
+            if segment.kind is None:
+                del self._in_flight[lane]
+            if self._log is not None:
+                work = Work.HEAD if number == head else Work.TRUNK_FORWARD if number < head else Work.TRUNK_BACKWARD
+                self._log.append((self._rank, start, self.free_at, work))
 
 
 class _Replica:

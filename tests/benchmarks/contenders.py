@@ -1,4 +1,4 @@
-"""Contenders of a benchmark in processes of their own, which stay alive and idle while another one is measured."""
+"""Contenders of a benchmark: each runs in its own processes, which stay alive and idle while others are measured."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from trainer.cluster.launch import free_port
 START_LIMIT = 300.0
 RUN_LIMIT = 900.0
 END_LIMIT = 5.0
-"""Seconds a contender may take to start, for one request, and to end."""
+"""Seconds that a contender may take to start, to serve one request, and to end."""
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,13 +29,14 @@ class ContenderFailed(RuntimeError):
 
 
 class Contender:
-    """One process a rank, each speaking the lines of `peer_protocol`. A context: whatever is left of it is killed.
+    """A context with one process per rank that speaks `peer_protocol`; at its end all of them are stopped.
 
     Args:
-        name: for messages.
-        command: what every rank runs; its rank stands in the environment, in a launcher's variables.
-        ranks, threads: processes, and threads of each.
-        folder: where the ranks' logs go.
+        name: Name for messages.
+        command: What every rank runs, with its rank in the usual environment variables of a launcher.
+        ranks: Number of processes.
+        threads: Threads of each process.
+        folder: Where to write the ranks' logs.
     """
 
     def __init__(self, name: str, command: Sequence[str], ranks: int, threads: int, folder: Path):
@@ -77,14 +78,14 @@ class Contender:
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 bufsize=0,
-                start_new_session=True,  # an interrupt at the terminal is the benchmark's, which ends them
+                start_new_session=True,  # an interrupt at the terminal reaches the benchmark, which ends them
             )
 
     def run(self, **request: Any) -> float:
-        """Have all ranks do a request; returns seconds until the last one has answered.
+        """Send a request to all ranks, and return the seconds until the last one has answered.
 
         Raises:
-            ContenderFailed: a rank died, or the time is up.
+            ContenderFailed: A rank died, or the time limit has passed.
         """
         started = time.perf_counter()
         for process in self._ranks:
@@ -94,7 +95,7 @@ class Contender:
         return time.perf_counter() - started
 
     def _wait(self, limit: float) -> None:
-        """Until every rank has answered one line."""
+        """Wait until every rank has answered one line."""
         deadline = time.monotonic() + limit
         waiting = {process.stdout: rank for rank, process in enumerate(self._ranks)}
         while waiting:
@@ -112,7 +113,7 @@ class Contender:
         return f"{self.name}, rank {rank}, {what}:\n{self._logs[rank].read_text()[-3000:]}"
 
     def close(self) -> None:
-        """End every rank: the end of their input ends them by themselves, and after a while they are killed."""
+        """End every rank by closing its input; ranks that are still alive after a while are killed."""
         for process in self._ranks:
             assert process.stdin is not None and process.stdout is not None
             process.stdin.close()
@@ -128,5 +129,5 @@ class Contender:
 
 
 def end_in_order() -> None:
-    """Let SIGTERM end the benchmark as an interrupt does, so that it ends what it started."""
+    """Let SIGTERM end the benchmark as an interrupt does, so that it stops what it started."""
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))

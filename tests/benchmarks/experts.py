@@ -1,14 +1,14 @@
-"""The experts of a pool rank, forward and both backward passes, against dense products of as many FLOPs.
+"""The experts of a pool rank, forward and both backward passes, compared with dense products of equally many FLOPs.
 
-A step's work for the pool: 8 layers, 4 micro-batches of 2,048 tokens, top-1, random routing with a mildly uneven load,
-served as the trainer does: requests one by one, or those of 2 or 4 lanes merged; input gradients at once, weight
-gradients through the stash; the step's cast to the compute dtype included.
+The work is that of a pool in one step: 8 layers, 4 micro-batches of 2,048 tokens, top-1, random routing with a mildly
+uneven load. It is served as in the trainer: requests one by one, or those of 2 or 4 lanes merged; input gradients at
+once, weight gradients deferred; the cast to the compute dtype is included.
 
-Dense is the products alone, as large as a dense model's: torch.mm on all 2,048 tokens of a micro-batch at once, of as
-many FLOPs. Dense FFN is what a dense model does with them: SwiGLU between, weight gradients added in fp32. On CPU
-`transformers` runs its Qwen3-MoE sparse block on as much work, router and autograd included: 8 blocks of M / 8 experts
-each (vanilla), or one block of all M experts called 8 times (a shared pool, naively). On a GPU it is a loop over the
-experts instead.
+"Dense" is the products alone, as large as those of a dense model: torch.mm on all 2,048 tokens of a micro-batch.
+"Dense FFN" is what a dense model does with them: SwiGLU between the products, and weight gradients added in fp32. On a
+CPU, `transformers` runs its Qwen3-MoE sparse block on as much work, with router and autograd: 8 blocks of M / 8 experts
+each (vanilla), or one block of all M experts that is called 8 times (a naively shared pool). On a GPU, a loop over the
+experts takes its place.
 
 python -m tests.benchmarks.experts [--rounds 8] [--json] [--device cuda --shape 182m]
 """
@@ -48,7 +48,7 @@ UNEVEN = 0.3
 
 @dataclass(frozen=True)
 class Shape:
-    """hidden D, ffn_hidden F, experts M."""
+    """Sizes: hidden D, ffn_hidden F, experts M."""
 
     hidden: int
     ffn_hidden: int
@@ -56,7 +56,7 @@ class Shape:
 
     @property
     def flops(self) -> int:
-        """Of a step: 3 products of D x F a token, each forward, for the input gradient and for the weight gradient."""
+        """FLOPs of a step: per token 3 products of D x F, each forward, for input and for weight gradients."""
         return LAYERS * MICRO_BATCHES * TOKENS * 18 * self.hidden * self.ffn_hidden
 
 
@@ -74,7 +74,7 @@ class Work:
 
 
 def make_work(shape: Shape, dtype: torch.dtype, device: torch.device) -> Work:
-    """The same work for every contender."""
+    """Make the work, which is the same for every contender."""
     generator = torch.Generator().manual_seed(0)
 
     def rows() -> list[Tensor]:
@@ -90,7 +90,7 @@ def make_work(shape: Shape, dtype: torch.dtype, device: torch.device) -> Work:
 
 
 def serve(shard: ExpertShard, work: Work, lanes: int) -> None:
-    """A step of the pool, with the requests of `lanes` micro-batches merged."""
+    """Serve a step, with the requests of `lanes` micro-batches merged."""
     server = ExpertServer(shard)
     shard.weights_changed()
     shard.zero_grad(set_to_none=True)
@@ -106,13 +106,13 @@ def serve(shard: ExpertShard, work: Work, lanes: int) -> None:
 
 
 def serve_with(kernels: ModuleType, shard: ExpertShard, work: Work) -> None:
-    """The same with the back end that was not chosen for this device."""
+    """Serve a step with the back end that was not chosen for this device."""
     with mock.patch.object(shard, "_kernels", return_value=kernels):
         serve(shard, work, max(LANES))
 
 
 class DenseProducts:
-    """The products of a dense SwiGLU FFN, and nothing between them."""
+    """The products of a dense SwiGLU FFN, with nothing between them."""
 
     def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device):
         D, F_ = shape.hidden, shape.ffn_hidden
@@ -136,7 +136,7 @@ class DenseProducts:
 
 
 class DenseFFN:
-    """A SwiGLU FFN a layer, driven by hand as the experts are."""
+    """A SwiGLU FFN per layer, with a hand-written backward like that of the experts."""
 
     def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device):
         sizes = ((2 * shape.ffn_hidden, shape.hidden), (shape.hidden, shape.ffn_hidden))
@@ -175,7 +175,7 @@ class DenseFFN:
 
 
 def experts_ratios(seconds: dict[str, list[float]], precision: str) -> dict[str, list[float]]:
-    """The named ratios of one precision, from every contender's seconds: 4 lanes unless the name has another number."""
+    """Return the named ratios of one precision; ours has 4 lanes unless the name says otherwise."""
     merged = max(LANES)
     named = {f"experts_over_dense_{precision}": ratios(seconds["dense"], seconds[f"{merged} lanes"])}
     for lanes in LANES:
@@ -189,7 +189,7 @@ def experts_ratios(seconds: dict[str, list[float]], precision: str) -> dict[str,
 
 
 def our_contenders(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, Callable[[], None]]:
-    """Name -> one step's work in this process."""
+    """Return the contenders that do a step's work in this process, by name."""
     work = make_work(shape, dtype, device)
     shard = ExpertShard(tuple(range(shape.experts)), shape.hidden, shape.ffn_hidden, dtype)
     shard.reset_parameters(0.02, 0.02, seed=0)
@@ -209,7 +209,7 @@ def our_contenders(shape: Shape, dtype: torch.dtype, device: torch.device) -> di
 def hf_contenders(
     shape: Shape, dtype: torch.dtype, python: str, folder: Path, stack: ExitStack
 ) -> dict[str, Callable[[], None]]:
-    """transformers' sparse blocks, in a process of the peers' environment."""
+    """Return transformers' sparse blocks, which run in a process of the peers' environment."""
     settings = asdict(shape) | {
         "kind": "experts",
         "dtype": str(dtype).removeprefix("torch."),
@@ -228,13 +228,13 @@ def hf_contenders(
 
 
 def _ignore(_: float) -> None:
-    """The peer's own time: every contender is timed alike, here."""
+    """Drop the peer's own time; all contenders are timed in the same way, by the caller."""
 
 
 def time_rounds(
     contenders: dict[str, Callable[[], None]], rounds: int, device: torch.device, precision: str
 ) -> dict[str, list[float]]:
-    """Seconds of every contender, round by round; the first round warms up."""
+    """Return the seconds of every contender, round by round; the first round is a warm-up."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for number in tqdm(range(rounds + 1), desc=precision, dynamic_ncols=True):
         for name, work in contenders.items():
@@ -254,15 +254,15 @@ def _synchronize(device: torch.device) -> None:
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--rounds", default=8, show_default=True, type=click.IntRange(min=1), help="Interleaved rounds.")
-@click.option("--json", "as_json", is_flag=True, help="End with one JSON object.")
+@click.option("--json", "as_json", is_flag=True, help="Also print one JSON object at the end.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option(
     "--shape", "size", type=click.Choice(list(SHAPES)), default="quick", show_default=True, help="D, F and M."
 )
 def main(rounds: int, as_json: bool, device: str, size: str) -> None:
-    """Measure the experts against dense products, one thread on CPU in fp32 and bf16, or a GPU in bf16.
+    """Compare the experts with dense products, on one thread of a CPU in fp32 and bf16, or on a GPU in bf16.
 
-    On CPU the peers are installed into an environment of their own first.
+    On a CPU, the peers are first installed into an environment of their own.
 
     \b
     Examples:

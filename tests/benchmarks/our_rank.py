@@ -6,36 +6,24 @@ import sys
 
 import torch
 
+from tests.benchmarks.our_role import make_role
 from tests.benchmarks.peer_protocol import pin, serve, take_stdout
-from tests.training import tokens
 from trainer.cluster.process_groups import Job
 from trainer.cluster.rendezvous import read_launch, rendezvous
 from trainer.config.recipe import load_recipe
-from trainer.data.batches import SequenceStream
 from trainer.planning.schedule import make_schedule
-from trainer.train.loop import agreed_placement, optimizer_step
-from trainer.train.pool_rank import PoolRank
-from trainer.train.trunk_rank import TrunkRank
+from trainer.train.loop import optimizer_step
 
 
 def main(path: str) -> None:
-    """Take optimizer steps as they are asked for."""
+    """Take optimizer steps on request."""
     answer = take_stdout()
-    # As `train` has it: what determinism costs is part of a step.
+    # As `train` does: the cost of determinism is part of a step.
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False
     recipe = load_recipe(path)
     job = Job(recipe, rendezvous(recipe, read_launch()), make_schedule(recipe).lanes)
-    data = tokens(recipe)
-    placement = agreed_placement(job, recipe, None)
-    role: TrunkRank | PoolRank
-    if job.is_trunk:
-        role = TrunkRank(
-            recipe, job, make_schedule(recipe), placement, SequenceStream([data], 0), SequenceStream([data], None)
-        )
-    else:
-        assert placement
-        role = PoolRank(recipe, job, make_schedule(recipe), placement)
+    role = make_role(recipe, job)
     if job.topology.world_size > 1:
         pin(job.rank)
     done = 0

@@ -18,7 +18,6 @@ from pool.schedule import lockstep_schedule
 from pool.schedule_timing import time_schedule
 from tests.benchmarks.report import print_report, ratios
 from tests.distributed import join, run_ranks
-from tests.training import tokens
 from trainer.config.recipe import Recipe
 from trainer.planning.schedule import ScheduleSpec, make_schedule
 
@@ -62,27 +61,11 @@ def recipe(precision: str, folder: str) -> Recipe:
 
 def measure(job_recipe: Recipe, rounds: int) -> dict[str, Any]:
     """On every rank, measure the seconds of a step with each schedule and the share spent waiting, round by round."""
-    from trainer.data.batches import SequenceStream
-    from trainer.train.loop import agreed_placement, optimizer_step
-    from trainer.train.pool_rank import PoolRank
-    from trainer.train.trunk_rank import TrunkRank
+    from tests.benchmarks.our_role import make_role
+    from trainer.train.loop import optimizer_step
 
     job = join(job_recipe)
-    data = tokens(job_recipe)
-    placement = agreed_placement(job, job_recipe, None)
-    assert placement
-    role: TrunkRank | PoolRank
-    if job.is_trunk:
-        role = TrunkRank(
-            job_recipe,
-            job,
-            make_schedule(job_recipe),
-            placement,
-            SequenceStream([data], 0),
-            SequenceStream([data], None),
-        )
-    else:
-        role = PoolRank(job_recipe, job, make_schedule(job_recipe), placement)
+    role = make_role(job_recipe, job)
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[job.rank % len(cores)]})  # this thread only: gloo's threads stay free
     costs, layers = make_schedule(job_recipe).costs, job_recipe.model.layers

@@ -1,7 +1,8 @@
-"""Peer: a transformer with DeepSpeed's own MoE layer, without dropped tokens. Runs in the peers' environment.
+"""Peer: a transformer with DeepSpeed's own MoE layer, without dropped tokens. It runs in the peers' environment.
 
-Two gloo ranks, ZeRO 0, experts split over both (ep_size 2), the client's AdamW. The rest of the block is the plain one:
-RMSNorm, rotary attention through scaled_dot_product_attention, SwiGLU experts. bf16 is autocast over fp32 parameters.
+It uses two gloo ranks, ZeRO 0, experts split over both ranks (ep_size 2), and torch's AdamW. The rest of the block is
+standard: RMSNorm, rotary attention by scaled_dot_product_attention, SwiGLU experts. bf16 is autocast over fp32
+parameters.
 """
 
 from __future__ import annotations
@@ -93,12 +94,12 @@ class Model(nn.Module):
 
 
 def training_step(s: dict[str, Any]) -> Callable[..., None]:
-    """The optimizer step on this rank's share of a global batch."""
+    """Return a function that takes optimizer steps on this rank's share of a global batch."""
     import deepspeed
     import deepspeed.ops
     from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer as split_groups
 
-    # Else the first start compiles an extension for a minute, whose lock outlives a process that is killed.
+    # Otherwise the first start compiles an extension for a minute, and its lock survives a killed process.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     deepspeed.init_distributed("gloo", timeout=timedelta(minutes=10))

@@ -1,10 +1,11 @@
-"""Peer: Hugging Face transformers' Qwen3-MoE, from a config with random weights. Runs in the peers' environment.
+"""Peer: Hugging Face transformers' Qwen3-MoE with random weights. It runs in the peers' environment.
 
-`kind: step` trains the whole model: AdamW, gradient accumulation, clipping, DDP over gloo where there are two ranks.
-`kind: experts` runs sparse blocks alone, 8 layers' worth: 8 blocks of their own, or one block called 8 times.
+`kind: step` trains the whole model with AdamW, gradient accumulation and clipping, and with DDP over gloo on two ranks.
+`kind: experts` only runs the sparse blocks of 8 layers: 8 separate blocks, or one block called 8 times.
 
-Experts go through grouped_mm: transformers' own loop makes a gradient of the whole stack for every expert on CPU. bf16
-is bf16 parameters and optimizer, less exact than fp32 master weights but faster: under autocast grouped_mm stays fp32.
+Experts use grouped_mm, because on a CPU transformers' own loop makes a gradient of the whole stack for every expert. In
+bf16, parameters and optimizer are bf16: this is less exact than fp32 master weights but faster, because under autocast
+grouped_mm stays in fp32.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from peer_protocol import pin, serve, take_stdout
 
 
 def config(s: dict[str, Any], experts: int) -> Any:
-    """A Qwen3-MoE config of the benchmark's shape."""
+    """Make a Qwen3-MoE config of the benchmark's shape."""
     from transformers import Qwen3MoeConfig
 
     made = Qwen3MoeConfig(
@@ -36,7 +37,7 @@ def config(s: dict[str, Any], experts: int) -> Any:
         num_experts_per_tok=1,
         max_position_embeddings=s["seq_len"],
         use_cache=False,
-        output_router_logits=True,  # the balance loss, as all contenders have one
+        output_router_logits=True,  # for the balance loss, which all contenders have
         router_aux_loss_coef=0.01,
     )
     made._attn_implementation = "sdpa"
@@ -45,7 +46,7 @@ def config(s: dict[str, Any], experts: int) -> Any:
 
 
 def training_step(s: dict[str, Any]) -> Callable[..., None]:
-    """The whole model's optimizer step on this rank's share of a global batch."""
+    """Return a function that takes optimizer steps of the whole model on this rank's share of a global batch."""
     import torch
     import torch.distributed as dist
     from transformers import Qwen3MoeForCausalLM
@@ -76,7 +77,7 @@ def training_step(s: dict[str, Any]) -> Callable[..., None]:
 
 
 def sparse_blocks(s: dict[str, Any]) -> Callable[..., None]:
-    """Forward and backward of every layer's sparse block on every micro-batch."""
+    """Return a function that runs forward and backward of every layer's sparse block on every micro-batch."""
     import torch
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 

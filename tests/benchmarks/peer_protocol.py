@@ -1,7 +1,7 @@
-"""How a contender's rank talks to the benchmark: a JSON object a line on stdin, and one a line back.
+"""How a contender's rank talks to the benchmark: one JSON object per line on stdin, and one per line in answer.
 
-Imports the standard library only, because it runs in the peers' environment too. Waiting is a blocking read, so an idle
-contender takes no processor time; at the end of stdin the process ends.
+This module imports only the standard library, because it also runs in the peers' environment. A rank waits in a
+blocking read, so an idle contender uses no processor time. At the end of stdin the process ends.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 
 def take_stdout() -> Callable[[dict[str, Any]], None]:
-    """Keep stdout for answers; whatever else a library prints goes to stderr from now on."""
+    """Reserve stdout for answers; whatever libraries print goes to stderr from now on."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
@@ -26,7 +26,7 @@ def take_stdout() -> Callable[[dict[str, Any]], None]:
 
 
 def serve(answer: Callable[[dict[str, Any]], None], work: Callable[..., None]) -> None:
-    """Say that this rank is ready, then do `work(**request)` for every request, until stdin ends."""
+    """Report that this rank is ready, then call `work(**request)` for every request until stdin ends."""
     answer({"ready": True})
     for line in sys.stdin:
         work(**json.loads(line))
@@ -34,6 +34,6 @@ def serve(answer: Callable[[dict[str, Any]], None], work: Callable[..., None]) -
 
 
 def pin(rank: int) -> None:
-    """This thread to a core of its own, where each rank has one thread; to be called when its groups are made."""
+    """Pin this thread to a core of its own; call it after process groups have been made, if ranks have one thread."""
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[rank % len(cores)]})

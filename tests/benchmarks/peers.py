@@ -1,4 +1,4 @@
-"""The peers' environment, beside ours: Hugging Face transformers and DeepSpeed, at the versions that were measured.
+"""The environment of the peers, separate from ours: Hugging Face transformers and DeepSpeed, at pinned versions.
 
 python -m tests.benchmarks.peers
 """
@@ -17,18 +17,18 @@ FOLDER = ROOT / ".venv-peers"
 REQUIREMENTS = Path(__file__).with_name("requirements-peers.txt")
 PYTHON = FOLDER / "bin" / "python"
 INSTALLED = FOLDER / "installed"
-"""What was installed, written when all of it was: an installation that was cut short is made again."""
+"""Holds what was installed; written at the end, so that an interrupted installation is repeated."""
 
 INSTALL_LIMIT = 3600.0
 
 
 def is_ready() -> bool:
-    """Whether the environment has what REQUIREMENTS asks for now."""
+    """Whether the environment has the current REQUIREMENTS."""
     return INSTALLED.exists() and INSTALLED.read_text() == REQUIREMENTS.read_text()
 
 
 def install() -> None:
-    """Make the environment, if it is not there."""
+    """Create the environment if it is missing or outdated."""
     if is_ready():
         return
     print(f"installing the peers into {FOLDER.name}", file=sys.stderr)
@@ -39,14 +39,14 @@ def install() -> None:
 
 
 def peers_python() -> str:
-    """The interpreter of the peers' environment, which is installed first if it is not there."""
+    """Return the interpreter of the peers' environment, which is installed first if necessary."""
     install()
     return str(PYTHON)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 def main() -> None:
-    """Install the benchmarks' peers into .venv-peers; does nothing where that is done.
+    """Install the benchmarks' peers into .venv-peers, unless they are installed already.
 
     \b
     Example:

@@ -1,4 +1,4 @@
-"""Records which expert every layer of a trained model chooses, micro-batch by micro-batch.
+"""Records which experts each layer of a trained model chooses, micro-batch by micro-batch.
 
 python -m tests.benchmarks.record runs/quickstart --out routing.npy
 """
@@ -26,10 +26,10 @@ from trainer.model.trunk import Trunk
 
 
 def record(run: Path, micro_batches: int) -> NDArray[np.int64]:
-    """Counts by micro-batch, layer and global expert (N, L, M) of a run's newest checkpoint, on training text.
+    """Count assignments by micro-batch, layer and global expert (N, L, M) of a run's newest checkpoint.
 
     Raises:
-        ValueError: it has no checkpoint of a model with experts.
+        ValueError: The run has no checkpoint of a model with experts.
     """
     recipe = load_recipe(str(run / "recipe.yaml"))
     found = checkpoint.newest(run / "checkpoints")
@@ -59,8 +59,10 @@ def record(run: Path, micro_batches: int) -> NDArray[np.int64]:
 
 @click.command()
 @click.argument("run", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--out", required=True, type=click.Path(dir_okay=False, path_type=Path), help="A .npy file to write.")
-@click.option("--micro-batches", default=256, show_default=True, help="How many; of training text in a new order.")
+@click.option("--out", required=True, type=click.Path(dir_okay=False, path_type=Path), help="The .npy file to write.")
+@click.option(
+    "--micro-batches", default=256, show_default=True, help="Number of micro-batches of training text, in a new order."
+)
 def main(run: Path, out: Path, micro_batches: int) -> None:
     """Record the routing of RUN's newest checkpoint: counts by micro-batch, layer and global expert."""
     load_NLM = record(run, micro_batches)

@@ -1,4 +1,4 @@
-"""What every benchmark prints: a table of ratios with their spread, and with --json one object on the last line."""
+"""The report of every benchmark: a table of ratios with their spread and, with --json, one object on the last line."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from pathlib import Path
 
 
 def ratios(peer: Sequence[float], ours: Sequence[float]) -> list[float]:
-    """How many times faster we were, round by round: the peer's seconds over ours."""
+    """How many times as fast ours was, round by round: the peer's seconds over ours."""
     return [p / o for p, o in zip(peer, ours, strict=True)]
 
 
 def machine() -> str:
-    """Processor and cores."""
+    """Describe the processor and its cores."""
     model = platform.processor() or platform.machine()
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
@@ -28,7 +28,7 @@ def machine() -> str:
 
 
 def commit() -> str:
-    """The commit that is measured, with a mark if files differ from it."""
+    """Name the commit, with a mark if files differ from it."""
     return subprocess.run(
         ["git", "describe", "--always", "--dirty", "--abbrev=12"],
         cwd=Path(__file__).parent,
@@ -41,10 +41,14 @@ def commit() -> str:
 def print_report(
     title: str, command: str, results: dict[str, list[float]], notes: Sequence[str], as_json: bool
 ) -> None:
-    """Print the median and the range of every ratio (or of seconds, where that is what was asked for).
+    """Print the median and the range of every result.
 
     Args:
-        results: name -> value of each round.
+        title: What was measured.
+        command: The command that measures it.
+        results: Ratios or seconds of all rounds, by name.
+        notes: Lines below the table.
+        as_json: Whether to end with one JSON object.
     """
     print(f"{title}\n{datetime.now(UTC):%Y-%m-%d}, commit {commit()}, {machine()}\n{command}\n")
     width = max(map(len, results))

@@ -1,4 +1,4 @@
-"""What checkpoints cost: steps of quickstart with a save after every one, or every fifth, beside steps without.
+"""The cost of checkpoints: steps of quickstart with a save after every step or every fifth, compared with no saves.
 
 python -m tests.benchmarks.saving [--rounds 2] [--json]
 """
@@ -26,11 +26,11 @@ STEPS = 40
 WARM_UP = 8
 RUN_LIMIT = 600.0
 INTERVALS = (0, 5, 1)
-"""Steps between saves; 0: none before the end."""
+"""Steps between saves; 0 means that only the end is saved."""
 
 
 def measure(every: int) -> dict[str, float]:
-    """Mean seconds of a step in a fresh run, and what its last save but one took, in seconds, by the metrics."""
+    """Return the mean seconds of a step in a new run, and what the metrics say of its last save but one."""
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         sets = {"run.dir": run, "train.steps": STEPS, "checkpoint.every": every, "eval.batches": 1}
@@ -68,7 +68,7 @@ def _scrape(url: str) -> dict[str, float]:
 
 
 def saving_results(runs: dict[int, list[dict[str, float]]]) -> dict[str, list[float]]:
-    """What the report lists, of the runs by interval: how much longer steps are, and seconds of a save."""
+    """Return what the report lists: how much longer steps are by interval, and the seconds of a save."""
     plain = [run["step"] for run in runs[0]]
     results = {
         f"step_with_a_save_every_{every}_over_none": ratios([run["step"] for run in runs[every]], plain)
@@ -83,9 +83,9 @@ def saving_results(runs: dict[int, list[dict[str, float]]]) -> dict[str, list[fl
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--rounds", default=2, show_default=True, type=click.IntRange(min=1), help="Interleaved rounds.")
-@click.option("--json", "as_json", is_flag=True, help="End with one JSON object.")
+@click.option("--json", "as_json", is_flag=True, help="Also print one JSON object at the end.")
 def main(rounds: int, as_json: bool) -> None:
-    """Measure what saving checkpoints costs training; about two minutes a round.
+    """Measure how much saving checkpoints slows down training; a round takes about two minutes.
 
     \b
     Example:
@@ -99,8 +99,9 @@ def main(rounds: int, as_json: bool) -> None:
                 runs[every].append(measure(every))
                 bar.update()
     notes = [
-        "1 trunk and 1 pool rank; a checkpoint is 114 MB; stall: training stands still; duration: until it is complete",
-        f"mean of the steps {WARM_UP + 1} to {STEPS}; both cores compute, so writing takes from training",
+        "1 trunk and 1 pool rank; a checkpoint has 114 MB",
+        "stall: how long training stands still; duration: how long it takes until the checkpoint is complete",
+        f"mean of the steps {WARM_UP + 1} to {STEPS}; both cores compute, so writing slows down training",
     ]
     title = f"Cost of checkpoints in {RECIPE}: steps with saves over steps without, and seconds of a save"
     print_report(title, "python -m tests.benchmarks.saving", saving_results(runs), notes, as_json)

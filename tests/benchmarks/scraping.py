@@ -1,4 +1,4 @@
-"""What being watched costs: steps of 830m's 48 layers and 384 experts, scraped every second, ten times as often, never.
+"""The cost of being scraped: steps of 48 layers and 384 experts with a scrape per second, ten per second, and none.
 
 python -m tests.benchmarks.scraping [--rounds 8] [--json]
 """
@@ -21,19 +21,17 @@ import torch
 
 from tests.benchmarks.report import print_report, ratios
 from tests.distributed import join, run_ranks
-from tests.training import tokens
 from trainer.config.recipe import Recipe
-from trainer.planning.schedule import make_schedule
 
 PERIODS = {"never": 0.0, "every_second": 1.0, "ten_a_second": 0.1}
-"""Prometheus' own default is a minute, deploy/prometheus/ has 15 s."""
+"""Seconds between scrapes. The default of Prometheus is 60 s, and deploy/prometheus/ uses 15 s."""
 
 STEPS = 3
-"""In a row, of a round."""
+"""Steps of a round, in a row."""
 
 
 def recipe(folder: str) -> Recipe:
-    """Depth and pool of unipool-830m, narrow, so that a step takes about a second; one pool rank has all experts."""
+    """The depth and the pool of unipool-830m, but narrow, so that a step takes about a second; one pool rank."""
     model = {"layers": 48, "hidden": 128, "heads": 4, "ffn_hidden": 128, "vocab": 2048, "seq_len": 32}
     return Recipe.model_validate(
         {
@@ -56,7 +54,7 @@ def recipe(folder: str) -> Recipe:
 
 
 def scrape(addresses: Sequence[str], period: float) -> None:
-    """Read every page as Prometheus does, until killed; prints bytes, gzipped bytes and seconds of each."""
+    """Read every page as Prometheus does, until killed; print the bytes, gzipped bytes and seconds of each."""
     while True:
         for address in addresses:
             request = urllib.request.Request(f"http://{address}/metrics", headers={"Accept-Encoding": "gzip"})
@@ -68,28 +66,12 @@ def scrape(addresses: Sequence[str], period: float) -> None:
 
 
 def measure(job_recipe: Recipe, rounds: int) -> dict[str, Any]:
-    """On rank 0: mean seconds of a step by how often it is scraped, round by round, and what the scrapes saw."""
-    from trainer.data.batches import SequenceStream
-    from trainer.train.loop import agreed_placement, optimizer_step
-    from trainer.train.pool_rank import PoolRank
-    from trainer.train.trunk_rank import TrunkRank
+    """Return mean seconds of a step by period of the scrapes, round by round, and (on rank 0) the scrapes."""
+    from tests.benchmarks.our_role import make_role
+    from trainer.train.loop import optimizer_step
 
     job = join(job_recipe)
-    placement = agreed_placement(job, job_recipe, None)
-    assert placement
-    role: TrunkRank | PoolRank
-    if job.is_trunk:
-        data = tokens(job_recipe)
-        role = TrunkRank(
-            job_recipe,
-            job,
-            make_schedule(job_recipe),
-            placement,
-            SequenceStream([data], 0),
-            SequenceStream([data], None),
-        )
-    else:
-        role = PoolRank(job_recipe, job, make_schedule(job_recipe), placement)
+    role = make_role(job_recipe, job)
     job.shared.put("address", role.metrics.address)
     job.barrier()
     addresses = job.shared.gather("address")
@@ -114,7 +96,7 @@ def measure(job_recipe: Recipe, rounds: int) -> dict[str, Any]:
 
 
 def _scraper(addresses: Sequence[str], period: float) -> subprocess.Popen[str]:
-    """A scraper that has read every page once."""
+    """Start a scraper, and wait until it has read a page."""
     command = [sys.executable, "-m", "tests.benchmarks.scraping", "--read", *addresses, "--period", str(period)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout
@@ -124,12 +106,12 @@ def _scraper(addresses: Sequence[str], period: float) -> subprocess.Popen[str]:
 
 @click.command()
 @click.option("--rounds", default=8, show_default=True, help="Interleaved rounds; about 15 s each.")
-@click.option("--json", "as_json", is_flag=True, help="End with one JSON object.")
+@click.option("--json", "as_json", is_flag=True, help="Also print one JSON object at the end.")
 @click.option("--read", is_flag=True, hidden=True)
 @click.option("--period", type=float, hidden=True)
 @click.argument("addresses", nargs=-1)
 def main(rounds: int, as_json: bool, read: bool, period: float, addresses: tuple[str, ...]) -> None:
-    """Measure what scraping costs training."""
+    """Measure how much scraping slows down training."""
     if read:
         with suppress(BrokenPipeError):
             scrape(addresses, period)
@@ -141,8 +123,8 @@ def main(rounds: int, as_json: bool, read: bool, period: float, addresses: tuple
     sizes, packed, took = zip(*found["scrapes"], strict=True)
     notes = [
         f"a step takes {statistics.median(never):.2f} s; {len(took)} scrapes of the trunk and the pool rank",
-        f"pages are {max(sizes) / 1e3:.1f} kB at most, {max(packed) / 1e3:.1f} kB gzipped, as Prometheus asks for them",
-        f"a scrape takes {statistics.median(took) * 1e3:.1f} ms, at most {max(took) * 1e3:.1f} ms, on cores that train",
+        f"pages have at most {max(sizes) / 1e3:.1f} kB, or {max(packed) / 1e3:.1f} kB gzipped, as Prometheus asks",
+        f"a scrape takes {statistics.median(took) * 1e3:.1f} ms, at most {max(took) * 1e3:.1f} ms, on busy cores",
     ]
     title = "Cost of being scraped: 1 trunk + 1 pool rank, 48 layers, 384 experts"
     print_report(title, "python -m tests.benchmarks.scraping", results, notes, as_json)

@@ -1,4 +1,4 @@
-"""From the command line to the first optimizer step, beside what importing torch and deepspeed alone takes.
+"""Time from the command line to the first optimizer step, compared with importing torch and deepspeed alone.
 
 python -m tests.benchmarks.startup [--rounds 5] [--json]
 """
@@ -26,7 +26,7 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 
 
 def first_step() -> float:
-    """Seconds from the launch of a fresh run to its first step's line in metrics.jsonl; the run is ended there."""
+    """Seconds from the launch of a new run to its first line in metrics.jsonl, where the run is stopped."""
     with tempfile.TemporaryDirectory() as folder:
         run, log = Path(folder) / "run", Path(folder) / "log"
         command = [sys.executable, "-m", "trainer", "train", RECIPE, "--set", f"run.dir={run}"]
@@ -53,7 +53,7 @@ def _wait_for_line(path: Path, process: subprocess.Popen[bytes], log: Path) -> f
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """The command ends its ranks itself when it is told to; when it is killed, they end by themselves."""
+    """Terminate the command, which stops its ranks; if it has to be killed, they stop by themselves."""
     process.terminate()
     try:
         process.wait(END_LIMIT)
@@ -63,7 +63,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def imports() -> float:
-    """Seconds of a Python that imports torch and deepspeed and does nothing."""
+    """Seconds of a Python process that only imports torch and deepspeed."""
     started = time.perf_counter()
     subprocess.run(
         [sys.executable, "-c", "import torch, deepspeed"],
@@ -77,7 +77,7 @@ def imports() -> float:
 
 
 def startup_results(first_steps: list[float], import_times: list[float]) -> dict[str, list[float]]:
-    """What the report lists: seconds, and how many times the imports alone the first step takes."""
+    """Return what the report lists: seconds, and the time to the first step over that of the imports."""
     return {
         "seconds_to_first_step": first_steps,
         "seconds_to_import_torch_deepspeed": import_times,
@@ -87,9 +87,9 @@ def startup_results(first_steps: list[float], import_times: list[float]) -> dict
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--rounds", default=5, show_default=True, type=click.IntRange(min=1), help="Interleaved rounds.")
-@click.option("--json", "as_json", is_flag=True, help="End with one JSON object.")
+@click.option("--json", "as_json", is_flag=True, help="Also print one JSON object at the end.")
 def main(rounds: int, as_json: bool) -> None:
-    """Measure seconds from `python -m trainer train quickstart` to its first optimizer step; data is prepared before.
+    """Measure seconds from `python -m trainer train quickstart` to its first optimizer step, with prepared data.
 
     \b
     Example:
@@ -102,7 +102,7 @@ def main(rounds: int, as_json: bool) -> None:
     for _ in tqdm(range(rounds), desc="start", dynamic_ncols=True):
         import_times.append(imports())
         first_steps.append(first_step())
-    notes = ["1 trunk and 1 pool rank; a fresh run.dir, prepared data, files in the page cache"]
+    notes = ["1 trunk and 1 pool rank; a new run.dir, prepared data, files in the page cache"]
     title = f"Seconds from the command line to the first optimizer step of {RECIPE}"
     print_report(
         title, "python -m tests.benchmarks.startup", startup_results(first_steps, import_times), notes, as_json

@@ -1,11 +1,13 @@
-"""A whole training step on two cores: UniPool against our own baselines, Hugging Face Qwen3-MoE and DeepSpeed's MoE.
+"""A whole training step on two cores: UniPool, our own baselines, Hugging Face Qwen3-MoE and DeepSpeed's MoE.
 
-All have the same active shape: 8 layers, hidden 256, 4 heads, one SwiGLU of width 512 a token and layer, vocabulary
-2,048, 4 micro-batches of 2,048 tokens, AdamW and clipping included. UniPool has one pool of 64 experts, the other MoEs
-8 private experts a layer, so all of them have as many parameters; dense has one FFN a layer. The width makes trunk and
-pool about equally long, as the number of ranks of either role would on a cluster: two cores leave no choice but 1 + 1.
+All have the same active shape: 8 layers, hidden 256, 4 heads, one SwiGLU of width 512 per token and layer, vocabulary
+2,048, and 4 micro-batches of 2,048 tokens, with AdamW and clipping. UniPool has one pool of 64 experts and the other
+MoEs have 8 private experts per layer, so all of them have equally many parameters; dense has one FFN per layer. With
+this width, trunk and pool take about equally long. On a cluster, the number of ranks of each role would be chosen for
+that; two cores only allow 1 + 1.
 
-Where two layouts can be had, two ranks of one thread or one rank of two, both are tried first and the faster is kept.
+Where two layouts are possible, two ranks of one thread or one rank of two threads, both are tried and the faster one is
+kept.
 
 python -m tests.benchmarks.step [--rounds 8] [--json]
 """
@@ -33,7 +35,7 @@ from trainer.config.recipe import Recipe, save_recipe
 
 CORES = 2
 TRIALS = 2
-"""Steps that each of two layouts is tried for, after one to warm up."""
+"""Steps for which each of two layouts is tried, after one for warm-up."""
 
 SHAPE = {"layers": 8, "hidden": 256, "heads": 4, "kv_heads": 4, "ffn_hidden": 512, "vocab": 2048, "seq_len": 256}
 EXPERTS = 64
@@ -55,12 +57,12 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "dense": {"model": {"ffn": "dense"}},
 }
-"""What our recipes differ in."""
+"""How our recipes differ."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Processes on the two cores; a pool rank is one of them."""
+    """Processes on the two cores, pool ranks included."""
 
     ranks: int
     threads: int
@@ -81,13 +83,13 @@ LAYOUTS = {
     "hugging_face": EITHER,
     "deepspeed_moe": (Layout(2, 1),),
 }
-"""Contenders, and the layouts that each is tried in."""
+"""Contenders, and the layouts in which each is tried."""
 
 MODEL_OF = {"one_plus_one": "unipool", "colocated": "unipool", "vanilla": "vanilla", "dense": "dense"}
 
 
 def recipe(model: str, layout: Layout, precision: str, folder: Path) -> Recipe:
-    """One of our models in a layout, with as many lanes as a rank has micro-batches."""
+    """Make the recipe of one of our models in a layout, with as many lanes as a rank has micro-batches."""
     trunk_ranks = layout.ranks - layout.pool_ranks
     sections: dict[str, Any] = {
         "run": {"dir": str(folder)},
@@ -116,7 +118,7 @@ def recipe(model: str, layout: Layout, precision: str, folder: Path) -> Recipe:
 
 
 def contender(name: str, layout: Layout, precision: str, python: str, folder: Path) -> Contender:
-    """A contender in a layout, not started yet."""
+    """Make a contender in a layout, without starting it."""
     label = f"{name} {precision} {layout}"
     if name in MODEL_OF:
         own = folder / label.replace(" ", "_")
@@ -141,7 +143,8 @@ def choose(
 ) -> tuple[Layout, Contender, dict[Layout, float]]:
     """Start a contender in all its layouts, warm up, and keep the fastest alive on the stack.
 
-    Returns the layout, the contender, and the seconds of the best trial in each layout.
+    Returns:
+        The layout, the contender, and the seconds of the best trial in each layout.
     """
     with ExitStack() as starting:
         alive = {layout: starting.enter_context(form) for layout, form in forms}
@@ -161,7 +164,7 @@ def choose(
 
 
 def step_ratios(seconds: dict[str, list[float]], precision: str) -> dict[str, list[float]]:
-    """The named ratios of one precision from every contender's seconds a step, round by round."""
+    """Return the named ratios of one precision, from every contender's seconds per step, round by round."""
     best_peer = list(map(min, seconds["hugging_face"], seconds["deepspeed_moe"]))
     return {
         f"colocated_over_vanilla_{precision}": ratios(seconds["vanilla"], seconds["colocated"]),
@@ -173,7 +176,7 @@ def step_ratios(seconds: dict[str, list[float]], precision: str) -> dict[str, li
 def measure(
     precision: str, rounds: int, python: str, advance: Callable[[str], None]
 ) -> tuple[dict[str, list[float]], list[str]]:
-    """Every contender's seconds a step, round by round, and a note on each."""
+    """Return every contender's seconds per step, round by round, and a note on each."""
     seconds: dict[str, list[float]] = {name: [] for name in LAYOUTS}
     layouts: dict[str, Layout] = {}
     trials: dict[str, dict[Layout, float]] = {}
@@ -206,11 +209,11 @@ def _notes(
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--rounds", default=8, show_default=True, type=click.IntRange(min=1), help="Interleaved rounds.")
-@click.option("--json", "as_json", is_flag=True, help="End with one JSON object.")
+@click.option("--json", "as_json", is_flag=True, help="Also print one JSON object at the end.")
 def main(rounds: int, as_json: bool) -> None:
     """Measure whole training steps on two cores, in fp32 and bf16.
 
-    The peers are installed into an environment of their own first.
+    The peers are first installed into an environment of their own.
 
     \b
     Example:
@@ -218,7 +221,7 @@ def main(rounds: int, as_json: bool) -> None:
     """
     python = peers_python()
     end_in_order()
-    os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[:CORES]))  # what is started here inherits it
+    os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[:CORES]))  # processes that are started here inherit it
     results: dict[str, list[float]] = {}
     notes: list[str] = []
     with tqdm(total=len(PRECISIONS) * (len(LAYOUTS) + rounds), dynamic_ncols=True) as bar:
@@ -231,7 +234,7 @@ def main(rounds: int, as_json: bool) -> None:
             seconds, more = measure(precision, rounds, python, advance)
             results |= step_ratios(seconds, precision)
             notes += more
-    title = "A training step on two cores: times as many tokens a second"
+    title = "A training step on two cores: ratios of tokens per second"
     print_report(title, "python -m tests.benchmarks.step", results, notes, as_json)
 
 

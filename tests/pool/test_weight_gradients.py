@@ -41,7 +41,7 @@ def test_several_drains_equal_one(deferred_bytes: int) -> None:
         assert_gradients(shard, works)
 
 
-def test_work_is_drained_when_it_exceeds_its_limit() -> None:
+def test_work_is_computed_once_it_exceeds_the_limit() -> None:
     works = [*several()[:2], make_work([0, 0, 1, 0], seed=9)]
     shard = make_shard(deferred_bytes=deferred_bytes_of(works[:2]))
     run_one_by_one(shard, works[:2])
@@ -53,7 +53,7 @@ def test_work_is_drained_when_it_exceeds_its_limit() -> None:
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-4), (torch.bfloat16, 2e-2)])
 def test_gradients_are_summed_in_fp32(dtype: torch.dtype, tolerance: float) -> None:
-    """Draining adds to the gradient; beside a large one (1024, whose bf16 neighbour is 8 away) small ones survive."""
+    """A drain adds to the gradient; beside a large one (1024, whose bf16 neighbour is 8 away) small ones survive."""
     works = several(dtype)
     shard, fresh = make_shard(dtype=dtype), make_shard(dtype=dtype)
     for weight in (shard.w13_e2FD, shard.w2_eDF):
@@ -66,14 +66,14 @@ def test_gradients_are_summed_in_fp32(dtype: torch.dtype, tolerance: float) -> N
         assert_near(got - 1024.0, want, tolerance)
 
 
-def test_draining_nothing_leaves_zero_gradients() -> None:
+def test_a_drain_without_work_leaves_zero_gradients() -> None:
     shard = make_shard()
     shard.deferred_dw.drain()
     for weight, grad in zip((shard.w13_e2FD, shard.w2_eDF), gradients(shard), strict=True):
         assert torch.equal(grad, torch.zeros_like(weight))
 
 
-def test_draining_twice_adds_nothing() -> None:
+def test_a_drain_leaves_no_work() -> None:
     """A second drain adds nothing, and does not clear what is there."""
     shard = make_shard()
     run_one_by_one(shard, several())
@@ -119,7 +119,7 @@ def deferred(kernels: ModuleType, dtype: torch.dtype, monkeypatch: pytest.Monkey
 def test_when_weight_gradients_are_made_does_not_show(
     kernels: ModuleType, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Bit for bit, whatever part of a cut was made in idle time; and they are the sums that they should be."""
+    """Bit for bit, whatever part of a batch was computed in idle time; and they are the sums that they should be."""
     at_the_end = gradients(deferred(kernels, dtype, monkeypatch, 0))
     for some in (1, 2, 5):
         assert all(map(torch.equal, gradients(deferred(kernels, dtype, monkeypatch, some)), at_the_end)), some
@@ -129,13 +129,13 @@ def test_when_weight_gradients_are_made_does_not_show(
         assert float((got - want).abs().max()) < (1e-5 if dtype == torch.float32 else 3e-2) * scale
 
 
-def test_room_is_made_when_there_is_too_much_deferred_work() -> None:
-    """Sealed work goes first. The open batch is sealed only if it is too large by itself."""
+def test_room_is_made_beyond_the_limit() -> None:
+    """Sealed work goes first; the open batch is sealed and computed only if it is too large by itself."""
     one = 8 * (2 * D + 3 * F) * 4  # bytes of a backward with 8 rows, fp32
 
     def backward(shard: ExpertShard) -> None:
-        rows = make_work([3, 1, 4, 0], 0)
-        shard.backward_rows(rows.x_ND, None, rows.dy_ND, [rows.counts])
+        work = make_work([3, 1, 4, 0], 0)
+        shard.backward_rows(work.x_ND, None, work.dy_ND, [work.counts])
         shard.deferred_dw.drain_if_full()
 
     shard = make_shard(deferred_bytes=2 * one)

@@ -174,6 +174,24 @@ def test_state_round_trip(scope: str, delay: int) -> None:
     assert all(torch.equal(a, b) for a, b in zip(expected, actual, strict=True))
 
 
+def test_state_of_a_run_that_numbered_micro_batches_otherwise() -> None:
+    """Loads, and the first number that has one, move by the shift; numbers begin at 0 all the same."""
+    saved = LoadStatistics("micro_batch", 1, L, M)
+    saved.begin_at(4)
+    for index in (4, 5):
+        saved.record_micro_batch(index, random_loads(index))
+        saved.fractions(index, step=0)
+    resumed = LoadStatistics("micro_batch", 1, L, M)
+    resumed.load_state_dict(saved.state_dict(), shift=3)
+    assert resumed.fractions(7, step=0) is None
+    fractions_LM = resumed.fractions(9, step=0)
+    assert fractions_LM is not None
+    torch.testing.assert_close(fractions_LM, fractions_of(random_loads(5)))
+    resumed.load_state_dict(saved.state_dict(), shift=-5)
+    assert resumed.fractions(0, step=0) is None
+    assert resumed.fractions(1, step=0) is not None
+
+
 def test_state_of_other_knobs_is_refused() -> None:
     state = LoadStatistics("micro_batch", 1, L, M).state_dict()
     with pytest.raises(ValueError, match="micro_batch and 2, the checkpoint has micro_batch and 1"):

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from pool.shard import ExpertServer, ExpertShard
 from trainer.bench.tables import PROCESSOR
-from trainer.bench.wire import measure_wire
+from trainer.bench.wire import measure_wire, synchronize, timed
 from trainer.common.errors import UserError
 from trainer.common.machine import limit_threads, usable_cores, usable_memory
 from trainer.config.recipe import Recipe
@@ -83,19 +83,9 @@ def best_seconds(function: Callable[[], object], device: torch.device, seconds: 
     function()
     best, until = math.inf, time.perf_counter() + seconds
     while True:
-        _synchronize(device)
-        started = time.perf_counter()
-        function()
-        _synchronize(device)
-        now = time.perf_counter()
-        best = min(best, now - started)
-        if now >= until:
+        best = min(best, timed(function, device))
+        if time.perf_counter() >= until:
             return best
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _announce(what: str) -> None:
@@ -281,7 +271,7 @@ class _Precision:
                     rows_ND = coroutine.send(rows_ND).rows_ND  # type: ignore[arg-type]  # None starts a generator
                 except StopIteration:
                     ended = True
-                _synchronize(device)
+                synchronize(device)
                 times.append(time.perf_counter())
             best[:] = map(min, best, (after - before for before, after in pairwise(times)))
 

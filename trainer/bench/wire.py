@@ -24,11 +24,10 @@ from trainer.planning.model_costs import FP32
 if TYPE_CHECKING:
     from multiprocessing.queues import SimpleQueue
 
-    from trainer.cluster.process_groups import Job
-
 SMALL, LARGE, BESIDE = 60, 12, 12
 """Numbers of requests: of one row, large ones, and large ones during computation; a quarter of each is a warm-up."""
 TIME_LIMIT = 120.0
+_KEY = RequestKey(trunk_rank=0, lane=0, micro_batch=0, layer=0, kind=Kind.FORWARD_ONLY)
 
 
 @dataclass(frozen=True)
@@ -46,13 +45,23 @@ class WireFigures:
     hidden: float
 
 
-def measure_wire(recipe: Recipe, device: torch.device, message_bytes: int) -> WireFigures:
-    """Start a trunk rank and a pool rank that exchange requests and answers in fp32.
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done everything that was launched."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
-    Args:
-        recipe: Gives the width of a row.
-        device: Where the ranks compute.
-        message_bytes: Size of a large request.
+
+def timed(function: Callable[[], object], device: torch.device) -> float:
+    """Run a function, and return how many seconds it and its work on the device took."""
+    synchronize(device)
+    started = time.perf_counter()
+    function()
+    synchronize(device)
+    return time.perf_counter() - started
+
+
+def measure_wire(recipe: Recipe, device: torch.device, message_bytes: int) -> WireFigures:
+    """Start a trunk rank and a pool rank that exchange rows of the recipe's width in fp32.
 
     Raises:
         ProcessRaisedException: A rank failed; the message has its traceback.
@@ -95,20 +104,7 @@ def _rank(
     from trainer.cluster.rendezvous import Launch, rendezvous
 
     job = Job(pair, rendezvous(pair, Launch(rank, 2, rank, 2, "127.0.0.1", port)), lanes=1)
-    settings = _settings(pair, job)
-    # Either end must live until the job is closed, or the pool's last answer could be lost before it is sent.
-    end: TrunkWire | PoolWire
-    if job.is_trunk:
-        end = TrunkWire(settings, job.host_group, job.lane_groups)
-        figures.put(_Trunk(end).measure(message_bytes))
-    else:
-        end = PoolWire(settings, job.host_group, job.lane_groups)
-        _serve(end)
-    job.close()
-
-
-def _settings(pair: Recipe, job: Job) -> WireSettings:
-    return WireSettings(
+    settings = WireSettings(
         topology=job.topology,
         rank=job.rank,
         num_local_experts=1,
@@ -118,16 +114,17 @@ def _settings(pair: Recipe, job: Job) -> WireSettings:
         payload_device=job.payload_device,
         timeout=job.timeout,
     )
-
-
-_KEY = RequestKey(trunk_rank=0, lane=0, micro_batch=0, layer=0, kind=Kind.FORWARD_ONLY)
-
-
-def _serve(wire: PoolWire) -> None:
-    """As the pool rank, answer every request with its own rows."""
-    for step in range(SMALL + LARGE + BESIDE):
-        ((rows_ND, counts),) = wire.receive([_KEY], step)
-        wire.answer(_KEY, step, rows_ND, counts)
+    # Either end must live until the job is closed, or the pool's last answer could be lost before it is sent.
+    end: TrunkWire | PoolWire
+    if job.is_trunk:
+        end = TrunkWire(settings, job.host_group, job.lane_groups)
+        figures.put(_Trunk(end).measure(message_bytes))
+    else:
+        end = PoolWire(settings, job.host_group, job.lane_groups)
+        for step in range(SMALL + LARGE + BESIDE):
+            ((rows_ND, counts),) = end.receive([_KEY], step)
+            end.answer(_KEY, step, rows_ND, counts)  # every request is answered with its own rows
+    job.close()
 
 
 class _Trunk:
@@ -158,7 +155,7 @@ class _Trunk:
             answer.wait()
             self._step += 1
 
-        return statistics.median([self._seconds(request) for _ in range(times)][times // 4 :])
+        return statistics.median([timed(request, self._device) for _ in range(times)][times // 4 :])
 
     def _products_of(self, seconds: float) -> tuple[Callable[[], None], float]:
         """Matrix products that take at least `seconds`, and the time that they take alone."""
@@ -169,17 +166,6 @@ class _Trunk:
             for _ in range(number):
                 torch.mm(a, a)
 
-        while self._seconds(products) < seconds and number < 2**20:
+        while timed(products, self._device) < seconds and number < 2**20:
             number *= 2
-        return products, statistics.median(self._seconds(products) for _ in range(5))
-
-    def _seconds(self, function: Callable[[], None]) -> float:
-        self._synchronize()
-        started = time.perf_counter()
-        function()
-        self._synchronize()
-        return time.perf_counter() - started
-
-    def _synchronize(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        return products, statistics.median(timed(products, self._device) for _ in range(5))

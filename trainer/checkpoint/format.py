@@ -145,7 +145,6 @@ def damage(folder: Path, pick: Callable[[list[str]], list[str]] = list) -> str |
     """Return what is wrong with a checkpoint: the first file that differs from its manifest, or None.
 
     Args:
-        folder: The checkpoint.
         pick: Selects which of its files to read.
     """
     try:

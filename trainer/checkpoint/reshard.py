@@ -90,7 +90,6 @@ class SavedCheckpoint:
     """The trunk and the whole pool of a checkpoint whose folders have all been converted.
 
     Args:
-        folder: The checkpoint.
         work: The folder that `convert` wrote to.
     """
 
@@ -147,7 +146,6 @@ def convert(folder: Path, work: Path, part: int = 0, parts: int = 1) -> None:
     """Convert the partitioned role folders of a checkpoint.
 
     Args:
-        folder: The checkpoint.
         work: The folder to write to.
         part, parts: Convert every `parts`-th folder, beginning with the `part`-th, so that ranks can share the work.
     """

@@ -52,8 +52,6 @@ def check(recipe: Recipe, folder: Path, force: bool) -> list[str]:
     """Compare the recipe with that of a checkpoint; return the differences as "key old -> new".
 
     Args:
-        recipe: The recipe of the run that is to resume.
-        folder: The checkpoint.
         force: Whether differences that affect results are accepted.
 
     Raises:
@@ -86,9 +84,6 @@ def check_data(recipe: Recipe, folder: Path, identity: str, force: bool) -> None
     """Check that the data are still those of a checkpoint: files may change while the recipe's keys stay the same.
 
     Args:
-        recipe: The recipe of the run that is to resume.
-        folder: The checkpoint.
-        identity: What identifies the prepared data.
         force: Whether other data are accepted.
 
     Raises:
@@ -179,14 +174,7 @@ def _set_aside(checkpoints: Path, damaged: dict[str, str], chosen: str) -> None:
 
 
 def load_checkpoint(job: Job, recipe: Recipe, folder: Path, role: checkpoint.Role) -> None:
-    """Load this rank's part of a checkpoint, resharding it if its layout is another one. All ranks call this together.
-
-    Args:
-        job: The job.
-        recipe: The recipe of the run that resumes.
-        folder: The checkpoint.
-        role: This rank's role, which is changed in place.
-    """
+    """Load this rank's part of a checkpoint, resharded if its layout is another one. A collective of all ranks."""
     info = checkpoint.read_info(folder)
     if info.layout == checkpoint.layout_of(recipe, role.placement):
         for name, engine in role.engines.items():

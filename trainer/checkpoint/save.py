@@ -83,8 +83,6 @@ class _Pending:
     """A checkpoint that is being written.
 
     Attributes:
-        steps: The number of steps done.
-        folder: Where it is written.
         started: When the copying began, on `time.perf_counter`'s clock.
         stalled: How long training waited, in seconds.
         files: The results of this rank's writes, by file name.
@@ -107,10 +105,7 @@ class Saver:
     """Saves checkpoints of a run. All ranks create one and call it in the same order.
 
     Args:
-        job: The job.
-        recipe: The recipe.
         checkpoints: The folder of the run's checkpoints.
-        role: This rank's role.
         data: What identifies the prepared data.
         metrics: Where rank 0 counts and times the checkpoints.
 

@@ -24,7 +24,6 @@ def atomic_folder(path: Path, progress_file: str | None = None) -> Iterator[Path
     `path`. No two processes may make the same folder at once. `path` must not exist, or be an empty folder.
 
     Args:
-        path: The finished folder.
         progress_file: The name of a file from which a later call can resume. A folder that has it is kept, even after
             an exception unless that is a `UserError`, and yielded as it is; the file is removed at the end.
     """

@@ -44,11 +44,16 @@ def one_line(text: object, longest: int = _LONGEST) -> str:
     return line if len(line) <= longest else f"{line[: longest // 2]}...{line[3 - longest // 2 :]}"
 
 
+def short_line(text: object) -> str:
+    """Return a name, or a library's message, as one line of at most 300 characters."""
+    return one_line(text, 300)
+
+
 def breaks_lines(character: str) -> bool:
     """Whether a character is a control character, half of a surrogate pair, or ends a line."""
     return unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp")
 
 
 def os_reason(error: OSError) -> str:
-    """Why a file cannot be read or written, in a few words."""
-    return (error.strerror or type(error).__name__).lower()
+    """Return why a file cannot be read or written, in a few words."""
+    return (error.strerror or one_line(error)).lower()

@@ -43,7 +43,6 @@ def read_text(path: Path, largest: int = LARGEST_TEXT) -> str:
     """Read a small UTF-8 file, such as a recipe or a hostfile; a byte-order mark is dropped.
 
     Args:
-        path: The file.
         largest: The most bytes it may have.
 
     Raises:
@@ -97,7 +96,6 @@ def read_tensors(path: Path | str, device: str | torch.device | None = "cpu", mm
     """Read a file that `torch.save` wrote.
 
     Args:
-        path: The file.
         device: Where tensors are put, as torch's `map_location`.
         mmap: Whether to map the tensors, so that only what is used of them is read.
 

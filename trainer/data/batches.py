@@ -40,8 +40,6 @@ def mixed(first: int, count: int, shares: NDArray[np.float64]) -> tuple[NDArray[
     within one element.
 
     Args:
-        first: The number of the first element.
-        count: The number of elements.
         shares: The share of each source; they add up to 1.
 
     Returns:
@@ -66,7 +64,6 @@ class SequenceStream:
     the seed.
 
     Args:
-        datasets: The data sets.
         seed: The seed; None keeps the rows as they are stored, for evaluation.
         shares: The share of each data set; they add up to 1.
 

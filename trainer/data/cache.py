@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import sys
@@ -9,7 +10,6 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import NoReturn
 
 from trainer.common.atomic import atomic_folder, partial_folder
 from trainer.common.errors import UserError
@@ -26,7 +26,6 @@ def make_once(directory: Path, name: str, fill: Callable[[Path], None], progress
 
     Args:
         directory: The folder to make it in; created if needed.
-        name: The folder's name.
         fill: Called with a temporary folder, which may hold what an interrupted call has written.
         progress: Whether to print notes on stderr.
 
@@ -38,7 +37,7 @@ def make_once(directory: Path, name: str, fill: Callable[[Path], None], progress
         if not path.is_dir():
             directory.mkdir(parents=True, exist_ok=True)
             _remove_abandoned(directory, name, progress)
-            with _sigterm_raises(), _lock(directory / f"{name}.lock", progress):
+            with _lock(directory / f"{name}.lock", progress), _removed_on_sigterm(partial_folder(path)):
                 if not path.is_dir():
                     with atomic_folder(path, PROGRESS_FILE) as partial:
                         fill(partial)
@@ -52,21 +51,37 @@ def make_once(directory: Path, name: str, fill: Callable[[Path], None], progress
 
 
 @contextmanager
-def _sigterm_raises() -> Iterator[None]:
-    """Let SIGTERM raise SystemExit, so that nothing is left behind that nobody can resume."""
+def _removed_on_sigterm(partial: Path) -> Iterator[None]:
+    """Let SIGTERM end the process at once and remove the unfinished folder, unless a later start can resume it.
 
-    def stop(number: int, _frame: object) -> NoReturn:
-        sys.exit(128 + number)
-
+    A thread does so, because the main thread may be in native code for a minute, as when it trains a tokenizer.
+    """
     in_main_thread = threading.current_thread() is threading.main_thread()
     if not in_main_thread or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
         yield
         return
-    signal.signal(signal.SIGTERM, stop)
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)
+
+    def watch() -> None:
+        while number := os.read(read_end, 1):
+            if number[0] == signal.SIGTERM:
+                if not (partial / PROGRESS_FILE).is_file():
+                    shutil.rmtree(partial, ignore_errors=True)
+                os._exit(128 + signal.SIGTERM)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    previous = signal.set_wakeup_fd(write_end)
+    signal.signal(signal.SIGTERM, lambda *_: None)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.set_wakeup_fd(previous)
+        os.close(write_end)
+        thread.join()
+        os.close(read_end)
 
 
 def _lock(lock_file: Path, verbose: bool) -> AbstractContextManager[object]:

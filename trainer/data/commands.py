@@ -13,7 +13,7 @@ from trainer.config.recipe import load_recipe
 @recipe_arguments
 @json_option
 def prepare(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Tokenize and pack the data of RECIPE, unless that has already been done.
+    """Tokenise and pack the data of RECIPE, unless that has already been done.
 
     \b
     Example:

@@ -19,10 +19,8 @@ class SplitFacts:
     """What a split holds.
 
     Attributes:
-        documents: The number of documents.
         bytes: Its text in UTF-8 bytes; with `tokens` it converts nats per token into bits per byte.
         tokens: The number of tokens, including those that end documents.
-        sequences: The number of rows.
         unigram_entropy: The loss, in nats, of a model that knows only how frequent each token is.
     """
 
@@ -49,7 +47,6 @@ class SplitWriter:
     called: what the file holds beyond that point is cut off.
 
     Args:
-        path: The file.
         seq_len: S.
         vocab: The number of different tokens.
         saved: What `state_dict` returned; None begins a new file.

@@ -1,4 +1,4 @@
-"""The data of a recipe: every source is tokenized and packed once, and later runs find the result.
+"""The data of a recipe: every source is tokenised and packed once, and later runs find the result.
 
 Each source has a folder:
 
@@ -19,7 +19,7 @@ from trainer.config.recipe import Recipe
 from trainer.config.sections import Source, Sources
 from trainer.data.cache import make_once
 from trainer.data.prepared_data import TOKENIZER_FILE, PreparedData, PreparedSource, open_prepared
-from trainer.data.reading.documents import refuse_bad_share
+from trainer.data.reading.documents import Progress
 from trainer.data.settings import TRAIN, SourceSettings
 from trainer.data.source_builder import SourceBuilder
 from trainer.data.splitting import SPLITS, Parts, choose_splitter
@@ -36,7 +36,6 @@ def prepare_for(recipe: Recipe, progress: bool = True) -> PreparedData:
     """Prepare the recipe's data unless that has been done.
 
     Args:
-        recipe: The recipe.
         progress: Whether to show bars and notes on stderr.
 
     Raises:
@@ -79,7 +78,6 @@ def prepare(training: Mixture, held_out: Mixture | None, progress: bool) -> Prep
     """Prepare the data of a run unless that has been done.
 
     Args:
-        training: What is trained on.
         held_out: Text for validation; None takes the validation splits of `training`.
         progress: Whether to show bars and notes on stderr.
 
@@ -107,7 +105,6 @@ def prepare_source(settings: SourceSettings, progress: bool) -> PreparedSource:
     tokenizer files; then nothing but their facts is read.
 
     Args:
-        settings: The source, and how to prepare it.
         progress: Whether to show bars and notes on stderr.
 
     Raises:
@@ -121,7 +118,8 @@ def prepare_source(settings: SourceSettings, progress: bool) -> PreparedSource:
     name = f"{settings.short_name}-v{settings.vocab}-s{settings.seq_len}-{settings.fingerprint()}"
     prepared = open_prepared(make_once(Path(settings.directory).expanduser(), name, fill, progress))
     bad, documents = prepared.bad_records, sum(prepared.facts(split).documents for split in SPLITS)
-    refuse_bad_share(bad.count, bad.records, documents, bad.first, settings.max_bad_share)
+    progress_then = Progress(documents=documents, records=bad.records, bad_records=bad.count, first_bad=list(bad.first))
+    progress_then.refuse_bad_share(settings.max_bad_share)
     return prepared
 
 

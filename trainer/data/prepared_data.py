@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from trainer.common.errors import UserError
 from trainer.common.strict_json import dumps, loads
 from trainer.data.packing import SplitFacts, unigram_entropy
@@ -29,7 +31,6 @@ class BadRecords:
     """Records that were skipped.
 
     Attributes:
-        count: The number of bad records.
         records: The number of records that were read, good or bad.
         first: What was wrong with the first ones.
     """
@@ -44,10 +45,8 @@ class PreparedSource:
     """A finished folder: the packed text of one source.
 
     Attributes:
-        path: The folder.
         tokenizer_vocab: The number of entries that the model needs for the tokenizer.
         end_of_document: The token that ends a document.
-        bad_records: Records that were skipped.
         train, validation, test: What each split holds.
     """
 
@@ -160,8 +159,6 @@ class PreparedData:
     @property
     def unigram_entropy(self) -> float:
         """Entropy of the training tokens in nats: the loss of a model that knows only how frequent each token is."""
-        import numpy as np
-
         if len(self.training) == 1:
             return self.training[0][0].train.unigram_entropy
         counts = [np.load(source.path / COUNTS_FILE) for source, _ in self.training]

@@ -8,10 +8,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from trainer.common.errors import UserError, os_reason
 from trainer.common.strict_json import dumps
 from trainer.data.reading.documents import Documents, Piece
-from trainer.data.reading.sources import find_files, shown
+from trainer.data.reading.sources import file_stamp, find_files
 from trainer.data.splitting import Parts
 from trainer.data.tokenizer import tokenizer_files
 
@@ -64,7 +63,7 @@ class SourceSettings:
         decisive = asdict(self) | {"format": FORMAT}
         for key in ("directory", "max_bad_share"):  # they do not change the data
             del decisive[key]
-        decisive["files"] = [_stamp(file) for file in find_files(self.source).read]
+        decisive["files"] = [file_stamp(file) for file in find_files(self.source).read]
         if self.tokenizer != TRAIN and (files := tokenizer_files(self.tokenizer)):
             decisive["tokenizer"] = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
         return hashlib.sha256(dumps(decisive, sort_keys=True).encode()).hexdigest()[:12]
@@ -79,12 +78,3 @@ def limited(documents: Documents, limit: int | None, done: int = 0) -> Iterator[
         done += piece.ends_document
         if done == limit:
             return
-
-
-def _stamp(file: Path) -> tuple[str, int, int]:
-    try:
-        return str(file), file.stat().st_size, file.stat().st_mtime_ns
-    except OSError as error:
-        raise UserError(
-            f"{shown(file)}: cannot be read ({os_reason(error)}); restore it or remove it from data.source"
-        ) from error

@@ -16,6 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from zipfile import BadZipFile
 
+import numpy as np
+from numpy.typing import NDArray
+
 from trainer.common.atomic import atomic_write
 from trainer.common.errors import UserError
 from trainer.common.strict_json import dumps, loads
@@ -33,7 +36,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 BATCH_CHARACTERS = 2_000_000
-"""Characters that are tokenized at once, over all cores."""
+"""Characters that are tokenised at once, over all cores."""
 
 COMMIT_TOKENS = 1 << 26
 """Tokens between two positions from which a build can resume."""
@@ -41,7 +44,7 @@ COMMIT_TOKENS = 1 << 26
 
 @dataclass(frozen=True)
 class _Batch:
-    """Passages to tokenize at once, and the position behind them."""
+    """Passages to tokenise at once, and the position behind them."""
 
     passages: list[Passage]
     documents: int
@@ -53,7 +56,6 @@ class SourceBuilder:
     """Builds the prepared folder of one source.
 
     Args:
-        settings: The source, and how to prepare it.
         folder: The folder to fill; it may hold what an interrupted build has committed.
         progress: Whether to show bars and notes on stderr.
     """
@@ -65,7 +67,7 @@ class SourceBuilder:
         self._main = next(split for split, part in self._parts.items() if part)
 
     def run(self) -> None:
-        """Read, tokenize and pack everything.
+        """Read, tokenise and pack everything.
 
         Raises:
             UserError: See `trainer.data.prepare.prepare_source`.
@@ -87,7 +89,7 @@ class SourceBuilder:
                 writer = SplitWriter(folder / f"{split}.arrow", settings.seq_len, settings.vocab, state)
                 stack.callback(writer.abandon)
                 self._writers[split] = writer
-            self._tokenize(tokenizer, end_id)
+            self._tokenise(tokenizer, end_id)
             splits = {split: writer.close() for split, writer in self._writers.items()}
         self._check(splits)
         self._write_facts(tokenizer, end_id, splits)
@@ -105,8 +107,7 @@ class SourceBuilder:
         bar = tqdm(pieces, what, unit=" pieces", delay=2, leave=False, disable=not self.progress)
         return choose_splitter(bar, self.settings.split)
 
-    def _tokenize(self, tokenizer: Tokenizer, end_id: int) -> None:
-        import numpy as np
+    def _tokenise(self, tokenizer: Tokenizer, end_id: int) -> None:
         from tqdm import tqdm
 
         encoder = Encoder(tokenizer)
@@ -115,7 +116,7 @@ class SourceBuilder:
         begin = time.monotonic()
         with (
             tqdm(
-                desc=f"tokenizing {self.settings.short_name}",
+                desc=f"tokenising {self.settings.short_name}",
                 unit=" documents",
                 total=self.settings.max_documents,
                 initial=self._splitter.documents,
@@ -137,11 +138,9 @@ class SourceBuilder:
                     self._commit(batch)
                     committed = tokens
         if encoder.slow_because:
-            self._note(f"tokenized slowly, because fastokens was not used ({encoder.slow_because})")
+            self._note(f"tokenised slowly, because fastokens was not used ({encoder.slow_because})")
 
-    def _add(self, passage: Passage, ids: Any, end_1: Any) -> None:
-        import numpy as np
-
+    def _add(self, passage: Passage, ids: NDArray[np.uint32], end_1: NDArray[np.uint32]) -> None:
         if passage.ends_document:
             ids = np.concatenate((ids, end_1))
         room = self._room(passage.split)
@@ -184,8 +183,6 @@ class SourceBuilder:
 
     def _commit(self, batch: _Batch) -> None:
         """Flush everything so far to the disk, with the position from which to resume."""
-        import numpy as np
-
         arrays: dict[str, Any] = {
             f"{split}/{name}": array
             for split, writer in self._writers.items()
@@ -201,8 +198,6 @@ class SourceBuilder:
 
     def _saved(self) -> dict[str, Any] | None:
         """What `_commit` has saved, or None if there is nothing to resume from."""
-        import numpy as np
-
         path = self.folder / PROGRESS_FILE
         if not path.is_file():
             return None
@@ -235,16 +230,14 @@ class SourceBuilder:
                 )
 
     def _write_facts(self, tokenizer: Tokenizer, end_id: int, splits: dict[str, Any]) -> None:
-        import numpy as np
-
-        documents, end = self._documents, str(tokenizer.id_to_token(end_id))
+        read, end = self._documents.progress, str(tokenizer.id_to_token(end_id))
         facts = {
             "settings": asdict(self.settings),
             "tokenizer_vocab": vocabulary(tokenizer),
             "end_of_document": end,
             "split_by": "document" if self._splitter.size is None else "size",
-            "records": documents.records,
-            "bad_records": {"count": documents.bad_records, "first": documents.first_bad},
+            "records": read.records,
+            "bad_records": {"count": read.bad_records, "first": read.first_bad},
             "splits": {split: asdict(facts) for split, facts in splits.items()},
         }
         np.save(self.folder / COUNTS_FILE, self._writers["train"].counts_V)
@@ -252,9 +245,9 @@ class SourceBuilder:
         facts["files"] = {name: (self.folder / name).stat().st_size for name in made}
         (self.folder / FACTS_FILE).write_text(dumps(facts, indent=1) + "\n")
         self._note(f"documents end with {end}")
-        if documents.bad_records:
-            what = f"{documents.bad_records:,} of {documents.records:,} records were skipped"
-            self._note(f"{what}: {'; '.join(documents.first_bad)}")
+        if read.bad_records:
+            what = f"{read.bad_records:,} of {read.records:,} records were skipped"
+            self._note(f"{what}: {'; '.join(read.first_bad)}")
 
 
 def _load_tokenizer(settings: SourceSettings) -> Tokenizer:

@@ -27,8 +27,6 @@ class Passage:
     """A piece of a document, or a part of one, that belongs to one split.
 
     Attributes:
-        split: One of `SPLITS`.
-        text: The text.
         ends_document: Whether the end-of-document token follows.
     """
 
@@ -49,7 +47,6 @@ class Splitter:
     """Assigns the pieces of a source to splits, in order.
 
     Args:
-        parts: The proportion of training, validation and test.
         size: UTF-8 bytes of the whole text: its beginning is for training, what follows for validation, and the end for
             test. None assigns each document to one split, by its index.
         documents, bytes: What has already been assigned, when resuming.
@@ -98,7 +95,6 @@ def choose_splitter(pieces: Iterable[Piece], parts: Parts) -> Splitter:
 
     Args:
         pieces: The pieces of the source from its beginning. No more are read than are needed to decide.
-        parts: The proportion of training, validation and test.
     """
     wanted = [part for part in parts[:2] if part]
     if len(wanted) < 2:

@@ -6,14 +6,12 @@ post-processor appends to a text, so that every copy of the file has it.
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.common.errors import UserError, one_line
+from trainer.common.errors import UserError, short_line
 from trainer.common.strict_json import dumps, loads
 from trainer.data.reading.sources import shown
 
@@ -44,12 +42,12 @@ SMALLEST_VOCABULARY = 257
 _LARGEST_VOCABULARY = 1 << 24
 _NAMES_THE_TOKEN = ("tokenizer_config.json", "special_tokens_map.json")
 _NAMES_THE_ID = ("generation_config.json", "config.json")
-_OTHER_FORMATS = (  # the endings of their files, the class of transformers that reads them, and an alternative
-    (("vocab.json", "merges.txt"), "GPT2TokenizerFast", "or the class of its family"),
-    (("vocab.txt",), "BertTokenizerFast", "or the class of its family"),
-    ((".model",), "LlamaTokenizerFast", "or the class of its family, with the package sentencepiece"),
-    (("tekken.json", ".tiktoken"), "AutoTokenizer", "with the package tiktoken"),
-)
+_OTHER_FORMATS = {  # the endings of their files, and the class of transformers that reads them
+    "GPT2TokenizerFast": ("vocab.json", "merges.txt"),
+    "BertTokenizerFast": ("vocab.txt",),
+    "LlamaTokenizerFast": (".model",),
+    "AutoTokenizer": ("tekken.json", ".tiktoken"),
+}
 _SAMPLE_CHARACTERS = [*map(chr, range(ord("!"), ord("~") + 1)), "é", "\u044f", "中", "ꙮ", "🙂"]
 
 
@@ -85,11 +83,10 @@ def load_tokenizer(name_or_path: str, end_of_document: str | None = None) -> Tok
     path = _tokenizer_file(name_or_path)
     where = f"data.tokenizer {shown(path or name_or_path)}"
     try:
-        with _quiet_hub():
-            tokenizer = Tokenizer.from_file(str(path)) if path else Tokenizer.from_pretrained(name_or_path)
+        tokenizer = Tokenizer.from_file(str(path)) if path else _from_hub(name_or_path)
     except Exception as error:  # tokenizers raises plain Exceptions
         if path:
-            raise UserError(f"{where}: not a tokenizer.json of `tokenizers` ({one_line(error, 300)})") from error
+            raise UserError(f"{where}: not a tokenizer.json of `tokenizers` ({short_line(error)})") from error
         raise UserError(
             f"{where}: there is no such file, and the hub did not provide it ({type(error).__name__}); set it to the "
             f'path of a tokenizer.json, or to "train"'
@@ -114,7 +111,6 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     """Train a byte-level BPE like GPT-2's. The same documents give the same tokenizer.
 
     Args:
-        documents: The text to train on.
         vocab_size: The number of entries, `END_OF_DOCUMENT` included. The result has fewer if the text has no more
             pairs to merge, and at least `SMALLEST_VOCABULARY`.
     """
@@ -171,25 +167,25 @@ def _tokenizer_file(name_or_path: str) -> Path | None:
 def _conversion(names: Iterable[str]) -> str:
     """How to convert a tokenizer in another format; "" if no name belongs to one."""
     for name in sorted(names):
-        for endings, reader, alternative in _OTHER_FORMATS:
+        for reader, endings in _OTHER_FORMATS.items():
             if name.endswith(endings):
                 return (
                     f"{shown(name)} is another format; convert it with {reader}.from_pretrained(FOLDER)"
-                    f".save_pretrained(FOLDER) of transformers ({alternative})"
+                    ".save_pretrained(FOLDER) of transformers, or with the class of its family"
                 )
     return ""
 
 
-@contextmanager
-def _quiet_hub() -> Iterator[None]:
-    """Keep the hub's library from logging why it failed: the exception says it once more."""
-    logger = logging.getLogger("huggingface_hub")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
+def _from_hub(name: str) -> Tokenizer:
+    from huggingface_hub.utils import logging
+    from tokenizers import Tokenizer
+
+    level = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)  # it would log every attempt; the exception says why it failed
     try:
-        yield
+        return Tokenizer.from_pretrained(name)
     finally:
-        logger.setLevel(level)
+        logging.set_verbosity(level)
 
 
 def _special_tokens(tokenizer: Tokenizer, count: int = 20) -> str:
@@ -208,7 +204,7 @@ def _check_end(tokenizer: Tokenizer, name: str) -> None:
     else:
         return
     raise UserError(
-        f'data.end_of_document: "{one_line(name, 300)}" {fault}; set it to one of {_special_tokens(tokenizer)}'
+        f'data.end_of_document: "{short_line(name)}" {fault}; set it to one of {_special_tokens(tokenizer)}'
     )
 
 
@@ -241,14 +237,12 @@ def _beside(path: Path | None, name: str, file: str) -> dict[str, Any]:
         except (EntryNotFoundError, LocalEntryNotFoundError):  # offline, its cache has what was fetched before
             return {}
         except Exception as error:  # raised by the HTTP client, which differs between versions
-            raise UserError(
-                f"data.tokenizer {shown(name)}: the hub cannot be reached ({one_line(error, 300)})"
-            ) from error
+            raise UserError(f"data.tokenizer {shown(name)}: the hub cannot be reached ({short_line(error)})") from error
     try:
         content = loads(beside.read_bytes())
     except (OSError, ValueError) as error:
         raise UserError(
-            f"data.tokenizer {shown(beside)}: cannot be read as JSON ({one_line(error, 300)}); mend or remove it"
+            f"data.tokenizer {shown(beside)}: cannot be read as JSON ({short_line(error)}); mend or remove it"
         ) from error
     return content if isinstance(content, dict) else {}
 

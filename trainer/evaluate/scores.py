@@ -75,22 +75,16 @@ class Scores:
         return [made]
 
     def notes(self) -> list[str]:
-        lines = [self.settings]
+        shots = sorted({task.num_fewshot for task in self.tasks if task.num_fewshot is not None})
+        shown = "zero-shot" if shots == [0] else f"{', '.join(map(str, shots))} solved examples before each question"
+        limit = f", at most {plural(self.limit, 'example')} per task" if self.limit else ""
+        lines = [f"lm-evaluation-harness {self.harness}, {shown}{limit}, {self.precision}."]
         if self.mean:
             tasks = plural(int(self.mean["tasks"]), "task")
             lines.append(f"The mean is unweighted, over {tasks}; acc replaces a missing acc_norm.")
         if self.cut:
             lines.append(f"{self.cut:,} requests were longer than the model's window and lost their beginning.")
         return lines
-
-    @property
-    def settings(self) -> str:
-        """How the tasks were scored, in one line."""
-        shots = sorted({task.num_fewshot for task in self.tasks if task.num_fewshot is not None})
-        parts = ["zero-shot" if shots == [0] else f"{', '.join(map(str, shots))} solved examples", self.precision]
-        if self.limit:
-            parts.append(f"at most {self.limit} examples per task")
-        return f"{', '.join(parts)}, lm-evaluation-harness {self.harness}"
 
 
 def with_accuracy(scores: Sequence[TaskScores]) -> list[TaskScores]:

@@ -52,8 +52,6 @@ class Hardware:
     """One rank of a job and its link.
 
     Attributes:
-        name: What to call it.
-        fp32, bf16: Speed in either precision.
         memory: Bytes that a rank may fill.
         memory_bandwidth: Bytes/s, read or written.
         launch_latency: Seconds that a merged launch of the experts takes at least.
@@ -81,16 +79,7 @@ class Hardware:
 
 @dataclass(frozen=True)
 class Figure:
-    """One measured number.
-
-    Attributes:
-        name: What was measured.
-        precision: None where it does not matter.
-        value: The number, in `unit`.
-        unit: Its unit.
-        share: The value as a share of a limit; None if there is no limit.
-        limit: Name of the limit.
-    """
+    """One measured number; `share` is what it makes up of the limit that `limit` names, if there is one."""
 
     __pydantic_config__ = _STRICT
 
@@ -179,11 +168,7 @@ DATA_SHEETS = {
 
 
 def find_hardware(name_or_path: str, key: str = "--hardware") -> Hardware:
-    """Return the data sheet with a name, or the profile in a file.
-
-    Args:
-        name_or_path: The name or the path.
-        key: The option or recipe key that it comes from, for the error.
+    """Return the data sheet with a name, or the profile in a file; errors name the option or recipe `key`.
 
     Raises:
         UserError: It is neither.
@@ -200,11 +185,7 @@ def find_hardware(name_or_path: str, key: str = "--hardware") -> Hardware:
 
 
 def with_link(hardware: Hardware, gbit_per_s: float) -> Hardware:
-    """Return the hardware with another link.
-
-    Args:
-        hardware: The hardware.
-        gbit_per_s: Speed of a rank's link each way, in Gbit/s.
+    """Return the hardware with another speed of a rank's link, in Gbit/s each way.
 
     Raises:
         UserError: The speed is not a number above 0.

@@ -63,10 +63,10 @@ class Memory:
     compute_copies: int
     gradients: int
     optimizer: int
-    activations: int
-    logits: int
-    expert_activations: int
-    stash: int
+    activations: int = 0
+    logits: int = 0
+    expert_activations: int = 0
+    stash: int = 0
 
     @property
     def total(self) -> int:
@@ -213,8 +213,6 @@ def _trunk_memory(recipe: Recipe, in_flight: int) -> Memory:
         activations=tokens * kept,
         # log-probabilities, their gradient and the logits' gradient
         logits=tokens * m.vocab * 3 * FP32,
-        expert_activations=0,
-        stash=0,
     )
 
 
@@ -256,8 +254,6 @@ def _pool_memory(recipe: Recipe, in_flight: int) -> Memory:
         compute_copies=compute * parameters if compute != FP32 else 0,
         gradients=FP32 * parameters,
         optimizer=optimizer,
-        activations=0,
-        logits=0,
         expert_activations=in_flight * rows * kept,
         stash=min(recipe.pool.stash_bytes, rows * recipe.micro_batches * deferred),
     )

@@ -63,7 +63,6 @@ class ScheduleSpec:
     """What the schedules of a run are made from; it is kept in the run's folder, so that a resumed run has the same.
 
     Attributes:
-        recipe: The recipe.
         lanes: Micro-batches that a trunk rank has in flight at most.
         costs: Estimated times of a micro-batch's pieces.
     """

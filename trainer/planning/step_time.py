@@ -204,7 +204,7 @@ def print_step_time(own: StepTime, best: Sequence[StepTime], hardware: Hardware)
 def _wire_note(lanes: int, wire: WireUse) -> str:
     needed, available = (quantity(rate, "B/s") for rate in (wire.needed, wire.available))
     rates = f"a {wire.role} rank needs {needed} each way and has {available}"
-    slower = f"the step takes {wire.slowdown:.2f} times as long as with an ideal wire"
+    slower = f"waiting for it makes the step {wire.slowdown:.2f} times as long"
     if wire.binds:
         return f"The wire limits the step: {rates}; {slower}."
     if wire.slowdown > 1.05:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from trainer.common.errors import UserError
 from trainer.common.format import plus_minus
 from trainer.common.tables import new_table
 from trainer.evaluate.scores import Scores, with_accuracy
-from trainer.probe.adapters import MoEModel
-from trainer.probe.effects import WHAT, Effects, Over, effect_table, mean_and_spread, over_layers
-from trainer.probe.text import forward_hook
+from trainer.probe.effects import OVER_LABELS, Effects, Over, effect_table, mean_and_spread, over_layers
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -79,7 +76,9 @@ class Accuracy:
     def tables(self, model: str) -> list[Table]:
         title = f"{model}: accuracy drop in percentage points with random experts in one layer"
         by_task = f"{model}: accuracy drop in percentage points by task, mean over the layers"
-        tasks = new_table(by_task, "task", "examples", "learned", *(f"over {WHAT[mean.over]}" for mean in self.means))
+        tasks = new_table(
+            by_task, "task", "examples", "learned", *(f"over {OVER_LABELS[mean.over]}" for mean in self.means)
+        )
         for task in with_accuracy(self.learned.tasks):
             drops = [mean.tasks[task.task] for mean in self.means]
             tasks.add_row(task.task, f"{task.examples:,}", str(task.metrics["acc"]), *map(_show, drops))
@@ -89,31 +88,15 @@ class Accuracy:
 
     def notes(self) -> list[str]:
         lines = [
-            f"The accuracy of the learned routing is {self.learned.mean['acc']:.4f}; means over tasks are unweighted. "
-            f"{self.learned.settings}.",
+            f"The accuracy of the learned routing is {self.learned.mean['acc']:.4f}.",
+            *self.learned.notes(),
             "For the learned routing, ± is the standard error over the examples of a task; for drops, it is the "
             "standard deviation over the draws.",
         ]
         counted = {task.task for task in with_accuracy(self.learned.tasks)}
         if others := [task.task for task in self.learned.tasks if task.task not in counted and not task.part]:
             lines.append(f"Tasks without an accuracy are left out: {', '.join(others)}.")
-        if self.learned.cut:
-            lines.append(f"{self.learned.cut:,} requests were longer than the model's window and lost their beginning.")
         return lines
-
-
-def score_learned(model: MoEModel, score: Callable[[bool], Scores]) -> tuple[Scores, int]:
-    """Score the learned routing; return the scores and the number of forward passes.
-
-    Raises:
-        UserError: No task has an accuracy.
-    """
-    forwards: list[None] = []
-    with forward_hook(model, lambda: forwards.append(None)):
-        learned = score(False)
-    if not learned.mean:
-        raise UserError(NO_ACCURACY)
-    return learned, len(forwards)
 
 
 def accuracy(learned: Scores, scored: Sequence[tuple[int, Over, Sequence[Accuracies]]]) -> Accuracy:

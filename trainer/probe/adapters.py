@@ -128,11 +128,11 @@ class Choice:
     topk_expert_ids_TK: Tensor
 
 
-See = Callable[[MoELayer, Choice], None]
+Observer = Callable[[MoELayer, Choice], None]
 
 
 @contextmanager
-def observed(model: MoEModel, see: See) -> Iterator[None]:
+def observed(model: MoEModel, see: Observer) -> Iterator[None]:
     """Call `see` for every layer, in order, in each forward pass inside the `with`.
 
     Choices are seen as replaced by an outer `rerouted`.

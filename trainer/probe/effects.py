@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 Over = Literal["layer", "pool", "matched"]
 OVERS: tuple[Over, ...] = ("layer", "pool", "matched")
-WHAT = {"layer": "the layer's experts", "pool": "the full pool", "matched": "its most used experts"}
+OVER_LABELS = {"layer": "the layer's experts", "pool": "the full pool", "matched": "its most used experts"}
 
 Effects = Mapping[tuple[int | None, Over], tuple[float, float | None]]
 """Mean and standard deviation over the draws (None for one draw), by layer (None: mean over layers) and protocol."""
@@ -37,7 +37,7 @@ def over_layers(by_layer: Sequence[Sequence[float]]) -> list[float]:
 def effect_table(title: str, effects: Effects, form: str) -> Table:
     """Make a table with a row per layer and a column per protocol; `form` formats the numbers."""
     overs = dict.fromkeys(over for _, over in effects)
-    made = new_table(title, "layer", *(f"over {WHAT[over]}" for over in overs))
+    made = new_table(title, "layer", *(f"over {OVER_LABELS[over]}" for over in overs))
     for layer in dict.fromkeys(layer for layer, _ in effects):
         if layer is None:
             made.add_section()

@@ -59,7 +59,7 @@ class Coverage:
 
 
 @dataclass(frozen=True)
-class LoadFound:
+class LoadResult:
     """The result of the probe.
 
     Attributes:
@@ -133,7 +133,7 @@ class LoadFound:
         return figure
 
 
-def load(model: MoEModel, text: Text) -> LoadFound:
+def load(model: MoEModel, text: Text) -> LoadResult:
     """Count each layer's assignments on a text, and measure how even they are and how the layers differ."""
     counts = ExpertCounts(model)
     read(model, text, counts)
@@ -141,7 +141,7 @@ def load(model: MoEModel, text: Text) -> LoadFound:
     groups = len(model.banks)
     everywhere_LM = torch.from_numpy(over_all_experts(counts_LE.numpy(), groups)).nan_to_num().long()
     divergence_LL = layer_divergence(everywhere_LM)
-    return LoadFound(
+    return LoadResult(
         model.name,
         text.name,
         text.tokens,

@@ -10,14 +10,24 @@ from typing import TYPE_CHECKING, Any
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
+from tqdm import tqdm
 
 from trainer.common.errors import UserError
 from trainer.common.figure_style import add_legend, new_figure, panel_title
 from trainer.model.random_routing import seeded
-from trainer.probe.accuracy import Accuracies, Accuracy, accuracies, accuracy, score_learned
+from trainer.probe.accuracy import NO_ACCURACY, Accuracies, Accuracy, accuracies, accuracy
 from trainer.probe.adapters import MoELayer, MoEModel, observed, rerouted
-from trainer.probe.effects import OVERS, WHAT, Effects, Over, effect_table, mean_and_spread, over_layers, plot_effects
-from trainer.probe.text import ExpertCounts, Text, mean_loss, progress
+from trainer.probe.effects import (
+    OVER_LABELS,
+    OVERS,
+    Effects,
+    Over,
+    effect_table,
+    mean_and_spread,
+    over_layers,
+    plot_effects,
+)
+from trainer.probe.text import ExpertCounts, Text, mean_loss
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -26,7 +36,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Randomised:
+class LayerIncrease:
     """The loss with random experts in one layer.
 
     Attributes:
@@ -45,7 +55,7 @@ class Randomised:
 
 
 @dataclass(frozen=True)
-class Mean:
+class MeanIncrease:
     """The mean increase over the layers, and its standard deviation over the draws."""
 
     over: Over
@@ -54,7 +64,7 @@ class Mean:
 
 
 @dataclass(frozen=True)
-class Randomization:
+class RandomizeResult:
     """The result of the probe. `loss` is that of the learned routing; `accuracy` is None without tasks."""
 
     model: str
@@ -63,8 +73,8 @@ class Randomization:
     seed: int
     draws: int
     loss: float
-    layers: tuple[Randomised, ...]
-    means: tuple[Mean, ...]
+    layers: tuple[LayerIncrease, ...]
+    means: tuple[MeanIncrease, ...]
     accuracy: Accuracy | None
 
     def rows(self) -> list[dict[str, Any]]:
@@ -89,7 +99,7 @@ class Randomization:
 
     def notes(self) -> list[str]:
         experts = {over: sorted({r.experts for r in self.layers if r.over == over}) for over in OVERS}
-        drawn = "; ".join(f"{', '.join(map(str, n))} from {WHAT[over]}" for over, n in experts.items() if n)
+        drawn = "; ".join(f"{', '.join(map(str, n))} from {OVER_LABELS[over]}" for over, n in experts.items() if n)
         spread = f"± is the standard deviation over {self.draws} draws. " if self.draws > 1 else ""
         return [
             f"The loss of the learned routing is {self.loss:.4f} nats per token over {self.tokens:,} tokens.",
@@ -103,7 +113,7 @@ class Randomization:
         panels = 2 if self.accuracy else 1
         figure = new_figure(7, 1.4 + 3.2 * panels)
         axes, *below = figure.subplots(panels, sharex=True, squeeze=False)[:, 0]
-        labels = {mean.over: f"random over {WHAT[mean.over]}, mean {mean.increase:+z.4f}" for mean in self.means}
+        labels = {mean.over: f"random over {OVER_LABELS[mean.over]}, mean {mean.increase:+z.4f}" for mean in self.means}
         if self.accuracy:
             for drop in self.accuracy.means:
                 labels[drop.over] += f" nats, {drop.drop:z.2f} points"
@@ -199,7 +209,7 @@ def randomize(
     draws: int = 3,
     seed: int = 0,
     score: Callable[[bool], Scores] | None = None,
-) -> Randomization:
+) -> RandomizeResult:
     """Measure the loss with each of `layers` randomised, one at a time.
 
     The draws of a layer depend only on the seed, the layer's number and the protocol; tasks have draws of their own.
@@ -222,12 +232,14 @@ def randomize(
         raise UserError("--over pool: each layer of this model has its own experts; use layer or matched")
     if "matched" in overs and matched < model.top_k:
         raise UserError(f"--matched {matched}: must be at least {model.top_k}, the number of experts per token")
-    learned, forwards = score_learned(model, score) if score else (None, 0)
-    routings = len(layers) * len(overs) * draws
-    counts, found, scored = ExpertCounts(model), list[Randomised](), list[tuple[int, Over, list[Accuracies]]]()
-    with progress("randomising", model, (1 + routings) * len(text.batches) + routings * forwards):
-        with observed(model, counts):
-            loss = mean_loss(model, text)
+    learned = score(False) if score else None
+    if learned and not learned.mean:
+        raise UserError(NO_ACCURACY)
+    counts, found, scored = ExpertCounts(model), list[LayerIncrease](), list[tuple[int, Over, list[Accuracies]]]()
+    with observed(model, counts):
+        loss = mean_loss(model, text)
+    total = len(layers) * len(overs) * draws
+    with tqdm(desc="randomising", total=total, unit=" draws", disable=None, leave=False) as bar:
         for layer in layers:
             for over in overs:
                 ids_C = candidates(model, layer, over, matched, counts.by_layer[layer.number])
@@ -239,12 +251,13 @@ def randomize(
                     if score:
                         with randomised(layer, ids_C, seeded(*numbers, 1)):
                             answers.append(accuracies(score(True)))
+                    bar.update()
                 mean, spread = mean_and_spread(losses)
-                found.append(Randomised(layer.number, over, len(ids_C), tuple(losses), mean - loss, spread))
+                found.append(LayerIncrease(layer.number, over, len(ids_C), tuple(losses), mean - loss, spread))
                 scored.append((layer.number, over, answers))
     means = []
     for over in overs:
         mean, spread = mean_and_spread(over_layers([r.losses for r in found if r.over == over]))
-        means.append(Mean(over, mean - loss, spread))
+        means.append(MeanIncrease(over, mean - loss, spread))
     drops = accuracy(learned, scored) if learned else None
-    return Randomization(model.name, text.name, text.tokens, seed, draws, loss, tuple(found), tuple(means), drops)
+    return RandomizeResult(model.name, text.name, text.tokens, seed, draws, loss, tuple(found), tuple(means), drops)

@@ -58,7 +58,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Cosines:
-    """The mean, 95th percentile and maximum over all pairs of different experts of a bank."""
+    """The mean, the 95th percentile and the maximum over all pairs of different experts of a bank."""
 
     mean: float
     p95: float
@@ -66,7 +66,7 @@ class Cosines:
 
 
 @dataclass(frozen=True)
-class BankFound:
+class BankResult:
     """The result for a bank; matrices are (E, E).
 
     Attributes:
@@ -85,7 +85,7 @@ class BankFound:
 
 
 @dataclass(frozen=True)
-class Redundancy:
+class RedundancyResult:
     """The result of the probe. `sampled` is the number of tokens per layer on which outputs were compared."""
 
     model: str
@@ -93,22 +93,21 @@ class Redundancy:
     sampled: int
     seed: int
     experts: int
-    banks: tuple[BankFound, ...]
+    banks: tuple[BankResult, ...]
 
     def rows(self) -> list[dict[str, Any]]:
         return [asdict(pair) for b in self.banks for pair in _pairs(b.first, b.weights_matrix, b.outputs_matrix)]
 
     def tables(self) -> list[Table]:
-        summary = ("mean", "95th percentile", "maximum")
-        heads = ("layers", *(f"{of}: {name}" for of in ("weights", "outputs") for name in summary))
+        heads = ("layers", *(f"{of} {name}" for of in ("weights:", "outputs:") for name in ("mean", "p95", "max")))
         made = new_table(f"{self.model}: cosine of every two experts, {self.text}", *heads)
         for bank in self.banks:
             layers = " to ".join(str(number) for number in dict.fromkeys((bank.layers[0], bank.layers[-1])))
-            made.add_row(layers, *(f"{v:.3f}" for c in (bank.weights, bank.outputs) for v in asdict(c).values()))
+            made.add_row(layers, *(f"{v:z.3f}" for c in (bank.weights, bank.outputs) for v in asdict(c).values()))
         alike = new_table("Most similar experts by outputs", "experts", "outputs", "weights")
         pairs = sorted((p for bank in self.banks for p in bank.alike), key=lambda p: -p.outputs)
         for pair in pairs[:_PAIRS]:
-            alike.add_row(f"{pair.first}, {pair.second}", f"{pair.outputs:.3f}", f"{pair.weights:.3f}")
+            alike.add_row(f"{pair.first}, {pair.second}", f"{pair.outputs:z.3f}", f"{pair.weights:z.3f}")
         return [made, alike]
 
     def notes(self) -> list[str]:
@@ -142,7 +141,7 @@ def _draw_matrix(figure: Figure, axes: Axes, cosine_EE: NDArray[np.float64], of:
         axis.set_major_locator(MaxNLocator(8, integer=True))
 
 
-def _draw_banks(axes: Axes, banks: Sequence[BankFound], cosines: Sequence[Cosines], of: str) -> None:
+def _draw_banks(axes: Axes, banks: Sequence[BankResult], cosines: Sequence[Cosines], of: str) -> None:
     at = [np.mean(bank.layers) for bank in banks]
     labels = {"largest": "maximum", "p95": "95th percentile", "mean": "mean"}
     for (name, label), colour in zip(labels.items(), SERIES, strict=False):
@@ -155,7 +154,7 @@ def _draw_banks(axes: Axes, banks: Sequence[BankFound], cosines: Sequence[Cosine
     add_legend(axes)
 
 
-def redundancy(model: MoEModel, text: Text, sampled: int = 64, seed: int = 0) -> Redundancy:
+def redundancy(model: MoEModel, text: Text, sampled: int = 64, seed: int = 0) -> RedundancyResult:
     """Compare every two experts of each bank, on `sampled` tokens per layer that the seed selects.
 
     Raises:
@@ -171,8 +170,10 @@ def redundancy(model: MoEModel, text: Text, sampled: int = 64, seed: int = 0) ->
         outputs_EE = output_cosine(bank, [inputs[number] for number in layers]).tolist()
         pairs = sorted(_pairs(bank.first, weights_EE, outputs_EE), key=lambda pair: -pair.outputs)
         both = (_cosines([pair.weights for pair in pairs]), _cosines([pair.outputs for pair in pairs]))
-        found.append(BankFound(layers, bank.first, *both, tuple(pairs[:_PAIRS]), weights_EE, outputs_EE))
-    return Redundancy(model.name, text.name, len(inputs[model.layers[0].number]), seed, model.experts, tuple(found))
+        found.append(BankResult(layers, bank.first, *both, tuple(pairs[:_PAIRS]), weights_EE, outputs_EE))
+    return RedundancyResult(
+        model.name, text.name, len(inputs[model.layers[0].number]), seed, model.experts, tuple(found)
+    )
 
 
 def _sample_inputs(model: MoEModel, text: Text, sampled: int, seed: int) -> dict[int, Tensor]:

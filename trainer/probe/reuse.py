@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Reuse:
+class ReuseResult:
     """The result of the probe.
 
     Attributes:
@@ -100,7 +100,7 @@ class Reuse:
         return figure
 
 
-def reuse(model: MoEModel, text: Text) -> Reuse:
+def reuse(model: MoEModel, text: Text) -> ReuseResult:
     """Count the distinct experts of each token of a text."""
     layers, most = len(model.layers), len(model.layers) * model.top_k
     tokens_by_distinct = torch.zeros(most + 1, dtype=torch.int64)
@@ -116,7 +116,7 @@ def reuse(model: MoEModel, text: Text) -> Reuse:
     read(model, text, see)
     numbers, shares = torch.arange(most + 1).double(), tokens_by_distinct / text.tokens
     mean = float((shares * numbers).sum())
-    return Reuse(
+    return ReuseResult(
         model.name,
         text.name,
         text.tokens,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -18,7 +16,7 @@ from trainer.evaluate.loss import summed_loss, token_ids, windows
 from trainer.export.loaded_model import LoadedModel
 from trainer.export.saved_run import data_of
 from trainer.model.document_mask import attention_of
-from trainer.probe.adapters import Choice, MoELayer, MoEModel, See, observed
+from trainer.probe.adapters import Choice, MoELayer, MoEModel, Observer, observed
 
 LONGEST = 1024
 """Maximum tokens in a sequence, as in the paper: the windows of some families are too long for a CPU."""
@@ -89,30 +87,6 @@ def _held_out(loaded: LoadedModel, tokens: int) -> Tensor:
     return row_RS1
 
 
-@contextmanager
-def forward_hook(model: MoEModel, call: object) -> Iterator[None]:
-    """Call `call` after every forward pass inside the `with`."""
-
-    def hook(*_: object) -> None:
-        call()  # type: ignore[operator]
-
-    handle = model.model.model.register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def progress(what: str, model: MoEModel, forwards: int) -> Iterator[None]:
-    """Show a progress bar on stderr that counts the forward passes inside the `with`."""
-    with (
-        tqdm(desc=what, total=forwards, unit=" batches", disable=None, leave=False, smoothing=0) as bar,
-        forward_hook(model, bar.update),
-    ):
-        yield
-
-
 @torch.no_grad()
 def mean_loss(model: MoEModel, text: Text) -> float:
     """Return the mean cross-entropy of a text in nats per token."""
@@ -120,10 +94,10 @@ def mean_loss(model: MoEModel, text: Text) -> float:
 
 
 @torch.no_grad()
-def read(model: MoEModel, text: Text, see: See) -> None:
+def read(model: MoEModel, text: Text, see: Observer) -> None:
     """Run all layers over a text, without the head, and call `see` with the choice of each layer."""
-    with progress("reading", model, len(text.batches)), observed(model, see):
-        for rows_BS1 in text.batches:
+    with observed(model, see):
+        for rows_BS1 in tqdm(text.batches, "reading", unit=" batches", disable=None, leave=False):
             tokens_BS = rows_BS1[:, :-1].to(model.model.device)
             model.model.model(input_ids=tokens_BS, use_cache=False, **attention_of(tokens_BS, text.document_end))
 

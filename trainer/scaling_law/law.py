@@ -41,8 +41,7 @@ class Curve:
 
     Attributes:
         level: Loss where every factor is at its centre.
-        slopes: Slope of each factor.
-        exponents: Exponent of each factor; 0 is a straight line in log x.
+        slopes, exponents: One for each factor; exponent 0 is a straight line in log x.
     """
 
     level: float
@@ -61,13 +60,7 @@ class Curve:
         return -math.inf if any(a <= 0 for _, a in terms) else self.level - sum(s / a for s, a in terms)
 
     def reach(self, loss: float, factor: int, others: Sequence[float]) -> float:
-        """Return the u of one factor at which the law falls to `loss`; inf if it never does.
-
-        Args:
-            loss: The loss to reach.
-            factor: Index of the factor.
-            others: u of all factors; that of `factor` is ignored.
-        """
+        """Return the u of a factor at which the law falls to `loss`, given the others; inf if it never does."""
         s, a = self.slopes[factor], self.exponents[factor]
         if s <= 0:
             return math.inf
@@ -89,13 +82,7 @@ def fit(u_nK: Floats, losses_nB: Floats, runs_n: Floats, forms: Sequence[Form]) 
     """Fit a law to every column of losses by least squares, weighted by runs.
 
     For given exponents the law is linear. The exponents are first sought on a grid, for all columns at once, and then
-    refined.
-
-    Args:
-        u_nK: log(x / centre) of n points and K factors.
-        losses_nB: Losses of the points in B columns.
-        runs_n: Number of runs of each point.
-        forms: Form of each factor's term.
+    refined. `u_nK` is log(x / centre) of n points and K factors, `forms` has the form of each factor's term.
     """
     weights_n1 = np.sqrt(runs_n)[:, None]
     targets_nB = weights_n1 * losses_nB
@@ -148,8 +135,7 @@ class Matched:
         means: Mean of each point over all seeds, also where it lacks a seed.
         level_se: Standard error of what all points share.
         seeds: Number of seeds that were matched; 1 if none could be.
-        squares: Sum of squares of the runs about points and seeds.
-        freedom: Its degrees of freedom.
+        squares, freedom: Sum of squares of the runs about points and seeds, and its degrees of freedom.
     """
 
     means: Floats
@@ -178,12 +164,9 @@ def match_seeds(points: Sequence[dict[int, float]]) -> Matched:
 
 @dataclass(frozen=True)
 class Noise:
-    """The distance of a run from the law.
+    """The distance of a run from the law: its standard deviation in nats, and with how many degrees of freedom.
 
-    Attributes:
-        sd: Standard deviation, nats.
-        freedom: Degrees of freedom with which it is known.
-        misfit_p: p-value of the F-test that the points lie on the law, given the spread of the runs; NaN with 1 seed.
+    `misfit_p` is the p-value of the F-test that the points lie on the law, given the runs' spread; NaN for 1 seed.
     """
 
     sd: float

@@ -56,9 +56,7 @@ class Term:
         factor: `experts`, `pool parameters`, `active parameters` or `layers`.
         values: Its measured values, ascending.
         form: What the data support: no dependence, a straight line in the logarithm, or a power law.
-        centre: Centre of the factor, see law.py.
-        slope: Slope in the law.
-        fitted_exponent: Exponent in the law; 0 unless it is a power law.
+        centre, slope, fitted_exponent: The term in the law, see law.py.
         doubling: Change of loss when the factor doubles, from the straight lines.
         exponent: Exponent of the power law, supported or not, with the other terms in their supported forms.
         left_out_rms: Error on sizes left out, root mean square in nats, by the form of this term.
@@ -96,14 +94,7 @@ class Crossing:
 
 @dataclass(frozen=True)
 class Group:
-    """Points that differ in the first factor only.
-
-    Attributes:
-        at: The other factors.
-        x: Sizes of the points, ascending.
-        points: The points.
-        crossing: None without a baseline.
-    """
+    """Points that differ in the first factor only, whose ascending values are `x`; `at` has the other factors."""
 
     at: dict[str, float]
     x: tuple[float, ...]
@@ -116,12 +107,9 @@ class Law:
     """The law of a family.
 
     Attributes:
-        family: What it is fitted to.
-        terms: One for each factor.
         curve: The law, in the forms that the data support.
         replicates: The law as it might have come out with other runs.
         floor: E; None unless all terms are power laws.
-        noise: Distance of runs from it.
         largest: The largest `size` of the first factor, its `measured` loss, and as `predicted` from smaller sizes.
         combined: Factors without a term of their own, since they vary with another, by that other.
         groups: Points that belong to one curve, in ascending order of the other factors.

@@ -66,15 +66,7 @@ MEASURES = tuple(field.name for field in fields(Measures))
 
 @dataclass(frozen=True, kw_only=True)
 class RunResult(Measures):
-    """A finished run.
-
-    Attributes:
-        seed: Its `run.seed`.
-        folder: Its folder, as text.
-        val_loss: Last validation loss, nats per token.
-        val_steps: Optimizer steps after which it was validated.
-        val_losses: Validation losses after these steps.
-    """
+    """A finished run, with its last validation loss in nats per token, and all of them with their steps."""
 
     seed: int
     folder: str
@@ -88,19 +80,14 @@ class VariantResult(Measures):
     """A variant at one point of the grid; its measures are means over the finished runs.
 
     Attributes:
-        name: Name of the variant with the point's values.
-        variant: Name of the variant alone.
-        point: Values of the grid's axes, by key.
+        name: Name of the variant with the values of the point; `variant` is the name alone.
+        point: Values of the axes of the grid, by key.
         compared_with: Name of the baseline at this point; None for the baseline itself and if there is none.
-        layers: Depth, L.
-        hidden: Width of the model, D.
         experts: Experts in the whole pool, M.
-        parameters: `total`, and `active` on a token's way.
+        parameters: `total`, and `active` for a token.
         tokens: Tokens trained.
-        settings: The recipe's values of SETTINGS, by key.
+        settings: Values of SETTINGS in the recipe, by key.
         planned_runs: Number of seeds, finished or not.
-        val_loss: Validation loss over the seeds, nats per token.
-        difference: Difference to the baseline; None without one.
         runs: The finished runs.
     """
 
@@ -127,18 +114,7 @@ class VariantResult(Measures):
 
 @dataclass(frozen=True, kw_only=True)
 class SweepResult:
-    """The result of a sweep, as result.json holds it.
-
-    Attributes:
-        sweep: Name of the sweep.
-        folder: Its folder, as text.
-        baseline: Name of the variant that the others are compared with.
-        axes: Values of the grid, by key or by several keys with commas between them.
-        seeds: Seeds of every variant.
-        confidence: Level of the intervals.
-        variants: In the order of the sweep's file.
-        picture: How pictures show it.
-    """
+    """The result of a sweep, as result.json holds it; `axes` is the grid of the sweep's file."""
 
     sweep: str
     folder: str
@@ -177,13 +153,7 @@ def collect(experiment: Experiment) -> SweepResult:
 
 
 def variant_result(cell: Cell, runs: Sequence[RunResult], baseline: Sequence[RunResult] | None) -> VariantResult:
-    """Summarise the finished runs of a variant.
-
-    Args:
-        cell: The variant at a point of the grid.
-        runs: Its finished runs.
-        baseline: Finished runs of what it is compared with; None without a baseline.
-    """
+    """Summarise the finished runs of a variant, also in comparison with those of the baseline, if there is one."""
     r = cell.recipe
     parameters = count_parameters(r)
     losses = {run.seed: run.val_loss for run in runs}

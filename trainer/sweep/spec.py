@@ -1,16 +1,11 @@
-"""A sweep's file: a base recipe, variants of it, axes that multiply, seeds; checked once at the door.
+"""The file of a sweep: a base recipe, variants of it, axes that multiply, and seeds; all of it is checked before use.
 
-Keys of a recipe are written with dots, as behind `--set`. A variant's settings go over the sweep's own, which go over
-its base; a variant that sets the key of an axis itself is not multiplied by that axis. Several keys with commas between
-them are one axis, whose values are lists. Nothing here imports torch.
+Recipe keys are written with dots, as after `--set`. The settings of a variant override those of the sweep, which
+override the base; a variant that sets the key of an axis itself is not multiplied by that axis. Several keys with
+commas between them are one axis, whose values are lists. Nothing here imports torch.
 
-What is matched between two variants of one seed, because `trainer` draws it so:
-- the sequences of every step and their order: from (seed, rows of the prepared data), so for equal `data`,
-  `model.vocab`, `model.seq_len` and `train.global_batch`; and the held-out ones, with equal `eval.batches` too;
-- every weight of the trunk: from (seed, name). A router has the same weights wherever it sees as many experts;
-- every expert: from (seed, number in the pool), so that a smaller pool begins as the first part of a larger one, and
-  vanilla's experts are those of a pool of the same M. `model.layers` and `model.init_std` scale what is drawn.
-It cannot be with routers of another number of experts, nor with a dense model's FFNs, which are no experts.
+What two variants with the same seed share follows from how the trainer draws: the sequences of a step by seed and
+number of rows, trunk weights by seed and name, experts by seed and number in the pool.
 """
 
 from __future__ import annotations
@@ -40,12 +35,13 @@ SWEEP_FILE = "sweep.yaml"
 SWEEPS_FOLDER = "runs/sweeps"
 
 BASE = "base"
-"""Key of a variant that is no recipe's key: a base of its own."""
+"""Key of a variant that is not a recipe key: a base of its own."""
 
 _OURS = ("run.dir", "run.seed")
 _CLASHING = ("metrics.targets_dir",)
+_SAME_FILES = "not allowed in a sweep, since its runs would write the same files"
 _PAIRING = ("model.vocab", "model.seq_len", "train.global_batch", "eval.batches")
-"""Keys besides `data` that decide which sequences a step and an evaluation have."""
+"""Keys besides `data` that determine the sequences of a step and of an evaluation."""
 
 Base = str | dict[str, Any]
 Settings = dict[str, Any]
@@ -61,17 +57,19 @@ class Picture(Section):
 
 
 class Sweep(Section):
-    dir: str | None = Field(None, description=f"folder of the runs and the result; default: {SWEEPS_FOLDER}/NAME")
-    base: Base = Field(description="a recipe: its name, its file, or its sections")
-    set: Settings = Field({}, description="keys of every run, as behind --set")
+    dir: str | None = Field(None, description=f"folder for the runs and the result; default: {SWEEPS_FOLDER}/NAME")
+    base: Base = Field(description="recipe: its name, its file, or its sections")
+    set: Settings = Field({}, description="recipe keys of every run, as after --set")
     variants: Annotated[dict[str, Settings], Field(min_length=1)] = Field(
-        description="name: {key: value}; `base` among the keys: another recipe to begin with"
+        description="name: {key: value}; the key `base` gives another recipe to start from"
     )
-    baseline: str = Field(description="the variant that the others are compared with")
+    baseline: str = Field(description="variant that the others are compared with")
     grid: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(
-        {}, description="key: [values], which multiply; or key, key: [[values], ...]"
+        {}, description="key: [values] to multiply the variants by; several keys: key, key: [[values], ...]"
     )
-    seeds: Annotated[list[NonNegative], Field(min_length=1)] = Field([0, 1, 2], description="run.seed of the runs")
+    seeds: Annotated[list[NonNegative], Field(min_length=1)] = Field(
+        [0, 1, 2], description="values of run.seed, one run each"
+    )
     picture: Picture = Field(default_factory=Picture, description="how pictures show the result")
 
     @model_validator(mode="after")
@@ -79,20 +77,22 @@ class Sweep(Section):
         if self.baseline not in self.variants:
             raise ValueError(f"baseline = {show(self.baseline)}: must be a variant ({', '.join(self.variants)})")
         if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"seeds = {self.seeds}: one is there twice")
+            raise ValueError(f"seeds = {self.seeds}: must be different")
         for name in self.variants:
             if not re.fullmatch(r"\w[\w.+-]*", name, re.ASCII):
-                raise ValueError(f"variants.{name}: the name is a folder's: letters, digits, _ . + - only")
+                raise ValueError(
+                    f"variants.{name}: the name becomes a folder and may only have letters, digits and _ . + -"
+                )
         for where, keys in {"set": list(self.set), "grid": self.axis_keys, **_by_variant(self.variants)}.items():
             _check_keys(where, keys)
         if len(set(self.axis_keys)) < len(self.axis_keys):
-            raise ValueError(f"grid = {show(list(self.grid))}: one key is there twice")
+            raise ValueError(f"grid = {show(list(self.grid))}: a key appears twice")
         for axis, values in self.grid.items():
             keys = keys_of_axis(axis)
             if len(keys) > 1 and any(not isinstance(value, list) or len(value) != len(keys) for value in values):
-                raise ValueError(f"grid.{axis} = {show(values)}: each must be a list of {len(keys)}, a value a key")
+                raise ValueError(f"grid.{axis} = {show(values)}: each value must be a list of {len(keys)}, one per key")
             if any(value in values[:place] for place, value in enumerate(values)):
-                raise ValueError(f"grid.{axis} = {show(values)}: one value is there twice")
+                raise ValueError(f"grid.{axis} = {show(values)}: a value appears twice")
         return self
 
     @property
@@ -101,7 +101,7 @@ class Sweep(Section):
         return [key for axis in self.grid for key in keys_of_axis(axis)]
 
     def points(self, variant: str) -> Iterator[Settings]:
-        """The points of the axes that multiply a variant: those with no key that it sets itself."""
+        """Return the points of the axes that multiply a variant: those without a key that it sets itself."""
         axes = []
         for axis, values in self.grid.items():
             keys = keys_of_axis(axis)
@@ -122,16 +122,16 @@ def _by_variant(variants: Mapping[str, Settings]) -> dict[str, list[str]]:
 def _check_keys(where: str, keys: Iterable[str]) -> None:
     for key in keys:
         if key in _OURS:
-            raise ValueError(f"{where}.{key}: the sweep sets it itself (dir, seeds)")
+            raise ValueError(f"{where}.{key}: the sweep sets it itself; use dir or seeds")
         if key in _CLASHING:
-            raise ValueError(f"{where}.{key}: not in a sweep: its runs would write the same files")
+            raise ValueError(f"{where}.{key}: {_SAME_FILES}")
         if "." not in key:
-            raise ValueError(f"{where}.{key}: must be a recipe's key with its section, as train.steps")
+            raise ValueError(f"{where}.{key}: must be a recipe key with its section, such as train.steps")
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training run; its folder is the recipe's."""
+    """One training run, in the folder that its recipe names."""
 
     variant: str
     seed: int
@@ -147,7 +147,7 @@ class Run:
 
     @property
     def recipe_file(self) -> Path:
-        """What `train` is started with."""
+        """File that `train` is started with."""
         return self.folder.with_name(f"{self.folder.name}.yaml")
 
     @property
@@ -160,11 +160,11 @@ class Cell:
     """A variant at one point of the grid.
 
     Attributes:
-        name: the variant's, with the point's values.
-        variant: the variant's.
-        point: values of the axes that multiply this variant.
-        baseline: name of the cell it is compared with; None for the baseline, and where there is none at this point.
-        runs: one a seed.
+        name: Name of the variant with the values of the point.
+        variant: Name of the variant.
+        point: Values of the axes that multiply this variant.
+        baseline: Name of the cell that it is compared with; None for the baseline, and if this point has none.
+        runs: One for each seed.
     """
 
     name: str
@@ -175,18 +175,19 @@ class Cell:
 
     @property
     def recipe(self) -> Recipe:
-        """Of the first seed."""
+        """The recipe of the first seed."""
         return self.runs[0].recipe
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """A checked sweep: every recipe of it is valid.
+    """A sweep whose recipes are all valid.
 
     Attributes:
-        sweep: with its bases as sections, so that it needs no other file.
-        name: of its file.
-        folder: where runs and result are.
+        sweep: Contents of its file, with all bases as sections, so that no other file is needed.
+        name: Name of its file.
+        folder: Folder for the runs and the result.
+        cells: Variants at the points of the grid.
     """
 
     sweep: Sweep
@@ -196,16 +197,16 @@ class Experiment:
 
     @property
     def runs(self) -> list[Run]:
-        """Seed by seed, so that a sweep that is stopped has compared everything once."""
+        """All runs, seed by seed, so that an interrupted sweep has compared everything once."""
         return [run for runs in zip(*(cell.runs for cell in self.cells), strict=True) for run in runs]
 
     def save(self) -> None:
-        """Write the sweep into its folder, from where it goes on as `sweep FOLDER`."""
+        """Write the sweep into its folder, so that `sweep FOLDER` resumes it."""
         text = yaml.safe_dump(self.sweep.model_dump(mode="json", exclude={"dir"}), sort_keys=False)
         atomic_write(self.folder / SWEEP_FILE, lambda path: path.write_text(text))
 
     def warnings(self) -> Iterator[str]:
-        """What of a variant and its baseline cannot be matched though the seed is the same."""
+        """Say which variants do not share their data with the baseline although the seed is the same."""
         cells = {cell.name: cell for cell in self.cells}
         for cell in self.cells:
             if cell.baseline is None:
@@ -214,31 +215,33 @@ class Experiment:
             keys = [f"data.{key}" for key in Data.model_fields if key != "dir"]
             if differing := [key for key in (*keys, *_PAIRING) if _value(own, key) != _value(other, key)]:
                 yield (
-                    f"{cell.name}: {', '.join(differing)} not as {cell.baseline}'s: other sequences in a step or an "
-                    "evaluation, so that a seed does not pair the two"
+                    f"{cell.name}: {', '.join(differing)} differs from {cell.baseline}; the two see different "
+                    "sequences, so they are not paired by seed"
                 )
 
 
 def sweep_names() -> list[str]:
-    """Names of the sweeps that come with the trainer."""
+    """Return the names of the sweeps that come with the trainer."""
     folder = resources.files("trainer.sweep") / "sweeps"
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
 def headline(name: str) -> str:
-    """The first comment of a sweep that comes with the trainer."""
+    """Return the first comment of a sweep that comes with the trainer."""
     text = (resources.files("trainer.sweep") / "sweeps" / f"{name}.yaml").read_text()
     return text.splitlines()[0].removeprefix("# ")
 
 
 def load_sweep(source: str, overrides: Sequence[str] = (), folder: Path | None = None) -> Experiment:
-    """Read a sweep by name, from a file, or from the folder it has run in, and check every recipe of it.
+    """Read a sweep and check all its recipes.
 
     Args:
-        overrides: `key.path=value` for every run, over the file's own `set`; no key of an axis or of a variant.
-        folder: instead of the file's own `dir`.
+        source: Name of the sweep, its file, or its folder.
+        overrides: `key.path=value` for every run; overrides `set` in the file, but no key of an axis or a variant.
+        folder: Folder to use instead of `dir` in the file.
+
     Raises:
-        UserError: the sweep is not there, a key of it or one of its recipes is wrong.
+        UserError: The sweep does not exist, or a key of it or of one of its recipes is wrong.
     """
     text, name = _read(source)
     if os.path.isdir(source):
@@ -254,7 +257,7 @@ def load_sweep(source: str, overrides: Sequence[str] = (), folder: Path | None =
         raise UserError(f"{what}: {error}") from None
     for owner, keys in {"grid": sweep.axis_keys, **_by_variant(sweep.variants)}.items():
         if hidden := [key for key in keys if key in given]:
-            raise UserError(f"{what}: --set {hidden[0]}: {owner} sets it; change that in a copy of the file")
+            raise UserError(f"{what}: --set {hidden[0]}: {owner} sets this key; change it in a copy of the file")
     changed = sweep.set | given
     folder = folder or Path(sweep.dir or f"{SWEEPS_FOLDER}/{name}")
     sweep = sweep.model_copy(update={"set": changed, "base": _sections(sweep.base, what), "dir": None})
@@ -274,8 +277,8 @@ def _read(source: str) -> tuple[str, str]:
         known = sweep_names()
         close = difflib.get_close_matches(source, known, n=3) or known
         raise UserError(
-            f"sweep {source}: neither a readable file ({error}), nor a sweep's folder (with {SWEEP_FILE}), nor a known "
-            f"name; did you mean: {', '.join(close)}"
+            f"sweep {source}: neither a readable file ({error}), nor a folder with {SWEEP_FILE}, nor the name of a "
+            f"sweep; did you mean: {', '.join(close)}"
         ) from None
 
 
@@ -283,12 +286,12 @@ def _sections(base: Any, what: str) -> dict[str, Any]:
     if isinstance(base, str):
         return read_tree(base)
     if not isinstance(base, dict):
-        raise UserError(f"{what}: base = {show(base)}: must be a recipe's name, its file, or its sections")
+        raise UserError(f"{what}: base = {show(base)}: must be the name of a recipe, its file, or its sections")
     return base
 
 
 def _closed(settings: Settings, what: str) -> Settings:
-    """A variant that needs no other file."""
+    """Return the settings of a variant so that they need no other file."""
     return settings | ({BASE: _sections(settings[BASE], what)} if BASE in settings else {})
 
 
@@ -301,7 +304,7 @@ def _cells(sweep: Sweep, folder: Path, what: str) -> Iterator[Cell]:
         for point in points[variant]:
             name = _cell_name(variant, point)
             if name in names:
-                raise UserError(f"{what}: two variants have the name {name}; rename one")
+                raise UserError(f"{what}: two variants have the name {name}; rename one of them")
             names.append(name)
             keys = list({**sweep.set, **own, **point}.items())
             runs = []
@@ -309,13 +312,13 @@ def _cells(sweep: Sweep, folder: Path, what: str) -> Iterator[Cell]:
                 ours = [("run.dir", str(folder / name / f"seed_{seed}")), ("run.seed", seed)]
                 recipe = check_recipe(base, [*keys, *ours], f"{what}, variant {name}")
                 if recipe.metrics.targets_dir:
-                    raise UserError(f"{what}, variant {name}: metrics.targets_dir: its runs would write the same files")
+                    raise UserError(f"{what}, variant {name}: metrics.targets_dir: {_SAME_FILES}")
                 runs.append(Run(name, seed, recipe))
             yield Cell(name, variant, point, _baseline_of(sweep, points, variant, own | point), tuple(runs))
 
 
 def _baseline_of(sweep: Sweep, points: Mapping[str, list[Settings]], variant: str, keys: Settings) -> str | None:
-    """The baseline's cell at the same point of the axes that multiply it."""
+    """Return the name of the baseline's cell at the same point of the axes that multiply it."""
     if variant == sweep.baseline:
         return None
     for point in points[sweep.baseline]:
@@ -325,7 +328,7 @@ def _baseline_of(sweep: Sweep, points: Mapping[str, list[Settings]], variant: st
 
 
 def _cell_name(variant: str, point: Settings) -> str:
-    """A name for people and for a folder: `unipool,pool.experts=64`."""
+    """Make a name for people and for a folder, such as `unipool,pool.experts=64`."""
     values = [f"{key}={re.sub(r'[^A-Za-z0-9_.+-]+', '-', str(value))}" for key, value in point.items()]
     return ",".join([variant, *values])
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import tempfile
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ class RunFolder:
         if recipe.metrics.targets_dir:
             self.targets_files.append(Path(recipe.metrics.targets_dir) / f"{self.path.name}.json")
         self._warned = False
+        self._created = False
         try:  # nothing is created yet
             self.checkpoints.lstat()
         except FileNotFoundError:
@@ -58,11 +59,24 @@ class RunFolder:
         Raises:
             UserError: it cannot be created or written.
         """
+        self._created = not self.path.exists()
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=self.path).close()
         except OSError as error:
             raise self._not_writable(error) from None
+
+    @contextmanager
+    def removed_if_unused(self) -> Iterator[None]:
+        """Remove the folder after an exception in the `with` block, if `make` created it and it is still empty."""
+        try:
+            yield
+        except BaseException:
+            if self._created:
+                with suppress(OSError):
+                    self.checkpoints.rmdir()
+                    self.path.rmdir()
+            raise
 
     def begin(self, recipe: Recipe, schedule: str, tokenizer: str, done_steps: int) -> None:
         """Save the resolved recipe, the schedule and the tokenizer, and drop metrics of later steps than `done_steps`.

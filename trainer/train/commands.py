@@ -105,6 +105,7 @@ def train(
         ExportedWeights(checked).check()
     folder.make()
     if node is None or node.has_trunk_ranks:
-        prepare_for(checked)
+        with folder.removed_if_unused():
+            prepare_for(checked)
     arguments = sys.argv[1:]
     sys.exit(run_node(node, arguments) if node else run_locally(checked, arguments, max_restarts))

@@ -115,7 +115,8 @@ def start(recipe: Recipe, launch: Launch, watch: FaultWatch, force: bool) -> Run
     prepared = None
     if member.is_trunk:
         watch.phase = "data preparation"
-        prepared = prepare_for(recipe, progress=member.leads_machine)
+        with folder.removed_if_unused():
+            prepared = prepare_for(recipe, progress=member.leads_machine)
     watch.phase = "start-up"
     schedule = agreed_schedule(member, recipe, folder, resume)
     job = Job(recipe, member, schedule.lanes)

@@ -28,8 +28,8 @@ def bad_records_of(source, text_field="text", good=60) -> list[str]:
     """The first bad records of a source of 60 good ones, without the path."""
     read = Documents(str(source), text_field)
     assert sum(piece.ends_document for piece in read) == good
-    assert read.records == good + read.bad_records
-    return [line.removeprefix(f"{source}, ") for line in read.first_bad]
+    assert read.progress.records == good + read.progress.bad_records
+    return [line.removeprefix(f"{source}, ") for line in read.progress.first_bad]
 
 
 def write_delimited(path: Path, texts: list[str], delimiter: str) -> None:

@@ -66,7 +66,7 @@ def test_share_of_bad_records(tmp_path):
 def bad_records_of_lenient(path) -> list[str]:
     reading = Documents(str(path), "text", max_bad_share=1.0)
     list(reading)
-    return reading.first_bad
+    return reading.progress.first_bad
 
 
 def test_bad_records_are_kept_in_the_state(tmp_path):
@@ -74,9 +74,9 @@ def test_bad_records_are_kept_in_the_state(tmp_path):
     reading = Documents(str(tmp_path), "text", max_bad_share=0.2)
     next(iter(reading))
     again = Documents(str(tmp_path), "text", max_bad_share=0.2, state=json.loads(json.dumps(reading.state_dict())))
-    assert again.bad_records == 7 and again.records == 8 and again.first_bad == reading.first_bad
+    assert again.progress == reading.progress and again.progress.bad_records == 7 and again.progress.records == 8
     list(again)
-    assert again.records == 67 and again.bad_records == 7
+    assert again.progress.records == 67 and again.progress.bad_records == 7
 
 
 def test_plain_text_that_is_not_utf_8(tmp_path, small):
@@ -86,11 +86,11 @@ def test_plain_text_that_is_not_utf_8(tmp_path, small):
     (tmp_path / "nul.txt").write_bytes(b"first\n" * 50 + b"a\0b")
     reading = Documents(str(tmp_path), "text")
     assert [piece.text for piece in reading] == ["a document"] * 60  # nothing of the bad ones
-    assert reading.first_bad == [
+    assert reading.progress.first_bad == [
         f"{tmp_path}/long.txt, line 51: invalid UTF-8 at byte 8 of the line; convert the file to UTF-8",
         f"{tmp_path}/nul.txt, line 51: a NUL character: not text, or UTF-16 without its mark; convert it",
     ]
-    assert message_of(tmp_path / "long.txt").startswith(reading.first_bad[0])
+    assert message_of(tmp_path / "long.txt").startswith(reading.progress.first_bad[0])
 
 
 def test_long_lines(tmp_path, monkeypatch):

@@ -115,7 +115,7 @@ def check_positions(source: str, text_field: str, texts: list[str], name: str) -
             behind = Documents(source, text_field, state=state)
             assert list(behind) == whole[i + 1 :], (name, i, state)
             assert behind.state_dict() == json.loads(json.dumps(behind.state_dict()))
-            assert behind.records == len(texts)
+            assert behind.progress.records == len(texts)
 
 
 def test_pieces_and_going_on_from_any_position(formats, texts, small):
@@ -194,9 +194,10 @@ def test_odd_inputs(tmp_path):
     ]
     for name, where in (("null.parquet", "row 61"), ("null.jsonl", "line 61")):
         reading = Documents(str(tmp_path / name), "text")
-        assert [piece.text for piece in reading] == DOCUMENTS and reading.bad_records == 1
-        assert reading.first_bad[0].startswith(f'{tmp_path}/{name}, {where}: no text under "text" (it is null)')
-        assert message_of(tmp_path / name, max_bad_share=0) == reading.first_bad[0]
+        assert [piece.text for piece in reading] == DOCUMENTS and reading.progress.bad_records == 1
+        (bad,) = reading.progress.first_bad
+        assert bad.startswith(f'{tmp_path}/{name}, {where}: no text under "text" (it is null)')
+        assert message_of(tmp_path / name, max_bad_share=0) == bad
 
 
 @pytest.mark.parametrize("value", ["null", "NaN", "None", "NA", "1", "true", " x", "\u2028", "\ufeffx"])
@@ -261,7 +262,7 @@ def test_names_that_are_not_utf_8(tmp_path):
         file.write(LINE + b"{\n")
     reading = Documents(str(tmp_path), "text")
     assert [piece.text for piece in reading] == ["x", "a document", "x"]
-    assert reading.first_bad[0].startswith(f"{tmp_path}/\\xff\\n.jsonl, line 2: not valid JSON")
+    assert reading.progress.first_bad[0].startswith(f"{tmp_path}/\\xff\\n.jsonl, line 2: not valid JSON")
     assert json.loads(json.dumps(reading.state_dict())) == reading.state_dict()
 
 

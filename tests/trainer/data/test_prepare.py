@@ -134,7 +134,7 @@ def test_hub_gives_the_same_rows_as_a_local_copy(settings, settings_for, corpus,
 def test_progress_bar_on_stderr(settings, capfd):
     alone(replace(settings, tokenizer="train"), progress=True)
     out, err = capfd.readouterr()
-    assert out == "" and "training the tokenizer" in err and "tokenizing" in err and "tokens/s" in err
+    assert out == "" and "training the tokenizer" in err and "tokenising" in err and "tokens/s" in err
     assert "documents end with <|endoftext|>" in err and "skipped" not in err and "data.source" not in err
     alone(replace(settings, tokenizer="train", seq_len=5))
     assert capfd.readouterr() == ("", "")

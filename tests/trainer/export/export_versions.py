@@ -1,9 +1,9 @@
-"""Runs the export's tests against other versions of transformers.
+"""Run the tests of exports with other versions of transformers.
 
 Usage: python -m tests.trainer.export.export_versions VERSION...
 
-Each version gets an environment of its own, below the folder --environments, that shares all packages but transformers
-and those that the version refuses (tokenizers, huggingface_hub) with the environment that this runs in.
+Each version gets its own environment in the folder --environments. It shares all packages with the current environment,
+except transformers and the packages that the version refuses (tokenizers, huggingface_hub).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ TESTS = [
 
 
 def environment(folder: Path, version: str) -> Path:
-    """The Python of the environment that has this version; it is made where it is not there."""
+    """Return the Python of an environment with this version, which is created if necessary."""
     python = folder / "bin" / "python"
     done = folder / "installed"
     if not done.is_file():
@@ -42,7 +42,7 @@ def environment(folder: Path, version: str) -> Path:
 
 
 def main() -> int:
-    """The number of versions that fail."""
+    """Return the number of versions that fail."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("versions", nargs="+", metavar="VERSION")
     parser.add_argument(

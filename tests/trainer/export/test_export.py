@@ -1,4 +1,4 @@
-"""Exports: the trainer's numbers, in a folder that needs nothing of this project; and text from a run or an export."""
+"""Exports compute the trainer's numbers without this project, and runs and exports generate the same text."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ VOCAB = 300
 
 @cache
 def home() -> Path:
-    """A folder for everything of this module."""
+    """Return a folder for this module."""
     return Path(tempfile.mkdtemp())
 
 
@@ -73,7 +73,7 @@ def recipe_of(model: str) -> Recipe:
 
 @cache
 def trained(model: str) -> tuple[Path, dict[str, Tensor]]:
-    """A run's folder after a step, and the weights that the run came to."""
+    """Return the folder of a run after one step, and its weights."""
     recipe, folder = recipe_of(model), home() / model
     return folder, run_training(recipe, 1, save_to=folder / "checkpoints").weights
 
@@ -91,7 +91,7 @@ def invoke(*arguments: str, stdin: str | bytes | None = None) -> Result:
 
 @torch.no_grad()
 def trainer_logits(model: str, tokens_BS: Tensor, reroute: Reroute | None = None) -> Tensor:
-    """By the trainer's own forward, from the checkpoint."""
+    """Return the logits of the trainer's own forward pass, from the checkpoint."""
     recipe = recipe_of(model)
     found = newest(trained(model)[0] / "checkpoints")
     assert found
@@ -125,7 +125,7 @@ def assert_close(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> None:
 @pytest.mark.parametrize("model", MODELS)
 @torch.no_grad()
 def test_logits_are_the_trainers(model: str) -> None:
-    """Of the run built in memory and of the export; the bias that chooses experts is one that has moved."""
+    """The run loaded in memory and the export compute the same logits, with an expert bias that has moved."""
     expected = trainer_logits(model, some_tokens())
     assert expected.std() > 0.1
     for loaded, _ in (load_run(find_run(trained(model)[0])), load_export(exported(model))):
@@ -137,7 +137,7 @@ def test_logits_are_the_trainers(model: str) -> None:
 @pytest.mark.parametrize("model", [name for name in MODELS if name != "dense"])
 @torch.no_grad()
 def test_logits_with_random_experts_are_those_of_the_probes(model: str) -> None:
-    """The trainer's own randomisation of layer 1 against the export's layer 1, given the same experts."""
+    """The trainer's randomisation of layer 1 agrees with the export's layer 1, given the same experts."""
     from trainer.probe.adapters import adapt, rerouted
 
     recipe, seen = recipe_of(model), []
@@ -159,7 +159,7 @@ def test_logits_with_random_experts_are_those_of_the_probes(model: str) -> None:
 
 @pytest.mark.parametrize("model", MODELS)
 def test_weights_are_the_runs_bit_for_bit_and_stored_once(model: str) -> None:
-    """Both formats have the same tensors; together they are as many numbers as were trained."""
+    """Both formats have the same tensors, which together are as many values as were trained."""
     run, weights = trained(model)
     bare = home() / f"{model}-bare"
     found = newest(run / "checkpoints")
@@ -179,7 +179,7 @@ def test_weights_are_the_runs_bit_for_bit_and_stored_once(model: str) -> None:
 
 
 def learned_rows(tensors: Any) -> list[bytes]:
-    """Every row of every tensor: fused or cut, they are the same ones."""
+    """Return every row of every tensor; fused and split tensors have the same rows."""
     return [row.numpy().tobytes() for tensor in tensors for row in tensor.reshape(-1, tensor.shape[-1])]
 
 
@@ -257,7 +257,7 @@ torch.save(found, "found.pt")
 
 
 def test_without_this_project(tmp_path: Path) -> None:
-    """transformers alone loads every export: the same logits, caches and left padding change nothing."""
+    """transformers alone loads every export and computes the same logits, also with caches and left padding."""
     torch.save(some_tokens(), tmp_path / "tokens.pt")
     folders = {model: str(exported(model)) for model in MODELS}
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
@@ -302,7 +302,7 @@ def test_large_weights_are_split_and_small_types_kept(tmp_path: Path, monkeypatc
 
 
 def test_generate_from_a_run_and_from_its_export() -> None:
-    """The same text; greedy text does not depend on the seed, sampled text does; it stops at the window."""
+    """Both generate the same text, which stops at the window. Only sampled text depends on the seed."""
     run, out = (str(path) for path in (trained("unipool")[0], exported("unipool")))
 
     def text(source: str, *arguments: str) -> dict[str, Any]:
@@ -328,7 +328,7 @@ def test_generate_from_a_run_and_from_its_export() -> None:
 
 
 def refused(*arguments: str, stdin: bytes | None = None) -> str:
-    """The one line of a refusal."""
+    """Return the error message of a command, which must be one line."""
     error = invoke(*arguments, stdin=stdin).exception
     assert isinstance(error, UserError), error
     line = str(error)
@@ -347,7 +347,7 @@ def test_a_folder_in_use_is_refused_and_left_alone(tmp_path: Path) -> None:
     assert kept.read_text() == "kept" and [kept.parent] == list(tmp_path.iterdir())
 
 
-def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
+def test_other_folders_are_refused(tmp_path: Path) -> None:
     for command in (["export", str(tmp_path / "out")], ["generate", "--prompt", "x"]):
         name, *rest = command
         assert "no such folder" in refused(name, str(tmp_path / "nothing"), *rest)
@@ -369,8 +369,8 @@ def test_a_damaged_checkpoint_leaves_nothing_behind(file: str, damage: str, tmp_
     assert list(tmp_path.iterdir()) == [run]
 
 
-def test_the_tokenizer_is_the_run_s_own(tmp_path: Path) -> None:
-    """The one in the run's folder comes before the one that the recipe names."""
+def test_the_tokenizer_is_that_of_the_run(tmp_path: Path) -> None:
+    """The tokenizer in the run's folder takes precedence over the one that the recipe names."""
     run, out = tmp_path / "run", tmp_path / "out"
     shutil.copytree(trained("dense")[0], run)
     own = train_tokenizer(["another text\n" * 20], VOCAB)

@@ -1,4 +1,4 @@
-"""Damaged exports, those of other models and those of an older version, as our commands meet them."""
+"""Damaged exports, exports of other models, and exports of an older version."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from trainer.export.exported_model import load_export
 
 
 def change(file: Path, **changes: Any) -> None:
-    """Sets keys of a JSON object in a file."""
+    """Set keys of a JSON object in a file."""
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
@@ -71,8 +71,8 @@ def test_damaged_exports_are_refused_in_one_line(tmp_path: Path, monkeypatch: py
         st.none(), st.booleans(), st.integers(-2, 9), st.floats(), st.text(max_size=3), st.lists(st.none(), max_size=1)
     ),
 )
-def test_any_value_in_an_export_s_json_works_or_is_refused_in_one_line(file: str, place: int, value: Any) -> None:
-    """One value anywhere: the model continues a text, or a UserError says why not."""
+def test_any_value_in_json_works_or_is_refused_in_one_line(file: str, place: int, value: Any) -> None:
+    """With any value anywhere, the model generates text or a UserError says why not."""
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work) / "export"
         shutil.copytree(exported("unipool"), folder)

@@ -1,4 +1,4 @@
-"""Fine-tuning: runs that begin with an export, whole or with a role frozen."""
+"""Fine-tuning: runs that start from an export, with or without a frozen role."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ COLOCATED = {"trunk_zero": 0, "pool_zero": 0}
 
 
 def recipe(parallel: dict[str, Any], **train: Any) -> Recipe:
-    # Without clipping a step of one role does not depend on the other's gradients.
+    # Without clipping, a step of one role does not depend on the gradients of the other.
     return tiny(router=ROUTER, parallel=parallel, train={"clip": 0.0, **train}, data={"tokenizer": "gone"})
 
 
@@ -45,8 +45,8 @@ def is_expert(name: str) -> bool:
     return name.startswith("expert/")
 
 
-def test_begins_where_the_export_was(before: Outcome, exported: str) -> None:
-    """In another layout than the exported run's; the bias of the routers is there too."""
+def test_a_run_starts_from_the_export(before: Outcome, exported: str) -> None:
+    """The layout may differ from that of the exported run; the expert bias is loaded too."""
     tuned = run_training(recipe(COLOCATED, init_from=exported), 0)
     assert tuned.val_loss == pytest.approx(before.val_loss, rel=1e-5)
     for name, weight in before.weights.items():
@@ -54,9 +54,7 @@ def test_begins_where_the_export_was(before: Outcome, exported: str) -> None:
 
 
 @pytest.mark.parametrize("frozen", ["pool", "trunk"])
-def test_what_is_frozen_stays_and_the_rest_learns_as_ever(
-    frozen: str, before: Outcome, exported: str, tmp_path: Path
-) -> None:
+def test_frozen_weights_stay_and_the_others_learn(frozen: str, before: Outcome, exported: str, tmp_path: Path) -> None:
     whole = run_training(recipe(COLOCATED, init_from=exported), 1)
     saved = tmp_path / "saved"
     tuned = run_training(recipe(DEDICATED, init_from=exported, freeze=frozen), 1, save_to=saved)
@@ -69,7 +67,7 @@ def test_what_is_frozen_stays_and_the_rest_learns_as_ever(
         else:
             assert weight.allclose(whole.weights[name], rtol=1e-5, atol=1e-6), name
     assert any(not weight.equal(before.weights[name]) for name, weight in tuned.weights.items())
-    # It goes on in its own layout bit for bit, in another one, and unfrozen: new moments begin anew.
+    # It resumes bit for bit in its own layout, in another one, and unfrozen with moments of zero.
     undisturbed = run_training(recipe(DEDICATED, init_from=exported, freeze=frozen), 3)
     resumed = run_training(recipe(DEDICATED, init_from=exported, freeze=frozen), 3, resume_from=saved)
     assert resumed.scalars == undisturbed.scalars[1:]
@@ -81,7 +79,7 @@ def test_what_is_frozen_stays_and_the_rest_learns_as_ever(
     assert max(moved[n] for n in moved if is_expert(n) == (frozen == "pool")) == pytest.approx(rate, rel=0.3)
 
 
-def test_what_does_not_fit_is_refused(exported: str, run: Path, tmp_path: Path) -> None:
+def test_exports_of_other_models_are_refused(exported: str, run: Path, tmp_path: Path) -> None:
     ExportedWeights(recipe(COLOCATED, init_from=exported)).check()
     other = tiny(router=ROUTER, pool={"experts": 6}, train={"init_from": exported})
     with pytest.raises(UserError, match=r"pool.experts is 8 in the export, but 6 in the recipe"):

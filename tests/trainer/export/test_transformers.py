@@ -1,4 +1,4 @@
-"""What transformers does with an exported model: generation, attention functions, training, files, compilation."""
+"""Exported models in transformers: generation, attention functions, training, files and compilation."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ VOCAB, WINDOW = 40, 8
 
 @cache
 def model_with(attention: str = "sdpa", seed: int = 0, **settings: Any) -> UniPoolForCausalLM:
-    """A random model, for evaluation, whose choices of experts and tokens are clear."""
+    """Return a random model in evaluation mode whose choices of experts and tokens have no near ties."""
     torch.manual_seed(seed)
     sizes = {
         "vocab_size": VOCAB,
@@ -49,7 +49,7 @@ def some_tokens(rows: int, length: int) -> Tensor:
 
 
 def left_padded() -> dict[str, Tensor]:
-    """Three prompts of 7, 4 and 1 tokens."""
+    """Return three prompts of 7, 4 and 1 tokens."""
     tokens, mask = some_tokens(3, 7), torch.ones(3, 7, dtype=torch.long)
     mask[1, :3] = mask[2, :6] = 0
     return {"input_ids": tokens * mask, "attention_mask": mask}
@@ -88,7 +88,7 @@ def test_generate_gives_the_same_tokens_with_and_without_cache(kind: str) -> Non
     assert len(cached[0].unique()) > 4, "the tokens differ among themselves"
 
 
-def test_prompts_that_are_padded_on_the_left_go_on_as_they_do_alone() -> None:
+def test_left_padding_does_not_change_continuations() -> None:
     together = model_with().generate(**left_padded(), max_new_tokens=8, min_new_tokens=8, do_sample=False)
     for row, start in enumerate((0, 3, 6)):
         prompt = some_tokens(3, 7)[row : row + 1, start:]
@@ -97,7 +97,7 @@ def test_prompts_that_are_padded_on_the_left_go_on_as_they_do_alone() -> None:
 
 
 @torch.no_grad()
-def test_no_keyword_is_swallowed() -> None:
+def test_unknown_keywords_are_refused() -> None:
     model, tokens = model_with(), some_tokens(2, 6)
     for unknown in ("kv", "labels_", "pasts"):
         with pytest.raises(TypeError, match=unknown):
@@ -113,7 +113,7 @@ def test_no_keyword_is_swallowed() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["past_key_values", "cache"])
-def test_the_cache_goes_by_both_of_its_names(name: str) -> None:
+def test_the_cache_has_two_names(name: str) -> None:
     model, tokens = model_with(), some_tokens(2, 6)
     expected = model(tokens, use_cache=False)
     assert expected.get(_CACHE) is None
@@ -127,7 +127,7 @@ def test_the_cache_goes_by_both_of_its_names(name: str) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("attention", ["eager", "flex_attention"])
 def test_attention_functions_of_transformers_agree(attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Flex attention that is not compiled is the same function, a minute faster.
+    # Flex attention computes the same without compilation, which takes a minute.
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     model = model_with(attention)
     expected = model_with()
@@ -149,7 +149,7 @@ def test_packed_sequences_do_not_see_each_other() -> None:
 
 @torch.no_grad()
 def test_outputs_beside_the_logits() -> None:
-    """Hidden states, router logits as the routers read them, and attention weights, which only eager attention has."""
+    """Hidden states, router logits, and attention weights, which only eager attention returns."""
     model, tokens = model_with("eager"), some_tokens(2, 6)
     out = model(tokens, output_hidden_states=True, output_router_logits=True, output_attentions=True, labels=tokens)
     assert len(out.hidden_states) == 4 and difference(model.lm_head(out.hidden_states[-1]), out.logits) < 1e-6
@@ -226,7 +226,7 @@ def test_gradients_are_those_of_all_experts_in_a_loop_and_with_checkpointing(mon
 
 
 class Products(TorchDispatchMode):
-    """Notes which matrices are multiplied."""
+    """Records which matrices are multiplied."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -254,7 +254,7 @@ def test_a_decode_step_visits_only_the_experts_that_were_chosen() -> None:
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_experts_under_autocast_and_in_halves(autocast: bool) -> None:
-    """bf16, by autocast or by the weights: near the numbers of fp32; routers compute in fp32 and so choose the same."""
+    """In bf16, by autocast or by weights, gradients are close to those of fp32; routers still compute in fp32."""
     model, tokens = copy.deepcopy(model_with()), some_tokens(2, 8)
     expected = gradients(model, input_ids=tokens)
     if not autocast:
@@ -269,7 +269,7 @@ def test_experts_under_autocast_and_in_halves(autocast: bool) -> None:
 
 
 def test_saved_in_shards_and_loaded_again(tmp_path: Path) -> None:
-    """Files have an expert's tensors by its number, whatever wrote them; routers stay fp32 in both half precisions."""
+    """Files store tensors by the expert's number; routers stay fp32 in both half precisions."""
     for kind in ("norm", "sigmoid_bias"):
         model, folder = model_with(router=kind), tmp_path / kind
         model.save_pretrained(folder, max_shard_size="4KB")
@@ -292,7 +292,7 @@ def test_saved_in_shards_and_loaded_again(tmp_path: Path) -> None:
 
 
 def test_compiles_as_one_graph() -> None:
-    """Forward and backward of many rows, and a decode step with a static cache. The inductor adds nothing to this."""
+    """Forward and backward of many rows, and a decoding step with a static cache, compile without graph breaks."""
     torch._dynamo.reset()
     model, tokens = copy.deepcopy(model_with(num_hidden_layers=1)), some_tokens(2, 6)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

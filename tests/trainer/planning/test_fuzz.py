@@ -16,7 +16,7 @@ from tests.trainer.fuzzing import JSON_TEXTS, changed, fuzz, json_values, user_e
 from tests.training import tiny
 from trainer.config.recipe import load_recipe
 from trainer.planning.hardware import find_hardware, load_profile
-from trainer.planning.report import make_plan
+from trainer.planning.report import make_cost_report
 from trainer.planning.schedule import schedule_of
 from trainer.planning.what_if import read_loads
 
@@ -27,10 +27,10 @@ PROFILE = {"hardware": HARDWARE, "figures": []}
 @fuzz(60)
 @given(st.randoms(use_true_random=False), json_values)
 def test_hardware_profiles(tmp_path_factory: pytest.TempPathFactory, chosen: random.Random, value: Any) -> None:
-    """A profile that passes has a forecast, or is refused with the recipe."""
+    """A profile that passes predicts a step, or is refused with the recipe."""
     file = tmp_path_factory.getbasetemp() / "profile.json"
     file.write_text(json.dumps(changed(PROFILE, chosen, value)), encoding="utf-8", errors="surrogatepass")
-    user_error(lambda: make_plan(load_recipe("quickstart", [f"parallel.hardware={json.dumps(str(file))}"])))
+    user_error(lambda: make_cost_report(load_recipe("quickstart", [f"parallel.hardware={json.dumps(str(file))}"])))
     user_error(lambda: find_hardware(str(file)))
 
 

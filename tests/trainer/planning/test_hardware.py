@@ -15,6 +15,7 @@ from trainer.config.recipe import Recipe, load_recipe
 from trainer.planning.hardware import (
     DATA_SHEETS,
     Figure,
+    Hardware,
     Profile,
     costs_in_seconds,
     find_hardware,
@@ -99,6 +100,33 @@ def test_step_time_adds_up() -> None:
     assert f.mfu == pytest.approx(3 * (137.04e6 + 169.87e6) * f.tokens_per_second / (8 * 989e12), rel=1e-3)
     # The trunk works at half of the peak on half of the ranks
     assert f.trunk_busy == pytest.approx(f.mfu * 2 / 0.5 * 137.04 / (137.04 + 169.87), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "hardware", "lanes", "seconds", "trunk_busy", "pool_busy", "slowdown"),
+    [
+        ((), H100, 4, 0.1578940550811194, 0.6901334377191263, 0.8728598413374128, 1.0337878273985723),
+        ((), with_link(H100, 400), 8, 0.18232778500136837, 0.5976487183658169, 0.696925865285787, 1.0383274729730216),
+        (
+            ("parallel.pool_ranks=0",),
+            DATA_SHEETS["a100"],
+            *(4, 0.7115673232024641, 0.4854276945626774, 0.47912681257713235, None),
+        ),
+    ],
+)
+def test_predictions_are_those_of_earlier_versions(
+    overrides: tuple[str, ...],
+    hardware: Hardware,
+    lanes: int,
+    seconds: float,
+    trunk_busy: float,
+    pool_busy: float,
+    slowdown: float | None,
+) -> None:
+    step = step_time(at_182m(*overrides), hardware)
+    assert step.lanes == lanes
+    assert (step.seconds, step.trunk_busy, step.pool_busy) == pytest.approx((seconds, trunk_busy, pool_busy), rel=1e-9)
+    assert (step.wire.slowdown if step.wire else None) == (slowdown and pytest.approx(slowdown, rel=1e-9))
 
 
 @pytest.mark.parametrize("name", ["dense-182m", "unipool-182m"])

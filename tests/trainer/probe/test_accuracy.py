@@ -1,4 +1,4 @@
-"""Task accuracy with random experts, on models made by hand: the answer to "... a" is yes, to "... b" no.
+"""Task accuracy with random experts, on handmade models: the answer to "... a" is yes, and to "... b" it is no.
 
 In layer 0 the router sends a to expert 0, which makes the model say yes, and b to expert 1, which makes it say no. What
 layer 1 chooses changes nothing.
@@ -43,7 +43,7 @@ SHAPE = {"num_hidden_layers": 2, "num_experts_per_tok": 1, "vocab_size": len(WOR
 
 @cache
 def made(name: str) -> Any:
-    """A "mixtral", whose layers have experts of their own, or a "unipool", whose layers share theirs."""
+    """Return a "mixtral", whose layers have their own experts, or a "unipool", whose layers share them."""
     model = fresh(name, **SHAPE, **{"num_experts" if name == "unipool" else "num_local_experts": 2})
     for key, parameter in model.named_parameters():
         parameter.data.fill_(1 if "norm" in key or "sigma" in key else 0)
@@ -57,7 +57,7 @@ def made(name: str) -> Any:
         own.down_proj.data[expert, 2 + expert, 0] = 1
     first, second = (block.router if name == "unipool" else block.mlp.gate for block in model.model.layers)
     first.weight.data[0, 0] = first.weight.data[1, 1] = 1
-    second.weight.data[:, :2] = -1  # gate values of 0 in the pool's model; in the other its experts make nothing
+    second.weight.data[:, :2] = -1  # gate values are 0 in the UniPool model; in the other, its experts output 0
     return model
 
 
@@ -68,14 +68,14 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def docs(letters: str) -> list[dict[str, Any]]:
-    """One a letter; no two are the same."""
+    """Return a question per letter; no two are the same."""
     choices = [" yes", " no"]
     return [{"q": f"{w} {x}", "a": choices, "right": "ab".index(x)} for w, x in zip(FILLERS, letters, strict=False)]
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Models, a text that is all b, and tasks."""
+    """Return a folder with models, a text of only b, and tasks."""
     folder = tmp_path_factory.mktemp("accuracy")
     for name in ("mixtral", "unipool"):
         made(name).save_pretrained(folder / name)
@@ -107,8 +107,8 @@ def refused(*given: str) -> str:
 
 
 @pytest.mark.parametrize("name", ["mixtral", "unipool"])
-def test_a_layer_that_has_but_one_expert(home: Path, name: str, tmp_path: Path) -> None:
-    """The text's most used one is b's: questions that end in a are lost, the others are not, nor any by layer 1."""
+def test_a_layer_with_a_single_expert(home: Path, name: str, tmp_path: Path) -> None:
+    """The text's most used expert is that of b, so only questions that end in a are lost, and none by layer 1."""
     need_package("lm_eval", HARNESS)
     one = ("--over", "matched", "--matched", "1", "--draws", "2")
     tasks = ("--tasks", "mixed,same", "--include-path", str(home))
@@ -135,7 +135,7 @@ def test_a_layer_that_has_but_one_expert(home: Path, name: str, tmp_path: Path) 
 
 @pytest.mark.parametrize(("name", "over"), [("mixtral", "layer"), ("unipool", "pool")])
 def test_random_experts_answer_at_random(home: Path, name: str, over: str) -> None:
-    """Of two, every question its own: half are lost, give or take five standard deviations of a binomial."""
+    """With two experts, half of the questions are lost, within five standard deviations of a binomial."""
     need_package("lm_eval", HARNESS)
     tasks = ("--tasks", "many", "--include-path", str(home))
     found = probed(home, name, "--over", over, *tasks, "--layers", "0", "--batch-size", "16")["accuracy"]
@@ -146,7 +146,7 @@ def test_random_experts_answer_at_random(home: Path, name: str, over: str) -> No
     assert found["means"][0]["spread"] == pytest.approx(100 * statistics.stdev(values))
 
 
-def test_the_learned_routing_scores_as_by_eval(home: Path) -> None:
+def test_the_learned_routing_has_the_scores_of_eval(home: Path) -> None:
     need_package("lm_eval", HARNESS)
     tasks = ("--tasks", "many", "--include-path", str(home), "--limit", "7")
     found = probed(home, "unipool", "--over", "pool", *tasks, "--layers", "1", "--draws", "1")["accuracy"]["learned"]
@@ -165,9 +165,10 @@ def test_tables(home: Path) -> None:
 
 
 def test_bad_tasks_are_refused_before_the_work(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Even before the model is looked for."""
+    """Tasks are checked even before the model is looked for."""
     need_package("lm_eval", HARNESS)
-    monkeypatch.setattr("lm_eval.tasks.manager.__file__", str(tmp_path / "harness" / "manager.py"))  # it has 14,000
+    # The harness's own 14,000 tasks are not read.
+    monkeypatch.setattr("lm_eval.tasks.manager.__file__", str(tmp_path / "harness" / "manager.py"))
     gone = arguments(home, "gone", "--include-path", str(home), "--tasks")
     assert "--tasks mixt: no such task; did you mean mixed?" in refused(*gone, "same,mixt")
     assert "--tasks: no task has an accuracy" in refused(*gone, "normed")
@@ -184,17 +185,18 @@ def test_options_that_need_tasks(home: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def scored(**by_task: float | None) -> Scores:
-    """As the harness's; None has no accuracy."""
+    """Return scores as the harness would; None stands for a task without an accuracy."""
     tasks = [
         TaskScores(task, 4, 0, None, {"x": Score(1, None)} if value is None else {"acc": Score(value, 0.1)}, part=False)
         for task, value in by_task.items()
     ]
     values = [value for value in by_task.values() if value is not None]
-    return Scores(tasks, {"acc": statistics.fmean(values)} if values else {}, None, 2, "fp32", "0")
+    mean = {"acc": statistics.fmean(values), "tasks": len(values)} if values else {}
+    return Scores(tasks, mean, None, 2, "fp32", "0")
 
 
 class Examiner:
-    """Scores without the harness: one forward a question."""
+    """Scores without the harness, with one forward pass per question."""
 
     def __init__(self, model: MoEModel, letters: str):
         self._model, self._letters = model, letters
@@ -212,7 +214,7 @@ class Examiner:
 
 @pytest.mark.parametrize("name", ["mixtral", "unipool"])
 def test_losses_are_the_same_with_tasks(name: str) -> None:
-    """And what a layer's draws give does not depend on the other layers, nor on the text's length."""
+    """The draws of a layer do not depend on the other layers, on the tasks, or on the length of the text."""
     model = adapted(made(name), name)
     text = Text("b", torch.full((3, 9), B))
     overs = ["pool" if name == "unipool" else "layer", "matched"]
@@ -233,14 +235,14 @@ def test_losses_are_the_same_with_tasks(name: str) -> None:
     assert other.accuracy and other.accuracy.layers == found.accuracy.layers[:2]
 
 
-def test_without_an_accuracy() -> None:
+def test_tasks_without_an_accuracy_are_refused() -> None:
     model = adapted(made("unipool"))
     with pytest.raises(UserError, match="--tasks: no task has an accuracy"):
         randomize(model, Text("b", torch.full((1, 9), B)), model.layers, score=lambda brief: scored(other=None))
 
 
 def test_means_and_spreads_of_drops() -> None:
-    """Over the draws, and over layers and draws; two tasks, two layers, three draws."""
+    """Means and spreads over draws, and over layers and draws, of two tasks, two layers and three draws."""
     by_layer = [[(0.5, 0.25), (0.5, 0.5), (0.25, 0.0)], [(0.75, 0.5), (1.0, 0.5), (0.5, 0.75)]]
 
     def taken(draws: Sequence[tuple[float, float]]) -> list[Accuracies]:

@@ -1,4 +1,4 @@
-"""What the probes see of every family, and what they put in its place, against loops over tokens and experts."""
+"""Observed and replaced choices in models of every family, compared with loops over tokens and experts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from trainer.common.errors import UserError
 from trainer.probe.adapters import Choice, MoELayer, observed, rerouted
 
 ROUTING_LAYERS = {"qwen3_moe": [0, 2], "deepseek_v2": [1, 2], "deepseek_v3": [1, 2]}
-"""Where some layers have one FFN."""
+"""The layers with a router in models where some layers have one FFN."""
 
 
 def inputs() -> Tensor:
@@ -32,7 +32,7 @@ def inputs() -> Tensor:
 
 
 class Spy:
-    """What each layer's experts were given and made in a forward, beside what is not theirs (shared experts)."""
+    """Records the inputs and outputs of each layer's experts in a forward pass, without shared experts."""
 
     def __init__(self, name: str):
         self.choices: dict[int, Choice] = {}
@@ -53,7 +53,7 @@ class Spy:
 
 
 def by_hand(name: str, layer: MoELayer, choice: Choice, ids_TK: Tensor) -> Tensor:
-    """sum_k gate_k * e_k(x), a token and a choice at a time; global ids."""
+    """Return sum_k gate_k * e_k(x), computed for one token and choice at a time from global ids."""
     offset = 0 if name in ("unipool", "sub-pools") else layer.bank.first
     rows = []
     for x_D, gates_K, ids_K in zip(choice.x_TD, choice.topk_scores_TK, ids_TK.tolist(), strict=True):
@@ -64,8 +64,8 @@ def by_hand(name: str, layer: MoELayer, choice: Choice, ids_TK: Tensor) -> Tenso
 
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
-def test_what_is_seen_is_what_the_experts_do(name: str) -> None:
-    """Ids, gate values and inputs explain the experts' output; ids of different layers' own experts differ."""
+def test_observed_choices_explain_the_output(name: str) -> None:
+    """Ids, gate values and inputs determine the experts' output, and experts of different layers have different ids."""
     model, spy = tiny(name), Spy(name)
     assert [layer.number for layer in model.layers] == ROUTING_LAYERS.get(name, [0, 1, 2]) == list(spy.choices)
     assert model.top_k == 2
@@ -83,8 +83,8 @@ def test_what_is_seen_is_what_the_experts_do(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_choice_is_the_family_s(name: str) -> None:
-    """Softmax or sigmoid, renormalised or not, groups, bias, scaling: token by token as its paper says."""
+def test_routers_choose_as_in_their_papers(name: str) -> None:
+    """Softmax or sigmoid, normalisation, groups, bias and scaling agree, token by token, with the family's paper."""
     model, spy = tiny(name), Spy(name)
     for layer in model.layers:
         choice = spy.choices[layer.number]
@@ -98,7 +98,7 @@ def test_the_choice_is_the_family_s(name: str) -> None:
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
 def test_forced_routing_is_a_loop_over_the_forced_experts(name: str) -> None:
-    """With the learned gate values; before and behind that layer nothing is forced, and afterwards nothing is."""
+    """Gate values remain the learned ones, other layers are not rerouted, and nothing is afterwards."""
     model, learned = tiny(name), Spy(name)
     layer = model.layers[1]
     reach = range(model.experts) if model.any_expert else range(layer.bank.first, layer.bank.first + layer.bank.experts)
@@ -116,8 +116,8 @@ def test_forced_routing_is_a_loop_over_the_forced_experts(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["unipool", "sub-pools", "qwen2_moe"])
 @torch.no_grad()
-def test_an_expert_alone(name: str) -> None:
-    """A bank's output of each of its experts, without gate values."""
+def test_a_single_expert(name: str) -> None:
+    """`Bank.run` returns the output of each expert without gate values."""
     x_TD = torch.randn(4, 16, generator=torch.Generator().manual_seed(0))
     for layer in tiny(name).layers:
         shared = name != "qwen2_moe"
@@ -127,7 +127,7 @@ def test_an_expert_alone(name: str) -> None:
             torch.testing.assert_close(layer.bank.run(expert, x_TD).double(), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_models_without_experts_are_refused() -> None:
+def test_unsupported_models_are_refused() -> None:
     with pytest.raises(UserError, match="is a dense model"):
         adapted(fresh("unipool", ffn="dense"))
     with pytest.raises(UserError, match="x: models of type llama are not supported"):

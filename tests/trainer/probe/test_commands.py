@@ -1,9 +1,10 @@
-"""`probe` as a user types it: of a run, an export and a Hugging Face model; files, refusals."""
+"""The command `probe` on a run, an export and a Hugging Face model: its output, files and refusals."""
 
 from __future__ import annotations
 
 import csv
 import json
+import shutil
 import tempfile
 from dataclasses import replace
 from functools import cache
@@ -32,7 +33,7 @@ DOCUMENT = "def main(argument):\n    return argument + 1\n"
 
 @cache
 def home() -> Path:
-    """A folder for everything of this module, with a tokenizer and 60 documents."""
+    """Return a folder for this module, with a tokenizer and 60 documents."""
     folder = Path(tempfile.mkdtemp())
     (folder / "tokenizer.json").write_text(train_tokenizer([DOCUMENT * 20], VOCAB).to_str())
     (folder / "text").mkdir()
@@ -50,7 +51,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @cache
 def saved(name: str) -> str:
-    """A folder as `export` or Hugging Face leave it."""
+    """Return a folder as `export` or Hugging Face write it."""
     folder = home() / name
     built(name).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
@@ -64,7 +65,7 @@ def recipe() -> Recipe:
 
 @cache
 def run() -> tuple[str, Outcome]:
-    """A run's folder after a step, and what it came to."""
+    """Return the folder of a run after one step, and its outcome."""
     folder = home() / "run"
     return str(folder), run_training(recipe(), 1, save_to=folder / "checkpoints")
 
@@ -83,7 +84,7 @@ def refused(*arguments: str) -> str:
 @pytest.mark.parametrize("probe", PROBES)
 @pytest.mark.parametrize("name", ["unipool", "qwen2_moe"])
 def test_table_json_csv_and_plot(probe: str, name: str, tmp_path: Path) -> None:
-    """Of an export and of a Hugging Face model, on a text; the same command gives the same numbers."""
+    """All outputs exist for an export and a Hugging Face model; repeating the command gives the same numbers."""
     arguments = [probe, saved(name), "--text", str(home() / "text"), "--tokens", "200"]
     if probe == "randomize":
         arguments += ["--layers", "1", "--draws", "2", "--matched", "3"]
@@ -108,8 +109,8 @@ def test_table_json_csv_and_plot(probe: str, name: str, tmp_path: Path) -> None:
     assert (tmp_path / "b.csv").read_bytes() == (tmp_path / "a.csv").read_bytes()
 
 
-def test_of_a_run_on_what_it_has_held_out() -> None:
-    """The trainer's own validation loss from its checkpoint; by default on its validation split."""
+def test_a_run_is_probed_on_its_held_out_text() -> None:
+    """The loss of a checkpoint is that of training, and the default text is the validation split."""
     folder, outcome = run()
     model = load(folder, own_text=True)
     batch = np.array(tokens(recipe())["tokens"][: recipe().train.global_batch])
@@ -124,7 +125,7 @@ def test_of_a_run_on_what_it_has_held_out() -> None:
 
 
 def test_a_text_is_packed_as_for_training(tmp_path: Path) -> None:
-    """Documents with their end, rows that begin with the last token of the one before; a short text is one row."""
+    """Documents end with their token, rows overlap by one token, and a short text is one row."""
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in ("ab" * 40, "cd" * 40)))
     source = load(saved("unipool"), own_text=False).loaded
     ids = [*tokenizer()("ab" * 40)["input_ids"], 0, *tokenizer()("cd" * 40)["input_ids"], 0]
@@ -133,6 +134,14 @@ def test_a_text_is_packed_as_for_training(tmp_path: Path) -> None:
     assert len(read_text(source, tmp_path / "a.jsonl", 32).rows_NS1) == 1
     (tmp_path / "b.txt").write_text("ab")
     assert read_text(source, tmp_path / "b.txt", 1000).rows_NS1.tolist() == [[*tokenizer()("ab")["input_ids"], 0]]
+
+
+def tokenizer_with_another_end(folder: Path) -> Path:
+    """Copy a model, and name an end-of-text token that it does not have."""
+    shutil.copytree(saved("qwen2_moe"), folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": "<end>"}))
+    return folder
 
 
 def test_refusals(tmp_path: Path) -> None:
@@ -145,17 +154,19 @@ def test_refusals(tmp_path: Path) -> None:
     broken: dict[str, Any] = json.loads((Path(saved("qwen2_moe")) / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(broken))
     assert "is not a complete model" in refused("load", str(tmp_path), *text)
+    odd = tokenizer_with_another_end(tmp_path / "odd")
+    assert "eos_token in tokenizer_config.json is '<end>', which is not in" in refused("load", str(odd), *text)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     assert "models of type llama are not supported" in refused("load", str(tmp_path), *text)
 
 
-def test_a_name_that_the_hub_has_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_name_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert "no such folder, and not available" in refused("load", "no/such-model", "--text", str(home() / "text"))
 
 
 def test_data_of_another_tokenizer() -> None:
-    """Prepared data whose ids mean something else would give numbers that mean nothing."""
+    """Data prepared with another tokenizer are refused, because their ids have another meaning."""
     loaded = load(run()[0], own_text=True).loaded
     other = PreTrainedTokenizerFast(tokenizer_object=train_tokenizer(["another text\n" * 20], VOCAB))
     with pytest.raises(UserError, match="prepared with another tokenizer"):

@@ -1,4 +1,4 @@
-"""The probes' numbers against cases counted by hand and slow references."""
+"""The numbers of all probes, compared with cases counted by hand and with slow references."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_the_loss_is_that_of_every_token(name: str) -> None:
 
 
 def same_experts(name: str) -> MoEModel:
-    """All experts of a bank are one."""
+    """Return a model in which all experts of a bank are the same."""
     model = fresh(name)
     for module in model.modules():
         if hasattr(module, "gate_up_proj"):
@@ -59,7 +59,7 @@ def test_random_routing_matters_only_among_different_experts(name: str) -> None:
 
 
 def test_means_and_spreads() -> None:
-    """Over the draws, and of the mean over the layers; what a layer gets depends on no other layer."""
+    """Means and spreads over the draws, by layer and over layers; a layer does not depend on the others."""
     model, text = tiny("unipool"), some_text()
     found = randomize(model, text, model.layers[1:], ["pool"], draws=3, seed=5)
     losses = np.array([r.losses for r in found.layers])
@@ -76,7 +76,7 @@ def test_means_and_spreads() -> None:
 
 
 def test_draws_are_uniform_and_without_repetition() -> None:
-    """Over exactly the candidates, K different ones a token, gate values untouched."""
+    """Exactly the candidates are drawn, K distinct ones per token, and gate values remain."""
     model, text, seen = tiny("unipool"), some_text(rows=200), []
     candidates_C = torch.tensor([1, 4, 5])
 
@@ -94,7 +94,7 @@ def test_draws_are_uniform_and_without_repetition() -> None:
     assert float((counts[candidates_C] - expected).abs().max()) < 5 * math.sqrt(expected)
 
 
-def test_what_is_drawn_from() -> None:
+def test_candidates_of_each_protocol() -> None:
     counts_E = torch.tensor([3, 7])
     model = tiny("sub-pools")
     layer = model.layers[1]
@@ -113,7 +113,7 @@ def test_what_is_drawn_from() -> None:
 
 
 def test_matched_draws_from_the_most_used() -> None:
-    """Counted from the learned routing, on the text itself."""
+    """The most used experts are those of the learned routing on the text."""
     model, text = tiny("qwen2_moe"), some_text()
     counts = load(model, text).counts[1]
     most = candidates(model, model.layers[1], "matched", 3, torch.tensor(counts))
@@ -141,7 +141,7 @@ def test_layers_are_picked_by_number() -> None:
             pick_layers(model, wrong)
 
 
-def test_protocols_that_cannot_be() -> None:
+def test_impossible_protocols_are_refused() -> None:
     model, text = tiny("olmoe"), some_text()
     with pytest.raises(UserError, match="--over pool: each layer of this model has its own experts"):
         randomize(model, text, model.layers, ["pool"])
@@ -150,7 +150,7 @@ def test_protocols_that_cannot_be() -> None:
 
 
 def forced(model: MoEModel, by_layer: list[list[list[int]]]) -> ExitStack:
-    """Token t of a forward gets, in layer l, the global ids by_layer[l][t % len]."""
+    """Reroute token t of a forward pass to the global ids by_layer[l][t % len] in layer l."""
     stack = ExitStack()
     for layer, wanted in zip(model.layers, by_layer, strict=True):
         table = torch.tensor(wanted)
@@ -161,7 +161,7 @@ def forced(model: MoEModel, by_layer: list[list[list[int]]]) -> ExitStack:
 
 
 def test_reuse_of_a_forced_routing() -> None:
-    """Of two tokens one meets experts 0, 1 three times, the other 0 to 5 once each: 2 and 6 of 6 choices."""
+    """One token meets experts 0 and 1 three times, the other one meets 0 to 5 once: 2 and 6 of 6 choices."""
     model, text = tiny("unipool"), some_text(rows=4, length=12)
     with forced(model, [[[0, 1], [0, 1]], [[1, 0], [2, 3]], [[0, 1], [5, 4]]]):
         found = reuse(model, text)
@@ -172,7 +172,7 @@ def test_reuse_of_a_forced_routing() -> None:
 
 
 def test_reuse_by_sets() -> None:
-    """The learned routing, a set a token; layers with experts of their own never share one."""
+    """The count agrees with a set per token, and layers with their own experts never share one."""
     model, text = tiny("unipool"), some_text()
     met: list[set[int]] = [set() for _ in range(text.tokens)]
 
@@ -189,7 +189,7 @@ def test_reuse_by_sets() -> None:
 
 
 def test_load_of_a_forced_routing() -> None:
-    """Three layers of top-2 among six experts: 0,1 always; 2,3 and 4,5 in turn; 0,1 and 2,3 in turn."""
+    """Three layers choose two of six experts: always 0, 1; alternately 2, 3 and 4, 5; alternately 0, 1 and 2, 3."""
     model, text = tiny("unipool"), some_text(rows=4, length=12)
     with forced(model, [[[0, 1]], [[2, 3], [4, 5]], [[0, 1], [2, 3]]]):
         found = load(model, text)
@@ -232,7 +232,7 @@ def test_layers_of_sub_pools_differ_from_those_of_others() -> None:
 @pytest.mark.parametrize("name", ["unipool", "qwen2_moe"])
 @torch.no_grad()
 def test_cosines_by_pairs(name: str) -> None:
-    """Of a copy, of one with its hidden units in another order, and of one that makes the opposite."""
+    """Cosines of an expert with a copy, with one whose hidden units are permuted, and with its negative."""
     model = fresh(name)
     experts = model.model.experts if name == "unipool" else model.model.layers[1].mlp.experts
     w1, w3 = ([w.chunk(2)[half] for w in experts.gate_up_proj] for half in (0, 1))
@@ -264,7 +264,7 @@ def test_weights_are_compared_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_redundancy_of_banks() -> None:
-    """Each layer's own experts on its own tokens, the same places in all layers; the seed decides which."""
+    """Each layer's experts are compared on its own inputs, at the same positions, which the seed selects."""
     model, text = tiny("deepseek_v2"), some_text()
     found = redundancy(model, text, sampled=9, seed=1)
     assert found.sampled == 9 and [bank.layers for bank in found.banks] == [(1,), (2,)]

@@ -1,4 +1,4 @@
-"""Tiny random models of every family that the probes know, and what their routers should do, token by token."""
+"""Tiny random models of every supported family, and what their routers should do, token by token."""
 
 from __future__ import annotations
 
@@ -66,12 +66,12 @@ FAMILIES = [name for name, (config, _, _) in MODELS.items() if config is not Uni
 
 @cache
 def built(name: str) -> Any:
-    """With weights large enough that every choice matters. One for all tests: leave it as it is."""
+    """Return a model with weights so large that every choice matters. All tests share it, so do not change it."""
     return fresh(name)
 
 
 def fresh(name: str, **settings: Any) -> Any:
-    """A new one, to be changed."""
+    """Return a new model, which may be changed."""
     config, model_class, shape = MODELS[name]
     model = model_class(config(**(shape | settings)))
     generator = torch.Generator().manual_seed(3)
@@ -93,7 +93,7 @@ def some_text(rows: int = 5, length: int = 12) -> Text:
 
 
 def gates(name: str, router: Any, x_D: Tensor) -> dict[int, float]:
-    """Experts of one token and their gate values, by the family's paper, in plain Python."""
+    """Return the experts of a token and their gate values, computed as in the family's paper."""
     settings = MODELS[name][2]
     logits = (router.weight.double() @ x_D.double()).tolist()
     scores = torch.tensor(logits, dtype=torch.float64).softmax(0).tolist()
@@ -115,7 +115,7 @@ def gates(name: str, router: Any, x_D: Tensor) -> dict[int, float]:
 
 
 def expert_by_hand(model: Any, layer: int, expert: int, x_D: Tensor) -> Tensor:
-    """SwiGLU of a layer's own expert, or of an expert of our pool by its global id."""
+    """Return the output of a layer's own expert, or of an expert of our pool by its global id."""
     shared = isinstance(model, UniPoolForCausalLM)
     stack = model.model.experts if shared else model.model.layers[layer].mlp.experts
     (w1, w3), w2 = stack.gate_up_proj[expert].chunk(2), stack.down_proj[expert]

@@ -143,18 +143,21 @@ WRONG = {
     "baseline: vanilla": ("baseline: dense", "baseline = 'dense': must be a variant (vanilla, raw, normalized)"),
     "base: small": ("base: smal", "recipe smal: neither a readable file"),
     "base: small\n": ("", "base: missing"),
-    "seeds: [0, 1]": ("seeds: [0, 0]", "seeds = [0, 0]: one is there twice"),
+    "seeds: [0, 1]": ("seeds: [0, 0]", "seeds = [0, 0]: must be different"),
     "seeds: [0": ("seeds: [-1", "seeds.0 = -1: must be greater than or equal to 0"),
     "seeds:": ("seed:", "seed: unknown key; did you mean seeds?"),
-    "  raw: {}": ("  ra/w: {}", "variants.ra/w: the name is a folder's"),
+    "  raw: {}": ("  ra/w: {}", "variants.ra/w: the name becomes a folder"),
     "  raw: {": ("  raw: {run.seed: 3", "variants.raw.run.seed: the sweep sets it itself"),
-    "{train.steps: 12": ("{train: {steps: 12}", "set.train: must be a recipe's key with its section, as train.steps"),
-    "[1e-3, 1e-2]": ("[1e-2, 1e-2]", "grid.balance.pool = [0.01, 0.01]: one value is there twice"),
-    "  train.lr: [1e-3, 2e-3]": ("  train.lr, train.min_lr: [[1e-3]]", "each must be a list of 2, a value a key"),
+    "{train.steps: 12": (
+        "{train: {steps: 12}",
+        "set.train: must be a recipe key with its section, such as train.steps",
+    ),
+    "[1e-3, 1e-2]": ("[1e-2, 1e-2]", "grid.balance.pool = [0.01, 0.01]: a value appears twice"),
+    "  train.lr: [1e-3, 2e-3]": ("  train.lr, train.min_lr: [[1e-3]]", "each value must be a list of 2, one per key"),
     "[1e-3, 2e-3]": ("[1e-3, fast]", "variant vanilla,train.lr=fast: train.lr = 'fast': must be a valid number"),
     "groups: 8": ("groups: 3", "variant vanilla,train.lr=0.001: model.groups = 3: must divide model.layers (8)"),
     "train.steps: 12": ("train.steps.more: 1", "train.steps.more cannot be set: steps is a value, not a section"),
-    "data.dir: kept": ("metrics.targets_dir: t", "set.metrics.targets_dir: not in a sweep"),
+    "data.dir: kept": ("metrics.targets_dir: t", "set.metrics.targets_dir: not allowed in a sweep"),
     "set:": ("set: [", "not YAML: line 6"),
 }
 
@@ -175,9 +178,9 @@ def test_wrong_commands(tmp_path: Path) -> None:
     assert "give the name of a sweep" in said()
     assert "train first" in said("small-scores", "--report", "--dir", str(tmp_path / "none"))
     assert "metrics.port=0" in said("small-scores", "--jobs", "2", "--set", "metrics.port=9400")
-    assert "must be a recipe's key" in said("small-scores", "--set", "seed=1")
-    assert "--set train.steps: grid sets it" in said("small-scores", "--set", "train.steps=9")
-    assert "--set router.kind: variants.vanilla sets it" in said("small-scores", "--set", "router.kind=norm")
+    assert "must be a recipe key" in said("small-scores", "--set", "seed=1")
+    assert "--set train.steps: grid sets this key" in said("small-scores", "--set", "train.steps=9")
+    assert "--set router.kind: variants.vanilla sets this key" in said("small-scores", "--set", "router.kind=norm")
     assert "train.lr = 'x': must be a valid number" in said("small-scores", "--set", "train.lr=x")
     listed = CliRunner().invoke(cli, ["sweep", "--list"]).output.splitlines()
     assert [line.split()[0] for line in listed] == sweep_names()
@@ -192,7 +195,7 @@ def test_recipes_for_a_cluster(tmp_path: Path) -> None:
 
 
 def test_variants_of_a_seed_are_matched() -> None:
-    """What spec.py says: the trunk, routers of one width, experts by their number in the pool; another seed nothing."""
+    """The trunk, routers of one width, and experts by their number in the pool; another seed shares nothing."""
     tiny = (
         "{model.hidden: 16, model.ffn_hidden: 8, model.vocab: 300, model.seq_len: 8, model.layers: 4, pool.experts: 16}"
     )
@@ -227,7 +230,7 @@ def test_variants_of_a_seed_are_matched() -> None:
 def test_other_data_than_the_baselines_is_said(tmp_path: Path) -> None:
     text = SWEEP.replace("raw: {}", "raw: {train.global_batch: 32, data.split: [8, 1, 1]}").partition("grid:")[0]
     (warning,) = load_sweep(write(tmp_path, text)).warnings()
-    assert warning.startswith("raw: data.split, train.global_batch not as vanilla's: other sequences")
+    assert warning.startswith("raw: data.split, train.global_batch differs from vanilla; the two see")
 
 
 def test_statistics_by_hand() -> None:

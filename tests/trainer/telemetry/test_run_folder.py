@@ -34,6 +34,18 @@ def write_on_a_full_disk(folder: Path) -> str:
     return said.getvalue()
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_only_a_folder_that_was_made_for_nothing_is_removed(tmp_path: Path, there: bool) -> None:
+    folder = tmp_path / "run"
+    if there:
+        folder.mkdir()
+    run = RunFolder(tiny(run={"dir": str(folder)}))
+    run.make()
+    with pytest.raises(KeyError), run.removed_if_unused():
+        raise KeyError
+    assert folder.exists() == there
+
+
 def test_a_full_disk_loses_whole_lines_and_says_so_once(tmp_path: Path) -> None:
     (said,) = run_ranks(1, write_on_a_full_disk, tmp_path / "run")
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()

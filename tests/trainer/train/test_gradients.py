@@ -18,7 +18,7 @@ from tests.double import float32_is_float64
 from tests.training import before_update, full_gradients, of_all, set_weights, tiny, together, tokens
 from trainer.config.recipe import Recipe
 from trainer.data.batches import SequenceStream
-from trainer.export.names import expert_names, trunk_names
+from trainer.export.names import Parts, expert_names, trunk_names
 from trainer.planning.schedule import make_schedule
 
 Numbers = dict[str, Tensor]
@@ -85,9 +85,9 @@ class Reference:
     """The exported model with the losses written out, under autograd."""
 
     def __init__(self, recipe: Recipe, weights: Numbers):
-        from trainer.export.source import model_config, stored_tensors
-
+        from trainer.export.exported_model import stored_tensors
         from trainer.export.modeling_unipool import UniPoolForCausalLM
+        from trainer.export.saved_run import model_config
 
         config = model_config(recipe)
         config._attn_implementation = "eager"
@@ -95,10 +95,10 @@ class Reference:
         self.model = UniPoolForCausalLM(config)
         stored = stored_tensors(self.model)
         for name, parts in self._names():
-            for part, value in zip(parts, weights[name].split(list(parts.values())), strict=True):
+            for part, value in zip(parts, weights[name].split([shape[0] for shape in parts.values()]), strict=True):
                 stored[part].copy_(value)
 
-    def _names(self) -> Iterator[tuple[str, dict[str, int]]]:
+    def _names(self) -> Iterator[tuple[str, Parts]]:
         yield from trunk_names(self.recipe).items()
         for expert in range(self.recipe.pool.experts):
             for name, parts in expert_names(self.recipe, expert).items():
@@ -138,7 +138,7 @@ class Reference:
 
     def gradients(self, objective: Tensor) -> Numbers:
         """By the trainer's names."""
-        from trainer.export.source import stored_tensors
+        from trainer.export.exported_model import stored_tensors
 
         objective.backward()
         for parameter in self.model.parameters():

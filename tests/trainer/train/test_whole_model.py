@@ -111,8 +111,8 @@ def _follow_here(recipe: Recipe, case: str) -> dict[str, Numbers]:
         scalars = optimizer_step(job, role, step)
         if scalars:
             values = {name: torch.tensor(getattr(scalars, name)) for name in ("grad_norm", "lr")}
-            values["losses"] = torch.stack([r.loss for r in results])
-            values["balance_losses"] = torch.stack([r.balance_loss for r in results])
+            values["losses"] = torch.stack([r.scalars["loss"] for r in results])
+            values["balance_losses"] = torch.stack([r.scalars["balance_loss"] for r in results])
             values["tokens_per_expert"] = torch.stack([r.tokens_per_expert_LM for r in results])
             if biases := [value.clone() for name, value in role.trunk.named_buffers() if "expert_bias" in name]:
                 values["expert_bias"] = torch.stack(biases)

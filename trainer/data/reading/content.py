@@ -7,13 +7,12 @@ import bz2
 import codecs
 import io
 import lzma
-import os
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from trainer.common.errors import UserError, one_line
+from trainer.common.errors import UserError, short_line
 from trainer.data.reading.sources import COMPRESSED, kind_of, shown
 
 _BLOCK = 1 << 16
@@ -50,11 +49,9 @@ class Content:
     """The content of one text file, readable from any byte.
 
     Args:
-        path: The file.
         keep_mark: Whether a byte-order mark is text, and the file is UTF-8 in any case.
 
     Attributes:
-        path: The file.
         kind: What `kind_of` returns, corrected by the first bytes.
 
     Raises:
@@ -175,7 +172,7 @@ def _decompress(chunks: Iterator[bytes], codec: str, where: str) -> Iterator[byt
                 yield member.decompress(chunk)
             except errors as error:
                 raise UserError(
-                    f"{where}: damaged, or not a {codec} file ({one_line(error, 300)}); fetch it again"
+                    f"{where}: damaged, or not a {codec} file ({short_line(error)}); fetch it again"
                 ) from error
             chunk = member.unused_data if member.eof else b""
             member = None if member.eof else member
@@ -193,9 +190,3 @@ def _to_utf8(chunks: Iterator[bytes], encoding: str, where: str) -> Iterator[byt
         raise UserError(
             f"{where}: not valid {encoding.upper()}, although it begins with its byte-order mark; convert it to UTF-8"
         ) from error
-
-
-def file_stamp(path: Path) -> tuple[int, int, int]:
-    """Return what changes when a file is written to or replaced."""
-    facts = os.stat(path)
-    return facts.st_ino, facts.st_size, facts.st_mtime_ns

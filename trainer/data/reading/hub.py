@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from trainer.common.errors import UserError, one_line
+from trainer.common.errors import UserError, short_line
 from trainer.data.reading.records import Found, text_of
 from trainer.data.reading.sources import HUB_PREFIX, shown
 
@@ -53,5 +53,5 @@ def _reported_errors(source: str) -> Iterator[None]:
             "try again, or set it to the path of a local copy"
         ) from error
     except Exception as error:  # an unknown config or split, files that `datasets` cannot read: the message says which
-        reason = one_line(error, 300)
+        reason = short_line(error)
         raise UserError(f"{where}: {reason}; mend the name, or set it to the path of a local copy") from error

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from typing import IO, Any
 
-from trainer.common.errors import UserError, one_line
+from trainer.common.errors import UserError, short_line
 from trainer.data.reading.content import Content
 from trainer.data.reading.records import (
     PIECE_CHARACTERS,
@@ -278,7 +278,7 @@ def _header(content: Content, text_field: str) -> tuple[str, list[str], Position
             try:
                 names = [name.strip() for name in next(csv.reader(lines, delimiter=delimiter, strict=True), [])]
             except csv.Error as error:
-                raise UserError(f"{where}, line 1: does not name columns ({one_line(error, 300)}); mend it") from error
+                raise UserError(f"{where}, line 1: does not name columns ({short_line(error)}); mend it") from error
         if text_field in names:
             return delimiter, names, [lines.offset, lines.number]
         columns = names if len(names) > len(columns) else columns

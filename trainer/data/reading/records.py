@@ -1,4 +1,4 @@
-"""The text of one record: found under a key or a path of keys, and checked to be fit for tokenizing."""
+"""The text of one record: found under a key or a path of keys, and checked to be fit for tokenising."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any
 
-from trainer.common.errors import one_line
+from trainer.common.errors import one_line, short_line
 
 PIECE_CHARACTERS = 1 << 20
 RECORD_BYTES = 1 << 27
@@ -16,7 +16,6 @@ Position = list[int]
 """The place behind a record, for its file's reader; JSON can hold it."""
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_NAME_CHARACTERS = 300
 
 
 @dataclass(frozen=True)
@@ -59,13 +58,13 @@ def text_of(record: Any, text_field: str, where: str) -> str | Bad:
         try:
             value = value_under(record, text_field)
         except KeyError:
-            name = one_line(text_field, _NAME_CHARACTERS)
+            name = short_line(text_field)
             return Bad(where, f'no text under "{name}" ({_keys(record)}); mend it or set data.text_field')
     return checked_text(value, text_field, where)
 
 
 def checked_text(value: Any, text_field: str, where: str) -> str | Bad:
-    """Return the value found under `text_field` if it is a text that can be tokenized."""
+    """Return the value found under `text_field` if it is a text that can be tokenised."""
     if isinstance(value, bytes):
         try:
             value = value.decode()
@@ -84,7 +83,7 @@ def checked_text(value: Any, text_field: str, where: str) -> str | Bad:
 
 def not_text(text_field: str, kind: str) -> str:
     """Return why the value under `text_field`, of type `kind`, is not a text."""
-    name = one_line(text_field, _NAME_CHARACTERS)
+    name = short_line(text_field)
     if kind.startswith("list"):
         return (
             f'"{name}" is a {kind}, such as chat messages or sentences; join them into one text first, '
@@ -146,7 +145,7 @@ def value_under(record: Any, path: str) -> Any:
 def no_column(text_field: str, columns: Iterable[str]) -> str:
     """Return what to say of a table without the column `text_field`."""
     return (
-        f'no column "{one_line(text_field, _NAME_CHARACTERS)}"; set data.text_field to one of {_listed(columns)}, or '
+        f'no column "{short_line(text_field)}"; set data.text_field to one of {_listed(columns)}, or '
         "remove the file from data.source"
     )
 

@@ -89,6 +89,32 @@ def shown(path: str | os.PathLike[str]) -> str:
     return one_line(name)
 
 
+def unreadable(path: Path, error: OSError) -> UserError:
+    """Return the error that a file of a source cannot be read."""
+    return UserError(
+        f"{shown(path)}: cannot be read ({os_reason(error)}); make it readable or remove it from data.source"
+    )
+
+
+def file_stamp(path: Path) -> tuple[str, int, int]:
+    """Return a file's path, size in bytes and modification time in nanoseconds: when these are equal, so is the text.
+
+    Raises:
+        UserError: The file cannot be read.
+    """
+    try:
+        facts = os.stat(path)
+    except OSError as error:
+        raise unreadable(path, error) from error
+    return str(path), facts.st_size, facts.st_mtime_ns
+
+
+def refuse_change(path: Path, before: tuple[str, int, int]) -> None:
+    """Raise a UserError if a file's stamp is no longer `before`."""
+    if file_stamp(path) != before:
+        raise UserError(f"{shown(path)}: has changed while it was read; start again when it is complete")
+
+
 def find_files(source: str) -> Files:
     """Return the local files that `source` names (none for the hub), and what is skipped.
 

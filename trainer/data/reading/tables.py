@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from trainer.common.errors import UserError, one_line
-from trainer.data.reading.content import file_stamp
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from trainer.common.errors import UserError, short_line
 from trainer.data.reading.records import (
     RECORD_BYTES,
     Bad,
@@ -23,36 +25,16 @@ from trainer.data.reading.records import (
     too_long,
     value_under,
 )
-from trainer.data.reading.sources import shown
-
-if TYPE_CHECKING:
-    import pyarrow as pa
+from trainer.data.reading.sources import file_stamp, refuse_change, shown
 
 _BATCH_ROWS = 32
 _BATCH_BYTES = 1 << 24
-
-
-@dataclass(frozen=True)
-class _Column:
-    """Where a table has its texts.
-
-    Attributes:
-        top: The column's name.
-        index: The column's number.
-        rest: The path to the text within the column; "" if the column holds texts.
-        read: What pyarrow reads from a Parquet file, which may be one field of a struct.
-    """
-
-    top: str
-    index: int
-    rest: str
-    read: str
+_BINARY = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary(), pa.string_view(): pa.binary_view()}
+"""The types of texts, each with the type of the same bytes."""
 
 
 def read_parquet(path: Path, text_field: str, at: Position | None) -> Found:
     """Read the rows of a Parquet file. A position counts rows."""
-    import pyarrow.parquet as pq
-
     (done,) = at or [0]
     row = 0
     with (
@@ -60,16 +42,16 @@ def read_parquet(path: Path, text_field: str, at: Position | None) -> Found:
         _reported_errors(path, "parquet"),
         pq.ParquetFile(opened, buffer_size=1 << 20) as file,
     ):
-        column = _column(file.schema_arrow, text_field, path)
+        _, rest, read = _column(file.schema_arrow, text_field, path)
         for group in range(file.num_row_groups):
             facts = file.metadata.row_group(group)
             if row + facts.num_rows <= done:
                 row += facts.num_rows
                 continue
             size = _BATCH_BYTES * facts.num_rows // max(1, facts.total_byte_size)
-            for batch in file.iter_batches(max(1, min(_BATCH_ROWS, size)), row_groups=[group], columns=[column.read]):
+            for batch in file.iter_batches(max(1, min(_BATCH_ROWS, size)), row_groups=[group], columns=[read]):
                 begin = min(batch.num_rows, max(0, done - row))
-                texts = _texts(batch.column(column.top).slice(begin), column.rest, text_field, row + begin)
+                texts = _texts(batch.column(0).slice(begin), rest, text_field, row + begin)
                 for number, found in enumerate(texts, start=row + begin + 1):
                     yield found, [number]
                 row += batch.num_rows
@@ -81,8 +63,6 @@ def read_arrow(path: Path, text_field: str, at: Position | None) -> Found:
     A position is the batch, rows in it, and rows before it. The file is mapped into memory, as a batch may be as large
     as the file.
     """
-    import pyarrow as pa
-
     before = file_stamp(path)
     first, done, row = at or [0, 0, 0]
     # We open the file, because pyarrow refuses paths that are not UTF-8.
@@ -94,18 +74,17 @@ def read_arrow(path: Path, text_field: str, at: Position | None) -> Found:
         is_file = source.read(6) == b"ARROW1"
         source.seek(0)
         reader = (pa.ipc.open_file if is_file else pa.ipc.open_stream)(source)
-        column = _column(reader.schema, text_field, path)
+        index, rest, _ = _column(reader.schema, text_field, path)
         if is_file:
             batches: Iterator[Any] = (reader.get_batch(i) for i in range(first, reader.num_record_batches))
         else:
             batches = islice(reader, first, None)
         for number, batch in enumerate(batches, start=first):
-            array = batch.column(column.index)
+            array = batch.column(index)
             array.validate()
             for begin in range(done, len(array), _BATCH_ROWS):
-                if file_stamp(path) != before:  # reading behind the end of a mapped file kills the process
-                    raise UserError(f"{shown(path)}: has changed while it was read; start again when it is complete")
-                texts = _texts(array.slice(begin, _BATCH_ROWS), column.rest, text_field, row + begin)
+                refuse_change(path, before)  # reading behind the end of a mapped file kills the process
+                texts = _texts(array.slice(begin, _BATCH_ROWS), rest, text_field, row + begin)
                 for done_in_batch, found in enumerate(texts, start=begin + 1):
                     yield found, [number, done_in_batch, row]
             row += len(array)
@@ -115,21 +94,22 @@ def read_arrow(path: Path, text_field: str, at: Position | None) -> Found:
 @contextmanager
 def _reported_errors(path: Path, kind: str) -> Iterator[None]:
     """Report what pyarrow finds wrong with a file in one line."""
-    import pyarrow as pa
-
     try:
         yield
     except (pa.ArrowException, OSError, ValueError, MemoryError, OverflowError) as error:
         if isinstance(error, OSError) and error.errno:
             raise
-        reason = one_line(error, 300)
+        reason = short_line(error)
         raise UserError(f"{shown(path)}: damaged, or not a .{kind} file ({reason}); fetch it again") from error
 
 
-def _column(schema: pa.Schema, text_field: str, path: Path) -> _Column:
-    """Find the column of the texts, or raise a UserError."""
-    import pyarrow as pa
+def _column(schema: pa.Schema, text_field: str, path: Path) -> tuple[int, str, str]:
+    """Find the column of the texts, or raise a UserError.
 
+    Returns:
+        The column's number; the path to the text within the column, "" if the column holds texts; and what pyarrow has
+        to read of a Parquet file, which may be one field of a struct.
+    """
     top, rest = next(((top, rest) for top, rest in splits(text_field) if top in schema.names), ("", text_field))
     if top:
         index = schema.names.index(top)
@@ -137,10 +117,8 @@ def _column(schema: pa.Schema, text_field: str, path: Path) -> _Column:
         if not left and not _is_text(kind):
             reason = not_text(text_field, f"list of {kind.value_type}" if _is_list(kind) else str(kind))
             raise UserError(f"{shown(path)}: {reason}")
-        if not left:
-            return _Column(top, index, rest, text_field)
-        if _is_list(kind):
-            return _Column(top, index, rest, top)
+        if not left or _is_list(kind):
+            return index, rest, top if left else text_field
     structs = [field for field in schema if pa.types.is_struct(field.type)]
     nested = [f"{field.name}.{inner.name}" for field in structs for inner in field.type]
     raise UserError(f"{shown(path)}: {no_column(text_field, schema.names + nested)}")
@@ -148,8 +126,6 @@ def _column(schema: pa.Schema, text_field: str, path: Path) -> _Column:
 
 def _inner(kind: pa.DataType, path: str) -> tuple[pa.DataType, str]:
     """(the type under a path through structs, what is left of the path)."""
-    import pyarrow as pa
-
     if path and pa.types.is_struct(kind):
         fields = {field.name: field.type for field in kind}
         for key, rest in splits(path):
@@ -159,31 +135,17 @@ def _inner(kind: pa.DataType, path: str) -> tuple[pa.DataType, str]:
 
 
 def _is_list(kind: pa.DataType) -> bool:
-    import pyarrow as pa
-
     return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
 
 
 def _is_text(kind: pa.DataType) -> bool:
-    import pyarrow as pa
-
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
-    return kind in {*_binary_types(), *_binary_types().values(), pa.null()}
-
-
-def _binary_types() -> dict[pa.DataType, pa.DataType]:
-    """The types of texts, each with the type of the same bytes."""
-    import pyarrow as pa
-
-    return {pa.string(): pa.binary(), pa.large_string(): pa.large_binary(), pa.string_view(): pa.binary_view()}
+    return kind in {*_BINARY, *_BINARY.values(), pa.null()}
 
 
 def _texts(array: pa.Array, rest: str, text_field: str, row: int) -> Iterator[str | Bad]:
     """Yield the texts of a part of a column that begins behind row `row` of the file."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
     while rest and pa.types.is_struct(array.type):
         inner = [field.name for field in array.type]
         key, rest = next((key, rest) for key, rest in splits(rest) if key in inner)
@@ -201,7 +163,7 @@ def _texts(array: pa.Array, rest: str, text_field: str, row: int) -> Iterator[st
     if pa.types.is_dictionary(array.type):
         array = array.dictionary_decode()
     # As bytes, because pyarrow raises an error for the whole array if one text is not UTF-8.
-    array = array.cast(_binary_types().get(array.type, array.type))
+    array = array.cast(_BINARY.get(array.type, array.type))
     array.validate(full=True)
     for number, value in enumerate(array, start=row + 1):
         where = f"row {number}"
