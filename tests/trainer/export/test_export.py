@@ -33,7 +33,7 @@ from trainer.export.exported_model import load_export, stored_tensors
 from trainer.export.loaded_model import LoadedModel
 from trainer.export.saved_run import find_run, load_run
 from trainer.model.micro_batch import PoolMap, Reroute, hidden_states
-from trainer.model.pool_client import LocalPool, NoPool
+from trainer.model.pool_client import LocalPool, PoolClient
 from trainer.model.random_routing import random_routing
 from trainer.model.trunk import Trunk
 
@@ -102,7 +102,7 @@ def trainer_logits(model: str, tokens_BS: Tensor, reroute: Reroute | None = None
         trunk = Trunk(recipe, torch.device("cpu"))
         if recipe.model.ffn == "dense":
             load_weights(saved, trunk, None)
-            ((h_BSD, _),) = NoPool().run([hidden_states(trunk, None, tokens_BS, 0)], (0,), 0)
+            ((h_BSD, _),) = PoolClient().run([hidden_states(trunk, None, tokens_BS, 0)], (0,), 0)
         else:
             m = recipe.model
             order = contiguous(recipe.pool.experts, 1, 1)
