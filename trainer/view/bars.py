@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+
+from trainer.view.records import finite, finite_mean
 
 _EIGHTHS = " ▁▂▃▄▅▆▇█"
 _PARTS = " ▏▎▍▌▋▊▉█"
@@ -17,17 +20,6 @@ def gauge(share: float, width: int) -> str:
     return ("█" * full + (_PARTS[part] if part else "")).ljust(width)
 
 
-def stacked(shares: Mapping[str, float], width: int) -> dict[str, int]:
-    """Divide a bar of `width` characters by shares; the parts add up to the width."""
-    total = sum(shares.values())
-    exact = {name: width * share / total for name, share in shares.items()}
-    cells = {name: int(size) for name, size in exact.items()}
-    by_rest = sorted(exact, key=lambda name: cells[name] - exact[name])
-    for name in by_rest[: width - sum(cells.values())]:
-        cells[name] += 1
-    return cells
-
-
 def column(level: float, height: int) -> str:
     """Draw a vertical bar, one character per line from the top; it fills a share of them, at least an eighth of one."""
     eighths = min(max(round(level * height * 8), 1), height * 8)
@@ -37,26 +29,14 @@ def column(level: float, height: int) -> str:
 def spark(values: Sequence[float], width: int, height: int) -> list[str]:
     """Draw a curve as `height` lines of `width` characters, between its smallest and its largest value.
 
-    Values that share a character are averaged. Without any finite value the lines are empty.
+    Values that share a character are averaged; a single value may fill several. At least one has to be finite.
     """
-    means = _means(values, width)
-    finite = [mean for mean in means if math.isfinite(mean)]
-    if not finite:
-        return [""] * height
-    low, span = min(finite), max(finite) - min(finite)
-    bars = [column((m - low) / span if span else 0.5, height) if math.isfinite(m) else " " * height for m in means]
+    edges = [place * len(values) // width for place in range(width + 1)]
+    means = [finite_mean(values[start : max(end, start + 1)]) for start, end in pairwise(edges)]
+    low, high = min(finite(means)), max(finite(means))
+    span = high - low
+    bars = [" " * height if math.isnan(m) else column((m - low) / span if span else 0.5, height) for m in means]
     return ["".join(bar[line] for bar in bars) for line in range(height)]
-
-
-def _means(values: Sequence[float], width: int) -> list[float]:
-    """Average neighbours so that `width` values remain; few values are repeated."""
-    means = []
-    for place in range(width if values else 0):
-        first = place * len(values) // width
-        part = values[first : max((place + 1) * len(values) // width, first + 1)]
-        finite = [number for number in part if math.isfinite(number)]
-        means.append(sum(finite) / len(finite) if finite else math.nan)
-    return means
 
 
 @dataclass(frozen=True)
