@@ -1,4 +1,4 @@
-"""Who may import whom (DESIGN.md): trainer -> {router, pool}; heavy libraries in one file each."""
+"""Who may import whom (docs/design.md): trainer -> {router, pool}; heavy libraries in one file each."""
 
 from __future__ import annotations
 

@@ -18,6 +18,7 @@ from pool.schedule import lockstep_schedule
 from pool.schedule_timing import time_schedule
 from tests.benchmarks.report import print_report, ratios
 from tests.distributed import join, run_ranks
+from trainer.common.format import plural
 from trainer.config.recipe import Recipe
 from trainer.planning.schedule import ScheduleSpec, make_schedule
 
@@ -109,15 +110,15 @@ def main(rounds: int, as_json: bool) -> None:
             results[f"lanes{lanes}_over_lockstep_{precision}"] = ratios(seconds[LOCK_STEP], seconds[lanes])
         for lanes in (LOCK_STEP, *LANES):
             idle = [statistics.median(side["waits"][lanes]) for side in (trunk, pool)]
-            name = f"{lanes} lanes" if lanes else "lock step"
+            name = plural(lanes, "lane") if lanes else "lock step"
             notes.append(
                 f"{precision}, {name}: {TOKENS / statistics.median(seconds[lanes]):,.0f} tokens/s, "
-                f"trunk works {1 - idle[0]:.0%} of the step, pool {1 - idle[1]:.0%}; predicted from nominal costs "
-                f"{predicted[1] / predicted[lanes]:.2f} times one lane, measured "
+                f"trunk works {1 - idle[0]:.0%} of the step, pool {1 - idle[1]:.0%}; speed over one lane: predicted "
+                f"from nominal costs {predicted[1] / predicted[lanes]:.2f}, measured "
                 f"{statistics.median(ratios(seconds[1], seconds[lanes])):.2f}"
             )
     print_report(
-        f"Lanes over lock step, 1 trunk + 1 pool rank, {MICRO_BATCHES} micro-batches a step",
+        f"Lanes over lock step, 1 trunk + 1 pool rank, {MICRO_BATCHES} micro-batches per step",
         "python -m tests.benchmarks.overlap",
         results,
         notes,

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from pool.placement import contiguous
+from tests.saved_weights import load_weights
 from trainer.checkpoint import format as checkpoint
 from trainer.checkpoint.reshard import SavedCheckpoint, convert
 from trainer.config.recipe import load_recipe
@@ -40,7 +41,7 @@ def record(run: Path, micro_batches: int) -> NDArray[np.int64]:
     trunk, shard = Trunk(recipe, device), build_shard(recipe, placement, 0, device)
     with tempfile.TemporaryDirectory() as work:
         convert(found[1], Path(work))
-        SavedCheckpoint(found[1], Path(work)).load_weights(trunk, shard)
+        load_weights(SavedCheckpoint(found[1], Path(work)), trunk, shard)
     pool_map = PoolMap(placement.position_M, recipe.experts_per_layer, recipe.model.layers // groups)
     pool = LocalPool(shard)
     stream = prepare_for(recipe).stream("train", recipe.run.seed + 1)

@@ -18,23 +18,24 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from pool.shard import ExpertServer, ExpertShard
+from pool.placement import contiguous
+from pool.shard import ExpertServer
 from trainer.bench.tables import PROCESSOR
 from trainer.bench.wire import measure_wire, synchronize, timed
 from trainer.common.errors import UserError
 from trainer.common.machine import limit_threads, usable_cores, usable_memory
 from trainer.config.recipe import Recipe
+from trainer.engine.experts import build_shard
 from trainer.model.micro_batch import Objective, PoolMap, train_micro_batch
-from trainer.model.trunk import Trunk
+from trainer.model.trunk import Trunk, compute_dtype
 from trainer.planning.hardware import Figure, Hardware, Profile, Rates
 from trainer.planning.model_costs import FP32, count_flops
 
 ROWS_PER_EXPERT = (32, 128, 512)
 Precision = Literal["fp32", "bf16"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 GEMM_PEAK, MEMORY = "GEMM peak", "memory bandwidth"
 
 
@@ -143,7 +144,7 @@ class _Precision:
     def __init__(self, recipe: Recipe, precision: Precision, device: torch.device, effort: Effort):
         train = recipe.train.model_copy(update={"precision": precision})
         self._recipe = recipe.model_copy(update={"train": train})
-        self._flops = count_flops(recipe)
+        self._flops, self._dtype = count_flops(recipe), compute_dtype(self._recipe)
         self._precision, self._device, self._effort = precision, device, effort
         self.figures: list[Figure] = []
         self._peak = 0.0
@@ -194,7 +195,7 @@ class _Precision:
 
     def _gemm(self, size: int) -> float:
         """FLOP/s of a square product."""
-        a, b = (torch.randn(size, size, device=self._device).to(DTYPES[self._precision]) for _ in range(2))
+        a, b = (torch.randn(size, size, device=self._device).to(self._dtype) for _ in range(2))
         out = torch.empty_like(a)
         share = self._effort.seconds / len(self._effort.gemm_sizes)
         return 2 * size**3 / best_seconds(lambda: torch.mm(a, b, out=out), self._device, share)
@@ -213,26 +214,20 @@ class _Precision:
 
         reached = {}
         for rows in ROWS_PER_EXPERT:
-            x_ND = torch.randn(experts * rows, self._recipe.model.hidden, device=self._device)
-            x_ND = x_ND.to(DTYPES[self._precision])
+            x_ND = torch.randn(experts * rows, self._recipe.model.hidden, device=self._device).to(self._dtype)
             taken = best_seconds(partial(serve, x_ND, [rows] * experts), self._device, self._effort.seconds)
             reached[rows] = flops_per_row * experts * rows / taken
         return reached
 
     def _server(self, experts: int) -> ExpertServer:
-        m = self._recipe.model
-        with self._device:
-            shard = ExpertShard(
-                tuple(range(experts)), m.hidden, m.ffn_hidden, DTYPES[self._precision], deferred_bytes=2**62
-            )
-        for parameter in shard.parameters():
-            nn.init.normal_(parameter, std=m.init_std)
-        return ExpertServer(shard)
+        pool = self._recipe.pool.model_copy(update={"experts": experts, "stash_bytes": 2**62})
+        recipe = self._recipe.model_copy(update={"pool": pool})
+        return ExpertServer(build_shard(recipe, contiguous(experts, 1, 1), 0, self._device))
 
     def launch_latency(self) -> float:
         """Seconds of a forward of one row, nearly all of which is overhead."""
         server = self._server(1)
-        x_ND = torch.zeros(1, self._recipe.model.hidden, dtype=DTYPES[self._precision], device=self._device)
+        x_ND = torch.zeros(1, self._recipe.model.hidden, dtype=self._dtype, device=self._device)
         forward = partial(server.forward, [0], [(x_ND, [1])], keep_for_backward=False)
         return best_seconds(forward, self._device, self._effort.seconds / 10)
 

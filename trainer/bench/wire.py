@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import multiprocessing
 
+from pool.placement import contiguous
 from pool.schedule import Kind, RequestKey
-from pool.wire import PoolWire, TrunkWire, WireSettings
+from pool.wire import PoolWire, TrunkWire
 from trainer.cluster.launch import free_port
 from trainer.config.recipe import Recipe
 from trainer.planning.model_costs import FP32
@@ -83,11 +84,13 @@ def measure_wire(recipe: Recipe, device: torch.device, message_bytes: int) -> Wi
 
 
 def _pair(recipe: Recipe, device: torch.device) -> Recipe:
-    """The recipe with one trunk rank, one pool rank and one lane."""
+    """The recipe in fp32 with one trunk rank, one pool rank and one lane."""
     two_gpus = device.type == "cuda" and torch.cuda.device_count() > 1
     layout: dict[str, int | str] = {"trunk_ranks": 1, "pool_ranks": 1, "expert_parallel": 1, "lanes": 1}
     layout["wire"] = "auto" if two_gpus else "gloo"
-    return recipe.model_copy(update={"parallel": recipe.parallel.model_copy(update=layout)})
+    parallel = recipe.parallel.model_copy(update=layout | {"check": False})
+    train = recipe.train.model_copy(update={"precision": "fp32"})
+    return recipe.model_copy(update={"parallel": parallel, "train": train})
 
 
 def _rank(
@@ -102,18 +105,10 @@ def _rank(
     torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
     from trainer.cluster.process_groups import Job
     from trainer.cluster.rendezvous import Launch, rendezvous
+    from trainer.engine.experts import wire_settings
 
     job = Job(pair, rendezvous(pair, Launch(rank, 2, rank, 2, "127.0.0.1", port)), lanes=1)
-    settings = WireSettings(
-        topology=job.topology,
-        rank=job.rank,
-        num_local_experts=1,
-        hidden=pair.model.hidden,
-        dtype=torch.float32,
-        device=job.device,
-        payload_device=job.payload_device,
-        timeout=job.timeout,
-    )
+    settings = wire_settings(pair, job, contiguous(1, 1, 1))
     # Either end must live until the job is closed, or the pool's last answer could be lost before it is sent.
     end: TrunkWire | PoolWire
     if job.is_trunk:

@@ -17,7 +17,6 @@ from pool.shard import ExpertShard
 from trainer.checkpoint.format import read_placement
 from trainer.common.safe_read import read_tensors
 from trainer.engine.role_engine import CHECKPOINT_TAG, Engine, ParameterState, to_universal
-from trainer.model.trunk import Trunk
 
 
 class SavedRole:
@@ -108,18 +107,6 @@ class SavedCheckpoint:
         ids = engine.module.expert_ids
         first = self._shards[0]
         engine.load_resharded(lambda weight: self.read_experts(weight, ids), {}, first.updates, first.frozen)
-
-    def load_weights(self, trunk: Trunk, shard: ExpertShard | None) -> None:
-        """Load only the weights, for use without engines."""
-        with torch.no_grad():
-            for name, parameter in trunk.named_parameters():
-                parameter.copy_(self.trunk.read(name).weight)
-            for name, buffer in trunk.named_buffers():
-                buffer.copy_(self.trunk.buffers[name])
-            if shard is not None:
-                for name, parameter in shard.named_parameters():
-                    parameter.copy_(self.read_experts(name, shard.expert_ids).weight)
-                shard.weights_changed()
 
     def read_experts(self, name: str, expert_ids: tuple[int, ...]) -> ParameterState:
         """Return weight `name` of an `ExpertShard` and its moments, stacked in the order of `expert_ids`."""

@@ -86,7 +86,7 @@ class _Pending:
         started: When the copying began, on `time.perf_counter`'s clock.
         stalled: How long training waited, in seconds.
         files: The results of this rank's writes, by file name.
-        reported: Whether this rank has told rank 0 what it wrote.
+        reported: Whether this rank has reported to rank 0 what it wrote.
         written: Whether all ranks have written their files.
         commit: Rank 0's last part of the work.
     """

@@ -18,7 +18,7 @@ def partial_folder(path: Path) -> Path:
 
 @contextmanager
 def atomic_folder(path: Path, progress_file: str | None = None) -> Iterator[Path]:
-    """Yield an empty folder beside `path` to fill; it is written to the disk and renamed to `path` at the end.
+    """Yield an empty folder next to `path` to fill; it is written to the disk and renamed to `path` at the end.
 
     The folder is removed after an exception. What a killed process left of it is removed by the next call for the same
     `path`. No two processes may make the same folder at once. `path` must not exist, or be an empty folder.

@@ -1,4 +1,4 @@
-"""Exit statuses, and errors that the user is told in one line."""
+"""Exit statuses, and errors that are reported in one line."""
 
 import unicodedata
 
@@ -13,7 +13,7 @@ _LONGEST = 2000
 
 
 class UserError(Exception):
-    """The user's input is wrong. One line says what is wrong, where, and how to mend it. Exit status 2."""
+    """The user's input is wrong. One line says what is wrong, where, and how to fix it. Exit status 2."""
 
     def __init__(self, message: str):
         super().__init__(one_line(message))
@@ -36,7 +36,7 @@ def one_line(text: object, longest: int = _LONGEST) -> str:
 
     Characters that cannot be printed are escaped as Python does; an exception's line breaks become spaces. What exceeds
     `longest` characters is cut from the middle: a message says at its beginning what is wrong, and at its end how to
-    mend it.
+    fix it.
     """
     if isinstance(text, BaseException):
         text = " ".join(str(text).split()) or type(text).__name__

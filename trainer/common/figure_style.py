@@ -27,22 +27,12 @@ Colour = str | tuple[float, ...]
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """Make an empty figure whose layout leaves room for all labels.
-
-    Args:
-        width: Inches.
-        height: Inches.
-    """
+    """Make an empty figure, in inches, whose layout leaves room for all labels."""
     return Figure(figsize=(width, height), dpi=120, layout="constrained")
 
 
 def style_axes(axes: Axes, grid: Literal["x", "y", "both", "none"] = "y") -> None:
-    """Draw a faint grid behind the data, remove the upper and the right frame, and ink all labels.
-
-    Args:
-        axes: The panel to style.
-        grid: Direction of the axis whose ticks get grid lines.
-    """
+    """Draw a faint grid at the ticks of an axis, remove the upper and the right frame, and ink all labels."""
     if grid != "none":
         axes.grid(axis=grid, color=QUIET, alpha=0.3, linewidth=0.6)
     axes.set_axisbelow(True)
@@ -69,15 +59,7 @@ def add_legend(owner: Axes | Figure, **settings: Any) -> None:
 
 
 def spread_labels(heights: Sequence[float], gap: float) -> list[float]:
-    """Move labels of neighbouring lines apart, each as little as possible.
-
-    Args:
-        heights: Where the lines end.
-        gap: Least distance between two labels, in the same unit.
-
-    Returns:
-        A height for each label, in the order of `heights`.
-    """
+    """Move labels that are closer than `gap` apart, each as little as possible; return their new heights."""
     blocks: list[list[int]] = []  # labels that touch, from the lowest up; a block is centred on its lines
     bottoms: list[float] = []
     for place in sorted(range(len(heights)), key=lambda place: heights[place]):
@@ -98,9 +80,9 @@ def label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, Colour]], siz
     """Write the names of lines beside their last points, instead of a legend. Call it when all lines are drawn.
 
     Args:
-        axes: The panel, with its final limits along y.
+        axes: The panel.
         ends: x, y, name and colour of each line's last point.
-        size: Points of the text.
+        size: Size of the text in points.
     """
     low, high = axes.get_ylim()
     axes.set_xlim(right=max(x for x, _, _, _ in ends))
@@ -135,15 +117,7 @@ def write_png(figure: Figure, path: Path) -> None:
 
 
 def write_png_and_svg(figure: Figure, path: Path) -> list[Path]:
-    """Write a figure as PNG and as SVG, each whole or not at all; equal figures make equal files.
-
-    Args:
-        figure: The figure.
-        path: Where to write it; its suffix is replaced.
-
-    Returns:
-        The paths of both files.
-    """
+    """Write a figure as PNG and as SVG, each whole or not at all, beside each other; equal figures make equal files."""
     png, svg = path.with_suffix(".png"), path.with_suffix(".svg")
     write_png(figure, png)
     canvas = FigureCanvasSVG(figure)

@@ -20,12 +20,7 @@ def number(value: float | None, spec: str) -> str:
 
 
 def count(value: float, digits: int = 4) -> str:
-    """Abbreviate a count of things (parameters, tokens, FLOPs): 147.5K, 777.9M, 5.742B, 31.46T.
-
-    Args:
-        value: The count.
-        digits: Significant digits to keep, at least 3.
-    """
+    """Abbreviate a count of things to `digits` (at least 3) significant digits: 147.5K, 777.9M, 5.742B, 31.46T."""
     for unit in _LARGE:
         text = f"{value:.{digits}g}"
         if abs(float(text)) < 1000 or unit == _LARGE[-1]:
@@ -35,13 +30,7 @@ def count(value: float, digits: int = 4) -> str:
 
 
 def quantity(value: float, unit: str, digits: int = 3) -> str:
-    """Format a physical quantity with an SI prefix: 12.3 GB/s, 1.5 TFLOP/s, 350 us.
-
-    Args:
-        value: The quantity in `unit`.
-        unit: The unit without a prefix.
-        digits: Significant digits to keep.
-    """
+    """Format a physical quantity with an SI prefix: 12.3 GB/s, 1.5 TFLOP/s, 350 us."""
     for prefix, scale in _SI:
         rounded = float(f"{value:.{digits}g}")
         if abs(rounded) >= scale or prefix == "n":
@@ -62,11 +51,7 @@ def seconds(value: float) -> str:
 
 
 def duration(value: float) -> str:
-    """Format a waiting time or an age as a person would say it, in at most two units: 45 s, 12 min, 3 h 20 min.
-
-    Args:
-        value: Seconds.
-    """
+    """Format a waiting time or an age in seconds as a person would say it: 45 s, 12 min, 3 h 20 min."""
     if value < 99.5:
         return f"{value:.0f} s"
     minutes = round(value / 60)
@@ -93,13 +78,7 @@ def perplexity(nats: float) -> str:
 
 
 def interval(low: float | None, high: float | None, spec: str = "+.4f") -> str:
-    """Format a confidence interval: `-0.031 to +0.049`.
-
-    Args:
-        low: Lower end, None or NaN if it is not known; infinite ends are allowed.
-        high: Upper end, likewise.
-        spec: Format specification of both ends.
-    """
+    """Format a confidence interval: -0.0310 to +0.0494; its ends may be infinite."""
     ends = number(low, spec), number(high, spec)
     return ABSENT if ABSENT in ends else " to ".join(ends)
 

@@ -44,7 +44,7 @@ COMMIT_TOKENS = 1 << 26
 
 @dataclass(frozen=True)
 class _Batch:
-    """Passages to tokenise at once, and the position behind them."""
+    """Passages to tokenise at once, and the position after them."""
 
     passages: list[Passage]
     documents: int

@@ -71,7 +71,7 @@ def load_tokenizer(name_or_path: str, end_of_document: str | None = None) -> Tok
 
     Args:
         name_or_path: A tokenizer.json, a folder that contains one, or a name on the hub.
-        end_of_document: The token that ends a document. By default it is what the files beside tokenizer.json name as
+        end_of_document: The token that ends a document. By default it is what the files next to tokenizer.json name as
             the end of a sequence, or else what `end_of_document_id` finds.
 
     Raises:
@@ -160,7 +160,7 @@ def _tokenizer_file(name_or_path: str) -> Path | None:
     elif os.path.isfile(path) and (advice := _conversion([path.name])):
         raise UserError(f"data.tokenizer {shown(path)}: not a tokenizer.json; {advice}")
     elif path.name == "tokenizer_config.json":
-        raise UserError(f"data.tokenizer {shown(path)}: not a tokenizer.json; name the one beside it")
+        raise UserError(f"data.tokenizer {shown(path)}: not a tokenizer.json; name the one next to it")
     return path if os.path.isfile(path) else None
 
 
@@ -209,7 +209,7 @@ def _check_end(tokenizer: Tokenizer, name: str) -> None:
 
 
 def _own_ends(tokenizer: Tokenizer, path: Path | None, name_or_path: str) -> Iterator[str]:
-    """What the files beside tokenizer.json name as the end of a sequence, if the vocabulary has it."""
+    """What the files next to tokenizer.json name as the end of a sequence, if the vocabulary has it."""
     for file in _NAMES_THE_TOKEN:
         token = _beside(path, name_or_path, file).get("eos_token")
         token = token.get("content") if isinstance(token, dict) else token
@@ -223,7 +223,7 @@ def _own_ends(tokenizer: Tokenizer, path: Path | None, name_or_path: str) -> Ite
 
 
 def _beside(path: Path | None, name: str, file: str) -> dict[str, Any]:
-    """The content of a file beside tokenizer.json; {} if there is none."""
+    """The content of a file next to tokenizer.json; {} if there is none."""
     if path:
         beside = path.with_name(file)
         if not beside.is_file():
@@ -242,7 +242,7 @@ def _beside(path: Path | None, name: str, file: str) -> dict[str, Any]:
         content = loads(beside.read_bytes())
     except (OSError, ValueError) as error:
         raise UserError(
-            f"data.tokenizer {shown(beside)}: cannot be read as JSON ({short_line(error)}); mend or remove it"
+            f"data.tokenizer {shown(beside)}: cannot be read as JSON ({short_line(error)}); fix or remove it"
         ) from error
     return content if isinstance(content, dict) else {}
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,13 +96,13 @@ class _Dispatch:
 class _Segment:
     """A piece of the trunk between two calls of the pool, run on detached leaves.
 
-    `function(*leaves)` returns the segment's roots, to which gradients belong later, and what has no gradient. With
-    `recompute` only the leaves are kept, and the function runs again in backward.
+    `function(*leaves)` returns the segment's roots, to which gradients belong later, and how its tokens were dispatched
+    (None at the end). With `recompute` only the leaves are kept, and the function runs again in backward.
     """
 
     def __init__(
         self,
-        function: Callable[..., tuple[tuple[Tensor, ...], _Dispatch | None]],
+        function: Callable[..., tuple[tuple[Tensor, ...], Any]],
         inputs: tuple[Tensor, ...],
         recompute: bool,
     ):
@@ -192,7 +193,7 @@ def train_micro_batch(
         inputs = (h_BSD, y_ND, topk_scores_TK)
     last = _Segment(_to_loss(trunk, targets_BS, layers[-1].dispatch), inputs, objective.recompute)
     (loss,) = (root.detach() for root in last.take_roots())
-    load_LM = torch.stack([_dispatched(segment).tokens_per_expert_M for segment in layers])
+    load_LM = torch.stack([segment.dispatch.tokens_per_expert_M for segment in layers])
     coefficients_LM = objective.coefficients(load_LM)
 
     scale = torch.tensor(objective.scale, device=loss.device)
@@ -207,7 +208,7 @@ def train_micro_batch(
     balance_loss = torch.zeros_like(loss)
     if coefficients_LM is not None:
         balance_loss = (coefficients_LM * torch.stack(scores)).sum()
-    distinct = distinct_experts(torch.stack([_dispatched(segment).expert_ids_TK for segment in layers]))
+    distinct = distinct_experts(torch.stack([segment.dispatch.expert_ids_TK for segment in layers]))
     z_loss = objective.z_loss * torch.stack(z_losses).sum()
     scalars = {"loss": loss, "balance_loss": balance_loss, "z_loss": z_loss, "distinct_experts": distinct}
     return MicroBatchResult(scalars, torch.stack(gates), torch.stack(nonfinite).sum(), load_LM)
@@ -280,13 +281,10 @@ def _to_request(
     return run
 
 
-def _to_loss(
-    trunk: Trunk, targets_BS: Tensor, before: _Dispatch | None
-) -> Callable[..., tuple[tuple[Tensor, ...], None]]:
+def _to_loss(trunk: Trunk, targets_BS: Tensor, before: _Dispatch) -> Callable[..., tuple[tuple[Tensor, ...], None]]:
     """Return segment L: from the last layer's answer to the loss."""
 
     def run(*leaves: Tensor) -> tuple[tuple[Tensor, ...], None]:
-        assert before is not None
         with trunk.autocast():
             return (trunk.loss(_combine(before, *leaves), targets_BS),), None
 
@@ -320,11 +318,5 @@ def _combine(dispatch: _Dispatch, h_BSD: Tensor, y_ND: Tensor, topk_scores_TK: T
     return h_BSD + combine(y_ND, topk_scores_TK, dispatch.permutation).view_as(h_BSD)
 
 
-def _request(kind: Kind, index: int, layer: int, rows_ND: Tensor, dispatch: _Dispatch | None) -> Request:
-    assert dispatch is not None
+def _request(kind: Kind, index: int, layer: int, rows_ND: Tensor, dispatch: _Dispatch) -> Request:
     return Request(kind, index, layer, rows_ND, dispatch.tokens_per_position)
-
-
-def _dispatched(segment: _Segment) -> _Dispatch:
-    assert segment.dispatch is not None
-    return segment.dispatch

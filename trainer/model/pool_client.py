@@ -1,11 +1,11 @@
-"""Clients of the pool: they run micro-batches in lanes and send their requests to the pool, wherever it is."""
+"""Clients of the pool: they run micro-batches in lanes and have their requests answered, wherever the pool is."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Generator, Iterable, Sequence
 from itertools import islice
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -18,22 +18,16 @@ T = TypeVar("T")
 MicroBatch = Generator[Request, Tensor, T]
 
 
-class PoolClient(Protocol):
-    """Runs micro-batches and has their requests answered.
+class PoolClient:
+    """Runs micro-batches. This class serves the dense model, whose micro-batches make no requests.
 
     Attributes:
         seconds_waiting, seconds_on_wire: time spent waiting for answers, and sending requests, since the start.
         bytes_sent, bytes_received: traffic on the wire since the start.
     """
 
-    seconds_waiting: float
-    seconds_on_wire: float
-
-    @property
-    def bytes_sent(self) -> int: ...
-
-    @property
-    def bytes_received(self) -> int: ...
+    seconds_waiting = seconds_on_wire = 0.0
+    bytes_sent = bytes_received = 0
 
     def run(self, micro_batches: Iterable[MicroBatch[T]], lane_order: Sequence[int], step: int) -> list[T]:
         """Run micro-batches to completion in lanes, and return their values in the given order.
@@ -41,43 +35,44 @@ class PoolClient(Protocol):
         Args:
             lane_order: which lane runs next, one entry per segment (`PoolSchedule.lane_order` of this trunk rank).
         """
-        ...
+        values = [_resume(micro_batch, None) for micro_batch in micro_batches]
+        assert not any(isinstance(value, Request) for value in values), "a dense model made a request"
+        return values  # type: ignore[return-value]
 
 
-class RemotePool:
+def _resume(micro_batch: MicroBatch[T], answer: Tensor | None) -> Request | T:
+    """Resume a micro-batch, or start it with None; return its next request, or its value at its end."""
+    try:
+        return micro_batch.send(answer)  # type: ignore[arg-type]
+    except StopIteration as stop:
+        return stop.value  # type: ignore[no-any-return]
+
+
+class RemotePool(PoolClient):
     """The dedicated layout: the pool is behind the wire, and serves one lane while the trunk computes another."""
 
     def __init__(self, wire: TrunkWire, trunk_rank: int):
         self._wire = wire
         self._trunk_rank = trunk_rank
-        self.seconds_waiting = self.seconds_on_wire = 0.0
-
-    @property
-    def bytes_sent(self) -> int:
-        return self._wire.bytes_sent
-
-    @property
-    def bytes_received(self) -> int:
-        return self._wire.bytes_received
 
     def run(self, micro_batches: Iterable[MicroBatch[T]], lane_order: Sequence[int], step: int) -> list[T]:
         fresh = enumerate(micro_batches)
         lanes: dict[int, tuple[int, MicroBatch[T], Answer]] = {}
         values: dict[int, T] = {}
         for lane in lane_order:
+            rows_ND = None
             if lane in lanes:
                 number, micro_batch, answer = lanes.pop(lane)
                 rows_ND = self._wait(answer)
             else:
                 number, micro_batch = next(fresh)
-                rows_ND = None
-            try:
-                request = micro_batch.send(rows_ND)  # type: ignore[arg-type]  # None starts a generator
-            except StopIteration as stop:
-                values[number] = stop.value
+            result = _resume(micro_batch, rows_ND)
+            if isinstance(result, Request):
+                lanes[lane] = (number, micro_batch, self._request(result, lane, step))
             else:
-                lanes[lane] = (number, micro_batch, self._request(request, lane, step))
+                values[number] = result
         assert not lanes, "the schedule ends before the micro-batches"
+        self.bytes_sent, self.bytes_received = self._wire.bytes_sent, self._wire.bytes_received
         return [values[number] for number in sorted(values)]
 
     def _request(self, request: Request, lane: int, step: int) -> Answer:
@@ -94,14 +89,7 @@ class RemotePool:
         return rows_ND
 
 
-class _NoWire:
-    """Without a wire there is nothing to wait for."""
-
-    seconds_waiting = seconds_on_wire = 0.0
-    bytes_sent = bytes_received = 0
-
-
-class LocalPool(_NoWire):
+class LocalPool(PoolClient):
     """The colocated layout: the whole pool is in this process.
 
     No communication has to be hidden, so lanes advance together, and their requests to one layer become one launch.
@@ -116,21 +104,14 @@ class LocalPool(_NoWire):
         fresh = iter(micro_batches)
         values: list[T] = []
         while together := list(islice(fresh, lanes)):
-            values += self._run_together(together)
-        return values
-
-    def _run_together(self, micro_batches: list[MicroBatch[T]]) -> list[T]:
-        values: list[T] = []
-        answers: list[Tensor | None] = [None] * len(micro_batches)
-        while len(values) < len(micro_batches):
-            requests = []
-            for micro_batch, rows_ND in zip(micro_batches, answers, strict=True):
-                try:
-                    requests.append(micro_batch.send(rows_ND))  # type: ignore[arg-type]  # None starts a generator
-                except StopIteration as stop:
-                    values.append(stop.value)
-            if requests:
-                answers = list(self._answer(requests))
+            answers: Sequence[Tensor | None] = [None] * len(together)
+            while True:
+                results = [_resume(m, rows_ND) for m, rows_ND in zip(together, answers, strict=True)]
+                requests = [result for result in results if isinstance(result, Request)]
+                if not requests:
+                    break
+                answers = self._answer(requests)
+            values += results  # type: ignore[arg-type]
         return values
 
     def _answer(self, requests: list[Request]) -> list[Tensor]:
@@ -143,18 +124,3 @@ class LocalPool(_NoWire):
             return answers
         batches = [(request.rows_ND, request.tokens_per_expert.tolist()) for request in requests]
         return self._server.forward(keys, batches, keep_for_backward=kind == Kind.FORWARD)
-
-
-class NoPool(_NoWire):
-    """A dense model, whose micro-batches make no requests."""
-
-    def run(self, micro_batches: Iterable[MicroBatch[T]], lane_order: Sequence[int], step: int) -> list[T]:
-        return [_value(micro_batch) for micro_batch in micro_batches]
-
-
-def _value(micro_batch: MicroBatch[T]) -> T:
-    try:
-        request = next(micro_batch)
-    except StopIteration as stop:
-        return stop.value  # type: ignore[no-any-return]
-    raise AssertionError(f"a dense model made a request: {request}")

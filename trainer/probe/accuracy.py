@@ -76,9 +76,8 @@ class Accuracy:
     def tables(self, model: str) -> list[Table]:
         title = f"{model}: accuracy drop in percentage points with random experts in one layer"
         by_task = f"{model}: accuracy drop in percentage points by task, mean over the layers"
-        tasks = new_table(
-            by_task, "task", "examples", "learned", *(f"over {OVER_LABELS[mean.over]}" for mean in self.means)
-        )
+        overs = (f"over {OVER_LABELS[mean.over]}" for mean in self.means)
+        tasks = new_table(by_task, "task", "examples", "learned", *overs)
         for task in with_accuracy(self.learned.tasks):
             drops = [mean.tasks[task.task] for mean in self.means]
             tasks.add_row(task.task, f"{task.examples:,}", str(task.metrics["acc"]), *map(_show, drops))

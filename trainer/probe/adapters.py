@@ -3,7 +3,7 @@
 In all supported models, a layer's router is a module that returns (..., topk_scores_TK, topk_expert_ids_TK), and its
 experts are a module that is called with these and keeps its weights as stacks. The families differ inside the router,
 so a hook on it can observe and replace the choice in all of them, and gate values stay what the family makes them.
-Shared experts, which process every token, are beside the router; they and layers with one FFN stay untouched.
+Shared experts, which process every token, are separate from the router; they and layers with one FFN stay untouched.
 
 Dimensions: T tokens, D hidden size, F expert width, K experts per token, E experts of a bank.
 """
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -231,10 +232,14 @@ def _load_hugging_face(path: Path) -> LoadedModel:
         if is_folder:
             raise UserError(f"{path}: is not a complete model of Hugging Face transformers {reason}") from error
         raise UserError(f"{path}: no such folder, and not available on the Hugging Face hub {reason}") from error
-    if (tokenizer.eos_token_id or 0) >= model.config.vocab_size:
+    file = path / "tokenizer.json"
+    if (
+        file.is_file()
+        and tokenizer.eos_token
+        and Tokenizer.from_file(str(file)).token_to_id(tokenizer.eos_token) is None
+    ):
         raise UserError(
-            f"{path}: eos_token in tokenizer_config.json is {tokenizer.eos_token!r}, which is not in the model's "
-            "vocabulary; correct it"
+            f"{path / 'tokenizer_config.json'}: eos_token is {tokenizer.eos_token!r}, which is not in {file}"
         )
     return LoadedModel(path, model.to(pick_device(None)).eval(), tokenizer, None)
 

@@ -82,7 +82,7 @@ class ReuseResult:
         return "L" if self.top_k == 1 else f"L x {self.top_k}"
 
     def draw(self) -> Figure:
-        """Plot the share of tokens by number of distinct experts, beside the mean and the uniform expectation."""
+        """Plot the share of tokens by number of distinct experts, with the mean and the uniform expectation."""
         figure = new_figure(7, 4)
         axes = figure.subplots()
         rows = [row for row in self.rows() if row["distinct"]]

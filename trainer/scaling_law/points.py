@@ -20,11 +20,7 @@ _SCALED = ("balance.layer", "balance.pool", "train.lr")
 
 @dataclass(frozen=True, kw_only=True)
 class Point(VariantResult):
-    """A variant with finished runs.
-
-    Attributes:
-        block: Names the result file and the baseline in it.
-    """
+    """A variant with finished runs; `block` names the file of the result and the baseline in it."""
 
     block: str
 
@@ -36,14 +32,7 @@ class Point(VariantResult):
 
 @dataclass(frozen=True)
 class Family:
-    """Points of one method.
-
-    Attributes:
-        name: Names of the variants.
-        points: Their results.
-        baselines: Baseline by block, if the block has one.
-        warnings: What differs besides size.
-    """
+    """Points of one method, named after its variants, their baselines by block, and what differs besides size."""
 
     name: str
     points: tuple[Point, ...]
@@ -57,11 +46,7 @@ def result_file(source: Path) -> Path:
 
 
 def read_families(sources: Sequence[Path], variants: Sequence[str] = ()) -> list[Family]:
-    """Read results of sweeps and group them by method.
-
-    Args:
-        sources: Folders or files.
-        variants: Take only these, by the name of the variant, with or without the values of the grid.
+    """Read results of sweeps, or only of these variants, named with or without the values of the grid.
 
     Raises:
         UserError: A file is not a result, a variant does not exist, or points of a family cannot be compared.

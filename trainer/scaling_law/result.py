@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
@@ -30,7 +30,8 @@ FARTHEST = 2.0
 """Largest size that a law may be asked about, as a multiple of the largest measured one."""
 
 _LINE: Form = "line"
-_FORMS: tuple[Form, ...] = ("none", _LINE, "power")
+_POWER: Form = "power"
+_FORMS: tuple[Form, ...] = ("none", _LINE, _POWER)
 _CLEARLY = 0.9
 """A power law, which has one parameter more, must predict sizes left out with this share of a straight line's error."""
 _LEVELS = 3
@@ -138,11 +139,7 @@ class Law:
 
 
 def factors_of(points: Sequence[Point]) -> tuple[dict[str, Floats], dict[str, str]]:
-    """Find the factors that vary.
-
-    Returns:
-        Values by factor, in the order of the points; and the factors that vary only with others, by those.
-    """
+    """Return the values of the factors that vary, point by point, and the factors that vary only with others."""
     wide = len({p.expert_parameters for p in points}) > 1
     candidates = {
         "pool parameters" if wide else "experts": [p.experts * (p.expert_parameters if wide else 1) for p in points],
@@ -164,124 +161,137 @@ def factors_of(points: Sequence[Point]) -> tuple[dict[str, Floats], dict[str, st
     return factors, combined
 
 
-def find_law(family: Family, replicates: int) -> Law:
-    """Fit the law of a family.
+class _Fitter:
+    """Fits laws to the points of a family and draws replicates of them.
 
-    Args:
-        family: Points of one method.
-        replicates: Number of bootstrap replicates.
+    Attributes:
+        x_nK, u_nK: Values of the factors, and log(x / centre).
+        means_n: Mean losses, as if every point had all seeds; those of the baselines by block are in `baselines`.
+        noise: Distance of runs from a law of power laws.
+    """
+
+    def __init__(self, family: Family, factors: dict[str, Floats], replicates: int) -> None:
+        self.x_nK = np.column_stack(list(factors.values()))
+        self.centres = np.exp(np.mean(np.log(np.unique(self.x_nK, axis=0)), axis=0))
+        self.u_nK = np.log(self.x_nK / self.centres)
+        self._runs_n = np.array([len(p.runs) for p in family.points], dtype=float)
+        others = [b for b in family.baselines.values() if not any(b is p for p in family.points)]
+        matched = match_seeds([p.losses for p in (*family.points, *others)])
+        self.means_n = matched.means[: len(family.points)]
+        means = matched.means[len(family.points) :].tolist()
+        self.baselines = {b.block: mean for b, mean in zip(others, means, strict=True)}
+        power = self.fit((_POWER,) * len(factors))
+        residuals_n = self.means_n - power(self.u_nK)
+        self.noise = noise_of(residuals_n, self._runs_n, 1 + 2 * len(factors), matched)
+        self._random = np.random.default_rng(0)
+        freedom = self.noise.freedom
+        self._sd_B = self.noise.sd * np.sqrt(freedom / self._random.chisquare(freedom, replicates))
+        self.line = self.fit((_LINE,) * len(factors))
+        self.lines = self._redraw(power, (_LINE,) * len(factors))
+        self._matched = matched
+        self.error, self.replicates = cache(self._error), cache(lambda forms: self._redraw(self.fit(forms), forms))
+
+    def fit(self, forms: tuple[Form, ...], chosen: Floats | slice = slice(None)) -> Curve:
+        """Fit a law of these forms to all points, or to the chosen ones."""
+        return fit(self.u_nK[chosen], self.means_n[chosen, None], self._runs_n[chosen], forms)[0]
+
+    def draw(self, losses_n: Floats, runs_n: Floats) -> Floats:
+        """Draw means as they might have come out, (n, replicates)."""
+        normal_nB = self._random.standard_normal((len(losses_n), len(self._sd_B)))
+        return np.asarray(losses_n[:, None] + self._sd_B * normal_nB / np.sqrt(runs_n)[:, None])
+
+    def draw_shifts(self) -> list[float]:
+        """Draw what other seeds might have added to all points alike."""
+        freedom = max(self._matched.seeds - 1, 1)
+        shifts_B = self._matched.level_se * self._random.standard_t(freedom, len(self._sd_B))
+        return [float(shift) for shift in shifts_B]
+
+    def _redraw(self, curve: Curve, forms: tuple[Form, ...]) -> list[Curve]:
+        """Fit laws of these forms to means drawn about a curve."""
+        return fit(self.u_nK, self.draw(curve(self.u_nK), self._runs_n), self._runs_n, forms)
+
+    def _error(self, forms: tuple[Form, ...]) -> float:
+        """Return the root mean square error on sizes left out."""
+        return float(np.sqrt(np.mean(left_out(self.u_nK, self.means_n, self._runs_n, forms) ** 2)))
+
+    def judge(self, forms: tuple[Form, ...], k: int, name: str) -> Term:
+        """Judge the term of the k-th factor, with the others as they are in `forms`."""
+        errors = {form: self.error(_with(forms, k, form)) for form in _FORMS}
+        as_power = _with(forms, k, _POWER)
+        slopes = [-math.log(2) * curve.slopes[k] for curve in (self.line, *self.lines)]
+        doubling = Estimate(slopes[0], *interval(slopes[1:]))
+        low, high = interval([curve.exponents[k] for curve in self.replicates(as_power)])
+        # At the end of the range in which it is sought, an exponent has no bound on that side.
+        low = -math.inf if low < EXPONENTS[0] + 0.01 else low
+        high = math.inf if high > EXPONENTS[1] - 0.01 else high
+        exponent = Estimate(self.fit(as_power).exponents[k], low, high)
+        return Term(
+            name,
+            tuple(np.unique(self.x_nK[:, k]).tolist()),
+            _supported(doubling, exponent, errors),
+            float(self.centres[k]),
+            self.fit(forms).slopes[k],
+            self.fit(forms).exponents[k],
+            doubling,
+            exponent,
+            errors,
+        )
+
+
+def find_law(family: Family, replicates: int) -> Law:
+    """Fit the law of a family, with a number of bootstrap replicates.
 
     Raises:
         UserError: There are too few sizes.
     """
     factors, combined = factors_of(family.points)
     _check_sizes(family, factors)
-    x_nK = np.column_stack(list(factors.values()))
-    centres = np.exp(np.mean(np.log(np.unique(x_nK, axis=0)), axis=0))
-    u_nK = np.log(x_nK / centres)
-    runs_n = np.array([len(p.runs) for p in family.points], dtype=float)
-    others = [
-        b for b in family.baselines.values() if b.name not in {p.name for p in family.points if p.block == b.block}
-    ]
-    matched = match_seeds([p.losses for p in (*family.points, *others)])
-    means_n = matched.means[: len(u_nK)]
-    baselines = {b.block: float(mean) for b, mean in zip(others, matched.means[len(u_nK) :], strict=True)}
-
-    def fit_means(forms: Sequence[Form], chosen: Floats | slice = slice(None)) -> Curve:
-        return fit(u_nK[chosen], means_n[chosen, None], runs_n[chosen], forms)[0]
-
-    power = fit_means(["power"] * len(factors))
-    noise = noise_of(means_n - power(u_nK), runs_n, 1 + 2 * len(factors), matched)
-    random = np.random.default_rng(0)
-    sd_B = noise.sd * np.sqrt(noise.freedom / random.chisquare(noise.freedom, replicates))
-
-    def draw(losses_n: Floats, runs_n: Floats) -> Floats:
-        """Draw means as they might have come out, (n, replicates)."""
-        return losses_n[:, None] + sd_B * random.standard_normal((len(losses_n), replicates)) / np.sqrt(runs_n)[:, None]
-
-    lines = fit(u_nK, draw(power(u_nK), runs_n), runs_n, ["line"] * len(factors))
-    line = fit_means(["line"] * len(factors))
-
-    @cache
-    def error(forms: tuple[Form, ...]) -> float:
-        return float(np.sqrt(np.mean(left_out(u_nK, means_n, runs_n, forms) ** 2)))
-
-    @cache
-    def fitted(forms: tuple[Form, ...]) -> tuple[Curve, list[Curve]]:
-        """Fit a law of these forms, and its replicates."""
-        curve = fit_means(forms)
-        return curve, fit(u_nK, draw(curve(u_nK), runs_n), runs_n, forms)
-
-    def judge(forms: tuple[Form, ...], k: int, name: str) -> Term:
-        """Judge the k-th term, with the others as they are in `forms`."""
-        errors = {form: error(_with(forms, k, form)) for form in _FORMS}
-        curve, curves = fitted(_with(forms, k, "power"))
-        doubling = _estimate(-math.log(2) * line.slopes[k], [-math.log(2) * c.slopes[k] for c in lines])
-        exponent = _bounded(_estimate(curve.exponents[k], [c.exponents[k] for c in curves]))
-        own = fit_means(forms)
-        return Term(
-            name,
-            tuple(np.unique(factors[name]).tolist()),
-            _supported(doubling, exponent, errors),
-            float(centres[k]),
-            own.slopes[k],
-            own.exponents[k],
-            doubling,
-            exponent,
-            errors,
-        )
-
+    fitter = _Fitter(family, factors, replicates)
     # Every term is judged beside the others. So all begin as straight lines and change one at a time, each for good,
     # first the one with which the law predicts best.
-    forms: tuple[Form, ...] = tuple(_LINE for _ in factors)
+    forms: tuple[Form, ...] = (_LINE,) * len(factors)
     while True:
-        terms = [judge(forms, k, name) for k, name in enumerate(factors)]
+        terms = [fitter.judge(forms, k, name) for k, name in enumerate(factors)]
         changes = [_with(forms, k, t.form) for k, t in enumerate(terms) if forms[k] == _LINE != t.form]
         if not changes:
             break
-        forms = min(changes, key=error)
-    terms = [Term(**vars(term) | {"form": form}) for term, form in zip(terms, forms, strict=True)]
-    curve, curves = fitted(forms)
-    shifts_B = matched.level_se * random.standard_t(max(matched.seeds - 1, 1), replicates)
-    floors = [c.floor + shift for c, shift in zip(curves, shifts_B.tolist(), strict=True)]
-    largest_n = x_nK[:, 0] == x_nK[:, 0].max()
+        forms = min(changes, key=fitter.error)
+    terms = [replace(term, form=form) for term, form in zip(terms, forms, strict=True)]
+    curve, curves = fitter.fit(forms), fitter.replicates(forms)
+    floors = [c.floor + shift for c, shift in zip(curves, fitter.draw_shifts(), strict=True)]
+    largest_n = fitter.x_nK[:, 0] == fitter.x_nK[:, 0].max()
     largest = {
-        "size": float(x_nK[:, 0].max()),
-        "measured": float(means_n[largest_n].mean()),
-        "predicted": float(fit_means(forms, ~largest_n)(u_nK[largest_n]).mean()),
+        "size": float(fitter.x_nK[:, 0].max()),
+        "measured": float(fitter.means_n[largest_n].mean()),
+        "predicted": float(fitter.fit(forms, ~largest_n)(fitter.u_nK[largest_n]).mean()),
     }
+    floor = Estimate(curve.floor, *interval(floors)) if set(forms) == {_POWER} else None
+    law = Law(family, tuple(terms), curve, curves, floor, fitter.noise, largest, combined, ())
+    return replace(law, groups=tuple(_groups(law, fitter)))
 
-    def crossing(block: str, at: dict[str, float], sizes: Sequence[float], points: Sequence[Point]) -> Crossing:
-        baseline, loss, smallest = family.baselines[block], baselines[block], None
-        if terms[0].form != "none":
-            u = [0.0, *(math.log(value / term.centre) for value, term in zip(at.values(), terms[1:], strict=True))]
-            redrawn_B = draw(np.array([loss]), np.array([float(len(baseline.runs))]))[0]
-            reached = [c.reach(b, 0, u) for c, b in zip(curves, redrawn_B.tolist(), strict=True)]
-            smallest = Estimate(*(_size(end, terms[0]) for end in (curve.reach(loss, 0, u), *interval(reached))))
-        enough = [x for x, p in zip(sizes, points, strict=True) if p.val_loss.mean <= baseline.val_loss.mean]
-        return Crossing(baseline.name, at, loss, smallest, min(enough, default=None))
 
-    def groups() -> Iterator[Group]:
-        members: dict[tuple[tuple[float, ...], str], list[tuple[float, Point]]] = {}
-        for p, (x, *others) in zip(family.points, x_nK.tolist(), strict=True):
-            block = p.block if p.block in baselines and "layers" != terms[0].factor != "active parameters" else ""
-            members.setdefault((tuple(others), block), []).append((x, p))
-        for (others, block), own in sorted(members.items(), key=lambda item: item[0]):
-            sizes, points = zip(*sorted(own, key=lambda pair: pair[0]), strict=True)
-            at = {term.factor: value for term, value in zip(terms[1:], others, strict=True)}
-            yield Group(at, sizes, points, crossing(block, at, sizes, points) if block else None)
+def _groups(law: Law, fitter: _Fitter) -> Iterator[Group]:
+    members: dict[tuple[tuple[float, ...], str], list[tuple[float, Point]]] = {}
+    of_pool = law.terms[0].factor in ("experts", "pool parameters")
+    for p, (x, *others) in zip(law.family.points, fitter.x_nK.tolist(), strict=True):
+        block = p.block if of_pool and p.block in fitter.baselines else ""
+        members.setdefault((tuple(others), block), []).append((x, p))
+    for (others, block), own in sorted(members.items(), key=lambda item: item[0]):
+        sizes, points = zip(*sorted(own, key=lambda pair: pair[0]), strict=True)
+        group = Group({t.factor: x for t, x in zip(law.terms[1:], others, strict=True)}, sizes, points, None)
+        yield replace(group, crossing=_crossing(law, fitter, group, block)) if block else group
 
-    return Law(
-        family,
-        tuple(terms),
-        curve,
-        curves,
-        _estimate(curve.floor, floors) if set(forms) == {"power"} else None,
-        noise,
-        largest,
-        combined,
-        tuple(groups()),
-    )
+
+def _crossing(law: Law, fitter: _Fitter, group: Group, block: str) -> Crossing:
+    baseline, loss, first = law.family.baselines[block], fitter.baselines[block], law.terms[0]
+    smallest = None
+    if first.form != "none":
+        (u,) = law.u(np.array([first.centre]), group.at).tolist()
+        redrawn_B = fitter.draw(np.array([loss]), np.array([float(len(baseline.runs))]))[0].tolist()
+        reached = [curve.reach(drawn, 0, u) for curve, drawn in zip(law.replicates, redrawn_B, strict=True)]
+        smallest = Estimate(*(_size(end, first) for end in (law.curve.reach(loss, 0, u), *interval(reached))))
+    enough = [x for x, p in zip(group.x, group.points, strict=True) if p.val_loss.mean <= baseline.val_loss.mean]
+    return Crossing(baseline.name, group.at, loss, smallest, min(enough, default=None))
 
 
 def _with(forms: tuple[Form, ...], k: int, form: Form) -> tuple[Form, ...]:
@@ -305,16 +315,6 @@ def _check_sizes(family: Family, factors: dict[str, Floats]) -> None:
             f"{named}: {sizes} sizes ({', '.join(factors)}); a law of {2 * len(factors) + 1} parameters needs at "
             f"least {needed}: {needed - sizes} missing"
         )
-
-
-def _estimate(value: float, replicates: Sequence[float]) -> Estimate:
-    return Estimate(value, *interval(replicates))
-
-
-def _bounded(e: Estimate) -> Estimate:
-    """Mark an exponent at the end of the range where it is sought as without a bound on that side."""
-    low, high = EXPONENTS
-    return Estimate(e.value, -math.inf if e.low < low + 0.01 else e.low, math.inf if e.high > high - 0.01 else e.high)
 
 
 def _supported(doubling: Estimate, exponent: Estimate, errors: dict[Form, float]) -> Form:

@@ -112,14 +112,7 @@ def sweep(
 
 
 def _show(result: SweepResult, folder: Path, as_json: bool, collected: bool = True) -> None:
-    """Print the result and write its files and pictures.
-
-    Args:
-        result: The result.
-        folder: Where to write.
-        as_json: Print JSON instead of a table.
-        collected: Whether it comes from runs, not from the result.json in `folder`, which then stays as it is.
-    """
+    """Print the result and write its pictures, and its files unless it was read from them."""
     from trainer.sweep.plot import write_pictures
     from trainer.sweep.result import to_json, write_files
     from trainer.sweep.table import print_result

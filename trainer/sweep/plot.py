@@ -38,11 +38,7 @@ _DODGE = 0.04
 
 
 def write_pictures(folder: Path, result: SweepResult) -> list[Path]:
-    """Write result.png and result.svg, and curves.png and curves.svg if the runs' curves are known.
-
-    Returns:
-        The paths of the files; none while no run is finished.
-    """
+    """Write the result, and the curves if they are known, as PNG and SVG; nothing while no run is finished."""
     done = [variant for variant in result.variants if variant.runs]
     if not done:
         return []
@@ -106,17 +102,7 @@ def _draw_point(
     across: bool = False,
     label: str | None = None,
 ) -> None:
-    """Draw a mean with its confidence interval, and a small point for each seed.
-
-    Args:
-        axes: The panel.
-        at: Place of the mean, (x, y).
-        s: The interval.
-        seeds: The values whose mean it is.
-        colour: Of all parts.
-        across: Whether values go along x instead of y.
-        label: For the legend.
-    """
+    """Draw the mean at (x, y) with its confidence interval, and a small point for each seed, `across` or upwards."""
     place = at[1] if across else at[0]
 
     def plot(values: Sequence[float], style: str, **settings: Any) -> None:

@@ -66,11 +66,7 @@ def write_recipe(run: Run) -> None:
 
 
 def check_folders(experiment: Experiment, force: bool) -> None:
-    """Check that the runs' folders have no runs of other recipes.
-
-    Args:
-        experiment: The sweep.
-        force: Rename the folder of such a run to NAME.replaced-N instead.
+    """Check that the runs' folders have no runs of other recipes; `force` renames them to NAME.replaced-N.
 
     Raises:
         UserError: There is such a run, and `force` is not set.
@@ -120,12 +116,8 @@ class Runner:
     """Trains the unfinished runs of a sweep, `jobs` at a time. Make and run it in the main thread.
 
     Attributes:
-        experiment: The sweep.
-        jobs: Number of runs at a time.
         command: Command that trains; the path of a recipe is added as its last argument.
-        done: Finished runs.
-        failed: Runs that ended with an error.
-        stopped: Runs that a signal stopped; they resume when the sweep is started again.
+        done, failed, stopped: Runs that ended so; stopped ones resume when the sweep is started again.
     """
 
     experiment: Experiment
@@ -143,11 +135,7 @@ class Runner:
         self._records = {run.name: Records(run.folder) for run in self.experiment.runs}
 
     def run(self) -> int:
-        """Train all unfinished runs.
-
-        Returns:
-            The exit status: 0 if all runs are finished, 1 if some failed, 75 or 130 if a signal stopped them.
-        """
+        """Train all unfinished runs; return the exit status: 0 finished, 1 some failed, 75 or 130 stopped."""
         for run in self.experiment.runs:
             (self.done if is_done(run) else self._waiting).append(run)
         with self._handle_signals(), self._progress_bar() as bar:
@@ -203,11 +191,7 @@ class Runner:
                 elsewhere += 1
 
     def _start(self, run: Run) -> bool:
-        """Start a run, unless another process trains it.
-
-        Returns:
-            Whether the run no longer waits.
-        """
+        """Start a run unless another process trains it; return whether it no longer waits."""
         try:
             write_recipe(run)
             log = run.log.open("ab")
@@ -277,13 +261,7 @@ class Runner:
             yield bar
 
     def _show(self, bar: tqdm[Never], first: int, start: float) -> None:
-        """Show the finished runs, the losses of the active ones and the time left.
-
-        Args:
-            bar: The progress bar; if it is disabled, a line is printed.
-            first: Steps that all runs had made at the beginning.
-            start: The monotonic clock at the beginning.
-        """
+        """Show progress and time left on the bar or in a line, given steps and time at the start."""
         steps = self._steps()
         losses = []
         for active in self._active:

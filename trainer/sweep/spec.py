@@ -161,7 +161,6 @@ class Cell:
 
     Attributes:
         name: Name of the variant with the values of the point.
-        variant: Name of the variant.
         point: Values of the axes that multiply this variant.
         baseline: Name of the cell that it is compared with; None for the baseline, and if this point has none.
         runs: One for each seed.
@@ -185,9 +184,7 @@ class Experiment:
 
     Attributes:
         sweep: Contents of its file, with all bases as sections, so that no other file is needed.
-        name: Name of its file.
         folder: Folder for the runs and the result.
-        cells: Variants at the points of the grid.
     """
 
     sweep: Sweep

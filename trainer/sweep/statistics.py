@@ -19,14 +19,11 @@ Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is Non
 
 @dataclass(frozen=True)
 class Spread:
-    """A value over seeds.
+    """A value over n seeds; NaN where there are too few.
 
     Attributes:
-        n: Number of seeds.
-        mean: Mean; NaN without any seed.
-        sd: Sample standard deviation; NaN with fewer than 2 seeds.
-        low: Lower end of the mean's confidence interval by Student's t; NaN with fewer than 2 seeds.
-        high: Upper end, likewise.
+        sd: Sample standard deviation.
+        low, high: Confidence interval of the mean by Student's t.
     """
 
     n: int
@@ -38,14 +35,9 @@ class Spread:
 
 @dataclass(frozen=True)
 class Difference:
-    """A variant minus the baseline, over the seeds that both have.
+    """A variant minus the baseline, over the n seeds that both have, as in `Spread`.
 
-    Attributes:
-        n: Number of these seeds.
-        mean: Mean of the differences.
-        low: Lower end of its confidence interval, as in `Spread`.
-        high: Upper end, likewise.
-        p: Two-sided p-value of the paired t-test; NaN with fewer than 2 seeds, or if all differences are equal.
+    `p` is that of the two-sided paired t-test; NaN with fewer than 2 seeds, or if all differences are equal.
     """
 
     n: int

@@ -32,22 +32,22 @@ class Metric:
     needs_pool: bool = False
 
 
-def gauge(name: str, text: str, *labels: str, by_rank: bool = True, needs_pool: bool = False) -> Metric:
+def gauge(name: str, text: str, *labels: str, by_rank: bool = True) -> Metric:
     """Return a gauge `unipool_<name>`."""
-    return Metric(f"unipool_{name}", "gauge", text, labels, by_rank, needs_pool)
+    return Metric(f"unipool_{name}", "gauge", text, labels, by_rank)
 
 
-def counter(name: str, text: str, *labels: str, by_rank: bool = True, needs_pool: bool = False) -> Metric:
+def counter(name: str, text: str, *labels: str, by_rank: bool = True) -> Metric:
     """Return a counter `unipool_<name>`."""
-    return Metric(f"unipool_{name}", "counter", text, labels, by_rank, needs_pool)
+    return Metric(f"unipool_{name}", "counter", text, labels, by_rank)
 
 
 def _of_pool(name: str, text: str) -> Metric:
-    return gauge(name, text, needs_pool=True)
+    return Metric(f"unipool_{name}", "gauge", text, needs_pool=True)
 
 
 def _by_layer(name: str, text: str) -> Metric:
-    return gauge(name, text, "layer", by_rank=False, needs_pool=True)
+    return Metric(f"unipool_{name}", "gauge", text, ("layer",), by_rank=False, needs_pool=True)
 
 
 def _scalar(metric: Metric | None = None, console: str = "", each: str = "") -> Any:
@@ -63,21 +63,12 @@ def _scalar(metric: Metric | None = None, console: str = "", each: str = "") -> 
 
 @dataclass(frozen=True)
 class StepScalars:
-    """What a trunk rank knows about an optimizer step.
+    """What a trunk rank knows about an optimizer step. The metrics' texts say what each scalar is.
 
     Attributes:
-        loss: mean cross-entropy, nats per token.
-        balance_loss, z_loss: additional losses, weighted.
-        grad_norm: norm over both roles, before clipping.
         tokens: tokens of the global batch.
-        seconds: duration of the step on this rank.
-        load_imbalance, shard_imbalance, layer_imbalances: largest load over mean load, of the pool's experts, of its
-            shards, and of each layer's experts; layer_imbalance is the mean over the layers.
-        layer_gates: sum of a token's gate values, mean over the tokens, of each layer; layer_gate is the mean over the
-            layers, smallest_gate the minimum.
-        distinct_experts: number of experts that a token meets over all layers, mean over the tokens.
-        specialisation: how differently the layers use the pool, bits; see `router.specialisation`.
-        nonfinite_router_tokens: tokens with a router logit that is not finite, over all layers.
+        layer_imbalance: mean of `layer_imbalances`.
+        layer_gate, smallest_gate: mean and minimum of `layer_gates`.
         pool_wait: share of the step spent waiting for the pool.
         applied: whether the optimizer step was applied rather than skipped.
     """
@@ -120,7 +111,12 @@ class StepScalars:
         _of_pool("specialisation_bits", "Difference of the layers' loads: mean Jensen-Shannon divergence, 0 to 1.")
     )
     nonfinite_router_tokens: int = _scalar(
-        counter("nonfinite_router_tokens", "Tokens with router logits that were not finite.", needs_pool=True)
+        Metric(
+            "unipool_nonfinite_router_tokens",
+            "counter",
+            "Tokens with router logits that were not finite, over all layers.",
+            needs_pool=True,
+        )
     )
     pool_wait: float = _scalar()
     applied: bool = _scalar()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import asdict, astuple, dataclass
 from typing import Protocol
 
 ACTIVITIES = ("computing", "waiting", "wire", "optimizer")
@@ -66,17 +66,17 @@ class UsageClock:
 
     def computed(self) -> None:
         """End the forward and backward of a step."""
-        seconds = self._lap()
         waiting = self._waiter.seconds_waiting - self._before[0]
         wire = self._waiter.seconds_on_wire - self._before[1]
-        t = self.total
-        computing = t.computing + seconds - waiting - wire
-        self.total = Usage(computing, t.waiting + waiting, t.wire + wire, t.optimizer)
+        self._add(computing=self._lap() - waiting - wire, waiting=waiting, wire=wire)
 
     def stepped(self) -> None:
         """End a step."""
-        t = self.total
-        self.total = Usage(t.computing, t.waiting, t.wire, t.optimizer + self._lap())
+        self._add(optimizer=self._lap())
+
+    def _add(self, **seconds: float) -> None:
+        totals = asdict(self.total)
+        self.total = Usage(**{name: total + seconds.get(name, 0.0) for name, total in totals.items()})
 
     def _lap(self) -> float:
         before, self._mark = self._mark, time.perf_counter()

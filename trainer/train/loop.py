@@ -33,7 +33,7 @@ from trainer.telemetry.step_scalars import StepScalars
 from trainer.train.agreement import agreed_data, agreed_placement, agreed_schedule
 from trainer.train.pool_rank import PoolRank
 from trainer.train.reporter import Reporter
-from trainer.train.summary import Summary, write_summary
+from trainer.train.summary import write_summary
 from trainer.train.trunk_rank import TrunkRank
 
 PROMPT_TOKENS, SAMPLE_TOKENS = 32, 64
@@ -340,16 +340,14 @@ class Loop:
         if r.job.rank == 0:
             load_LM = self._held_out_LM if r.recipe.model.ffn == "pool" else None
             write_summary(
-                Summary(
-                    recipe=r.recipe,
-                    folder=r.folder,
-                    checkpoint=checkpoint.folder_of(r.folder.checkpoints, saved_at),
-                    val_loss=self._val_loss,
-                    unigram_entropy=r.prepared.unigram_entropy,
-                    prompt=tokenizer.decode(prompt),
-                    sample=None if sample is None else tokenizer.decode(sample),
-                    load_LM=None if load_LM is None else load_LM.numpy(),
-                )
+                r.recipe,
+                r.folder,
+                checkpoint=checkpoint.folder_of(r.folder.checkpoints, saved_at),
+                val_loss=self._val_loss,
+                unigram_entropy=r.prepared.unigram_entropy,
+                prompt=tokenizer.decode(prompt),
+                sample=None if sample is None else tokenizer.decode(sample),
+                load_LM=None if load_LM is None else load_LM.numpy(),
             )
 
 

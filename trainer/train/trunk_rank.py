@@ -32,7 +32,7 @@ from trainer.model.micro_batch import (
     train_dense_micro_batch,
     train_micro_batch,
 )
-from trainer.model.pool_client import LocalPool, MicroBatch, NoPool, PoolClient, RemotePool
+from trainer.model.pool_client import LocalPool, MicroBatch, PoolClient, RemotePool
 from trainer.model.random_routing import random_routing
 from trainer.model.trunk import Trunk
 from trainer.planning.schedule import ScheduleSpec
@@ -73,7 +73,7 @@ class TrunkRank:
         self.trunk = Trunk(recipe, job.device, document_end)
         self.engines = {"trunk": build_engine(self.trunk, recipe, "trunk", job.role_size)}
         self._shard: ExpertShard | None = None
-        self._pool: PoolClient = NoPool()
+        self._pool = PoolClient()
         self._pool_map: PoolMap | None = None
         if placement:
             self._join_pool(placement)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+
+from trainer.view.records import finite, finite_mean
 
 _EIGHTHS = " ▁▂▃▄▅▆▇█"
 _PARTS = " ▏▎▍▌▋▊▉█"
@@ -17,24 +20,8 @@ def gauge(share: float, width: int) -> str:
     return ("█" * full + (_PARTS[part] if part else "")).ljust(width)
 
 
-def stacked(shares: Mapping[str, float], width: int) -> dict[str, int]:
-    """Divide a bar of `width` characters by shares; the parts add up to the width."""
-    total = sum(shares.values())
-    exact = {name: width * share / total for name, share in shares.items()}
-    cells = {name: int(size) for name, size in exact.items()}
-    by_rest = sorted(exact, key=lambda name: cells[name] - exact[name])
-    for name in by_rest[: width - sum(cells.values())]:
-        cells[name] += 1
-    return cells
-
-
 def column(level: float, height: int) -> str:
-    """Draw a vertical bar, one character per line from the top down.
-
-    Args:
-        level: Share of the lines that it fills, 0 to 1; an eighth of a line is always filled.
-        height: Number of lines.
-    """
+    """Draw a vertical bar, one character per line from the top; it fills a share of them, at least an eighth of one."""
     eighths = min(max(round(level * height * 8), 1), height * 8)
     return "".join(_EIGHTHS[min(max(eighths - 8 * line, 0), 8)] for line in range(height - 1, -1, -1))
 
@@ -42,39 +29,19 @@ def column(level: float, height: int) -> str:
 def spark(values: Sequence[float], width: int, height: int) -> list[str]:
     """Draw a curve as `height` lines of `width` characters, between its smallest and its largest value.
 
-    Values that share a character are averaged. Without any finite value the lines are empty.
+    Values that share a character are averaged; a single value may fill several. At least one has to be finite.
     """
-    means = _means(values, width)
-    finite = [mean for mean in means if math.isfinite(mean)]
-    if not finite:
-        return [""] * height
-    low, span = min(finite), max(finite) - min(finite)
-    bars = [column((m - low) / span if span else 0.5, height) if math.isfinite(m) else " " * height for m in means]
+    edges = [place * len(values) // width for place in range(width + 1)]
+    means = [finite_mean(values[start : max(end, start + 1)]) for start, end in pairwise(edges)]
+    low, high = min(finite(means)), max(finite(means))
+    span = high - low
+    bars = [" " * height if math.isnan(m) else column((m - low) / span if span else 0.5, height) for m in means]
     return ["".join(bar[line] for bar in bars) for line in range(height)]
-
-
-def _means(values: Sequence[float], width: int) -> list[float]:
-    """Average neighbours so that `width` values remain; few values are repeated."""
-    means = []
-    for place in range(width if values else 0):
-        first = place * len(values) // width
-        part = values[first : max((place + 1) * len(values) // width, first + 1)]
-        finite = [number for number in part if math.isfinite(number)]
-        means.append(sum(finite) / len(finite) if finite else math.nan)
-    return means
 
 
 @dataclass(frozen=True)
 class Grid:
-    """How bars of experts are arranged in rows.
-
-    Attributes:
-        merged: Experts that share a bar.
-        per_row: Bars in a row.
-        rows: Rows of bars.
-        width: Characters of a bar.
-        height: Text lines of a bar.
-    """
+    """How bars are arranged in rows: experts per bar, bars per row, rows, and the size of a bar in characters."""
 
     merged: int
     per_row: int
@@ -90,14 +57,7 @@ GROUP = 8
 def grid(experts: int, width: int, height: int, tallest: int = 4) -> Grid:
     """Arrange bars of experts so that they show as much as possible.
 
-    Rows have about the same number of bars, a multiple of GROUP. If there is no room for all, several experts share a
-    bar.
-
-    Args:
-        experts: Number of experts.
-        width: Characters in a line.
-        height: Lines that are free.
-        tallest: Largest height of a bar.
+    Rows have about equally many bars, a multiple of GROUP. If there is no room for all, several experts share one.
     """
     largest = max((width + 1) // (GROUP + 1), 1) * GROUP
     merged = 1

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 from matplotlib import rc_context
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 
 from trainer.common.figure_style import FAINT, INK, QUIET, SERIES, add_legend, new_figure, style_axes
 from trainer.telemetry.expert_heatmap import draw_heat_map
+from trainer.view.records import Numbers
 
 POINTS = 400
 """Points of a curve at most; if there are more records, several share a point."""
@@ -38,45 +40,15 @@ _SIZE = (4.3, 2.6)
 _LEAST_SCALE = 0.85
 """Smallest scale of the heat map, below which its text is unreadable; where there is less room it is scrolled."""
 
-Numbers = NDArray[np.float64]
-
 
 @dataclass(frozen=True)
 class Curve:
-    """A line of a chart.
-
-    Attributes:
-        name: Its name in the legend.
-        steps: Steps of its values.
-        values: Its values; NaN where there is none.
-        points: Whether every value is marked.
-    """
+    """A line of a chart: values, or NaN, at steps; `points` marks each of them."""
 
     name: str
     steps: Numbers
     values: Numbers
     points: bool = False
-
-
-@dataclass(frozen=True)
-class Chart:
-    """Curves over the steps.
-
-    Attributes:
-        title: Title on the page.
-        curves: Its lines.
-        log: Use a logarithmic scale if the values are far apart.
-        clip: Cut off the few highest values if they would flatten all others.
-        lines: Horizontal lines by name.
-        from_zero: Begin the scale at 0.
-    """
-
-    title: str
-    curves: tuple[Curve, ...]
-    log: bool = False
-    clip: bool = False
-    lines: Mapping[str, float] = field(default_factory=dict)
-    from_zero: bool = False
 
 
 @dataclass(frozen=True)
@@ -105,29 +77,45 @@ def thin(steps: Numbers, values: Numbers, points: int = POINTS) -> Thinned:
     )
 
 
-def draw_chart(chart: Chart) -> str:
-    """Draw a chart as an SVG element."""
+def draw_chart(
+    title: str,
+    curves: Sequence[Curve],
+    log: bool = False,
+    clip: bool = False,
+    from_zero: bool = False,
+    lines: Mapping[str, float] = MappingProxyType({}),
+) -> str:
+    """Draw curves over the steps as an SVG element.
+
+    Args:
+        title: Title on the page, which has no other chart of this title.
+        curves: Its lines; each has at least one finite value.
+        log: Use a logarithmic scale if the values are far apart.
+        clip: Cut off the few highest values if they would flatten all others.
+        from_zero: Begin the scale at 0.
+        lines: Horizontal lines by name.
+    """
     figure, axes = _figure()
-    drawn = [thin(curve.steps, curve.values) for curve in chart.curves]
-    for curve, thinned, colour in zip(chart.curves, drawn, SERIES, strict=False):
+    drawn = [thin(curve.steps, curve.values) for curve in curves]
+    for curve, thinned, colour in zip(curves, drawn, SERIES, strict=False):
         mark = "o" if curve.points or len(thinned.steps) == 1 else None
         axes.plot(thinned.steps, thinned.mean, marker=mark, ms=3, color=colour, lw=1.4, label=curve.name)
         if thinned.low is not thinned.high:
             axes.fill_between(thinned.steps, thinned.low, thinned.high, color=colour, alpha=0.25, lw=0)
-    for name, value in chart.lines.items():
+    for name, value in lines.items():
         axes.axhline(value, color=QUIET, ls="--", lw=1, label=name)
-    values = np.concatenate([part for t in drawn for part in (t.low, t.high)])
-    if chart.log and values.min() > 0 and values.max() > 30 * values.min():
+    low, high = min(t.low.min() for t in drawn), max(t.high.max() for t in drawn)
+    if log and low > 0 and high > 30 * low:
         axes.set_yscale("log")
-    elif chart.clip:
+    elif clip:
         _clip(axes, np.concatenate([t.mean for t in drawn]))
-    if chart.from_zero:
-        axes.set_ylim(0, 1.08 * max(float(values.max()), 1e-9))
+    if from_zero:
+        axes.set_ylim(0, 1.08 * max(float(high), 1e-9))
     if axes.get_yscale() == "linear":
         _label_values(axes)
-    if len(chart.curves) + len(chart.lines) > 1:
+    if len(curves) + len(lines) > 1:
         add_legend(axes, fontsize=8.5, loc="best")
-    return _svg(figure, chart.title)
+    return _svg(figure, title)
 
 
 def draw_shares(title: str, steps: Numbers, shares: Mapping[str, Numbers]) -> str:
@@ -146,12 +134,7 @@ def draw_shares(title: str, steps: Numbers, shares: Mapping[str, Numbers]) -> st
 
 
 def draw_load(load_LM: NDArray[np.int64], groups: int) -> str:
-    """Draw the heat map of layers and experts as an SVG element.
-
-    Args:
-        load_LM: Assignments of each layer to all experts of the pool, (L, M), also where a layer does not reach.
-        groups: Sub-pools across depth.
-    """
+    """Draw the heat map of assignments of all layers to all experts, (L, M), as an SVG element."""
     layers, experts = load_LM.shape
     size = experts // groups
     reached = [row[(layer * groups // layers) * size :][:size] for layer, row in enumerate(load_LM)]

@@ -17,7 +17,7 @@ import click
 def watch(sources: tuple[str, ...], interval: float, once: bool, as_json: bool) -> None:
     """Show a run in the terminal: its progress, who waits for whom, and the load of the experts.
 
-    RUN is the folder of a run. While the run goes on, its ranks are asked for their metrics, also after a restart;
+    RUN is the folder of a run. While the run is training, its ranks are asked for their metrics, also after a restart;
     otherwise its records are shown. Instead of a folder, give the addresses of the ranks' pages; host:port is enough.
     Shares of time and loads are about the steps since the last update, at first about all steps since the start.
 
@@ -40,7 +40,7 @@ def watch(sources: tuple[str, ...], interval: float, once: bool, as_json: bool) 
 def report(run: Path, out: Path | None) -> None:
     """Write a report of a run as one HTML file: curves, a heat map of the experts' load, and facts.
 
-    The file opens without a network. The report of a run that goes on shows what it has recorded so far.
+    The file opens without a network. The report of an unfinished run shows what it has recorded so far.
 
     \b
     Examples:

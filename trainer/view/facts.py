@@ -3,110 +3,99 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
+
 from trainer.checkpoint import format as checkpoint
-from trainer.common.format import count, duration, perplexity
+from trainer.common.format import ABSENT, count, duration, loss, number, percent, perplexity
 from trainer.config.recipe import Recipe
 from trainer.config.sections import source_names
 from trainer.planning.model_costs import count_parameters
-from trainer.view.records import CHECKPOINTS, RECENT, ROLES, Records, facts_of
+from trainer.view.rates import ROLES
+from trainer.view.records import CHECKPOINTS, RECENT, Numbers, Records, facts_of
 
 Facts = list[tuple[str, str]]
 """Names and values."""
 
 
 def headline(records: Records, recipe: Recipe | None) -> Facts:
-    """Return the most important numbers."""
-    facts: Facts = []
-    if records.val_losses:
-        facts.append(("validation loss, nats per token", f"{records.val_losses[-1]:.4f}"))
-    for title, name, spec in (
-        ("loss, nats per token", "loss", ".4f"),
-        ("load imbalance, max/mean", "load_imbalance", ".2f"),
-    ):
-        last = records.mean(name, RECENT)
-        if not math.isnan(last):
-            facts.append((f"{title}, last {min(RECENT, len(records.steps))} steps", format(last, spec)))
-    if records.has("tokens"):
-        facts.append(("tokens seen", count(_tokens(records))))
-    speeds = [speed for speed in records.columns["tokens_per_second"] if math.isfinite(speed)]
-    if speeds:
-        facts.append(("tokens per second, median step", f"{statistics.median(speeds):,.0f}"))
-    if records.steps and recipe:
-        facts.append((f"steps done, of {recipe.train.steps:,}", f"{records.steps[-1]:,}"))
-    return facts
+    """Return the most important numbers, as far as they are known."""
+    steps = records.steps
+    recent = f"last {min(RECENT, len(steps))} steps"
+    speeds = records.finite("tokens_per_second")
+    tokens = records.finite("tokens")
+    facts = [
+        ("validation loss, nats per token", loss(records.val_losses[-1] if records.val_losses else None)),
+        (f"loss, nats per token, {recent}", loss(records.mean("loss", RECENT))),
+        (f"load imbalance, max/mean, {recent}", number(records.mean("load_imbalance", RECENT), ".2f")),
+        ("tokens seen", count(tokens.sum()) if len(tokens) else ABSENT),
+        ("tokens per second, median step", f"{np.median(speeds):,.0f}" if len(speeds) else ABSENT),
+        (f"steps done, of {recipe.train.steps:,}" if recipe else "steps done", f"{steps[-1]:,}" if steps else ABSENT),
+    ]
+    return [(name, text) for name, text in facts if text != ABSENT]
 
 
 def outcome(run: Path, records: Records) -> Facts:
     """Return the results, the time they took, and what was lost."""
     facts: Facts = []
-    losses = [
-        (loss, step) for loss, step in zip(records.columns["loss"], records.steps, strict=True) if math.isfinite(loss)
-    ]
-    if losses:
-        facts.append(("last step's loss", f"{losses[-1][0]:.4f} at step {losses[-1][1]:,}"))
-        facts.append(("lowest loss of a step", "{:.4f} at step {:,}".format(*min(losses))))
-    validated = zip(records.val_losses, records.val_steps, strict=True)
-    evaluated = [(loss, step) for loss, step in validated if math.isfinite(loss)]
-    if evaluated:
-        (last, _), (best, step) = evaluated[-1], min(evaluated)
-        facts.append(("last validation loss", f"{last:.4f}, perplexity {perplexity(last)}"))
-        facts.append(("best validation loss", f"{best:.4f} at step {step:,}"))
+    if losses := _finite_pairs(records, "loss"):
+        (last, step), (lowest, at) = losses[-1], min(losses)
+        facts.append(("last step's loss", f"{loss(last)} at step {step:,.0f}"))
+        facts.append(("lowest loss of a step", f"{loss(lowest)} at step {at:,.0f}"))
+    if losses := _finite_pairs(records, "val_loss"):
+        (last, _), (lowest, at) = losses[-1], min(losses)
+        facts.append(("last validation loss", f"{loss(last)}, perplexity {perplexity(last)}"))
+        facts.append(("best validation loss", f"{loss(lowest)} at step {at:,.0f}"))
     seconds = _seconds(records)
-    if seconds:
-        facts.append(("time in training steps", duration(sum(seconds))))
+    total = float(seconds.sum())
+    if total:
+        facts.append(("time in training steps", duration(total)))
     for role in ROLES:
         waiting = records.shares(role).get("waiting")
-        if waiting is not None and seconds:
-            facts.append((f"waiting time of a {role} rank", f"{duration(waiting * sum(seconds))}, {waiting:.1%}"))
-    applied = records.columns["applied"]
-    skipped = [second for second, done in zip(seconds, applied, strict=False) if done == 0]
-    lost = f"{len(skipped):,}, {duration(sum(skipped))}" if skipped else "none"
+        if waiting is not None and total:
+            facts.append((f"waiting time of a {role} rank", f"{duration(waiting * total)}, {percent(waiting, 1)}"))
+    skipped = seconds[np.array(records.columns["applied"]) == 0]
+    lost = f"{len(skipped):,}, {duration(skipped.sum())}" if len(skipped) else "none"
+    saved = [f"{checkpoint.steps_of(folder):,}" for folder in checkpoint.complete(run / CHECKPOINTS)]
     facts.append(("skipped steps (gradients not finite)", lost))
-    saved = checkpoint.complete(run / CHECKPOINTS)
-    facts.append(("checkpoints", ", ".join(f"{checkpoint.steps_of(folder):,}" for folder in saved) or "none"))
+    facts.append(("checkpoints", ", ".join(saved) or "none"))
     return facts
 
 
 def model_facts(recipe: Recipe) -> Facts:
-    """Return the size of the model and how it routes."""
+    """Return the size of the model and who shares experts; the recipe itself is shown below them."""
     m, p = recipe.model, count_parameters(recipe)
     facts = [("parameters", count(p.total)), ("active per token", count(p.active))]
     if m.ffn == "pool":
-        kind = (
-            "one pool, shared by all layers" if m.groups == 1 else f"{m.groups} groups of {m.layers // m.groups} layers"
+        shared = (
+            f"{m.groups} groups of {m.layers // m.groups} layers" if m.groups > 1 else "one pool, shared by all layers"
         )
-        balance = [
-            f"{name} {value:g}"
-            for name, value in (("pool", recipe.balance.pool), ("layer", recipe.balance.layer))
-            if value
-        ]
+        balance = {"pool": recipe.balance.pool, "layer": recipe.balance.layer}
         facts += [
             ("in the trunk, in the pool", f"{count(p.trunk)}, {count(p.pool)}"),
-            ("experts", f"{recipe.pool.experts}: {kind}"),
+            ("experts", f"{recipe.pool.experts}: {shared}"),
             ("router", f"{recipe.router.kind}, top-{recipe.router.top_k}"),
-            ("balance loss", ", ".join(balance) or "none"),
+            ("balance loss", ", ".join(f"{name} {value:g}" for name, value in balance.items() if value) or "none"),
         ]
     else:
         facts.append(("feed-forward", "dense"))
-    facts.append(("layers, hidden width, FFN width", f"{m.layers}, {m.hidden:,}, {m.ffn_hidden:,}"))
-    facts.append(("heads, key-value heads", f"{m.heads}, {m.kv_heads}"))
-    facts.append(("vocabulary, sequence", f"{m.vocab:,}, {m.seq_len:,} tokens"))
-    return facts
+    return [
+        *facts,
+        ("layers, hidden width, FFN width", f"{m.layers}, {m.hidden:,}, {m.ffn_hidden:,}"),
+        ("heads, key-value heads", f"{m.heads}, {m.kv_heads}"),
+        ("vocabulary, sequence", f"{m.vocab:,}, {m.seq_len:,} tokens"),
+    ]
 
 
 def training_facts(run: Path, recipe: Recipe) -> Facts:
     """Return data, schedule and layout."""
-    t, p = recipe.train, recipe.parallel
-    layout = facts_of(recipe, run)
-    batch = f"{t.global_batch:,} sequences, {t.global_batch * recipe.model.seq_len:,} tokens"
+    t, p, shards = recipe.train, recipe.parallel, recipe.grid.expert_parallel
     facts = [
         ("data", source_names(recipe.data.source)),
         ("tokenizer", recipe.data.tokenizer),
-        ("batch", batch),
+        ("batch", f"{t.global_batch:,} sequences, {t.global_batch * recipe.model.seq_len:,} tokens"),
         ("learning rate", f"{t.lr:g} to {t.min_lr:g}, warm-up {t.warmup_fraction:.1%}"),
         ("clipping norm, weight decay", f"{t.clip:g}, {t.weight_decay:g}"),
         ("precision", t.precision),
@@ -114,12 +103,11 @@ def training_facts(run: Path, recipe: Recipe) -> Facts:
     ]
     if recipe.grid.colocated:
         return [*facts, ("layout", f"{p.trunk_ranks} ranks, ZeRO {p.trunk_zero}")]
-    shards = recipe.grid.expert_parallel
     return [
         *facts,
         ("trunk ranks", f"{p.trunk_ranks}, ZeRO {p.trunk_zero}"),
         ("pool ranks", f"{p.pool_ranks}: {shards} shards x {p.pool_ranks // shards}, ZeRO {p.pool_zero}"),
-        ("lanes", layout["lanes"] or "unknown"),
+        ("lanes", facts_of(recipe, run)["lanes"] or "unknown"),
     ]
 
 
@@ -130,13 +118,15 @@ def evaluations(records: Records, most: int = 24) -> Iterable[tuple[int, float]]
     return pairs[::-1][::every][::-1]
 
 
-def _tokens(records: Records) -> float:
-    return sum(tokens for tokens in records.columns["tokens"] if math.isfinite(tokens))
+def _finite_pairs(records: Records, name: str) -> list[tuple[float, float]]:
+    """Return (value, step) where the value is finite."""
+    steps, values = records.series(name)
+    return [(value, step) for value, step in zip(values, steps, strict=True) if math.isfinite(value)]
 
 
-def _seconds(records: Records) -> list[float]:
-    """Return the time of each step; from its throughput if it is not recorded."""
-    if records.has("seconds"):
-        return [seconds if math.isfinite(seconds) else 0.0 for seconds in records.columns["seconds"]]
-    speeds = zip(records.columns["tokens"], records.columns["tokens_per_second"], strict=True)
-    return [tokens / speed if speed > 0 and math.isfinite(tokens) else 0.0 for tokens, speed in speeds]
+def _seconds(records: Records) -> Numbers:
+    """Return the time of each step, from its throughput if it is not recorded; 0 if that is not known either."""
+    seconds, tokens, speed = (np.array(records.columns[name]) for name in ("seconds", "tokens", "tokens_per_second"))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        seconds = np.where(np.isfinite(seconds), seconds, tokens / speed)
+    return np.where(np.isfinite(seconds), seconds, 0.0)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
 from trainer.common.format import duration
 from trainer.telemetry.step_scalars import padded
 from trainer.telemetry.time_breakdown import ACTIVITIES
-from trainer.view.bars import GROUP, Grid, column, gauge, grid, spark, stacked
+from trainer.view.bars import GROUP, Grid, column, gauge, grid, spark
 from trainer.view.rates import Shares
+from trainer.view.records import finite, finite_mean
 from trainer.view.view import View, who_waits
 
 _MARKS = {"computing": "█", "waiting": "░", "wire": "▓", "optimizer": "▒"}
@@ -49,43 +52,40 @@ class Frame:
 
 def frame_lines(view: View, width: int, height: int) -> list[Text]:
     """Return the lines of a frame; where there are too few, the last sections are cut, which matter least."""
-    head = [_title(view, width), *_progress(view, width), *_flow(_facts(view), width)]
+    head = [_title(view), *_progress(view, width), *_flow(_facts(view.scalars), width)]
     head += [Text(f"! {note}", style="bold bright_red") for note in view.notes]
     sides = _sides(view, width)
-    load_facts = _flow(_load_facts(view), width) if view.experts else []
+    load = [_rule(width, Text("load of the experts", "bold"), Text(view.load_window, "dim"))] if view.experts else []
+    load += _flow(_load_facts(view), width) if view.experts else []
     shards = _shards(view, width)
     ranks = _rank_lines(view, width)
-    curve = 2 if sum(map(math.isfinite, view.losses)) > 1 else 0
-    fixed = len(head) + curve + len(sides) + len(load_facts) + len(shards) + 2 * bool(view.experts)
-    room = max(height - fixed, 1)
-    least = grid(len(view.experts), width - _label_width(view), room).rows if view.experts else 0
+    curve = 2 if len(finite(view.losses)) > 1 else 0
+    room = max(height - sum(map(len, (head, sides, load, shards))) - curve - bool(view.experts), 1)
+    least = _grid(view, width, room).rows if view.experts else 0
     if len(ranks) > min(max(room - least, 0), _MOST_RANKS):
         ranks = []
     room -= len(ranks)
     if curve:  # give the loss some of the room that is left
         more = min(max((room - 3 * least) // 2, 0), _TALLEST_CURVE - curve)
         curve, room = curve + more, room - more
-    lines = [*head, *_loss(view, width, curve), *sides[:-1], *ranks, *sides[-1:]]
-    if view.experts:
-        lines += [_rule("load of the experts", view.load_window, width), *load_facts, *_bars(view, width, room)]
-    return [_cut(line, width) for line in (*lines, *shards)]
+    lines = [*head, *_loss(view, width, curve), *sides[:-1], *ranks, *sides[-1:], *load]
+    lines += _bars(view, width, room) if view.experts else []
+    lines += shards
+    for line in lines:
+        line.truncate(width, overflow="ellipsis")
+        line.no_wrap = True
+    return lines
 
 
-def _title(view: View, width: int) -> Text:
+def _title(view: View) -> Text:
+    title = Text.assemble((view.run or "run", "bold"), "  ")
+    title.append(view.state, style="green" if view.state == "running" else "yellow")
     i = view.info
-    about = []
     if i.keys() >= _TITLE:
-        experts = f", {i['experts']} experts, top-{i['top_k']} {i['router']}"
-        about.append(f"{i['layers']} layers" + ("" if i["experts"] == "0" else experts))
-        colocated = i["pool_ranks"] == "0"
-        about.append(f"{i['trunk_ranks']} {'colocated' if colocated else 'trunk + ' + i['pool_ranks'] + ' pool'}")
-        about += [f"{i['lanes']} lanes"] if i.get("lanes") else []
-        about.append(i["precision"])
-    style = "green" if view.state == "running" else "yellow"
-    title = Text.assemble((view.run or "run", "bold"), "  ", (view.state, style))
-    for part in about:
-        if len(title) + len(part) + 3 <= width:
-            title.append(f" · {part}", style="dim")
+        experts = "" if i["experts"] == "0" else f", {i['experts']} experts, top-{i['top_k']} {i['router']}"
+        ranks = "colocated" if i["pool_ranks"] == "0" else f"trunk + {i['pool_ranks']} pool"
+        lanes = f" · {i['lanes']} lanes" if i.get("lanes") else ""
+        title.append(f" · {i['layers']} layers{experts} · {i['trunk_ranks']} {ranks}{lanes} · {i['precision']}", "dim")
     return title
 
 
@@ -93,52 +93,60 @@ def _progress(view: View, width: int) -> list[Text]:
     s = view.scalars
     if "step" not in s:
         return []
-    target = s.get("target_steps", 0)
-    text = f"step {s['step']:,.0f}" + (f" of {target:,.0f}" if target else "")
+    text, target = f"step {s['step']:,.0f}", s.get("target_steps", 0)
     if not target:
         return [Text(text)]
+    text += f" of {target:,.0f}"
     share = min(s["step"] / target, 1.0)
     after = f"{share:4.0%}" + (f"  ETA {duration(s['eta'])}" if "eta" in s else "")
     bar = max(width - len(text) - len(after) - 4, 4)
     return [Text.assemble(text, "  ", (gauge(share, bar), "green on grey23"), "  ", after)]
 
 
-def _facts(view: View) -> list[Cell]:
-    s = view.scalars
-    cells: list[Cell] = []
-    for name, key, spec in (
-        ("loss", "loss", ".4f"),
-        ("val loss", "val_loss", ".4f"),
-        ("tokens/s", "tokens_per_second", ",.0f"),
-        ("lr", "lr", ".3g"),
-        ("grad norm", "grad_norm", ".3g"),
-    ):
-        if key in s and not (key == "val_loss" and math.isnan(s[key])):
-            cells.append((name, format(s[key], spec), "bold" if math.isfinite(s[key]) else "bold bright_red"))
+def _facts(s: Mapping[str, float]) -> list[Cell]:
+    facts = _cells(
+        s,
+        ("loss", "loss", ".4f", "bold"),
+        ("val loss", "val_loss", ".4f", "bold"),
+        ("tokens/s", "tokens_per_second", ",.0f", "bold"),
+        ("lr", "lr", ".3g", "bold"),
+        ("grad norm", "grad_norm", ".3g", "bold"),
+    )
+    age = duration(s["checkpoint_age"]) if "checkpoint_age" in s else ""
     if s.get("checkpoint_step"):
-        age = f", {duration(s['checkpoint_age'])} old" if "checkpoint_age" in s else ""
-        cells.append(("checkpoint", f"step {s['checkpoint_step']:,.0f}{age}", ""))
-    elif "checkpoint_age" in s:
-        cells.append(("checkpoint", f"none since {duration(s['checkpoint_age'])}", ""))
-    for name, key in (
-        ("skipped steps", "skipped_steps"),
-        ("failed saves", "checkpoint_failures"),
-        ("restarts", "restarts"),
-    ):
-        if s.get(key):
-            cells.append((name, f"{s[key]:,.0f}", "yellow"))
-    return cells
+        facts.append(("checkpoint", f"step {s['checkpoint_step']:,.0f}" + (f", {age} old" if age else ""), ""))
+    elif age:
+        facts.append(("checkpoint", f"none since {age}", ""))
+    return facts + _cells(
+        {key: count for key, count in s.items() if count},
+        ("skipped steps", "skipped_steps", ",.0f", "yellow"),
+        ("failed saves", "checkpoint_failures", ",.0f", "yellow"),
+        ("restarts", "restarts", ",.0f", "yellow"),
+    )
+
+
+def _cells(scalars: Mapping[str, float], *facts: tuple[str, str, str, str]) -> list[Cell]:
+    """Format those scalars that are known.
+
+    Args:
+        scalars: Values by key.
+        facts: Name, key, format specification and style of each.
+    """
+    known = [(name, scalars[key], spec, style) for name, key, spec, style in facts if key in scalars]
+    return [(name, format(n, spec), style if math.isfinite(n) else "bold bright_red") for name, n, spec, style in known]
 
 
 def _loss(view: View, width: int, height: int) -> list[Text]:
     """Draw the curve, with its first value at the upper left and its last value at the lower right."""
-    finite = [loss for loss in view.losses if math.isfinite(loss)]
     if not height:
         return []
-    left, right = f"loss {finite[0]:.3f} ", f" {finite[-1]:.3f}"
+    losses = finite(view.losses)
+    left, right = f"loss {losses[0]:.3f} ", f" {losses[-1]:.3f}"
     lines = spark(view.losses, width - len(left) - len(right), height)
-    texts = [Text.assemble((" " * len(left)), (line, "green")) for line in lines]
-    texts[0] = Text.assemble((left, "dim"), (lines[0], "green"))
+    texts = [
+        Text.assemble((left if not place else " " * len(left), "dim"), (line, "green"))
+        for place, line in enumerate(lines)
+    ]
     texts[-1].append(right, style="bold")
     return texts
 
@@ -146,94 +154,89 @@ def _loss(view: View, width: int, height: int) -> list[Text]:
 def _sides(view: View, width: int) -> list[Text]:
     """Return a rule, a bar for each role, and a sentence."""
     roles = {role: shares for role, shares in view.roles.items() if shares}
-    sentence = who_waits(view.roles, view.info)
     if not roles:
         return []
-    legend = Text()
-    for activity in ACTIVITIES:
-        legend.append(f"{_MARKS[activity]} {activity} ", style=_STYLES[activity])
-    lines = [_rule("who waits for whom", view.window if width >= 110 else "", width, legend)]
-    lines += [_use_line(role, shares, width) for role, shares in roles.items()]
+    legend = Text(" ").join(Text(f"{_MARKS[activity]} {activity}", _STYLES[activity]) for activity in ACTIVITIES)
+    rule = _rule(width, Text("who waits for whom", "bold"), legend, Text(view.window if width >= 110 else "", "dim"))
+    sentence = who_waits(view.roles, view.info)
     waiting = [(use.shares["waiting"], use) for use in view.ranks if use.shares]
     if len(waiting) > 2:
         most, use = max(waiting, key=lambda pair: pair[0])
         if most > view.roles[use.role]["waiting"] + 0.1:
             sentence += f" {use.role.capitalize()} rank {use.rank} waits most: {most:.0%}."
-    return [*lines, Text(sentence, style="bold")]
+    bars = [_use_line(role, "bold", shares, width) for role, shares in roles.items()]
+    return [rule, *bars, Text(sentence, style="bold")]
 
 
 def _rank_lines(view: View, width: int) -> list[Text]:
     """Return a bar for each rank of a role that has several."""
-    several = [use for use in view.ranks if sum(other.role == use.role for other in view.ranks) > 1 and use.shares]
-    return [_use_line(f"  {use.role[0]} {use.rank}", use.shares, width, dim=True) for use in several]
+    ranks = Counter(use.role for use in view.ranks)
+    several = [use for use in view.ranks if ranks[use.role] > 1 and use.shares]
+    return [_use_line(f"  {use.role[0]} {use.rank}", "dim", use.shares, width) for use in several]
 
 
-def _use_line(label: str, shares: Shares, width: int, dim: bool = False) -> Text:
-    numbers = [(f"{shares[activity]:5.0%}", _STYLES[activity]) for activity in ACTIVITIES]
-    bar = max(width - 7 - 5 * len(numbers) - 1, 8)
-    line = Text.assemble((f"{label:<7}", "dim" if dim else "bold"))
-    for activity, cells in stacked(shares, bar).items():
-        line.append(_MARKS[activity] * cells, style=_STYLES[activity])
+def _use_line(label: str, style: str, shares: Shares, width: int) -> Text:
+    """Return a stacked bar of shares of time, which add up to 1, and the numbers."""
+    bar = max(width - 7 - 5 * len(ACTIVITIES) - 1, 8)
+    line = Text.assemble((f"{label:<7}", style))
+    end = 0.0
+    for activity in ACTIVITIES:
+        start, end = end, end + shares[activity]
+        line.append(_MARKS[activity] * (round(bar * end) - round(bar * start)), style=_STYLES[activity])
     line.append(" ")
-    for number, style in numbers:
-        line.append(number, style=style)
+    for activity in ACTIVITIES:
+        line.append(f"{shares[activity]:5.0%}", style=_STYLES[activity])
     return line
 
 
 def _load_facts(view: View) -> list[Cell]:
-    s = view.scalars
-    cells: list[Cell] = []
-    known = [(tokens, expert) for expert, tokens in enumerate(view.experts) if not math.isnan(tokens)]
-    most, expert = max(known)
-    mean = sum(tokens for tokens, _ in known) / len(known)
-    imbalance = s.get("load_imbalance", most / mean if mean else math.nan)
-    cells.append(("max/mean", f"{imbalance:.2f}", "bold"))
-    cells.append(("busiest", _id(view, expert), ""))
+    load, mean = finite(view.experts), finite_mean(view.experts)
+    dead = view.scalars.get("dead_experts", float((load == 0).sum()))
+    s = {"load_imbalance": load.max() / mean if mean else math.nan, **view.scalars}
+    layers = _cells(s, ("layers", "layer_imbalance", ".2f", ""))
     if view.layers:
-        worst = max(range(len(view.layers)), key=lambda layer: view.layers[layer])
-        mean = sum(view.layers) / len(view.layers)
-        cells.append(("layers", f"{mean:.2f}, worst {worst}: {view.layers[worst]:.2f}", ""))
-    elif "layer_imbalance" in s:
-        cells.append(("layers", f"{s['layer_imbalance']:.2f}", ""))
-    if "shard_imbalance" in s:
-        cells.append(("shards", f"{s['shard_imbalance']:.2f}", ""))
-    dead = s.get("dead_experts", sum(tokens == 0 for tokens, _ in known))
-    cells.append(("dead", f"{dead:,.0f}", "bold bright_red" if dead else "green"))
-    for name, key in (("effective", "effective_experts"), ("distinct per token", "distinct_experts")):
-        if key in s:
-            cells.append((name, f"{s[key]:.1f}", ""))
-    return cells
+        worst = max(view.layers)
+        text = f"{finite_mean(view.layers):.2f}, worst {view.layers.index(worst)}: {worst:.2f}"
+        layers = [("layers", text, "")]
+    return [
+        *_cells(s, ("max/mean", "load_imbalance", ".2f", "bold")),
+        ("busiest", _id(view, int(np.nanargmax(view.experts))), ""),
+        *layers,
+        *_cells(s, ("shards", "shard_imbalance", ".2f", "")),
+        ("dead", f"{dead:,.0f}", "bold bright_red" if dead else "green"),
+        *_cells(
+            s, ("effective", "effective_experts", ".1f", ""), ("distinct per token", "distinct_experts", ".1f", "")
+        ),
+    ]
+
+
+def _grid(view: View, width: int, room: int) -> Grid:
+    return grid(len(view.experts), width - len(_id(view, 0)) - 1, room)
 
 
 def _bars(view: View, width: int, room: int) -> list[Text]:
     """Return rows of bars, one per expert, that begin with the first expert's number, and what a full bar is."""
-    label = _label_width(view)
-    g = grid(len(view.experts), width - label, room)
-    known = [tokens for tokens in view.experts if not math.isnan(tokens)]
-    mean = sum(known) / len(known)
-    merged = [_most(view.experts[at : at + g.merged]) for at in range(0, len(view.experts), g.merged)]
-    full = min(max(known), _CLIP.get(g.height, 4.0) * mean)
+    g = _grid(view, width, room)
+    known, mean = finite(view.experts), finite_mean(view.experts)
+    most = float(known.max())
+    full = min(most, _CLIP.get(g.height, 4.0) * mean)
+    indent = " " * (len(_id(view, 0)) + 1)
     lines = []
-    for first in range(0, len(merged), g.per_row):
-        lines += _bar_lines(view, merged[first : first + g.per_row], first, g, mean, full)
+    in_row = g.merged * g.per_row
+    for first in range(0, len(view.experts), in_row):
+        row = [Text(indent) for _ in range(g.height - 1)] + [Text(f"{_id(view, first)} ", style="dim")]
+        for place, start in enumerate(range(first, min(first + in_row, len(view.experts)), g.merged)):
+            tokens = max(finite(view.experts[start : start + g.merged]), default=math.nan)
+            cells, style = _bar(tokens, mean, full, g.height)
+            gap = " " if place and place % GROUP == 0 else ""
+            for line, cell in zip(row, cells, strict=True):
+                line.append(gap).append(cell * g.width, style=style)
+        lines += row
     each = "one bar per expert" if g.merged == 1 else f"one bar per {g.merged} experts, for the busiest of them"
-    above = " or more" if max(known) > full else ""
+    above = " or more" if most > full else ""
     legend = f"{each}; full: {full / mean:.1f} x mean{above}, {full:,.0f} tokens per step" if mean else each
     legend += ("; x: dead" if 0 in known else "") + ("; ?: not known" if len(known) < len(view.experts) else "")
-    return [*lines, Text(" " * label + legend, style="dim")]
-
-
-def _bar_lines(view: View, bars: Sequence[float], first: int, g: Grid, mean: float, full: float) -> list[Text]:
-    lines = [Text(" " * _label_width(view)) for _ in range(g.height)]
-    lines[-1] = Text.assemble((f"{_id(view, first * g.merged)} ", "dim"))
-    for place, tokens in enumerate(bars):
-        if place and place % GROUP == 0:
-            for line in lines:
-                line.append(" ")
-        cells, style = _bar(tokens, mean, full, g.height)
-        for line, cell in zip(lines, cells, strict=True):
-            line.append(cell * g.width, style=style)
-    return lines
+    return [*lines, Text(indent + legend, style="dim")]
 
 
 def _bar(tokens: float, mean: float, full: float, height: int) -> tuple[str, str]:
@@ -245,25 +248,21 @@ def _bar(tokens: float, mean: float, full: float, height: int) -> tuple[str, str
     return column(tokens / full, height), "dim cyan" if tokens < mean / 2 else style
 
 
-def _most(tokens: Sequence[float]) -> float:
-    return max((number for number in tokens if not math.isnan(number)), default=math.nan)
-
-
 def _shards(view: View, width: int) -> list[Text]:
     """Return each pool rank's share of the assignments."""
-    served = [use for use in view.ranks if use.role == "pool" and use.served == use.served]
-    total = sum(use.served for use in served)
-    if len(served) < 2 or not total:
+    served = {use.rank: use.served for use in view.ranks if use.role == "pool" and not math.isnan(use.served)}
+    total = sum(served.values())
+    if len(served) < 2:
         return []
-    title = "pool ranks' share"
-    shares = [f"{use.rank}: {use.served / total:.0%}" for use in served]
-    if len(title) + sum(len(text) + 3 for text in shares) <= width:
-        return _flow([(title, "   ".join(shares), "")], width)
-    most = max(served, key=lambda use: use.served)
-    said = f"max/mean {most.served * len(served) / total:.2f}, most: rank {most.rank}"
-    bars = "".join(column(use.served / most.served, 1) for use in served)
-    room = width - len(title) - len(said) - 4
-    return _flow([(title, f"{bars}  {said}" if len(bars) <= room else said, "")], width)
+    name = "pool ranks' share"
+    text = "   ".join(f"{rank}: {tokens / total:.0%}" for rank, tokens in served.items())
+    if len(name) + 3 + len(text) > width:
+        busiest = max(served, key=lambda rank: served[rank])
+        text = f"max/mean {served[busiest] * len(served) / total:.2f}, most: rank {busiest}"
+        bars = "".join(column(tokens / served[busiest], 1) for tokens in served.values())
+        if len(name) + 4 + len(bars) + len(text) <= width:
+            text = f"{bars}  {text}"
+    return _flow([(name, text, "")], width)
 
 
 def _flow(cells: Sequence[Cell], width: int) -> list[Text]:
@@ -278,25 +277,13 @@ def _flow(cells: Sequence[Cell], width: int) -> list[Text]:
     return lines
 
 
-def _rule(title: str, aside: str, width: int, legend: Text | None = None) -> Text:
-    """Draw a line with a title, a legend and a remark in it."""
-    line = Text.assemble(("── ", "dim"), (title, "bold"), " ")
-    if legend:
-        line.append_text(Text.assemble(("── ", "dim"), legend))
-    if aside:
-        line.append_text(Text.assemble(("── ", "dim"), (f"{aside} ", "dim")))
+def _rule(width: int, *parts: Text) -> Text:
+    """Draw a line with texts in it."""
+    line = Text()
+    for part in filter(None, parts):
+        line.append("── ", style="dim").append_text(part).append(" ")
     return line.append("─" * max(width - len(line), 0), style="dim")
-
-
-def _label_width(view: View) -> int:
-    return len(_id(view, 0)) + 1
 
 
 def _id(view: View, expert: int) -> str:
     return padded(expert, len(view.experts))
-
-
-def _cut(text: Text, width: int) -> Text:
-    text.truncate(width, overflow="ellipsis")
-    text.no_wrap = True
-    return text

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import http.client
-import re
 import time
 import urllib.error
 import urllib.request
@@ -23,7 +22,6 @@ TIMEOUT_SECONDS = 2.0
 
 _LARGEST_PAGE = 16 * 2**20
 _CONNECTIONS = 32
-_ADDRESS = re.compile(r"([\w.-]+|\[[\da-fA-F:.]+\]):\d{1,5}")
 # Ranks are asked directly, as Prometheus does: a proxy would be for the world outside.
 _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -33,14 +31,7 @@ Samples = dict[str, list[tuple[dict[str, str], float]]]
 
 @dataclass(frozen=True)
 class Page:
-    """A rank's page at a moment.
-
-    Attributes:
-        url: Its address.
-        samples: Its samples; empty if it did not answer.
-        error: Why it did not answer; empty if it did.
-        seconds: Unix time at which it was asked.
-    """
+    """A rank's page at a moment, in Unix seconds; it has either samples or the reason why it did not answer."""
 
     url: str
     samples: Samples = field(default_factory=dict)
@@ -54,17 +45,17 @@ def page_url(text: str) -> str:
     Raises:
         UserError: The text is neither.
     """
-    url = f"http://{text}" if _ADDRESS.match(text) and "://" not in text else text
+    bare = "://" not in text
     try:
-        parts = urlsplit(url)
-        good = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 80) > 0
+        parts = urlsplit(f"http://{text}" if bare else text)
+        good = parts.scheme in ("http", "https") and parts.hostname and (parts.port or not bare)
     except ValueError:
         good = False
     if not good or " " in text or not text.isprintable():
         raise UserError(
             f"{text}: neither the folder of a run nor the address of a page, such as host:9400 or http://host:9400/metrics"
         )
-    return url if parts.path not in ("", "/") else f"{parts.scheme}://{parts.netloc}/metrics"
+    return parts.geturl() if parts.path not in ("", "/") else f"{parts.scheme}://{parts.netloc}/metrics"
 
 
 def targets(run: Path) -> tuple[list[str], str]:
@@ -76,11 +67,14 @@ def targets(run: Path) -> tuple[list[str], str]:
         return [], ""
 
 
+def value(samples: Samples, name: str) -> float:
+    """Return the first sample of a name; 0 if there is none."""
+    return next((number for _, number in samples.get(name, ())), 0.0)
+
+
 def fetch(urls: Sequence[str]) -> list[Page]:
     """Fetch all pages at once and return them in this order; a page that does not answer has an error."""
-    if not urls:
-        return []
-    with ThreadPoolExecutor(min(len(urls), _CONNECTIONS)) as threads:
+    with ThreadPoolExecutor(_CONNECTIONS) as threads:
         return list(threads.map(_fetch_one, urls))
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from array import array
+from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +17,34 @@ from trainer.common.errors import UserError
 from trainer.common.safe_read import read_array
 from trainer.common.strict_json import loads
 from trainer.config.recipe import Recipe, load_recipe
+from trainer.telemetry.step_scalars import StepScalars
 from trainer.telemetry.time_breakdown import ACTIVITIES
 from trainer.view.pages import TARGETS_FILE
-from trainer.view.rates import Shares
+from trainer.view.rates import ROLES, Shares, known_shares
+
+Numbers = NDArray[np.float64]
 
 METRICS_FILE = "metrics.jsonl"
 RECIPE_FILE = "recipe.yaml"
-LOAD_FILE = "load.npy"
 CHECKPOINTS = "checkpoints"
-ROLES = ("trunk", "pool")
 
-SCALARS = (
-    *("loss", "grad_norm", "lr", "tokens", "seconds", "tokens_per_second", "applied"),
-    *("load_imbalance", "layer_imbalance", "shard_imbalance"),
-    *("dead_experts", "effective_experts", "distinct_experts", "specialisation"),
-    *("layer_gate", "smallest_gate"),
-)
-"""Fields of a step's record that are shown, besides the shares of time."""
+SCALARS = [field for field in fields(StepScalars) if not field.metadata["each"]]
+"""Fields of a step's record that are single numbers, besides the shares of time."""
 
 RECENT = 20
 """Number of last steps over which values are averaged."""
+
+
+def finite(values: Sequence[float]) -> Numbers:
+    """Return the finite ones of some values."""
+    numbers = np.asarray(values, float)
+    return np.extract(np.isfinite(numbers), numbers)
+
+
+def finite_mean(values: Sequence[float]) -> float:
+    """Average the finite ones of some values; NaN without any."""
+    numbers = finite(values)
+    return float(numbers.mean()) if len(numbers) else math.nan
 
 
 class Records:
@@ -51,14 +61,14 @@ class Records:
 
     def __init__(self, run: Path):
         self._file = run / METRICS_FILE
-        self._names = (*SCALARS, *(f"{role}_{activity}" for role in ROLES for activity in ACTIVITIES))
         self._clear(-1)
 
     def _clear(self, inode: int) -> None:
         self._inode, self._read = inode, 0
         self.steps, self.val_steps, self.val_losses = array("q"), array("q"), array("d")
         self.probe_steps, self.random_routing = array("q"), array("d")
-        self.columns = {name: array("d") for name in self._names}
+        shares = [f"{role}_{activity}" for role in ROLES for activity in ACTIVITIES]
+        self.columns = {name: array("d") for name in (*(field.name for field in SCALARS), *shares)}
 
     def read(self) -> None:
         """Read the lines that are new; without a file there are no records."""
@@ -94,22 +104,30 @@ class Records:
                 number = record.get(name)
                 column.append(number if type(number) is float else _number(number))  # the short way for most values
 
-    def has(self, name: str) -> bool:
-        """Return whether any record has a value of this name."""
-        return not bool(np.isnan(self.columns[name]).all())
+    def series(self, name: str) -> tuple[Numbers, Numbers]:
+        """Return steps and values of a column, of `val_loss`, or of `random_routing`."""
+        steps, values = {
+            "val_loss": (self.val_steps, self.val_losses),
+            "random_routing": (self.probe_steps, self.random_routing),
+        }.get(name) or (self.steps, self.columns[name])
+        return np.array(steps, float), np.array(values)
 
-    def mean(self, name: str, last: int | None = None) -> float:
+    def finite(self, name: str, last: int = 0) -> Numbers:
+        """Return the finite values of a column in the last records, or in all."""
+        return finite(self.columns[name][-last:])
+
+    def mean(self, name: str, last: int = 0) -> float:
         """Average the finite values of the last records, or of all; NaN without any."""
-        column = self.columns[name]
-        numbers = np.array(column if last is None else column[-last:])
-        finite = numbers[np.isfinite(numbers)]
-        return float(finite.mean()) if len(finite) else math.nan
+        return finite_mean(self.columns[name][-last:])
 
-    def shares(self, role: str, last: int | None = None) -> Shares:
+    def last(self) -> dict[str, float]:
+        """Return the scalars of the last step that are recorded."""
+        ends = {field.name: self.columns[field.name][-1:] for field in SCALARS}
+        return {name: end[0] for name, end in ends.items() if end and not math.isnan(end[0])}
+
+    def shares(self, role: str, last: int = 0) -> Shares:
         """Return how a role's ranks spent their time, mean over the last records or all; empty if not recorded."""
-        parts = {activity: self.mean(f"{role}_{activity}", last) for activity in ACTIVITIES}
-        total = sum(parts.values())
-        return {activity: part / total for activity, part in parts.items()} if total > 0 else {}
+        return known_shares([self.mean(f"{role}_{activity}", last) for activity in ACTIVITIES])
 
 
 def is_run(path: Path) -> bool:
@@ -127,10 +145,9 @@ def saved_recipe(run: Path) -> Recipe | None:
 
 def recorded_load(run: Path) -> NDArray[np.int64] | None:
     """Return assignments per step by layer and expert, (L, M), from the run or its newest checkpoint; or None."""
-    found = checkpoint.newest(run / CHECKPOINTS)
-    for file in (run / LOAD_FILE, *([found[1] / checkpoint.LOAD_FILE] if found else [])):
+    for folder in (run, *checkpoint.complete(run / CHECKPOINTS)[-1:]):
         try:
-            load_LM = read_array(file)
+            load_LM = read_array(folder / checkpoint.LOAD_FILE)
         except (OSError, ValueError):
             continue
         if load_LM.ndim == 2 and load_LM.dtype.kind in "iu":

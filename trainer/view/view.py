@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,44 +14,30 @@ from pathlib import Path
 from trainer.checkpoint import format as checkpoint
 from trainer.common.credentials import redacted
 from trainer.telemetry.time_breakdown import ACTIVITIES
-from trainer.view.pages import Page, Samples
-from trainer.view.rates import Shares, Window, value
-from trainer.view.records import CHECKPOINTS, RECENT, ROLES, Records, facts_of, recorded_load, saved_recipe
+from trainer.view.pages import Page, value
+from trainer.view.rates import ROLES, Shares, Window, known_shares
+from trainer.view.records import CHECKPOINTS, RECENT, SCALARS, Records, facts_of, recorded_load, saved_recipe
 
 _GAUGES = {
     "step": "unipool_step",
     "target_steps": "unipool_target_steps",
-    "loss": "unipool_loss_nats",
     "val_loss": "unipool_validation_loss_nats",
-    "lr": "unipool_learning_rate",
-    "grad_norm": "unipool_gradient_norm",
-    "tokens_per_second": "unipool_tokens_per_second",
     "step_seconds": "unipool_step_seconds",
-    "load_imbalance": "unipool_load_imbalance_ratio",
-    "shard_imbalance": "unipool_shard_load_imbalance_ratio",
-    "dead_experts": "unipool_dead_experts",
-    "effective_experts": "unipool_effective_experts",
-    "distinct_experts": "unipool_distinct_experts_per_token",
     "skipped_steps": "unipool_skipped_steps_total",
     "checkpoint_step": "unipool_checkpoint_step",
     "checkpoint_failures": "unipool_checkpoint_failures_total",
     "restarts": "unipool_restarts_total",
+    **{field.name: field.metadata["metric"].name for field in SCALARS if field.metadata["metric"]},
 }
+"""Metrics of rank 0 by their names in `View.scalars`."""
+
 _WAITS = 0.1
 """Share of its time up to which a role that waits counts as busy."""
-_HISTORY = 10_000
 
 
 @dataclass(frozen=True)
 class RankUse:
-    """How one rank spent its time.
-
-    Attributes:
-        role: `trunk` or `pool`.
-        rank: Its number in the job.
-        shares: Shares of its time.
-        served: Assignments per step that a pool rank served; NaN if not known.
-    """
+    """How one rank spent its time, and the assignments per step that a pool rank served (NaN if not known)."""
 
     role: str
     rank: int
@@ -121,50 +108,46 @@ class Follower:
 
     def __init__(self) -> None:
         self._windows: dict[str, Window] = {}
-        self._known: dict[str, tuple[str, int]] = {}
         self._info: dict[str, str] = {}
-        self._losses: list[tuple[float, float]] = []
+        self._losses: dict[float, float] = {}
         self._pace: tuple[float, float] | None = None
 
     def view(self, pages: Sequence[Page]) -> View:
         """Return the run as these pages show it."""
-        answered = [page for page in pages if not page.error]
         self._windows = {page.url: self._windows.get(page.url, Window()) for page in pages}
-        for page in answered:
-            self._windows[page.url].add(page.samples)
-            self._known[page.url] = _role_and_rank(page.samples)
-        first = next((page for page in answered if "unipool_step" in page.samples), None)
+        answered = {page.url: page for page in pages if not page.error}
+        for url, page in answered.items():
+            self._windows[url].add(page.samples)
+        windows = [self._windows[url] for url in answered]
+        first = next((page for page in answered.values() if "unipool_step" in page.samples), None)
+        layers = first.samples.get("unipool_layer_load_imbalance_ratio", ()) if first else ()
         scalars = self._scalars(first) if first else {}
-        ranks = tuple(sorted(map(self._use, answered), key=lambda use: (ROLES.index(use.role), use.rank)))
-        window = step_text(self._windows[(first or answered[0]).url]) if answered else ""
+        ranks = [RankUse(window.role, window.rank, window.shares(), _served(window)) for window in windows]
+        covered = step_text(self._windows[first.url] if first else windows[0]) if windows else ""
         return View(
             run=self._info.get("run", ""),
             state="running" if answered else "no rank answers",
             info=self._info,
             scalars=scalars,
             roles={role: _mean_shares([use.shares for use in ranks if use.role == role]) for role in ROLES},
-            ranks=ranks,
-            experts=self._experts(answered),
-            layers=_by_layer(first.samples) if first else (),
-            losses=tuple(loss for _, loss in self._losses),
-            window=window,
-            load_window=window,
-            notes=tuple(self._notes(pages)),
+            ranks=tuple(sorted(ranks, key=lambda use: (ROLES.index(use.role), use.rank))),
+            experts=self._experts(windows),
+            layers=tuple(ratio for _, ratio in sorted((labels["layer"], ratio) for labels, ratio in layers)),
+            losses=tuple(self._losses.values()),
+            window=covered,
+            load_window=covered,
+            notes=(*self._silent(pages), *_twice(ranks)),
         )
 
     def _scalars(self, page: Page) -> dict[str, float]:
-        samples = page.samples
-        for labels, _ in samples.get("unipool_run_info", ()):
+        for labels, _ in page.samples.get("unipool_run_info", ()):
             self._info = {name: "".join(filter(str.isprintable, text)) for name, text in labels.items()}
-        scalars = {name: value(samples, metric, 0.0) for name, metric in _GAUGES.items() if metric in samples}
-        saved = value(samples, "unipool_checkpoint_timestamp_seconds", 0.0)
-        if saved:
+        scalars = {name: value(page.samples, metric) for name, metric in _GAUGES.items() if metric in page.samples}
+        if saved := value(page.samples, "unipool_checkpoint_timestamp_seconds"):
             scalars["checkpoint_age"] = max(page.seconds - saved, 0.0)
         step = scalars["step"]
-        if self._losses and self._losses[-1][0] > step:  # the run went back to a checkpoint
-            self._losses = [(at, loss) for at, loss in self._losses if at < step]
-        if "loss" in scalars and step and (not self._losses or self._losses[-1][0] < step):
-            self._losses = [*self._losses[-_HISTORY:], (step, scalars["loss"])]
+        if "loss" in scalars and step:  # later losses are dropped, as the run may have gone back to a checkpoint
+            self._losses = {at: loss for at, loss in self._losses.items() if at < step} | {step: scalars["loss"]}
         if self._pace is None or self._windows[page.url].from_start:
             self._pace = (page.seconds, step)
         left = scalars.get("target_steps", step) - step
@@ -175,16 +158,10 @@ class Follower:
             scalars["eta"] = left * step_seconds
         return scalars
 
-    def _use(self, page: Page) -> RankUse:
-        role, rank = self._known[page.url]
-        window = self._windows[page.url]
-        served = window.per_step("unipool_service_tokens_total", "rank")
-        return RankUse(role, rank, window.shares(), sum(served.values()) if served else math.nan)
-
-    def _experts(self, answered: Sequence[Page]) -> tuple[float, ...]:
+    def _experts(self, windows: Sequence[Window]) -> tuple[float, ...]:
         load: dict[int, float] = {}
-        for page in answered:
-            for expert, tokens in self._windows[page.url].per_step("unipool_expert_tokens_total", "expert").items():
+        for window in windows:
+            for expert, tokens in window.per_step("unipool_expert_tokens_total").items():
                 if expert.isdecimal():
                     load[int(expert)] = load.get(int(expert), 0.0) + tokens
         if not load:
@@ -193,31 +170,24 @@ class Follower:
         experts = max(int(known) if known.isdecimal() else 0, max(load) + 1)
         return tuple(load.get(expert, math.nan) for expert in range(experts))
 
-    def _notes(self, pages: Sequence[Page]) -> list[str]:
+    def _silent(self, pages: Sequence[Page]) -> Iterator[str]:
+        """Say which ranks do not answer, by reason."""
         silent: dict[str, list[str]] = {}
         for page in pages:
             if page.error:
-                role, rank = self._known.get(page.url, ("", -1))
+                window = self._windows[page.url]
                 place = re.sub(r"^http://|/metrics$", "", redacted(page.url))
-                silent.setdefault(page.error, []).append(f"{role} rank {rank} at {place}" if role else place)
-        notes = []
-        for reason, who in silent.items():
-            shown = ", ".join(who[:3]) + (f" and {len(who) - 3} more" if len(who) > 3 else "")
-            notes.append(f"no metrics ({reason}): {shown}")
-        answered = [self._known[page.url] for page in pages if not page.error]
-        twice = {rank for rank in answered if answered.count(rank) > 1}
-        notes += [
-            f"{role} rank {rank} appears more than once: do the pages belong to several runs?"
-            for role, rank in sorted(twice)
-        ]
-        return notes
+                who = f"{window.role} rank {window.rank} at {place}" if window.role else place
+                silent.setdefault(page.error, []).append(who)
+        for reason, ranks in silent.items():
+            more = f" and {len(ranks) - 3} more" if len(ranks) > 3 else ""
+            yield f"no metrics ({reason}): {', '.join(ranks[:3])}{more}"
 
 
 def recorded_view(run: Path, records: Records, state: str, notes: Sequence[str] = ()) -> View:
     """Return a run whose ranks do not answer, from its folder."""
-    recipe = saved_recipe(run)
-    scalars = {name: column[-1] for name, column in records.columns.items() if len(column) and column[-1] == column[-1]}
-    scalars = {name: number for name, number in scalars.items() if name.partition("_")[0] not in ROLES}
+    recipe, load_LM = saved_recipe(run), recorded_load(run)
+    scalars = records.last()
     if records.steps:
         scalars["step"] = records.steps[-1]
         scalars["skipped_steps"] = sum(applied == 0 for applied in records.columns["applied"])
@@ -225,12 +195,10 @@ def recorded_view(run: Path, records: Records, state: str, notes: Sequence[str] 
         scalars["val_loss"] = records.val_losses[-1]
     if recipe:
         scalars["target_steps"] = recipe.train.steps
-    newest = checkpoint.newest(run / CHECKPOINTS)
-    if newest:
+    if newest := checkpoint.newest(run / CHECKPOINTS):
         scalars["checkpoint_step"] = newest[0]
         with suppress(OSError):  # it was replaced by a newer one
             scalars["checkpoint_age"] = max(time.time() - newest[1].stat().st_mtime, 0.0)
-    load_LM = recorded_load(run)
     return View(
         run=run.resolve().name,
         state=state,
@@ -245,18 +213,15 @@ def recorded_view(run: Path, records: Records, state: str, notes: Sequence[str] 
     )
 
 
-def _role_and_rank(samples: Samples) -> tuple[str, int]:
-    for labels, _ in samples.get("unipool_steps_total", ()):
-        if labels.get("role") in ROLES and labels.get("rank", "").isdecimal():
-            return labels["role"], int(labels["rank"])
-    return "trunk", 0
-
-
-def _by_layer(samples: Samples) -> tuple[float, ...]:
-    found = samples.get("unipool_layer_load_imbalance_ratio", ())
-    return tuple(number for _, number in sorted((labels.get("layer", ""), number) for labels, number in found))
+def _served(window: Window) -> float:
+    return sum(window.per_step("unipool_service_tokens_total").values()) or math.nan
 
 
 def _mean_shares(ranks: Sequence[Shares]) -> Shares:
-    known = [shares for shares in ranks if shares]
-    return {activity: sum(s[activity] for s in known) / len(known) for activity in ACTIVITIES} if known else {}
+    return known_shares([sum(shares.get(activity, 0.0) for shares in ranks) for activity in ACTIVITIES])
+
+
+def _twice(ranks: Sequence[RankUse]) -> Iterator[str]:
+    for (role, rank), pages in sorted(Counter((use.role, use.rank) for use in ranks).items()):
+        if pages > 1:
+            yield f"{role} rank {rank} appears more than once: do the pages belong to several runs?"

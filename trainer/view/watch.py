@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.live import Live
 
 from trainer.common.errors import UserError
-from trainer.common.strict_json import dumps, json_safe
+from trainer.common.strict_json import dumps
 from trainer.view.frame import Frame
 from trainer.view.pages import TARGETS_FILE, fetch, page_url, targets
 from trainer.view.records import Records, is_run, saved_recipe
@@ -22,102 +22,89 @@ from trainer.view.view import Follower, View, recorded_view
 
 
 def watch(sources: Sequence[str], interval: float, once: bool, as_json: bool) -> None:
-    """Show a run until Ctrl-C, or one frame of it.
-
-    Args:
-        sources: Addresses of pages, or the folder of one run.
-        interval: Seconds between two looks.
-        once: Print one frame.
-        as_json: Print one JSON object.
+    """Show a run, given by its folder or by addresses of pages, until Ctrl-C, or once as a frame or as JSON.
 
     Raises:
         UserError: A source is neither, or nothing answers.
     """
-    look = _look_at(sources)
+    views = _views(sources)
     if as_json:
-        print(dumps(to_json(look())))
+        print(dumps(to_json(next(views))))
         return
     with suppress(OSError, ValueError, AttributeError):
         sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # for terminals without the characters of bars
     console = Console(highlight=False)
     if once or not console.is_terminal:
-        console.print(Frame(look()))
+        console.print(Frame(next(views)))
         return
-    with suppress(KeyboardInterrupt):
-        _follow(look, interval, console)
-
-
-def _follow(look: Callable[[], View], interval: float, console: Console) -> None:
     footer = f"every {interval:g} s; press Ctrl-C to leave"
-    with Live(Frame(look(), footer), console=console, screen=True, refresh_per_second=2) as live:
+    with (
+        suppress(KeyboardInterrupt),
+        Live(Frame(next(views), footer), console=console, screen=True, refresh_per_second=2) as live,
+    ):
         while True:
             time.sleep(interval)
-            live.update(Frame(look(), footer))
+            live.update(Frame(next(views), footer))
 
 
 def to_json(view: View) -> dict[str, Any]:
-    """Convert a view to JSON, without the loss curve; numbers that are unknown or not finite are null."""
-    tree: dict[str, Any] = json_safe(asdict(replace(view, losses=())))
+    """Convert a view to a tree for JSON, without the loss curve."""
+    tree = asdict(view)
     del tree["losses"]
     return tree
 
 
-def _look_at(sources: Sequence[str]) -> Callable[[], View]:
-    """Return a function that gives the next view, after a first successful look."""
+def _views(sources: Sequence[str]) -> Iterator[View]:
+    """Return an endless iterator over the present state."""
     folders = [source for source in sources if Path(source).is_dir()]
-    if folders:
-        if len(sources) > 1:
-            raise UserError(f"{folders[0]}: give either the folder of one run or addresses of pages, not both")
-        return _Run(Path(folders[0])).look
-    return _Pages(list(dict.fromkeys(page_url(source) for source in sources))).look
+    if not folders:
+        return _views_of_pages(list(dict.fromkeys(page_url(source) for source in sources)))
+    if len(sources) > 1:
+        raise UserError(f"{folders[0]}: give either the folder of one run or addresses of pages, not both")
+    return _views_of_run(Path(folders[0]))
 
 
-class _Pages:
-    """A run that is known by its pages only."""
-
-    def __init__(self, urls: Sequence[str]):
-        self._urls = urls
-        self._follower = Follower()
-        self._first = fetch(urls)
-        if all(page.error for page in self._first):
-            more = f" (and {len(urls) - 1} more)" if len(urls) > 1 else ""
-            raise UserError(f"{urls[0]}: {self._first[0].error}{more}; no rank answers")
-
-    def look(self) -> View:
-        pages, self._first = self._first or fetch(self._urls), []
-        return self._follower.view(pages)
-
-
-class _Run:
-    """A run that is known by its folder: its ranks if they answer, otherwise its records."""
-
-    def __init__(self, folder: Path):
-        if not is_run(folder):
-            raise UserError(f"{folder}: not a run; give the folder of a run (run.dir) or addresses of its ranks' pages")
-        self._folder = folder
-        self._records = Records(folder)
-        self._follower = Follower()
-
-    def look(self) -> View:
-        urls, name = targets(self._folder)
+def _views_of_pages(urls: Sequence[str]) -> Iterator[View]:
+    """Yield views of a run that is known by its pages only."""
+    follower = Follower()
+    pages = fetch(urls)
+    if all(page.error for page in pages):
+        more = f" (and {len(urls) - 1} more)" if len(urls) > 1 else ""
+        raise UserError(f"{urls[0]}: {pages[0].error}{more}; no rank answers")
+    while True:
+        yield follower.view(pages)
         pages = fetch(urls)
-        self._records.read()
-        view = self._follower.view(pages)
-        notes, live = view.notes, any(not page.error for page in pages)
+
+
+def _views_of_run(folder: Path) -> Iterator[View]:
+    """Yield views of a run that is known by its folder: of its ranks if they answer, otherwise of its records."""
+    if not is_run(folder):
+        raise UserError(f"{folder}: not a run; give the folder of a run (run.dir) or addresses of its ranks' pages")
+    records, follower = Records(folder), Follower()
+    while True:
+        urls, name = targets(folder)
+        view = follower.view(fetch(urls))
+        records.read()
+        notes = view.notes
+        live = bool(view.ranks)
         if live and view.run not in ("", name):  # the ports of a crashed run, which another one uses now
             notes, live = (f"{TARGETS_FILE} names pages that belong to another run now: {view.run}",), False
         if not live:
-            return recorded_view(self._folder, self._records, self._state(bool(urls)), notes)
-        scalars = dict(view.scalars)
-        if self._records.val_losses:
-            scalars["val_loss"] = self._records.val_losses[-1]
-        losses = tuple(self._records.columns["loss"]) or view.losses
-        return replace(view, run=view.run or self._folder.resolve().name, scalars=scalars, losses=losses)
+            yield recorded_view(folder, records, _state(folder, records, bool(urls)), notes)
+            continue
+        recorded = {"val_loss": records.val_losses[-1]} if records.val_losses else {}
+        yield replace(
+            view,
+            run=view.run or folder.resolve().name,
+            scalars={**view.scalars, **recorded},
+            losses=tuple(records.columns["loss"]) or view.losses,
+        )
 
-    def _state(self, was_running: bool) -> str:
-        if was_running:
-            return "does not answer"
-        recipe = saved_recipe(self._folder)
-        if not self._records.steps:
-            return "has not begun"
-        return "ended" if recipe and self._records.steps[-1] >= recipe.train.steps else "stopped"
+
+def _state(folder: Path, records: Records, was_running: bool) -> str:
+    if was_running:
+        return "does not answer"
+    if not records.steps:
+        return "has not begun"
+    recipe = saved_recipe(folder)
+    return "ended" if recipe and records.steps[-1] >= recipe.train.steps else "stopped"

@@ -20,8 +20,8 @@ from trainer.data.reading.documents import Documents
 @pytest.mark.parametrize(
     "line, said",
     [
-        (b'{"content": "x", "meta": {"a": 1}}', 'no text under "text" (its keys: content, meta, meta.a); mend it'),
-        (b'{"text": 5}', 'no text under "text" (it is int); mend it or set data.text_field'),
+        (b'{"content": "x", "meta": {"a": 1}}', 'no text under "text" (its keys: content, meta, meta.a); fix it'),
+        (b'{"text": 5}', 'no text under "text" (it is int); fix it or set data.text_field'),
         (b'["text"]', 'no text under "text" (it has no keys, it is list of str)'),
         (b'"text"', 'no text under "text" (it has no keys, it is str)'),
         (
@@ -115,13 +115,13 @@ def test_rows_of_csv(tmp_path):
     good = '1,"two ""words"", a comma,\r\nand a line"\r\n'
     path.write_text("id, text\r\n" + good + "2\r\n1,2,3\r\n\r\n" + '3,"open"quote\r\n' + good * 59, newline="")
     assert bad_records_of(path) == [
-        "line 4: 1 fields, but there are 2 columns; mend it",
-        "line 5: 3 fields, but there are 2 columns; mend it",
-        "line 7: not a row (',' expected after '\"'; quotes within a field must be doubled); mend it",
+        "line 4: 1 fields, but there are 2 columns; fix it",
+        "line 5: 3 fields, but there are 2 columns; fix it",
+        "line 7: not a row (',' expected after '\"'; quotes within a field must be doubled); fix it",
     ]
     assert read(path)[0] == 'two "words", a comma,\r\nand a line'
     path.write_bytes(b"text\n" + b"a\n" * 60 + b"caf\xe9\n")
-    assert bad_records_of(path) == ["line 62: invalid UTF-8 in its text; mend or remove it"]
+    assert bad_records_of(path) == ["line 62: invalid UTF-8 in its text; fix or remove it"]
     path.write_text("content;id\na;1\n")
     assert (
         message_of(path)

@@ -190,7 +190,7 @@ def test_odd_inputs(tmp_path):
     assert read(tmp_path / "one.txt") == ["\n\n".join(DOCUMENTS) * 3]
     assert read(tmp_path / "big_document.jsonl")[1:] == DOCUMENTS
     assert bad_records_of(tmp_path / "deep.jsonl") == [
-        "line 61: not valid JSON (nested too deeply); mend or remove the line"
+        "line 61: not valid JSON (nested too deeply); fix or remove the line"
     ]
     for name, where in (("null.parquet", "row 61"), ("null.jsonl", "line 61")):
         reading = Documents(str(tmp_path / name), "text")

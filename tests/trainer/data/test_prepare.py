@@ -65,6 +65,13 @@ def test_prepared_rows_are_the_tokenised_documents(settings, corpus, tokenizer_p
     assert json.loads((prepared.path / "facts.json").read_text())["settings"]["seq_len"] == 13
 
 
+def test_data_prepared_by_earlier_versions_stay_valid(settings):
+    """The identity that checkpoints keep, and the name of the folder: change them only with settings.FORMAT."""
+    assert prepare_source(settings, progress=False).identity == "d77b47b152a4a1c9"
+    elsewhere = replace(settings, source="hub:owner/name", tokenizer="gpt2", directory="/anywhere")
+    assert elsewhere.fingerprint() == "e4e5d6484c0d"
+
+
 def test_second_time_touches_nothing(settings, monkeypatch):
     first = prepare_source(settings, progress=False)
     before = {file: file.stat().st_mtime_ns for file in Path(settings.directory).rglob("*")}

@@ -123,7 +123,7 @@ def test_notes_are_documents_unless_they_lie_beside_records(tmp_path):
         tmp_path, "code/README.md", "code/a.py", "set/README.md", "set/LICENSE.txt", "set/a.parquet", "set/b.txt"
     )
     assert found(data) == ["code/README.md", "code/a.py", "set/a.parquet", "set/b.txt"]
-    assert skipped(data) == {"README.md": "of notes beside the records", "LICENSE.txt": "of notes beside the records"}
+    assert skipped(data) == {"README.md": "of notes next to records", "LICENSE.txt": "of notes next to records"}
 
 
 def test_what_is_named_outright_is_read(tmp_path):

@@ -227,7 +227,7 @@ def test_bad_tokenizer_files(tmp_path, tokenizer_path):
     path.write_bytes(content)
     (tmp_path / "tokenizer_config.json").write_text("{")
     assert message_of(path).startswith(f"data.tokenizer {tmp_path}/tokenizer_config.json: cannot be read as JSON")
-    assert "name the one beside it" in message_of(tmp_path / "tokenizer_config.json")
+    assert "name the one next to it" in message_of(tmp_path / "tokenizer_config.json")
 
 
 @pytest.mark.parametrize(

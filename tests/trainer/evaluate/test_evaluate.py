@@ -153,7 +153,7 @@ def test_bad_input_is_one_line(home: Path, run: tuple[Path, float], export: Path
     for content, reason in ((b"\xff", "invalid UTF-8"), (b"", "has 0 tokens")):
         (tmp_path / "bad").write_bytes(content)
         assert reason in refused(source, "--text", str(tmp_path / "bad"))
-    assert "No such file" in refused(source, "--text", str(tmp_path / "gone"))
+    assert "no such file" in refused(source, "--text", str(tmp_path / "gone"))
     assert "has no complete checkpoint" in refused(str(tmp_path))
     assert "an export has no held-out text" in refused(source)
     assert "data.source gone: cannot be read" in refused(str(run[0])), "its data are gone"

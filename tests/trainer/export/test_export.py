@@ -21,6 +21,7 @@ from torch import Tensor
 from pool.placement import contiguous
 from pool.shard import ExpertShard
 from router import Routing
+from tests.saved_weights import load_weights
 from tests.training import run_training, tiny
 from trainer.checkpoint.format import newest
 from trainer.checkpoint.reshard import SavedCheckpoint, convert
@@ -32,7 +33,7 @@ from trainer.export.exported_model import load_export, stored_tensors
 from trainer.export.loaded_model import LoadedModel
 from trainer.export.saved_run import find_run, load_run
 from trainer.model.micro_batch import PoolMap, Reroute, hidden_states
-from trainer.model.pool_client import LocalPool, NoPool
+from trainer.model.pool_client import LocalPool, PoolClient
 from trainer.model.random_routing import random_routing
 from trainer.model.trunk import Trunk
 
@@ -100,13 +101,13 @@ def trainer_logits(model: str, tokens_BS: Tensor, reroute: Reroute | None = None
         saved = SavedCheckpoint(found[1], Path(work))
         trunk = Trunk(recipe, torch.device("cpu"))
         if recipe.model.ffn == "dense":
-            saved.load_weights(trunk, None)
-            ((h_BSD, _),) = NoPool().run([hidden_states(trunk, None, tokens_BS, 0)], (0,), 0)
+            load_weights(saved, trunk, None)
+            ((h_BSD, _),) = PoolClient().run([hidden_states(trunk, None, tokens_BS, 0)], (0,), 0)
         else:
             m = recipe.model
             order = contiguous(recipe.pool.experts, 1, 1)
             shard = ExpertShard(order.order, m.hidden, m.ffn_hidden, torch.float32)
-            saved.load_weights(trunk, shard)
+            load_weights(saved, trunk, shard)
             pool_map = PoolMap(order.position_M, recipe.experts_per_layer, m.layers // m.groups)
             coroutine = hidden_states(trunk, pool_map, tokens_BS, 0, reroute)
             ((h_BSD, _),) = LocalPool(shard).run([coroutine], (0,), 0)

@@ -14,7 +14,7 @@ from trainer.config.recipe import Recipe
 from trainer.engine.experts import build_shard, reduce_expert_gradients
 from trainer.model.document_mask import document_mask
 from trainer.model.micro_batch import Objective, PoolMap, hidden_states, train_dense_micro_batch, train_micro_batch
-from trainer.model.pool_client import LocalPool, NoPool
+from trainer.model.pool_client import LocalPool, PoolClient
 from trainer.model.trunk import Trunk
 
 CPU = torch.device("cpu")
@@ -43,7 +43,7 @@ def trained(recipe: Recipe, batches: list[tuple[Tensor, float]], end: int | None
     if recipe.model.ffn == "dense":
         for rows_BS1, weight in batches:
             coroutine = train_dense_micro_batch(trunk, rows_BS1, Objective(weight, lambda _: None, 0.0, False))
-            (result,) = NoPool().run([coroutine], (), 0)
+            (result,) = PoolClient().run([coroutine], (), 0)
             loss += weight * float(result.scalars["loss"])
         return loss, {name: p.grad for name, p in trunk.named_parameters() if p.grad is not None}
     from pool.placement import contiguous
@@ -91,7 +91,7 @@ def test_forward_only_is_masked_too() -> None:
     row_1S = torch.tensor([[5, 9, END, 7, 8, 9]])
     dense = tiny(model={"ffn": "dense"}, pool={"experts": 0})
     for made, pool_map in ((Trunk(dense, CPU, END), None), (trunk, _map(recipe))):
-        pool = LocalPool(build_shard(recipe, _placement(recipe), 0, CPU)) if pool_map else NoPool()
+        pool = LocalPool(build_shard(recipe, _placement(recipe), 0, CPU)) if pool_map else PoolClient()
 
         def hidden(ids_1S: Tensor, made: Trunk = made, pool_map: Any = pool_map, pool: Any = pool) -> Tensor:
             ((h_1SD, _),) = pool.run([hidden_states(made, pool_map, ids_1S, 0)], (0,), 0)

@@ -17,7 +17,7 @@ from trainer.common.errors import UserError
 from trainer.common.format import count
 from trainer.config.recipe import Recipe, load_recipe, recipe_names
 from trainer.model.micro_batch import Objective, PoolMap, train_dense_micro_batch, train_micro_batch
-from trainer.model.pool_client import LocalPool, NoPool
+from trainer.model.pool_client import LocalPool, PoolClient
 from trainer.model.trunk import Trunk
 from trainer.planning.model_costs import FP32, Memory, count_flops, count_parameters, estimate_memory
 from trainer.planning.report import make_cost_report, print_cost_report
@@ -112,7 +112,7 @@ def train_one_micro_batch(recipe: Recipe, trunk: Trunk) -> None:
     sequences_BS1 = torch.randint(m.vocab, (recipe.train.micro_batch, m.seq_len + 1))
     objective = Objective(1.0, lambda load_LM: None, 0.0, recipe.train.recompute)
     if m.ffn == "dense":
-        NoPool().run([train_dense_micro_batch(trunk, sequences_BS1, objective)], (), 0)
+        PoolClient().run([train_dense_micro_batch(trunk, sequences_BS1, objective)], (), 0)
         return
     shard = ExpertShard(tuple(range(recipe.pool.experts)), m.hidden, m.ffn_hidden, trunk.compute_dtype)
     shard.reset_parameters(0.1, 0.1, 0)

@@ -155,7 +155,7 @@ def test_refusals(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(broken))
     assert "is not a complete model" in refused("load", str(tmp_path), *text)
     odd = tokenizer_with_another_end(tmp_path / "odd")
-    assert "eos_token in tokenizer_config.json is '<end>', which is not in" in refused("load", str(odd), *text)
+    assert "tokenizer_config.json: eos_token is '<end>', which is not in" in refused("load", str(odd), *text)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     assert "models of type llama are not supported" in refused("load", str(tmp_path), *text)
 

@@ -290,7 +290,7 @@ def test_bad_input_is_one_line_and_starts_nothing(recipe: str, folder: Path) -> 
         (("plan", recipe, "--jsno"), "No such option"),
         (
             ("plan", recipe, "--simulate", "--set", "parallel.pool_ranks=0"),
-            "a colocated pool has nothing to overlap with",
+            "a colocated pool has no ranks to overlap",
         ),
     ):
         done = unipool(*arguments)

@@ -17,7 +17,7 @@ from tests.trainer.made_up import SHARES, job, page, serving, skewed, write_run
 from trainer.cli import cli
 from trainer.common.errors import UserError
 from trainer.telemetry.prometheus import parse
-from trainer.view.bars import column, grid, spark, stacked
+from trainer.view.bars import column, grid, spark
 from trainer.view.frame import Frame, frame_lines
 from trainer.view.pages import Page, page_url, targets
 from trainer.view.records import Records
@@ -160,12 +160,10 @@ def test_who_waits(trunk: float, pool: float, said: str) -> None:
 
 
 def test_bars() -> None:
-    assert stacked({"a": 0.5, "b": 0.26, "c": 0.24}, 10) == {"a": 5, "b": 3, "c": 2}
     assert [column(level, 2) for level in (0, 0.5, 0.75, 1)] == [" ▁", " █", "▄█", "██"]
     assert spark([0, 1, math.nan, 2, 2, 2], 3, 1) == ["▁██"]
     assert spark([1, 1], 5, 1) == ["▄▄▄▄▄"]
     assert spark([0, 2, 1], 6, 2) == ["  ██  ", "▁▁████"]
-    assert spark([math.nan], 9, 2) == ["", ""]
     big = grid(4096, 75, 6)
     assert big.merged * big.per_row * big.rows >= 4096 and big.rows <= 6
 

@@ -140,17 +140,6 @@ def _looks_like_text(head: bytes) -> bool:
     return bool(head) and b"\0" not in head
 
 
-def _decompressor(codec: str) -> Callable[[], Any]:
-    import zstandard
-
-    return {
-        ".gz": lambda: zlib.decompressobj(wbits=31),
-        ".bz2": bz2.BZ2Decompressor,
-        ".xz": lzma.LZMADecompressor,
-        ".zst": lambda: zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj(),
-    }[codec]
-
-
 def _decompress(chunks: Iterator[bytes], codec: str, where: str) -> Iterator[bytes]:
     """Yield the content of one or more concatenated members (gzip, xz), streams (bzip2) or frames (zstd).
 
@@ -159,7 +148,12 @@ def _decompress(chunks: Iterator[bytes], codec: str, where: str) -> Iterator[byt
     import zstandard
 
     errors = (zlib.error, lzma.LZMAError, zstandard.ZstdError, OSError, ValueError, EOFError, MemoryError)
-    new = _decompressor(codec)
+    decompressors: dict[str, Callable[[], Any]] = {
+        ".gz": lambda: zlib.decompressobj(wbits=31),
+        ".bz2": bz2.BZ2Decompressor,
+        ".xz": lzma.LZMADecompressor,
+        ".zst": lambda: zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj(),
+    }
     member = None
     for chunk in chunks:
         while chunk:
@@ -167,7 +161,7 @@ def _decompress(chunks: Iterator[bytes], codec: str, where: str) -> Iterator[byt
                 chunk = chunk.lstrip(b"\0")  # tools pad .gz and .xz with them
                 if not chunk:
                     break
-                member = new()
+                member = decompressors[codec]()
             try:
                 yield member.decompress(chunk)
             except errors as error:

@@ -39,7 +39,7 @@ class Progress:
         files: A digest of the source's files; None before the first one is read.
         file: The number of files read.
         at: The position in the current file, for its reader.
-        begun: The characters that have been yielded of the document behind it.
+        begun: The characters that have been yielded of the document that follows it.
         documents: The number of documents read.
         records: The number of records read, good or bad.
         bad_records: The number of those that could not be used.
@@ -59,7 +59,7 @@ class Progress:
         """Raise a UserError if too many records are bad.
 
         Args:
-            largest: The largest share of bad records that is accepted, except that up to ten are accepted beside as
+            largest: The largest share of bad records that is accepted, except that up to ten are accepted next to as
                 many good ones; 0 makes the first one an error.
         """
         bad = self.bad_records
@@ -84,7 +84,7 @@ class Documents:
             has one under `text_field`.
         text_field: A key, or a path of keys and list indices joined by dots.
         max_bad_share: The largest share of bad records that is accepted; 0 makes the first one an error.
-        state: What `state_dict` returned, to resume behind the piece that was yielded last.
+        state: What `state_dict` returned, to resume after the piece that was yielded last.
 
     Attributes:
         progress: How far the source has been read.
@@ -97,11 +97,11 @@ class Documents:
         self.progress = Progress(**(state or {}))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position behind the piece that was yielded last, for JSON."""
+        """Return the position after the piece that was yielded last, for JSON."""
         return asdict(self.progress)
 
     def __iter__(self) -> Iterator[Piece]:
-        """Continue behind the piece that was yielded last.
+        """Continue after the piece that was yielded last.
 
         Raises:
             UserError: There is nothing to read or no document in it, a file is damaged, cannot be read or changes

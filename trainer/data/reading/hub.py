@@ -54,4 +54,4 @@ def _reported_errors(source: str) -> Iterator[None]:
         ) from error
     except Exception as error:  # an unknown config or split, files that `datasets` cannot read: the message says which
         reason = short_line(error)
-        raise UserError(f"{where}: {reason}; mend the name, or set it to the path of a local copy") from error
+        raise UserError(f"{where}: {reason}; fix the name, or set it to the path of a local copy") from error

@@ -126,7 +126,7 @@ def _read_lines(content: Content, text_field: str, at: Position | None) -> Found
                 reason = f"invalid UTF-8 at byte {error.start + 1} of the line; convert it to UTF-8"
                 found = Bad(f"line {number}", reason)
             except (ValueError, RecursionError) as error:
-                found = Bad(f"line {number}", f"not valid JSON ({_json_fault(error)}); mend or remove the line")
+                found = Bad(f"line {number}", f"not valid JSON ({_json_fault(error)}); fix or remove the line")
             yield found, [offset, number]
 
 
@@ -199,7 +199,7 @@ class _Window:
 
     def error(self, reason: str) -> UserError:
         """Return an error that names the place."""
-        return UserError(f"{self._where}, line {self.line}: not valid JSON ({reason}); mend the file or fetch it again")
+        return UserError(f"{self._where}, line {self.line}: not valid JSON ({reason}); fix the file or fetch it again")
 
     def _move(self, to: int) -> None:
         passed = self._text[self._at : to]
@@ -234,13 +234,13 @@ def read_delimited(content: Content, text_field: str, at: Position | None) -> Fo
                 if lines.too_long:
                     found = Bad(where, too_long())
                 elif len(row) != len(names):
-                    found = Bad(where, f"{len(row)} fields, but there are {len(names)} columns; mend it")
+                    found = Bad(where, f"{len(row)} fields, but there are {len(names)} columns; fix it")
                 else:
                     found = checked_text(row[column], text_field, where)
             except StopIteration:
                 return
             except csv.Error as error:
-                found = Bad(where, f"not a row ({error}; quotes within a field must be doubled); mend it")
+                found = Bad(where, f"not a row ({error}; quotes within a field must be doubled); fix it")
             lines.too_long = False
             yield found, [lines.offset, lines.number]
 
@@ -269,7 +269,7 @@ class _Lines:
 
 
 def _header(content: Content, text_field: str) -> tuple[str, list[str], Position]:
-    """(the delimiter that makes `text_field` a column, the columns, the position behind the header)."""
+    """(the delimiter that makes `text_field` a column, the columns, the position after the header)."""
     where = shown(content.path)
     columns: list[str] = []
     for delimiter in "\t" if content.kind == "tsv" else ",;\t|":
@@ -278,7 +278,7 @@ def _header(content: Content, text_field: str) -> tuple[str, list[str], Position
             try:
                 names = [name.strip() for name in next(csv.reader(lines, delimiter=delimiter, strict=True), [])]
             except csv.Error as error:
-                raise UserError(f"{where}, line 1: does not name columns ({short_line(error)}); mend it") from error
+                raise UserError(f"{where}, line 1: does not name columns ({short_line(error)}); fix it") from error
         if text_field in names:
             return delimiter, names, [lines.offset, lines.number]
         columns = names if len(names) > len(columns) else columns

@@ -13,7 +13,7 @@ RECORD_BYTES = 1 << 27
 """The longest record that is read (a JSON line, an element of an array, a row's text), as it must fit into memory."""
 
 Position = list[int]
-"""The place behind a record, for its file's reader; JSON can hold it."""
+"""The place after a record, for its file's reader; JSON can hold it."""
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -37,7 +37,7 @@ class Bad:
 
     Attributes:
         where: Its place in the file, as "line 3" or "row 3".
-        reason: What is wrong, and how to mend it.
+        reason: What is wrong, and how to fix it.
     """
 
     where: str
@@ -45,7 +45,7 @@ class Bad:
 
 
 Found = Iterator[tuple[str | Piece | Bad, Position]]
-"""What a reader yields: a text, a piece of one or a bad record, with the position behind it.
+"""What a reader yields: a text, a piece of one or a bad record, with the position after it.
 
 A reader can resume from any position that it has yielded.
 """
@@ -59,7 +59,7 @@ def text_of(record: Any, text_field: str, where: str) -> str | Bad:
             value = value_under(record, text_field)
         except KeyError:
             name = short_line(text_field)
-            return Bad(where, f'no text under "{name}" ({_keys(record)}); mend it or set data.text_field')
+            return Bad(where, f'no text under "{name}" ({_keys(record)}); fix it or set data.text_field')
     return checked_text(value, text_field, where)
 
 
@@ -75,9 +75,9 @@ def checked_text(value: Any, text_field: str, where: str) -> str | Bad:
     if not value.isascii() and (half := _SURROGATE.search(value)):
         # The readers decode an invalid byte as one of "\udc80" ... "\udcff".
         what = "invalid UTF-8" if "\udc80" <= half[0] <= "\udcff" else "half a surrogate pair, which is invalid UTF-8,"
-        return Bad(where, f"{what} in its text; mend or remove it")
+        return Bad(where, f"{what} in its text; fix or remove it")
     if "\0" in value:
-        return Bad(where, "a NUL character in its text; mend or remove it")
+        return Bad(where, "a NUL character in its text; fix or remove it")
     return value
 
 
@@ -89,7 +89,7 @@ def not_text(text_field: str, kind: str) -> str:
             f'"{name}" is a {kind}, such as chat messages or sentences; join them into one text first, '
             f"or set data.text_field to one of them ({name}.0)"
         )
-    return f'no text under "{name}" (it is {kind}); mend it or set data.text_field'
+    return f'no text under "{name}" (it is {kind}); fix it or set data.text_field'
 
 
 def too_long() -> str:
@@ -100,8 +100,8 @@ def too_long() -> str:
 def cut(text: str, begin: int = 0) -> int:
     """Return where the piece that starts at `begin` ends, in a text that is longer than `PIECE_CHARACTERS` from there.
 
-    Byte-level BPEs join a space with the word behind it. So tokens do not change if a piece ends before a single space
-    that precedes a letter, and hardly change if it ends behind a line.
+    Byte-level BPEs join a space with the word after it. So tokens do not change if a piece ends before a single space
+    that precedes a letter, and hardly change if it ends after a line.
     """
     limit = begin + PIECE_CHARACTERS
     lowest = limit - PIECE_CHARACTERS // 16

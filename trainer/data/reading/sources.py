@@ -29,7 +29,7 @@ _GIVE = f'set it to a file, folder or glob ({ALLOWED}), "{HUB_PREFIX}NAME" or "{
 _ARCHIVES = (".zip", ".tar", ".tgz", ".tbz2", ".txz", ".7z", ".rar", *(f".tar{ending}" for ending in COMPRESSED))
 _TOOLS_FOLDERS = {"__macosx", "__pycache__", "_temporary", "_delta_log", "_spark_metadata"}
 _METADATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
-"""What the `datasets` library and the hub's repositories keep beside the records."""
+"""What the `datasets` library and the hub's repositories keep next to the records."""
 _NOTES = {"readme", "license", "licence", "changelog", "citation", "contributing"}
 _OUR_FOLDERS = ({"facts.json", "train.arrow"}, {"recipe.yaml", "checkpoints"}, {"sweep.yaml"}, {"modeling_unipool.py"})
 """Files of prepared data, of a run, of a sweep and of an export."""
@@ -120,7 +120,7 @@ def find_files(source: str) -> Files:
 
     A file that is named itself is read whatever its name is, as long as its type is known. From a glob's matches, those
     of a known type are read. In a folder, hidden and temporary files are skipped as well, and so are notes (README.md)
-    that lie beside records.
+    that lie next to records.
 
     Raises:
         UserError: There is nothing to read, a file is of unknown type or empty, or a folder cannot be listed.
@@ -254,7 +254,7 @@ def _not_data(name: str, has_records: bool) -> str | None:
     if name in _METADATA or (name.startswith("cache-") and name.endswith(".arrow")):
         return "of metadata of the `datasets` library"
     if has_records and kind_of(name) == "plain" and name.split(".")[0] in _NOTES:
-        return "of notes beside the records"
+        return "of notes next to records"
     return None
 
 

@@ -83,7 +83,7 @@ def read_arrow(path: Path, text_field: str, at: Position | None) -> Found:
             array = batch.column(index)
             array.validate()
             for begin in range(done, len(array), _BATCH_ROWS):
-                refuse_change(path, before)  # reading behind the end of a mapped file kills the process
+                refuse_change(path, before)  # reading past the end of a mapped file kills the process
                 texts = _texts(array.slice(begin, _BATCH_ROWS), rest, text_field, row + begin)
                 for done_in_batch, found in enumerate(texts, start=begin + 1):
                     yield found, [number, done_in_batch, row]
@@ -145,7 +145,7 @@ def _is_text(kind: pa.DataType) -> bool:
 
 
 def _texts(array: pa.Array, rest: str, text_field: str, row: int) -> Iterator[str | Bad]:
-    """Yield the texts of a part of a column that begins behind row `row` of the file."""
+    """Yield the texts of a part of a column that begins after row `row` of the file."""
     while rest and pa.types.is_struct(array.type):
         inner = [field.name for field in array.type]
         key, rest = next((key, rest) for key, rest in splits(rest) if key in inner)
