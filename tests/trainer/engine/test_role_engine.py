@@ -150,5 +150,4 @@ def norm_of_infinite_gradients(recipe: Recipe) -> float:
 
 @pytest.mark.parametrize("stage", [0, 1, 3])
 def test_a_norm_that_is_not_finite_is_infinite(stage: int) -> None:
-    """DeepSpeed's ZeRO optimizers call it -1."""
     assert run_ranks(1, norm_of_infinite_gradients, tiny(parallel={"trunk_zero": stage})) == [math.inf]
