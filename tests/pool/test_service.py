@@ -85,3 +85,10 @@ def test_what_was_served() -> None:
     assert served.tokens_Le.tolist() == [[2 * count for count in COUNTS[0]]] * LAYERS
     assert served.gradients_e.tolist() == [2 * LAYERS * count for count in COUNTS[0]]
     assert 0 <= served.queue_depth <= 2 * len(works) - 1
+
+
+def test_the_queue_depth_is_a_mean() -> None:
+    service = serve({}, [])
+    assert service.take_served().queue_depth == 0
+    service._queue_depths += [1, 3, 5]
+    assert service.take_served().queue_depth == 3
