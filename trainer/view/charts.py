@@ -147,10 +147,9 @@ def draw_load(load_LM: NDArray[np.int64], groups: int) -> str:
         load_LM: Assignments of each layer to all experts of the pool, (L, M), also where a layer does not reach.
         groups: Sub-pools across depth.
     """
-    layers, experts = load_LM.shape
-    size = experts // groups
-    reached = [row[(layer * groups // layers) * size :][:size] for layer, row in enumerate(load_LM)]
-    figure = draw_heat_map(np.stack(reached), "", groups)
+    layers = np.arange(len(load_LM))
+    reached = load_LM.reshape(len(layers), groups, -1)[layers, layers * groups // len(layers)]
+    figure = draw_heat_map(reached, "", groups)
     figure.patch.set_alpha(0)
     for axes in figure.axes[1:]:  # but not the map, whose background shows where a layer does not reach
         axes.patch.set_alpha(0)
