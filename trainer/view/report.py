@@ -20,14 +20,12 @@ from trainer.config.recipe import Recipe
 from trainer.telemetry.console import describe
 from trainer.telemetry.time_breakdown import ACTIVITIES
 from trainer.view import facts
-from trainer.view.charts import COLOURS, POINTS, Curve, draw_chart, draw_load, draw_shares
+from trainer.view.charts import COLOURS, POINTS, draw_chart, draw_load, draw_shares
 from trainer.view.rates import ROLES, Shares
 from trainer.view.records import RECIPE_FILE, Records, facts_of, is_run, recorded_load, saved_recipe
 from trainer.view.view import who_waits
 
 REPORT_FILE = "report.html"
-_FEW = 40
-"""Number of evaluations up to which each one is marked."""
 
 
 def write_report(run: Path, out: Path | None = None) -> Path:
@@ -164,11 +162,8 @@ def _chart(records: Records, title: str, names: Mapping[str, str], **options: An
         names: What the series are called in the legend.
         options: Those of `draw_chart`.
     """
-    curves = []
-    for name, label in names.items():
-        steps, values = records.series(name)
-        if np.isfinite(values).any():
-            curves.append(Curve(label, steps, values, points=name not in records.columns and len(steps) <= _FEW))
+    series = {label: records.series(name) for name, label in names.items()}
+    curves = {label: (steps, values) for label, (steps, values) in series.items() if np.isfinite(values).any()}
     return _figure(f"<b>{escape(title)}</b>", draw_chart(title, curves, **options)) if curves else ""
 
 
