@@ -132,7 +132,7 @@ class Follower:
             roles={role: _mean_shares([use.shares for use in ranks if use.role == role]) for role in ROLES},
             ranks=tuple(ranks),
             experts=self._experts(windows),
-            layers=tuple(ratio for _, ratio in sorted((labels["layer"], ratio) for labels, ratio in layers)),
+            layers=tuple(ratio for _, ratio in sorted((labels.get("layer", ""), ratio) for labels, ratio in layers)),
             losses=tuple(self._losses.values()),
             window=covered,
             load_window=covered,
@@ -164,7 +164,8 @@ class Follower:
             for expert, tokens in window.per_step("unipool_expert_tokens_total").items():
                 if expert.isdecimal():
                     load[int(expert)] = load.get(int(expert), 0.0) + tokens
-        experts = max(int(self._info.get("experts", 0)), max(load) + 1) if load else 0
+        known = self._info.get("experts", "")
+        experts = max(int(known) if known.isdecimal() else 0, max(load) + 1) if load else 0
         return tuple(load.get(expert, math.nan) for expert in range(experts))
 
     def _silent(self, pages: Sequence[Page]) -> Iterator[str]:
