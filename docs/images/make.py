@@ -11,8 +11,6 @@ import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from html import unescape
-from importlib import resources
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -30,7 +28,6 @@ from trainer.common.strict_json import loads
 from trainer.telemetry.expert_heatmap import write_heat_map
 from trainer.view.frame import Frame
 from trainer.view.records import METRICS_FILE, Records, recorded_load
-from trainer.view.report import make_page
 from trainer.view.view import recorded_view
 
 TERMINAL = (100, 34)
@@ -38,12 +35,6 @@ TERMINAL = (100, 34)
 
 SHOWN_STEP = 150
 """Step of the picture of `watch`."""
-
-SHOWN = (
-    *("Loss, nats", "Gradient norm", "Tokens per second"),
-    *("Time of a trunk rank", "Time of a pool rank", "Load imbalance"),
-)
-"""Beginnings of the titles of the charts in the picture of `report`."""
 
 
 def draw_watch(run: Path, out: Path) -> None:
@@ -63,45 +54,6 @@ def draw_watch(run: Path, out: Path) -> None:
     console.print(Frame(view, "every 2 s; press Ctrl-C to leave"))
     svg = console.export_svg(title="unipool watch runs/quickstart", theme=MONOKAI)
     out.write_text(re.sub(r"@font-face \{.*?\}\s*", "", svg, flags=re.DOTALL))  # no font is loaded from elsewhere
-
-
-def draw_report(run: Path, out: Path) -> None:
-    """Draw some charts of the page that `report` writes, with its headline above them, as one SVG."""
-    page = make_page(run)
-    css = (resources.files("trainer.view") / "report.css").read_text()
-    for name, colour in re.findall(r"(--\w+): (#\w+)", css[: css.index("@media")]):
-        page = page.replace(f"var({name})", colour)
-    width, height, top, columns = 400, 280, 150, 3
-    parts = []
-    tiles = re.findall(r"<div><dt>(.*?)</dt><dd>(.*?)</dd></div>", page[: page.index("</dl>")])
-    for place, (name, value) in enumerate(tiles):
-        x = 24 + place * (columns * width - 24) / len(tiles)
-        parts.append(f'<text x="{x:.0f}" y="86" class="value">{value}</text>')
-        lines = re.findall(r".{1,26}(?:\s|$)", unescape(name))
-        parts += [f'<text x="{x:.0f}" y="{106 + 16 * n}" class="name">{line}</text>' for n, line in enumerate(lines)]
-    found = re.findall(r"<figcaption><b>(.*?)</b>(.*?)</figcaption>(<svg.*?</svg>)\s*</figure>", page, re.DOTALL)
-    chosen = [figure for title in SHOWN for figure in found if figure[0].startswith(title)]
-    for place, (title, keys, chart) in enumerate(chosen):
-        x, y = place % columns * width, top + place // columns * height
-        parts.append(f'<rect x="{x + 8}" y="{y + 8}" width="{width - 16}" height="{height - 16}" rx="8" class="card"/>')
-        parts.append(f'<text x="{x + 24}" y="{y + 32}" class="title">{title}</text>')
-        for n, (colour, key) in enumerate(re.findall(r"--key: (#\w+)\">(.*?)<", keys)):
-            parts.append(f'<rect x="{x + 24 + 93 * n}" y="{y + 42}" width="9" height="9" fill="{colour}"/>')
-            parts.append(f'<text x="{x + 36 + 93 * n}" y="{y + 51}" class="key">{key}</text>')
-        size = f'x="{x + 20}" y="{y + 52}" width="{width - 40}" height="{height - 64}"'
-        parts.append(chart.replace("<svg", f"<svg {size}", 1))
-    style = (
-        "text { font-family: system-ui, sans-serif; fill: #222222; } .head { font-size: 24px; font-weight: 600; } "
-        ".value { font-size: 21px; font-weight: 600; } .name { font-size: 11px; fill: #6f6f6a; } "
-        ".key { font-size: 10px; fill: #6f6f6a; } "
-        ".title { font-size: 14px; font-weight: 600; } .card { fill: #ffffff; stroke: #dededa; }"
-    )
-    w, h = columns * width, top + -(-len(chosen) // columns) * height + 8
-    out.write_text(
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {w} {h}" width="{w}" height="{h}"><style>{style}</style>'
-        f'<rect width="{w}" height="{h}" fill="#f6f6f4"/><text x="24" y="42" class="head">quickstart</text>'
-        f"{''.join(parts)}</svg>\n"
-    )
 
 
 def draw_resharding(run: Path, out: Path) -> None:
@@ -177,7 +129,6 @@ def _draw_trunk(axes: Axes, side: tuple[float, float], ranks: int, top: float) -
 def main(run: Path, folder: Path) -> None:
     """Make all pictures of a run that has ended."""
     draw_watch(run, folder / "watch.svg")
-    draw_report(run, folder / "report.svg")
     draw_resharding(run, folder / "resharding.svg")
     (folder / "resharding.png").unlink()
     load = recorded_load(run)
