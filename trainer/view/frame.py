@@ -224,7 +224,7 @@ def _bars(view: View, width: int, room: int) -> list[Text]:
     lines = []
     in_row = g.merged * g.per_row
     for first in range(0, len(view.experts), in_row):
-        row = [Text(indent) for _ in range(g.height - 1)] + [Text(f"{_id(view, first)} ", style="dim")]
+        row = [Text(indent) for _ in range(g.height - 1)] + [Text.assemble((f"{_id(view, first)} ", "dim"))]
         for place, start in enumerate(range(first, min(first + in_row, len(view.experts)), g.merged)):
             tokens = max(finite(view.experts[start : start + g.merged]), default=math.nan)
             cells, style = _bar(tokens, mean, full, g.height)

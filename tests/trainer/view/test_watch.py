@@ -267,3 +267,5 @@ def test_a_terminal_gets_colours_and_a_footer() -> None:
         console.print(Frame(Follower().view(pages(job(10, 64))), "Ctrl-C ends"))
     text = captured.get()
     assert "\x1b[" in text and "Ctrl-C ends" in text.splitlines()[-1]
+    (row,) = (line for line in text.splitlines() if line.startswith("\x1b[2m00 \x1b[0m"))
+    assert "\x1b[36m" in row, "bars of little load are dim, others are not"
