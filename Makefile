@@ -1,13 +1,13 @@
 # make train    trains the quickstart recipe on this machine; ARGS is passed on, as in make train ARGS='--set train.steps=20'
 # make test     runs linters, type checks and tests
-# make fast     runs the tests but for those that start whole jobs or break them
+# make fast     runs the tests, except those that start whole jobs
 # make lock     resolves constraints.txt anew: the exact versions that the above, CI and the image install
 # make docs     generates docs/reference/ from the code
 # make newest   installs the newest versions that the requirements allow, elsewhere, and runs the fast tests with them
 PYTHON ?= python3
 VENV ?= .venv
 LOCK ?= constraints.txt
-# Files of tests that run at once: more than two cores, for many tests wait.
+# Test files that run at once: more than two cores can use, because many tests wait.
 JOBS ?= 3
 BIN := $(VENV)/bin
 TORCH := 2.13.0
