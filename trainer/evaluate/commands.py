@@ -103,7 +103,7 @@ def _save_result(folder: Path, checkpoint: str, what: str, result: dict[str, Any
     """Store a result in eval.json under the keys `checkpoint` and `what`; return the file's path.
 
     Raises:
-        UserError: eval.json is something else, or cannot be written.
+        UserError: The file holds something else, or cannot be written.
     """
     path = folder / "eval.json"
     try:

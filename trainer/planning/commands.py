@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 @click.command()
 @recipe_arguments
 @json_option
-@click.option("--simulate", is_flag=True, help="Compare lock step with 1 to 4 lanes: time, use, load, memory.")
+@click.option(
+    "--simulate", is_flag=True, help="Compare lock step with 1 to 4 lanes: time, utilisation, load and memory."
+)
 @click.option(
     "--loads",
     type=click.Path(exists=True, path_type=Path),
