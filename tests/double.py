@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 import torch
 
+from router.calibration import norm_constant
+
 
 @contextmanager
 def float32_is_float64(wanted: bool = True) -> Iterator[None]:
@@ -18,9 +20,11 @@ def float32_is_float64(wanted: bool = True) -> Iterator[None]:
     torch.float32 = torch.float = torch.float64  # type: ignore[misc]
     torch.Tensor.float = torch.Tensor.double  # type: ignore[method-assign,assignment]
     torch.set_default_dtype(torch.float64)
+    norm_constant.cache_clear()  # it holds constants that were computed in float32
     try:
         yield
     finally:
         torch.float32 = torch.float = single  # type: ignore[misc]
         torch.Tensor.float = to_single  # type: ignore[method-assign]
         torch.set_default_dtype(single)
+        norm_constant.cache_clear()

@@ -73,7 +73,7 @@ def draw_report(run: Path, out: Path) -> None:
         page = page.replace(f"var({name})", colour)
     width, height, top, columns = 400, 280, 150, 3
     parts = []
-    tiles = re.findall(r"<div><dt>(.*?)</dt><dd>(.*?)</dd></div>", page)
+    tiles = re.findall(r"<div><dt>(.*?)</dt><dd>(.*?)</dd></div>", page[: page.index("</dl>")])
     for place, (name, value) in enumerate(tiles):
         x = 24 + place * (columns * width - 24) / len(tiles)
         parts.append(f'<text x="{x:.0f}" y="86" class="value">{value}</text>')

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from tests.trainer.train.test_layouts import LOSSES, METHODS, ZERO_0
+from tests.trainer.train.test_layouts import LOSSES, METHODS, ZERO_0, losses_of
 from tests.training import run_training, tiny
 
 
@@ -12,8 +12,8 @@ def main() -> None:
     """Trains every method for a few steps, colocated."""
     found = {}
     for method, sections in {"unipool": {}, **METHODS}.items():
-        scalars = run_training(tiny(parallel=ZERO_0, **sections)).scalars
-        found[method] = {name: [float(f"{s[name]:.8g}") for s in scalars] for name in ("loss", "grad_norm")}
+        values = losses_of(run_training(tiny(parallel=ZERO_0, **sections)))
+        found[method] = {name: [float(f"{value:.8g}") for value in values[name]] for name in values}
     LOSSES.write_text(json.dumps(found, indent=2) + "\n")
 
 

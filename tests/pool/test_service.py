@@ -14,7 +14,7 @@ from pool.schedule import Kind, RequestKey, Slot
 from pool.service import PoolService
 from pool.topology import Topology
 from pool.wire import PoolWire
-from tests.pool.shard_work import COUNTS, Work, assert_gradients, make_shard, make_work
+from tests.pool.shard_work import COUNTS, Work, assert_gradients, assert_near, make_shard, make_work, slow
 from tests.pool.test_weight_gradients import deferred_bytes_of
 
 LAYERS = 3
@@ -85,3 +85,25 @@ def test_what_was_served() -> None:
     assert served.tokens_Le.tolist() == [[2 * count for count in COUNTS[0]]] * LAYERS
     assert served.gradients_e.tolist() == [2 * LAYERS * count for count in COUNTS[0]]
     assert 0 <= served.queue_depth <= 2 * len(works) - 1
+
+
+def test_the_queue_depth_is_a_mean() -> None:
+    service = serve({}, [])
+    assert service.take_served().queue_depth == 0
+    service._queue_depths += [1, 3, 5]
+    assert service.take_served().queue_depth == 3
+
+
+def test_requests_of_a_slot_in_any_order() -> None:
+    """Each gets the answer to its own rows."""
+    works = some_works(3)
+    keys = [key_of(micro_batch, 0) for micro_batch in (2, 0, 1)]
+    works = {key: works[key] for key in keys}
+    mailbox = Mailbox(works)
+    shard = make_shard()
+    backwards = tuple(key_of(key.micro_batch, 0, Kind.BACKWARD) for key in keys)
+    PoolService(shard, cast(PoolWire, mailbox), LAYERS).serve([tuple(keys), backwards], STEP)
+    for key, backward in zip(keys, backwards, strict=True):
+        wanted = slow(shard, works[key])
+        assert_near(mailbox.answers[key], wanted.y_ND)
+        assert_near(mailbox.answers[backward], wanted.dx_ND)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -27,6 +27,9 @@ from trainer.view.records import Numbers
 POINTS = 400
 """Points of a curve at most; if there are more records, several share a point."""
 
+_MARKED = 30
+"""Points of a curve up to which each one is marked."""
+
 COLOURS = {
     INK: "var(--ink)",
     "#000000": "var(--ink)",
@@ -39,16 +42,6 @@ COLOURS = {
 _SIZE = (4.3, 2.6)
 _LEAST_SCALE = 0.85
 """Smallest scale of the heat map, below which its text is unreadable; where there is less room it is scrolled."""
-
-
-@dataclass(frozen=True)
-class Curve:
-    """A line of a chart: values, or NaN, at steps; `points` marks each of them."""
-
-    name: str
-    steps: Numbers
-    values: Numbers
-    points: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,7 +72,7 @@ def thin(steps: Numbers, values: Numbers, points: int = POINTS) -> Thinned:
 
 def draw_chart(
     title: str,
-    curves: Sequence[Curve],
+    curves: Mapping[str, tuple[Numbers, Numbers]],
     log: bool = False,
     clip: bool = False,
     from_zero: bool = False,
@@ -89,17 +82,17 @@ def draw_chart(
 
     Args:
         title: Title on the page, which has no other chart of this title.
-        curves: Its lines; each has at least one finite value.
+        curves: Steps and values of its lines by their names in the legend; each has at least one finite value.
         log: Use a logarithmic scale if the values are far apart.
         clip: Cut off the few highest values if they would flatten all others.
         from_zero: Begin the scale at 0.
         lines: Horizontal lines by name.
     """
     figure, axes = _figure()
-    drawn = [thin(curve.steps, curve.values) for curve in curves]
-    for curve, thinned, colour in zip(curves, drawn, SERIES, strict=False):
-        mark = "o" if curve.points or len(thinned.steps) == 1 else None
-        axes.plot(thinned.steps, thinned.mean, marker=mark, ms=3, color=colour, lw=1.4, label=curve.name)
+    drawn = [thin(steps, values) for steps, values in curves.values()]
+    for name, thinned, colour in zip(curves, drawn, SERIES, strict=False):
+        mark = "o" if len(thinned.steps) <= _MARKED else None
+        axes.plot(thinned.steps, thinned.mean, marker=mark, ms=3, color=colour, lw=1.4, label=name)
         if thinned.low is not thinned.high:
             axes.fill_between(thinned.steps, thinned.low, thinned.high, color=colour, alpha=0.25, lw=0)
     for name, value in lines.items():
@@ -124,7 +117,7 @@ def draw_shares(title: str, steps: Numbers, shares: Mapping[str, Numbers]) -> st
     known = np.isfinite(np.stack(list(shares.values()))).all(0)
     thinned = {name: thin(steps[known], values[known]) for name, values in shares.items()}
     at = next(iter(thinned.values())).steps
-    axes.stackplot(at, *(t.mean for t in thinned.values()), labels=list(shares), colors=SERIES, lw=0, alpha=0.85)
+    axes.stackplot(at, *(t.mean for t in thinned.values()), colors=SERIES, lw=0, alpha=0.85)
     axes.set_ylim(0, 1)
     if len(at) > 1:
         axes.set_xlim(at[0], at[-1])
@@ -134,11 +127,15 @@ def draw_shares(title: str, steps: Numbers, shares: Mapping[str, Numbers]) -> st
 
 
 def draw_load(load_LM: NDArray[np.int64], groups: int) -> str:
-    """Draw the heat map of assignments of all layers to all experts, (L, M), as an SVG element."""
-    layers, experts = load_LM.shape
-    size = experts // groups
-    reached = [row[(layer * groups // layers) * size :][:size] for layer, row in enumerate(load_LM)]
-    figure = draw_heat_map(np.stack(reached), "", groups)
+    """Draw the heat map of layers and experts as an SVG element.
+
+    Args:
+        load_LM: Assignments of each layer to all experts of the pool, (L, M), also where a layer does not reach.
+        groups: Sub-pools across depth.
+    """
+    layers = np.arange(len(load_LM))
+    reached = load_LM.reshape(len(layers), groups, -1)[layers, layers * groups // len(layers)]
+    figure = draw_heat_map(reached, "", groups)
     figure.patch.set_alpha(0)
     for axes in figure.axes[1:]:  # but not the map, whose background shows where a layer does not reach
         axes.patch.set_alpha(0)

@@ -252,16 +252,14 @@ def _shards(view: View, width: int) -> list[Text]:
     """Return each pool rank's share of the assignments."""
     served = {use.rank: use.served for use in view.ranks if use.role == "pool" and not math.isnan(use.served)}
     total = sum(served.values())
-    if len(served) < 2:
+    if len(served) < 2 or not total:
         return []
     name = "pool ranks' share"
     text = "   ".join(f"{rank}: {tokens / total:.0%}" for rank, tokens in served.items())
     if len(name) + 3 + len(text) > width:
         busiest = max(served, key=lambda rank: served[rank])
         text = f"max/mean {served[busiest] * len(served) / total:.2f}, most: rank {busiest}"
-        bars = "".join(column(tokens / served[busiest], 1) for tokens in served.values())
-        if len(name) + 4 + len(bars) + len(text) <= width:
-            text = f"{bars}  {text}"
+        text += "  " + "".join(column(tokens / served[busiest], 1) for tokens in served.values())
     return _flow([(name, text, "")], width)
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from trainer.common.errors import UserError
+from trainer.common.errors import UserError, one_line, os_reason
 from trainer.common.strict_json import loads
 from trainer.telemetry.prometheus import parse
 
@@ -96,6 +96,6 @@ def _reason(error: Exception) -> str:
     cause = error.reason if isinstance(error, urllib.error.URLError) else error
     if isinstance(cause, TimeoutError):
         return f"timed out after {TIMEOUT_SECONDS:g} s"
-    if isinstance(cause, OSError) and cause.strerror:
-        return cause.strerror.lower()
-    return "not a page of metrics" if isinstance(cause, ValueError) else str(cause).lower() or type(cause).__name__
+    if isinstance(cause, OSError):
+        return os_reason(cause)
+    return "not a page of metrics" if isinstance(cause, ValueError) else one_line(cause).lower()

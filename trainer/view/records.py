@@ -69,6 +69,10 @@ class Records:
         self.probe_steps, self.random_routing = array("q"), array("d")
         shares = [f"{role}_{activity}" for role in ROLES for activity in ACTIVITIES]
         self.columns = {name: array("d") for name in (*(field.name for field in SCALARS), *shares)}
+        self._rare = {
+            "val_loss": (self.val_steps, self.val_losses),
+            "random_routing": (self.probe_steps, self.random_routing),
+        }
 
     def read(self) -> None:
         """Read the lines that are new; without a file there are no records."""
@@ -92,13 +96,11 @@ class Records:
             step = int(record["step"])
         except (ValueError, TypeError, KeyError):
             return
-        if "val_loss" in record:
-            self.val_steps.append(step)
-            self.val_losses.append(_number(record["val_loss"]))
-        elif "random_routing" in record:
-            self.probe_steps.append(step)
-            self.random_routing.append(_number(record["random_routing"]))
-        elif "loss" in record:
+        for name in self._rare.keys() & record.keys():
+            steps, values = self._rare[name]
+            steps.append(step)
+            values.append(_number(record[name]))
+        if "loss" in record:
             self.steps.append(step)
             for name, column in self.columns.items():
                 number = record.get(name)
@@ -106,10 +108,7 @@ class Records:
 
     def series(self, name: str) -> tuple[Numbers, Numbers]:
         """Return steps and values of a column, of `val_loss`, or of `random_routing`."""
-        steps, values = {
-            "val_loss": (self.val_steps, self.val_losses),
-            "random_routing": (self.probe_steps, self.random_routing),
-        }.get(name) or (self.steps, self.columns[name])
+        steps, values = self._rare[name] if name in self._rare else (self.steps, self.columns[name])
         return np.array(steps, float), np.array(values)
 
     def finite(self, name: str, last: int = 0) -> Numbers:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from html import escape
 from importlib import resources
 from pathlib import Path
+from string import Template
 from typing import Any
 
 import numpy as np
@@ -19,16 +20,12 @@ from trainer.config.recipe import Recipe
 from trainer.telemetry.console import describe
 from trainer.telemetry.time_breakdown import ACTIVITIES
 from trainer.view import facts
-from trainer.view.charts import COLOURS, POINTS, Curve, draw_chart, draw_load, draw_shares
+from trainer.view.charts import COLOURS, POINTS, draw_chart, draw_load, draw_shares
 from trainer.view.rates import ROLES, Shares
 from trainer.view.records import RECIPE_FILE, Records, facts_of, is_run, recorded_load, saved_recipe
 from trainer.view.view import who_waits
 
 REPORT_FILE = "report.html"
-_FEW = 40
-"""Number of evaluations up to which each one is marked."""
-# Whatever a recipe contains, the browser must neither load nor run it.
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
 def write_report(run: Path, out: Path | None = None) -> Path:
@@ -53,7 +50,6 @@ def make_page(run: Path) -> str:
     records = Records(run)
     records.read()
     recipe, load_LM = saved_recipe(run), recorded_load(run)
-    name = escape(run.resolve().name)
     sections = {
         "Learning": _thinned(records) + _curves(*_learning(records, recipe)),
         "Time": _time(records, recipe, run),
@@ -62,18 +58,13 @@ def make_page(run: Path) -> str:
         "Facts": _facts(run, records, recipe),
         "Recipe": _recipe_text(run),
     }
-    style = (resources.files("trainer.view") / "report.css").read_text()
-    return "\n".join(
-        (
-            '<!doctype html><html lang="en"><head><meta charset="utf-8">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
-            f"<title>{name}</title><style>{style}</style></head><body><main>",
-            f"<header><h1>{name}</h1>{_about(recipe)}{_missing(records, recipe, load_LM)}</header>",
-            _list(facts.headline(records, recipe), "tiles"),
-            *(f"<section><h2>{title}</h2>{body}</section>" for title, body in sections.items() if body),
-            "</main></body></html>\n",
-        )
+    bodies = [f"<section><h2>{title}</h2>{body}</section>" for title, body in sections.items() if body]
+    files = resources.files("trainer.view")
+    return Template((files / "report.html").read_text()).substitute(
+        name=escape(run.resolve().name),
+        style=(files / "report.css").read_text(),
+        about=_about(recipe) + _missing(records, recipe, load_LM),
+        sections="\n".join([_list(facts.headline(records, recipe), "tiles"), *bodies]),
     )
 
 
@@ -164,11 +155,8 @@ def _chart(records: Records, title: str, names: Mapping[str, str], **options: An
         names: What the series are called in the legend.
         options: Those of `draw_chart`.
     """
-    curves = []
-    for name, label in names.items():
-        steps, values = records.series(name)
-        if np.isfinite(values).any():
-            curves.append(Curve(label, steps, values, points=name not in records.columns and len(steps) <= _FEW))
+    series = {label: records.series(name) for name, label in names.items()}
+    curves = {label: (steps, values) for label, (steps, values) in series.items() if np.isfinite(values).any()}
     return _figure(f"<b>{escape(title)}</b>", draw_chart(title, curves, **options)) if curves else ""
 
 

@@ -122,7 +122,7 @@ class Follower:
         first = next((page for page in answered.values() if "unipool_step" in page.samples), None)
         layers = first.samples.get("unipool_layer_load_imbalance_ratio", ()) if first else ()
         scalars = self._scalars(first) if first else {}
-        ranks = [RankUse(window.role, window.rank, window.shares(), _served(window)) for window in windows]
+        ranks = sorted(map(_use, windows), key=lambda use: (ROLES.index(use.role), use.rank))
         covered = step_text(self._windows[first.url] if first else windows[0]) if windows else ""
         return View(
             run=self._info.get("run", ""),
@@ -130,9 +130,9 @@ class Follower:
             info=self._info,
             scalars=scalars,
             roles={role: _mean_shares([use.shares for use in ranks if use.role == role]) for role in ROLES},
-            ranks=tuple(sorted(ranks, key=lambda use: (ROLES.index(use.role), use.rank))),
+            ranks=tuple(ranks),
             experts=self._experts(windows),
-            layers=tuple(ratio for _, ratio in sorted((labels["layer"], ratio) for labels, ratio in layers)),
+            layers=tuple(ratio for _, ratio in sorted((labels.get("layer", ""), ratio) for labels, ratio in layers)),
             losses=tuple(self._losses.values()),
             window=covered,
             load_window=covered,
@@ -164,10 +164,8 @@ class Follower:
             for expert, tokens in window.per_step("unipool_expert_tokens_total").items():
                 if expert.isdecimal():
                     load[int(expert)] = load.get(int(expert), 0.0) + tokens
-        if not load:
-            return ()
         known = self._info.get("experts", "")
-        experts = max(int(known) if known.isdecimal() else 0, max(load) + 1)
+        experts = max(int(known) if known.isdecimal() else 0, max(load) + 1) if load else 0
         return tuple(load.get(expert, math.nan) for expert in range(experts))
 
     def _silent(self, pages: Sequence[Page]) -> Iterator[str]:
@@ -213,8 +211,9 @@ def recorded_view(run: Path, records: Records, state: str, notes: Sequence[str] 
     )
 
 
-def _served(window: Window) -> float:
-    return sum(window.per_step("unipool_service_tokens_total").values()) or math.nan
+def _use(window: Window) -> RankUse:
+    served = window.per_step("unipool_service_tokens_total")
+    return RankUse(window.role, window.rank, window.shares(), sum(served.values()) if served else math.nan)
 
 
 def _mean_shares(ranks: Sequence[Shares]) -> Shares:
@@ -222,6 +221,6 @@ def _mean_shares(ranks: Sequence[Shares]) -> Shares:
 
 
 def _twice(ranks: Sequence[RankUse]) -> Iterator[str]:
-    for (role, rank), pages in sorted(Counter((use.role, use.rank) for use in ranks).items()):
+    for (role, rank), pages in Counter((use.role, use.rank) for use in ranks).items():
         if pages > 1:
             yield f"{role} rank {rank} appears more than once: do the pages belong to several runs?"

@@ -134,3 +134,20 @@ def test_weights_and_biases_must_be_installed(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(UserError, match="metrics.wandb = pools: wandb is not installed: pip install wandb"):
         deepspeed_config(tiny(metrics={"wandb": "pools"}), "trunk", 1, 10)
     assert deepspeed_config(tiny(), "trunk", 1, 10)["wandb"]["enabled"] is False
+
+
+def norm_of_infinite_gradients(recipe: Recipe) -> float:
+    from trainer.engine.role_engine import RoleEngine
+
+    job = join(recipe)
+    engine = RoleEngine(nn.Linear(5, 3, bias=False), recipe, "trunk", job.role_size)
+    with engine.accumulating():
+        engine.module(torch.full((5,), math.inf)).sum().backward()
+    norm = engine.grad_norm_squared()
+    job.close()
+    return norm
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_a_norm_that_is_not_finite_is_infinite(stage: int) -> None:
+    assert run_ranks(1, norm_of_infinite_gradients, tiny(parallel={"trunk_zero": stage})) == [math.inf]

@@ -40,6 +40,17 @@ def test_deferred_work_of_a_local_pool_stays_within_its_limit(requests: int) -> 
     assert shard.deferred_dw.peak_bytes == min(requests + 1, micro_batches * layers) * one
 
 
+@pytest.mark.parametrize(("lane_order", "launches"), [((0,), 3), ((0, 1), 2), ((0, 1, 2, 3), 1)])
+def test_lanes_of_a_local_pool_share_launches(
+    lane_order: tuple[int, ...], launches: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shard, calls = make_shard(), []
+    forward_rows = shard.forward_rows
+    monkeypatch.setattr(shard, "forward_rows", lambda *arguments: calls.append(0) or forward_rows(*arguments))
+    assert LocalPool(shard).run((micro_batch(n, 1) for n in range(3)), lane_order, 0) == [0, 1, 2]
+    assert len(calls) == launches
+
+
 class Echo:
     """A wire whose answers are the requests."""
 

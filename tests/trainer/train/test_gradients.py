@@ -75,8 +75,10 @@ def _train(recipe: Recipe, weights: Numbers) -> tuple[Numbers, list[dict[str, fl
         for step in range(STEPS):
             before_update(role, lambda: gradients.update(of_all(role, full_gradients)))
             done = optimizer_step(job, role, step)
-            names = ("loss", "balance_loss", "z_loss", "grad_norm")
-            scalars.append({name: getattr(done, name) for name in names} if done else {})
+            if done:
+                names = ("loss", "balance_loss", "z_loss", "distinct_experts", "grad_norm")
+                gates = {f"gate {layer}": gate for layer, gate in enumerate(done.layer_gates)}
+                scalars.append({name: getattr(done, name) for name in names} | gates)
         job.close()
     return gradients, scalars
 
@@ -104,21 +106,29 @@ class Reference:
             for name, parts in expert_names(self.recipe, expert).items():
                 yield f"expert/{expert}/{name}", parts
 
-    def forward(self, sequences_BS1: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(cross-entropy, z-loss, mean scores P_LM, loads f_LM) of a micro-batch."""
+    def forward(self, sequences_BS1: Tensor) -> tuple[Numbers, Tensor, Tensor]:
+        """(scalars, mean scores P_LM, loads f_LM) of a micro-batch."""
         out = self.model(input_ids=sequences_BS1[:, :-1], output_router_logits=True)
         loss = F.cross_entropy(out.logits.flatten(0, 1), sequences_BS1[:, 1:].flatten())
         means, loads, z_losses = [], [], []
-        for layer, z_TM in zip(self.model.model.layers, out.router_logits, strict=True):
+        chosen_experts: list[Tensor] = []  # by their ids in the whole pool
+        scalars = {"loss": loss}
+        layers_of_a_group = self.recipe.model.layers // self.recipe.model.groups
+        for number, (layer, z_TM) in enumerate(zip(self.model.model.layers, out.router_logits, strict=True)):
             s_TM = self._scores(layer.router, z_TM)
             preference_TM = s_TM + layer.router.expert_bias if layer.router.kind == "sigmoid_bias" else z_TM
             chosen_TK = preference_TM.topk(self.recipe.router.top_k).indices
+            chosen_experts.append(chosen_TK + number // layers_of_a_group * z_TM.shape[1])
+            scalars[f"gate {number}"] = s_TM.gather(1, chosen_TK).sum(1).mean()
             if self.recipe.balance.scores == "normalized":
                 s_TM = s_TM / s_TM.sum(1, keepdim=True).clamp(min=1e-300)
             means.append(s_TM.mean(0))
             loads.append(F.one_hot(chosen_TK, z_TM.shape[1]).double().mean((0, 1)))
             z_losses.append(z_TM.exp().sum(1).log().square().mean())
-        return loss, self.recipe.router.z_loss * sum(z_losses), torch.stack(means), torch.stack(loads)
+        scalars["z_loss"] = self.recipe.router.z_loss * torch.stack(z_losses).sum()
+        met = [len(set(experts)) for experts in torch.cat(chosen_experts, dim=1).tolist()]
+        scalars["distinct_experts"] = torch.tensor(met).double().mean()
+        return scalars, torch.stack(means), torch.stack(loads)
 
     def _scores(self, router: Any, z_TM: Tensor) -> Tensor:
         if router.kind == "norm":  # eq. 7
@@ -157,16 +167,16 @@ def expected(recipe: Recipe, weights: Numbers) -> tuple[Numbers, list[dict[str, 
     scalars = []
     for step in range(STEPS):
         reference = Reference(recipe, weights)
-        sums = dict.fromkeys(("loss", "balance_loss", "z_loss"), torch.zeros(()))
+        sums: Numbers = {}
         for rank in range(ranks):
             batches = stream.micro_batches(step, r.train.global_batch, rank, ranks, r.train.micro_batch)
             for number, sequences_BS1 in enumerate(batches, step * r.micro_batches):
-                loss, z_loss, p_LM, loads[rank, number] = reference.forward(sequences_BS1)
+                found, p_LM, loads[rank, number] = reference.forward(sequences_BS1)
                 f_LM = _load(recipe, loads, rank, number, step)
-                balance_loss = torch.zeros(()) if f_LM is None else reference.balance_loss(p_LM, f_LM)
-                for name, value in (("loss", loss), ("balance_loss", balance_loss), ("z_loss", z_loss)):
-                    sums[name] = sums[name] + value / (r.micro_batches * ranks)
-        gradients = reference.gradients(sum(sums.values()))
+                found["balance_loss"] = torch.zeros(()) if f_LM is None else reference.balance_loss(p_LM, f_LM)
+                for name, value in found.items():
+                    sums[name] = sums.get(name, 0.0) + value / (r.micro_batches * ranks)
+        gradients = reference.gradients(sums["loss"] + sums["balance_loss"] + sums["z_loss"])
         norm = sum(g.square().sum() for g in gradients.values()) ** 0.5
         scalars.append({name: value.item() for name, value in (sums | {"grad_norm": norm}).items()})
     return gradients, scalars

@@ -92,6 +92,8 @@ def test_a_silent_rank_says_why() -> None:
 
 
 def test_two_runs_at_once_are_noticed() -> None:
+    early = [page.replace("unipool_steps_total", "unipool_restarts_total") for page in job(1, 8)]
+    assert not Follower().view(pages(early)).notes, "ranks before their first step are not taken for each other"
     notes = Follower().view(pages(job(5, 8) + job(5, 8))).notes
     assert "trunk rank 0 appears more than once: do the pages belong to several runs?" in notes
 
