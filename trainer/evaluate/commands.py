@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from trainer.evaluate.scores import Scores
 
 
-@click.command("eval")
+@click.command("eval", short_help="Compute the loss on text, and scores on tasks.")
 @click.argument("source", metavar="RUN", type=click.Path(path_type=Path))
 @task_options
 @click.option(

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from trainer.planning.what_if import Variant
 
 
-@click.command()
+@click.command(short_help="Show parameters, memory and the trunk:pool split of a recipe.")
 @recipe_arguments
 @json_option
 @click.option(
