@@ -52,7 +52,7 @@ newest:
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null || { \
-	  echo "unipool needs Python 3.11 or newer; $(PYTHON) is $$(v=$$($(PYTHON) --version 2>&1) && echo $$v || echo not there): name another, as in" \
+	  echo "unipool needs Python 3.11 or newer; $(PYTHON) is $$(v=$$($(PYTHON) --version 2>&1) && echo $$v || echo not installed): name another, as in" \
 	    "make PYTHON=python3.12" >&2; exit 2; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2> /dev/null || { \
 	  echo "$(PYTHON) has no venv or ensurepip: install them (on Debian and Ubuntu the package python3-venv), or name" \
