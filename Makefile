@@ -1,18 +1,18 @@
 # make train    trains the quickstart recipe on this machine; ARGS is passed on, as in make train ARGS='--set train.steps=20'
 # make test     runs linters, type checks and tests
-# make fast     runs the tests but for those that start whole jobs or break them
-# make lock     resolves constraints.txt anew: the exact versions that the above, CI and the image install
+# make fast     runs the tests, except those that start whole jobs
+# make lock     resolves constraints.txt again: the exact versions that these targets, CI and the images install
 # make docs     generates docs/reference/ from the code
 # make newest   installs the newest versions that the requirements allow, elsewhere, and runs the fast tests with them
 PYTHON ?= python3
 VENV ?= .venv
 LOCK ?= constraints.txt
-# Files of tests that run at once: more than two cores, for many tests wait.
+# Test files that run at once: more than two cores can use, because many tests wait.
 JOBS ?= 3
 BIN := $(VENV)/bin
 TORCH := 2.13.0
 
-# pip before 25.3 applies the first to what it builds packages with too, later ones the second.
+# pip before 25.3 applies PIP_CONSTRAINT to build dependencies as well; later versions apply PIP_BUILD_CONSTRAINT.
 PIP := $(if $(LOCK),PIP_CONSTRAINT=$(LOCK) PIP_BUILD_CONSTRAINT=$(LOCK)) $(BIN)/python -m pip --disable-pip-version-check
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 
@@ -35,7 +35,7 @@ lint: $(VENV)/installed-dev
 docs: $(VENV)/installed
 	$(BIN)/python docs/reference/generate.py
 
-# torch brings the CUDA libraries that it was built with; what else is left out is for other systems than Linux.
+# Removes the CUDA libraries, which torch's wheel selects itself, and packages for systems other than Linux.
 lock: $(BIN)/python
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet 'uv>=0.9'
 	printf '%s\n' 'torch==$(TORCH)' 'setuptools>=77' wheel | $(BIN)/uv pip compile --quiet --no-config --upgrade \
@@ -52,7 +52,7 @@ newest:
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null || { \
-	  echo "unipool needs Python 3.11 or newer; $(PYTHON) is $$(v=$$($(PYTHON) --version 2>&1) && echo $$v || echo not there): name another, as in" \
+	  echo "unipool needs Python 3.11 or newer; $(PYTHON) is $$(v=$$($(PYTHON) --version 2>&1) && echo $$v || echo not installed): name another, as in" \
 	    "make PYTHON=python3.12" >&2; exit 2; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2> /dev/null || { \
 	  echo "$(PYTHON) has no venv or ensurepip: install them (on Debian and Ubuntu the package python3-venv), or name" \

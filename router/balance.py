@@ -21,10 +21,10 @@ def balance_coefficients(fractions_LM: Tensor, layer_coeff: float, pool_coeff: f
     to 6 of the UniPool paper, arXiv:2605.06665).
 
     Args:
-        fractions_LM: the loads f of Eq. M13; each row sums to 1.
-        layer_coeff: coefficient of the loss per layer.
-        pool_coeff: coefficient of the loss over the pool.
-        groups: number of sub-pools, each shared by L / groups adjacent layers; 1 is UniPool.
+        fractions_LM: The loads f of Eq. M13; each row sums to 1.
+        layer_coeff: Coefficient of the loss per layer.
+        pool_coeff: Coefficient of the loss over the pool.
+        groups: Number of sub-pools, each shared by L / groups adjacent layers; 1 is UniPool.
 
     Returns:
         The coefficients (L, M), in the dtype of `fractions_LM`.
@@ -34,7 +34,7 @@ def balance_coefficients(fractions_LM: Tensor, layer_coeff: float, pool_coeff: f
     """
     num_layers, num_experts = fractions_LM.shape
     if num_layers % groups:
-        raise ValueError(f"model.groups is {groups}: it must divide model.layers, {num_layers}")
+        raise ValueError(f"model.groups is {groups}: it must divide model.layers ({num_layers})")
     layers_per_group = num_layers // groups
     group_means = fractions_LM.view(groups, layers_per_group, num_experts).mean(dim=1)
     fbar_LM = group_means.repeat_interleave(layers_per_group, dim=0)
@@ -54,12 +54,12 @@ class LoadStatistics:
 
     Args:
         scope: "micro_batch" or "global_batch".
-        delay: age of the load, in micro-batches or steps.
+        delay: Age of the load, in micro-batches or steps.
         num_layers: L.
         num_experts: M.
 
     Raises:
-        ValueError: the scope is unknown, or does not allow the delay.
+        ValueError: The scope is unknown, or does not allow the delay.
     """
 
     def __init__(self, scope: Scope, delay: int, num_layers: int, num_experts: int) -> None:
@@ -83,24 +83,24 @@ class LoadStatistics:
         """Record the load of `step`; does nothing with scope "micro_batch".
 
         Args:
-            step: number of the optimizer step.
-            tokens_per_expert_LM: int64 counts, summed over trunk ranks and micro-batches by the caller.
+            step: Number of the optimizer step.
+            tokens_per_expert_LM: Counts, int64, which the caller has summed over trunk ranks and micro-batches.
         """
         if self.scope == "global_batch":
             self._record(step, tokens_per_expert_LM)
-            # The next step and later ones need no older load than this.
+            # Later steps need no older load than this.
             self._loads = {s: load for s, load in self._loads.items() if s > step - self.delay}
 
     def fractions(self, micro_batch_index: int, step: int) -> Tensor | None:
-        """Return the loads f for a micro-batch: (L, M), fp32, each row sums to 1.
+        """Return the loads f for a micro-batch: (L, M), fp32; each row sums to 1.
 
-        With scope "micro_batch" call it once per micro-batch, because the load has no other reader and is dropped.
+        With scope "micro_batch", call it once per micro-batch, because it drops the load.
 
         Returns:
             None while there is no balance loss yet.
 
         Raises:
-            RuntimeError: the load is missing, because it has not been recorded or was asked for twice.
+            RuntimeError: The load is missing, because it has not been recorded or was asked for twice.
         """
         unit = "micro-batch" if self.scope == "micro_batch" else "step"
         reader = micro_batch_index if self.scope == "micro_batch" else step
@@ -128,11 +128,11 @@ class LoadStatistics:
         """Restore what `state_dict` returned.
 
         Args:
-            state: the saved state.
-            shift: number to add to the saved indices, for a run that now counts micro-batches differently.
+            state: The saved state.
+            shift: Number to add to the saved indices, for a run that now counts micro-batches differently.
 
         Raises:
-            ValueError: the state was saved with another scope or delay.
+            ValueError: The state was saved with another scope or delay.
         """
         if (state["scope"], state["delay"]) != (self.scope, self.delay):
             raise ValueError(

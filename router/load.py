@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def load_imbalance(tokens_per_expert: Tensor) -> Tensor:
-    """Compute the largest load over the mean load (Eq. M29), fp32: 1 is even, M is all on one; MaxVio plus 1.
+    """Compute the largest load over the mean load (Eq. M29), fp32: 1 if it is even, M if one expert has all tokens.
 
     Returns:
         1 where there are no tokens.
@@ -47,19 +47,19 @@ def distinct_experts_by_token(expert_ids_LTK: Tensor) -> Tensor:
     """Count the distinct experts of the pool that each token meets over its layers (Eq. M31), int64 (T).
 
     Args:
-        expert_ids_LTK: global expert ids by layer, token and choice.
+        expert_ids_LTK: Global expert ids by layer, token and choice.
     """
     ids_TN = expert_ids_LTK.transpose(0, 1).flatten(1).sort(dim=-1).values
     return 1 + (ids_TN.diff(dim=-1) != 0).sum(dim=-1)
 
 
 def layer_divergence(counts_LM: Tensor) -> Tensor:
-    """Compute the Jensen-Shannon divergence of each two layers' loads (Eq. M32): bits, float64, (L, L).
+    """Compute the Jensen-Shannon divergence of the loads of every two layers (Eq. M32), in bits: float64, (L, L).
 
     0 means that two layers use the pool alike, 1 that they have no expert in common.
 
     Args:
-        counts_LM: assignments of each layer to the experts of the whole pool, int64.
+        counts_LM: Assignments of each layer to the experts of the whole pool, int64.
     """
     p_LM = counts_LM.double() / counts_LM.sum(1, keepdim=True).clamp(min=1)
     entropy_L = torch.special.entr(p_LM).sum(1)

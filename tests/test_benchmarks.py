@@ -91,7 +91,7 @@ def test_saving_reports_longer_steps_and_seconds() -> None:
 
 @pytest.mark.parametrize("name", sorted(MODEL_OF))
 def test_every_layout_has_the_same_step(name: str, tmp_path: Path) -> None:
-    """As many tokens a step whatever the layout, and as many experts a token can reach over all layers."""
+    """A step has equally many tokens in every layout, and a token can reach equally many experts over all layers."""
     for layout in LAYOUTS[name]:
         made = recipe(MODEL_OF[name], layout, "fp32", tmp_path)
         assert made.grid.world_size == layout.ranks

@@ -1,4 +1,4 @@
-"""Who may import whom (docs/design.md): trainer -> {router, pool}; heavy libraries in one file each."""
+"""Which modules may import which (docs/design.md): trainer -> {router, pool}; heavy libraries in one file each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Makefile: what it says to a Python that will not do, in one line, before it has made anything."""
+"""The Makefile reports an unsuitable Python in one line, before it creates anything."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ WITHOUT = f'#!/bin/sh\nPYTHONPATH={{folder}}/without exec {sys.executable} "$@"\
     ("script", "wanted"),
     [
         (OLD, "unipool needs Python 3.11 or newer; {python} is Python 3.10.13: name another, as in make PYTHON="),
-        ("", "unipool needs Python 3.11 or newer; {python} is not there: name another, as in make PYTHON="),
+        ("", "unipool needs Python 3.11 or newer; {python} is not installed: name another, as in make PYTHON="),
         (WITHOUT, "{python} has no venv or ensurepip: install them (on Debian and Ubuntu the package python3-venv)"),
     ],
-    ids=["too old", "not there", "without ensurepip"],
+    ids=["too old", "not installed", "without ensurepip"],
 )
 def test_a_python_that_will_not_do_is_one_line(script: str, wanted: str, tmp_path: Path) -> None:
     python, venv = tmp_path / "python", tmp_path / "venv"

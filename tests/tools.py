@@ -1,4 +1,4 @@
-"""What tests of several files use: programs that may be missing, and a command line run in this process."""
+"""Helpers of several test files: programs that may be missing, and the command line run in this process."""
 
 import os
 import shutil

@@ -89,7 +89,7 @@ def run_training(
     Args:
         steps: where to stop; default at the recipe's end.
         save_to: folder for a checkpoint.
-        save_after: steps after which it is saved, while training goes on; default: at the end.
+        save_after: steps after which it is saved, while training continues; default: at the end.
         resume_from: folder whose newest checkpoint to begin with.
     """
     with tempfile.TemporaryDirectory() as folder:

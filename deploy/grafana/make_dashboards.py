@@ -1,4 +1,4 @@
-"""Makes dashboards/*.json of dashboards.yaml: `python deploy/grafana/make_dashboards.py`."""
+"""Generate dashboards/*.json from dashboards.yaml: `python deploy/grafana/make_dashboards.py`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ HERE = Path(__file__).parent
 COLUMNS = 24
 DATASOURCE = {"type": "prometheus", "uid": "${datasource}"}
 WORDS = {"RUN": 'run=~"$run"', "EVERY": "[$__rate_interval]"}
-"""Words that stand for more in PromQL, besides those of dashboards.yaml."""
+"""Names that are replaced in PromQL, besides those of dashboards.yaml."""
 
 LAST = {"calcs": ["lastNotNull"], "fields": "", "values": False}
 LEGEND = {"calcs": [], "displayMode": "list", "placement": "bottom", "showLegend": True}
@@ -28,7 +28,7 @@ def form(defaults: Json, options: Json, **more: Any) -> Json:
 
 
 def number(panel: Json) -> Json:
-    """The newest value of each series, in large."""
+    """The newest value of each series, in large type."""
     options = {
         "colorMode": "value",
         "graphMode": "area",
@@ -65,7 +65,7 @@ def shares(panel: Json) -> Json:
 
 
 def heat_map(panel: Json) -> Json:
-    """Time to the right, a row for each series in the order of its legend, value as colour."""
+    """Time to the right, one row per series in the order of the legend, values as colours."""
     options = {
         "calculate": False,
         "cellGap": 0,
@@ -91,7 +91,7 @@ def heat_map(panel: Json) -> Json:
 
 
 def bars(panel: Json) -> Json:
-    """A bar for each series, its newest value."""
+    """One bar per series: its newest value."""
     options = {
         "displayMode": "basic",
         "legend": LEGEND | {"showLegend": False},
@@ -116,7 +116,7 @@ def facts(panel: Json) -> Json:
 
 
 def matrix(panel: Json) -> Json:
-    """Layers down, experts to the right, newest value as colour."""
+    """Layers down, experts to the right, newest values as colours."""
     names = {"rowField": "layer", "columnField": "expert", "valueField": "Value", "emptyValue": "zero"}
     defaults = {"unit": "percentunit", "decimals": 0, "min": 0, "color": {"mode": "continuous-BlYlRd"}}
     cells = {"type": "color-background", "mode": "basic"}
@@ -133,11 +133,11 @@ KINDS: dict[str, Callable[[Json], Json]] = {
     kind.__name__: kind for kind in (number, lines, shares, heat_map, bars, facts, matrix)
 }
 NEWEST = ("bars", "facts", "matrix")
-"""Kinds that ask for the newest value only."""
+"""Kinds that query the newest value only."""
 
 
 def expression(text: str, words: dict[str, str]) -> str:
-    """PromQL with the words written out, which may hold words themselves."""
+    """PromQL with all names replaced; replacements may contain names."""
     pattern = re.compile(r"\b(" + "|".join(words) + r")\b")
     while pattern.search(text):
         text = pattern.sub(lambda word: words[word.group()], text)
@@ -145,7 +145,7 @@ def expression(text: str, words: dict[str, str]) -> str:
 
 
 def query(expr: str, legend: str, number: int = 0, newest: bool = False, columns: bool = False) -> Json:
-    """columns: labels become columns of a table."""
+    """A query of a panel; with `columns`, labels become columns of a table."""
     return {
         "refId": chr(ord("A") + number),
         "datasource": DATASOURCE,
@@ -180,7 +180,7 @@ def panel_of(panel: Json, words: dict[str, str], place: Json, number: int) -> Js
 
 
 def rows(content: Json, words: dict[str, str]) -> list[Json]:
-    """The panels in their places, those of a folded row inside it."""
+    """The panels in their places; those of a folded row are inside it."""
     made: list[Json] = []
     y, number = 0, 1
     for row in content["rows"]:
@@ -201,7 +201,7 @@ def rows(content: Json, words: dict[str, str]) -> list[Json]:
 
 
 def variables(several: bool) -> list[Json]:
-    """several: whether runs can be compared."""
+    """The dashboard's variables; with `several`, runs can be compared."""
     runs = {"query": "label_values(unipool_run_info, run)", "refId": "run", "qryType": 1}
     return [
         {"name": "datasource", "label": "Data source", "type": "datasource", "query": "prometheus", "refresh": 1},
@@ -233,7 +233,7 @@ def dashboard(content: Json, words: dict[str, str]) -> Json:
 
 
 def files() -> dict[str, str]:
-    """Name and text of every file in dashboards/."""
+    """Content of every file in dashboards/, by name."""
     content = yaml.safe_load((HERE / "dashboards.yaml").read_text())
     made = {f"{name}.json": dashboard(d, WORDS | content["words"]) for name, d in content["dashboards"].items()}
     return {name: json.dumps(d, indent=1) + "\n" for name, d in made.items()}

@@ -1,4 +1,4 @@
-"""What deploy/ asks of Prometheus: the expressions of rules and dashboards, and the names in them."""
+"""What deploy/ queries from Prometheus: the expressions of rules and dashboards, and the names in them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs the pods of a rendered JobSet as processes of this machine, as near to a cluster as that goes.
+"""Run the pods of a rendered JobSet as processes of this machine, as close to a cluster as possible.
 
 Each pod gets what kubelet and the JobSet controller would give it: the container's command and environment, the
 downward API's values, its volumes at their paths, a host name, and namespaces of its own: network (joined to the others

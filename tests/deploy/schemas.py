@@ -1,8 +1,8 @@
-"""Strict checks of Kubernetes objects: a field that the kind does not have is an error, as is a value of a wrong type.
+"""Strict checks of Kubernetes objects: unknown fields and values of a wrong type are errors.
 
-Core kinds are checked by kubernetes-validate. Custom resources have their schemas in packages of their projects'
-Python models, but for two kinds of which no package carries the version used here: those are written down below, from
-the documented API, with the fields that the manifests use.
+Core kinds are checked by kubernetes-validate. The schemas of custom resources come from packages of their projects'
+Python models. No package has the version of two kinds that is used here: their schemas are below, written from the
+documented API, with the fields that the manifests use.
 """
 
 from __future__ import annotations

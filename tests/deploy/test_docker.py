@@ -1,4 +1,4 @@
-"""The Dockerfile: what can be checked without building an image, which `try_image.sh` beside this file does."""
+"""The Dockerfile, as far as it can be checked without building an image; `try_image.sh` builds one."""
 
 from __future__ import annotations
 

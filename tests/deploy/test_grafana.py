@@ -1,4 +1,4 @@
-"""The dashboards: made of dashboards.yaml, of Grafana's types, and without panels that cover each other."""
+"""The dashboards are up to date with dashboards.yaml, fit Grafana's types, and have no overlapping panels."""
 
 from __future__ import annotations
 

@@ -154,9 +154,9 @@ def test_what_start_sh_makes_of_the_numbers_is_a_job(overlay: str, tmp_path: Pat
 
 @pytest.mark.slow
 def test_the_pods_train_stop_and_go_on(tmp_path: Path) -> None:
-    """The CPU overlay's four pods: their names are known late; one gets SIGTERM, and all save and end with status 75.
+    """The CPU overlay's four pods: names resolve late; one pod gets SIGTERM, and all save and end with status 75.
 
-    Then, with a pod less in each group, as after an edit of split.env, the job goes on to its end.
+    Then the job continues to its end with one pod less in each group, as after an edit of split.env.
     """
     with Cluster(tmp_path) as cluster:
         manifests = render(KUBERNETES / "overlays/cpu-smoke")

@@ -58,7 +58,7 @@ class Server:
 
 @contextmanager
 def prometheus(folder: Path, targets: Path) -> Iterator[Server]:
-    """deploy/prometheus as it is, but for one run's targets, and faster."""
+    """deploy/prometheus as it is, except that it scrapes one run's targets, and faster."""
     config = yaml.safe_load((PROMETHEUS / "prometheus.yml").read_text())
     config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
     config["rule_files"] = [str(PROMETHEUS / pattern) for pattern in config["rule_files"]]

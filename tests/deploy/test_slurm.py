@@ -1,4 +1,4 @@
-"""The Slurm script, with a srun that starts its tasks as processes here, and an agent that does not train."""
+"""The Slurm script, with an srun that starts its tasks as processes here, and an agent that does not train."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The worked examples of CONTRIBUTING.md run as they stand there."""
+"""The worked examples of CONTRIBUTING.md run as they are."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What documents quote of the program's output is in the code: messages in the runbook, and the front page's output."""
+"""Output that documents quote is in the code: messages in the runbook, and the output on the front page."""
 
 from __future__ import annotations
 

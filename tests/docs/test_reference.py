@@ -1,4 +1,4 @@
-"""docs/reference/ is what the code says."""
+"""docs/reference/ is up to date with the code."""
 
 from __future__ import annotations
 

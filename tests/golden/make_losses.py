@@ -1,4 +1,4 @@
-"""Writes losses.json anew, after a change that is meant to change numbers: `python -m tests.golden.make_losses`."""
+"""Write losses.json again, after a change that is meant to change numbers: `python -m tests.golden.make_losses`."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Balance losses against loops over the formulas of docs/method.md; the memory of loads in every scope and delay.
 
-Letters: L layers, T tokens, M experts a layer sees, K top-k.
+Letters: L layers, T tokens, M experts that a layer sees, K top-k.
 """
 
 import copy
@@ -151,7 +151,7 @@ def test_the_caller_may_reuse_its_tensor() -> None:
 
 @pytest.mark.parametrize(("scope", "delay"), [("micro_batch", 2), ("global_batch", 2)])
 def test_state_round_trip(scope: str, delay: int) -> None:
-    """A run saved after its second step goes on with bit-equal fractions."""
+    """A run saved after its second step continues with bit-equal fractions."""
 
     def advance(statistics: LoadStatistics, steps: range) -> list[Tensor]:
         seen = []

@@ -1,4 +1,4 @@
-"""NormRouter's cheap form and its backward by hand, against the plain form under autograd in float64.
+"""NormRouter's fast form and its hand-written backward, compared with the plain form under autograd in float64.
 
 Letters: T tokens, M experts, K top-k.
 """

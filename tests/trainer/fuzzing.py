@@ -1,4 +1,4 @@
-"""What the tests of room after room feed to whatever a person writes or leaves damaged.
+"""Inputs for the fuzz tests of all rooms: whatever a person may write, and damaged files.
 
 Fixed examples and the few that hypothesis makes of a fixed seed run always; UNIPOOL_FUZZ=10 makes ten times as many, of
 another seed each time.

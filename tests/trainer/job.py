@@ -1,4 +1,4 @@
-"""Starts real training jobs as a user would, for tests."""
+"""Start real training jobs as a user would, for tests."""
 
 from __future__ import annotations
 

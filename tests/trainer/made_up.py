@@ -1,4 +1,4 @@
-"""Runs that nobody trained: pages of metrics as ranks have them, servers for those, and a folder as a run leaves it."""
+"""Made-up runs: pages of metrics like those of ranks, servers for these pages, and a run's folder."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from trainer.config.options import json_option, set_option
 from trainer.config.recipe import load_recipe
 
 
-@click.command()
+@click.command(short_help="Measure this machine, for `plan --hardware`.")
 @click.argument("recipe", default="quickstart")
 @set_option
 @click.option(

@@ -180,7 +180,7 @@ def damage(folder: Path, pick: Callable[[list[str]], list[str]] = list) -> str |
 
 
 def weights_of(folder: Path) -> str:
-    """Return what is equal for checkpoints of a run that have the same weights, because no step between was applied."""
+    """Return a value that is equal for checkpoints of a run with the same weights: no step between them was applied."""
     try:
         updates = read_info(folder).updates
     except UserError:  # damaged

@@ -69,7 +69,7 @@ def check(recipe: Recipe, folder: Path, force: bool) -> list[str]:
     lines = {key: f"{key} {_show(before)} -> {_show(now)}" for key, (before, now) in found.items()}
     if other := [line for key, line in lines.items() if key in _MODEL_KEYS]:
         raise SharedUserError(
-            f"{where} is of another model: {', '.join(other)}; restore these settings, or use another run.dir"
+            f"{where} belongs to another model: {', '.join(other)}; restore these settings, or use another run.dir"
         )
     changed = [line for key, line in lines.items() if affects_results(key, recipe)]
     if changed and not force:
@@ -81,13 +81,13 @@ def check(recipe: Recipe, folder: Path, force: bool) -> list[str]:
 
 
 def check_data(recipe: Recipe, folder: Path, identity: str, force: bool) -> None:
-    """Check that the data are still those of a checkpoint: files may change while the recipe's keys stay the same.
+    """Check that the data is still that of a checkpoint: files may change while the recipe's keys stay the same.
 
     Args:
-        force: Whether other data are accepted.
+        force: Whether other data is accepted.
 
     Raises:
-        SharedUserError: The data are different, and `force` is not set.
+        SharedUserError: The data is different, and `force` is not set.
     """
     if checkpoint.read_info(folder).data != identity and not force:
         raise SharedUserError(

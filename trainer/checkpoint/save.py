@@ -156,7 +156,7 @@ class Saver:
         self._pending = pending
 
     def _make(self, folder: Path) -> str | None:
-        """Make the folder to write to; return why that failed."""
+        """Make the folder to write to; return why that failed, or None."""
         try:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)

@@ -20,8 +20,8 @@ def partial_folder(path: Path) -> Path:
 def atomic_folder(path: Path, progress_file: str | None = None) -> Iterator[Path]:
     """Yield an empty folder next to `path` to fill; it is written to the disk and renamed to `path` at the end.
 
-    The folder is removed after an exception. What a killed process left of it is removed by the next call for the same
-    `path`. No two processes may make the same folder at once. `path` must not exist, or be an empty folder.
+    The folder is removed after an exception; the next call for the same `path` removes what a killed process left. No
+    two processes may make the same folder at once. `path` must not exist, or must be an empty folder.
 
     Args:
         progress_file: The name of a file from which a later call can resume. A folder that has it is kept, even after

@@ -32,7 +32,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def style_axes(axes: Axes, grid: Literal["x", "y", "both", "none"] = "y") -> None:
-    """Draw a faint grid at the ticks of an axis, remove the upper and the right frame, and ink all labels."""
+    """Draw a faint grid at the ticks of an axis, remove the upper and right edges, and colour all labels."""
     if grid != "none":
         axes.grid(axis=grid, color=QUIET, alpha=0.3, linewidth=0.6)
     axes.set_axisbelow(True)

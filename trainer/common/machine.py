@@ -1,4 +1,4 @@
-"""How much of the machine this process may use: a container sees all of it, its cgroups say how much is its own.
+"""How much of the machine this process may use: a container sees all of it, but cgroups limit its share.
 
 Threads in excess of a CPU limit are paused for the rest of each period, and so is everything that waits for them.
 """

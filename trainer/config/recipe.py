@@ -153,10 +153,10 @@ def read_tree(name_or_path: str) -> dict[str, Any]:
             text = read_text(Path(name_or_path))
         except Unreadable as error:
             known = recipe_names()
-            close = difflib.get_close_matches(name_or_path, known, n=3) or known
+            close = difflib.get_close_matches(name_or_path, known, n=3)
+            hint = f"did you mean: {', '.join(close)}" if close else f"known are: {', '.join(known)}"
             raise UserError(
-                f"recipe {name_or_path}: neither a readable file ({error}) nor a known name; "
-                f"did you mean: {', '.join(close)}"
+                f"recipe {name_or_path}: neither a readable file ({error}) nor a known name; {hint}"
             ) from None
     return parse_mapping(text, f"recipe {name_or_path}", f"sections ({', '.join(Recipe.model_fields)})")
 

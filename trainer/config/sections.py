@@ -40,14 +40,14 @@ class Run(Section):
 
 
 class Model(Section):
-    """Shapes of the transformer."""
+    """Shape of the transformer."""
 
     layers: Positive = Field(description="Number of layers L.")
     hidden: Positive = Field(description="Hidden size D.")
     heads: Positive = Field(description="Attention heads.")
     kv_heads: Positive = Field(4, description="Key and value heads of grouped-query attention.")
     ffn_hidden: Positive = Field(description="Width F of one expert, or of the dense FFN.")
-    vocab: Positive = Field(description="Rows of the embedding; the tokenizer's vocabulary must fit in.")
+    vocab: Positive = Field(description="Rows of the embedding; at least the tokenizer's vocabulary.")
     seq_len: Positive = Field(1024, description="Tokens per sequence.")
     ffn: Literal["pool", "dense"] = Field("pool", description="`pool`: experts; `dense`: one FFN per layer.")
     groups: Positive = Field(1, description="Sub-pools across depth: 1 is UniPool, `model.layers` is a vanilla MoE.")
@@ -66,7 +66,7 @@ class Router(Section):
     )
     top_k: Positive = Field(1, description="Experts per token and layer.")
     z_loss: NonNegativeFloat = Field(0.0, description="Coefficient of the router z-loss.")
-    bias_rate: NonNegativeFloat = Field(1e-3, description="Step of the expert bias (`sigmoid_bias` only).")
+    bias_rate: NonNegativeFloat = Field(1e-3, description="Step size of the expert bias (`sigmoid_bias` only).")
     constant_factor: PositiveFloat = Field(
         1.0,
         description="Factor of NormRouter's constant c (`norm` only): about the 2-norm with which a token's gate "
@@ -80,7 +80,7 @@ class Pool(Section):
     experts: NonNegative = Field(0, description="Experts M of the whole pool, over all groups.")
     recompute: bool = Field(False, description="Recompute the experts' hidden activations in the backward pass.")
     stash_bytes: Positive = Field(
-        2**30, description="Bytes per rank of deferred weight-gradient work; when they are full, the work is done."
+        2**30, description="Most bytes per rank of deferred weight-gradient work; beyond that, some of it is done."
     )
     placement: Literal["contiguous", "auto"] = Field(
         "contiguous", description="`auto`: a resumed run spreads each layer's recorded load evenly over the shards."
@@ -207,7 +207,7 @@ class Parallel(Section):
     pool_zero: Literal[0, 1, 2] = Field(1, description="ZeRO stage of the pool.")
     hardware: str | None = Field(
         None,
-        description="`h100`, `h200`, `a100`, or a profile saved by `unipool bench`: costs for the service plan; "
+        description="`h100`, `h200`, `a100`, or a profile saved by `unipool bench`: costs for the schedule; "
         "default: FLOPs.",
     )
     wire: Literal["auto", "gloo"] = Field(
@@ -258,7 +258,7 @@ class Checkpoint(Section):
     keep: Positive = Field(
         2, description="Newest checkpoints to keep; those between which nothing was learned count as one."
     )
-    keep_every: NonNegative = Field(0, description="Also keep the checkpoints of every so many steps; 0: none.")
+    keep_every: NonNegative = Field(0, description="Also keep checkpoints at multiples of this many steps; 0: none.")
 
 
 class Metrics(Section):
@@ -271,7 +271,7 @@ class Metrics(Section):
     )
     host: str = Field("127.0.0.1", description="Address to listen on; `0.0.0.0` listens on all of them.")
     targets_dir: str | None = Field(
-        None, description="Folder that Prometheus watches; the run's targets.json is there too, as NAME.json."
+        None, description="Folder that Prometheus watches; a copy of the run's targets.json is there as NAME.json."
     )
     tensorboard: bool = Field(True, description="Write event files for TensorBoard.")
     csv: bool = Field(False, description="Write a file per scalar, in csv/ of `run.dir`.")
@@ -279,5 +279,5 @@ class Metrics(Section):
         None, description="Project of Weights & Biases, whose own environment variables configure the rest."
     )
     per_layer_experts: bool = Field(
-        False, description="Serve a series for every expert of every layer; there may be 20,000."
+        False, description="Serve a series for each expert of each layer; there may be 20,000."
     )

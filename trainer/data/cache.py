@@ -1,4 +1,4 @@
-"""Folders of prepared data: each is made by one process, is either complete or not there, and is found again later."""
+"""Folders of prepared data: each is made by one process, appears only when it is complete, and is found again later."""
 
 from __future__ import annotations
 

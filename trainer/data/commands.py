@@ -9,7 +9,7 @@ from trainer.config.options import json_option, recipe_arguments
 from trainer.config.recipe import load_recipe
 
 
-@click.command()
+@click.command(short_help="Tokenise and pack the data of a recipe.")
 @recipe_arguments
 @json_option
 def prepare(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:

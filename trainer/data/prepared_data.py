@@ -98,7 +98,7 @@ def open_prepared(path: Path) -> PreparedSource:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         what = error if isinstance(error, OSError | ValueError) else f"{FACTS_FILE} has unexpected content"
         raise UserError(
-            f"{path}: these prepared data are damaged ({what}); delete the folder, and they will be made again"
+            f"{path}: this prepared data is damaged ({what}); delete the folder, and it will be made again"
         ) from error
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from trainer.evaluate.scores import Scores
 
 
-@click.command("eval")
+@click.command("eval", short_help="Compute the loss on text, and scores on tasks.")
 @click.argument("source", metavar="RUN", type=click.Path(path_type=Path))
 @task_options
 @click.option(
@@ -103,7 +103,7 @@ def _save_result(folder: Path, checkpoint: str, what: str, result: dict[str, Any
     """Store a result in eval.json under the keys `checkpoint` and `what`; return the file's path.
 
     Raises:
-        UserError: eval.json is something else, or cannot be written.
+        UserError: The file holds something else, or cannot be written.
     """
     path = folder / "eval.json"
     try:

@@ -71,7 +71,7 @@ def validation_loss(loaded: LoadedModel, batches: int | None, batch_size: int) -
     """Compute a run's loss on its validation split, as training does; `batches` defaults to the recipe's.
 
     Raises:
-        UserError: The model is an export, or the run's data are missing or have changed.
+        UserError: The model is an export, or the run's data is missing or has changed.
     """
     if loaded.run is None:
         raise UserError(

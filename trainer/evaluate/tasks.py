@@ -41,7 +41,7 @@ class Tasks:
         options: The names of tasks, groups or tags, and how to score them.
 
     Raises:
-        UserError: There is no such task, or its data are not available.
+        UserError: There is no such task, or its data is not available.
     """
 
     def __init__(self, options: TaskOptions):
@@ -70,7 +70,7 @@ class Tasks:
             except Exception as error:  # errors of the hub, of the data or of the YAML file
                 reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
                 raise UserError(
-                    f"--tasks {name}: the data are not available ({reason}); without a network, give --include-path "
+                    f"--tasks {name}: its data is not available ({reason}); without a network, give --include-path "
                     "with a task file that names local data"
                 ) from error
             group = loaded.get("groups", {}).get(name)

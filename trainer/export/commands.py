@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from trainer.export.write import Format
 
 
-@click.command()
+@click.command(short_help="Write a model for Hugging Face transformers.")
 @click.argument("run", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option(
@@ -58,7 +58,7 @@ def export(run: Path, out: Path, form: Format, dtype: str, as_json: bool) -> Non
         print(f"{size:>16,} bytes  {name}")
 
 
-@click.command()
+@click.command(short_help="Continue a text.")
 @click.argument("source", type=click.Path(path_type=Path))
 @click.option("--prompt", required=True, help="Text to continue; - reads it from stdin.")
 @count_option("--tokens", "Maximum new tokens.", 128)

@@ -59,7 +59,7 @@ def data_of(run: SavedRun) -> PreparedData:
     """Return the data that a run was trained on, preparing it again if necessary.
 
     Raises:
-        UserError: The data are not prepared, and their source is not available.
+        UserError: The data is not prepared, and its source is not available.
     """
     try:
         return prepare_for(run.recipe)

@@ -22,10 +22,12 @@ if TYPE_CHECKING:
     from trainer.planning.what_if import Variant
 
 
-@click.command()
+@click.command(short_help="Show parameters, memory and the trunk:pool split of a recipe.")
 @recipe_arguments
 @json_option
-@click.option("--simulate", is_flag=True, help="Compare lock step with 1 to 4 lanes: time, use, load, memory.")
+@click.option(
+    "--simulate", is_flag=True, help="Compare lock step with 1 to 4 lanes: time, utilisation, load and memory."
+)
 @click.option(
     "--loads",
     type=click.Path(exists=True, path_type=Path),

@@ -16,7 +16,7 @@ FILLED = 0.9
 
 
 def role_work(recipe: Recipe, costs: Costs, launches: int) -> tuple[float, float]:
-    """Time that a trunk rank, and the busiest pool rank with so many launches, compute in a step without waits."""
+    """Time that a trunk rank, and the busiest pool rank with this many launches, compute in a step without waits."""
     layers, micro_batches = recipe.model.layers, recipe.micro_batches
     trunk = 3 * micro_batches * (layers * costs.trunk_layer + costs.head)
     pool = 3 * micro_batches * layers * served_trunk_ranks(recipe) * costs.pool_layer + launches * costs.slot
@@ -44,7 +44,7 @@ def accumulation_time(recipe: Recipe, lanes: int, costs: Costs) -> tuple[float, 
 
 
 def runs_in_order(recipe: Recipe) -> bool:
-    """Whether only one lane is possible: ZeRO-3 gathers weights, so trunk ranks must compute the same at a time."""
+    """Whether only one lane is possible: ZeRO-3 gathers weights, so all trunk ranks must compute the same thing."""
     p = recipe.parallel
     return p.trunk_zero == 3 and p.trunk_ranks > 1 and p.pool_ranks > 0
 

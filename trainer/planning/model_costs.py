@@ -86,7 +86,7 @@ class Flops:
         expert: One expert, forward; 0 in a dense model.
         head: Output projection, forward.
         trunk, pool: Everything that a token costs on either role, forward.
-        forward: trunk + pool.
+        forward: The sum of `trunk` and `pool`.
         training: Forward and backward.
     """
 

@@ -135,7 +135,7 @@ def _model_table(report: CostReport) -> Table:
     for name, number in (("total", p.total), ("active per token", p.active), ("trunk", p.trunk), ("pool", p.pool)):
         table.add_row(f"parameters, {name}", count(number))
     for memory in report.memory:
-        table.add_row(f"parameters on each of {memory.ranks} {memory.role} ranks", count(memory.parameters))
+        table.add_row(f"parameters per {memory.role} rank", count(memory.parameters))
     table.add_section()
     table.add_row("optimizer steps", f"{report.steps:,}")
     table.add_row("micro-batches per step and trunk rank", f"{report.micro_batches:,}")

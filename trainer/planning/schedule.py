@@ -111,7 +111,7 @@ def make_schedule(recipe: Recipe) -> ScheduleSpec:
     into memory, on unknown hardware at most four.
 
     Raises:
-        UserError: parallel.hardware is neither a known name nor a profile.
+        UserError: `parallel.hardware` is neither a known name nor a profile.
     """
     p = recipe.parallel
     if p.hardware:

@@ -194,7 +194,7 @@ def print_what_if(spec: ScheduleSpec, variants: list[Variant], splits: list[Shar
         notes=(
             f"{unit}; the load is {load}. This recipe uses {plural(spec.lanes, 'lane')}.",
             "speed: relative to lock step. over ideal: time of the step over the work of the busier role alone.",
-            "busy, GB: trunk, pool. GB is the estimated memory of the fullest rank.",
+            "busy and GB: of trunk, pool. GB is the estimated memory of the fullest rank.",
             "max/mean: work of the busiest pool rank over the mean. per launch: requests that the pool serves at once.",
         ),
     )

@@ -209,7 +209,7 @@ def load(source: str, own_text: bool) -> MoEModel:
     path = Path(source)
     is_run = path.is_dir() and not (path / "config.json").is_file()
     if own_text and not is_run:
-        raise UserError(f"{source}: only a run has held-out text; give a text with --text FILE")
+        raise UserError(f"{source}: not a run, and only a run has held-out text; give a text with --text FILE")
     if is_run or (path.is_dir() and read_object(path / "config.json").get("model_type") == UNIPOOL):
         return adapt(load_model(path))
     if not path.is_dir() and path.parent != Path() and path.parent.is_dir():  # otherwise, NAME/NAME may be on the hub

@@ -118,7 +118,7 @@ def _write_csv(rows: list[dict[str, Any]], path: Path) -> None:
         writer.writerows(rows)
 
 
-@click.group()
+@click.group(short_help="Measure what the routing is worth and how experts are used.")
 def probe() -> None:
     """Probe a trained model: what its routing is worth, and how it uses its experts.
 
@@ -132,7 +132,7 @@ def probe() -> None:
     """
 
 
-@probe.command()
+@probe.command(short_help="Measure the loss with random experts in one layer.")
 @_probe_options
 @click.option(
     "--layers",
@@ -203,7 +203,7 @@ def reuse(**common: Any) -> None:
     _run(run_probe, **common)
 
 
-@probe.command()
+@probe.command(short_help="Show which layer uses which expert.")
 @_probe_options
 def load(**common: Any) -> None:
     """Show which layer uses which expert: a heat map, totals, effective experts, coverage, and how layers differ.
@@ -217,7 +217,7 @@ def load(**common: Any) -> None:
     _run(run_probe, **common)
 
 
-@probe.command()
+@probe.command(short_help="Measure how similar the experts are.")
 @_probe_options
 @count_option("--sample", "Tokens per layer on which outputs are compared.", 64)
 @seed_option

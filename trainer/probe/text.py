@@ -56,7 +56,7 @@ def read_text(loaded: LoadedModel, file: Path | None, tokens: int) -> Text:
     """Read about `tokens` tokens of a file (in any format of `data.source`), or of the run's held-out text.
 
     Raises:
-        UserError: The file cannot be read, or the data are not the run's own.
+        UserError: The file cannot be read, or the data is not the run's own.
     """
     masked = loaded.run is not None and loaded.run.recipe.data.document_mask
     document_end = loaded.tokenizer.eos_token_id if masked else None

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Starts this pod's node of the job. split.env has the numbers, JobSet's labels say which pod of which group it is.
-# Trunk pods come first in the hostfile. More arguments of `train` may follow.
+# Starts this pod's ranks. split.env has the numbers; the JobSet's labels say which pod of which group this is. Trunk pods
+# come first in the hostfile. Further arguments are passed on to `train`.
 set -eu
 hosts=$(mktemp)
 list() { # GROUP PODS SLOTS
@@ -18,7 +18,7 @@ node=$JOB_COMPLETION_INDEX
 if [ "$GROUP" = pool ]; then
     node=$((TRUNK_PODS + node))
 fi
-# exec: signals to the container are to reach the trainer, which passes them to its ranks.
+# exec: signals to the container must reach the trainer, which passes them to its ranks.
 exec python -m trainer train /mnt/job/recipe.yaml \
     --hostfile "$hosts" --node-rank "$node" --master-addr "$RUN-trunk-0-0.$RUN" \
     --set parallel.trunk_ranks="$trunk" --set parallel.pool_ranks="$((ranks - trunk))" \

@@ -1,4 +1,4 @@
-"""`bench` on tiny sizes: what it writes, but not how fast the machine is."""
+"""`bench` on tiny sizes: what it writes, whatever the speed of the machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A damaged checkpoint is set aside, or one line says what is wrong; nothing else comes out."""
+"""A damaged checkpoint is set aside, or one line says what is wrong; nothing else happens."""
 
 from __future__ import annotations
 

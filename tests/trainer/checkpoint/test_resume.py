@@ -57,7 +57,7 @@ def test_a_changed_recipe_says_what_differs(checkpoints: Path) -> None:
     with pytest.raises(UserError, match=r"different settings: train.lr 0.003 -> 0.01, train.betas .* pass --force"):
         check(changed, folder, force=False)
     assert check(changed, folder, force=True) == ["train.lr 0.003 -> 0.01", "train.betas [0.9, 0.95] -> [0.8, 0.9]"]
-    with pytest.raises(UserError, match="of another model: pool.experts 8 -> 16"):
+    with pytest.raises(UserError, match="to another model: pool.experts 8 -> 16"):
         check(tiny(**RECIPE, pool={"experts": 16}), folder, force=True)
 
 

@@ -1,4 +1,4 @@
-"""Saving: exact copies while training goes on, atomic under kill -9, and survived where the disk fails."""
+"""Saving: exact copies while training continues, atomic under kill -9; training survives failures of the disk."""
 
 from __future__ import annotations
 

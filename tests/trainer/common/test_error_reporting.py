@@ -1,4 +1,4 @@
-"""How commands end whatever their streams, environment and paths are: one line and a status, no traceback."""
+"""Whatever a command's streams, environment and paths are, it ends with one line and a status, without a traceback."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cores and memory by the limits of made-up cgroups of both versions."""
+"""Cores and memory under the limits of made-up cgroups of both versions."""
 
 from __future__ import annotations
 

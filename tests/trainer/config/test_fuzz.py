@@ -1,4 +1,4 @@
-"""Whatever a person writes as a recipe or behind --set is a recipe or an error of one line."""
+"""Whatever a person writes as a recipe or after --set is valid or an error of one line."""
 
 from __future__ import annotations
 

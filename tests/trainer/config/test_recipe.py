@@ -1,4 +1,4 @@
-"""Recipes are checked at the door: one line that names the key, the value and what is allowed."""
+"""Recipes are checked when they are loaded: an error is one line with the key, the value and what is allowed."""
 
 from __future__ import annotations
 

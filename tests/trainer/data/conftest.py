@@ -1,4 +1,4 @@
-"""A small made-up corpus, a tokenizer of it, and the settings that prepare it."""
+"""A small made-up corpus, a tokenizer trained on it, and the settings that prepare it."""
 
 import json
 from dataclasses import replace

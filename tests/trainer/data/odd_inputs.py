@@ -1,4 +1,4 @@
-"""Inputs as people have them: marks, nulls, other endings, hidden files, long documents, deep JSON."""
+"""Odd inputs: byte-order marks, NUL characters, unusual line endings, hidden files, long documents, deep JSON."""
 
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""A process that prepares data as the tests of kills and of simultaneous processes need it.
+"""A process that prepares data, for tests that kill it or run several at once.
 
 prepare_worker.py SETTINGS kill N     counts events (a document read, a file synced, a folder made or renamed), and
                                       kills itself by SIGKILL at the N-th; prints the number of events

@@ -1,4 +1,4 @@
-"""Files that are damaged in any way are read or refused by a `UserError`; nothing else comes out of a reader."""
+"""Files that are damaged in any way are read or refused by a `UserError`; readers raise nothing else."""
 
 import bz2
 import gzip

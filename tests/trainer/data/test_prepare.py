@@ -300,8 +300,8 @@ def damaged(path: Path, damage) -> str:
 def test_damaged_prepared_data_say_how_to_make_them_again(settings, damage, what):
     path = prepare_source(settings, progress=False).path
     said = damaged(path, damage)
-    assert said.startswith(f"{path}: these prepared data are damaged (") and what in said and "\n" not in said
-    assert said.endswith("delete the folder, and they will be made again")
+    assert said.startswith(f"{path}: this prepared data is damaged (") and what in said and "\n" not in said
+    assert said.endswith("delete the folder, and it will be made again")
 
 
 def test_a_share_of_bad_records_holds_for_data_that_are_there(settings_for, jsonl, tmp_path):

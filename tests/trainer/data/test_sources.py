@@ -1,4 +1,4 @@
-"""Which files a source means, and that what is left out is said."""
+"""Which files a source names, and that a message names those that are skipped."""
 
 import os
 from pathlib import Path

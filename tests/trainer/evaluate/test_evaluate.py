@@ -245,7 +245,7 @@ def test_unavailable_tasks_are_refused(export: Path, tmp_path: Path, monkeypatch
     assert "--tasks ownn: no such task; did you mean own?" in refused(*arguments, "own,ownn")
     assert "`lm_eval ls tasks` lists all" in refused(*arguments, "piqa")
     (folder / "own.jsonl").unlink()
-    assert "--tasks own: the data are not available (FileNotFoundError" in refused(*arguments, "own")
+    assert "--tasks own: its data is not available (FileNotFoundError" in refused(*arguments, "own")
     assert "no such folder" in refused(str(export), "--include-path", str(tmp_path / "no"), "--tasks", "own")
 
 

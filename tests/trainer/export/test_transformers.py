@@ -247,7 +247,7 @@ def test_a_decode_step_visits_only_the_experts_that_were_chosen() -> None:
     with Products() as products:
         model(some_tokens(1, 1))
     visited = [place for place, _ in products.seen if place in weights]
-    assert len(visited) == 3 * 2 * 2, "3 layers, 2 experts a token, 2 matrices an expert"
+    assert len(visited) == 3 * 2 * 2, "3 layers, 2 experts per token, 2 matrices per expert"
     x_ND, ids_N = torch.randn(9, 16), torch.randint(0, 48, (9,))
     torch.testing.assert_close(experts.row_by_row(x_ND, ids_N), experts.expert_by_expert(x_ND, ids_N))
 

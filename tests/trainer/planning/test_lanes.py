@@ -1,4 +1,4 @@
-"""The time that both roles compute in a step, by hand."""
+"""The time that both roles compute in a step, compared with arithmetic by hand."""
 
 from __future__ import annotations
 
