@@ -1,1 +1,1 @@
-"""The pool: experts, permutation, placement, the wire and the service. Knows no routers and no DeepSpeed."""
+"""The pool: experts, permutation, placement, the wire and the service. It knows nothing about routers or DeepSpeed."""

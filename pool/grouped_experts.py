@@ -23,8 +23,8 @@ class Hidden(NamedTuple):
     """What is kept of a request: its rows within the tensor [W1 x, W3 x] of all requests merged with it.
 
     Attributes:
-        h_N2F: the tensor of all merged requests.
-        starts, counts: by expert, where the request's rows start and how many there are.
+        h_N2F: The tensor of all merged requests.
+        starts, counts: By expert, where the request's rows start and how many there are.
     """
 
     h_N2F: Tensor

@@ -2,7 +2,7 @@
 
 An expert's products and the elementwise operations between them run together, while its rows are in the cache; over the
 whole batch each elementwise pass would go through memory. Tensors are kept per expert, because the C library reuses the
-memory of small tensors, whereas the kernel supplies that of large ones anew, page by page.
+memory of small tensors, whereas the kernel supplies memory for large ones page by page, every time.
 
 Letters: N rows in expert-major order, n rows of one expert, D hidden, F expert width, e experts.
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 Hidden = list[Tensor]
 """What is kept of a request: [W1 x, W3 x] of the rows of each expert, (n, 2F)."""
 ForWeights = tuple[list[Tensor], list[Tensor]]
-"""Of each expert, dh (n, 2F) and the input of W2 (n, F)."""
+"""dh (n, 2F) of each expert, and the input of its W2 (n, F)."""
 
 _silu_backward = torch.ops.aten.silu_backward.grad_input
 
@@ -29,8 +29,8 @@ def forward(
     """Return the outputs y_ND, and the hidden activations of every request.
 
     Args:
-        x_ND: merged rows of all requests, expert-major.
-        batches: tokens per expert of every request; within an expert the requests follow this order.
+        x_ND: Merged rows of all requests, expert-major.
+        batches: Tokens per expert of every request; within an expert the requests follow this order.
     """
     counts = _totals(batches)
     y_ND, act_nF = torch.empty_like(x_ND), x_ND.new_empty(max(counts), w2_eDF.shape[2])
@@ -58,8 +58,8 @@ def backward(
     """Return the gradients dx_ND of the tokens, and what the weights' gradients need besides x and dy.
 
     Args:
-        hidden: what the forwards of these requests returned; None computes it again.
-        batches: as in `forward`.
+        hidden: What the forwards of these requests returned; None computes it again.
+        batches: As in `forward`.
     """
     counts = _totals(batches)
     dx_ND, dact_nF = torch.empty_like(x_ND), x_ND.new_empty(max(counts), w2_eDF.shape[2])
@@ -92,8 +92,8 @@ def add_weight_gradients(
     In fp32 each backward is a product of its own, which avoids a copy; otherwise all are one product, rounded once.
 
     Args:
-        work: of merged backwards: (x_ND, dy_ND, what `backward` returned, tokens per expert).
-        experts: for which to add them.
+        work: The work of merged backwards: (x_ND, dy_ND, what `backward` returned, tokens per expert).
+        experts: The experts whose gradients to add.
     """
     parts = [(dh, x.split(counts), dy.split(counts), act) for x, dy, (dh, act), counts in work]
     for expert in range(len(grad13_e2FD))[experts]:

@@ -18,8 +18,8 @@ class Permutation:
 
     Attributes:
         order_N: order_N[n] is the flat assignment (token * K + k) at position n.
-        inverse_N: the position of each flat assignment.
-        tokens_per_expert_M: assignments of each expert, in shard-major order (int64).
+        inverse_N: The position of each flat assignment.
+        tokens_per_expert_M: Assignments of each expert, in shard-major order (int64).
     """
 
     order_N: Tensor
@@ -31,7 +31,7 @@ def permutation(expert_ids_TK: Tensor, position_M: Tensor) -> Permutation:
     """Sort the assignments stably by the shard-major position of their expert.
 
     Args:
-        expert_ids_TK: global expert ids (int64).
+        expert_ids_TK: Global expert ids (int64).
         position_M: `Placement.position_M`, on the same device.
     """
     positions_N = position_M[expert_ids_TK.reshape(-1)]
@@ -83,7 +83,8 @@ def merge_order(tokens_per_expert: list[list[int]]) -> Tensor:
     """Return the index that merges several expert-major batches, concatenated, into one expert-major batch.
 
     Args:
-        tokens_per_expert: tokens per expert of every batch, lists of the same length.
+        tokens_per_expert: Tokens per expert of every batch, lists of the same length.
+
     Returns:
         index_N (int64): `torch.cat(batches)[index_N]` is expert-major; within an expert the batches keep their order.
     """

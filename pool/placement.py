@@ -21,8 +21,8 @@ class Placement:
     """Experts in shard-major order.
 
     Attributes:
-        order: global expert ids; shard s owns `order[s * e : (s + 1) * e]` with e = M / shards.
-        shards: number of shards; divides M.
+        order: Global expert ids; shard s owns `order[s * e : (s + 1) * e]` with e = M / shards.
+        shards: Number of shards; divides M.
     """
 
     order: tuple[int, ...]
@@ -65,8 +65,8 @@ class Imbalance:
     """Imbalance of the shards' load, largest over mean: 1 is even, the number of shards is the worst case.
 
     Attributes:
-        lockstep: if the pool serves one layer at a time: the largest loads summed over layers, over the summed means.
-        mixed: if the pool serves all layers at once: the largest total over the mean.
+        lockstep: If the pool serves one layer at a time: the largest loads summed over layers, over the summed means.
+        mixed: If the pool serves all layers at once: the largest total over the mean.
     """
 
     lockstep: float
@@ -77,9 +77,10 @@ def imbalance(load_LM: Tensor, placement: Placement) -> Imbalance:
     """Return how evenly `placement` spreads a load over its shards; no load counts as even.
 
     Args:
-        load_LM: rows by layer and global expert id, (L, M).
+        load_LM: Rows by layer and global expert id, (L, M).
+
     Raises:
-        ValueError: the load has another number of experts than the placement.
+        ValueError: The load has another number of experts than the placement.
     """
     load_RM = _with_total(load_LM)
     if load_RM.shape[1] != placement.num_experts:
@@ -99,13 +100,15 @@ def balanced(load_LM: Tensor, shards: int, groups: int = 1) -> Placement:
     of the optimum. The same load always gives the same placement.
 
     Args:
-        load_LM: rows by layer and global expert id, (L, M); with groups, a layer's row is zero outside its group.
-        shards: number of shards; divides M.
-        groups: number of sub-pools, for `contiguous`; divides M.
+        load_LM: Rows by layer and global expert id, (L, M); with groups, a layer's row is zero outside its group.
+        shards: Number of shards; divides M.
+        groups: Number of sub-pools, for `contiguous`; divides M.
+
     Returns:
         A placement with ascending experts within each shard, or `contiguous` itself if nothing is better.
+
     Raises:
-        ValueError: the load is not (L, M) of counts, or M is not divisible.
+        ValueError: The load is not (L, M) of counts, or M is not divisible.
     """
     load_RM = _with_total(load_LM)
     experts = load_RM.shape[1]

@@ -25,10 +25,10 @@ class Served:
     """What a pool rank has served.
 
     Attributes:
-        tokens_Le: assignments of forwards, by layer and local expert (int64, host).
-        gradients_e: assignments of backwards, by local expert (int64, host).
-        queue_depth: number of slots received but not begun when one was done, mean over the slots.
-        deferred_bytes: largest size of deferred weight-gradient work.
+        tokens_Le: Assignments of forwards, by layer and local expert (int64, host).
+        gradients_e: Assignments of backwards, by local expert (int64, host).
+        queue_depth: Number of slots received but not begun when one was done, mean over the slots.
+        deferred_bytes: Largest size of deferred weight-gradient work.
     """
 
     tokens_Le: Tensor
@@ -41,8 +41,8 @@ class PoolService:
     """Serves the slots of a schedule: receive, one merged launch, answer; weight gradients while no request waits.
 
     Attributes:
-        seconds_waiting: time spent waiting for requests, since the start.
-        seconds_on_wire: time spent waiting for payloads of requests that have arrived, and sending answers.
+        seconds_waiting: Time spent waiting for requests, since the start.
+        seconds_on_wire: Time spent waiting for payloads of requests that have arrived, and sending answers.
     """
 
     def __init__(self, shard: ExpertShard, wire: PoolWire, layers: int):
@@ -61,7 +61,7 @@ class PoolService:
         """Serve every request of `slots` that comes from one of this rank's trunk ranks.
 
         Raises:
-            WireError: see `PoolWire.receive`; also a backward without its forward, or with other counts.
+            WireError: See `PoolWire.receive`; also a backward without its forward, or with other counts.
         """
         mine = [(slot, [key for key in slot if key.trunk_rank in self._served]) for slot in slots]
         # A thread receives in the schedule's order while this one computes. The lanes bound what it holds, because a

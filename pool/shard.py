@@ -42,9 +42,9 @@ class _Batch:
     """Deferred work that is computed together.
 
     Attributes:
-        work: what `add_weight_gradients` of the back end needs, one entry per backward.
-        bytes: size of the work.
-        next_expert: first expert whose weight gradients are still to be computed.
+        work: What `add_weight_gradients` of the back end needs, one entry per backward.
+        bytes: Size of the work.
+        next_expert: First expert whose weight gradients are still to be computed.
     """
 
     work: list[Any] = field(default_factory=list)
@@ -60,10 +60,11 @@ class DeferredWeightGradients:
     does not affect the result.
 
     Args:
-        shard: whose weights the work belongs to.
-        limit_bytes: size of the work above which `drain_if_full` makes room.
+        shard: The shard whose weights the work belongs to.
+        limit_bytes: Size of the work above which `drain_if_full` makes room.
+
     Attributes:
-        peak_bytes: largest size of the work since a caller last set this to 0.
+        peak_bytes: Largest size of the work since a caller last set this to 0.
     """
 
     def __init__(self, shard: ExpertShard, limit_bytes: int):
@@ -99,7 +100,7 @@ class DeferredWeightGradients:
         return True
 
     def drain(self) -> None:
-        """Seal the open batch and compute all sealed work. The weights have gradients afterwards, zeros if need be."""
+        """Seal the open batch and compute all sealed work. Afterwards all weights have gradients, possibly zeros."""
         self.seal()
         self._drain_sealed()
         self._shard.gradients()
@@ -136,13 +137,14 @@ class ExpertShard(nn.Module):
     and W3 share one tensor (W1 first), so that they take one product.
 
     Args:
-        expert_ids: global ids, in the order of the stack.
+        expert_ids: Global ids, in the order of the stack.
         hidden, ffn_hidden: D and F.
         compute_dtype: float32 or bfloat16.
-        recompute: keep only the tokens of a forward, and recompute the hidden activations in backward.
-        deferred_bytes: limit of deferred weight-gradient work (recipe key `pool.stash_bytes`).
+        recompute: Whether to keep only the tokens of a forward, and to recompute the hidden activations in backward.
+        deferred_bytes: Limit of deferred weight-gradient work (recipe key `pool.stash_bytes`).
+
     Attributes:
-        deferred_dw: weight gradients that are still to be computed.
+        deferred_dw: Weight gradients that are still to be computed.
     """
 
     def __init__(
@@ -204,8 +206,9 @@ class ExpertShard(nn.Module):
         """Compute the expert outputs of one or several requests.
 
         Args:
-            x_ND: rows of all requests, expert-major; within an expert the requests follow the order of `batches`.
-            batches: tokens per expert of every request.
+            x_ND: Rows of all requests, expert-major; within an expert the requests follow the order of `batches`.
+            batches: Tokens per expert of every request.
+
         Returns:
             y_ND in compute dtype, and the hidden activations [W1 x, W3 x] of every request.
         """
@@ -219,10 +222,10 @@ class ExpertShard(nn.Module):
         """Compute the gradient dx_ND of the tokens, and defer the weights' gradients unless they are frozen.
 
         Args:
-            x_ND: as in `forward_rows`.
-            hidden: the hidden activations of the requests; None recomputes them.
-            dy_ND: gradient of the outputs.
-            batches: as in `forward_rows`.
+            x_ND: As in `forward_rows`.
+            hidden: The hidden activations of the requests; None recomputes them.
+            dy_ND: Gradient of the outputs.
+            batches: As in `forward_rows`.
         """
         dx_ND, for_weights = self._kernels().backward(x_ND, hidden, dy_ND, *self._weights(), batches)
         if not self.frozen:
@@ -279,10 +282,11 @@ class ExpertServer:
         """Return the gradients dx_ND of the tokens of earlier forwards.
 
         Args:
-            keys: of the forwards.
-            dys: gradients of their outputs.
+            keys: The keys of the forwards.
+            dys: Gradients of their outputs.
+
         Raises:
-            KeyError: a key has no open forward.
+            KeyError: A key has no open forward.
         """
         saved = [self._saved.pop(key) for key in keys]
         counts = [s.tokens_per_expert for s in saved]

@@ -15,9 +15,9 @@ class Topology:
     """The grid of a job.
 
     Attributes:
-        trunk_ranks: number of data-parallel ranks that hold embeddings, attention, routers and head (T).
-        pool_ranks: number of ranks that hold only experts (P); 0 is the colocated layout.
-        expert_parallel: number of shards of the pool (EP); divides `pool_ranks`.
+        trunk_ranks: Number of data-parallel ranks that hold embeddings, attention, routers and head (T).
+        pool_ranks: Number of ranks that hold only experts (P); 0 is the colocated layout.
+        expert_parallel: Number of shards of the pool (EP); divides `pool_ranks`.
     """
 
     trunk_ranks: int

@@ -39,16 +39,16 @@ class WireSettings:
     """What both ends of the wire agree on.
 
     Attributes:
-        topology: the grid of ranks.
-        rank: world rank of this process.
-        num_local_experts: experts of a shard (e).
-        hidden: row length D.
-        dtype: payload dtype.
-        device: where tokens are computed.
-        payload_device: where the lane groups take their buffers from ("cpu" for gloo).
-        timeout: longest wait for one message.
-        check: check every message: headers in both directions, finite payloads, checksums, tokens sent = served =
-            returned.
+        topology: The grid of ranks.
+        rank: World rank of this process.
+        num_local_experts: Experts of a shard (e).
+        hidden: Row length D.
+        dtype: Payload dtype.
+        device: Where tokens are computed.
+        payload_device: Where the lane groups take their buffers from ("cpu" for gloo).
+        timeout: Longest wait for one message.
+        check: Whether to check every message: headers in both directions, finite payloads, checksums, and that tokens
+            sent = served = returned.
     """
 
     topology: Topology
@@ -99,11 +99,12 @@ class _Wire:
     """What both ends share: the groups, named errors, headers, buffers.
 
     Args:
-        settings: see `WireSettings`.
-        host_group: gloo process group over all ranks, for headers.
-        lane_groups: one process group over all ranks per lane, for payloads.
+        settings: See `WireSettings`.
+        host_group: A gloo process group over all ranks, for headers.
+        lane_groups: One process group over all ranks per lane, for payloads.
+
     Attributes:
-        bytes_sent, bytes_received: headers and payloads since the start.
+        bytes_sent, bytes_received: Headers and payloads since the start.
     """
 
     def __init__(self, settings: WireSettings, host_group: Any, lane_groups: Sequence[Any]):
@@ -219,8 +220,8 @@ class TrunkWire(_Wire):
         """Send a request to every shard, and start receiving its answer.
 
         Args:
-            rows_ND: tokens (forward) or output gradients (backward), expert-major over the whole pool.
-            tokens_per_expert_M: rows of each expert, in shard-major order, on the host.
+            rows_ND: Tokens (forward) or output gradients (backward), expert-major over the whole pool.
+            tokens_per_expert_M: Rows of each expert, in shard-major order, on the host.
         """
         s = self.settings
         counts_se = tokens_per_expert_M.reshape(-1, s.num_local_experts)
@@ -275,7 +276,7 @@ class PoolWire(_Wire):
     """A pool rank's end of the wire.
 
     Attributes:
-        headers_came: when the last headers that `receive` waited for had arrived, by `time.perf_counter`.
+        headers_came: When the last headers that `receive` waited for had arrived, by `time.perf_counter`.
     """
 
     def __init__(self, settings: WireSettings, host_group: Any, lane_groups: Sequence[Any]):
@@ -290,8 +291,9 @@ class PoolWire(_Wire):
 
         Returns:
             For each key its rows (n, D) and the tokens of each local expert.
+
         Raises:
-            WireError: a message did not arrive in time, its sender is gone, or it is not the one in the schedule.
+            WireError: A message did not arrive in time, its sender is gone, or it is not the one in the schedule.
         """
         exchanges = [_Exchange(key.trunk_rank, key, step) for key in keys]
         headers = [
@@ -338,7 +340,7 @@ class PoolWire(_Wire):
         before it has them.
 
         Args:
-            served_e: tokens of each local expert that were served.
+            served_e: Tokens of each local expert that were served.
         """
         for transfer in self._sending.pop((key.trunk_rank, key.lane), []):
             transfer.wait()

@@ -1,4 +1,4 @@
-"""A small shard, requests for it, and what autograd over single tokens in float64 makes of them.
+"""A small shard, requests for it, and their gradients by autograd over single tokens in float64.
 
 Letters: N rows in expert-major order, D hidden, F expert width, e experts.
 """

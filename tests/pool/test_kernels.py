@@ -1,4 +1,4 @@
-"""Both back ends of the experts against one token at a time in float64; the grouped one runs on CPU too.
+"""Both back ends of the experts, compared with one token at a time in float64; the grouped one also runs on the CPU.
 
 Letters: N rows, e experts, D hidden, F expert width.
 """

@@ -1,6 +1,6 @@
 """Permutation and combination against loops over tokens.
 
-Letters: T tokens, K experts a token, D hidden, M experts, N = T * K assignments.
+Letters: T tokens, K experts per token, D hidden, M experts, N = T * K assignments.
 """
 
 from __future__ import annotations

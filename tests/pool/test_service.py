@@ -1,4 +1,4 @@
-"""The service alone, on requests that are there already."""
+"""The service alone, on requests that have already arrived."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A shard of experts and its hand-made backward, against autograd over single tokens in float64."""
+"""A shard of experts and its hand-written backward, compared with autograd over single tokens in float64."""
 
 from __future__ import annotations
 

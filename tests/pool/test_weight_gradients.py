@@ -1,4 +1,4 @@
-"""Gradients of a shard's weights, which are made later than those of its tokens."""
+"""Gradients of a shard's weights, which are computed later than those of its tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The wire and the service between real processes: the same numbers as a local server, and errors that say who.
+"""The wire and the service between real processes: the same numbers as a local server, and errors that name the ranks.
 
 Rank functions are at module level and return plain values; assertions stand in the tests.
 """

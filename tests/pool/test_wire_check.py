@@ -1,4 +1,4 @@
-"""The wire's debug check: every violation is caused on purpose and found with its names; numbers stay as they are."""
+"""The wire's debug check: it names every violation, each caused on purpose, and changes no numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the wire says of peers that are silent, and of peers that are gone."""
+"""What the wire reports about peers that are silent, and about peers that are gone."""
 
 from __future__ import annotations
 

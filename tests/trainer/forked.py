@@ -1,4 +1,4 @@
-"""Jobs of forked ranks, each as `unipool train` runs it, into which a test puts one fault.
+"""Jobs of forked ranks, as `unipool train` runs them, into which a test injects one fault.
 
 They start in about a second, where a launcher takes several. Nothing restarts them and no launcher ends them: what a
 rank does about its peers, it does by itself.

@@ -38,13 +38,14 @@ class FaultWatch:
     """Watches signals and the launcher from its construction on.
 
     Args:
-        rank, name: the launcher rank, and how messages name it until `joined_as` is called.
+        rank, name: The launcher rank, and how messages name it until `joined_as` is called.
+
     Attributes:
-        phase: what the rank is doing, for messages.
-        joined: whether the rank is part of the job. Before, all ranks find the same mistakes in the input.
-        may_stop: whether SIGTERM and SIGUSR1 only set `stop_asked`; otherwise they end the process.
-        stop_asked: whether a signal has asked for a checkpoint and a stop.
-        saved: whether the checkpoint before a stop has been saved, so that the process may end at any time.
+        phase: What the rank is doing, for messages.
+        joined: Whether the rank is part of the job. Before, all ranks find the same mistakes in the input.
+        may_stop: Whether SIGTERM and SIGUSR1 only set `stop_asked`; otherwise they end the process.
+        stop_asked: Whether a signal has asked for a checkpoint and a stop.
+        saved: Whether the checkpoint before a stop has been saved, so that the process may end at any time.
     """
 
     def __init__(self, rank: int, name: str):

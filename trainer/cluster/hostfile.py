@@ -20,10 +20,10 @@ class Node:
     """One node of a job.
 
     Attributes:
-        hostfile: lines `HOST slots=RANKS`, the same on all nodes; ranks are numbered in their order.
-        rank: this node's line, from 0.
-        has_trunk_ranks: whether any of its ranks are trunk ranks, which need data.
-        master_addr: name or address of node 0. The name need not resolve yet: ranks retry until
+        hostfile: Lines `HOST slots=RANKS`, the same on all nodes; ranks are numbered in their order.
+        rank: This node's line, from 0.
+        has_trunk_ranks: Whether any of its ranks are trunk ranks, which need data.
+        master_addr: Name or address of node 0. The name need not resolve yet: ranks retry until
             `parallel.start_timeout_seconds` have passed.
     """
 
@@ -40,7 +40,7 @@ def find_node(
     """Find this node's place in the job.
 
     Raises:
-        UserError: the hostfile is missing or malformed, the node is not in it, or its slots do not add up to the
+        UserError: The hostfile is missing or malformed, the node is not in it, or its slots do not add up to the
             recipe's ranks.
     """
     slots = _read(hostfile)

@@ -60,8 +60,9 @@ def run_locally(recipe: Recipe, arguments: Sequence[str], max_restarts: int) -> 
     second signal, ends every process at once.
 
     Args:
-        arguments: the command line after `python -m trainer`, which every rank runs again.
-        max_restarts: how often the job is restarted after a fault. Wrong input and a signal to this process are none.
+        arguments: The command line after `python -m trainer`, which every rank runs again.
+        max_restarts: How often to restart the job after a fault; wrong input and signals to this process are no faults.
+
     Returns:
         The exit status of the job.
     """
@@ -108,7 +109,7 @@ def _launcher(ranks: Sequence[str], arguments: Sequence[str]) -> list[str]:
 def _environment() -> dict[str, str]:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
     if not any(Path("/dev").glob("nvidia*")) and not Path("/dev/kfd").exists():
-        environment.setdefault("DS_ACCELERATOR", "cpu")  # or the launcher would warn that it found no GPU
+        environment.setdefault("DS_ACCELERATOR", "cpu")  # otherwise the launcher warns that it found no GPU
     return environment
 
 
@@ -116,8 +117,8 @@ class LocalJob:
     """A launcher, its ranks, and the signals that this process receives for them. Create it in the main thread.
 
     Attributes:
-        ended_by: signals with which the user ended the job.
-        came_to_end: whether the last run has done all its steps, even if the model has diverged.
+        ended_by: Signals with which the user ended the job.
+        came_to_end: Whether the last run has done all its steps, even if the model has diverged.
     """
 
     def __init__(self) -> None:

@@ -42,9 +42,9 @@ class Arrival:
     """What a rank announces when it joins.
 
     Attributes:
-        role: its `UNIPOOL_ROLE`, or "".
-        device: type of its device.
-        numbering: how its recipe numbers the ranks; must be the same on all ranks.
+        role: Its `UNIPOOL_ROLE`, or "".
+        device: Type of its device.
+        numbering: How its recipe numbers the ranks; it must be the same on all ranks.
     """
 
     role: str
@@ -59,10 +59,10 @@ class Liveness:
     """What this rank knows about the other ranks of the job.
 
     Args:
-        rank: launcher rank of this process.
-        names: how errors name each launcher rank.
-        store: where the ranks announce their arrivals.
-        beats: the same store for heartbeats, over a connection of its own.
+        rank: Launcher rank of this process.
+        names: How errors name each launcher rank.
+        store: Where the ranks announce their arrivals.
+        beats: The same store for heartbeats, over a connection of its own.
     """
 
     def __init__(self, rank: int, names: Sequence[str], store: Any, beats: Any):
@@ -121,7 +121,7 @@ class Liveness:
         """Return `call()`, which waits for other ranks. Give up when a rank of this machine dies, or at the limit.
 
         Raises:
-            PeerLost: naming the ranks that have died, do not respond or have not joined.
+            PeerLost: Ranks have died, do not respond or have not joined; the message names them.
         """
         future = _in_thread(call)
         deadline = time.monotonic() + limit.total_seconds()
@@ -181,7 +181,7 @@ def reach(open_store: Callable[[], T], host: str, limit: timedelta) -> T:
     """Open the job's store, which the rank named `host` hosts.
 
     Raises:
-        PeerLost: that rank has not joined, or does not respond.
+        PeerLost: That rank has not joined, or does not respond.
     """
     future = _in_thread(open_store)
     reason = ""

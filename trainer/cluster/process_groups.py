@@ -23,9 +23,10 @@ class Job:
     group per lane for payloads.
 
     Args:
-        lanes: micro-batches in flight on each trunk rank.
+        lanes: Micro-batches in flight on each trunk rank.
+
     Raises:
-        PeerLost: another rank died, does not respond, or did not join within `parallel.start_timeout_seconds`.
+        PeerLost: Another rank died, does not respond, or did not join within `parallel.start_timeout_seconds`.
     """
 
     def __init__(self, recipe: Recipe, member: Member, lanes: int):

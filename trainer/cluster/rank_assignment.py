@@ -1,4 +1,4 @@
-"""Which launcher rank becomes which rank of the job, and what runs where.
+"""Which launcher rank becomes which rank of the job, and what runs on which host.
 
 The job uses the rank numbers of `pool.topology`, trunk ranks first. The launcher numbers its processes node by node.
 `topology.order`, or `UNIPOOL_ROLE` in the environment of every rank, decides which of them are trunk ranks and which
@@ -38,8 +38,9 @@ def assign_ranks(grid: Topology, order: Order, roles: Sequence[str]) -> list[int
 
     Args:
         roles: `UNIPOOL_ROLE` of each launcher rank, "" where it is not set.
+
     Raises:
-        SharedUserError: only some ranks have a role, or the roles do not fit the recipe.
+        SharedUserError: Only some ranks have a role, or the roles do not fit the recipe.
     """
     if not any(roles):
         return ranks_by_order(grid, order)
@@ -69,9 +70,10 @@ def payload_device(grid: Topology, devices: Sequence[str], wire: Literal["auto",
     """Return the device type from which the wire sends payloads: "cuda" only if NCCL can join all ranks.
 
     Args:
-        devices: device type of each job rank.
+        devices: Device type of each job rank.
+
     Raises:
-        SharedUserError: ranks that average gradients with each other (all trunk ranks, or the replicas of a shard) have
+        SharedUserError: Ranks that average gradients with each other (all trunk ranks, or the replicas of a shard) have
             different device types.
     """
     first: dict[str, int] = {}
@@ -90,7 +92,7 @@ def roster(grid: Topology, hosts: Sequence[str], devices: Sequence[str]) -> str:
     """Return one line that says which ranks run where: "a: trunk 0-1, pool 0-1; b: trunk 2-3, pool 2-3".
 
     Args:
-        hosts, devices: host name and device type of each job rank; the types are shown if they differ.
+        hosts, devices: Host name and device type of each job rank; the types are shown if they differ.
     """
     found: dict[str, dict[str, list[int]]] = {}
     for rank, (host, device) in enumerate(zip(hosts, devices, strict=True)):

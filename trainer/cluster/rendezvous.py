@@ -50,7 +50,7 @@ def read_launch() -> Launch:
     """Read the launcher's environment, or ask mpi4py under MPI, as DeepSpeed's MPI discovery does.
 
     Raises:
-        UserError: the environment is incomplete, or mpi4py is not installed.
+        UserError: The environment is incomplete, or mpi4py is not installed.
     """
     env = os.environ
     if "RANK" not in env:
@@ -94,9 +94,9 @@ class KeyValueStore:
     """Short texts that the ranks of a job share through its store.
 
     Args:
-        rank: this process's rank in the job.
-        world_size: number of ranks of the job.
-        limit: how long a read waits for its key.
+        rank: This process's rank in the job.
+        world_size: Number of ranks of the job.
+        limit: How long a read waits for its key.
     """
 
     def __init__(self, store: dist.Store, liveness: Liveness, rank: int, world_size: int, limit: timedelta):
@@ -111,7 +111,7 @@ class KeyValueStore:
         """Return the value of a key, once some rank has set it.
 
         Raises:
-            PeerLost: a rank died or does not respond, or the time limit has passed.
+            PeerLost: A rank died or does not respond, or the time limit has passed.
         """
         return self._liveness.meet(lambda: self._store.get(key), self._limit).decode()
 
@@ -135,13 +135,13 @@ class Member:
     """A rank's place in the job, and how it reaches the other ranks.
 
     Attributes:
-        rank: its number in the job.
-        leads_machine: whether it is the first trunk rank of its machine.
-        device: where it computes.
-        payload_device: where the wire takes its payloads from; the same type on all ranks.
-        store: the job's store, on which process groups are set up.
-        shared: short texts for the other ranks, in the same store.
-        roster: which ranks run where, in one line.
+        rank: Its number in the job.
+        leads_machine: Whether it is the first trunk rank of its machine.
+        device: Where it computes.
+        payload_device: Where the wire takes its payloads from; the same type on all ranks.
+        store: The job's store, on which process groups are set up.
+        shared: Short texts for the other ranks, in the same store.
+        roster: Which ranks run where, in one line.
     """
 
     topology: Topology
@@ -176,8 +176,8 @@ def rendezvous(recipe: Recipe, launch: Launch) -> Member:
     """Wait for all other ranks on the job's store, and find out the rank and role of each.
 
     Raises:
-        UserError: the launcher's ranks do not fit the recipe.
-        PeerLost: another rank died, does not respond, or did not join within `parallel.start_timeout_seconds`.
+        UserError: The launcher's ranks do not fit the recipe.
+        PeerLost: Another rank died, does not respond, or did not join within `parallel.start_timeout_seconds`.
     """
     grid, order = recipe.grid, recipe.topology.order
     if grid.world_size != launch.world_size:

@@ -20,8 +20,8 @@ def deepspeed_config(recipe: Recipe, role: str, role_size: int, parameters: int)
 
     Args:
         role: "trunk" or "pool".
-        role_size: number of ranks of the role's group.
-        parameters: elements of the role's module, which bound the reduction's buffer.
+        role_size: Number of ranks of the role's group.
+        parameters: Elements of the role's module, which bound the reduction's buffer.
     """
     stage = recipe.parallel.trunk_zero if role == "trunk" else recipe.parallel.pool_zero
     text = (resources.files("ds_configs") / f"{role}_zero{stage}.json").read_text()

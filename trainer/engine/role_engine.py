@@ -87,9 +87,9 @@ class RoleEngine:
     gradients are averaged over the role's ranks; `grad_norm_squared()`; and `step(total_norm)`.
 
     Args:
-        module: with fp32 parameters on their device.
+        module: The role's module, with fp32 parameters on their device.
         role: "trunk" or "pool".
-        role_size: number of ranks of the role's group.
+        role_size: Number of ranks of the role's group.
     """
 
     def __init__(self, module: nn.Module, recipe: Recipe, role: str, role_size: int):
@@ -173,7 +173,7 @@ class RoleEngine:
         """Clip by `total_norm`, the norm over all roles, and step; skip the step if that is not finite.
 
         Returns:
-            Whether the step was applied. Gradients are gone afterwards, and the schedule has moved on if it was.
+            Whether the step was applied; if so, the schedule has advanced. The gradients are gone in either case.
         """
         self._total_norm = total_norm
         if self.stage == 0 and not math.isfinite(total_norm):
@@ -237,10 +237,10 @@ class RoleEngine:
         """Load a state that was saved in another layout. A collective of the role's ranks.
 
         Args:
-            read: returns the whole state of a parameter, by its name in the module.
-            buffers: the module's buffers, by name.
-            updates: optimizer steps applied.
-            fresh: whether the moments are zeros that have never been updated.
+            read: Returns the whole state of a parameter, by its name in the module.
+            buffers: The module's buffers, by name.
+            updates: Optimizer steps applied.
+            fresh: Whether the moments are zeros that have never been updated.
         """
         for name, buffer in self.module.named_buffers():
             buffer.copy_(buffers[name])
@@ -281,10 +281,10 @@ class RoleEngine:
 
 
 class FrozenRole:
-    """A role whose weights are frozen: a `RoleEngine` without gradients and optimizer.
+    """A role whose weights are frozen: a `RoleEngine` without gradients or optimizer.
 
     Attributes:
-        updates: see `RoleEngine.updates`.
+        updates: See `RoleEngine.updates`.
     """
 
     def __init__(self, module: nn.Module, recipe: Recipe, role: str, role_size: int):

@@ -37,7 +37,7 @@ def document_mask(tokens_BS: Tensor, end: int) -> Tensor:
     between query and key (arXiv:2104.09864, Eq. 16).
 
     Args:
-        end: id of the end-of-document token.
+        end: Id of the end-of-document token.
     """
     ends_BS = tokens_BS == end
     document_BS = ends_BS.cumsum(-1) - ends_BS.long()  # how many documents have ended before this token

@@ -34,9 +34,9 @@ class Request:
     """What a micro-batch requests from the pool.
 
     Attributes:
-        kind, micro_batch, layer: identify the request.
-        rows_ND: tokens (forward) or gradients of the experts' outputs (backward), expert-major, in compute dtype.
-        tokens_per_expert: rows of each expert of the whole pool, in shard-major order (int64, host).
+        kind, micro_batch, layer: What identifies the request.
+        rows_ND: Tokens (forward) or gradients of the experts' outputs (backward), expert-major, in compute dtype.
+        tokens_per_expert: Rows of each expert of the whole pool, in shard-major order (int64, host).
     """
 
     kind: Kind
@@ -51,9 +51,9 @@ class PoolMap:
     """Where the experts of a layer are in the pool.
 
     Attributes:
-        position_M: position of every global expert in shard-major order (int64, on the compute device).
-        experts_per_layer: number of experts that a layer sees.
-        layers_per_group: number of adjacent layers that share a sub-pool.
+        position_M: Position of every global expert in shard-major order (int64, on the compute device).
+        experts_per_layer: Number of experts that a layer sees.
+        layers_per_group: Number of adjacent layers that share a sub-pool.
     """
 
     position_M: Tensor
@@ -72,9 +72,9 @@ class MicroBatchResult:
     Attributes:
         scalars: fp32 scalars by their names in `trainer.telemetry.step_scalars.StepScalars`; a step's value is the mean
             over its micro-batches. "loss" is the mean cross-entropy in nats, without balance losses.
-        gates_L: sum of a token's gate values in each layer, mean over the tokens (fp32).
-        nonfinite_router_tokens: tokens with a router logit that is not finite, over all layers (int64).
-        tokens_per_expert_LM: load by layer and the experts that it sees (int64).
+        gates_L: Sum of a token's gate values in each layer, mean over the tokens (fp32).
+        nonfinite_router_tokens: Tokens with a router logit that is not finite, over all layers (int64).
+        tokens_per_expert_LM: Load by layer and the experts that it sees (int64).
     """
 
     scalars: dict[str, Tensor]
@@ -123,8 +123,8 @@ class _Segment:
         """Add the parameters' gradients, and return those of the inputs.
 
         Args:
-            gradients: of the roots. Roots with None are left out, and so are roots that depend on nothing that learns,
-                as in the first segment of a frozen trunk.
+            gradients: The gradients of the roots. Roots with None are left out, and so are roots that depend on nothing
+                that learns, as in the first segment of a frozen trunk.
         """
         if self._recompute:
             self._roots, _ = self._function(*self._leaves)
@@ -147,11 +147,11 @@ class Objective:
     """What a micro-batch's backward starts from.
 
     Attributes:
-        scale: weight of this micro-batch in its trunk rank's mean: 1 / micro-batches.
-        coefficients: maps the micro-batch's own tokens_per_expert_LM to coeffs_LM (`router.balance_coefficients`), or
+        scale: Weight of this micro-batch in its trunk rank's mean: 1 / micro-batches.
+        coefficients: Maps the micro-batch's own tokens_per_expert_LM to coeffs_LM (`router.balance_coefficients`), or
             to None while there is no balance loss. Called once, between forward and backward.
-        z_loss: coefficient of the router z-loss; with 0 the routers do not compute it.
-        recompute: run the segments again in backward instead of keeping their activations.
+        z_loss: Coefficient of the router z-loss; with 0 the routers do not compute it.
+        recompute: Whether to run the segments again in backward instead of keeping their activations.
     """
 
     scale: float
@@ -166,8 +166,8 @@ def train_micro_batch(
     """Run forward and backward of one micro-batch, and add gradients to the trunk's parameters.
 
     Args:
-        sequences_BS1: token ids (int64), one more per sequence than there are predictions.
-        index: the micro-batch's number within the step, for its requests.
+        sequences_BS1: Token ids (int64), one more per sequence than there are predictions.
+        index: The micro-batch's number within the step, for its requests.
     """
     tokens_BS, targets_BS = sequences_BS1[:, :-1], sequences_BS1[:, 1:]
     mask_B1SS = trunk.mask(tokens_BS)

@@ -22,8 +22,8 @@ class PoolClient:
     """Runs micro-batches. This class serves the dense model, whose micro-batches make no requests.
 
     Attributes:
-        seconds_waiting, seconds_on_wire: time spent waiting for answers, and sending requests, since the start.
-        bytes_sent, bytes_received: traffic on the wire since the start.
+        seconds_waiting, seconds_on_wire: Time spent waiting for answers, and sending requests, since the start.
+        bytes_sent, bytes_received: Traffic on the wire since the start.
     """
 
     seconds_waiting = seconds_on_wire = 0.0
@@ -33,7 +33,7 @@ class PoolClient:
         """Run micro-batches to completion in lanes, and return their values in the given order.
 
         Args:
-            lane_order: which lane runs next, one entry per segment (`PoolSchedule.lane_order` of this trunk rank).
+            lane_order: Which lane runs next, one entry per segment (`PoolSchedule.lane_order` of this trunk rank).
         """
         values = [_resume(micro_batch, None) for micro_batch in micro_batches]
         assert not any(isinstance(value, Request) for value in values), "a dense model made a request"

@@ -19,8 +19,8 @@ def random_routing(layer: int, experts: int, seed: int, sequences: range) -> Rer
     layout, on every device and after every step, so two probes differ only by what was learned in between.
 
     Args:
-        experts: number of experts that the layer sees.
-        sequences: numbers of the micro-batch's sequences.
+        experts: Number of experts that the layer sees.
+        sequences: Numbers of the micro-batch's sequences.
     """
 
     def reroute(at: int, routing: Routing) -> Routing:

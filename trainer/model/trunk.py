@@ -28,7 +28,7 @@ class Attention(nn.Module):
         self.heads, self.kv_heads = heads, kv_heads
 
     def forward(self, x_BSD: Tensor, rope: tuple[Tensor, Tensor], mask_B1SS: Tensor | None = None) -> Tensor:
-        """Attend to the keys that mask_B1SS (bool) allows each query, or to all up to its own position if None."""
+        """Attend to the keys that mask_B1SS (bool) allows; if it is None, to all up to the query's position."""
         qkv = self.qkv(x_BSD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
         q, k = _rotate(q, rope), _rotate(k, rope)
@@ -123,7 +123,7 @@ class Trunk(nn.Module):
     There is no forward of the whole: the coroutines of `trainer.model.micro_batch` call its parts.
 
     Args:
-        document_end: id of the token that ends a document, if attention stays within documents, else None.
+        document_end: Id of the token that ends a document, if attention stays within documents, else None.
     """
 
     def __init__(self, recipe: Recipe, device: torch.device, document_end: int | None = None):

@@ -9,6 +9,7 @@ from contextlib import suppress
 
 from tqdm import tqdm
 
+from trainer.common.format import plural
 from trainer.config.recipe import Recipe
 from trainer.telemetry.step_scalars import StepScalars
 
@@ -26,8 +27,8 @@ class Progress:
     """Rank 0's progress display.
 
     Args:
-        done: optimizer steps done before this start of the run.
-        metrics: where each rank serves its metrics.
+        done: Optimizer steps done before this start of the run.
+        metrics: Where each rank serves its metrics.
     """
 
     def __init__(self, recipe: Recipe, done: int, metrics: Sequence[str]):
@@ -81,5 +82,5 @@ def describe(recipe: Recipe) -> str:
         model = f"{m.layers} layers share {recipe.pool.experts} experts"
     else:
         model = f"{m.groups} groups of {m.layers // m.groups} layers with {recipe.experts_per_layer} experts each"
-    where = f"{t.trunk_ranks} trunk ranks, " + ("colocated" if t.colocated else f"{t.pool_ranks} pool ranks")
-    return f"{recipe.run.dir}: {model}; {where}; {recipe.train.precision}"
+    pool = "colocated" if t.colocated else plural(t.pool_ranks, "pool rank")
+    return f"{recipe.run.dir}: {model}; {plural(t.trunk_ranks, 'trunk rank')}, {pool}; {recipe.train.precision}"

@@ -76,10 +76,10 @@ class ExpertLoad:
     """Token assignments of this rank's experts, as metrics by layer and expert.
 
     Args:
-        expert_ids: global ids of the experts.
-        total_experts: experts of the whole pool, which determine the width of the labels.
+        expert_ids: Global ids of the experts.
+        total_experts: Experts of the whole pool, which determine the width of the labels.
         layers: L if the assignments of each layer are served too, else 0.
-        backward: whether backwards are served too. In the colocated layout they equal the forwards, and a page without
+        backward: Whether backwards are served too. In the colocated layout they equal the forwards, and a page without
             them is half as large.
     """
 
@@ -113,14 +113,16 @@ class MetricsServer(Collector):
     """Serves the metrics of one rank.
 
     Args:
-        settings: where to listen.
-        role, rank: of this process, for the labels.
-        local_rank: the rank's number on its machine.
-        load: load of the experts that this rank serves.
+        settings: Where to listen.
+        role, rank: The role and rank of this process, for the labels.
+        local_rank: The rank's number on its machine.
+        load: The load of the experts that this rank serves.
+
     Attributes:
-        address: host and port of the page.
+        address: Host and port of the page.
+
     Raises:
-        UserError: it cannot listen there.
+        UserError: It cannot listen there.
     """
 
     def __init__(self, settings: Metrics, role: str, rank: int, local_rank: int, load: ExpertLoad | None = None):
@@ -233,7 +235,7 @@ def parse(page: str) -> dict[str, list[tuple[dict[str, str], float]]]:
     """Parse a page of metrics into samples by name, each (labels, value).
 
     Raises:
-        ValueError: it is not a page of metrics.
+        ValueError: It is not a page of metrics.
     """
     samples: dict[str, list[tuple[dict[str, str], float]]] = {}
     for family in text_string_to_metric_families(page):

@@ -26,7 +26,7 @@ class RunFolder:
     """The paths of a run, and what rank 0 writes there.
 
     Raises:
-        UserError: run.dir is not a possible folder.
+        UserError: `run.dir` is not a possible folder.
     """
 
     def __init__(self, recipe: Recipe):
@@ -57,7 +57,7 @@ class RunFolder:
         """Create the folder.
 
         Raises:
-            UserError: it cannot be created or written.
+            UserError: It cannot be created or written.
         """
         self._created = not self.path.exists()
         try:
@@ -84,8 +84,8 @@ class RunFolder:
         The evaluation and the probe after these steps are dropped too, because the checkpoint was saved before them.
 
         Args:
-            schedule: the text of plan.json.
-            tokenizer: the text of tokenizer.json.
+            schedule: The text of plan.json.
+            tokenizer: The text of tokenizer.json.
         """
         atomic_write(self.plan_file, lambda path: path.write_text(schedule))
         atomic_write(self.path / TOKENIZER_FILE, lambda path: path.write_text(tokenizer, encoding="utf-8"))

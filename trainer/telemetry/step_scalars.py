@@ -1,7 +1,7 @@
 """The scalars of an optimizer step: one table, from which every output follows.
 
 A field of `StepScalars` is a key of metrics.jsonl and a scalar of TensorBoard, CSV and Weights & Biases. Its metadata
-name its Prometheus metric and its place in the progress line. A scalar that each micro-batch computes also needs an
+names its Prometheus metric and its place in the progress line. A scalar that each micro-batch computes also needs an
 entry in `trainer.model.micro_batch.MicroBatchResult.scalars`; all others are computed in `trainer.train.step_results`.
 """
 
@@ -17,11 +17,11 @@ class Metric:
     """A Prometheus metric.
 
     Attributes:
-        name: without the `_total` that the exposition adds to counters.
-        text: help text.
-        labels: its labels besides role and rank.
-        by_rank: whether it has the labels role and rank.
-        needs_pool: whether a dense model lacks it.
+        name: The name without the `_total` that the exposition adds to counters.
+        text: The help text.
+        labels: The labels besides role and rank.
+        by_rank: Whether it has the labels role and rank.
+        needs_pool: Whether a dense model lacks it.
     """
 
     name: str
@@ -54,9 +54,9 @@ def _scalar(metric: Metric | None = None, console: str = "", each: str = "") -> 
     """Describe a field of `StepScalars`.
 
     Args:
-        metric: its Prometheus metric, which rank 0 serves.
-        console: its part of the progress line, as a format.
-        each: prefix of its TensorBoard names, for a field with one value per layer.
+        metric: Its Prometheus metric, which rank 0 serves.
+        console: Its part of the progress line, as a format.
+        each: Prefix of its TensorBoard names, for a field with one value per layer.
     """
     return field(metadata={"metric": metric, "console": console, "each": each})
 
@@ -66,11 +66,11 @@ class StepScalars:
     """What a trunk rank knows about an optimizer step. The metrics' texts say what each scalar is.
 
     Attributes:
-        tokens: tokens of the global batch.
-        layer_imbalance: mean of `layer_imbalances`.
-        layer_gate, smallest_gate: mean and minimum of `layer_gates`.
-        pool_wait: share of the step spent waiting for the pool.
-        applied: whether the optimizer step was applied rather than skipped.
+        tokens: Tokens of the global batch.
+        layer_imbalance: Mean of `layer_imbalances`.
+        layer_gate, smallest_gate: Mean and minimum of `layer_gates`.
+        pool_wait: Share of the step spent waiting for the pool.
+        applied: Whether the optimizer step was applied rather than skipped.
     """
 
     loss: float = _scalar(gauge("loss_nats", "Mean cross-entropy of the last global batch."), "loss {:.4f}")

@@ -15,10 +15,10 @@ class Usage:
     """Seconds of training steps by activity; together they are the steps' wall time.
 
     Attributes:
-        computing: everything not listed below: the trunk's segments, the experts.
-        waiting: waiting for the other role.
-        wire: sending tokens and, on a pool rank, receiving the payload of a request that has arrived.
-        optimizer: reducing gradients, their norm, the update.
+        computing: Everything not listed below: the trunk's segments, the experts.
+        waiting: Waiting for the other role.
+        wire: Sending tokens and, on a pool rank, receiving the payload of a request that has arrived.
+        optimizer: Reducing gradients, their norm, the update.
     """
 
     computing: float = 0.0
@@ -50,7 +50,7 @@ class UsageClock:
     Call `begin`, then `computed` once the gradients are complete, then `stepped`.
 
     Attributes:
-        total: usage since the start.
+        total: Usage since the start.
     """
 
     def __init__(self, waiter: Waiter):

@@ -20,7 +20,7 @@ def agreed_schedule(member: Member, recipe: Recipe, folder: RunFolder, resume: b
     """Return the schedule that rank 0 reads from the run's folder or builds, the same on all ranks.
 
     Raises:
-        UserError: this rank was started with another recipe than rank 0.
+        UserError: This rank was started with another recipe than rank 0.
     """
     text = member.shared.broadcast("schedule", lambda: schedule_of(recipe, folder.plan_file, resume).to_json())
     agreed = ScheduleSpec.from_json(recipe, text)
@@ -33,13 +33,13 @@ def agreed_data(job: Job, prepared: PreparedData | None) -> str:
     """Return what identifies the prepared data, the same on all ranks.
 
     Raises:
-        UserError: this trunk rank has other data than rank 0.
+        UserError: This trunk rank has other data than rank 0.
     """
     own = prepared.identity if prepared else ""
     agreed = job.shared.broadcast("data", lambda: own)  # rank 0 is a trunk rank
     if prepared and own != agreed:
         raise UserError(
-            f"data: the prepared data of {job.name} ({prepared.files('train')}) differ from those of rank 0: give all "
+            f"data: the prepared data of {job.name} ({prepared.files('train')}) differs from that of rank 0: give all "
             "nodes the same data.source, or let them share data.dir"
         )
     return agreed
@@ -49,7 +49,7 @@ def agreed_placement(job: Job, recipe: Recipe, checkpoint: Path | None) -> Place
     """Return where the experts live, the same on all ranks; None for a dense model.
 
     Args:
-        checkpoint: the one from which the run resumes.
+        checkpoint: The checkpoint from which the run resumes, if any.
     """
 
     def choose() -> str:

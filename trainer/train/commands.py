@@ -13,7 +13,7 @@ from trainer.config.options import recipe_arguments
 from trainer.config.recipe import load_recipe
 
 
-@click.command()
+@click.command(short_help="Train a recipe, or resume it from its newest checkpoint.")
 @recipe_arguments
 @click.option("--force", is_flag=True, help="Resume even if settings that affect results have changed.")
 @click.option(
@@ -22,7 +22,7 @@ from trainer.config.recipe import load_recipe
     default=0,
     show_default=True,
     metavar="N",
-    help="Restart the job after a fault, at most N times. Without effect under a launcher, which restarts it.",
+    help="Restart the job after a fault, at most N times. Has no effect under a launcher, which restarts it.",
 )
 @click.option(
     "--hostfile",
@@ -56,8 +56,8 @@ def train(
 
     Under a launcher (deepspeed, torchrun, mpirun) the command is one rank of the job. Without a launcher it starts the
     whole job on this machine, or one node's ranks with --hostfile, through the deepspeed launcher. On SIGTERM or
-    SIGUSR1 the job saves a checkpoint and ends with status 75 on all nodes. A run whose validation loss is not finite
-    at the end has status 1.
+    SIGUSR1 the job saves a checkpoint and ends with status 75 on all nodes. The status is 1 if the last validation loss
+    is not finite.
 
     \b
     Examples:

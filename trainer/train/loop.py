@@ -48,9 +48,9 @@ class Run:
     """A run on one rank, ready for its next step.
 
     Attributes:
-        prepared: the data; None on pool ranks.
-        start: optimizer steps done.
-        held_out_rows: rows of held-out text, which bound an evaluation.
+        prepared: The data; None on pool ranks.
+        start: Optimizer steps done.
+        held_out_rows: Rows of held-out text, which bound an evaluation.
     """
 
     recipe: Recipe
@@ -69,7 +69,8 @@ def train(recipe: Recipe, launch: Launch, force: bool = False) -> int:
     """Run one rank of the job to its end. On a fault the process ends with a message instead of returning.
 
     Args:
-        force: resume even if settings that affect results have changed.
+        force: Whether to resume even if settings that affect results have changed.
+
     Returns:
         The exit status: 0, DIVERGED, or START_AGAIN after a signal that asks for a checkpoint.
     """
@@ -168,9 +169,9 @@ class StepOutcome:
     """An optimizer step, as all ranks know it.
 
     Attributes:
-        scalars: on a trunk rank.
-        finite: whether the gradients were finite, so that the step was applied.
-        votes: sums over the ranks of the numbers that each contributed.
+        scalars: The step's scalars, on a trunk rank only.
+        finite: Whether the gradients were finite, so that the step was applied.
+        votes: Sums over the ranks of the numbers that each contributed.
     """
 
     scalars: StepScalars | None
@@ -189,8 +190,8 @@ def update(
     """Update the weights, clipping by the norm over both roles.
 
     Args:
-        squared_norm: of this rank's reduced gradients.
-        votes: numbers to sum over the ranks in the same collective.
+        squared_norm: The squared norm of this rank's reduced gradients.
+        votes: Numbers to sum over the ranks in the same collective.
     """
     # All ranks of a role (of a shard) know the same norm, so one rank of each contributes it.
     total, *sums = job.sum_over_ranks([squared_norm if job.role_rank == 0 else 0.0, *votes])
@@ -270,7 +271,8 @@ class Loop:
         """Evaluate on at most `batches` global batches of held-out text.
 
         Args:
-            random_layer: a layer that uses random experts.
+            random_layer: A layer that uses random experts.
+
         Returns:
             Loss in nats and load by layer and expert (pool ranks know neither), and the number of tokens.
         """

@@ -21,8 +21,8 @@ class PoolRank:
     """Serves forwards, backwards and evaluations in the order of the schedule, and steps with the trunk.
 
     Attributes:
-        plan: schedule of an optimizer step.
-        clock: what its training steps are spent on.
+        plan: Schedule of an optimizer step.
+        clock: Measures what its training steps are spent on.
     """
 
     def __init__(self, recipe: Recipe, job: Job, schedule: ScheduleSpec, placement: Placement):

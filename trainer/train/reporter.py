@@ -28,8 +28,8 @@ class Reporter:
     """Reports the run. Every rank has one; rank 0 reports what is the same on all ranks.
 
     Args:
-        done: optimizer steps done before this start of the run.
-        lanes: micro-batches in flight on each trunk rank.
+        done: Optimizer steps done before this start of the run.
+        lanes: Micro-batches in flight on each trunk rank.
     """
 
     def __init__(self, recipe: Recipe, job: Job, folder: RunFolder, role: TrunkRank | PoolRank, done: int, lanes: int):
@@ -60,8 +60,8 @@ class Reporter:
         """Report a step.
 
         Args:
-            scalars: a trunk rank's.
-            usage: what `usage` returned, summed over the ranks.
+            scalars: The scalars of a trunk rank.
+            usage: What `usage` returned, summed over the ranks.
         """
         if not isinstance(self._role, TrunkRank) or scalars is None:
             return

@@ -24,9 +24,9 @@ class StepResults:
     Attributes:
         means: `MicroBatchResult.scalars`, means over the micro-batches.
         gates_L: `MicroBatchResult.gates_L`, mean over the micro-batches.
-        nonfinite_router_tokens: sum over the micro-batches.
-        load_LM: assignments by layer and the experts that it sees, int64 on the host.
-        own_losses: loss of each micro-batch of this rank.
+        nonfinite_router_tokens: Sum over the micro-batches.
+        load_LM: Assignments by layer and the experts that it sees, int64 on the host.
+        own_losses: Loss of each micro-batch of this rank.
     """
 
     means: dict[str, float]
@@ -63,8 +63,8 @@ def over_all_experts(load_LM: Tensor, groups: int) -> Tensor:
     """Return the load by layer and global expert id, 0 where a layer does not reach.
 
     Args:
-        load_LM: load by layer and the experts that it sees.
-        groups: sharing groups of adjacent layers.
+        load_LM: Load by layer and the experts that it sees.
+        groups: Sharing groups of adjacent layers.
     """
     return torch.block_diag(*load_LM.chunk(groups))  # type: ignore[no-any-return]
 

@@ -26,10 +26,10 @@ def write_summary(
     """Draw the picture of the load, and print the summary to stdout.
 
     Args:
-        val_loss: mean cross-entropy on held-out text, nats per token.
-        unigram_entropy: of the training tokens, nats: the loss that token frequencies alone give.
-        prompt, sample: held-out text and the model's continuation, None if its logits are not finite.
-        load_LM: assignments on held-out text by layer and the experts that it sees; None for a dense model.
+        val_loss: Mean cross-entropy on held-out text, nats per token.
+        unigram_entropy: Entropy of the training tokens, nats: the loss that token frequencies alone give.
+        prompt, sample: Held-out text and the model's continuation, None if its logits are not finite.
+        load_LM: Assignments on held-out text by layer and the experts that it sees; None for a dense model.
     """
     loss = f"{val_loss:.4f} nats per token, perplexity {perplexity(val_loss):.1f}"
     if not math.isfinite(val_loss):

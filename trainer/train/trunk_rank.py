@@ -49,11 +49,12 @@ class TrunkRank:
     """Computes attention, routers and head, requests the experts from the pool, and knows the step's scalars.
 
     Args:
-        document_end: see `Trunk`.
+        document_end: See `Trunk`.
+
     Attributes:
-        plan: schedule of an optimizer step.
-        clock: what its training steps are spent on.
-        load_LM: assignments of the last step by layer and the experts that it sees, over all trunk ranks.
+        plan: Schedule of an optimizer step.
+        clock: Measures what its training steps are spent on.
+        load_LM: Assignments of the last step by layer and the experts that it sees, over all trunk ranks.
     """
 
     def __init__(
@@ -219,7 +220,8 @@ class TrunkRank:
         """Evaluate on `batches` global batches of held-out text, the same on every trunk rank.
 
         Args:
-            random_layer: a layer that uses random experts instead of those that its router chooses.
+            random_layer: A layer that uses random experts instead of those that its router chooses.
+
         Returns:
             The mean cross-entropy in nats, and the load by layer and the experts that it sees.
         """
@@ -293,8 +295,8 @@ class TrunkRank:
         """Restore what `state_dict` returned, after the engines have loaded.
 
         Args:
-            steps: optimizer steps done.
-            shift: difference of the micro-batches' numbers to those at the time of the save.
+            steps: Optimizer steps done.
+            shift: What to add to the micro-batches' numbers at the time of the save to get those of now.
         """
         saved = state["statistics"]
         by_step = self._statistics.scope == "global_batch"

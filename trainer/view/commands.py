@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 
-@click.command()
+@click.command(short_help="Show a run in the terminal.")
 @click.argument("sources", nargs=-1, required=True, metavar="URL...|RUN")
 @click.option(
     "--interval", type=click.FloatRange(min=0.1), default=2.0, show_default=True, help="Seconds between two updates."
@@ -19,7 +19,7 @@ def watch(sources: tuple[str, ...], interval: float, once: bool, as_json: bool) 
 
     RUN is the folder of a run. While the run is training, its ranks are asked for their metrics, also after a restart;
     otherwise its records are shown. Instead of a folder, give the addresses of the ranks' pages; host:port is enough.
-    Shares of time and loads are about the steps since the last update, at first about all steps since the start.
+    Shares of time and loads cover the steps since the last update, at first all steps since the start.
 
     \b
     Examples:
@@ -32,10 +32,13 @@ def watch(sources: tuple[str, ...], interval: float, once: bool, as_json: bool) 
     show(sources, interval, once, as_json)
 
 
-@click.command()
+@click.command(short_help="Write a report of a run as one HTML file.")
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option(
-    "--out", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.html", help="Default: report.html in RUN."
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE.html",
+    help="File to write; default: report.html in RUN.",
 )
 def report(run: Path, out: Path | None) -> None:
     """Write a report of a run as one HTML file: curves, a heat map of the experts' load, and facts.

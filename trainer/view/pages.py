@@ -22,7 +22,7 @@ TIMEOUT_SECONDS = 2.0
 
 _LARGEST_PAGE = 16 * 2**20
 _CONNECTIONS = 32
-# Ranks are asked directly, as Prometheus does: a proxy would be for the world outside.
+# Ranks are asked directly, as Prometheus does, and not through a proxy that the environment may set.
 _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 Samples = dict[str, list[tuple[dict[str, str], float]]]

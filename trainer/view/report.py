@@ -143,7 +143,7 @@ def _thinned(records: Records) -> str:
     if len(records.steps) <= POINTS:
         return ""
     each = f"{len(records.steps) / POINTS:,.0f}"
-    return f'<p class="quiet">A point is the mean of about {each} steps; the band shows their least and largest.</p>'
+    return f'<p class="quiet">A point is the mean of about {each} steps; the band shows the whole range.</p>'
 
 
 def _chart(records: Records, title: str, names: Mapping[str, str], **options: Any) -> str:

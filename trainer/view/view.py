@@ -206,7 +206,7 @@ def recorded_view(run: Path, records: Records, state: str, notes: Sequence[str] 
         experts=tuple(load_LM.sum(0).tolist()) if load_LM is not None else (),
         losses=tuple(records.columns["loss"]),
         window=f"the last {min(RECENT, len(records.steps))} steps" if records.steps else "",
-        load_window="as saved last",
+        load_window="as last saved",
         notes=tuple(notes),
     )
 

@@ -1,4 +1,4 @@
-"""Whatever a person writes as a hostfile is one or an error of one line."""
+"""Whatever a person writes as a hostfile is valid or an error of one line."""
 
 from __future__ import annotations
 

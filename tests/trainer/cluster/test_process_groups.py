@@ -1,4 +1,4 @@
-"""The groups that join the roles: waits inside a step are short, those at its borders long."""
+"""The groups that join the roles: waits inside a step have a short limit, those outside a long one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which launcher rank is which rank of the job: orders, `UNIPOOL_ROLE`, devices of several types, the roster."""
+"""Which launcher rank becomes which rank of the job: orders, `UNIPOOL_ROLE`, devices of several types, the roster."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The meeting of all ranks: whatever the launcher's order, it is the same job; who does not fit or come is named."""
+"""The rendezvous: the job does not depend on the launcher's order; ranks that do not fit or do not come are named."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`data.document_mask`: documents of a row come to what each comes to alone, in training and outside of it."""
+"""`data.document_mask`: the documents of a row give the same results as each alone, in training and elsewhere."""
 
 from __future__ import annotations
 

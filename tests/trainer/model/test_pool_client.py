@@ -1,4 +1,4 @@
-"""Drivers of micro-batches, on micro-batches that are made up."""
+"""Clients of the pool, on made-up micro-batches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Random experts in place of a router's: what is drawn, and that it does not depend on who draws."""
+"""Random experts in place of a router's: what is drawn, and that it does not depend on the rank."""
 
 from __future__ import annotations
 

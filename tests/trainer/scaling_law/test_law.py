@@ -1,4 +1,4 @@
-"""Laws of size: of results with known laws, of noise, of too little, and of what cannot be compared."""
+"""Laws of size, fitted to results with known laws, to noise, to too few results, and to incomparable ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whatever a person writes as a sweep is a sweep or an error of one line."""
+"""Whatever a person writes as a sweep is valid or an error of one line."""
 
 from __future__ import annotations
 

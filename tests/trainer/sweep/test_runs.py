@@ -1,4 +1,4 @@
-"""The runs of a sweep, with a small fake for `train`: done ones are left out, stopped ones go on, failures are said."""
+"""The runs of a sweep, with a fake `train`: finished ones are skipped, stopped ones resume, failures are reported."""
 
 from __future__ import annotations
 

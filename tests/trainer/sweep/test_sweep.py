@@ -1,4 +1,4 @@
-"""Sweeps: their files, what is matched between variants, statistics, tables and pictures of runs nobody trained."""
+"""Sweeps: their files, what is matched between variants, statistics, tables and pictures of made-up runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The heat map: what it is drawn from, and that the file appears whole."""
+"""The heat map: the numbers that it is drawn from, and that the file appears whole."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The run's folder: metrics that survive resumes and full disks, monitors that a full disk ends alone."""
+"""The run's folder: metrics survive resumes and full disks; a full disk turns off monitors and nothing else."""
 
 from __future__ import annotations
 

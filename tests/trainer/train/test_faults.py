@@ -1,4 +1,4 @@
-"""Faults: whoever dies, stands still or raises, and wherever, the job ends in time and names it."""
+"""Faults: whichever rank dies, hangs or raises, and wherever, the job ends in time and names it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The backward that is cut between trunk and pool, against autograd: one graph of the exported model and the losses.
+"""The backward that is divided between trunk and pool, compared with autograd on the exported model and the losses.
 
 Everything in float64. Letters: L layers, T tokens, M experts that a layer sees, K top-k, V vocabulary.
 """

@@ -1,4 +1,4 @@
-"""Numbers do not depend on the layout (docs/design.md): every layout comes to what one colocated process does."""
+"""Numbers do not depend on the layout (docs/design.md): every layout gives those of one colocated process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Numbers that are none: routers' logits, losses, and what is written and printed of them."""
+"""Numbers that are not finite: routers' logits, losses, and how they are written and printed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ends and new starts: after kills at random moments, faults and signals a job goes on as if nothing had happened."""
+"""Restarts: after kills at random moments, faults and signals a job continues as if nothing had happened."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A step's scalars from what its micro-batches report, by hand."""
+"""A step's scalars, compared with arithmetic by hand on what its micro-batches report."""
 
 from __future__ import annotations
 

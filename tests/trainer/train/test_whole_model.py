@@ -1,4 +1,4 @@
-"""Three optimizer steps against the paper's released code (tests/golden/README.md): every number that it kept."""
+"""Three optimizer steps, compared with every number recorded from the paper's code (tests/golden/README.md)."""
 
 from __future__ import annotations
 
