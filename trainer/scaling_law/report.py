@@ -42,11 +42,11 @@ def notes(law: Law) -> Iterator[str]:
     )
     for c in law.crossings:
         at = "".join(f", {_size(value)} {name}" for name, value in c.at.items())
-        reached = "no size that a law can name"
         if c.smallest:
             size, low, high = (_reached(end, first) for end in (c.smallest.value, c.smallest.low, c.smallest.high))
-            reached = f"{size} {first.factor} ({low} to {high})"
-        yield f"{c.name}{at}: its loss of {loss(c.loss)} is reached by {reached}"
+            yield f"{c.name}{at}: its loss of {loss(c.loss)} is reached by {size} {first.factor} ({low} to {high})"
+        else:
+            yield f"{c.name}{at}: no pool size that reaches its loss of {loss(c.loss)} can be given, as there is no law"
     points = law.family.points
     yield (
         f"the law rests on {sum(len(p.runs) for p in points)} runs of {len(points)} points, all of "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -222,14 +223,11 @@ def write_files(folder: Path, result: SweepResult) -> list[Path]:
     json_file, csv_file = folder / JSON_FILE, folder / CSV_FILE
     atomic_write(json_file, lambda path: path.write_text(dumps(tree, indent=1) + "\n"))
     lines = [_flat(variant) for variant in tree["variants"]]
-
-    def write(path: Path) -> None:
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(lines[0]))
-            writer.writeheader()
-            writer.writerows(lines)
-
-    atomic_write(csv_file, write)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(lines[0]))
+    writer.writeheader()
+    writer.writerows(lines)
+    atomic_write(csv_file, lambda path: path.write_text(text.getvalue(), newline=""))
     return [json_file, csv_file]
 
 

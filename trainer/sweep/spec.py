@@ -288,35 +288,30 @@ def _sections(base: Any, what: str) -> dict[str, Any]:
 
 
 def _cells(sweep: Sweep, folder: Path, what: str) -> Iterator[Cell]:
-    points = {name: list(sweep.points(name)) for name in sweep.variants}
     names: list[str] = []
     for variant, settings in sweep.variants.items():
         base = settings.get(BASE, sweep.base)
         own = {key: value for key, value in settings.items() if key != BASE}
-        for point in points[variant]:
+        for point in sweep.points(variant):
             name = _cell_name(variant, point)
             if name in names:
                 raise UserError(f"{what}: two variants have the name {name}; rename one of them")
             names.append(name)
-            keys = list({**sweep.set, **own, **point}.items())
+            keys = sweep.set | own | point
             runs = []
             for seed in sweep.seeds:
-                ours = [("run.dir", str(folder / name / f"seed_{seed}")), ("run.seed", seed)]
-                recipe = check_recipe(base, [*keys, *ours], f"{what}, variant {name}")
+                ours = {"run.dir": str(folder / name / f"seed_{seed}"), "run.seed": seed}
+                recipe = check_recipe(base, list((keys | ours).items()), f"{what}, variant {name}")
                 if recipe.metrics.targets_dir:
                     raise UserError(f"{what}, variant {name}: metrics.targets_dir: {_SAME_FILES}")
                 runs.append(Run(name, seed, recipe))
-            yield Cell(name, variant, point, _baseline_of(sweep, points, variant, own | point), tuple(runs))
+            yield Cell(name, variant, point, _baseline_of(sweep, variant, own | point), tuple(runs))
 
 
-def _baseline_of(sweep: Sweep, points: Mapping[str, list[Settings]], variant: str, keys: Settings) -> str | None:
+def _baseline_of(sweep: Sweep, variant: str, keys: Settings) -> str | None:
     """Return the name of the baseline's cell at the same point of the axes that multiply it."""
-    if variant == sweep.baseline:
-        return None
-    for point in points[sweep.baseline]:
-        if all(key in keys and keys[key] == value for key, value in point.items()):
-            return _cell_name(sweep.baseline, point)
-    return None
+    points = [] if variant == sweep.baseline else sweep.points(sweep.baseline)
+    return next((_cell_name(sweep.baseline, p) for p in points if p.items() <= keys.items()), None)
 
 
 def _cell_name(variant: str, point: Settings) -> str:

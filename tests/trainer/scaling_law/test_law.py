@@ -112,7 +112,7 @@ def test_noise_alone_is_no_law(tmp_path: Path) -> None:
     (term,) = law.terms
     assert term.form == "none" and set(law.curve.slopes_K) == {0.0}
     text = " ".join(notes(law))
-    assert "is reached by no size that a law can name" in text
+    assert "no pool size that reaches its loss of" in text
 
 
 def family_of(losses: dict[int, list[float]]) -> Family:
