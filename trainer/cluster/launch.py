@@ -35,6 +35,11 @@ LONGEST_PAUSE_SECONDS = 30.0
 _POLL_SECONDS = 0.1
 
 
+def launched() -> bool:
+    """Return whether a launcher (deepspeed, torchrun, MPI) started this process as one rank of a job."""
+    return any(name in os.environ for name in ("RANK", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"))
+
+
 def free_port() -> int:
     """Return an unused TCP port, preferably one that is never assigned to outgoing connections."""
     first_ephemeral = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])

@@ -37,15 +37,6 @@ class Launch:
     master_port: int
 
 
-def launched() -> bool:
-    """Return whether a launcher (deepspeed, torchrun, MPI) started this process as one rank of a job."""
-    return "RANK" in os.environ or _mpi_launched()
-
-
-def _mpi_launched() -> bool:
-    return "OMPI_COMM_WORLD_SIZE" in os.environ or "PMI_SIZE" in os.environ
-
-
 def read_launch() -> Launch:
     """Read the launcher's environment, or ask mpi4py under MPI, as DeepSpeed's MPI discovery does.
 

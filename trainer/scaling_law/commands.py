@@ -27,10 +27,10 @@ def law(sources: tuple[Path, ...], variants: tuple[str, ...], out: Path | None, 
 
     RESULT is the folder of a sweep, or its result.json. Variants of one method (sharing, router, balance loss) are a
     family, and every family with enough sizes gets a law with a term for each factor that varies. A law of the pool
-    needs at least 4 pool sizes, each further factor 2 more sizes. A term is a power law only if that predicts sizes
-    left out a tenth better than a straight line, and better than a constant, and if the interval of its exponent is
-    bounded and above zero. Otherwise it is a straight line in the logarithm, or no dependence. Tokens trained, data
-    and tokenizer must be the same in all results.
+    needs at least 4 pool sizes, each further factor 2 more sizes, and every factor 3 values. A term is a power law only
+    if that predicts sizes left out a tenth better than a straight line, and better than a constant, and if the interval
+    of its exponent is bounded and above zero. Otherwise it is a straight line in the logarithm, or no dependence.
+    Tokens trained, data and tokenizer must be the same in all results.
 
     \b
     Examples:

@@ -22,9 +22,8 @@ from trainer.common.figure_style import (
     style_axes,
 )
 from trainer.common.format import count, plural
-from trainer.scaling_law.law import interval
-from trainer.scaling_law.report import FORMS
-from trainer.scaling_law.result import FARTHEST, Group, Law
+from trainer.scaling_law.law import FORMS, interval
+from trainer.scaling_law.result import FARTHEST, Law, log_sizes
 from trainer.sweep.statistics import CONFIDENCE
 
 _ROOM = 0.07
@@ -38,24 +37,25 @@ def draw(laws: Sequence[Law]) -> Figure:
     for axes, law in zip(panels, laws, strict=True):
         _draw_law(axes, law)
     panels[0].set_ylabel("validation loss, nats per token")
-    seeds, tokens = max(law.seeds[1] for law in laws), laws[0].family.points[0].tokens
-    about = f"{plural(seeds, 'seed')}, {count(tokens, digits=3)} tokens"
+    most, tokens = max(len(point.runs) for law in laws for point in law.family.points), laws[0].family.points[0].tokens
+    about = f"{plural(most, 'seed')}, {count(tokens, digits=3)} tokens"
     figure_title(figure, f"{about}; bands: {CONFIDENCE:.0%} intervals; dashed: not measured")
     return figure
 
 
 def _draw_law(axes: Axes, law: Law) -> None:
-    first = law.terms[0]
+    first, *rest = law.terms
+    groups = sorted(set(map(tuple, law.x_nK[:, 1:].tolist())))
     ends = []
-    for place, group in enumerate(law.groups):
-        colour = colormaps["viridis"](0.35 if len(law.groups) == 1 else 0.75 * place / (len(law.groups) - 1))
-        name = ", ".join(
-            f"{count(value, digits=3)} {key.removesuffix(' parameters')}" for key, value in group.at.items()
-        )
-        ends.append((*_draw_group(axes, law, group, colour), name, colour))
-    names = sorted({group.crossing.name for group in law.groups if group.crossing})
-    if names:
-        axes.plot([], [], color=INK, linestyle=":", linewidth=1.3, label=", ".join(names))
+    for place, others in enumerate(groups):
+        at = {term.factor: x for term, x in zip(rest, others, strict=True)}
+        colour = colormaps["viridis"](0.35 if len(groups) == 1 else 0.75 * place / (len(groups) - 1))
+        name = ", ".join(f"{count(x, digits=3)} {factor.removesuffix(' parameters')}" for factor, x in at.items())
+        ends.append((*_draw_group(axes, law, at, colour), name, colour))
+    for place, crossing in enumerate(law.crossings):
+        label = None if place else crossing.name
+        axes.axhline(crossing.loss, color=INK, linestyle=":", linewidth=1.3, label=label)
+    if law.crossings:
         add_legend(axes)
     axes.set_xscale("log")
     axes.set_xlim(first.values[0] / 1.1, first.values[-1] * FARTHEST)
@@ -65,7 +65,7 @@ def _draw_law(axes: Axes, law: Law) -> None:
     axes.set_xlabel(first.factor)
     panel_title(axes, f"{law.family.name}: {FORMS[first.form]}", size=10)
     style_axes(axes)
-    if law.groups[0].at:
+    if rest:
         label_ends(axes, ends)
 
 
@@ -78,24 +78,28 @@ def _apart(sizes: Sequence[float]) -> list[float]:
     return shown
 
 
-def _draw_group(axes: Axes, law: Law, group: Group, colour: Colour) -> tuple[float, float]:
-    """Draw the points of a group and its curve; return where the curve ends."""
-    xs = np.geomspace(group.x[0], FARTHEST * group.x[-1], 120)
-    u = law.u(xs, group.at)
+def _draw_group(axes: Axes, law: Law, at: dict[str, float], colour: Colour) -> tuple[float, float]:
+    """Draw the points whose other factors have these values, and their curve; return where the curve ends."""
+    own_n = np.all(law.x_nK[:, 1:] == list(at.values()), axis=1)
+    measured = law.x_nK[own_n, 0]
+    xs = np.geomspace(measured.min(), FARTHEST * measured.max(), 120)
+    u = log_sizes(law.terms, xs, at)
     losses = law.curve(u)
     low, high = np.array([interval(column) for column in np.array([curve(u) for curve in law.replicates]).T]).T
-    within = xs <= group.x[-1]
+    within = xs <= measured.max()
     axes.plot(xs[within], losses[within], color=colour, linewidth=1.8)
     axes.plot(xs[~within], losses[~within], color=colour, linewidth=1.4, linestyle=(0, (4, 3)))
     axes.fill_between(xs, low, high, color=colour, alpha=0.15, linewidth=0)
-    for x, point in zip(group.x, group.points, strict=True):
-        seeds = list(point.losses.values())
-        axes.plot([x] * len(seeds), seeds, "o", color=colour, markersize=3.5, alpha=0.6, markeredgewidth=0)
+    for n in np.flatnonzero(own_n):
+        point, x = law.family.points[n], law.x_nK[n, 0]
+        axes.plot(
+            [x] * len(point.runs),
+            list(point.losses.values()),
+            "o",
+            color=colour,
+            markersize=3.5,
+            alpha=0.6,
+            markeredgewidth=0,
+        )
         axes.plot([x], [point.val_loss.mean], "_", color=colour, markersize=14, markeredgewidth=2)
-    if c := group.crossing:
-        line: Colour = colour if group.at else INK
-        axes.axhline(c.loss, color=line, linestyle=":", linewidth=1.3)
-        if c.smallest:
-            ends = [max(c.smallest.low, xs[0]), min(c.smallest.high, xs[-1])]
-            axes.plot(ends, [c.loss, c.loss], color=line, linewidth=5, alpha=0.3, solid_capstyle="butt")
     return float(xs[-1]), float(losses[-1])

@@ -7,14 +7,11 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
-from trainer.common.format import count, interval, loss, loss_change, p_value, plural
-from trainer.common.strict_json import json_safe
+from trainer.common.format import count, interval, loss, loss_change, plural
 from trainer.common.tables import new_table, print_tables
-from trainer.scaling_law.law import MISFIT_P, Form
-from trainer.scaling_law.result import FARTHEST, Crossing, Law, Term
+from trainer.scaling_law.law import FORMS
+from trainer.scaling_law.result import FARTHEST, Law, Term
 from trainer.sweep.statistics import CONFIDENCE
-
-FORMS: dict[Form, str] = {"none": "no dependence", "line": "straight line in the logarithm", "power": "power law"}
 
 
 def print_law(law: Law) -> None:
@@ -27,7 +24,7 @@ def print_law(law: Law) -> None:
     for term in law.terms:
         d, a = term.doubling, term.exponent
         table.add_row(
-            *(term.factor, _range(term), FORMS[term.form].partition(" in ")[0]),
+            *(term.factor, f"{_size(term.values[0])} to {_size(term.values[-1])}", FORMS[term.form]),
             *(loss_change(d.value), interval(d.low, d.high), f"{a.value:.2f}", interval(a.low, a.high, ".2f")),
             *(loss(term.left_out_rms[form]) for form in FORMS),
         )
@@ -37,31 +34,27 @@ def print_law(law: Law) -> None:
 def notes(law: Law) -> Iterator[str]:
     """Say what the law is, one thing per line."""
     yield f"law: {formula(law)}"
-    if law.floor:
-        ends = interval(law.floor.low, law.floor.high, ".2f")
-        yield f"E, the loss for unbounded sizes, is {law.floor.value:.3f} ({ends})"
-    for term in law.terms:
-        yield _verdict(term)
     first, largest = law.terms[0], law.largest
     error = loss_change(largest["predicted"] - largest["measured"])
     yield (
         f"without the largest size ({_size(largest['size'])} {first.factor}) the law predicts a loss of "
         f"{loss(largest['predicted'])} there; measured is {loss(largest['measured'])}: {error}"
     )
-    for group in law.groups:
-        if group.crossing:
-            yield _crossing(group.crossing, first)
-    fewest, most = law.seeds
-    seeds = f"{fewest} to {most} seeds" if fewest < most else plural(most, "seed")
+    for c in law.crossings:
+        at = "".join(f", {_size(value)} {name}" for name, value in c.at.items())
+        if c.smallest:
+            size, low, high = (_reached(end, first) for end in (c.smallest.value, c.smallest.low, c.smallest.high))
+            yield f"{c.name}{at}: its loss of {loss(c.loss)} is reached by {size} {first.factor} ({low} to {high})"
+        else:
+            yield f"{c.name}{at}: no pool size that reaches its loss of {loss(c.loss)} can be given, as there is no law"
+    points = law.family.points
     yield (
-        f"the law rests on {len(law.family.points)} points of {seeds}, all of {law.family.points[0].tokens:,} tokens; "
-        f"runs lie {law.noise.sd:.4f} nats about it, known with {plural(law.noise.freedom, 'degree')} of freedom"
+        f"the law rests on {sum(len(p.runs) for p in points)} runs of {len(points)} points, all of "
+        f"{points[0].tokens:,} tokens; runs lie {law.noise['sd']:.4f} nats about it, known with "
+        f"{plural(int(law.noise['freedom']), 'degree')} of freedom"
     )
-    if most == 1:
+    if all(len(p.runs) == 1 for p in points):
         yield "with 1 seed, noise and misfit cannot be told apart: add seeds before relying on the intervals"
-    if law.noise.misfit_p < MISFIT_P:
-        p = p_value(law.noise.misfit_p)
-        yield f"the points are farther from the law than runs are from each other (F-test, p = {p})"
     for name, other in law.combined.items():
         yield f"{name} vary only together with {other}: the terms stand for both and cannot tell them apart"
     for warning in law.family.warnings:
@@ -74,7 +67,7 @@ def formula(law: Law) -> str:
     """Write the law as a formula to compute with."""
     parts = []
     level = law.curve.level
-    for term, slope, a in zip(law.terms, law.curve.slopes, law.curve.exponents, strict=True):
+    for term, slope, a in zip(law.terms, law.curve.slopes_K, law.curve.exponents_K, strict=True):
         name = term.factor.replace(" ", "_")
         if term.form == "line":
             level += slope * math.log(term.centre)
@@ -85,44 +78,10 @@ def formula(law: Law) -> str:
     return " ".join([f"loss = {level:.4f}", *parts])
 
 
-def _verdict(term: Term) -> str:
-    """Say why a term has its form; the numbers are in the table."""
-    if term.form == "none":
-        return f"{term.factor}: no law; from {_range(term)} the loss does not clearly depend on it"
-    way = "falls" if term.doubling.value < 0 else "RISES"
-    if term.form == "power":
-        return f"{term.factor}: the loss {way} by a power law, whose exponent differs from zero"
-    if term.exponent.low <= 0:
-        why = "the exponent of a power law does not differ from zero"
-    elif math.isinf(term.exponent.high):
-        why = "these sizes do not show how the loss levels off"
-    else:
-        why = "a power law hardly predicts sizes left out better"
-    return f"{term.factor}: the loss {way} by a straight line in the logarithm; {why}, so its limit is not known"
-
-
-def _crossing(c: Crossing, term: Term) -> str:
-    at = "".join(f", {_size(value)} {name}" for name, value in c.at.items())
-    measured = (
-        f"the smallest measured pool that does has {_size(c.measured)}" if c.measured else "no measured pool does"
-    )
-    head = f"{c.name}{at}: its loss of {loss(c.loss)} is reached by"
-    if c.smallest is None:
-        return f"{head} no size that a law could name; {measured}"
-    value, low, high = (_reach(end, term) for end in (c.smallest.value, c.smallest.low, c.smallest.high))
-    return f"{head} {value} {term.factor} ({low} to {high}); {measured}"
-
-
-def _reach(size: float, term: Term) -> str:
-    if size == 0:
-        return f"fewer than {_size(term.values[0] / FARTHEST)}"
+def _reached(size: float, term: Term) -> str:
     if math.isinf(size):
         return f"more than {_size(FARTHEST * term.values[-1])}"
-    return _size(math.ceil(size - 1e-9))
-
-
-def _range(term: Term) -> str:
-    return f"{_size(term.values[0])} to {_size(term.values[-1])}"
+    return _size(math.ceil(size)) if size > term.values[0] else f"at most {_size(size)}"
 
 
 def _size(value: float) -> str:
@@ -130,22 +89,18 @@ def _size(value: float) -> str:
 
 
 def to_json(law: Law) -> dict[str, Any]:
-    """Return everything but the points; infinite numbers and NaN become null."""
-    fewest, most = law.seeds
-    tree: dict[str, Any] = {
+    """Return everything but the points and the replicates."""
+    return {
         "variants": law.family.name,
         "points": len(law.family.points),
-        "seeds": {"fewest": fewest, "most": most},
+        "runs": sum(len(p.runs) for p in law.family.points),
         "tokens": law.family.points[0].tokens,
         "confidence": CONFIDENCE,
         "formula": formula(law),
-        "level": law.curve.level,
-        "floor": asdict(law.floor) if law.floor else None,
-        "terms": [asdict(term) for term in law.terms],
-        "noise": asdict(law.noise),
+        "terms": list(map(asdict, law.terms)),
+        "noise": law.noise,
         "largest": law.largest,
-        "baselines": [asdict(group.crossing) for group in law.groups if group.crossing],
+        "baselines": list(map(asdict, law.crossings)),
         "combined": law.combined,
         "notes": list(notes(law)),
     }
-    return json_safe(tree)  # type: ignore[no-any-return]  # a dict stays one

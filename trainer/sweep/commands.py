@@ -13,7 +13,7 @@ from trainer.common.errors import UserError
 from trainer.common.strict_json import dumps
 
 if TYPE_CHECKING:
-    from trainer.sweep.result import SweepResult
+    from trainer.sweep.spec import Experiment
 
 
 @click.command()
@@ -61,6 +61,7 @@ def sweep(
       unipool sweep runs/sweeps/small-reproduction --report
       unipool sweep table-5 --write-recipes
     """
+    from trainer.cluster.launch import launched
     from trainer.sweep.spec import SWEEP_FILE, headline, load_sweep, sweep_names
 
     if listed:
@@ -69,14 +70,12 @@ def sweep(
         return
     if source is None:
         raise UserError("sweep: give the name of a sweep (see unipool sweep --list), its file, or its folder")
-    if "RANK" in os.environ or "OMPI_COMM_WORLD_SIZE" in os.environ or "PMI_SIZE" in os.environ:
+    if launched():
         raise UserError(
             "sweep: it starts its runs itself and cannot run under a launcher; use --write-recipes for that"
         )
     if report and os.path.isdir(source) and not (Path(source) / SWEEP_FILE).exists():
-        from trainer.sweep.result import JSON_FILE, read_result
-
-        _show(read_result(Path(source) / JSON_FILE), Path(source), as_json, collected=False)
+        _show(Path(source), as_json)
         return
     experiment = load_sweep(source, overrides, folder)
     if jobs > 1 and (taken := [cell.name for cell in experiment.cells if cell.recipe.metrics.port]):
@@ -84,9 +83,7 @@ def sweep(
     if report:
         if not experiment.folder.is_dir():
             raise UserError(f"--report: the folder {experiment.folder} does not exist; train first, or give --dir")
-        from trainer.sweep.result import collect
-
-        _show(collect(experiment), experiment.folder, as_json)
+        _show(experiment.folder, as_json, experiment)
         return
     from trainer.sweep.runs import Runner, check_folders, write_recipe
     from trainer.telemetry.console import say
@@ -105,25 +102,24 @@ def sweep(
             print(run.recipe_file)
         return
     status = Runner(experiment, jobs).run()
-    from trainer.sweep.result import collect
-
-    _show(collect(experiment), experiment.folder, as_json)
+    _show(experiment.folder, as_json, experiment)
     sys.exit(status)
 
 
-def _show(result: SweepResult, folder: Path, as_json: bool, collected: bool = True) -> None:
-    """Print the result and write its pictures, and its files unless it was read from them."""
+def _show(folder: Path, as_json: bool, experiment: Experiment | None = None) -> None:
+    """Print the result of an experiment and write its files and pictures; without one, the result is read instead."""
     from trainer.sweep.plot import write_pictures
-    from trainer.sweep.result import to_json, write_files
+    from trainer.sweep.result import JSON_FILE, collect, read_result, to_json, write_files
     from trainer.sweep.table import print_result
     from trainer.telemetry.console import say
 
+    result = collect(experiment) if experiment else read_result(folder / JSON_FILE)
     if as_json:
         print(dumps(to_json(result)))
     else:
         print_result(result)
     try:
-        written = [*(write_files(folder, result) if collected else []), *write_pictures(folder, result)]
+        written = [*(write_files(folder, result) if experiment else []), *write_pictures(folder, result)]
     except OSError as error:
         raise UserError(f"{folder}: the result cannot be written ({error.strerror})") from None
     say(f"written: {', '.join(map(str, written))}")

@@ -26,7 +26,7 @@ from trainer.common.figure_style import (
     write_png_and_svg,
 )
 from trainer.common.format import count, plural
-from trainer.sweep.result import SweepResult, VariantResult
+from trainer.sweep.result import RunResult, SweepResult, VariantResult
 from trainer.sweep.statistics import CONFIDENCE, Difference, Spread
 
 RESULT, CURVES = "result", "curves"
@@ -52,8 +52,7 @@ def write_pictures(folder: Path, result: SweepResult) -> list[Path]:
 def numeric_axis(result: SweepResult) -> str | None:
     """Return the first axis of several numbers."""
     for key, values in result.axes.items():
-        numbers = [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
-        if len(numbers) == len(values) > 1:
+        if len(values) > 1 and all(type(value) in (int, float) for value in values):
             return key
     return None
 
@@ -66,21 +65,16 @@ def draw_variants(result: SweepResult, variants: Sequence[VariantResult]) -> Fig
     baselines = [v for v in variants if v.variant == result.baseline]
     for place, v in enumerate(variants):
         colour = INK if v in baselines else SERIES[0]
-        _draw_point(losses, (v.val_loss.mean, place), v.val_loss, list(v.losses.values()), colour, across=True)
+        _draw_point(losses, place, v.val_loss, list(v.losses.values()), colour, across=True)
         if v.difference:
-            seeds = list(_paired_losses(result, v).values())
-            _draw_point(differences, (v.difference.mean, place), v.difference, seeds, colour, across=True)
+            _draw_point(differences, place, v.difference, _paired_losses(result, v), colour, across=True)
     if len(baselines) == 1:
         losses.axvline(baselines[0].val_loss.mean, color=INK, linestyle="--", linewidth=1)
     differences.axvline(0, color=INK, linestyle="--", linewidth=1)
-    known = [
-        (result.picture.reference[v.variant], n)
-        for n, v in enumerate(variants)
-        if v.variant in result.picture.reference
-    ]
-    if known:
-        x, y = zip(*known, strict=True)
-        differences.plot(x, y, "D", color=SERIES[1], markerfacecolor="none", label=result.picture.reference_name)
+    reference = result.picture.reference
+    if known := {place: reference[v.variant] for place, v in enumerate(variants) if v.variant in reference}:
+        look = {"color": SERIES[1], "markerfacecolor": "none", "label": result.picture.reference_name}
+        differences.plot(list(known.values()), list(known), "D", **look)
         add_legend(figure, loc="outside upper right")
     losses.set_yticks(range(len(variants)), [_label(result, v) for v in variants])
     losses.set_ylim(len(variants) - 0.5, -0.5)
@@ -95,15 +89,14 @@ def draw_variants(result: SweepResult, variants: Sequence[VariantResult]) -> Fig
 
 def _draw_point(
     axes: Axes,
-    at: tuple[float, float],
+    place: float,
     s: Spread | Difference,
     seeds: Sequence[float],
     colour: Colour,
     across: bool = False,
     label: str | None = None,
 ) -> None:
-    """Draw the mean at (x, y) with its confidence interval, and a small point for each seed, `across` or upwards."""
-    place = at[1] if across else at[0]
+    """Draw the mean at a place with its confidence interval, and a small point for each seed, `across` or upwards."""
 
     def plot(values: Sequence[float], style: str, **settings: Any) -> None:
         fixed = [place] * len(values)
@@ -141,10 +134,10 @@ def draw_axis(result: SweepResult, variants: Sequence[VariantResult], axis: str)
                 axes.axhline(s.mean if s else 0.0, color=colours[v.variant], linestyle="--", linewidth=1.2, label=label)
             elif s:
                 shift = (names.index(v.variant) - (len(names) - 1) / 2) * _DODGE * (ticks[-1] - ticks[0])
-                seeds = list((_paired_losses(result, v) if compared else v.losses).values())
-                at = (scale(float(v.point[axis])) + shift, s.mean)
+                seeds = _paired_losses(result, v) if compared else list(v.losses.values())
+                place = scale(float(v.point[axis])) + shift
                 first = v.point[axis] == next(w for w in shown if w.variant == v.variant).point.get(axis)
-                _draw_point(axes, at, s, seeds, colours[v.variant], label=label if first else None)
+                _draw_point(axes, place, s, seeds, colours[v.variant], label=label if first else None)
         axes.set_xticks(ticks, [f"{value:g}" for value in values])
         axes.set_xlabel(_name(result, axis))
         panel_title(axes, ", ".join(_setting(result, shown[-1], key) for key in panel), size=10)
@@ -161,12 +154,8 @@ def draw_curves(result: SweepResult, variants: Sequence[VariantResult]) -> Figur
 
     The baseline and one more variant stand out. Curves are named at their ends, those in grey only in the last panel.
     """
-    highlighted = (
-        result.picture.highlight
-        or min(
-            (v for v in variants if v.variant != result.baseline), key=lambda v: v.val_loss.mean, default=variants[0]
-        ).variant
-    )
+    others = [v for v in variants if v.variant != result.baseline] or variants
+    highlighted = result.picture.highlight or min(others, key=lambda v: v.val_loss.mean).variant
     looks: dict[str, tuple[Colour, float]] = {highlighted: (SERIES[1], 2.2), result.baseline: (INK, 2.2)}
     losses = [(v, _mean_curve([(run.val_steps, run.val_losses) for run in v.runs])) for v in variants]
     differences = [(v, _mean_curve(pairs)) for v in variants if (pairs := _minus_baseline(result, v))]
@@ -204,22 +193,25 @@ def _mean_curve(curves: Sequence[_Curve]) -> _Curve:
     return steps, np.mean([values for own, values in curves if own == steps], axis=0).tolist()
 
 
-def _minus_baseline(result: SweepResult, v: VariantResult) -> list[_Curve]:
-    """Return the differences to the baseline of every seed that both have, validated after the same steps."""
+def _pairs(result: SweepResult, v: VariantResult) -> list[tuple[RunResult, RunResult]]:
+    """Return the runs of a variant whose seed the baseline has as well, each with that run of the baseline."""
     other = result.baseline_of(v)
     baseline = {run.seed: run for run in other.runs} if other else {}
-    pairs = [(run, baseline[run.seed]) for run in v.runs if run.seed in baseline]
+    return [(run, baseline[run.seed]) for run in v.runs if run.seed in baseline]
+
+
+def _minus_baseline(result: SweepResult, v: VariantResult) -> list[_Curve]:
+    """Return the differences to the baseline of every seed that both have, validated after the same steps."""
     return [
-        (own.val_steps, [a - b for a, b in zip(own.val_losses, other.val_losses, strict=True)])
-        for own, other in pairs
+        (own.val_steps, np.subtract(own.val_losses, other.val_losses).tolist())
+        for own, other in _pairs(result, v)
         if own.val_steps == other.val_steps
     ]
 
 
-def _paired_losses(result: SweepResult, v: VariantResult) -> dict[int, float]:
-    """Return the loss minus the baseline's, by seed that both have."""
-    other = result.baseline_of(v)
-    return {seed: loss - other.losses[seed] for seed, loss in v.losses.items() if seed in other.losses} if other else {}
+def _paired_losses(result: SweepResult, v: VariantResult) -> list[float]:
+    """Return the loss minus the baseline's for every seed that both have."""
+    return [own.val_loss - other.val_loss for own, other in _pairs(result, v)]
 
 
 def _name(result: SweepResult, key: str) -> str:

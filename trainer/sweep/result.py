@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,11 @@ from pydantic import TypeAdapter, ValidationError
 from trainer.common.atomic import atomic_write
 from trainer.common.errors import UserError
 from trainer.common.safe_read import Unreadable, read_text
-from trainer.common.strict_json import dumps, json_safe, loads
-from trainer.config.recipe import Recipe
+from trainer.common.strict_json import dumps, loads
 from trainer.config.sections import source_names
 from trainer.planning.model_costs import count_parameters
 from trainer.sweep.runs import is_done, records_of
-from trainer.sweep.spec import Cell, Experiment, Picture, Run, keys_of_axis
+from trainer.sweep.spec import Cell, Experiment, Picture, Run
 from trainer.sweep.statistics import CONFIDENCE, Difference, Number, Spread, paired, spread
 from trainer.view.records import RECENT
 
@@ -125,11 +126,6 @@ class SweepResult:
     variants: tuple[VariantResult, ...]
     picture: Picture = field(default_factory=Picture)
 
-    @property
-    def axis_keys(self) -> list[str]:
-        """Keys of all axes."""
-        return [key for axis in self.axes for key in keys_of_axis(axis)]
-
     def baseline_of(self, variant: VariantResult) -> VariantResult | None:
         """Return what a variant is compared with."""
         return next((other for other in self.variants if other.name == variant.compared_with), None)
@@ -168,7 +164,7 @@ def variant_result(cell: Cell, runs: Sequence[RunResult], baseline: Sequence[Run
         experts=r.pool.experts,
         parameters={"total": parameters.total, "active": parameters.active},
         tokens=r.train.steps * r.train.global_batch * r.model.seq_len,
-        settings={key: _setting(r, key) for key in SETTINGS},
+        settings={key: attrgetter(key)(r) for key in SETTINGS} | {"data.source": source_names(r.data.source)},
         planned_runs=len(cell.runs),
         val_loss=spread(list(losses.values())),
         difference=None if baseline is None else paired(losses, {run.seed: run.val_loss for run in baseline}),
@@ -194,16 +190,12 @@ def _run(run: Run) -> RunResult:
     )
 
 
-def _setting(recipe: Recipe, key: str) -> Any:
-    if key == "data.source":
-        return source_names(recipe.data.source)
-    section, _, name = key.partition(".")
-    return getattr(getattr(recipe, section), name)
+_RESULT = TypeAdapter(SweepResult)
 
 
 def to_json(result: SweepResult) -> dict[str, Any]:
     """Convert a result to what result.json holds; NaN becomes null."""
-    tree: dict[str, Any] = json_safe(asdict(result) | {"picture": result.picture.model_dump(mode="json")})
+    tree: dict[str, Any] = loads(_RESULT.dump_json(result))
     return tree
 
 
@@ -215,7 +207,7 @@ def read_result(file: Path) -> SweepResult:
     """
     again = f"make it with: unipool sweep {file.parent} --report"
     try:
-        return TypeAdapter(SweepResult).validate_python(loads(read_text(file, _LARGEST_FILE)))
+        return _RESULT.validate_json(read_text(file, _LARGEST_FILE))
     except Unreadable as error:
         raise UserError(f"{file}: cannot be read ({error}); {again}") from None
     except ValidationError as error:
@@ -223,8 +215,6 @@ def read_result(file: Path) -> SweepResult:
         raise UserError(
             f"{file}: not a sweep's result, or one of an older version ({where} is missing or wrong); {again}"
         ) from None
-    except ValueError:
-        raise UserError(f"{file}: not JSON; {again}") from None
 
 
 def write_files(folder: Path, result: SweepResult) -> list[Path]:
@@ -233,14 +223,11 @@ def write_files(folder: Path, result: SweepResult) -> list[Path]:
     json_file, csv_file = folder / JSON_FILE, folder / CSV_FILE
     atomic_write(json_file, lambda path: path.write_text(dumps(tree, indent=1) + "\n"))
     lines = [_flat(variant) for variant in tree["variants"]]
-
-    def write(path: Path) -> None:
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(lines[0]))
-            writer.writeheader()
-            writer.writerows(lines)
-
-    atomic_write(csv_file, write)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(lines[0]))
+    writer.writeheader()
+    writer.writerows(lines)
+    atomic_write(csv_file, lambda path: path.write_text(text.getvalue(), newline=""))
     return [json_file, csv_file]
 
 

@@ -7,6 +7,7 @@ that was killed (SIGKILL) go on without it; the next start of the sweep waits fo
 from __future__ import annotations
 
 import fcntl
+import io
 import os
 import signal
 import subprocess
@@ -138,9 +139,20 @@ class Runner:
         """Train all unfinished runs; return the exit status: 0 finished, 1 some failed, 75 or 130 stopped."""
         for run in self.experiment.runs:
             (self.done if is_done(run) else self._waiting).append(run)
-        with self._handle_signals(), self._progress_bar() as bar:
+        terminal = sys.stderr.isatty()
+        graph = " {bar}" if terminal else ""
+        with (
+            self._handle_signals(),
+            tqdm(
+                total=sum(run.recipe.train.steps for run in self.experiment.runs),
+                initial=self._steps(),
+                file=sys.stderr if terminal else io.StringIO(),
+                smoothing=0.0,
+                bar_format=f"{{desc}}, step {{n_fmt}}/{{total_fmt}}{graph}{{postfix}}, ETA {{remaining}}",
+                dynamic_ncols=True,
+            ) as bar,
+        ):
             shown = time.monotonic()
-            first, start = self._steps(), shown
             while self._active or (self._waiting and not self._signals_seen):
                 if not self._signals_seen:
                     self._fill()
@@ -149,17 +161,17 @@ class Runner:
                     if active.process.poll() is not None:
                         self._active.remove(active)
                         self._ended(active)
-                if not bar.disable or time.monotonic() - shown > LOG_SECONDS:
+                if terminal or time.monotonic() - shown > LOG_SECONDS:
                     shown = time.monotonic()
-                    self._show(bar, first, start)
+                    self._update(bar)
+                    if not terminal:
+                        say(str(bar))
         return self._status()
 
     def _status(self) -> int:
-        unfinished = len(self.done) < len(self.experiment.runs)
-        if self._signals_seen and unfinished:
-            if len(self._signals_seen) > 1 or self._signals_seen[0] == signal.SIGINT:
-                return 128 + self._signals_seen[0]
-            return START_AGAIN
+        if self._signals_seen and len(self.done) < len(self.experiment.runs):
+            first, *more = self._signals_seen
+            return 128 + first if more or first == signal.SIGINT else START_AGAIN
         return 1 if self.failed else START_AGAIN if self.stopped else 0
 
     @contextmanager
@@ -248,36 +260,17 @@ class Runner:
             records.read()
         return sum(records.steps[-1] for records in self._records.values() if records.steps)
 
-    @contextmanager
-    def _progress_bar(self) -> Iterator[tqdm[Never]]:
-        with tqdm(
-            total=sum(run.recipe.train.steps for run in self.experiment.runs),
-            initial=self._steps(),
-            disable=not sys.stderr.isatty(),
-            smoothing=0.0,
-            bar_format="{desc}, step {n_fmt}/{total_fmt} {bar}{postfix}, ETA {remaining}",
-            dynamic_ncols=True,
-        ) as bar:
-            yield bar
-
-    def _show(self, bar: tqdm[Never], first: int, start: float) -> None:
-        """Show progress and time left on the bar or in a line, given steps and time at the start."""
-        steps = self._steps()
+    def _update(self, bar: tqdm[Never]) -> None:
+        """Show progress, losses and time left on the bar."""
+        bar.n = self._steps()
         losses = []
         for active in self._active:
             column = self._records[active.run.name].columns["loss"]
             losses.append(f"{active.run.name} {column[-1]:.4f}" if column else f"{active.run.name} starts")
         runs = f"{len(self.done)}/{len(self.experiment.runs)} runs done"
         runs += f", {len(self.failed)} FAILED" if self.failed else ""
-        if not bar.disable:
-            bar.set_description_str(runs, refresh=False)
-            bar.set_postfix_str("; ".join(losses), refresh=False)
-            bar.n = steps
-            bar.refresh()
-            return
-        total, made = sum(run.recipe.train.steps for run in self.experiment.runs), steps - first
-        left = tqdm.format_interval((time.monotonic() - start) / made * (total - steps)) if made > 0 else "?"
-        say(f"{runs}, step {steps}/{total}: {'; '.join(losses)}, ETA {left}")
+        bar.set_description_str(runs, refresh=False)
+        bar.set_postfix_str("; ".join(losses))
 
 
 def _last_words(log: Path, start: int) -> str:

@@ -17,6 +17,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -37,6 +38,7 @@ SWEEPS_FOLDER = "runs/sweeps"
 BASE = "base"
 """Key of a variant that is not a recipe key: a base of its own."""
 
+_SHIPPED = resources.files("trainer.sweep") / "sweeps"
 _OURS = ("run.dir", "run.seed")
 _CLASHING = ("metrics.targets_dir",)
 _SAME_FILES = "not allowed in a sweep, since its runs would write the same files"
@@ -83,36 +85,33 @@ class Sweep(Section):
                 raise ValueError(
                     f"variants.{name}: the name becomes a folder and may only have letters, digits and _ . + -"
                 )
-        for where, keys in {"set": list(self.set), "grid": self.axis_keys, **_by_variant(self.variants)}.items():
+        gridded = axis_keys(self.grid)
+        for where, keys in {"set": list(self.set), "grid": gridded, **_by_variant(self.variants)}.items():
             _check_keys(where, keys)
-        if len(set(self.axis_keys)) < len(self.axis_keys):
+        if len(set(gridded)) < len(gridded):
             raise ValueError(f"grid = {show(list(self.grid))}: a key appears twice")
         for axis, values in self.grid.items():
-            keys = keys_of_axis(axis)
+            keys = axis_keys([axis])
             if len(keys) > 1 and any(not isinstance(value, list) or len(value) != len(keys) for value in values):
                 raise ValueError(f"grid.{axis} = {show(values)}: each value must be a list of {len(keys)}, one per key")
             if any(value in values[:place] for place, value in enumerate(values)):
                 raise ValueError(f"grid.{axis} = {show(values)}: a value appears twice")
         return self
 
-    @property
-    def axis_keys(self) -> list[str]:
-        """Keys of all axes."""
-        return [key for axis in self.grid for key in keys_of_axis(axis)]
-
     def points(self, variant: str) -> Iterator[Settings]:
         """Return the points of the axes that multiply a variant: those without a key that it sets itself."""
         axes = []
         for axis, values in self.grid.items():
-            keys = keys_of_axis(axis)
+            keys = axis_keys([axis])
             if not set(keys) & self.variants[variant].keys():
                 axes.append([dict(zip(keys, value if len(keys) > 1 else [value], strict=True)) for value in values])
         for settings in itertools.product(*axes):
             yield {key: value for part in settings for key, value in part.items()}
 
 
-def keys_of_axis(axis: str) -> list[str]:
-    return [key.strip() for key in axis.split(",")]
+def axis_keys(axes: Iterable[str]) -> list[str]:
+    """Return the keys of all axes of a grid."""
+    return [key.strip() for axis in axes for key in axis.split(",")]
 
 
 def _by_variant(variants: Mapping[str, Settings]) -> dict[str, list[str]]:
@@ -210,7 +209,7 @@ class Experiment:
                 continue
             own, other = cell.recipe, cells[cell.baseline].recipe
             keys = [f"data.{key}" for key in Data.model_fields if key != "dir"]
-            if differing := [key for key in (*keys, *_PAIRING) if _value(own, key) != _value(other, key)]:
+            if differing := [key for key in (*keys, *_PAIRING) if attrgetter(key)(own) != attrgetter(key)(other)]:
                 yield (
                     f"{cell.name}: {', '.join(differing)} differs from {cell.baseline}; the two see different "
                     "sequences, so they are not paired by seed"
@@ -219,14 +218,12 @@ class Experiment:
 
 def sweep_names() -> list[str]:
     """Return the names of the sweeps that come with the trainer."""
-    folder = resources.files("trainer.sweep") / "sweeps"
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    return sorted(entry.name.removesuffix(".yaml") for entry in _SHIPPED.iterdir() if entry.name.endswith(".yaml"))
 
 
 def headline(name: str) -> str:
     """Return the first comment of a sweep that comes with the trainer."""
-    text = (resources.files("trainer.sweep") / "sweeps" / f"{name}.yaml").read_text()
-    return text.splitlines()[0].removeprefix("# ")
+    return (_SHIPPED / f"{name}.yaml").read_text().splitlines()[0].removeprefix("# ")
 
 
 def load_sweep(source: str, overrides: Sequence[str] = (), folder: Path | None = None) -> Experiment:
@@ -252,13 +249,16 @@ def load_sweep(source: str, overrides: Sequence[str] = (), folder: Path | None =
         raise UserError(f"{what}: {first_line(error, Sweep)}") from None
     except ValueError as error:
         raise UserError(f"{what}: {error}") from None
-    for owner, keys in {"grid": sweep.axis_keys, **_by_variant(sweep.variants)}.items():
+    for owner, keys in {"grid": axis_keys(sweep.grid), **_by_variant(sweep.variants)}.items():
         if hidden := [key for key in keys if key in given]:
             raise UserError(f"{what}: --set {hidden[0]}: {owner} sets this key; change it in a copy of the file")
-    changed = sweep.set | given
     folder = folder or Path(sweep.dir or f"{SWEEPS_FOLDER}/{name}")
-    sweep = sweep.model_copy(update={"set": changed, "base": _sections(sweep.base, what), "dir": None})
-    sweep = sweep.model_copy(update={"variants": {key: _closed(v, what) for key, v in sweep.variants.items()}})
+    closed = {
+        name: settings | ({BASE: _sections(settings[BASE], what)} if BASE in settings else {})
+        for name, settings in sweep.variants.items()
+    }
+    changes = {"set": sweep.set | given, "base": _sections(sweep.base, what), "variants": closed, "dir": None}
+    sweep = sweep.model_copy(update=changes)
     return Experiment(sweep, name, folder, tuple(_cells(sweep, folder, what)))
 
 
@@ -266,7 +266,7 @@ def _read(source: str) -> tuple[str, str]:
     """Text and name."""
     path = Path(source)
     if source in sweep_names():
-        return (resources.files("trainer.sweep") / "sweeps" / f"{source}.yaml").read_text(), source
+        return (_SHIPPED / f"{source}.yaml").read_text(), source
     file = path / SWEEP_FILE if os.path.isdir(path) else path
     try:
         return read_text(file), path.resolve().stem if file is path else path.resolve().name
@@ -287,49 +287,33 @@ def _sections(base: Any, what: str) -> dict[str, Any]:
     return base
 
 
-def _closed(settings: Settings, what: str) -> Settings:
-    """Return the settings of a variant so that they need no other file."""
-    return settings | ({BASE: _sections(settings[BASE], what)} if BASE in settings else {})
-
-
 def _cells(sweep: Sweep, folder: Path, what: str) -> Iterator[Cell]:
-    points = {name: list(sweep.points(name)) for name in sweep.variants}
     names: list[str] = []
     for variant, settings in sweep.variants.items():
         base = settings.get(BASE, sweep.base)
         own = {key: value for key, value in settings.items() if key != BASE}
-        for point in points[variant]:
+        for point in sweep.points(variant):
             name = _cell_name(variant, point)
             if name in names:
                 raise UserError(f"{what}: two variants have the name {name}; rename one of them")
             names.append(name)
-            keys = list({**sweep.set, **own, **point}.items())
+            keys = sweep.set | own | point
             runs = []
             for seed in sweep.seeds:
-                ours = [("run.dir", str(folder / name / f"seed_{seed}")), ("run.seed", seed)]
-                recipe = check_recipe(base, [*keys, *ours], f"{what}, variant {name}")
+                ours = {"run.dir": str(folder / name / f"seed_{seed}"), "run.seed": seed}
+                recipe = check_recipe(base, list((keys | ours).items()), f"{what}, variant {name}")
                 if recipe.metrics.targets_dir:
                     raise UserError(f"{what}, variant {name}: metrics.targets_dir: {_SAME_FILES}")
                 runs.append(Run(name, seed, recipe))
-            yield Cell(name, variant, point, _baseline_of(sweep, points, variant, own | point), tuple(runs))
+            yield Cell(name, variant, point, _baseline_of(sweep, variant, own | point), tuple(runs))
 
 
-def _baseline_of(sweep: Sweep, points: Mapping[str, list[Settings]], variant: str, keys: Settings) -> str | None:
+def _baseline_of(sweep: Sweep, variant: str, keys: Settings) -> str | None:
     """Return the name of the baseline's cell at the same point of the axes that multiply it."""
-    if variant == sweep.baseline:
-        return None
-    for point in points[sweep.baseline]:
-        if all(key in keys and keys[key] == value for key, value in point.items()):
-            return _cell_name(sweep.baseline, point)
-    return None
+    points = [] if variant == sweep.baseline else sweep.points(sweep.baseline)
+    return next((_cell_name(sweep.baseline, p) for p in points if p.items() <= keys.items()), None)
 
 
 def _cell_name(variant: str, point: Settings) -> str:
     """Make a name for people and for a folder, such as `unipool,pool.experts=64`."""
-    values = [f"{key}={re.sub(r'[^A-Za-z0-9_.+-]+', '-', str(value))}" for key, value in point.items()]
-    return ",".join([variant, *values])
-
-
-def _value(recipe: Recipe, key: str) -> Any:
-    section, _, name = key.partition(".")
-    return getattr(getattr(recipe, section), name)
+    return ",".join([variant, *(f"{key}={re.sub(r'[^A-Za-z0-9_.+-]+', '-', str(v))}" for key, v in point.items())])

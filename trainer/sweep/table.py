@@ -7,6 +7,7 @@ import math
 from trainer.common.format import count, interval, loss, loss_change, number, p_value
 from trainer.common.tables import new_table, print_tables
 from trainer.sweep.result import SweepResult, VariantResult
+from trainer.sweep.spec import axis_keys
 from trainer.sweep.statistics import CONFIDENCE
 
 _COLUMNS = (
@@ -17,10 +18,11 @@ _COLUMNS = (
 
 def print_result(result: SweepResult) -> None:
     """Print the table and what its columns mean to stdout."""
-    table = new_table(f"{result.sweep}: {result.folder}", "variant", *result.axis_keys, *_COLUMNS)
+    keys = axis_keys(result.axes)
+    table = new_table(f"{result.sweep}: {result.folder}", "variant", *keys, *_COLUMNS)
     for variant in result.variants:
-        point = [str(variant.point.get(key, "")) for key in result.axis_keys]
         style = "bold" if variant.variant == result.baseline else ""
+        point = (str(variant.point.get(key, "")) for key in keys)
         table.add_row(variant.variant, *point, *_cells(variant), style=style)
     print_tables(table, notes=_notes(result))
 
@@ -46,19 +48,13 @@ def _cells(v: VariantResult) -> list[str]:
 
 
 def _notes(result: SweepResult) -> list[str]:
-    notes = [
+    tests = sum(1 for v in result.variants if v.difference and not math.isnan(v.difference.p))
+    corrected = f", not corrected for {tests} comparisons" if tests > 1 else ""
+    return [
         "total, active: parameters of the model, and those that a token uses.",
         "val loss, sd: mean and standard deviation over the finished seeds, nats per token.",
-    ]
-    tests = sum(1 for v in result.variants if v.difference and not math.isnan(v.difference.p))
-    if tests:
-        corrected = f", not corrected for {tests} comparisons" if tests > 1 else ""
-        notes.append(
-            f"difference: to {result.baseline}, paired by seed; p is that of the two-sided paired t-test{corrected}."
-        )
-    notes.append(
+        f"difference: to {result.baseline}, paired by seed; p is that of the two-sided paired t-test{corrected}.",
         "max/mean load, dead experts, distinct experts per token, and how much the layers' loads differ (bits) are "
-        "means over the last steps of a run."
-    )
-    notes.append("random: nats that random experts in one layer add to the loss (needs probe.every).")
-    return notes
+        "means over the last steps of a run.",
+        "random: nats that random experts in one layer add to the loss (needs probe.every).",
+    ]

@@ -67,15 +67,14 @@ def train(
       unipool train recipe.yaml --hostfile hosts --node-rank 1
       deepspeed --num_accelerators 2 --module trainer train quickstart
     """
-    from trainer.cluster.launch import end_on_signals, run_locally, run_node
+    from trainer.cluster.launch import end_on_signals, launched, run_locally, run_node
 
     end_on_signals()
     checked = load_recipe(recipe, overrides)
     # torch would print a C++ stack for every connection that breaks when another rank ends; we name that rank.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    from trainer.cluster.rendezvous import launched, read_launch
-
     if launched():
+        from trainer.cluster.rendezvous import read_launch
         from trainer.train.loop import train as train_rank
 
         sys.exit(train_rank(checked, read_launch(), force))
