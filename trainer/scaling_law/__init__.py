@@ -2,7 +2,7 @@
 
 points    results of sweeps, grouped into families of variants that differ in size only
 law       the mathematics: curves, least squares, what seeds have in common
-result    the law of a family: which terms its data support, and how certain they are
+result    the law of a family: which terms its data supports, and how certain they are
 report    table, notes and JSON
 plot      picture
 commands  the command `law`

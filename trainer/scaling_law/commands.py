@@ -12,7 +12,7 @@ from trainer.common.strict_json import dumps
 _PICTURE = "law.png"
 
 
-@click.command()
+@click.command(short_help="Fit the loss against pool size, active parameters and depth.")
 @click.argument("sources", nargs=-1, required=True, metavar="RESULT...", type=click.Path(exists=True, path_type=Path))
 @click.option("--variant", "variants", multiple=True, metavar="NAME", help="Use only this variant; can be repeated.")
 @click.option(
@@ -23,14 +23,14 @@ _PICTURE = "law.png"
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def law(sources: tuple[Path, ...], variants: tuple[str, ...], out: Path | None, as_json: bool) -> None:
-    """Fit a law of validation loss to the sizes in finished sweeps: of the pool, of the active parameters, of depth.
+    """Fit a law of the validation loss over pool size, active parameters and depth to the results of finished sweeps.
 
     RESULT is the folder of a sweep, or its result.json. Variants of one method (sharing, router, balance loss) are a
-    family, and every family with enough sizes gets a law with a term for each factor that varies. A law of the pool
-    needs at least 4 pool sizes, each further factor 2 more sizes, and every factor 3 values. A term is a power law only
-    if that predicts sizes left out a tenth better than a straight line, and better than a constant, and if the interval
-    of its exponent is bounded and above zero. Otherwise it is a straight line in the logarithm, or no dependence.
-    Tokens trained, data and tokenizer must be the same in all results.
+    family, and every family with enough sizes gets a law with a term for each factor that varies. A law needs at least
+    4 pool sizes, 2 more sizes for each further factor, and 3 values of every factor. A term is a power law only if it
+    then predicts sizes that were left out better than a constant and a tenth better than a straight line, and if the
+    interval of its exponent is bounded and above zero. Otherwise it is a straight line in the logarithm, or no
+    dependence. Tokens trained, data and tokenizer must be the same in all results.
 
     \b
     Examples:

@@ -2,8 +2,8 @@
 
 A law is loss = level + sum over factors of slope * ((x / centre)^-exponent - 1) / exponent. This is the power law
 E + sum of A * x^-exponent with A = slope / exponent * centre^exponent and E = level - sum of slope / exponent: `slope`
-says by how much the loss falls near `centre` as log x grows by one. With exponent -> 0 a term is a straight line in
-log x, with slope 0 it is absent, so all three forms belong to one family and can be told apart.
+says by how much the loss falls near `centre` as log x grows by one. As the exponent tends to 0, a term becomes a
+straight line in log x; with slope 0 it is absent. So all three forms belong to one family and can be told apart.
 """
 
 from __future__ import annotations

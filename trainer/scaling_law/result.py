@@ -1,4 +1,4 @@
-"""The law of a family: which terms its data support, how uncertain they are, and how far they may be trusted.
+"""The law of a family: which terms its data supports, how uncertain they are, and how far they may be trusted.
 
 Uncertainty comes from a parametric bootstrap over runs. What all runs of a seed share (the order of the data) shifts
 every point alike and is removed first; what remains, the distance of the runs from the law, has one standard deviation
@@ -41,7 +41,7 @@ _MISFIT_P = 0.05
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number with its interval; an end is infinite if the data set no bound."""
+    """A number with its interval; an end is infinite if the data does not bound it."""
 
     value: float
     low: float
@@ -55,7 +55,7 @@ class Term:
     Attributes:
         factor: `experts`, `pool parameters`, `active parameters` or `layers`.
         values: Its measured values, ascending.
-        form: What the data support: no dependence, a straight line in the logarithm, or a power law.
+        form: What the data supports: no dependence, a straight line in the logarithm, or a power law.
         centre: The value at which the term is zero, see law.py.
         doubling: Change of loss when the factor doubles, from the straight lines.
         exponent: Exponent of the power law, supported or not.
@@ -95,7 +95,7 @@ class Law:
 
     Attributes:
         x_nK: Sizes of the points by factor.
-        curve: The law, in the forms that the data support.
+        curve: The law, in the forms that the data supports.
         replicates: The law as it might have come out with other runs.
         noise: Distance of a run from the law: standard deviation `sd` in nats, and its degrees of `freedom`.
         largest: The largest `size` of the first factor, its `measured` loss, and as `predicted` from smaller sizes.
@@ -215,7 +215,7 @@ def find_law(family: Family, replicates: int) -> Law:
     factors, combined = factors_of(family.points)
     _check_sizes(family, factors)
     fitter = _Fitter(family, factors, replicates)
-    # Every term is judged beside the others. So all begin as straight lines and change one at a time, each for good,
+    # Every term is judged beside the others. So all begin as straight lines and change once, one at a time,
     # first the one with which the law predicts best.
     forms: Forms = (_LINE,) * len(factors)
     changes: list[Forms] = [forms]

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from trainer.sweep.spec import Experiment
 
 
-@click.command()
+@click.command(short_help="Train variants of a recipe and compare them with a baseline.")
 @click.argument("source", required=False, metavar="SWEEP")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a recipe key for every run.")
 @click.option("--dir", "folder", type=click.Path(file_okay=False, path_type=Path), help="Folder for the runs.")
@@ -48,8 +48,8 @@ def sweep(
 
     SWEEP is a name (see --list), a YAML file, or the folder of a sweep that was started before. All recipes are checked
     before anything starts. The runs are in DIR/VARIANT/seed_N. Finished runs are skipped; interrupted ones resume from
-    their last checkpoint. At the end, DIR has result.json, result.csv and the pictures. With --report, a folder that
-    has nothing but a result.json is enough.
+    their last checkpoint. At the end, DIR has result.json, result.csv and the pictures. For --report, a folder with a
+    result.json is enough.
 
     After Ctrl-C or SIGTERM the runs save a checkpoint and stop; the same command resumes the sweep. Exit status: 0 if
     all runs are finished, 1 if some failed, 130 after Ctrl-C, 75 after SIGTERM.

@@ -1,7 +1,7 @@
 """The runs of a sweep: which ones are finished, and how the others are trained by `train`, as a user would start it.
 
-All processes of a run inherit the lock on its log, so nobody starts a run that is still being trained. Runs of a sweep
-that was killed (SIGKILL) go on without it; the next start of the sweep waits for them and counts them among its jobs.
+All processes of a run inherit the lock on its log, so nobody starts a run that is still being trained. If a sweep is
+killed (SIGKILL), its runs continue; the next start of the sweep waits for them and counts them among its jobs.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def check_folders(experiment: Experiment, force: bool) -> None:
                     f"{run.folder}: has a run of another recipe ({problem}); use another --dir, or pass --force to "
                     "rename that folder and train again"
                 )
-            say(f"{run.folder}: {problem}: renamed to {_put_aside(run.folder)}")
+            say(f"{run.folder}: has a run of another recipe ({problem}); renamed to {_put_aside(run.folder)}")
 
 
 def _other_recipe(run: Run) -> str | None:
@@ -114,7 +114,7 @@ class _Active:
 
 @dataclass
 class Runner:
-    """Trains the unfinished runs of a sweep, `jobs` at a time. Make and run it in the main thread.
+    """Trains the unfinished runs of a sweep, `jobs` at a time. Create and run it in the main thread.
 
     Attributes:
         command: Command that trains; the path of a recipe is added as its last argument.

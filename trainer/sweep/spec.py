@@ -272,10 +272,11 @@ def _read(source: str) -> tuple[str, str]:
         return read_text(file), path.resolve().stem if file is path else path.resolve().name
     except Unreadable as error:
         known = sweep_names()
-        close = difflib.get_close_matches(source, known, n=3) or known
+        close = difflib.get_close_matches(source, known, n=3)
+        hint = f"did you mean: {', '.join(close)}" if close else f"known are: {', '.join(known)}"
         raise UserError(
             f"sweep {source}: neither a readable file ({error}), nor a folder with {SWEEP_FILE}, nor the name of a "
-            f"sweep; did you mean: {', '.join(close)}"
+            f"sweep; {hint}"
         ) from None
 
 
