@@ -30,6 +30,3 @@ def test_statistics_of_little() -> None:
     assert math.isnan(spread([1.0]).sd) and math.isnan(spread([]).mean)
     same = paired({0: 1.0, 1: 2.0}, {0: 1.0, 1: 2.0})
     assert (same.mean, same.low, same.high) == (0.0, 0.0, 0.0) and math.isnan(same.p)
-
-
-LOSSES = {"vanilla": (2.0, 2.2, 2.5), "raw": (1.9, 2.0, 2.4), "normalized": (1.8, 2.1), "dense": (2.6, 2.7, 2.6)}

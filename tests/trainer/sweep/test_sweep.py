@@ -26,6 +26,7 @@ from trainer.model.trunk import Trunk
 from trainer.planning.model_costs import count_parameters
 from trainer.sweep.result import SweepResult, collect, to_json
 from trainer.sweep.spec import Experiment, Picture, load_sweep, sweep_names
+from trainer.sweep.statistics import paired
 
 SWEEP = """
 base: small
@@ -230,6 +231,9 @@ def test_other_data_than_the_baselines_is_said(tmp_path: Path) -> None:
     text = SWEEP.replace("raw: {}", "raw: {train.global_batch: 32, data.split: [8, 1, 1]}").partition("grid:")[0]
     (warning,) = load_sweep(write(tmp_path, text)).warnings()
     assert warning.startswith("raw: data.split, train.global_batch differs from vanilla; the two see")
+
+
+LOSSES = {"vanilla": (2.0, 2.2, 2.5), "raw": (1.9, 2.0, 2.4), "normalized": (1.8, 2.1), "dense": (2.6, 2.7, 2.6)}
 
 
 @pytest.fixture
