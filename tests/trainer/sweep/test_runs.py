@@ -55,6 +55,9 @@ for step in range(start + 1, steps + 1):
         print("error: no such data", file=sys.stderr)
         sys.exit(2)
     if what == "signals the sweep":
+        other = folder.parents[1] / "a" / folder.name / "metrics.jsonl"
+        while not other.exists():  # by then it handles the signal that the sweep passes on
+            time.sleep(0.01)
         os.kill(os.getppid(), signal.SIGTERM)
     while what in ("waits", "signals the sweep") and not asked and not (folder / "go on").exists():
         time.sleep(0.01)
