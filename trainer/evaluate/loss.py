@@ -99,7 +99,9 @@ def text_loss(loaded: LoadedModel, file: Path, batch_size: int) -> TextLoss:
         UserError: The file cannot be read, or has fewer than two tokens.
     """
     documents = list(read_text_option(file))
-    ids = list(token_ids(loaded.tokenizer, documents))[:-1]
+    ids = list(token_ids(loaded.tokenizer, documents))
+    if loaded.tokenizer.eos_token_id is not None:
+        ids = ids[:-1]  # the end of the last document, which nothing follows
     if len(ids) < 2:
         raise UserError(f"--text {file}: has {len(ids)} tokens; at least 2 are required")
     rows = windows(ids, loaded.window)

@@ -78,6 +78,14 @@ class Sweep(Section):
     def _relations(self) -> Self:
         if self.baseline not in self.variants:
             raise ValueError(f"baseline = {show(self.baseline)}: must be a variant ({', '.join(self.variants)})")
+        shown = {
+            "highlight": [self.picture.highlight] if self.picture.highlight else [],
+            "reference": self.picture.reference,
+        }
+        for key, names in shown.items():
+            for name in names:
+                if name not in self.variants:
+                    raise ValueError(f"picture.{key} = {show(name)}: must be a variant ({', '.join(self.variants)})")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds = {self.seeds}: must be different")
         for name in self.variants:

@@ -94,7 +94,7 @@ class Records:
         try:
             record = loads(line)
             step = int(record["step"])
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, OverflowError):
             return
         for name in self._rare.keys() & record.keys():
             steps, values = self._rare[name]

@@ -141,6 +141,8 @@ def test_a_folder_has_all_of_its_sweep(tmp_path: Path) -> None:
 
 WRONG = {
     "baseline: vanilla": ("baseline: dense", "baseline = 'dense': must be a variant (vanilla, raw, normalized)"),
+    "baseline:": ("picture: {highlight: nix}\nbaseline:", "picture.highlight = 'nix': must be a variant"),
+    "base:": ("picture: {reference: {nix: 0.1}}\nbase:", "picture.reference = 'nix': must be a variant"),
     "base: small": ("base: smal", "recipe smal: neither a readable file"),
     "base: small\n": ("", "base: missing"),
     "seeds: [0, 1]": ("seeds: [0, 0]", "seeds = [0, 0]: must be different"),

@@ -249,7 +249,7 @@ def test_records_are_read_as_they_grow(tmp_path: Path) -> None:
     records.read()
     before = len(records.steps)
     with file.open("a") as appended:
-        appended.write(lines[4][20:] + "not JSON\n[]\n" + "".join(lines[5:]))
+        appended.write(lines[4][20:] + 'not JSON\n[]\n{"step": 1e999}\n' + "".join(lines[5:]))
     records.read()
     assert before < len(records.steps) == 10
     assert list(records.steps) == list(range(1, 11))
