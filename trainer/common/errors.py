@@ -1,6 +1,8 @@
 """Exit statuses, and errors that are reported in one line."""
 
+import difflib
 import unicodedata
+from collections.abc import Sequence
 
 START_AGAIN = 75
 """Exit status of a job that was asked to stop and has saved a checkpoint (EX_TEMPFAIL of sysexits.h: try again)."""
@@ -47,6 +49,12 @@ def one_line(text: object, longest: int = _LONGEST) -> str:
 def short_line(text: object) -> str:
     """Return a name, or a library's message, as one line of at most 300 characters."""
     return one_line(text, 300)
+
+
+def known_names(name: str, known: Sequence[str]) -> str:
+    """Return the hint that ends a message about an unknown name: the known names that are close to it, or all."""
+    close = difflib.get_close_matches(name, known, n=3)
+    return f"did you mean: {', '.join(close)}" if close else f"known are: {', '.join(known)}"
 
 
 def breaks_lines(character: str) -> bool:

@@ -8,7 +8,6 @@ one-line `UserError` that names the key, its value and what is allowed. Nothing 
 from __future__ import annotations
 
 import copy
-import difflib
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -19,7 +18,7 @@ from pydantic import ValidationError, model_validator
 
 from pool.topology import Topology
 from trainer.common.credentials import redacted
-from trainer.common.errors import UserError, breaks_lines
+from trainer.common.errors import UserError, breaks_lines, known_names
 from trainer.common.safe_read import NotYaml, Unreadable, parse_yaml, read_text, texts_of
 from trainer.config.constraints import check_constraints
 from trainer.config.key_errors import first_line
@@ -152,9 +151,7 @@ def read_tree(name_or_path: str) -> dict[str, Any]:
         try:
             text = read_text(Path(name_or_path))
         except Unreadable as error:
-            known = recipe_names()
-            close = difflib.get_close_matches(name_or_path, known, n=3)
-            hint = f"did you mean: {', '.join(close)}" if close else f"known are: {', '.join(known)}"
+            hint = known_names(name_or_path, recipe_names())
             raise UserError(
                 f"recipe {name_or_path}: neither a readable file ({error}) nor a known name; {hint}"
             ) from None

@@ -10,7 +10,6 @@ number of rows, trunk weights by seed and name, experts by seed and number in th
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import os
 import re
@@ -25,7 +24,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from trainer.common.atomic import atomic_write
-from trainer.common.errors import UserError
+from trainer.common.errors import UserError, known_names
 from trainer.common.safe_read import Unreadable, read_text
 from trainer.config.constraints import show
 from trainer.config.key_errors import first_line
@@ -279,9 +278,7 @@ def _read(source: str) -> tuple[str, str]:
     try:
         return read_text(file), path.resolve().stem if file is path else path.resolve().name
     except Unreadable as error:
-        known = sweep_names()
-        close = difflib.get_close_matches(source, known, n=3)
-        hint = f"did you mean: {', '.join(close)}" if close else f"known are: {', '.join(known)}"
+        hint = known_names(source, sweep_names())
         raise UserError(
             f"sweep {source}: neither a readable file ({error}), nor a folder with {SWEEP_FILE}, nor the name of a "
             f"sweep; {hint}"
