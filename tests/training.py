@@ -113,6 +113,13 @@ def together(parts: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
     return everything
 
 
+def optimizer_step(job: Any, role: Any, step: int) -> Any:
+    """Run an optimizer step with all ranks; return a trunk rank's scalars."""
+    from trainer.train.loop import update
+
+    return update(job, role, step, role.accumulate(step)).scalars
+
+
 def _train(
     recipe: Recipe, steps: int, save_to: Path | None, resume_from: Path | None, save_after: int
 ) -> dict[str, Any]:
@@ -121,7 +128,7 @@ def _train(
     from trainer.checkpoint.save import Saver
     from trainer.data.batches import SequenceStream
     from trainer.export.initial import load_initial
-    from trainer.train.loop import agreed_placement, optimizer_step
+    from trainer.train.agreement import agreed_placement
     from trainer.train.pool_rank import PoolRank
     from trainer.train.trunk_rank import TrunkRank
 

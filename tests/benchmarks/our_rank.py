@@ -8,11 +8,11 @@ import torch
 
 from tests.benchmarks.our_role import make_role
 from tests.benchmarks.peer_protocol import pin, serve, take_stdout
+from tests.training import optimizer_step
 from trainer.cluster.process_groups import Job
 from trainer.cluster.rendezvous import read_launch, rendezvous
 from trainer.config.recipe import load_recipe
 from trainer.planning.schedule import make_schedule
-from trainer.train.loop import optimizer_step
 
 
 def main(path: str) -> None:

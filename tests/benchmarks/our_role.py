@@ -7,7 +7,7 @@ from trainer.cluster.process_groups import Job
 from trainer.config.recipe import Recipe
 from trainer.data.batches import SequenceStream
 from trainer.planning.schedule import make_schedule
-from trainer.train.loop import agreed_placement
+from trainer.train.agreement import agreed_placement
 from trainer.train.pool_rank import PoolRank
 from trainer.train.trunk_rank import TrunkRank
 

@@ -18,6 +18,7 @@ from pool.schedule import lockstep_schedule
 from pool.schedule_timing import time_schedule
 from tests.benchmarks.report import print_report, ratios
 from tests.distributed import join, run_ranks
+from tests.training import optimizer_step
 from trainer.common.format import plural
 from trainer.config.recipe import Recipe
 from trainer.planning.schedule import ScheduleSpec, make_schedule
@@ -63,7 +64,6 @@ def recipe(precision: str, folder: str) -> Recipe:
 def measure(job_recipe: Recipe, rounds: int) -> dict[str, Any]:
     """On every rank, measure the seconds of a step with each schedule and the share spent waiting, round by round."""
     from tests.benchmarks.our_role import make_role
-    from trainer.train.loop import optimizer_step
 
     job = join(job_recipe)
     role = make_role(job_recipe, job)

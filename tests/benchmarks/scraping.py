@@ -21,6 +21,7 @@ import torch
 
 from tests.benchmarks.report import print_report, ratios
 from tests.distributed import join, run_ranks
+from tests.training import optimizer_step
 from trainer.config.recipe import Recipe
 
 PERIODS = {"never": 0.0, "every_second": 1.0, "ten_a_second": 0.1}
@@ -68,7 +69,6 @@ def scrape(addresses: Sequence[str], period: float) -> None:
 def measure(job_recipe: Recipe, rounds: int) -> dict[str, Any]:
     """Return mean seconds of a step by period of the scrapes, round by round, and (on rank 0) the scrapes."""
     from tests.benchmarks.our_role import make_role
-    from trainer.train.loop import optimizer_step
 
     job = join(job_recipe)
     role = make_role(job_recipe, job)

@@ -179,11 +179,6 @@ class StepOutcome:
     votes: list[float]
 
 
-def optimizer_step(job: Job, role: TrunkRank | PoolRank, step: int) -> StepScalars | None:
-    """Run an optimizer step with all ranks; return a trunk rank's scalars."""
-    return update(job, role, step, role.accumulate(step)).scalars
-
-
 def update(
     job: Job, role: TrunkRank | PoolRank, step: int, squared_norm: float, votes: Sequence[float] = ()
 ) -> StepOutcome:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.distributed import fork_rank, join, run_ranks
-from tests.training import run_training, tiny, tokens
+from tests.training import optimizer_step, run_training, tiny, tokens
 from trainer.checkpoint import format as checkpoint
 from trainer.config.recipe import Recipe
 from trainer.planning.schedule import make_schedule
@@ -50,7 +50,7 @@ def build(recipe: Recipe, checkpoints: Path) -> tuple[Any, Any, Any]:
     """(job, role, saver) of this rank."""
     from trainer.checkpoint.save import Saver
     from trainer.data.batches import SequenceStream
-    from trainer.train.loop import agreed_placement
+    from trainer.train.agreement import agreed_placement
     from trainer.train.pool_rank import PoolRank
     from trainer.train.trunk_rank import TrunkRank
 
@@ -68,7 +68,6 @@ def build(recipe: Recipe, checkpoints: Path) -> tuple[Any, Any, Any]:
 def save_without_end(recipe: Recipe, checkpoints: Path) -> None:
     """Resume from what is there, then train and save after every step until killed."""
     from trainer.checkpoint.resume import choose, load_checkpoint
-    from trainer.train.loop import optimizer_step
 
     fsync = os.fsync
 
@@ -123,7 +122,6 @@ def _newest_step(folder: Path) -> int:
 
 def fail_and_recover(recipe: Recipe, checkpoints: Path) -> dict[str, Any]:
     """One save where the pool rank's disk is full, one onto a path that is no folder, and one that succeeds."""
-    from trainer.train.loop import optimizer_step
 
     job, role, saver = build(recipe, checkpoints)
     found: dict[str, Any] = {"saved": [], "errors": [], "losses": []}

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tests.distributed import join, run_ranks
 from tests.double import float32_is_float64
-from tests.training import before_update, full_gradients, of_all, set_weights, tiny, together, tokens
+from tests.training import before_update, full_gradients, of_all, optimizer_step, set_weights, tiny, together, tokens
 from trainer.config.recipe import Recipe
 from trainer.data.batches import SequenceStream
 from trainer.export.names import Parts, expert_names, trunk_names
@@ -55,7 +55,7 @@ def trained(recipe: Recipe, weights: Numbers) -> tuple[Numbers, list[dict[str, f
 
 
 def _train(recipe: Recipe, weights: Numbers) -> tuple[Numbers, list[dict[str, float]]]:
-    from trainer.train.loop import agreed_placement, optimizer_step
+    from trainer.train.agreement import agreed_placement
     from trainer.train.pool_rank import PoolRank
     from trainer.train.trunk_rank import TrunkRank
 

@@ -16,7 +16,7 @@ import torch
 from tests.distributed import join, run_ranks
 from tests.trainer.forked import ForkedJob
 from tests.trainer.job import write_recipe
-from tests.training import tiny, tokens
+from tests.training import optimizer_step, tiny, tokens
 from trainer.checkpoint.format import complete
 from trainer.common.errors import DIVERGED
 from trainer.common.strict_json import dumps, name_not_finite
@@ -37,7 +37,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 def broken_routers(recipe: Recipe) -> dict[str, Any] | None:
     """A step with infinite logits in the last layer of the last trunk rank, then evaluation and probe."""
     from trainer.data.batches import SequenceStream
-    from trainer.train.loop import agreed_placement, optimizer_step
+    from trainer.train.agreement import agreed_placement
     from trainer.train.pool_rank import PoolRank
     from trainer.train.trunk_rank import TrunkRank
 

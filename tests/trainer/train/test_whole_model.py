@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tests.distributed import join, run_ranks
 from tests.double import float32_is_float64
-from tests.training import before_update, full_gradients, full_parameters, of_all, set_weights, together
+from tests.training import before_update, full_gradients, full_parameters, of_all, optimizer_step, set_weights, together
 from trainer.config.recipe import Recipe
 from trainer.planning.schedule import make_schedule
 
@@ -74,7 +74,7 @@ def _follow_here(recipe: Recipe, case: str) -> dict[str, Numbers]:
     from trainer.model import trunk as trunk_module
     from trainer.model.micro_batch import MicroBatchResult
     from trainer.train import trunk_rank
-    from trainer.train.loop import agreed_placement, optimizer_step
+    from trainer.train.agreement import agreed_placement
     from trainer.train.pool_rank import PoolRank
 
     _, golden = golden_of(case)
