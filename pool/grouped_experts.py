@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pool.counts import Counts
 from pool.permute import merge_order
 
 
@@ -36,20 +37,19 @@ ForWeights = tuple[Tensor, Tensor]
 """dh_N2F, and the input of W2, act_NF."""
 
 
-def forward(
-    x_ND: Tensor, w13_e2FD: Tensor, w2_eDF: Tensor, batches: Sequence[list[int]]
-) -> tuple[Tensor, list[Hidden]]:
+def forward(x_ND: Tensor, w13_e2FD: Tensor, w2_eDF: Tensor, batches: Sequence[Counts]) -> tuple[Tensor, list[Hidden]]:
     """See `loop_experts.forward`."""
-    offsets_e = _offsets(batches, x_ND.device)
+    listed = [counts.listed for counts in batches]
+    offsets_e = _offsets(listed, x_ND.device)
     h_N2F = _product(x_ND, w13_e2FD.transpose(1, 2), offsets_e)
     y_ND = _product(_fused(swiglu, x_ND)(h_N2F), w2_eDF.transpose(1, 2), offsets_e)
     starts: list[list[int]] = [[] for _ in batches]
     place = 0
-    for parts in zip(*batches, strict=True):
+    for parts in zip(*listed, strict=True):
         for mine, count in zip(starts, parts, strict=True):
             mine.append(place)
             place += count
-    return y_ND, [Hidden(h_N2F, mine, counts) for mine, counts in zip(starts, batches, strict=True)]
+    return y_ND, [Hidden(h_N2F, mine, counts) for mine, counts in zip(starts, listed, strict=True)]
 
 
 def backward(
@@ -58,10 +58,10 @@ def backward(
     dy_ND: Tensor,
     w13_e2FD: Tensor,
     w2_eDF: Tensor,
-    batches: Sequence[list[int]],
+    batches: Sequence[Counts],
 ) -> tuple[Tensor, ForWeights]:
     """See `loop_experts.backward`."""
-    offsets_e = _offsets(batches, x_ND.device)
+    offsets_e = _offsets([counts.listed for counts in batches], x_ND.device)
     h_N2F = _product(x_ND, w13_e2FD.transpose(1, 2), offsets_e) if hidden is None else _joined(hidden)
     dact_NF = _product(dy_ND, w2_eDF, offsets_e)
     dh_N2F, act_NF = _fused(swiglu_backward, x_ND)(h_N2F, dact_NF)
@@ -71,16 +71,16 @@ def backward(
 def add_weight_gradients(
     grad13_e2FD: Tensor,
     grad2_eDF: Tensor,
-    work: Sequence[tuple[Tensor, Tensor, ForWeights, list[int]]],
+    work: Sequence[tuple[Tensor, Tensor, ForWeights, Counts]],
     experts: slice,
 ) -> None:
     """See `loop_experts.add_weight_gradients`."""
     device = grad2_eDF.device
-    counts = [c[experts] for *_, c in work]
+    counts = [c.listed[experts] for *_, c in work]
     if not any(map(sum, counts)):
         return
     # Rows are expert-major, so those of adjacent experts are one piece of every batch.
-    starts = [sum(c[: experts.start]) for *_, c in work]
+    starts = [sum(c.listed[: experts.start]) for *_, c in work]
     pieces = [slice(start, start + sum(mine)) for start, mine in zip(starts, counts, strict=True)]
     index_N = merge_order(counts).to(device)
     offsets_e = _offsets(counts, device)
