@@ -255,5 +255,5 @@ def _pool_memory(recipe: Recipe, in_flight: int) -> Memory:
         gradients=FP32 * parameters,
         optimizer=optimizer,
         expert_activations=in_flight * rows * kept,
-        stash=min(recipe.pool.stash_bytes, rows * recipe.micro_batches * deferred),
+        stash=min(recipe.stash_limit, rows * recipe.micro_batches * deferred),
     )

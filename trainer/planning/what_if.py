@@ -149,7 +149,7 @@ def _variant(recipe: Recipe, way: str, placed: bool, schedule: PoolSchedule, ste
     kept_bytes, deferred_bytes = pool_row_bytes(recipe)
     rows = recipe.train.micro_batch * recipe.model.seq_len * recipe.router.top_k / recipe.grid.expert_parallel
     kept = rows * kept_bytes * float(step.peak_kept_P.max())
-    deferred = min(recipe.pool.stash_bytes, rows * deferred_bytes * float(step.peak_deferred_P.max()))
+    deferred = min(recipe.stash_limit, rows * deferred_bytes * float(step.peak_deferred_P.max()))
     return Variant(
         way=way,
         placed=placed,
