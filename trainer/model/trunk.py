@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from router import Routing, build_router, norm_constant
 from trainer.config.recipe import Recipe
 from trainer.model.document_mask import document_mask
+from trainer.model.segments import EAGER, Surroundings, autocast
 
 
 class Attention(nn.Module):
@@ -139,6 +140,7 @@ class Trunk(nn.Module):
         self.head = Head(m.hidden, m.vocab, m.norm_eps)
         self._reset_parameters(recipe)
         self.to(device)
+        self.segments = EAGER
         self.rope = rotary_table(m.seq_len, m.hidden // m.heads, m.rope_base, device)
 
     @property
@@ -147,11 +149,12 @@ class Trunk(nn.Module):
 
     def autocast(self) -> torch.autocast:
         """Return the context in which segments run."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16)
+        return autocast(self.device, self.compute_dtype)
 
-    def mask(self, tokens_BS: Tensor) -> Tensor | None:
-        """Return the mask for `Block.attend`: the document mask, or None."""
-        return None if self.document_end is None else document_mask(tokens_BS, self.document_end)
+    def surroundings(self, tokens_BS: Tensor, position_M: Tensor | None) -> Surroundings:
+        """Return what the segments of a micro-batch have in common."""
+        mask_B1SS = None if self.document_end is None else document_mask(tokens_BS, self.document_end)
+        return Surroundings(self.rope, mask_B1SS, position_M, self.compute_dtype)
 
     def loss(self, h_BSD: Tensor, targets_BS: Tensor) -> Tensor:
         """Return the mean cross-entropy in nats, fp32."""
