@@ -39,6 +39,11 @@ class Counts:
         """The counts on the host. If they are not known there, a GPU is waited for."""
         return self.rows_e.tolist() if self.host is None else self.host
 
+    @cached_property
+    def ends_e(self) -> Tensor:
+        """Where the rows of each expert end, int32, on the device."""
+        return self.rows_e.cumsum(0, dtype=torch.int32)
+
 
 def total(batches: Sequence[Counts]) -> Counts:
     """Return the rows of each expert in several requests together."""

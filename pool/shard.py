@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from pool import grouped_experts, loop_experts
 from pool.counts import Counts, total
-from pool.permute import merge_order
+from pool.permute import merge_order, split_order
 
 Hidden = Any
 """What a back end keeps of a request's forward; see `loop_experts` and `grouped_experts`."""
@@ -199,8 +199,7 @@ class ExpertShard(nn.Module):
 
     def _kernels(self) -> ModuleType:
         """The faster back end for this shard's device and dtype."""
-        grouped = self.w2_eDF.is_cuda and self.compute_dtype == torch.bfloat16
-        return grouped_experts if grouped else loop_experts
+        return grouped_experts if grouped_experts.supports(self.w2_eDF.device, self.compute_dtype) else loop_experts
 
     @torch.no_grad()
     def forward_rows(self, x_ND: Tensor, batches: Sequence[Counts]) -> tuple[Tensor, list[Hidden]]:
@@ -270,13 +269,13 @@ class ExpertServer:
     ) -> list[Tensor]:
         """Return the outputs y_ND of every batch (x_ND, rows of each expert), in the batch's own order."""
         counts = [c for _, c in batches]
-        x_ND, index_N = _merge([x for x, _ in batches], counts)
+        x_ND, _ = _merge([x for x, _ in batches], counts)
         y_ND, hidden = self.shard.forward_rows(x_ND, counts)
         if keep_for_backward:
             for key, (x, c), h in zip(keys, batches, hidden, strict=True):
                 assert key not in self._saved, f"two forwards of {key} without a backward in between"
                 self._saved[key] = Saved(x, None if self.shard.recompute else h, c)
-        return _split(y_ND, index_N, [x.shape[0] for x, _ in batches])
+        return _split(y_ND, counts, [x.shape[0] for x, _ in batches])
 
     def backward(self, keys: Sequence[object], dys: list[Tensor]) -> list[Tensor]:
         """Return the gradients dx_ND of the tokens of earlier forwards.
@@ -294,7 +293,7 @@ class ExpertServer:
         dy_ND = dys[0] if index_N is None else torch.cat(dys).index_select(0, index_N)
         hidden = None if self.shard.recompute else [s.hidden for s in saved]
         dx_ND = self.shard.backward_rows(x_ND, hidden, dy_ND, counts)
-        return _split(dx_ND, index_N, [s.x_ND.shape[0] for s in saved])
+        return _split(dx_ND, counts, [s.x_ND.shape[0] for s in saved])
 
     def counts(self, key: object) -> Counts | None:
         """Return the rows of each expert in the open forward `key`, or None if there is none."""
@@ -310,14 +309,16 @@ def _merge(parts: list[Tensor], counts: Sequence[Counts]) -> tuple[Tensor, Tenso
     """Return the expert-major rows of all parts, and the index that merged them; None for a single part."""
     if len(parts) == 1:
         return parts[0], None
-    index_N = merge_order([c.listed for c in counts]).to(parts[0].device)
+    index_N = merge_order(_stacked(counts), sum(map(len, parts)))
     return torch.cat(parts).index_select(0, index_N), index_N
 
 
-def _split(merged_N: Tensor, index_N: Tensor | None, sizes: list[int]) -> list[Tensor]:
+def _split(merged_N: Tensor, counts: Sequence[Counts], sizes: list[int]) -> list[Tensor]:
     """Undo `_merge`."""
-    if index_N is None:
+    if len(counts) == 1:
         return [merged_N]
-    apart = torch.empty_like(merged_N)
-    apart.index_copy_(0, index_N, merged_N)
-    return list(apart.split(sizes))
+    return list(merged_N.index_select(0, split_order(_stacked(counts), len(merged_N))).split(sizes))
+
+
+def _stacked(counts: Sequence[Counts]) -> Tensor:
+    return torch.stack([c.rows_e for c in counts])

@@ -65,6 +65,10 @@ def joined(for_weights: Any) -> tuple[Tensor, Tensor]:
     return dh, act
 
 
+def merged(counts: list[list[int]]) -> Tensor:
+    return merge_order(torch.tensor(counts), sum(map(sum, counts)))
+
+
 @each_backend
 @each_dtype
 @pytest.mark.parametrize("counts", COUNTS, ids=str)
@@ -105,10 +109,10 @@ def test_backwards_merged_otherwise_than_their_forwards(
     w13_e2FD, w2_eDF = weights(4, dtype)
     hidden: list[Any] = []
     for together in ([0, 1], [2]):
-        x_ND = torch.cat([xs[i] for i in together])[merge_order([counts[i] for i in together])]
+        x_ND = torch.cat([xs[i] for i in together])[merged([counts[i] for i in together])]
         hidden += kernels.forward(x_ND, w13_e2FD, w2_eDF, [Counts.of(counts[i]) for i in together])[1]
     chosen = [counts[i] for i in order]
-    x_ND, dy_ND = (torch.cat([part[i] for i in order])[merge_order(chosen)] for part in (xs, dys))
+    x_ND, dy_ND = (torch.cat([part[i] for i in order])[merged(chosen)] for part in (xs, dys))
     slow = Slow(x_ND, dy_ND, w13_e2FD, w2_eDF, [sum(column) for column in zip(*chosen, strict=True)])
     dx_ND, for_weights = kernels.backward(
         x_ND, [hidden[i] for i in order], dy_ND, w13_e2FD, w2_eDF, [Counts.of(c) for c in chosen]
