@@ -82,8 +82,7 @@ class PoolService:
         assert self._server.open_forwards == 0, "the schedule leaves forwards without a backward"
 
     def _serve_slot(self, keys: list[RequestKey], coming: Future[_Received], step: int) -> None:
-        while not coming.done() and self.shard.deferred_dw.drain_some():
-            pass
+        self.shard.deferred_dw.drain_until(coming)
         started = time.perf_counter()
         batches, headers_came = coming.result()
         received = time.perf_counter()
