@@ -38,6 +38,7 @@ from trainer.model.segments import (
 )
 from trainer.model.trunk import Trunk
 
+R = TypeVar("R", bound=tuple[Tensor | None, ...])
 Found = TypeVar("Found")
 
 
@@ -104,7 +105,7 @@ class MicroBatchResult:
     tokens_per_expert_LM: Tensor
 
 
-class _Segment(Generic[Found]):
+class _Segment(Generic[R, Found]):
     """A piece of the trunk between two calls of the pool, run on detached leaves.
 
     `function(again, *leaves)` returns the segment's roots, to which gradients belong later, and what else it found,
@@ -113,21 +114,23 @@ class _Segment(Generic[Found]):
 
     def __init__(
         self,
-        function: Callable[..., tuple[tuple[Tensor, ...], Found]],
+        function: Callable[..., tuple[R, Found]],
         inputs: tuple[Tensor, ...],
         recompute: bool,
     ):
         self._function = function
         self._recompute = recompute
         self._leaves = tuple(t.detach().requires_grad_() for t in inputs)
+        self._roots: R | None
         with torch.set_grad_enabled(not recompute):
             self._roots, self.found = function(False, *self._leaves)
 
-    def take_roots(self) -> tuple[Tensor, ...]:
+    def take_roots(self) -> R:
         """Return the roots. With `recompute` the segment does not keep them."""
         roots = self._roots
+        assert roots is not None
         if self._recompute:
-            self._roots = ()
+            self._roots = None
         return roots
 
     def backward(self, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
@@ -139,12 +142,15 @@ class _Segment(Generic[Found]):
         """
         if self._recompute:
             self._roots, _ = self._function(True, *self._leaves)
+        assert self._roots is not None
         pairs = [
-            (root, g) for root, g in zip(self._roots, gradients, strict=True) if g is not None and root.requires_grad
+            (root, g)
+            for root, g in zip(self._roots, gradients, strict=True)
+            if g is not None and root is not None and root.requires_grad
         ]
         if pairs:
             torch.autograd.backward([root for root, _ in pairs], [g for _, g in pairs])
-        leaves, self._leaves, self._roots = self._leaves, (), ()
+        leaves, self._leaves, self._roots = self._leaves, (), None
         return tuple(_gradient(leaf) for leaf in leaves)
 
 
@@ -182,7 +188,7 @@ def train_micro_batch(
     """
     tokens_BS, targets_BS = sequences_BS1[:, :-1], sequences_BS1[:, 1:]
     around = trunk.surroundings(tokens_BS, pool_map.position_M)
-    layers: list[_Segment[Opened]] = []
+    layers: list[_Segment[Roots, Opened]] = []
     inputs: tuple[Tensor, ...] = ()
     scores: list[Tensor] = []
     z_losses: list[Tensor] = []
@@ -193,7 +199,8 @@ def train_micro_batch(
         h_BSD, rows_ND, topk_scores_TK, mean_scores_M, z_loss = segment.take_roots()
         layers.append(segment)
         scores.append(mean_scores_M.detach())
-        z_losses.append(z_loss.detach())
+        if z_loss is not None:
+            z_losses.append(z_loss.detach())
         y_ND = yield _request(Kind.FORWARD, index, layer, rows_ND.detach(), segment.found.dispatch)
         inputs = (h_BSD, y_ND, topk_scores_TK)
     last = _Segment(_to_loss(trunk, targets_BS, layers[-1].found.dispatch), inputs, objective.recompute)
@@ -215,7 +222,7 @@ def train_micro_batch(
     if coefficients_LM is not None:
         balance_loss = (coefficients_LM * torch.stack(scores)).sum()
     distinct = distinct_experts(torch.stack([dispatch.expert_ids_TK for dispatch in dispatches]))
-    z_loss = objective.z_loss * torch.stack(z_losses).sum()
+    z_loss = objective.z_loss * torch.stack(z_losses).sum() if z_losses else torch.zeros_like(loss)
     scalars = {"loss": loss, "balance_loss": balance_loss, "z_loss": z_loss, "distinct_experts": distinct}
     gates, nonfinite = zip(*(segment.found.health for segment in layers), strict=True)
     return MicroBatchResult(scalars, torch.stack(gates), torch.stack(nonfinite).sum(), load_LM)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pool.compiling import compiled
 from pool.permute import Permutation, combine, permutation, permute
 from router import Routing
 
@@ -69,8 +70,10 @@ class Opened(NamedTuple):
     health: Health | None
 
 
-Roots = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-"""h_BSD, rows_ND, topk_scores_TK, mean_scores_M, z_loss: the outputs of a segment to which gradients belong later."""
+Roots = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]
+"""h_BSD, rows_ND, topk_scores_TK, mean_scores_M, z_loss: the outputs of a segment to which gradients belong later.
+
+Without a z-loss there is None in its place."""
 
 
 def autocast(device: torch.device, compute_dtype: torch.dtype) -> torch.autocast:
@@ -110,7 +113,8 @@ def _to_request(
 ) -> tuple[Roots, Opened]:
     h_BSD, x_TD, routing = route(block, around, h_BSD)
     rows_ND, dispatch = dispatched(around, first_expert, x_TD, routing)
-    roots = (h_BSD, rows_ND, routing.topk_scores_TK, routing.mean_scores_M, routing.z_loss)
+    z_loss = routing.z_loss if block.router.has_z_loss else None
+    roots = (h_BSD, rows_ND, routing.topk_scores_TK, routing.mean_scores_M, z_loss)
     return roots, Opened(dispatch, None if again else _health(routing.topk_scores_TK.detach()))
 
 
@@ -156,3 +160,8 @@ class Segments(NamedTuple):
 
 
 EAGER = Segments(embed_to_request, combine_to_request, combined, dense_layer)
+
+
+def compiled_segments() -> Segments:
+    """Return the segments as compiled regions: one graph each, which all layers share."""
+    return Segments(*(compiled(function, dynamic=False) for function in EAGER))

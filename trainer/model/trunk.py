@@ -31,9 +31,8 @@ class Attention(nn.Module):
     def forward(self, x_BSD: Tensor, rope: tuple[Tensor, Tensor], mask_B1SS: Tensor | None = None) -> Tensor:
         """Attend to the keys that mask_B1SS (bool) allows; if it is None, to all up to the query's position."""
         qkv = self.qkv(x_BSD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
-        q, k = _rotate(q, rope), _rotate(k, rope)
-        k = k.to(v.dtype)
+        qk, v = qkv.split((self.heads + self.kv_heads, self.kv_heads), dim=1)
+        q, k = _rotate(qk, rope).split((self.heads, self.kv_heads), dim=1)
         if mask_B1SS is None:
             grouped = self.heads != self.kv_heads
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
