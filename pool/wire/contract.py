@@ -112,13 +112,11 @@ class Answer(Protocol):
 
 
 class Arrived(Protocol):
-    """The requests of a slot, whose headers have arrived.
+    """The requests of a slot, whose headers have arrived."""
 
-    Attributes:
-        headers_came: When the last header had arrived, by `time.perf_counter`.
-    """
-
-    headers_came: float
+    @property
+    def headers_came(self) -> float:
+        """When the last header had arrived, by `time.perf_counter`."""
 
     def ready(self) -> list[tuple[Tensor, list[int]]]:
         """Return each request's rows (n, D) and tokens of each local expert, ready for use on the current stream."""
@@ -202,9 +200,8 @@ class End:
         if isinstance(error, WireError):
             return error
         reason = " ".join(str(error).split())
-        how = (
-            f"within {self.settings.timeout.total_seconds():g} s" if ran_out(reason) else "because the connection broke"
-        )
+        limit = self.settings.timeout.total_seconds()
+        how = f"within {limit:g} s" if ran_out(reason) else "because the connection broke"
         return WireError(f"{self.me} could not {doing} {self.name(exchange.peer)} {how}: {exchange} ({reason})")
 
     def split(self, header: Tensor) -> tuple[list[int], list[int], list[int]]:
