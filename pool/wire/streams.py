@@ -64,10 +64,10 @@ class CudaStreams:
 
     def on(self, stream: torch.cuda.Stream) -> AbstractContextManager[None]:
         """See `Streams.on`. The stream's device becomes the thread's, too."""
-        return torch.cuda.stream(stream)  # type: ignore[no-any-return]
+        return torch.cuda.stream(stream)
 
     def record(self) -> torch.cuda.Event:
-        """See `Streams.record`. A thread that waits for a blocking event sleeps; otherwise it would keep a core busy."""
+        """See `Streams.record`. A thread that waits for a blocking event sleeps instead of keeping a core busy."""
         event = torch.cuda.Event(blocking=True)
         event.record(torch.cuda.current_stream(self._device))
         return event
