@@ -36,8 +36,8 @@ class Streams(Protocol):
     def record(self) -> Event:
         """Record an event behind everything that has been launched on the current stream."""
 
-    def wait(self, event: Event) -> None:
-        """Make the current stream, not the host, wait for an event."""
+    def wait(self, event: Any) -> None:
+        """Make the current stream, not the host, wait for an event of `record`."""
 
     def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
         """Return room on the device that belongs to the current stream."""
