@@ -14,10 +14,7 @@ from torch import Tensor
 
 from pool.schedule import Kind, RequestKey, Slot
 from pool.shard import ExpertServer, ExpertShard
-from pool.wire import PoolWire, WireError
-
-_Received = tuple[list[tuple[Tensor, list[int]]], float]
-"""Rows and counts of a slot's requests, and when their headers had arrived."""
+from pool.wire import Arrived, PoolWire, WireError
 
 
 @dataclass(frozen=True)
@@ -66,7 +63,7 @@ class PoolService:
         mine = [(slot, [key for key in slot if key.trunk_rank in self._served]) for slot in slots]
         # A thread receives in the schedule's order while this one computes. The lanes bound what it holds, because a
         # slot's future is released once the slot has been served.
-        coming = deque(self._receiver.submit(self._wire.receive_in_thread, keys, step) for _, keys in mine if keys)
+        coming = deque(self._receiver.submit(self._wire.receive, keys, step) for _, keys in mine if keys)
         try:
             for slot, keys in mine:
                 if keys:
@@ -80,13 +77,14 @@ class PoolService:
             raise
         assert self._server.open_forwards == 0, "the schedule leaves forwards without a backward"
 
-    def _serve_slot(self, keys: list[RequestKey], coming: Future[_Received], step: int) -> None:
+    def _serve_slot(self, keys: list[RequestKey], coming: Future[Arrived], step: int) -> None:
         while not coming.done() and self.shard.deferred_dw.drain_some():
             pass
         started = time.perf_counter()
-        batches, headers_came = coming.result()
+        arrived = coming.result()
+        batches = arrived.ready()
         received = time.perf_counter()
-        on_wire = received - max(started, headers_came)
+        on_wire = received - max(started, arrived.headers_came)
         self.seconds_on_wire += on_wire
         self.seconds_waiting += received - started - on_wire
         requests = dict(zip(keys, batches, strict=True))
