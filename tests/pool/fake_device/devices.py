@@ -21,14 +21,14 @@ import torch
 from torch import Tensor
 
 from tests.pool.fake_device.clocks import Buffer, Clock, merge
-from tests.pool.fake_device.world import Signal, World, current
+from tests.pool.fake_device.world import NOTHING, Signal, World, current
 
 
 class ModelError(AssertionError):
     """A use that a real device would answer with wrong values or worse."""
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Part:
     """A send or a receive of a group."""
 
@@ -48,6 +48,9 @@ class Part:
 class Operation:
     """Something launched on a stream."""
 
+    __slots__ = ("aborted", "after", "clock", "done", "followers", "lost", "name", "not_before", "parts", "reads", "run")
+    __slots__ += ("running", "signal", "sms", "stream", "writes")
+
     def __init__(
         self,
         name: str,
@@ -66,7 +69,7 @@ class Operation:
         self.running = self.done = self.aborted = self.lost = False
         self.followers: list[Queue] = []
         self.signal = Signal()
-        self.clock: Clock = {}
+        self.clock = NOTHING
         for part in parts:
             part.operation = self
 
@@ -148,7 +151,7 @@ class Device:
     """A rank's device.
 
     Args:
-        queues: How many operations can be at the head of something at once.
+        queues: Queues for streams other than the default one, which has a queue of its own.
         sms: Streaming multiprocessors.
         buffered: Whether sends end without their receives.
     """
@@ -162,12 +165,13 @@ class Device:
         self.channels: dict[tuple[str, int, int], tuple[deque[Part], deque[Part]]] = {}
         self.buffers: dict[int, Buffer] = {}  # by address, where accesses are checked
         self.plans: list[Callable[[Operation], None]] = []  # what faults do to operations when they are launched
-        self.default = self.new_stream("compute")
+        self.default = Stream(self, Queue(self, -1), "compute")
+        self.queues.append(self.default.queue)
         world.devices.append(self)
 
     def new_stream(self, name: str) -> Stream:
         """Return a stream on the next queue."""
-        stream = Stream(self, self.queues[len(self.streams) % len(self.queues)], name)
+        stream = Stream(self, self.queues[len(self.streams) % (len(self.queues) - 1)], name)
         self.streams.append(stream)
         return stream
 

@@ -12,8 +12,6 @@ from torch import Tensor
 from tests.pool.fake_device.clocks import Clock
 from tests.pool.fake_device.world import Signal, World, current
 
-NO_LIMIT = 1e9
-
 
 class Box:
     """Messages of one tag from one rank to another, in order. A send is over when its receive has been posted."""
@@ -48,13 +46,14 @@ class GlooWork:
     def wait(self, timeout: timedelta | None = None) -> bool:
         world = self._group.mail.world
         verb = "send" if self._into is None else "recv"
-        limit = NO_LIMIT if timeout is None else timeout.total_seconds()
+        limit = None if timeout is None else timeout.total_seconds()
         what = f"a header {verb} with rank {self._peer}"
         dead = world.dead_ranks
         come = world.wait(lambda: self._ready() or self._peer in dead, self._box.signal, what, limit, learns=False)
         if not self._ready():
             if come:
                 raise RuntimeError("Read error [127.0.0.1]:40404: Connection reset by peer")
+            assert limit is not None
             raise RuntimeError(f"Timed out waiting {limit * 1000:g}ms for {verb} operation to complete")
         if self._into is not None:
             message, clock = self._box.sent.popleft()

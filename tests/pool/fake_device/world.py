@@ -7,6 +7,7 @@ nothing, because the clock jumps when only they are left.
 
 from __future__ import annotations
 
+import gc
 import heapq
 import itertools
 import random
@@ -20,6 +21,9 @@ from tests.pool.fake_device.clocks import Clock, Races
 Policy = Literal["host", "device", "random"]
 REAL_LIMIT = 120.0
 """Seconds of real time after which a run must have a thread that waits for something outside of this model."""
+
+NOTHING: Clock = {}
+"""What is known before anything has happened."""
 
 _local = threading.local()
 
@@ -35,9 +39,11 @@ class Killed(BaseException):
 class Signal:
     """What threads wait for; it also carries what happened before it (`pool.fake_device.clocks`)."""
 
+    __slots__ = ("clock", "waiting")
+
     def __init__(self) -> None:
         self.waiting: list[Actor] = []
-        self.clock: Clock = {}
+        self.clock = NOTHING
 
 
 class Actor:
@@ -117,11 +123,15 @@ class World:
             Deadlock: No thread can run and no device can advance; the message says who waits for what.
         """
         self._mains = [self.start(rank, "main", function) for rank, function in sorted(functions.items())]
+        # Reference counts end everything that matters here, at a moment that does not depend on anything else.
+        gc.collect()
+        gc.disable()
         self._pass_on()
         try:
             if not self._ended.acquire(timeout=REAL_LIMIT):
                 raise AssertionError("a thread waits for something outside of the model")
         finally:
+            gc.enable()
             self.over = True
             for actor in self._actors:  # also those that are started meanwhile
                 if not actor.done:
