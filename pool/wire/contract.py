@@ -14,6 +14,7 @@ from typing import Any, NoReturn, Protocol
 import torch
 from torch import Tensor
 
+from pool.counts import Counts
 from pool.schedule import Kind, RequestKey
 from pool.topology import Topology
 from pool.wire.check import FINGERPRINT_FIELDS
@@ -118,8 +119,11 @@ class Arrived(Protocol):
     def headers_came(self) -> float:
         """When the last header had arrived, by `time.perf_counter`."""
 
-    def ready(self) -> list[tuple[Tensor, list[int]]]:
-        """Return each request's rows (n, D) and tokens of each local expert, ready for use on the current stream."""
+    def ready(self) -> list[tuple[Tensor, Counts]]:
+        """Return each request's rows (n, D) and tokens of each local expert, ready for use on the current stream.
+
+        The counts are known on the host too.
+        """
 
 
 class TrunkWire(Protocol):

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pool.counts import Counts
 from pool.schedule import RequestKey
 from pool.wire.check import altered, fingerprint, not_conserved, not_finite
 from pool.wire.contract import End, Exchange, WireGroups, WireSettings
@@ -158,10 +159,10 @@ class HostTrunk(_HostEnd):
 class HostArrived:
     """The requests of a slot, which have arrived whole; see `Arrived`."""
 
-    requests: list[tuple[Tensor, list[int]]]
+    requests: list[tuple[Tensor, Counts]]
     headers_came: float
 
-    def ready(self) -> list[tuple[Tensor, list[int]]]:
+    def ready(self) -> list[tuple[Tensor, Counts]]:
         """See `Arrived.ready`."""
         return self.requests
 
@@ -179,14 +180,14 @@ class HostPool(_HostEnd):
         headers = [
             self._start(self._host.recv, self.header_buffer(), e.key.lane, "get a header from", e) for e in exchanges
         ]
-        received: list[tuple[Tensor, list[int]]] = []
+        received: list[tuple[Tensor, Counts]] = []
         receiving: list[tuple[_Transfer, list[int]]] = []
         for header in headers:
             header.wait()
             counts, sent = self.check_request(header.message, header.exchange)
             rows_ND = self._payload_buffer(sum(counts))
             self.bytes_received += header.message.nbytes + rows_ND.nbytes
-            received.append((rows_ND, counts))
+            received.append((rows_ND, Counts.of(counts, self.settings.device)))
             if len(rows_ND):
                 receive = self._lanes[header.exchange.key.lane].recv
                 transfer = self._start(receive, rows_ND, _REQUEST_TAG, "get tokens from", header.exchange)
