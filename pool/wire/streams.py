@@ -52,6 +52,47 @@ class Streams(Protocol):
         """Launch a copy of int64 values to the device, by way of pinned memory."""
 
 
+class CudaStreams:
+    """The streams of a GPU; see `Streams`."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+
+    def new(self) -> torch.cuda.Stream:
+        """See `Streams.new`."""
+        return torch.cuda.Stream(self._device)
+
+    def on(self, stream: torch.cuda.Stream) -> AbstractContextManager[None]:
+        """See `Streams.on`. The stream's device becomes the thread's, too."""
+        return torch.cuda.stream(stream)  # type: ignore[no-any-return]
+
+    def record(self) -> torch.cuda.Event:
+        """See `Streams.record`. A thread that waits for a blocking event sleeps; otherwise it would keep a core busy."""
+        event = torch.cuda.Event(blocking=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    def wait(self, event: torch.cuda.Event) -> None:
+        """See `Streams.wait`."""
+        torch.cuda.current_stream(self._device).wait_event(event)
+
+    def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        """See `Streams.empty`."""
+        return torch.empty(*shape, dtype=dtype, device=self._device)
+
+    def used(self, tensor: Tensor) -> None:
+        """See `Streams.used`."""
+        tensor.record_stream(torch.cuda.current_stream(self._device))
+
+    def to_host(self, tensor: Tensor) -> Tensor:
+        """See `Streams.to_host`."""
+        return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+
+    def to_device(self, values: Sequence[int]) -> Tensor:
+        """See `Streams.to_device`. torch keeps pinned memory from being reused before the copy is done."""
+        return torch.tensor(values, dtype=torch.int64, pin_memory=True).to(self._device, non_blocking=True)
+
+
 class Work(Protocol):
     """Sends or receives that have been launched in one group."""
 
