@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from tests.pool.fake_device.clocks import Buffer, Clock, merge
 from tests.pool.fake_device.world import NOTHING, Signal, World, current
@@ -102,6 +103,10 @@ class Queue:
 
     def advance(self) -> None:
         """Start what can be started, and leave out what is done."""
+        with torch._C.DisableTorchFunction():  # what a device does is not an access of the host
+            self._advance()
+
+    def _advance(self) -> None:
         while self.operations:
             first = self.operations[0]
             if not first.done and (first.running or not self._start(first) or not first.done):
@@ -214,6 +219,10 @@ class Device:
         whole = torch.from_numpy(buffer.memory).view(tensor.dtype)
         return whole.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
+    def host_accesses(self) -> HostAccesses:
+        """A context in which accesses of the running thread are checked."""
+        return HostAccesses(self)
+
     def buffer_of(self, tensor: Tensor) -> Buffer | None:
         return self.buffers.get(tensor.untyped_storage().data_ptr()) if self.world.races else None
 
@@ -229,7 +238,7 @@ class Device:
             known = dict(stream.clock)  # what the other end of a message learns: that it starts, not that it is done
             stream.clock[stream.name] = stream.events
             operation.clock = dict(stream.clock)
-            self._check(operation, operation.reads, operation.writes)
+            self._check(operation)
         if operation.run:
             operation.run()
         if not operation.parts:
@@ -253,11 +262,14 @@ class Device:
         if all(part.done for part in operation.parts):
             self.finish(operation)
 
-    def _check(self, operation: Operation, reads: Iterable[Tensor], writes: Iterable[Tensor]) -> None:
-        assert self.world.races
-        for tensors, does_write in ((reads, False), (writes, True)):
+    def _check(self, operation: Operation) -> None:
+        races, who = self.world.races, operation.stream.name
+        assert races
+        for tensors, writes in ((operation.reads, False), (operation.writes, True)):
             for tensor in tensors:
-                touch(self.world, self.buffer_of(tensor), tensor, does_write, operation.stream.name, operation)
+                if tensor.numel() and (buffer := self.buffer_of(tensor)):
+                    what = f"[{operation}] on {who}"
+                    races.access(buffer, *_range(tensor), writes, who, operation.clock, what)
 
     def finish(self, operation: Operation, aborted: bool = False) -> None:
         """End an operation: its SMs are free, and what depends on it is looked at."""
@@ -282,13 +294,42 @@ class Device:
         operation.run = None
 
 
-def touch(world: World, buffer: Buffer | None, tensor: Tensor, writes: bool, who: str, operation: Operation) -> None:
-    """Check an access of a tensor by an operation, if it is in a buffer whose accesses are checked."""
-    if world.races and buffer is not None and tensor.numel():
-        start = tensor.storage_offset() * tensor.element_size()
-        span = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-        end = start + span * tensor.element_size()
-        world.races.access(buffer, start, end, writes, who, operation.clock, f"[{operation}] on {who}")
+class HostAccesses(TorchFunctionMode):
+    """Checks what a thread of the host does with buffers: it may touch pinned memory only.
+
+    torch functions that look at a tensor's shape, or make views, touch nothing.
+    """
+
+    LOOKS = frozenset(
+        "__get__ __len__ as_strided contiguous data_ptr dim element_size is_contiguous numel reshape size split storage_offset stride"
+        " to untyped_storage view".split()
+    )
+
+    def __init__(self, device: Device):
+        super().__init__()
+        self._device = device
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name not in self.LOOKS:
+            for place, tensor in enumerate(args):
+                if isinstance(tensor, Tensor) and (buffer := self._device.buffer_of(tensor)):
+                    self._touch(buffer, tensor, place == 0 and name.endswith("_"), name)
+        return func(*args, **(kwargs or {}))
+
+    def _touch(self, buffer: Buffer, tensor: Tensor, writes: bool, name: str) -> None:
+        races, actor = self._device.world.races, current()
+        assert races
+        if buffer.stream is not None:
+            races.found.append(f"{actor.clock_key} does {name} with {buffer.name}, which is on the device")
+        races.access(buffer, *_range(tensor), writes, actor.clock_key, races.stamp(actor), f"{name} by {actor.clock_key}")
+
+
+def _range(tensor: Tensor) -> tuple[int, int]:
+    """The bytes of its memory that a tensor is in."""
+    start = tensor.storage_offset() * tensor.element_size()
+    span = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    return start, start + span * tensor.element_size()
 
 
 def _meet(send: Part, receive: Part) -> None:

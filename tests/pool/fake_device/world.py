@@ -14,6 +14,7 @@ import random
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any, Literal
 
 from tests.pool.fake_device.clocks import Clock, Races
@@ -69,7 +70,8 @@ class Actor:
         _local.actor = self
         try:
             self.world.check_alive(self)
-            self.value = self.function()
+            with self.world.devices[self.rank].host_accesses() if self.world.races else nullcontext():
+                self.value = self.function()
         except Killed:
             pass
         except BaseException as error:
@@ -239,7 +241,7 @@ class World:
         """Let devices advance and hand over to the next thread."""
         try:
             self._choose()
-        except AssertionError as error:
+        except Exception as error:
             self._failure = error
             self.over = True
             self._ended.release()
