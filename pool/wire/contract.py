@@ -18,6 +18,7 @@ from pool.counts import Counts
 from pool.schedule import Kind, RequestKey
 from pool.topology import Topology
 from pool.wire.check import FINGERPRINT_FIELDS
+from pool.wire.reasons import ran_out
 from pool.wire.streams import Communicator, Streams
 
 _KEY_FIELDS = 5
@@ -270,14 +271,3 @@ class End:
     def me(self) -> str:
         """How errors name this rank."""
         return self.name(self.settings.rank)
-
-
-def ran_out(reason: str) -> bool:
-    """Whether an error of a process group says that its time limit has passed.
-
-    gloo says "Timed out waiting 2000ms for recv operation to complete"; NCCL's works say "... ran for 60001
-    milliseconds before timing out." and "Watchdog caught collective operation timeout"; stores say "wait timeout after
-    60000ms" and "Socket Timeout".
-    """
-    lowered = reason.lower()
-    return any(words in lowered for words in ("timed out", "timing out", "timeout"))

@@ -36,8 +36,8 @@ class Streams(Protocol):
     def record(self) -> Event:
         """Record an event behind everything that has been launched on the current stream."""
 
-    def wait(self, event: Event) -> None:
-        """Make the current stream, not the host, wait for an event."""
+    def wait(self, event: Any) -> None:
+        """Make the current stream, not the host, wait for an event of `record`."""
 
     def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
         """Return room on the device that belongs to the current stream."""
@@ -64,10 +64,10 @@ class CudaStreams:
 
     def on(self, stream: torch.cuda.Stream) -> AbstractContextManager[None]:
         """See `Streams.on`. The stream's device becomes the thread's, too."""
-        return torch.cuda.stream(stream)  # type: ignore[no-any-return]
+        return torch.cuda.stream(stream)
 
     def record(self) -> torch.cuda.Event:
-        """See `Streams.record`. A thread that waits for a blocking event sleeps; otherwise it would keep a core busy."""
+        """See `Streams.record`. A thread that waits for a blocking event sleeps instead of keeping a core busy."""
         event = torch.cuda.Event(blocking=True)
         event.record(torch.cuda.current_stream(self._device))
         return event

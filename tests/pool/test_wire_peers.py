@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -61,6 +61,10 @@ def answer_twice(pool: PoolWire, key: RequestKey) -> None:
     pool.receive([key], STEP).ready()
 
 
+def receive(pool: PoolWire, keys: Sequence[RequestKey]) -> None:
+    pool.receive(keys, STEP).ready()
+
+
 def silence() -> dict[str, str]:
     """What ranks 0 and 2 of 2+1 say of a silent rank 1 (a trunk) and a silent rank 2 (the pool).
 
@@ -92,7 +96,7 @@ def silence() -> dict[str, str]:
             if case == "trunk that takes no answer":
                 errors[case] = error_of(partial(answer_twice, pool, keys[1]))
             else:
-                errors[case] = error_of(lambda: pool.receive(keys, STEP).ready())
+                errors[case] = error_of(partial(receive, pool, keys))
         barrier(store, f"end {case}")
     return errors
 
