@@ -6,6 +6,7 @@ See the package's docstring for how a request travels.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -116,8 +117,9 @@ class Answer(Protocol):
 class Arrived(Protocol):
     """The requests of a slot, which are on their way."""
 
-    def done(self) -> bool:
-        """Whether `ready` returns without waiting on the host."""
+    @property
+    def future(self) -> Future[Any]:
+        """What is done when `ready` returns without waiting on the host."""
 
     @property
     def headers_came(self) -> float:

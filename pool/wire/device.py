@@ -252,10 +252,6 @@ class DeviceArrived:
     def __init__(self, future: Future[_Slot], streams: Streams):
         self.future, self._streams = future, streams
 
-    def done(self) -> bool:
-        """See `Arrived.done`."""
-        return self.future.done()
-
     @property
     def headers_came(self) -> float:
         """See `Arrived.headers_came`."""

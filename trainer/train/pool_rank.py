@@ -11,7 +11,7 @@ from pool.wire import pool_wire
 from trainer.cluster.process_groups import Job
 from trainer.config.recipe import Recipe
 from trainer.engine.experts import build_shard, reduce_expert_gradients, wire_settings
-from trainer.engine.role_engine import build_engine
+from trainer.engine.role_engine import build_engine, squared_norm
 from trainer.planning.schedule import ScheduleSpec
 from trainer.telemetry.prometheus import ExpertLoad, MetricsServer
 from trainer.telemetry.time_breakdown import UsageClock
@@ -47,9 +47,9 @@ class PoolRank:
             self._service.serve(self.plan.slots, step)
             reduce_expert_gradients(self._shard, self._recipe)
             self.clock.computed()
-        squared_norm = self._engine.grad_norm_squared()
+        norm = float(self._engine.grad_norm())
         self._wire.settle()
-        return squared_norm
+        return squared_norm(norm)
 
     def step(self, step: int, total_norm: float) -> None:
         """Update the weights, clipping by the norm over both roles."""
