@@ -110,7 +110,8 @@ def start(recipe: Recipe, launch: Launch, watch: FaultWatch, force: bool) -> Run
     watch.joined_as(member)
     if member.rank == 0:
         folder.make()
-        say(f"ranks by host: {member.roster}")
+        for line in (f"ranks by host: {member.roster}", *member.devices.lines):
+            say(line)
 
     # Trunk ranks prepare the data. All ranks agree on the schedule, then form their process groups.
     prepared = None
