@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pool.clock import clock_of
 from pool.placement import Placement
 from pool.shard import ExpertShard
 from pool.wire import TrunkWire
@@ -79,7 +80,7 @@ class TrunkRank:
         if placement:
             self._join_pool(placement)
         self.metrics = MetricsServer(recipe.metrics, "trunk", job.rank, job.local_rank, self._expert_load())
-        self.clock = UsageClock(self._pool)
+        self.clock = UsageClock(self._pool, clock_of(job.device))
         layers, experts = recipe.model.layers, max(1, recipe.experts_per_layer)
         self._statistics = LoadStatistics(recipe.balance.scope, recipe.balance.delay, layers, experts)
         self.load_LM = torch.zeros(layers, experts, dtype=torch.int64)
