@@ -12,12 +12,10 @@ from itertools import takewhile
 import torch
 from torch import Tensor
 
+from pool.counts import Counts
 from pool.schedule import Kind, RequestKey, Slot
 from pool.shard import ExpertServer, ExpertShard
-from pool.wire import PoolWire, WireError
-
-_Received = tuple[list[tuple[Tensor, list[int]]], float]
-"""Rows and counts of a slot's requests, and when their headers had arrived."""
+from pool.wire import Arrived, PoolWire, WireError
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,7 @@ class PoolService:
         mine = [(slot, [key for key in slot if key.trunk_rank in self._served]) for slot in slots]
         # A thread receives in the schedule's order while this one computes. The lanes bound what it holds, because a
         # slot's future is released once the slot has been served.
-        coming = deque(self._receiver.submit(self._wire.receive_in_thread, keys, step) for _, keys in mine if keys)
+        coming = deque(self._receiver.submit(self._wire.receive, keys, step) for _, keys in mine if keys)
         try:
             for slot, keys in mine:
                 if keys:
@@ -80,13 +78,14 @@ class PoolService:
             raise
         assert self._server.open_forwards == 0, "the schedule leaves forwards without a backward"
 
-    def _serve_slot(self, keys: list[RequestKey], coming: Future[_Received], step: int) -> None:
+    def _serve_slot(self, keys: list[RequestKey], coming: Future[Arrived], step: int) -> None:
         while not coming.done() and self.shard.deferred_dw.drain_some():
             pass
         started = time.perf_counter()
-        batches, headers_came = coming.result()
+        arrived = coming.result()
+        batches = arrived.ready()
         received = time.perf_counter()
-        on_wire = received - max(started, headers_came)
+        on_wire = received - max(started, arrived.headers_came)
         self.seconds_on_wire += on_wire
         self.seconds_waiting += received - started - on_wire
         requests = dict(zip(keys, batches, strict=True))
@@ -95,7 +94,7 @@ class PoolService:
         self.shard.deferred_dw.drain_if_full()
 
     def _serve_kind(
-        self, kind: Kind, keys: list[RequestKey], requests: dict[RequestKey, tuple[Tensor, list[int]]], step: int
+        self, kind: Kind, keys: list[RequestKey], requests: dict[RequestKey, tuple[Tensor, Counts]], step: int
     ) -> None:
         if not keys:
             return
@@ -106,18 +105,18 @@ class PoolService:
             answers = self._server.forward(list(keys), batches, keep_for_backward=kind == Kind.FORWARD)
         for key, (_, counts) in zip(keys, batches, strict=True):
             if kind == Kind.FORWARD:
-                self._tokens_Le[key.layer] += torch.tensor(counts)
+                self._tokens_Le[key.layer] += torch.tensor(counts.listed)
             elif kind == Kind.BACKWARD:
-                self._gradients_e += torch.tensor(counts)
+                self._gradients_e += torch.tensor(counts.listed)
         started = time.perf_counter()
         for key, (_, served), answer_ND in zip(keys, batches, answers, strict=True):
-            self._wire.answer(key, step, answer_ND, served)
+            self._wire.answer(key, step, answer_ND, served.listed)
         self.seconds_on_wire += time.perf_counter() - started
 
-    def _backward(self, keys: list[RequestKey], batches: list[tuple[Tensor, list[int]]]) -> list[Tensor]:
+    def _backward(self, keys: list[RequestKey], batches: list[tuple[Tensor, Counts]]) -> list[Tensor]:
         for key, (_, counts) in zip(keys, batches, strict=True):
-            forward = self._server.tokens_per_expert(key.forward)
-            if forward != counts:
+            forward = self._server.counts(key.forward)
+            if forward is None or forward.listed != counts.listed:
                 what = "a backward without its forward" if forward is None else "a backward with other token counts"
                 me = self._wire.settings.topology.describe(self._wire.settings.rank)
                 raise WireError(

@@ -10,10 +10,12 @@ from typing import Any, cast
 import pytest
 from torch import Tensor
 
+from pool.counts import Counts
 from pool.schedule import Kind, RequestKey, Slot
 from pool.service import PoolService
 from pool.topology import Topology
 from pool.wire import PoolWire
+from pool.wire.host import HostArrived
 from tests.pool.shard_work import COUNTS, Work, assert_gradients, assert_near, make_shard, make_work, slow
 from tests.pool.test_weight_gradients import deferred_bytes_of
 
@@ -29,10 +31,10 @@ class Mailbox:
         self._works = works
         self.answers: dict[RequestKey, Tensor] = {}
 
-    def receive_in_thread(self, keys: Sequence[RequestKey], step: int) -> tuple[list[tuple[Tensor, list[int]]], float]:
+    def receive(self, keys: Sequence[RequestKey], step: int) -> HostArrived:
         works = [(key, self._works[key.forward]) for key in keys]
-        rows = [(work.dy_ND if key.kind == Kind.BACKWARD else work.x_ND, work.counts) for key, work in works]
-        return rows, time.perf_counter()
+        rows = [(work.dy_ND if key.kind == Kind.BACKWARD else work.x_ND, Counts.of(work.counts)) for key, work in works]
+        return HostArrived(rows, time.perf_counter())
 
     def answer(self, key: RequestKey, step: int, rows_ND: Tensor, served_e: Sequence[int]) -> None:
         self.answers[key] = rows_ND

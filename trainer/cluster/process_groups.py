@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from pool.topology import Topology
+from pool.wire import WireGroups
 from trainer.cluster.rendezvous import Member
 from trainer.config.recipe import Recipe
 
@@ -60,8 +61,10 @@ class Job:
         self._cross_groups: list[Any] = []
         self._control = self._cross_group("control", torch.device("cpu"))
         if not self.topology.colocated:
-            self.host_group = self._cross_group("host", torch.device("cpu"))
-            self.lane_groups = [self._cross_group(f"lane{lane}", self.payload_device) for lane in range(lanes)]
+            host = self._cross_group("host", torch.device("cpu"))
+            self.wire_groups = WireGroups(
+                host, [self._cross_group(f"lane{lane}", self.payload_device) for lane in range(lanes)]
+            )
 
     def _cross_group(self, name: str, device: torch.device) -> Any:
         store = dist.PrefixStore(name, self._store)

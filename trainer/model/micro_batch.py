@@ -36,7 +36,7 @@ class Request:
     Attributes:
         kind, micro_batch, layer: What identifies the request.
         rows_ND: Tokens (forward) or gradients of the experts' outputs (backward), expert-major, in compute dtype.
-        tokens_per_expert: Rows of each expert of the whole pool, in shard-major order (int64, host).
+        tokens_per_expert: Rows of each expert of the whole pool, in shard-major order (int64, on the compute device).
     """
 
     kind: Kind
@@ -89,7 +89,6 @@ class _Dispatch:
 
     permutation: Permutation
     expert_ids_TK: Tensor
-    tokens_per_position: Tensor
     tokens_per_expert_M: Tensor
 
 
@@ -309,7 +308,7 @@ def _dispatch(
         expert_ids_TK = routing.topk_expert_ids_TK + pool_map.first_expert(layer)
         p = permutation(expert_ids_TK, pool_map.position_M)
         rows_ND = permute(x_TD.to(trunk.compute_dtype), p)
-    dispatch = _Dispatch(p, expert_ids_TK, p.tokens_per_expert_M.cpu(), routing.tokens_per_expert_M)
+    dispatch = _Dispatch(p, expert_ids_TK, routing.tokens_per_expert_M)
     return h_BSD, rows_ND, routing.topk_scores_TK, routing, dispatch
 
 
@@ -319,4 +318,4 @@ def _combine(dispatch: _Dispatch, h_BSD: Tensor, y_ND: Tensor, topk_scores_TK: T
 
 
 def _request(kind: Kind, index: int, layer: int, rows_ND: Tensor, dispatch: _Dispatch) -> Request:
-    return Request(kind, index, layer, rows_ND, dispatch.tokens_per_position)
+    return Request(kind, index, layer, rows_ND, dispatch.permutation.tokens_per_expert_M)

@@ -8,7 +8,7 @@ from typing import Any
 from pool.clock import clock_of
 from pool.placement import Placement
 from pool.service import PoolService
-from pool.wire import PoolWire
+from pool.wire import pool_wire
 from trainer.cluster.process_groups import Job
 from trainer.config.recipe import Recipe
 from trainer.engine.experts import build_shard, reduce_expert_gradients, wire_settings
@@ -34,7 +34,7 @@ class PoolRank:
         self._shard = build_shard(recipe, placement, index, job.device)
         self._engine = build_engine(self._shard, recipe, "pool", job.role_size)
         self.engines = {f"pool/shard_{index}": self._engine}
-        self._wire = PoolWire(wire_settings(recipe, job, placement), job.host_group, job.lane_groups)
+        self._wire = pool_wire(wire_settings(recipe, job, placement), job.wire_groups)
         self._service = PoolService(self._shard, self._wire, recipe.model.layers)
         self.clock = UsageClock(self._service, clock_of(job.device))
         layers = recipe.model.layers if recipe.metrics.per_layer_experts else 0

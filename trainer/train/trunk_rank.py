@@ -16,7 +16,7 @@ from torch import Tensor
 from pool.clock import clock_of
 from pool.placement import Placement
 from pool.shard import ExpertShard
-from pool.wire import TrunkWire
+from pool.wire import trunk_wire
 from router import LoadStatistics, SigmoidBiasRouter, balance_coefficients
 from trainer.cluster.process_groups import Job
 from trainer.config.recipe import Recipe
@@ -98,7 +98,7 @@ class TrunkRank:
             self.engines["pool/shard_0"] = build_engine(self._shard, recipe, "pool", job.role_size)
             self._pool = LocalPool(self._shard)
         else:
-            wire = TrunkWire(wire_settings(recipe, job, placement), job.host_group, job.lane_groups)
+            wire = trunk_wire(wire_settings(recipe, job, placement), job.wire_groups)
             self._pool = RemotePool(wire, job.rank)
 
     def _expert_load(self) -> ExpertLoad | None:
