@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -29,9 +30,10 @@ class Costs:
         trunk_layer: Forward of one layer of a micro-batch on a trunk rank; its backward takes twice as long.
         head: Forward of the head and the loss; forward and backward together take three times as long.
         pool_layer: Forward of one request on a shard; its input gradients and its weight gradients take as long each.
-        slot: Fixed cost of a merged launch, which reads the weights from memory.
+        slot: Fixed cost of a merged launch.
         transfer: Time that a request or an answer spends on the wire, up to the end of its payload.
         payload: The part of it from the arrival of the header on.
+        weights: What the requests of one kind in a merged launch cost at least, as the launch reads all weights.
         flush: What a launch of weight gradients costs beyond `slot`, as it adds to all gradients of the shard.
         trunk_launch, head_launch: Host's time to launch what `trunk_layer` and `head` compute.
         slot_launch: Host's time to launch the merged requests of one kind.
@@ -43,6 +45,7 @@ class Costs:
     slot: float
     transfer: float
     payload: float = 0.0
+    weights: float = 0.0
     flush: float = 0.0
     trunk_launch: float = 0.0
     head_launch: float = 0.0
@@ -229,9 +232,9 @@ class _Simulation:
             return
         requests, self._waiting = tuple(self._waiting), []
         self._pool_free = False
-        launch = len({key.kind for key in requests}) * self._costs.slot_launch
-        cost = self._costs.slot + len(requests) * self._costs.pool_layer
-        self._pool.run(self._last_header, self._now, launch, cost)
+        c, kinds = self._costs, Counter(key.kind for key in requests)
+        cost = c.slot + sum(max(c.weights, number * c.pool_layer) for number in kinds.values())
+        self._pool.run(self._last_header, self._now, len(kinds) * c.slot_launch, cost)
         free_at = self._pool.free_at
         self._at(free_at, self._finish_slot)
         for key in requests:

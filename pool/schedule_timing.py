@@ -106,8 +106,9 @@ def time_schedule(
 ) -> StepTiming:
     """Compute the times of an optimizer step that follows a schedule.
 
-    A shard's launch takes `costs.slot` plus, for each request, S * load * `costs.pool_layer`. Sealed weight gradients
-    are computed while a shard waits for requests, when more than `most_deferred` are kept, and at the end of the step.
+    A shard's launch takes `costs.slot` plus, for each request, S * load * `costs.pool_layer`; for those of one kind at
+    least `costs.weights`. Sealed weight gradients are computed while a shard waits for requests, when more than
+    `most_deferred` are kept, and at the end of the step.
 
     Args:
         schedule: The schedule of an optimizer step for the same topology and layers.
@@ -317,7 +318,8 @@ class _Replica:
         self._launched_at = begun + self._costs.slot_launch
         start_S = np.maximum(self.free_S, max(arrival, begun))
         self._compute_weight_gradients(start_S - self.free_S)
-        seconds_S = np.maximum(fixed + rows_S * self._costs.pool_layer, self._launched_at - start_S)
+        cost_S = fixed + np.maximum(self._costs.weights, rows_S * self._costs.pool_layer)
+        seconds_S = np.maximum(cost_S, self._launched_at - start_S)
         self.free_S = start_S + seconds_S
         self._record(start_S, seconds_S, work)
 

@@ -19,7 +19,7 @@ from pool.topology import Topology
 
 COSTS = Costs(trunk_layer=3.0, head=7.0, pool_layer=4.0, slot=0.5, transfer=0.3)
 CHEAP_POOL = Costs(trunk_layer=3.0, head=7.0, pool_layer=0.4, slot=0.05, transfer=0.1)
-GPU = replace(COSTS, payload=0.2, flush=1.5, trunk_launch=1.1, head_launch=0.7, slot_launch=2.3)
+GPU = replace(COSTS, payload=0.2, weights=5.0, flush=1.5, trunk_launch=1.1, head_launch=0.7, slot_launch=2.3)
 SLOW_HOST = replace(CHEAP_POOL, payload=0.04, flush=0.3, trunk_launch=4.3, head_launch=2.0, slot_launch=0.6)
 GRIDS = [(1, 1, 1), (2, 1, 1), (3, 2, 1), (2, 4, 2), (1, 2, 1), (5, 6, 2), (4, 5, 5)]
 LANES = [(1, False), (1, True), (2, True), (3, False), (4, True)]
@@ -154,7 +154,8 @@ def follow(
         for kind, what in ((Kind.FORWARD, Work.POOL_FORWARD), (Kind.BACKWARD, Work.POOL_BACKWARD)):
             these = [rows[k] for k in keys if k.kind == kind]
             if these:
-                parts.append((fixed + costs.pool_layer * sum(these), costs.slot_launch, what))
+                cost = max(costs.weights, costs.pool_layer * sum(these))
+                parts.append((fixed + cost, costs.slot_launch, what))
                 fixed = 0.0
             if kind == Kind.FORWARD:
                 kept[p] += sum(these)
