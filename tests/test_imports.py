@@ -107,7 +107,7 @@ def test_the_exported_model_stands_alone() -> None:
 
 def test_router_and_pool_know_no_collectives() -> None:
     """router/ is pure; only the wire uses process groups, which it is given."""
-    wires = {ROOT / "pool" / "wire" / f"{transport}.py" for transport in ("host", "nccl")}
+    wires = {ROOT / "pool" / "wire" / f"{transport}.py" for transport in ("host", "device", "nccl")}
     for package in ("router", "pool"):
         for path in (ROOT / package).rglob("*.py"):
             uses_groups = bool(re.search(r"\.(send|recv|allreduce|alltoall\w*|broadcast)\b", path.read_text()))

@@ -18,6 +18,7 @@ from pool.counts import Counts
 from pool.schedule import Kind, RequestKey
 from pool.topology import Topology
 from pool.wire.check import FINGERPRINT_FIELDS
+from pool.wire.reasons import ran_out
 from pool.wire.streams import Communicator, Streams
 
 _KEY_FIELDS = 5
@@ -113,16 +114,22 @@ class Answer(Protocol):
 
 
 class Arrived(Protocol):
-    """The requests of a slot, whose headers have arrived."""
+    """The requests of a slot, which are on their way."""
+
+    def done(self) -> bool:
+        """Whether `ready` returns without waiting on the host."""
 
     @property
     def headers_came(self) -> float:
-        """When the last header had arrived, by `time.perf_counter`."""
+        """When the last header had arrived, by `time.perf_counter`. Waits for it."""
 
     def ready(self) -> list[tuple[Tensor, Counts]]:
-        """Return each request's rows (n, D) and tokens of each local expert, ready for use on the current stream.
+        """Return each request's rows (n, D) and rows of each local expert, ready for use on the current stream.
 
         The counts are known on the host too.
+
+        Raises:
+            WireError: A message did not arrive in time, its sender is gone, or it is not the one in the schedule.
         """
 
 
@@ -161,18 +168,19 @@ class PoolWire(Protocol):
     bytes_received: int
 
     def receive(self, keys: Sequence[RequestKey], step: int) -> Arrived:
-        """Receive the requests of one slot. The service calls it in a thread beside the computing one.
+        """Receive the requests of one slot in a thread beside the computing one, after those of earlier calls."""
 
-        Raises:
-            WireError: A message did not arrive in time, its sender is gone, or it is not the one in the schedule.
-        """
+    def stop(self) -> None:
+        """Receive no more, because of an error."""
 
-    def answer(self, key: RequestKey, step: int, rows_ND: Tensor, served_e: Sequence[int]) -> None:
-        """Send the answer of a request, and return at once.
+    def answer(
+        self, keys: Sequence[RequestKey], step: int, rows: Sequence[Tensor], served: Sequence[Sequence[int]]
+    ) -> None:
+        """Send the answers of requests that were computed together, and return at once.
 
         Args:
-            rows_ND: What the current stream computes.
-            served_e: Tokens of each local expert that were served.
+            rows: For each request its answer (n, D), which the current stream computes.
+            served: For each request the tokens of each local expert that were served.
         """
 
     def settle(self) -> None:
@@ -199,14 +207,16 @@ class End:
         except RuntimeError as error:
             raise self.failed(doing, exchange, error) from error
 
-    def failed(self, doing: str, exchange: Exchange, error: BaseException) -> WireError:
-        """Return the error that says what this rank could not do with a peer, and why."""
+    def failed(self, doing: str, exchange: Exchange, error: BaseException, peers: str = "") -> WireError:
+        """Return the error that says what this rank could not do with a peer, or with one of several, and why."""
         if isinstance(error, WireError):
             return error
         reason = " ".join(str(error).split())
         limit = self.settings.timeout.total_seconds()
         how = f"within {limit:g} s" if ran_out(reason) else "because the connection broke"
-        return WireError(f"{self.me} could not {doing} {self.name(exchange.peer)} {how}: {exchange} ({reason})")
+        return WireError(
+            f"{self.me} could not {doing} {peers or self.name(exchange.peer)} {how}: {exchange} ({reason})"
+        )
 
     def split(self, header: Tensor) -> tuple[list[int], list[int], list[int]]:
         """Split a header into (fields, tokens of each expert, fingerprint)."""
@@ -261,14 +271,3 @@ class End:
     def me(self) -> str:
         """How errors name this rank."""
         return self.name(self.settings.rank)
-
-
-def ran_out(reason: str) -> bool:
-    """Whether an error of a process group says that its time limit has passed.
-
-    gloo says "Timed out waiting 2000ms for recv operation to complete"; NCCL's works say "... ran for 60001
-    milliseconds before timing out." and "Watchdog caught collective operation timeout"; stores say "wait timeout after
-    60000ms" and "Socket Timeout".
-    """
-    lowered = reason.lower()
-    return any(words in lowered for words in ("timed out", "timing out", "timeout"))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -156,15 +157,31 @@ class HostTrunk(_HostEnd):
 
 
 @dataclass(frozen=True)
-class HostArrived:
-    """The requests of a slot, which have arrived whole; see `Arrived`."""
+class _Slot:
+    """The requests of a slot, which have arrived."""
 
     requests: list[tuple[Tensor, Counts]]
     headers_came: float
 
+
+class HostArrived:
+    """The requests of a slot; see `Arrived`."""
+
+    def __init__(self, future: Future[_Slot]):
+        self._future = future
+
+    def done(self) -> bool:
+        """See `Arrived.done`."""
+        return self._future.done()
+
+    @property
+    def headers_came(self) -> float:
+        """See `Arrived.headers_came`."""
+        return self._future.result().headers_came
+
     def ready(self) -> list[tuple[Tensor, Counts]]:
         """See `Arrived.ready`."""
-        return self.requests
+        return self._future.result().requests
 
 
 class HostPool(_HostEnd):
@@ -172,10 +189,14 @@ class HostPool(_HostEnd):
 
     def __init__(self, settings: WireSettings, groups: WireGroups):
         super().__init__(settings, groups)
+        self._receiver = ThreadPoolExecutor(1, "receiver")
         self._sending: dict[tuple[int, int], list[_Transfer]] = {}
 
     def receive(self, keys: Sequence[RequestKey], step: int) -> HostArrived:
         """See `PoolWire.receive`."""
+        return HostArrived(self._receiver.submit(self._receive, keys, step))
+
+    def _receive(self, keys: Sequence[RequestKey], step: int) -> _Slot:
         exchanges = [Exchange(key.trunk_rank, key, step) for key in keys]
         headers = [
             self._start(self._host.recv, self.header_buffer(), e.key.lane, "get a header from", e) for e in exchanges
@@ -197,10 +218,21 @@ class HostPool(_HostEnd):
             transfer.wait()
             if sent and (wrong := altered(transfer.message, sent)):
                 self.refuse("the tokens of", wrong, transfer.exchange)
-        return HostArrived([(rows_ND.to(self.settings.device), counts) for rows_ND, counts in received], headers_came)
+        return _Slot([(rows_ND.to(self.settings.device), counts) for rows_ND, counts in received], headers_came)
 
-    def answer(self, key: RequestKey, step: int, rows_ND: Tensor, served_e: Sequence[int]) -> None:
-        """See `PoolWire.answer`.
+    def stop(self) -> None:
+        """See `PoolWire.stop`. The thread is not waited for: its message may never arrive."""
+        self._receiver.shutdown(wait=False, cancel_futures=True)
+
+    def answer(
+        self, keys: Sequence[RequestKey], step: int, rows: Sequence[Tensor], served: Sequence[Sequence[int]]
+    ) -> None:
+        """See `PoolWire.answer`."""
+        for key, rows_ND, counts in zip(keys, rows, served, strict=True):
+            self._answer(key, step, rows_ND, counts)
+
+    def _answer(self, key: RequestKey, step: int, rows_ND: Tensor, served_e: Sequence[int]) -> None:
+        """Send an answer.
 
         The rows are kept until the next answer to the same lane of the same trunk rank, which cannot make a request
         before it has them.

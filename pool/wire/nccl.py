@@ -1,11 +1,20 @@
-"""A communicator over NCCL, with point-to-point messages that are always launched as a group."""
+"""A communicator over NCCL.
+
+Its group is connected eagerly and all messages are launched as groups, so they use the group's own communicator and
+one stream. Without either, a single message would make a communicator and a stream for its pair of ranks.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from pool.wire.streams import Message
+import torch
+
+from pool.wire.streams import Message, Streams
+
+MAX_CTAS = 8
+"""SMs that a communicator holds at most, and channels between two ranks."""
 
 
 class NcclWork:
@@ -35,6 +44,19 @@ class NcclCommunicator:
 
     def __init__(self, group: Any):
         self._group = group
+
+    def connect(self, peers: Sequence[int], sends: bool, streams: Streams) -> None:
+        """Exchange a first message with all peers of this rank, which do the same, and wait for it.
+
+        NCCL connects two ranks when the first message between them is launched, and until both have launched it, the
+        host waits. A header that follows the launch would come too late.
+
+        Args:
+            sends: Whether this rank is one that sends on this communicator.
+        """
+        messages = [(streams.empty(1, dtype=torch.uint8), peer) for peer in peers]
+        (self.send(messages) if sends else self.receive(messages)).wait()
+        streams.record().synchronize()
 
     def send(self, messages: Sequence[Message]) -> NcclWork:
         """See `Communicator.send`."""

@@ -36,8 +36,8 @@ class Streams(Protocol):
     def record(self) -> Event:
         """Record an event behind everything that has been launched on the current stream."""
 
-    def wait(self, event: Event) -> None:
-        """Make the current stream, not the host, wait for an event."""
+    def wait(self, event: Any) -> None:
+        """Make the current stream, not the host, wait for an event of `record`."""
 
     def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
         """Return room on the device that belongs to the current stream."""
@@ -50,6 +50,47 @@ class Streams(Protocol):
 
     def to_device(self, values: Sequence[int]) -> Tensor:
         """Launch a copy of int64 values to the device, by way of pinned memory."""
+
+
+class CudaStreams:
+    """The streams of a GPU; see `Streams`."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+
+    def new(self) -> torch.cuda.Stream:
+        """See `Streams.new`."""
+        return torch.cuda.Stream(self._device)
+
+    def on(self, stream: torch.cuda.Stream) -> AbstractContextManager[None]:
+        """See `Streams.on`. The stream's device becomes the thread's, too."""
+        return torch.cuda.stream(stream)
+
+    def record(self) -> torch.cuda.Event:
+        """See `Streams.record`. A thread that waits for a blocking event sleeps instead of keeping a core busy."""
+        event = torch.cuda.Event(blocking=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    def wait(self, event: torch.cuda.Event) -> None:
+        """See `Streams.wait`."""
+        torch.cuda.current_stream(self._device).wait_event(event)
+
+    def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        """See `Streams.empty`."""
+        return torch.empty(*shape, dtype=dtype, device=self._device)
+
+    def used(self, tensor: Tensor) -> None:
+        """See `Streams.used`."""
+        tensor.record_stream(torch.cuda.current_stream(self._device))
+
+    def to_host(self, tensor: Tensor) -> Tensor:
+        """See `Streams.to_host`."""
+        return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+
+    def to_device(self, values: Sequence[int]) -> Tensor:
+        """See `Streams.to_device`. torch keeps pinned memory from being reused before the copy is done."""
+        return torch.tensor(values, dtype=torch.int64, pin_memory=True).to(self._device, non_blocking=True)
 
 
 class Work(Protocol):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -56,9 +56,13 @@ class NoReceives(Mute):
 def answer_twice(pool: PoolWire, key: RequestKey) -> None:
     """Whether the first answer came is known when the next message is due."""
     ((rows_ND, counts),) = pool.receive([key], STEP).ready()
-    pool.answer(key, STEP, rows_ND, counts.listed)
-    pool.answer(key, STEP, rows_ND, counts.listed)
-    pool.receive([key], STEP)
+    pool.answer([key], STEP, [rows_ND], [counts.listed])
+    pool.answer([key], STEP, [rows_ND], [counts.listed])
+    pool.receive([key], STEP).ready()
+
+
+def receive(pool: PoolWire, keys: Sequence[RequestKey]) -> None:
+    pool.receive(keys, STEP).ready()
 
 
 def silence() -> dict[str, str]:
@@ -83,7 +87,7 @@ def silence() -> dict[str, str]:
                 trunk_wire(short, replace(joined, lanes=[lane])).request(keys[1], STEP, torch.ones(3, D), counts)
             )
         if my_rank() == 2 and case == "pool without an answer":
-            pool_wire(long, joined).receive(keys[:1], STEP)
+            pool_wire(long, joined).receive(keys[:1], STEP).ready()
         barrier(store, f"start {case}")
         if my_rank() == 0 and case.startswith("pool"):
             errors[case] = error_of(kept[-1].wait)
@@ -92,7 +96,7 @@ def silence() -> dict[str, str]:
             if case == "trunk that takes no answer":
                 errors[case] = error_of(partial(answer_twice, pool, keys[1]))
             else:
-                errors[case] = error_of(partial(pool.receive, keys, STEP))
+                errors[case] = error_of(partial(receive, pool, keys))
         barrier(store, f"end {case}")
     return errors
 
@@ -143,10 +147,10 @@ def deaths(folder: str) -> None:
         store.wait(["requested"])
         os._exit(0)
     store.set("received", "")
-    tell("pool waits", lambda: pool.receive([second], STEP))
+    tell("pool waits", lambda: pool.receive([second], STEP).ready())
     time.sleep(SETTLE)
-    tell("pool starts", lambda: pool.receive([second], STEP))
-    tell("pool answers", lambda: pool.answer(first, STEP, rows_ND, counts.listed))
+    tell("pool starts", lambda: pool.receive([second], STEP).ready())
+    tell("pool answers", lambda: pool.answer([first], STEP, [rows_ND], [counts.listed]))
 
 
 def test_peers_that_are_gone(tmp_path: Path) -> None:

@@ -118,7 +118,8 @@ def _rank(
         end = pool_wire(settings, job.wire_groups)
         for step in range(SMALL + LARGE + BESIDE):
             ((rows_ND, counts),) = end.receive([_KEY], step).ready()
-            end.answer(_KEY, step, rows_ND, counts.listed)  # every request is answered with its own rows
+            end.answer([_KEY], step, [rows_ND], [counts.listed])  # every request is answered with its own rows
+    end.settle()
     job.close()
 
 

@@ -48,7 +48,9 @@ class PoolRank:
             self._service.serve(self.plan.slots, step)
             reduce_expert_gradients(self._shard, self._recipe)
             self.clock.computed()
-        return self._engine.grad_norm_squared()
+        squared_norm = self._engine.grad_norm_squared()
+        self._wire.settle()
+        return squared_norm
 
     def step(self, step: int, total_norm: float) -> None:
         """Update the weights, clipping by the norm over both roles."""
@@ -61,11 +63,13 @@ class PoolRank:
     def evaluate(self, batches: int, step: int, random_layer: int | None = None) -> tuple[float, None]:
         """Serve the trunk ranks' evaluation of `batches` global batches. A pool rank knows neither loss nor load."""
         self._service.serve(self._schedule.evaluation(batches * self._recipe.micro_batches).slots, step)
+        self._wire.settle()
         return math.nan, None
 
     def generate(self, tokens: int, step: int) -> None:
         """Serve the trunk ranks' generation of `tokens` tokens."""
         self._service.serve(self._schedule.generation(tokens).slots, step)
+        self._wire.settle()
 
     def state_dict(self) -> dict[str, Any]:
         """Return nothing: the engine holds all the state of a pool rank."""
