@@ -10,7 +10,6 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,37 +84,35 @@ def add_weight_gradients(
     experts: slice,
 ) -> None:
     """See `loop_experts.add_weight_gradients`. Only for a part of the experts must the host know the counts."""
-    pieces = [_rows_of(experts, counts, len(grad2_eDF)) for *_, counts in work]
-    counts_be = torch.stack([counts.rows_e[experts] for *_, counts in work])
-    counts_e = counts_be.sum(0)
-    xs, dys, dhs, acts = ([part[piece] for part, piece in zip(parts, pieces, strict=True)] for parts in _by_name(work))
-    rows = sum(map(len, xs))
+    first, end, _ = experts.indices(len(grad2_eDF))
+    parts = [_part(*one, first, end) for one in work]
+    rows = sum(len(x) for x, *_ in parts)
     if not rows:
         return
+    counts_be = torch.stack([counts.rows_e.narrow(0, first, end - first) for *_, counts in work])
+    counts_e = counts_be.sum(0)
     index_N = merge_order(counts_be, rows) if len(work) > 1 else None
-    offsets_e, empty_e11 = counts_e.cumsum(0, dtype=torch.int32), (counts_e == 0)[:, None, None]
+    offsets_e, empty_e11 = counts_e.cumsum(0, dtype=torch.int32), (counts_e == 0).view(-1, 1, 1)
 
-    def merged(parts: list[Tensor]) -> Tensor:
-        return parts[0] if index_N is None else torch.cat(parts).index_select(0, index_N)
+    def merged(tensors: tuple[Tensor, ...]) -> Tensor:
+        return tensors[0] if index_N is None else torch.cat(tensors).index_select(0, index_N)
 
+    xs, dys, dhs, acts = zip(*parts, strict=True)
     for grad, outputs, inputs in ((grad13_e2FD, dhs, xs), (grad2_eDF, dys, acts)):
         product = F.grouped_mm(merged(outputs).t(), merged(inputs), offs=offsets_e)
         # The kernel may leave the part of an expert without rows unwritten (pytorch issue 172439).
-        grad[experts] += product.masked_fill_(empty_e11, 0.0)
+        grad.narrow(0, first, end - first).add_(product.masked_fill_(empty_e11, 0.0))
 
 
-def _rows_of(experts: slice, counts: Counts, e: int) -> slice:
-    """Return where the rows of adjacent experts are: a piece, because rows are expert-major."""
-    first, end, _ = experts.indices(e)
-    if (first, end) == (0, e):
-        return slice(None)
-    start = sum(counts.listed[:first])
-    return slice(start, start + sum(counts.listed[first:end]))
-
-
-def _by_name(work: Sequence[tuple[Tensor, Tensor, ForWeights, Counts]]) -> tuple[list[Tensor], ...]:
-    """Return the x_ND, dy_ND, dh_N2F and act_NF of all work."""
-    return tuple(map(list, zip(*((x, dy, dh, act) for x, dy, (dh, act), _ in work), strict=True)))
+def _part(
+    x_ND: Tensor, dy_ND: Tensor, for_weights: ForWeights, counts: Counts, first: int, end: int
+) -> tuple[Tensor, ...]:
+    """Return x, dy, dh and act of adjacent experts: a piece of each, because rows are expert-major."""
+    tensors = (x_ND, dy_ND, *for_weights)
+    if end - first == len(counts.rows_e):
+        return tensors
+    start, size = sum(counts.listed[:first]), sum(counts.listed[first:end])
+    return tuple(t.narrow(0, start, size) for t in tensors)
 
 
 def swiglu(h_N2F: Tensor) -> Tensor:
@@ -159,9 +156,11 @@ def _joined(hidden: Sequence[Hidden], rows: int) -> Tensor:
     places = [part.place for part in hidden]
     if len(launches) == 1 and places == list(range(len(launches[0].counts_be))):
         return launches[0].h_N2F
-    begins = dict(zip(launches, accumulate((len(launch.h_N2F) for launch in launches), initial=0), strict=False))
-    starts_be = {launch: starts(torch.stack(launch.counts_be, dim=1)).t() + begin for launch, begin in begins.items()}
+    starts_be, begin = {}, 0  # by launch, once their rows lie one after the other
+    for launch in launches:
+        starts_be[launch] = starts(torch.stack(launch.counts_be, dim=1)).t() + begin
+        begin += len(launch.h_N2F)
     counts_be = torch.stack([part.launch.counts_be[part.place] for part in hidden])
-    mine_be = torch.stack([starts_be[part.launch][part.place] for part in hidden])
+    mine_be = torch.stack([starts_be[part.launch].select(0, part.place) for part in hidden])
     index_N = gather_order(mine_be, counts_be, rows)
     return torch.cat([launch.h_N2F for launch in launches]).index_select(0, index_N)

@@ -34,7 +34,7 @@ def permutation(expert_ids_TK: Tensor, position_M: Tensor) -> Permutation:
         expert_ids_TK: Global expert ids (int64).
         position_M: `Placement.position_M`, on the same device.
     """
-    sorted_N, order_N = position_M[expert_ids_TK.reshape(-1)].sort(stable=True)
+    sorted_N, order_N = position_M.index_select(0, expert_ids_TK.flatten()).sort(stable=True)
     # Neither bincount, which waits for the device, nor adding ones up, for which torch sorts when it is to be
     # deterministic: the positions are sorted already.
     bounds = torch.searchsorted(sorted_N, torch.arange(position_M.numel() + 1, device=sorted_N.device))
@@ -43,8 +43,8 @@ def permutation(expert_ids_TK: Tensor, position_M: Tensor) -> Permutation:
 
 def _inverse(order_N: Tensor) -> Tensor:
     """Return the position of each number in a permutation."""
-    if order_N.is_cuda:
-        return order_N.argsort()  # to write by an index and deterministically, torch sorts too, and does more besides
+    if order_N.device.type != "cpu":
+        return order_N.argsort()  # to write by an index, deterministically, torch sorts on a GPU too, and does more
     inverse_N = torch.empty_like(order_N)
     inverse_N[order_N] = torch.arange(order_N.numel())
     return inverse_N

@@ -66,7 +66,7 @@ class PoolService:
             for slot, keys in mine:
                 if keys:
                     self._serve_slot(keys, coming.popleft(), step)
-                    self._queue_depths.append(sum(1 for _ in takewhile(lambda arrived: arrived.done(), coming)))
+                    self._queue_depths.append(sum(1 for _ in takewhile(lambda arrived: arrived.future.done(), coming)))
                 elif not slot:
                     self.shard.deferred_dw.seal()
         except BaseException:
@@ -75,8 +75,7 @@ class PoolService:
         assert self._server.open_forwards == 0, "the schedule leaves forwards without a backward"
 
     def _serve_slot(self, keys: list[RequestKey], coming: Arrived, step: int) -> None:
-        while not coming.done() and self.shard.deferred_dw.drain_some():
-            pass
+        self.shard.deferred_dw.drain_until(coming.future)
         clock = self.waits.clock
         since = clock.now()
         headers = clock.latest(coming.headers_came)

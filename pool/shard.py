@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -27,6 +28,12 @@ Hidden = Any
 
 EXPERTS_AT_A_TIME = 4
 """Experts whose weight gradients `drain_some` computes before it looks for a request again."""
+
+PIECES_AHEAD = 2
+"""Such pieces of work that a GPU is given beforehand: one to compute, and the next, so that it does not run dry."""
+
+PAUSE = 1e-4
+"""Seconds after which `drain_until` looks again whether a GPU has done a piece."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +79,7 @@ class DeferredWeightGradients:
         self._shard, self._limit_bytes = shard, limit_bytes
         self._open = _Batch()
         self._sealed: deque[_Batch] = deque()
+        self._launched: deque[torch.cuda.Event] = deque()
         self.peak_bytes = 0
 
     @property
@@ -90,14 +98,27 @@ class DeferredWeightGradients:
             self._sealed.append(self._open)
             self._open = _Batch()
 
+    def drain_until(self, coming: Future[Any]) -> None:
+        """Compute sealed work a few milliseconds at a time, until `coming` is done or nothing is left."""
+        while self._sealed and not coming.done():
+            if not self.drain_some():
+                wait((coming,), PAUSE)
+
     def drain_some(self) -> bool:
-        """Compute a few milliseconds' worth of sealed work; returns False if there is none."""
-        if not self._sealed:
+        """Compute a few milliseconds' worth of sealed work.
+
+        Returns:
+            False if there is none, or if a GPU has been given so much already that a request would wait for it.
+        """
+        while self._launched and self._launched[0].query():
+            self._launched.popleft()
+        if not self._sealed or len(self._launched) == PIECES_AHEAD:
             return False
         self._advance(EXPERTS_AT_A_TIME)
-        device = self._shard.w2_eDF.device
-        if device.type == "cuda":  # launches return at once: a request would have to wait for all that is queued
-            torch.cuda.current_stream(device).synchronize()
+        if self._shard.w2_eDF.is_cuda:
+            event = torch.cuda.Event()
+            event.record()
+            self._launched.append(event)
         return True
 
     def drain(self) -> None:

@@ -195,7 +195,7 @@ def train_micro_batch(
     load_LM = torch.stack([segment.dispatch.tokens_per_expert_M for segment in layers])
     coefficients_LM = objective.coefficients(load_LM)
 
-    scale = torch.tensor(objective.scale, device=loss.device)
+    scale = torch.full((), objective.scale, device=loss.device)
     dz = scale * objective.z_loss if objective.z_loss else None
     dh, dy, dscores = last.backward((scale,))
     for layer, segment in reversed(list(enumerate(layers))):
@@ -223,7 +223,7 @@ def train_dense_micro_batch(
     (loss * objective.scale).backward()
     zero, layers = torch.zeros_like(loss), len(trunk.blocks)
     scalars = {"loss": loss.detach(), "balance_loss": zero, "z_loss": zero, "distinct_experts": zero}
-    no_load_L1 = torch.zeros(layers, 1, dtype=torch.int64)
+    no_load_L1 = torch.zeros(layers, 1, dtype=torch.int64, device=loss.device)
     return MicroBatchResult(scalars, zero.expand(layers), zero.long(), no_load_L1)
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from datetime import timedelta
 from typing import Any
 
 from pool.placement import Placement
+from pool.schedule import WARM_UP_STEP, lockstep_schedule
 from pool.service import PoolService
 from pool.wire import pool_wire
 from trainer.cluster.process_groups import Job
 from trainer.config.recipe import Recipe
 from trainer.engine.experts import build_shard, reduce_expert_gradients, wire_settings
-from trainer.engine.role_engine import build_engine
+from trainer.engine.role_engine import build_engine, squared_norm
 from trainer.planning.schedule import ScheduleSpec
 from trainer.telemetry.prometheus import ExpertLoad, MetricsServer
 from trainer.telemetry.time_breakdown import UsageClock
@@ -40,6 +42,20 @@ class PoolRank:
         load = ExpertLoad(self._shard.expert_ids, recipe.pool.experts, layers)
         self.metrics = MetricsServer(recipe.metrics, "pool", job.rank, job.local_rank, load)
 
+    def warm_up(self, limit: timedelta) -> None:
+        """See `TrunkRank.warm_up`: serve its requests."""
+        schedule = lockstep_schedule(self._recipe.grid.trunk_ranks, 1, self._recipe.model.layers)
+        self._wire.limit = limit
+        with self._engine.accumulating():
+            self._service.serve(schedule.slots, WARM_UP_STEP)
+            reduce_expert_gradients(self._shard, self._recipe)
+        self._engine.grad_norm()
+        self._wire.settle()
+        self._engine.step(math.inf)
+        self._shard.weights_changed()
+        self._service.take_served()
+        self._wire.limit = self._wire.settings.timeout
+
     def accumulate(self, step: int) -> float:
         """Serve an optimizer step up to its reduced gradients, and return the square of their norm."""
         self.clock.begin()
@@ -47,9 +63,9 @@ class PoolRank:
             self._service.serve(self.plan.slots, step)
             reduce_expert_gradients(self._shard, self._recipe)
             self.clock.computed()
-        squared_norm = self._engine.grad_norm_squared()
+        norm = float(self._engine.grad_norm())
         self._wire.settle()
-        return squared_norm
+        return squared_norm(norm)
 
     def step(self, step: int, total_norm: float) -> None:
         """Update the weights, clipping by the norm over both roles."""
