@@ -191,7 +191,7 @@ def train_micro_batch(
         nonfinite.append(gates_T.isfinite().logical_not_().sum())
         y_ND = yield _request(Kind.FORWARD, index, layer, rows_ND.detach(), segment.dispatch)
         inputs = (h_BSD, y_ND, topk_scores_TK)
-    last = _Segment(_to_loss(trunk, targets_BS, layers[-1].dispatch), inputs, objective.recompute)
+    last = _Segment(_to_loss(trunk, targets_BS, layers[-1].dispatch), inputs, recompute=False)  # backward is next
     (loss,) = (root.detach() for root in last.take_roots())
     load_LM = torch.stack([segment.dispatch.tokens_per_expert_M for segment in layers])
     coefficients_LM = objective.coefficients(load_LM)
