@@ -16,6 +16,7 @@ from router import Routing, build_router, norm_constant
 from trainer.config.recipe import Recipe
 from trainer.model.document_mask import document_mask
 from trainer.model.loss import OutputProjection
+from trainer.model.segments import EAGER, Surroundings, autocast
 
 
 class Attention(nn.Module):
@@ -31,9 +32,8 @@ class Attention(nn.Module):
     def forward(self, x_BSD: Tensor, rope: tuple[Tensor, Tensor], mask_B1SS: Tensor | None = None) -> Tensor:
         """Attend to the keys that mask_B1SS (bool) allows; if it is None, to all up to the query's position."""
         qkv = self.qkv(x_BSD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
-        q, k = _rotate(q, rope), _rotate(k, rope)
-        k = k.to(v.dtype)
+        qk, v = qkv.split((self.heads + self.kv_heads, self.kv_heads), dim=1)
+        q, k = _rotate(qk, rope).split((self.heads, self.kv_heads), dim=1)
         if mask_B1SS is None:
             grouped = self.heads != self.kv_heads
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
@@ -142,6 +142,7 @@ class Trunk(nn.Module):
         self.head = Head(recipe)
         self._reset_parameters(recipe)
         self.to(device)
+        self.segments = EAGER
         self.rope = rotary_table(m.seq_len, m.hidden // m.heads, m.rope_base, device)
 
     @property
@@ -150,11 +151,12 @@ class Trunk(nn.Module):
 
     def autocast(self) -> torch.autocast:
         """Return the context in which segments run."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16)
+        return autocast(self.device, self.compute_dtype)
 
-    def mask(self, tokens_BS: Tensor) -> Tensor | None:
-        """Return the mask for `Block.attend`: the document mask, or None."""
-        return None if self.document_end is None else document_mask(tokens_BS, self.document_end)
+    def surroundings(self, tokens_BS: Tensor, position_M: Tensor | None) -> Surroundings:
+        """Return what the segments of a micro-batch have in common."""
+        mask_B1SS = None if self.document_end is None else document_mask(tokens_BS, self.document_end)
+        return Surroundings(self.rope, mask_B1SS, position_M, self.compute_dtype)
 
     def loss(self, h_BSD: Tensor, targets_BS: Tensor) -> Tensor:
         """Return the mean cross-entropy in nats, fp32."""
