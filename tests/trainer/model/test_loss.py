@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from pool.shard import ExpertShard
 from tests.double import float32_is_float64
+from tests.host_reads import no_host_reads
 from tests.training import Outcome, assert_same, run_training, tiny
 from trainer.config.recipe import Recipe
 from trainer.model.loss import OutputProjection, cross_entropies, losses_and_gradients, mean_cross_entropy
@@ -140,25 +141,10 @@ def test_compiles_without_graph_breaks() -> None:
             assert difference(value, exact) < 1e-6
 
 
-class OnOneDevice(TorchDispatchMode):
-    """Asserts that all tensors of all operations are on a device."""
-
-    def __init__(self, device: str) -> None:
-        super().__init__()
-        self._device = torch.device(device)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves((args, kwargs, result)):
-            assert not isinstance(leaf, Tensor) or leaf.device == self._device, func
-        return result
-
-
 @pytest.mark.parametrize(("tokens", "hidden"), [(16 * 1024, 768), (8 * 1024, 1536)])
 @pytest.mark.parametrize("device", ["meta", "cuda:0"])
 def test_a_device_is_never_waited_for(device: str, tokens: int, hidden: int) -> None:
-    """Reading a value raises on both devices, and no operation has a tensor of the host, which would be copied."""
-    with FakeTensorMode() if device != "meta" else nullcontext(), OnOneDevice(device), torch.no_grad():
+    with FakeTensorMode() if device != "meta" else nullcontext(), no_host_reads(), torch.no_grad():
         x_TD = torch.empty(tokens, hidden, dtype=torch.bfloat16, device=device)
         weight_VD, targets_T = (
             torch.empty(51200, hidden, device=device),
