@@ -34,20 +34,30 @@ def permutation(expert_ids_TK: Tensor, position_M: Tensor) -> Permutation:
         expert_ids_TK: Global expert ids (int64).
         position_M: `Placement.position_M`, on the same device.
     """
-    sorted_N, order_N = position_M.index_select(0, expert_ids_TK.flatten()).sort(stable=True)
-    # Neither bincount, which waits for the device, nor adding ones up, for which torch sorts when it is to be
-    # deterministic: the positions are sorted already.
-    bounds = torch.searchsorted(sorted_N, torch.arange(position_M.numel() + 1, device=sorted_N.device))
-    return Permutation(order_N, _inverse(order_N), bounds.diff())
-
-
-def _inverse(order_N: Tensor) -> Tensor:
-    """Return the position of each number in a permutation."""
-    if order_N.device.type != "cpu":
-        return order_N.argsort()  # to write by an index, deterministically, torch sorts on a GPU too, and does more
+    positions_N = position_M.index_select(0, expert_ids_TK.flatten())
+    if positions_N.device.type != "cpu" or torch.compiler.is_compiling():
+        return _by_distinct_keys(positions_N, position_M.numel())
+    sorted_N, order_N = positions_N.sort(stable=True)
     inverse_N = torch.empty_like(order_N)
     inverse_N[order_N] = torch.arange(order_N.numel())
-    return inverse_N
+    bounds = torch.searchsorted(sorted_N, torch.arange(position_M.numel() + 1))
+    return Permutation(order_N, inverse_N, bounds.diff())
+
+
+def _by_distinct_keys(positions_N: Tensor, experts: int) -> Permutation:
+    """Return the same as `permutation`, by sorting keys that are all different and searching in them.
+
+    This is for GPUs. bincount waits for the device there; and to write or to add by an index, deterministically, torch
+    sorts once more.
+    """
+    rows = positions_N.numel()
+    # A radix sort takes time in proportion to the bits.
+    dtype = torch.int32 if (experts + 1) * rows < 2**31 else torch.int64
+    keys_N = (positions_N * rows + torch.arange(rows, device=positions_N.device)).to(dtype)
+    sorted_N = keys_N.sort().values
+    starts = torch.arange(experts + 1, device=positions_N.device, dtype=dtype) * rows
+    bounds = torch.searchsorted(sorted_N, starts)
+    return Permutation(sorted_N.long() % rows, torch.searchsorted(sorted_N, keys_N), bounds.diff())
 
 
 class _Permute(torch.autograd.Function):
