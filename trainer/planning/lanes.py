@@ -5,14 +5,13 @@ from __future__ import annotations
 from pool.schedule_builder import Costs, build_training_schedule, staggered_starts
 from pool.schedule_timing import time_schedule
 from trainer.config.recipe import Recipe
+from trainer.planning.fit import fits
 from trainer.planning.hardware import Hardware, costs_in_seconds
-from trainer.planning.model_costs import fullest_rank, served_trunk_ranks
+from trainer.planning.model_costs import served_trunk_ranks
 
 MOST_LANES = 8
 WORTH = 0.03
 """More lanes must shorten a step by more than this share, because each keeps a micro-batch's activations."""
-FILLED = 0.9
-"""Share of a rank's memory that a layout may fill; the estimate of memory leaves some things out."""
 
 
 def role_work(recipe: Recipe, costs: Costs, launches: int) -> tuple[float, float]:
@@ -59,8 +58,8 @@ def choose_lanes(recipe: Recipe, costs: Costs, most: int = MOST_LANES) -> int:
 
 
 def choose_fitting_lanes(recipe: Recipe, hardware: Hardware) -> int:
-    """Choose lanes for some hardware, but no more than fit into its memory; 0 if not even one fits."""
-    lanes = choose_lanes(recipe, costs_in_seconds(recipe, hardware))
-    while lanes and fullest_rank(recipe, lanes) > FILLED * hardware.memory:
-        lanes -= 1
-    return lanes
+    """Choose lanes for some hardware among those that fit into its memory; 0 if not even one fits."""
+    most = MOST_LANES
+    while most and not fits(recipe, min(most, recipe.micro_batches), hardware.memory):
+        most -= 1
+    return choose_lanes(recipe, costs_in_seconds(recipe, hardware), most) if most else 0
