@@ -1,55 +1,63 @@
 """Experts by torch's grouped matrix multiplication: the back end for GPUs in bf16.
 
-SwiGLU and its backward are one fused kernel each. Letters: N rows in expert-major order, D hidden, F expert width,
-e experts.
+SwiGLU and its backward are one fused kernel each, and nothing is read from the device. Letters: N rows in expert-major
+order, D hidden, F expert width, e experts, b requests merged into one launch.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pool.permute import merge_order
+from pool.compiling import compiled
+from pool.counts import Counts, total
+from pool.permute import gather_order, merge_order, starts
+
+# torch's grouped kernel is for these; elsewhere, and in fp32, it loops over the experts and waits for the device.
+_MAJOR_CAPABILITIES = (9, 10)
+
+
+@dataclass(frozen=True, eq=False)
+class _Launch:
+    """What is kept of a forward: [W1 x, W3 x] of all its requests, merged."""
+
+    h_N2F: Tensor
+    counts_be: list[Tensor]
 
 
 class Hidden(NamedTuple):
-    """What is kept of a request: its rows within the tensor [W1 x, W3 x] of all requests merged with it.
+    """What is kept of a request: its place among those of its forward."""
 
-    Attributes:
-        h_N2F: The tensor of all merged requests.
-        starts, counts: By expert, where the request's rows start and how many there are.
-    """
-
-    h_N2F: Tensor
-    starts: list[int]
-    counts: list[int]
+    launch: _Launch
+    place: int
 
 
 ForWeights = tuple[Tensor, Tensor]
 """dh_N2F, and the input of W2, act_NF."""
 
 
-def forward(
-    x_ND: Tensor, w13_e2FD: Tensor, w2_eDF: Tensor, batches: Sequence[list[int]]
-) -> tuple[Tensor, list[Hidden]]:
+@cache
+def supports(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether torch has a grouped kernel for this device and dtype."""
+    # _scaled_mm_allowed_device in aten/src/ATen/native/cuda/GroupedBlas.cpp decides so.
+    if device.type != "cuda" or dtype != torch.bfloat16:
+        return False
+    return torch.cuda.get_device_capability(device)[0] in _MAJOR_CAPABILITIES
+
+
+def forward(x_ND: Tensor, w13_e2FD: Tensor, w2_eDF: Tensor, batches: Sequence[Counts]) -> tuple[Tensor, list[Hidden]]:
     """See `loop_experts.forward`."""
-    offsets_e = _offsets(batches, x_ND.device)
+    offsets_e = total(batches).ends_e
     h_N2F = _product(x_ND, w13_e2FD.transpose(1, 2), offsets_e)
     y_ND = _product(_fused(swiglu, x_ND)(h_N2F), w2_eDF.transpose(1, 2), offsets_e)
-    starts: list[list[int]] = [[] for _ in batches]
-    place = 0
-    for parts in zip(*batches, strict=True):
-        for mine, count in zip(starts, parts, strict=True):
-            mine.append(place)
-            place += count
-    return y_ND, [Hidden(h_N2F, mine, counts) for mine, counts in zip(starts, batches, strict=True)]
+    launch = _Launch(h_N2F, [counts.rows_e for counts in batches])
+    return y_ND, [Hidden(launch, place) for place in range(len(batches))]
 
 
 def backward(
@@ -58,11 +66,11 @@ def backward(
     dy_ND: Tensor,
     w13_e2FD: Tensor,
     w2_eDF: Tensor,
-    batches: Sequence[list[int]],
+    batches: Sequence[Counts],
 ) -> tuple[Tensor, ForWeights]:
     """See `loop_experts.backward`."""
-    offsets_e = _offsets(batches, x_ND.device)
-    h_N2F = _product(x_ND, w13_e2FD.transpose(1, 2), offsets_e) if hidden is None else _joined(hidden)
+    offsets_e = total(batches).ends_e
+    h_N2F = _product(x_ND, w13_e2FD.transpose(1, 2), offsets_e) if hidden is None else _joined(hidden, len(x_ND))
     dact_NF = _product(dy_ND, w2_eDF, offsets_e)
     dh_N2F, act_NF = _fused(swiglu_backward, x_ND)(h_N2F, dact_NF)
     return _product(dh_N2F, w13_e2FD, offsets_e), (dh_N2F, act_NF)
@@ -71,33 +79,39 @@ def backward(
 def add_weight_gradients(
     grad13_e2FD: Tensor,
     grad2_eDF: Tensor,
-    work: Sequence[tuple[Tensor, Tensor, ForWeights, list[int]]],
+    work: Sequence[tuple[Tensor, Tensor, ForWeights, Counts]],
     experts: slice,
 ) -> None:
-    """See `loop_experts.add_weight_gradients`."""
-    device = grad2_eDF.device
-    counts = [c[experts] for *_, c in work]
-    if not any(map(sum, counts)):
+    """See `loop_experts.add_weight_gradients`. Only for a part of the experts must the host know the counts."""
+    first, end, _ = experts.indices(len(grad2_eDF))
+    parts = [_part(*one, first, end) for one in work]
+    rows = sum(len(x) for x, *_ in parts)
+    if not rows:
         return
-    # Rows are expert-major, so those of adjacent experts are one piece of every batch.
-    starts = [sum(c[: experts.start]) for *_, c in work]
-    pieces = [slice(start, start + sum(mine)) for start, mine in zip(starts, counts, strict=True)]
-    index_N = merge_order(counts).to(device)
-    offsets_e = _offsets(counts, device)
-    empty_e11 = (offsets_e.diff(prepend=offsets_e.new_zeros(1)) == 0)[:, None, None]
+    counts_be = torch.stack([counts.rows_e.narrow(0, first, end - first) for *_, counts in work])
+    counts_e = counts_be.sum(0)
+    index_N = merge_order(counts_be, rows) if len(work) > 1 else None
+    offsets_e, empty_e11 = counts_e.cumsum(0, dtype=torch.int32), (counts_e == 0).view(-1, 1, 1)
 
-    def merged(parts: list[Tensor]) -> Tensor:
-        rows = [part[piece] for part, piece in zip(parts, pieces, strict=True)]
-        return rows[0] if len(rows) == 1 else torch.cat(rows).index_select(0, index_N)
+    def merged(tensors: tuple[Tensor, ...]) -> Tensor:
+        return tensors[0] if index_N is None else torch.cat(tensors).index_select(0, index_N)
 
-    pairs = (
-        (grad13_e2FD, [dh for _, _, (dh, _), _ in work], [x for x, *_ in work]),
-        (grad2_eDF, [dy for _, dy, *_ in work], [act for _, _, (_, act), _ in work]),
-    )
-    for grad, dys, xs in pairs:
-        product = F.grouped_mm(merged(dys).t(), merged(xs), offs=offsets_e)
+    xs, dys, dhs, acts = zip(*parts, strict=True)
+    for grad, outputs, inputs in ((grad13_e2FD, dhs, xs), (grad2_eDF, dys, acts)):
+        product = F.grouped_mm(merged(outputs).t(), merged(inputs), offs=offsets_e)
         # The kernel may leave the part of an expert without rows unwritten (pytorch issue 172439).
-        grad[experts] += product.masked_fill_(empty_e11, 0.0)
+        grad.narrow(0, first, end - first).add_(product.masked_fill_(empty_e11, 0.0))
+
+
+def _part(
+    x_ND: Tensor, dy_ND: Tensor, for_weights: ForWeights, counts: Counts, first: int, end: int
+) -> tuple[Tensor, ...]:
+    """Return x, dy, dh and act of adjacent experts: a piece of each, because rows are expert-major."""
+    tensors = (x_ND, dy_ND, *for_weights)
+    if end - first == len(counts.rows_e):
+        return tensors
+    start, size = sum(counts.listed[:first]), sum(counts.listed[first:end])
+    return tuple(t.narrow(0, start, size) for t in tensors)
 
 
 def swiglu(h_N2F: Tensor) -> Tensor:
@@ -117,20 +131,7 @@ def swiglu_backward(h_N2F: Tensor, dact_NF: Tensor) -> tuple[Tensor, Tensor]:
 
 def _fused(function: Callable[..., Any], x: Tensor) -> Callable[..., Any]:
     """Return the function compiled into one kernel on a GPU, or as it is on a CPU, where tests use this back end."""
-    return _compiled(function) if x.is_cuda and len(x) else function
-
-
-@cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    # The compiler's cache holds pickles, and its default is a folder in /tmp that anyone may have created before.
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(home / "torchinductor"))
-    return torch.compile(function, dynamic=True)
-
-
-def _offsets(batches: Sequence[list[int]], device: torch.device) -> Tensor:
-    """Return where the rows of each expert end."""
-    return torch.tensor(batches).sum(0).cumsum(0).to(device, torch.int32)
+    return compiled(function, dynamic=True) if x.is_cuda and len(x) else function
 
 
 def _product(x_NI: Tensor, w_eIO: Tensor, offsets_e: Tensor) -> Tensor:
@@ -140,23 +141,17 @@ def _product(x_NI: Tensor, w_eIO: Tensor, offsets_e: Tensor) -> Tensor:
     return F.grouped_mm(x_NI, w_eIO, offs=offsets_e)
 
 
-def _joined(hidden: Sequence[Hidden]) -> Tensor:
-    """Concatenate the rows of several requests in the order of `merge_order`."""
-    begins: dict[int, int] = {}  # where each tensor starts, once they are concatenated
-    tensors: list[Tensor] = []
-    length = 0
-    for part in hidden:
-        if id(part.h_N2F) not in begins:
-            begins[id(part.h_N2F)] = length
-            tensors.append(part.h_N2F)
-            length += len(part.h_N2F)
-    index_N = torch.cat(
-        [
-            torch.arange(part.counts[expert]) + (begins[id(part.h_N2F)] + part.starts[expert])
-            for expert in range(len(hidden[0].counts))
-            for part in hidden
-        ]
-    )
-    if len(tensors) == 1 and torch.equal(index_N, torch.arange(length)):
-        return tensors[0]
-    return torch.cat(tensors).index_select(0, index_N.to(tensors[0].device))
+def _joined(hidden: Sequence[Hidden], rows: int) -> Tensor:
+    """Merge the rows of several requests, as `merge_order` does; nothing moves if their forwards were merged so."""
+    launches = list(dict.fromkeys(part.launch for part in hidden))
+    places = [part.place for part in hidden]
+    if len(launches) == 1 and places == list(range(len(launches[0].counts_be))):
+        return launches[0].h_N2F
+    starts_be, begin = {}, 0  # by launch, once their rows lie one after the other
+    for launch in launches:
+        starts_be[launch] = starts(torch.stack(launch.counts_be, dim=1)).t() + begin
+        begin += len(launch.h_N2F)
+    counts_be = torch.stack([part.launch.counts_be[part.place] for part in hidden])
+    mine_be = torch.stack([starts_be[part.launch].select(0, part.place) for part in hidden])
+    index_N = gather_order(mine_be, counts_be, rows)
+    return torch.cat([launch.h_N2F for launch in launches]).index_select(0, index_N)

@@ -9,11 +9,13 @@ Letters: N rows in expert-major order, n rows of one expert, D hidden, F expert 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from pool.counts import Counts
 
 Hidden = list[Tensor]
 """What is kept of a request: [W1 x, W3 x] of the rows of each expert, (n, 2F)."""
@@ -23,20 +25,17 @@ ForWeights = tuple[list[Tensor], list[Tensor]]
 _silu_backward = torch.ops.aten.silu_backward.grad_input
 
 
-def forward(
-    x_ND: Tensor, w13_e2FD: Tensor, w2_eDF: Tensor, batches: Sequence[list[int]]
-) -> tuple[Tensor, list[Hidden]]:
+def forward(x_ND: Tensor, w13_e2FD: Tensor, w2_eDF: Tensor, batches: Sequence[Counts]) -> tuple[Tensor, list[Hidden]]:
     """Return the outputs y_ND, and the hidden activations of every request.
 
     Args:
         x_ND: Merged rows of all requests, expert-major.
-        batches: Tokens per expert of every request; within an expert the requests follow this order.
+        batches: Rows of each expert, of every request; within an expert the requests follow this order.
     """
     counts = _totals(batches)
     y_ND, act_nF = torch.empty_like(x_ND), x_ND.new_empty(max(counts), w2_eDF.shape[2])
     hidden: list[Hidden] = [[] for _ in batches]
-    parts_of_experts = zip(*batches, strict=True)
-    rows = zip(parts_of_experts, x_ND.split(counts), y_ND.split(counts), w13_e2FD, w2_eDF, strict=True)
+    rows = zip(_by_expert(batches), x_ND.split(counts), y_ND.split(counts), w13_e2FD, w2_eDF, strict=True)
     for parts, x, y, w13, w2 in rows:
         h = torch.mm(x, w13.t())
         a, b = h.chunk(2, dim=1)
@@ -53,7 +52,7 @@ def backward(
     dy_ND: Tensor,
     w13_e2FD: Tensor,
     w2_eDF: Tensor,
-    batches: Sequence[list[int]],
+    batches: Sequence[Counts],
 ) -> tuple[Tensor, ForWeights]:
     """Return the gradients dx_ND of the tokens, and what the weights' gradients need besides x and dy.
 
@@ -84,7 +83,7 @@ def backward(
 def add_weight_gradients(
     grad13_e2FD: Tensor,
     grad2_eDF: Tensor,
-    work: Sequence[tuple[Tensor, Tensor, ForWeights, list[int]]],
+    work: Sequence[tuple[Tensor, Tensor, ForWeights, Counts]],
     experts: slice,
 ) -> None:
     """Add weight gradients of some experts in place, expert by expert, so that its gradient stays in the cache.
@@ -92,10 +91,10 @@ def add_weight_gradients(
     In fp32 each backward is a product of its own, which avoids a copy; otherwise all are one product, rounded once.
 
     Args:
-        work: The work of merged backwards: (x_ND, dy_ND, what `backward` returned, tokens per expert).
+        work: The work of merged backwards: (x_ND, dy_ND, what `backward` returned, rows of each expert).
         experts: The experts whose gradients to add.
     """
-    parts = [(dh, x.split(counts), dy.split(counts), act) for x, dy, (dh, act), counts in work]
+    parts = [(dh, x.split(c.listed), dy.split(c.listed), act) for x, dy, (dh, act), c in work]
     for expert in range(len(grad13_e2FD))[experts]:
         grad13, grad2 = grad13_e2FD[expert], grad2_eDF[expert]
         mine = [[rows[expert] for rows in part] for part in parts if len(part[0][expert])]
@@ -111,8 +110,12 @@ def add_weight_gradients(
             grad2 += dy.t() @ act
 
 
-def _totals(batches: Sequence[list[int]]) -> list[int]:
-    return [sum(parts) for parts in zip(*batches, strict=True)]
+def _totals(batches: Sequence[Counts]) -> list[int]:
+    return [sum(parts) for parts in _by_expert(batches)]
+
+
+def _by_expert(batches: Sequence[Counts]) -> Iterator[tuple[int, ...]]:
+    return zip(*(counts.listed for counts in batches), strict=True)
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

@@ -12,11 +12,12 @@ from itertools import takewhile
 import torch
 from torch import Tensor
 
+from pool.counts import Counts
 from pool.schedule import Kind, RequestKey, Slot
 from pool.shard import ExpertServer, ExpertShard
 from pool.wire import PoolWire, WireError
 
-_Received = tuple[list[tuple[Tensor, list[int]]], float]
+_Received = tuple[list[tuple[Tensor, Counts]], float]
 """Rows and counts of a slot's requests, and when their headers had arrived."""
 
 
@@ -81,8 +82,7 @@ class PoolService:
         assert self._server.open_forwards == 0, "the schedule leaves forwards without a backward"
 
     def _serve_slot(self, keys: list[RequestKey], coming: Future[_Received], step: int) -> None:
-        while not coming.done() and self.shard.deferred_dw.drain_some():
-            pass
+        self.shard.deferred_dw.drain_until(coming)
         started = time.perf_counter()
         batches, headers_came = coming.result()
         received = time.perf_counter()
@@ -95,7 +95,7 @@ class PoolService:
         self.shard.deferred_dw.drain_if_full()
 
     def _serve_kind(
-        self, kind: Kind, keys: list[RequestKey], requests: dict[RequestKey, tuple[Tensor, list[int]]], step: int
+        self, kind: Kind, keys: list[RequestKey], requests: dict[RequestKey, tuple[Tensor, Counts]], step: int
     ) -> None:
         if not keys:
             return
@@ -106,18 +106,18 @@ class PoolService:
             answers = self._server.forward(list(keys), batches, keep_for_backward=kind == Kind.FORWARD)
         for key, (_, counts) in zip(keys, batches, strict=True):
             if kind == Kind.FORWARD:
-                self._tokens_Le[key.layer] += torch.tensor(counts)
+                self._tokens_Le[key.layer] += torch.tensor(counts.listed)
             elif kind == Kind.BACKWARD:
-                self._gradients_e += torch.tensor(counts)
+                self._gradients_e += torch.tensor(counts.listed)
         started = time.perf_counter()
         for key, (_, served), answer_ND in zip(keys, batches, answers, strict=True):
-            self._wire.answer(key, step, answer_ND, served)
+            self._wire.answer(key, step, answer_ND, served.listed)
         self.seconds_on_wire += time.perf_counter() - started
 
-    def _backward(self, keys: list[RequestKey], batches: list[tuple[Tensor, list[int]]]) -> list[Tensor]:
+    def _backward(self, keys: list[RequestKey], batches: list[tuple[Tensor, Counts]]) -> list[Tensor]:
         for key, (_, counts) in zip(keys, batches, strict=True):
-            forward = self._server.tokens_per_expert(key.forward)
-            if forward != counts:
+            forward = self._server.counts(key.forward)
+            if forward is None or forward.listed != counts.listed:
                 what = "a backward without its forward" if forward is None else "a backward with other token counts"
                 me = self._wire.settings.topology.describe(self._wire.settings.rank)
                 raise WireError(

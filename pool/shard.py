@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -19,13 +20,20 @@ import torch
 from torch import Tensor, nn
 
 from pool import grouped_experts, loop_experts
-from pool.permute import merge_order
+from pool.counts import Counts, total
+from pool.permute import merge_order, split_order
 
 Hidden = Any
 """What a back end keeps of a request's forward; see `loop_experts` and `grouped_experts`."""
 
 EXPERTS_AT_A_TIME = 4
 """Experts whose weight gradients `drain_some` computes before it looks for a request again."""
+
+PIECES_AHEAD = 2
+"""Such pieces of work that a GPU is given beforehand: one to compute, and the next, so that it does not run dry."""
+
+PAUSE = 1e-4
+"""Seconds after which `drain_until` looks again whether a GPU has done a piece."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +42,7 @@ class Saved:
 
     x_ND: Tensor
     hidden: Hidden | None
-    tokens_per_expert: list[int]
+    counts: Counts
 
 
 @dataclass
@@ -71,6 +79,7 @@ class DeferredWeightGradients:
         self._shard, self._limit_bytes = shard, limit_bytes
         self._open = _Batch()
         self._sealed: deque[_Batch] = deque()
+        self._launched: deque[torch.cuda.Event] = deque()
         self.peak_bytes = 0
 
     @property
@@ -89,14 +98,27 @@ class DeferredWeightGradients:
             self._sealed.append(self._open)
             self._open = _Batch()
 
+    def drain_until(self, coming: Future[Any]) -> None:
+        """Compute sealed work a few milliseconds at a time, until `coming` is done or nothing is left."""
+        while self._sealed and not coming.done():
+            if not self.drain_some():
+                wait((coming,), PAUSE)
+
     def drain_some(self) -> bool:
-        """Compute a few milliseconds' worth of sealed work; returns False if there is none."""
-        if not self._sealed:
+        """Compute a few milliseconds' worth of sealed work.
+
+        Returns:
+            False if there is none, or if a GPU has been given so much already that a request would wait for it.
+        """
+        while self._launched and self._launched[0].query():
+            self._launched.popleft()
+        if not self._sealed or len(self._launched) == PIECES_AHEAD:
             return False
         self._advance(EXPERTS_AT_A_TIME)
-        device = self._shard.w2_eDF.device
-        if device.type == "cuda":  # launches return at once: a request would have to wait for all that is queued
-            torch.cuda.current_stream(device).synchronize()
+        if self._shard.w2_eDF.is_cuda:
+            event = torch.cuda.Event()
+            event.record()
+            self._launched.append(event)
         return True
 
     def drain(self) -> None:
@@ -198,16 +220,15 @@ class ExpertShard(nn.Module):
 
     def _kernels(self) -> ModuleType:
         """The faster back end for this shard's device and dtype."""
-        grouped = self.w2_eDF.is_cuda and self.compute_dtype == torch.bfloat16
-        return grouped_experts if grouped else loop_experts
+        return grouped_experts if grouped_experts.supports(self.w2_eDF.device, self.compute_dtype) else loop_experts
 
     @torch.no_grad()
-    def forward_rows(self, x_ND: Tensor, batches: Sequence[list[int]]) -> tuple[Tensor, list[Hidden]]:
+    def forward_rows(self, x_ND: Tensor, batches: Sequence[Counts]) -> tuple[Tensor, list[Hidden]]:
         """Compute the expert outputs of one or several requests.
 
         Args:
             x_ND: Rows of all requests, expert-major; within an expert the requests follow the order of `batches`.
-            batches: Tokens per expert of every request.
+            batches: Rows of each expert, of every request.
 
         Returns:
             y_ND in compute dtype, and the hidden activations [W1 x, W3 x] of every request.
@@ -217,7 +238,7 @@ class ExpertShard(nn.Module):
 
     @torch.no_grad()
     def backward_rows(
-        self, x_ND: Tensor, hidden: Sequence[Hidden] | None, dy_ND: Tensor, batches: Sequence[list[int]]
+        self, x_ND: Tensor, hidden: Sequence[Hidden] | None, dy_ND: Tensor, batches: Sequence[Counts]
     ) -> Tensor:
         """Compute the gradient dx_ND of the tokens, and defer the weights' gradients unless they are frozen.
 
@@ -229,10 +250,9 @@ class ExpertShard(nn.Module):
         """
         dx_ND, for_weights = self._kernels().backward(x_ND, hidden, dy_ND, *self._weights(), batches)
         if not self.frozen:
-            counts = [sum(column) for column in zip(*batches, strict=True)]
             width = 2 * x_ND.shape[1] + 3 * self.w2_eDF.shape[2]
             size = len(x_ND) * width * x_ND.element_size()
-            self.deferred_dw.add((x_ND, dy_ND, for_weights, counts), size)
+            self.deferred_dw.add((x_ND, dy_ND, for_weights, total(batches)), size)
         return dx_ND  # type: ignore[no-any-return]
 
     @torch.no_grad()
@@ -266,19 +286,19 @@ class ExpertServer:
         self._saved: dict[object, Saved] = {}
 
     def forward(
-        self, keys: list[object], batches: list[tuple[Tensor, list[int]]], keep_for_backward: bool
+        self, keys: Sequence[object], batches: Sequence[tuple[Tensor, Counts]], keep_for_backward: bool
     ) -> list[Tensor]:
-        """Return the outputs y_ND of every batch (x_ND, tokens per expert), in the batch's own order."""
+        """Return the outputs y_ND of every batch (x_ND, rows of each expert), in the batch's own order."""
         counts = [c for _, c in batches]
-        x_ND, index_N = _merge([x for x, _ in batches], counts)
+        x_ND, _ = _merge([x for x, _ in batches], counts)
         y_ND, hidden = self.shard.forward_rows(x_ND, counts)
         if keep_for_backward:
             for key, (x, c), h in zip(keys, batches, hidden, strict=True):
                 assert key not in self._saved, f"two forwards of {key} without a backward in between"
                 self._saved[key] = Saved(x, None if self.shard.recompute else h, c)
-        return _split(y_ND, index_N, [x.shape[0] for x, _ in batches])
+        return _split(y_ND, counts, [x.shape[0] for x, _ in batches])
 
-    def backward(self, keys: list[object], dys: list[Tensor]) -> list[Tensor]:
+    def backward(self, keys: Sequence[object], dys: list[Tensor]) -> list[Tensor]:
         """Return the gradients dx_ND of the tokens of earlier forwards.
 
         Args:
@@ -289,16 +309,16 @@ class ExpertServer:
             KeyError: A key has no open forward.
         """
         saved = [self._saved.pop(key) for key in keys]
-        counts = [s.tokens_per_expert for s in saved]
+        counts = [s.counts for s in saved]
         x_ND, index_N = _merge([s.x_ND for s in saved], counts)
         dy_ND = dys[0] if index_N is None else torch.cat(dys).index_select(0, index_N)
         hidden = None if self.shard.recompute else [s.hidden for s in saved]
         dx_ND = self.shard.backward_rows(x_ND, hidden, dy_ND, counts)
-        return _split(dx_ND, index_N, [s.x_ND.shape[0] for s in saved])
+        return _split(dx_ND, counts, [s.x_ND.shape[0] for s in saved])
 
-    def tokens_per_expert(self, key: object) -> list[int] | None:
-        """Return the counts of the open forward `key`, or None if there is none."""
-        return self._saved[key].tokens_per_expert if key in self._saved else None
+    def counts(self, key: object) -> Counts | None:
+        """Return the rows of each expert in the open forward `key`, or None if there is none."""
+        return self._saved[key].counts if key in self._saved else None
 
     @property
     def open_forwards(self) -> int:
@@ -306,18 +326,20 @@ class ExpertServer:
         return len(self._saved)
 
 
-def _merge(parts: list[Tensor], counts: list[list[int]]) -> tuple[Tensor, Tensor | None]:
+def _merge(parts: list[Tensor], counts: Sequence[Counts]) -> tuple[Tensor, Tensor | None]:
     """Return the expert-major rows of all parts, and the index that merged them; None for a single part."""
     if len(parts) == 1:
         return parts[0], None
-    index_N = merge_order(counts).to(parts[0].device)
+    index_N = merge_order(_stacked(counts), sum(map(len, parts)))
     return torch.cat(parts).index_select(0, index_N), index_N
 
 
-def _split(merged_N: Tensor, index_N: Tensor | None, sizes: list[int]) -> list[Tensor]:
+def _split(merged_N: Tensor, counts: Sequence[Counts], sizes: list[int]) -> list[Tensor]:
     """Undo `_merge`."""
-    if index_N is None:
+    if len(counts) == 1:
         return [merged_N]
-    apart = torch.empty_like(merged_N)
-    apart.index_copy_(0, index_N, merged_N)
-    return list(apart.split(sizes))
+    return list(merged_N.index_select(0, split_order(_stacked(counts), len(merged_N))).split(sizes))
+
+
+def _stacked(counts: Sequence[Counts]) -> Tensor:
+    return torch.stack([c.rows_e for c in counts])

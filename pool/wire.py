@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from pool.counts import Counts
 from pool.schedule import Kind, RequestKey
 from pool.topology import Topology
 from pool.wire_check import FINGERPRINT_FIELDS, altered, fingerprint, not_conserved, not_finite
@@ -221,10 +222,10 @@ class TrunkWire(_Wire):
 
         Args:
             rows_ND: Tokens (forward) or output gradients (backward), expert-major over the whole pool.
-            tokens_per_expert_M: Rows of each expert, in shard-major order, on the host.
+            tokens_per_expert_M: Rows of each expert, in shard-major order, on the compute device.
         """
         s = self.settings
-        counts_se = tokens_per_expert_M.reshape(-1, s.num_local_experts)
+        counts_se = tokens_per_expert_M.cpu().reshape(-1, s.num_local_experts)
         sizes = counts_se.sum(1).tolist()
         sent_ND = rows_ND.to(s.payload_device, s.dtype).contiguous()
         if s.check and sum(sizes) != len(sent_ND):
@@ -286,11 +287,11 @@ class PoolWire(_Wire):
         if settings.payload_device.type == "cuda":
             self._receive_stream = torch.cuda.Stream(settings.device)
 
-    def receive(self, keys: Sequence[RequestKey], step: int) -> list[tuple[Tensor, list[int]]]:
+    def receive(self, keys: Sequence[RequestKey], step: int) -> list[tuple[Tensor, Counts]]:
         """Receive the requests of one slot.
 
         Returns:
-            For each key its rows (n, D) and the tokens of each local expert.
+            For each key its rows (n, D), and how many each local expert gets.
 
         Raises:
             WireError: A message did not arrive in time, its sender is gone, or it is not the one in the schedule.
@@ -316,9 +317,10 @@ class PoolWire(_Wire):
             transfer.wait()
             if sent and (wrong := altered(transfer.message, sent)):
                 self._refuse("the tokens of", wrong, transfer.exchange)
-        return [(rows_ND.to(self.settings.device), counts) for rows_ND, counts in received]
+        device = self.settings.device
+        return [(rows_ND.to(device), Counts.of(c, device)) for rows_ND, c in received]
 
-    def receive_in_thread(self, keys: Sequence[RequestKey], step: int) -> tuple[list[tuple[Tensor, list[int]]], float]:
+    def receive_in_thread(self, keys: Sequence[RequestKey], step: int) -> tuple[list[tuple[Tensor, Counts]], float]:
         """`receive` in a thread beside the computing one; also returns when the headers had arrived.
 
         On a GPU the waits use a stream of their own, for which the host waits. On the computing stream they would hold

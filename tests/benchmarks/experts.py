@@ -33,6 +33,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pool import grouped_experts, loop_experts
+from pool.counts import Counts
 from pool.shard import ExpertServer, ExpertShard
 from tests.benchmarks.contenders import Contender, end_in_order
 from tests.benchmarks.peers import peers_python
@@ -70,7 +71,7 @@ class Work:
 
     x: list[Tensor]
     dy: list[Tensor]
-    counts: list[list[list[int]]]
+    counts: list[list[Counts]]
 
 
 def make_work(shape: Shape, dtype: torch.dtype, device: torch.device) -> Work:
@@ -81,10 +82,10 @@ def make_work(shape: Shape, dtype: torch.dtype, device: torch.device) -> Work:
         drawn = [torch.randn(TOKENS, shape.hidden, generator=generator) for _ in range(MICRO_BATCHES)]
         return [x.to(device, dtype) for x in drawn]
 
-    def counts() -> list[int]:
+    def counts() -> Counts:
         popularity_M = (torch.randn(shape.experts, generator=generator) * UNEVEN).exp()
         ids_T = torch.multinomial(popularity_M, TOKENS, replacement=True, generator=generator)
-        return [int(count) for count in torch.bincount(ids_T, minlength=shape.experts)]
+        return Counts.of(torch.bincount(ids_T, minlength=shape.experts).tolist(), device)
 
     return Work(rows(), rows(), [[counts() for _ in range(LAYERS)] for _ in range(MICRO_BATCHES)])
 

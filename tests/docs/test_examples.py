@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from pool import loop_experts
+from pool.counts import Counts
 from tests.docs.markdown import ROOT
 
 
@@ -97,7 +98,7 @@ def test_metric() -> None:
 def test_expert_back_end(recompute: bool) -> None:
     (source,) = blocks("expert back end")
     kernels = run(source, {})
-    draw, counts = torch.Generator().manual_seed(0), [3, 0, 4]
+    draw, counts = torch.Generator().manual_seed(0), Counts.of([3, 0, 4])
     x_ND, dy_ND, w13_e2FD, w2_eDF = (torch.randn(*s, generator=draw) for s in ((7, 6), (7, 6), (3, 10, 6), (3, 6, 5)))
     results = []
     for forward, backward, add in (

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pool.counts import Counts
 from pool.shard import ExpertServer, ExpertShard
 
 D, F = 5, 7
@@ -33,8 +34,8 @@ class Work:
     dy_ND: Tensor
 
     @property
-    def batch(self) -> tuple[Tensor, list[int]]:
-        return self.x_ND, self.counts
+    def batch(self) -> tuple[Tensor, Counts]:
+        return self.x_ND, Counts.of(self.counts)
 
 
 def make_work(counts: list[int], seed: int, dtype: torch.dtype = torch.float32) -> Work:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pool import grouped_experts, loop_experts
+from pool.counts import Counts
 from pool.permute import merge_order
 
 D, F = 16, 8  # the grouped kernel wants rows of a multiple of 16 bytes
@@ -64,6 +65,10 @@ def joined(for_weights: Any) -> tuple[Tensor, Tensor]:
     return dh, act
 
 
+def merged(counts: list[list[int]]) -> Tensor:
+    return merge_order(torch.tensor(counts), sum(map(sum, counts)))
+
+
 @each_backend
 @each_dtype
 @pytest.mark.parametrize("counts", COUNTS, ids=str)
@@ -72,18 +77,18 @@ def test_forward_and_both_backward_passes(kernels: ModuleType, dtype: torch.dtyp
     x_ND, dy_ND = randn(n, D, seed=0, dtype=dtype), randn(n, D, seed=3, dtype=dtype)
     w13_e2FD, w2_eDF = weights(len(counts), dtype)
     slow = Slow(x_ND, dy_ND, w13_e2FD, w2_eDF, counts)
-    y_ND, hidden = kernels.forward(x_ND, w13_e2FD, w2_eDF, [counts])
+    y_ND, hidden = kernels.forward(x_ND, w13_e2FD, w2_eDF, [Counts.of(counts)])
     assert y_ND.dtype == dtype
     assert_near(y_ND, slow.y_ND, dtype)
     for kept in (hidden, None):
-        dx_ND, for_weights = kernels.backward(x_ND, kept, dy_ND, w13_e2FD, w2_eDF, [counts])
+        dx_ND, for_weights = kernels.backward(x_ND, kept, dy_ND, w13_e2FD, w2_eDF, [Counts.of(counts)])
         dh_N2F, act_NF = joined(for_weights)
         assert_near(dx_ND, slow.dx_ND, dtype)
         assert_near(dh_N2F, slow.dh_N2F, dtype)
         assert_near(act_NF, slow.act_NF, dtype)
     before13, before2 = (randn(*w.shape, seed=5, dtype=torch.float32) for w in (w13_e2FD, w2_eDF))
     grad13, grad2 = before13.clone(), before2.clone()
-    kernels.add_weight_gradients(grad13, grad2, [(x_ND, dy_ND, for_weights, counts)], slice(0, None))
+    kernels.add_weight_gradients(grad13, grad2, [(x_ND, dy_ND, for_weights, Counts.of(counts))], slice(0, None))
     assert_near(grad13 - before13, slow.dw13, dtype)
     assert_near(grad2 - before2, slow.dw2, dtype)
     for expert, count in enumerate(counts):
@@ -104,12 +109,14 @@ def test_backwards_merged_otherwise_than_their_forwards(
     w13_e2FD, w2_eDF = weights(4, dtype)
     hidden: list[Any] = []
     for together in ([0, 1], [2]):
-        x_ND = torch.cat([xs[i] for i in together])[merge_order([counts[i] for i in together])]
-        hidden += kernels.forward(x_ND, w13_e2FD, w2_eDF, [counts[i] for i in together])[1]
+        x_ND = torch.cat([xs[i] for i in together])[merged([counts[i] for i in together])]
+        hidden += kernels.forward(x_ND, w13_e2FD, w2_eDF, [Counts.of(counts[i]) for i in together])[1]
     chosen = [counts[i] for i in order]
-    x_ND, dy_ND = (torch.cat([part[i] for i in order])[merge_order(chosen)] for part in (xs, dys))
+    x_ND, dy_ND = (torch.cat([part[i] for i in order])[merged(chosen)] for part in (xs, dys))
     slow = Slow(x_ND, dy_ND, w13_e2FD, w2_eDF, [sum(column) for column in zip(*chosen, strict=True)])
-    dx_ND, for_weights = kernels.backward(x_ND, [hidden[i] for i in order], dy_ND, w13_e2FD, w2_eDF, chosen)
+    dx_ND, for_weights = kernels.backward(
+        x_ND, [hidden[i] for i in order], dy_ND, w13_e2FD, w2_eDF, [Counts.of(c) for c in chosen]
+    )
     assert_near(dx_ND, slow.dx_ND, dtype)
     assert_near(joined(for_weights)[0], slow.dh_N2F, dtype)
 
@@ -123,8 +130,8 @@ def test_a_stash_of_several_backwards(kernels: ModuleType, dtype: torch.dtype) -
     want13, want2 = torch.zeros(w13_e2FD.shape, dtype=torch.float64), torch.zeros(w2_eDF.shape, dtype=torch.float64)
     for seed, counts in enumerate([[3, 0, 5, 1], [0, 2, 1, 0], [0, 0, 0, 0], [0, 0, 2, 2]]):
         x_ND, dy_ND = (randn(sum(counts), D, seed=10 * k + seed, dtype=dtype) for k in (1, 2))
-        _, for_weights = kernels.backward(x_ND, None, dy_ND, w13_e2FD, w2_eDF, [counts])
-        stash.append((x_ND, dy_ND, for_weights, counts))
+        _, for_weights = kernels.backward(x_ND, None, dy_ND, w13_e2FD, w2_eDF, [Counts.of(counts)])
+        stash.append((x_ND, dy_ND, for_weights, Counts.of(counts)))
         slow = Slow(x_ND, dy_ND, w13_e2FD, w2_eDF, counts)
         want13 += slow.dw13
         want2 += slow.dw2
@@ -148,7 +155,7 @@ def test_unwritten_parts_of_the_kernel_are_cleared(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(torch.nn.functional, "grouped_mm", unwritten)
     grads = torch.zeros(4, 2 * F, D), torch.zeros(4, D, F)
-    grouped_experts.add_weight_gradients(*grads, [(x, dy, (dh, act), counts)], slice(0, 4))
+    grouped_experts.add_weight_gradients(*grads, [(x, dy, (dh, act), Counts.of(counts))], slice(0, 4))
     for grad in grads:
         assert not grad[[1, 3]].any()
         assert grad[[0, 2]].any(dim=(1, 2)).all()
@@ -163,9 +170,9 @@ def test_cuda(counts: list[int]) -> None:
     w13_e2FD, w2_eDF = weights(len(counts), dtype)
     slow = Slow(x_ND, dy_ND, w13_e2FD, w2_eDF, counts)
     x, dy, w13, w2 = (t.cuda() for t in (x_ND, dy_ND, w13_e2FD, w2_eDF))
-    y_ND, hidden = grouped_experts.forward(x, w13, w2, [counts])
-    dx_ND, for_weights = grouped_experts.backward(x, hidden, dy, w13, w2, [counts])
+    y_ND, hidden = grouped_experts.forward(x, w13, w2, [Counts.of(counts, "cuda")])
+    dx_ND, for_weights = grouped_experts.backward(x, hidden, dy, w13, w2, [Counts.of(counts, "cuda")])
     grads = torch.zeros(w13.shape, device="cuda"), torch.zeros(w2.shape, device="cuda")
-    grouped_experts.add_weight_gradients(*grads, [(x, dy, for_weights, counts)], slice(0, None))
+    grouped_experts.add_weight_gradients(*grads, [(x, dy, for_weights, Counts.of(counts, "cuda"))], slice(0, None))
     for got, want in zip((y_ND, dx_ND, *grads), (slow.y_ND, slow.dx_ND, slow.dw13, slow.dw2), strict=True):
         assert_near(got.cpu(), want, dtype)

@@ -10,6 +10,7 @@ from typing import Any, cast
 import pytest
 from torch import Tensor
 
+from pool.counts import Counts
 from pool.schedule import Kind, RequestKey, Slot
 from pool.service import PoolService
 from pool.topology import Topology
@@ -29,9 +30,9 @@ class Mailbox:
         self._works = works
         self.answers: dict[RequestKey, Tensor] = {}
 
-    def receive_in_thread(self, keys: Sequence[RequestKey], step: int) -> tuple[list[tuple[Tensor, list[int]]], float]:
+    def receive_in_thread(self, keys: Sequence[RequestKey], step: int) -> tuple[list[tuple[Tensor, Counts]], float]:
         works = [(key, self._works[key.forward]) for key in keys]
-        rows = [(work.dy_ND if key.kind == Kind.BACKWARD else work.x_ND, work.counts) for key, work in works]
+        rows = [(work.dy_ND if key.kind == Kind.BACKWARD else work.x_ND, Counts.of(work.counts)) for key, work in works]
         return rows, time.perf_counter()
 
     def answer(self, key: RequestKey, step: int, rows_ND: Tensor, served_e: Sequence[int]) -> None:

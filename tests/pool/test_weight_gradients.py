@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from pool import grouped_experts, loop_experts
+from pool.counts import Counts
 from pool.shard import ExpertShard
 from tests.pool.shard_work import (
     D,
@@ -107,7 +108,7 @@ def deferred(kernels: ModuleType, dtype: torch.dtype, monkeypatch: pytest.Monkey
         if number == 2:
             shard.deferred_dw.seal()
         x_ND, dy_ND = torch.randn(2, sum(counts), 16, generator=generator).to(dtype)
-        shard.backward_rows(x_ND, None, dy_ND, [counts])
+        shard.backward_rows(x_ND, None, dy_ND, [Counts.of(counts)])
         for _ in range(some if number else 0):
             shard.deferred_dw.drain_some()
     shard.deferred_dw.drain()
@@ -136,7 +137,7 @@ def test_room_is_made_beyond_the_limit() -> None:
 
     def backward(shard: ExpertShard) -> None:
         work = make_work([3, 1, 4, 0], 0)
-        shard.backward_rows(work.x_ND, None, work.dy_ND, [work.counts])
+        shard.backward_rows(work.x_ND, None, work.dy_ND, [Counts.of(work.counts)])
         shard.deferred_dw.drain_if_full()
 
     shard = make_shard(deferred_bytes=2 * one)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from pool.counts import Counts
 from pool.schedule import Kind, RequestKey
 from pool.shard import ExpertServer, ExpertShard
 from pool.topology import Topology
@@ -76,12 +77,12 @@ def local(topology: Topology, lanes: int, dtype: torch.dtype) -> tuple[dict[Requ
             if key.kind == Kind.BACKWARD:
                 answers[key] = server.backward([key.forward], [rows_of(key, dtype)])[0]
             else:
-                batch = rows_of(key, dtype), counts_of(key).tolist()
+                batch = rows_of(key, dtype), Counts(counts_of(key))
                 answers[key] = server.forward([key], [batch], keep_for_backward=True)[0]
                 load_LM[key.layer] += counts_of(key)
     for requests in evaluation_plan(topology.trunk_ranks):
         for key in requests:
-            batch = rows_of(key, dtype), counts_of(key).tolist()
+            batch = rows_of(key, dtype), Counts(counts_of(key))
             answers[key] = server.forward([key], [batch], keep_for_backward=False)[0]
     shard.deferred_dw.drain()
     return answers, shard, load_LM

@@ -55,8 +55,8 @@ class NoReceives(Mute):
 def answer_twice(pool: PoolWire, key: RequestKey) -> None:
     """Whether the first answer came is known when the next message is due."""
     ((rows_ND, counts),) = pool.receive([key], STEP)
-    pool.answer(key, STEP, rows_ND, counts)
-    pool.answer(key, STEP, rows_ND, counts)
+    pool.answer(key, STEP, rows_ND, counts.listed)
+    pool.answer(key, STEP, rows_ND, counts.listed)
     pool.receive([key], STEP)
 
 
@@ -143,7 +143,7 @@ def deaths(folder: str) -> None:
     tell("pool waits", lambda: pool.receive([second], STEP))
     time.sleep(SETTLE)
     tell("pool starts", lambda: pool.receive([second], STEP))
-    tell("pool answers", lambda: pool.answer(first, STEP, rows_ND, counts))
+    tell("pool answers", lambda: pool.answer(first, STEP, rows_ND, counts.listed))
 
 
 def test_peers_that_are_gone(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from pool.counts import Counts
 from pool.placement import contiguous
 from pool.shard import ExpertServer
 from trainer.bench.tables import PROCESSOR
@@ -207,7 +208,7 @@ class _Precision:
         experts = max(2, min(self._recipe.pool.experts // self._recipe.grid.expert_parallel, most))
         server = self._server(experts)
 
-        def serve(x_ND: Tensor, counts: list[int]) -> None:
+        def serve(x_ND: Tensor, counts: Counts) -> None:
             (y_ND,) = server.forward([0], [(x_ND, counts)], keep_for_backward=True)
             server.backward([0], [y_ND])
             server.shard.deferred_dw.drain()
@@ -215,7 +216,8 @@ class _Precision:
         reached = {}
         for rows in ROWS_PER_EXPERT:
             x_ND = torch.randn(experts * rows, self._recipe.model.hidden, device=self._device).to(self._dtype)
-            taken = best_seconds(partial(serve, x_ND, [rows] * experts), self._device, self._effort.seconds)
+            counts = Counts.of([rows] * experts, self._device)
+            taken = best_seconds(partial(serve, x_ND, counts), self._device, self._effort.seconds)
             reached[rows] = flops_per_row * experts * rows / taken
         return reached
 
@@ -228,7 +230,7 @@ class _Precision:
         """Seconds of a forward of one row, nearly all of which is overhead."""
         server = self._server(1)
         x_ND = torch.zeros(1, self._recipe.model.hidden, dtype=self._dtype, device=self._device)
-        forward = partial(server.forward, [0], [(x_ND, [1])], keep_for_backward=False)
+        forward = partial(server.forward, [0], [(x_ND, Counts.of([1], self._device))], keep_for_backward=False)
         return best_seconds(forward, self._device, self._effort.seconds / 10)
 
     def _router(self, trunk: Trunk, tokens: int) -> float:

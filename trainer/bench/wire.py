@@ -118,7 +118,7 @@ def _rank(
         end = PoolWire(settings, job.host_group, job.lane_groups)
         for step in range(SMALL + LARGE + BESIDE):
             ((rows_ND, counts),) = end.receive([_KEY], step)
-            end.answer(_KEY, step, rows_ND, counts)  # every request is answered with its own rows
+            end.answer(_KEY, step, rows_ND, counts.listed)  # every request is answered with its own rows
     job.close()
 
 

@@ -49,4 +49,6 @@ def reduce_expert_gradients(shard: ExpertShard, recipe: Recipe) -> None:
     """
     if not shard.frozen:
         shard.deferred_dw.drain()
-        shard.scale_gradients(recipe.grid.replicas / recipe.grid.trunk_ranks)
+        factor = recipe.grid.replicas / recipe.grid.trunk_ranks
+        if factor != 1:
+            shard.scale_gradients(factor)

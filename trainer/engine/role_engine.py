@@ -84,7 +84,7 @@ class RoleEngine:
     """The module of a role in its DeepSpeed engine.
 
     A step consists of `with engine.accumulating(): ...`, with any number of backward passes inside, at whose end the
-    gradients are averaged over the role's ranks; `grad_norm_squared()`; and `step(total_norm)`.
+    gradients are averaged over the role's ranks; `grad_norm()`; and `step(total_norm)`.
 
     Args:
         module: The role's module, with fp32 parameters on their device.
@@ -112,8 +112,9 @@ class RoleEngine:
     def _replace_internals(self) -> None:
         """Replace what DeepSpeed offers no interface for. `tests/trainer/engine/test_role_engine.py` checks all of it.
 
-        Gradients are clipped by the norm over both roles instead of the role's own. Checkpoint files are read safely,
-        and written by the caller of `save`.
+        Gradients are clipped by the norm over both roles instead of the role's own, which also says whether they are
+        finite, so that a step reads nothing from the device. Checkpoint files are read safely, and written by the
+        caller of `save`.
         """
         if self.stage == 0:
             self._replace(self._engine, "clip_fp32_gradients", self._clip_gradients)
@@ -122,6 +123,7 @@ class RoleEngine:
         else:
             name = "scaled_global_norm"
             self._own_norm = self._replace(self._optimizer, name, lambda norm_type=2: self._deepspeed_norm())
+            self._optimizer.check_grad_overflow = False
         files = self._engine.checkpoint_engine
         self._replace(files, "load", lambda path, map_location=None: read_tensors(path, map_location))
         self._replace(files, "makedirs", lambda path, exist_ok=False: None)  # the writer creates folders
@@ -155,19 +157,18 @@ class RoleEngine:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
 
-    def grad_norm_squared(self) -> float:
-        """Return the squared norm of the role's averaged gradients, the same on all its ranks; inf if not finite."""
+    def grad_norm(self) -> Tensor:
+        """Return the norm of the role's averaged gradients, the same on all its ranks: fp32, on the device.
+
+        It is negative or not finite if the gradients are not finite; see `squared_norm`.
+        """
         if self.stage == 0:
-            gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-            norm = float(torch.nn.utils.get_total_norm(gradients))
-        elif self.stage == 3:
+            return torch.nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
+        if self.stage == 3:
             from deepspeed.runtime.utils import combine_grad_norm_groups
 
-            norm = float(combine_grad_norm_groups(self._own_norms()))
-        else:
-            norm = float(self._own_norm())
-        # DeepSpeed's optimizers return -1 for a norm that is not finite.
-        return norm * norm if norm >= 0 and math.isfinite(norm) else math.inf
+            return combine_grad_norm_groups(self._own_norms())  # type: ignore[no-any-return]
+        return self._own_norm()  # type: ignore[no-any-return]
 
     def step(self, total_norm: float) -> bool:
         """Clip by `total_norm`, the norm over all roles, and step; skip the step if that is not finite.
@@ -183,9 +184,11 @@ class RoleEngine:
         return self.stage == 0 or bool(self._engine.was_step_applied())
 
     def _deepspeed_norm(self) -> Tensor:
-        """Return the norm over all roles as DeepSpeed's ZeRO optimizers expect it."""
-        norm = self._total_norm if math.isfinite(self._total_norm) else -1.0
-        return torch.tensor(norm, device=next(self.module.parameters()).device)
+        """Return the norm over all roles as DeepSpeed's ZeRO optimizers expect it, but on the host.
+
+        They ask whether it is finite, and multiply by numbers that they make of it. Neither waits for the device then.
+        """
+        return torch.tensor(self._total_norm if math.isfinite(self._total_norm) else -1.0)
 
     def _clip_gradients(self) -> None:
         factor = self._clip / (self._total_norm + 1e-6)
@@ -304,9 +307,9 @@ class FrozenRole:
         """Accumulate nothing."""
         yield
 
-    def grad_norm_squared(self) -> float:
+    def grad_norm(self) -> Tensor:
         """Return 0, because there are no gradients."""
-        return 0.0
+        return torch.zeros((), device=next(self.module.parameters()).device)
 
     def step(self, total_norm: float) -> bool:
         """Count the step if the other role applies it."""
@@ -349,6 +352,12 @@ class FrozenRole:
 
 
 Engine = RoleEngine | FrozenRole
+
+
+def squared_norm(norm: float) -> float:
+    """Return the square of a norm that `grad_norm` returned, or infinity if the gradients were not finite."""
+    # DeepSpeed's optimizers return -1 for a norm that is not finite.
+    return norm * norm if norm >= 0 and math.isfinite(norm) else math.inf
 
 
 def build_engine(module: nn.Module, recipe: Recipe, role: str, role_size: int) -> Engine:

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from torch import Tensor
 
+from pool.counts import Counts
 from pool.schedule import Kind, RequestKey
 from pool.shard import ExpertServer, ExpertShard
 from pool.wire import Answer, TrunkWire
@@ -122,5 +123,5 @@ class LocalPool(PoolClient):
             answers = self._server.backward(keys, [request.rows_ND for request in requests])
             self._shard.deferred_dw.drain_if_full()
             return answers
-        batches = [(request.rows_ND, request.tokens_per_expert.tolist()) for request in requests]
+        batches = [(request.rows_ND, Counts(request.tokens_per_expert)) for request in requests]
         return self._server.forward(keys, batches, keep_for_backward=kind == Kind.FORWARD)

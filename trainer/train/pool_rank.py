@@ -11,7 +11,7 @@ from pool.wire import PoolWire
 from trainer.cluster.process_groups import Job
 from trainer.config.recipe import Recipe
 from trainer.engine.experts import build_shard, reduce_expert_gradients, wire_settings
-from trainer.engine.role_engine import build_engine
+from trainer.engine.role_engine import build_engine, squared_norm
 from trainer.planning.schedule import ScheduleSpec
 from trainer.telemetry.prometheus import ExpertLoad, MetricsServer
 from trainer.telemetry.time_breakdown import UsageClock
@@ -47,7 +47,7 @@ class PoolRank:
             self._service.serve(self.plan.slots, step)
             reduce_expert_gradients(self._shard, self._recipe)
             self.clock.computed()
-        return self._engine.grad_norm_squared()
+        return squared_norm(float(self._engine.grad_norm()))
 
     def step(self, step: int, total_norm: float) -> None:
         """Update the weights, clipping by the norm over both roles."""

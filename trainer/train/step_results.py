@@ -27,6 +27,7 @@ class StepResults:
         nonfinite_router_tokens: Sum over the micro-batches.
         load_LM: Assignments by layer and the experts that it sees, int64 on the host.
         own_losses: Loss of each micro-batch of this rank.
+        norms: What `reduce_results` was given to read from the device with them.
     """
 
     means: dict[str, float]
@@ -34,28 +35,41 @@ class StepResults:
     nonfinite_router_tokens: int
     load_LM: Tensor
     own_losses: list[float]
+    norms: list[float]
 
 
-def reduce_results(results: Sequence[MicroBatchResult], job: Job) -> StepResults:
-    """Reduce the results of this rank's micro-batches over all trunk ranks, in one collective."""
+def reduce_results(results: Sequence[MicroBatchResult], norms: Sequence[Tensor], job: Job) -> StepResults:
+    """Reduce the results of this rank's micro-batches over all trunk ranks, in one collective.
+
+    It needs what a step has computed on the host, in one copy; nothing before it in a step waits for the device.
+
+    Args:
+        norms: fp32 scalars, to be read in the same copy.
+    """
     names = list(results[0].scalars)
-    scalars = torch.zeros(len(names) + len(results[0].gates_L), dtype=torch.float64)
-    nonfinite = torch.zeros(1, dtype=torch.float64)
-    load_LM = torch.zeros_like(results[0].tokens_per_expert_LM, device="cpu")
-    own_losses = []
-    for r in results:
-        counted = r.nonfinite_router_tokens.to(r.gates_L.dtype)
-        own = torch.cat((torch.stack((counted, *r.scalars.values())), r.gates_L)).double().cpu()  # one copy
-        own_losses.append(float(own[1 + names.index("loss")]))
-        nonfinite += own[0]
-        scalars += own[1:]
-        load_LM += r.tokens_per_expert_LM.cpu()
-    together = torch.cat((nonfinite, scalars / (len(results) * job.role_size), load_LM.double().flatten()))
+    counted = [r.nonfinite_router_tokens.to(r.gates_L.dtype) for r in results]
+    rows = [
+        torch.cat((torch.stack((n, *r.scalars.values())), r.gates_L)) for n, r in zip(counted, results, strict=True)
+    ]
+    load_LM = torch.stack([r.tokens_per_expert_LM for r in results]).sum(0)
+    # float64 holds these counts exactly.
+    read = torch.cat([torch.cat((*rows, torch.stack([*norms]))).double(), load_LM.flatten().double()]).cpu()
+    own, read_norms, load = read.split((len(rows) * len(rows[0]), len(norms), load_LM.numel()))
+    own_rows = own.view(len(rows), -1)
+    sums = torch.zeros(len(rows[0]), dtype=torch.float64)
+    for row in own_rows:
+        sums += row
+    sums[1:] /= len(results) * job.role_size
+    together = torch.cat((sums, load))
     job.sum_over_role(together)
-    nonfinite, scalars, load = together.split((1, len(scalars), load_LM.numel()))
-    means, gates_L = scalars[: len(names)].tolist(), scalars[len(names) :].tolist()
+    nonfinite, means, gates_L, load = together.split((1, len(names), len(results[0].gates_L), load_LM.numel()))
     return StepResults(
-        dict(zip(names, means, strict=True)), gates_L, int(nonfinite), load.long().view_as(load_LM), own_losses
+        dict(zip(names, means.tolist(), strict=True)),
+        gates_L.tolist(),
+        int(nonfinite),
+        load.long().view(load_LM.shape),
+        own_rows[:, 1 + names.index("loss")].tolist(),
+        read_norms.tolist(),
     )
 
 

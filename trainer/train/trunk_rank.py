@@ -22,7 +22,7 @@ from trainer.config.recipe import Recipe
 from trainer.data.batches import SequenceStream
 from trainer.engine.experts import build_shard, reduce_expert_gradients, wire_settings
 from trainer.engine.monitors import Monitors
-from trainer.engine.role_engine import build_engine
+from trainer.engine.role_engine import build_engine, squared_norm
 from trainer.model.micro_batch import (
     MicroBatchResult,
     Objective,
@@ -43,6 +43,12 @@ from trainer.train.step_results import StepResults, over_all_experts, reduce_res
 
 LOAD_STEPS = 100
 """Number of recent steps over which the recorded load is averaged, roughly."""
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor of the host to the device. From memory that is pinned, a GPU does so while the host goes on."""
+    pinned = tensor.pin_memory() if device.type == "cuda" else tensor
+    return pinned.to(device, non_blocking=True)
 
 
 class TrunkRank:
@@ -84,7 +90,7 @@ class TrunkRank:
         self._statistics = LoadStatistics(recipe.balance.scope, recipe.balance.delay, layers, experts)
         self.load_LM = torch.zeros(layers, experts, dtype=torch.int64)
         self._recent_load_LM = torch.zeros_like(self.load_LM, dtype=torch.float64)
-        self._results = StepResults({}, [], 0, self.load_LM, [])
+        self._results = StepResults({}, [], 0, self.load_LM, [], [])
         self._started = self._waited = 0.0
 
     def _join_pool(self, placement: Placement) -> None:
@@ -124,11 +130,11 @@ class TrunkRank:
             if self._shard is not None:
                 reduce_expert_gradients(self._shard, self._recipe)
             self.clock.computed()
-        self._results = reduce_results(results, self._job)
+        norms = [engine.grad_norm() for engine in self.engines.values()]
+        self._results = reduce_results(results, norms, self._job)
         self.load_LM = self._results.load_LM
-        squared_norm = sum(engine.grad_norm_squared() for engine in self.engines.values())
         # Gradients may be finite nevertheless, as those of a sigmoid at infinity are; the step is skipped all the same.
-        return math.inf if self._results.nonfinite_router_tokens else squared_norm
+        return math.inf if self._results.nonfinite_router_tokens else sum(map(squared_norm, self._results.norms))
 
     def _micro_batches(self, step: int) -> Iterator[MicroBatch[MicroBatchResult]]:
         for index, sequences_BS1 in enumerate(self._sequences(self._training, step)):
@@ -144,7 +150,7 @@ class TrunkRank:
         for sequences_BS1 in stream.micro_batches(
             step, recipe.train.global_batch, self._job.rank, ranks, recipe.train.micro_batch
         ):
-            yield sequences_BS1.to(self._job.device)
+            yield to_device(sequences_BS1, self._job.device)
 
     def _objective(self, step: int, index: int) -> Objective:
         """Return what micro-batch `index` of `step` minimises, with the balance losses that the recipe asks for."""
@@ -178,19 +184,20 @@ class TrunkRank:
             applied=all(outcomes),
         )
         if self._pool_map is not None:
-            self._statistics.record_step(step, self.load_LM.to(self._job.device))
+            load_LM = to_device(self.load_LM, self._job.device)
+            self._statistics.record_step(step, load_LM)
             if not self._results.nonfinite_router_tokens:  # such tokens are sent to arbitrary experts
                 self._recent_load_LM.lerp_(self.load_LM.double(), 1 / min(step + 1, LOAD_STEPS))
             if scalars.applied and self._recipe.train.freeze != "trunk":
-                self._move_expert_bias()
+                self._move_expert_bias(load_LM)
         self.clock.stepped()
         self._serve_metrics(scalars, step + 1)
         return scalars
 
-    def _move_expert_bias(self) -> None:
-        for load_M, block in zip(self.load_LM, self.trunk.blocks, strict=True):
+    def _move_expert_bias(self, load_LM: Tensor) -> None:
+        for load_M, block in zip(load_LM, self.trunk.blocks, strict=True):
             if isinstance(block.router, SigmoidBiasRouter):
-                block.router.update_bias(load_M.to(self._job.device), self._recipe.router.bias_rate)
+                block.router.update_bias(load_M, self._recipe.router.bias_rate)
 
     def _serve_metrics(self, scalars: StepScalars, done: int) -> None:
         metrics = self.metrics
@@ -228,11 +235,9 @@ class TrunkRank:
         plan = self._schedule.evaluation(batches * self._recipe.micro_batches)
         micro_batches = self._held_out(batches, random_layer)
         results = self._pool.run(micro_batches, plan.lane_order[self._job.rank], step)
-        total = torch.stack([loss.double().cpu() for loss, _ in results]).sum()
-        held_out_LM = torch.zeros_like(self.load_LM)
-        for _, load_LM in results:
-            if load_LM is not None:
-                held_out_LM += load_LM.cpu()
+        total = torch.stack([loss for loss, _ in results]).double().sum().cpu()
+        loads = [load_LM for _, load_LM in results if load_LM is not None]
+        held_out_LM = torch.stack(loads).sum(0).cpu() if loads else torch.zeros_like(self.load_LM)
         self._job.sum_over_role(total)
         self._job.sum_over_role(held_out_LM)
         return float(total) / (len(results) * self._job.role_size), held_out_LM

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from pool.counts import Counts
 from pool.placement import Placement
 from tests.training import tiny
 from trainer.engine.experts import build_shard
@@ -19,6 +20,6 @@ def test_a_shard_is_as_the_recipe_says() -> None:
     std, output_std = init_stds(recipe)
     assert abs(shard.w13_e2FD.std() / std - 1) < 0.1 and abs(shard.w2_eDF.std() / output_std - 1) < 0.1
     rows_ND = torch.ones(2, recipe.model.hidden, dtype=torch.bfloat16)
-    shard.backward_rows(rows_ND, None, rows_ND, [[1, 1]])
+    shard.backward_rows(rows_ND, None, rows_ND, [Counts.of([1, 1])])
     shard.deferred_dw.drain_if_full()
     assert shard.w2_eDF.grad is not None, "one byte is less than this"

@@ -36,16 +36,17 @@ RESULTS = [
 
 
 def test_results_are_reduced_over_micro_batches_and_ranks() -> None:
-    found = reduce_results(RESULTS, two_ranks())
+    found = reduce_results(RESULTS, [torch.tensor(0.1), torch.tensor(-1.0)], two_ranks())
     assert found.means == {"loss": 3.0, "balance_loss": 1.0, "z_loss": 0.5, "distinct_experts": 1.5}
     assert found.gates_L == [0.5, 0.75]
     assert found.nonfinite_router_tokens == 14
     assert found.load_LM.tolist() == [[12, 4], [0, 8]]
     assert found.own_losses == [2.0, 4.0]
+    assert found.norms == [float(torch.tensor(0.1)), -1.0], "the bits of fp32"
 
 
 def test_scalars() -> None:
-    results = reduce_results(RESULTS, two_ranks())
+    results = reduce_results(RESULTS, [torch.tensor(0.1), torch.tensor(-1.0)], two_ranks())
     load_LM = over_all_experts(results.load_LM, 2)
     assert load_LM.tolist() == [[12, 4, 0, 0], [0, 0, 0, 8]]
     scalars = step_scalars(
