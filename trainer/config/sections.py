@@ -216,10 +216,15 @@ class Parallel(Section):
         description="`h100`, `h200`, `a100`, or a profile saved by `unipool bench`: costs for the schedule; "
         "default: FLOPs.",
     )
+    device: Literal["auto", "cuda", "cpu"] = Field(
+        "auto",
+        description="`auto`: GPUs where torch can use them, otherwise the CPU; `cuda`: GPUs, or an error that says why "
+        "not; `cpu`: the CPU.",
+    )
     wire: Literal["auto", "gloo"] = Field(
         "auto",
-        description="`auto`: NCCL if every rank has a GPU, otherwise gloo with copies through the host; `gloo`: always "
-        "gloo.",
+        description="`auto`: NCCL if every rank has a GPU of its own, otherwise gloo with copies through the host; "
+        "`gloo`: always gloo.",
     )
     timeout_seconds: PositiveFloat = Field(60.0, description="Longest wait for another rank inside a step.")
     start_timeout_seconds: PositiveFloat = Field(
