@@ -82,8 +82,10 @@ class Pool(Section):
 
     experts: NonNegative = Field(0, description="Experts M of the whole pool, over all groups.")
     recompute: bool = Field(False, description="Recompute the experts' hidden activations in the backward pass.")
-    stash_bytes: Positive = Field(
-        2**30, description="Most bytes per rank of deferred weight-gradient work; beyond that, some of it is done."
+    stash_bytes: Positive | None = Field(
+        None,
+        description="Most bytes per rank of deferred weight-gradient work; beyond that, some of it is done. `null`: "
+        "1 GiB, and with `precision: bf16` at least room for 2048 rows of every expert.",
     )
     placement: Literal["contiguous", "auto"] = Field(
         "contiguous", description="`auto`: a resumed run spreads each layer's recorded load evenly over the shards."

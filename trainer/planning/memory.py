@@ -221,7 +221,7 @@ def _pool_memory(recipe: Recipe, in_flight: int, freed: int) -> Memory:
     keeping = launch * m.layers * kept
     # Work beyond the limit is done after the launch that exceeded it. While all lanes keep what they need, only earlier
     # micro-batches have deferred work; later, their own replaces what they kept.
-    limit = recipe.pool.stash_bytes + launch * deferred
+    limit = recipe.stash_limit + launch * deferred
     all_of_step = launch * m.layers * recipe.micro_batches * deferred // in_flight
     earlier = all_of_step - launch * m.layers * deferred
     stash = max(min(limit, earlier), min(limit, all_of_step) - keeping - freed)
