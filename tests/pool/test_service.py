@@ -30,13 +30,17 @@ class Mailbox:
         self._works = works
         self.answers: dict[RequestKey, Tensor] = {}
 
-    def receive_in_thread(self, keys: Sequence[RequestKey], step: int) -> tuple[list[tuple[Tensor, Counts]], float]:
+    def receive(self, keys: Sequence[RequestKey], step: int) -> Any:
         works = [(key, self._works[key.forward]) for key in keys]
         rows = [(work.dy_ND if key.kind == Kind.BACKWARD else work.x_ND, Counts.of(work.counts)) for key, work in works]
-        return rows, time.perf_counter()
+        now = time.perf_counter()
+        return SimpleNamespace(done=lambda: True, ready=lambda: rows, headers_came=now)
 
-    def answer(self, key: RequestKey, step: int, rows_ND: Tensor, served_e: Sequence[int]) -> None:
-        self.answers[key] = rows_ND
+    def answer(self, keys: Sequence[RequestKey], step: int, rows: Sequence[Tensor], served: Any) -> None:
+        self.answers.update(zip(keys, rows, strict=True))
+
+    def stop(self) -> None:
+        pass
 
 
 def key_of(micro_batch: int, layer: int, kind: Kind = Kind.FORWARD) -> RequestKey:

@@ -18,7 +18,7 @@ from trainer.common.format import percent, plural, seconds
 from trainer.common.safe_read import read_array
 from trainer.common.tables import new_table, print_tables
 from trainer.config.recipe import Recipe
-from trainer.planning.lanes import runs_in_order
+from trainer.planning.lanes import deferred_requests, runs_in_order
 from trainer.planning.memory import estimate_memory, pool_row_bytes
 from trainer.planning.schedule import ScheduleSpec
 
@@ -139,7 +139,9 @@ def _time(
     record: bool = False,
 ) -> StepTiming:
     load_LS = None if load_LM is None else shard_loads(load_LM, placement)
-    return time_schedule(schedule, spec.recipe.grid, spec.recipe.model.layers, spec.costs, load_LS, record)
+    recipe = spec.recipe
+    most = deferred_requests(recipe)
+    return time_schedule(schedule, recipe.grid, recipe.model.layers, spec.costs, load_LS, record, most_deferred=most)
 
 
 def _variant(recipe: Recipe, way: str, placed: bool, schedule: PoolSchedule, step: StepTiming) -> Variant:

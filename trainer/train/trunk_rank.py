@@ -13,9 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pool.clock import clock_of
 from pool.placement import Placement
 from pool.shard import ExpertShard
-from pool.wire import TrunkWire
+from pool.wire import trunk_wire
 from router import LoadStatistics, SigmoidBiasRouter, balance_coefficients
 from trainer.cluster.process_groups import Job
 from trainer.config.recipe import Recipe
@@ -85,7 +86,7 @@ class TrunkRank:
         if placement:
             self._join_pool(placement)
         self.metrics = MetricsServer(recipe.metrics, "trunk", job.rank, job.local_rank, self._expert_load())
-        self.clock = UsageClock(self._pool)
+        self.clock = UsageClock(self._pool, clock_of(job.device))
         layers, experts = recipe.model.layers, max(1, recipe.experts_per_layer)
         self._statistics = LoadStatistics(recipe.balance.scope, recipe.balance.delay, layers, experts)
         self.load_LM = torch.zeros(layers, experts, dtype=torch.int64)
@@ -103,7 +104,7 @@ class TrunkRank:
             self.engines["pool/shard_0"] = build_engine(self._shard, recipe, "pool", job.role_size)
             self._pool = LocalPool(self._shard)
         else:
-            wire = TrunkWire(wire_settings(recipe, job, placement), job.host_group, job.lane_groups)
+            wire = trunk_wire(wire_settings(recipe, job, placement), job.wire_groups)
             self._pool = RemotePool(wire, job.rank)
 
     def _expert_load(self) -> ExpertLoad | None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from pool.clock import HostClock
 from pool.service import Served
 from trainer.cluster.launch import free_port
 from trainer.common.errors import UserError
@@ -153,10 +154,10 @@ class Waiter:
 
 
 def test_usage_adds_up_to_the_time_of_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = iter([100.0, 110.0, 111.5, 200.0, 204.0, 204.5])
+    now = iter([0.0, 100.0, 110.0, 111.5, 200.0, 204.0, 204.5])
     monkeypatch.setattr(time, "perf_counter", lambda: next(now))
     waiter = Waiter()
-    clock = UsageClock(waiter)
+    clock = UsageClock(waiter, HostClock())
     clock.begin()
     waiter.seconds_waiting += 3
     waiter.seconds_on_wire += 1
