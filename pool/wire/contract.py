@@ -6,6 +6,7 @@ See the package's docstring for how a request travels.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -116,8 +117,9 @@ class Answer(Protocol):
 class Arrived(Protocol):
     """The requests of a slot, which are on their way."""
 
-    def done(self) -> bool:
-        """Whether `ready` returns without waiting on the host."""
+    @property
+    def future(self) -> Future[Any]:
+        """What is done when `ready` returns without waiting on the host."""
 
     @property
     def headers_came(self) -> float:
@@ -137,10 +139,12 @@ class TrunkWire(Protocol):
     """A trunk rank's end of the wire.
 
     Attributes:
+        limit: Longest wait for one message: `WireSettings.timeout`, unless a caller allows more.
         bytes_sent, bytes_received: Headers and payloads since the start.
     """
 
     settings: WireSettings
+    limit: timedelta
     bytes_sent: int
     bytes_received: int
 
@@ -164,6 +168,7 @@ class PoolWire(Protocol):
     """A pool rank's end of the wire. Its attributes are those of `TrunkWire`."""
 
     settings: WireSettings
+    limit: timedelta
     bytes_sent: int
     bytes_received: int
 
@@ -192,11 +197,11 @@ class End:
 
     Attributes:
         settings: See `WireSettings`.
-        bytes_sent, bytes_received: Headers and payloads since the start.
+        limit, bytes_sent, bytes_received: See `TrunkWire`.
     """
 
     def __init__(self, settings: WireSettings):
-        self.settings = settings
+        self.settings, self.limit = settings, settings.timeout
         self.bytes_sent = self.bytes_received = 0
 
     @contextmanager
@@ -212,7 +217,7 @@ class End:
         if isinstance(error, WireError):
             return error
         reason = " ".join(str(error).split())
-        limit = self.settings.timeout.total_seconds()
+        limit = self.limit.total_seconds()
         how = f"within {limit:g} s" if ran_out(reason) else "because the connection broke"
         return WireError(
             f"{self.me} could not {doing} {peers or self.name(exchange.peer)} {how}: {exchange} ({reason})"

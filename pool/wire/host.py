@@ -36,7 +36,7 @@ class _Transfer:
 
     def wait(self) -> None:
         with self.end.naming(self.doing, self.exchange):
-            self.work.wait(self.end.settings.timeout)
+            self.work.wait(self.end.limit)
 
 
 class _HostEnd(End):
@@ -168,20 +168,16 @@ class HostArrived:
     """The requests of a slot; see `Arrived`."""
 
     def __init__(self, future: Future[_Slot]):
-        self._future = future
-
-    def done(self) -> bool:
-        """See `Arrived.done`."""
-        return self._future.done()
+        self.future = future
 
     @property
     def headers_came(self) -> float:
         """See `Arrived.headers_came`."""
-        return self._future.result().headers_came
+        return self.future.result().headers_came
 
     def ready(self) -> list[tuple[Tensor, Counts]]:
         """See `Arrived.ready`."""
-        return self._future.result().requests
+        return self.future.result().requests
 
 
 class HostPool(_HostEnd):

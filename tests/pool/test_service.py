@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -33,8 +34,9 @@ class Mailbox:
     def receive(self, keys: Sequence[RequestKey], step: int) -> Any:
         works = [(key, self._works[key.forward]) for key in keys]
         rows = [(work.dy_ND if key.kind == Kind.BACKWARD else work.x_ND, Counts.of(work.counts)) for key, work in works]
-        now = time.perf_counter()
-        return SimpleNamespace(done=lambda: True, ready=lambda: rows, headers_came=now)
+        now, done = time.perf_counter(), Future[None]()
+        done.set_result(None)
+        return SimpleNamespace(future=done, ready=lambda: rows, headers_came=now)
 
     def answer(self, keys: Sequence[RequestKey], step: int, rows: Sequence[Tensor], served: Any) -> None:
         self.answers.update(zip(keys, rows, strict=True))
