@@ -88,7 +88,7 @@ def test_usage_by_a_stream() -> None:
     """Computing for 9 with a wait of 2, an optimizer for 3; the next step computes for 5, and its optimizer for 1."""
     stream = Stream()
     waits = Waits(stream.clock)
-    usage = UsageClock(waits, stream.clock)
+    usage = UsageClock(waits)
 
     def step() -> None:
         usage.begin()
@@ -115,7 +115,7 @@ def test_usage_by_a_stream() -> None:
 def test_a_step_whose_results_nobody_has_read_is_added_later() -> None:
     stream = Stream()
     waits: Any = Waits(stream.clock)
-    usage = UsageClock(waits, stream.clock)
+    usage = UsageClock(waits)
     for _ in range(2):
         usage.begin()
         waits.waited(stream.clock.now())

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict, astuple, dataclass
-from typing import Protocol
 
-from pool.clock import Clock, Moment
+from pool.clock import Moment, Waits
 
 ACTIVITIES = ("computing", "waiting", "wire", "optimizer")
 
@@ -39,16 +38,6 @@ def shares(seconds: Sequence[float]) -> dict[str, float]:
     return {activity: spent / total for activity, spent in zip(ACTIVITIES, seconds, strict=True)}
 
 
-class Waiter(Protocol):
-    """Counts the seconds spent on the other role and on the wire since the start."""
-
-    @property
-    def seconds_waiting(self) -> float: ...
-
-    @property
-    def seconds_on_wire(self) -> float: ...
-
-
 class UsageClock:
     """Adds up the usage of a rank's training steps, by the clock of the device that computes.
 
@@ -59,10 +48,10 @@ class UsageClock:
         total: Usage since the start.
     """
 
-    def __init__(self, waiter: Waiter, clock: Clock):
-        self._waiter, self._clock = waiter, clock
+    def __init__(self, waits: Waits):
+        self._waits, self._clock = waits, waits.clock
         self.total = Usage()
-        self._mark: Moment = clock.now()
+        self._mark: Moment = self._clock.now()
         self._waited = (0.0, 0.0)
         self._open: deque[tuple[bool, Moment, Moment]] = deque()  # whether it is an optimizer's, and from when to when
 
@@ -70,7 +59,7 @@ class UsageClock:
         """Start a step."""
         self._read()
         self._mark = self._clock.now()
-        self._waited = (self._waiter.seconds_waiting, self._waiter.seconds_on_wire)
+        self._waited = (self._waits.seconds_waiting, self._waits.seconds_on_wire)
 
     def computed(self) -> None:
         """End the forward and backward of a step."""
@@ -95,7 +84,7 @@ class UsageClock:
             if optimizer:
                 self._add(optimizer=seconds)
                 continue
-            waited = (self._waiter.seconds_waiting, self._waiter.seconds_on_wire)
+            waited = (self._waits.seconds_waiting, self._waits.seconds_on_wire)
             waiting, wire = (now - then for now, then in zip(waited, self._waited, strict=True))
             self._waited = waited
             self._add(computing=seconds - waiting - wire, waiting=waiting, wire=wire)
