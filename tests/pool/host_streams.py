@@ -79,13 +79,13 @@ class HostCommunicator:
     """See `pool.wire.streams.Communicator`."""
 
     def __init__(self, group: Any):
-        self._group = group
+        self.group = group
 
     def send(self, messages: Sequence[Message]) -> HostWork:
-        return HostWork([self._group.send([tensor], peer, 0) for tensor, peer in messages])
+        return HostWork([self.group.send([tensor], peer, 0) for tensor, peer in messages])
 
     def receive(self, messages: Sequence[Message]) -> HostWork:
-        return HostWork([self._group.recv([tensor], peer, 0) for tensor, peer in messages])
+        return HostWork([self.group.recv([tensor], peer, 0) for tensor, peer in messages])
 
     def abort(self) -> None:
         pass
