@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -133,13 +134,15 @@ def test_a_second_backward_pass_is_refused() -> None:
         loss.backward()
 
 
-def test_compiles_without_graph_breaks() -> None:
-    for compute_dtype in (torch.float32, torch.bfloat16):
-        loss_of = in_chunks(5, compute_dtype)
-        compiled = torch.compile(loss_of, backend="aot_eager", fullgraph=True)
-        expected = run(loss_of, torch.float32)
-        for value, exact in zip(run(compiled, torch.float32), expected, strict=True):
-            assert difference(value, exact) < 1e-6
+def test_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What lies between the products is one graph, and the numbers are the same, also of a single chunk."""
+    for compiler in ("TORCHINDUCTOR", "TRITON"):
+        monkeypatch.setenv(f"{compiler}_CACHE_DIR", str(tmp_path))
+    for chunk, compute_dtype, tolerance in ((T, torch.float32, 1e-6), (8, torch.bfloat16, 2**-7)):
+        expected = run(in_chunks(min(chunk, T - 1), compute_dtype), torch.float32)
+        found = run(partial(in_chunks(chunk, compute_dtype), compiled=True), torch.float32)
+        for value, exact in zip(found, expected, strict=True):
+            assert difference(value, exact) < tolerance
 
 
 @pytest.mark.parametrize(("tokens", "hidden"), [(16 * 1024, 768), (8 * 1024, 1536)])
@@ -151,7 +154,7 @@ def test_a_device_is_never_waited_for(device: str, tokens: int, hidden: int) -> 
             torch.empty(51200, hidden, device=device),
             torch.empty(tokens, dtype=torch.int64, device=device),
         )
-        losses_T, *gradients = losses_and_gradients(x_TD, weight_VD, targets_T, 4096, torch.bfloat16, (True, True))
+        losses_T, *gradients = losses_and_gradients(x_TD, weight_VD, targets_T, (True, True), 4096, torch.bfloat16)
         assert (losses_T.shape, losses_T.dtype, losses_T.device) == ((tokens,), torch.float32, torch.device(device))
         for gradient, of in zip(gradients, (x_TD, weight_VD), strict=True):
             assert gradient is not None and (gradient.shape, gradient.dtype) == (of.shape, of.dtype)
@@ -197,7 +200,7 @@ def test_memory_is_bounded_and_what_a_plan_says(chunk: int, precision: str) -> N
         model={"hidden": hidden, "vocab": vocab, "ffn_hidden": 8}, train={"loss_chunk": chunk, "precision": precision}
     )
     compute_dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    module = OutputProjection(hidden, vocab, chunk, compute_dtype)
+    module = OutputProjection(hidden, vocab, chunk, compute_dtype, compiled=False)
     x_1TD, targets_1T = torch.randn(1, tokens, hidden, requires_grad=True), torch.randint(vocab, (1, tokens))
     with Watch() as watch:
         module(x_1TD, targets_1T).backward()
