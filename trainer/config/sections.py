@@ -82,8 +82,10 @@ class Pool(Section):
 
     experts: NonNegative = Field(0, description="Experts M of the whole pool, over all groups.")
     recompute: bool = Field(False, description="Recompute the experts' hidden activations in the backward pass.")
-    stash_bytes: Positive = Field(
-        2**30, description="Most bytes per rank of deferred weight-gradient work; beyond that, some of it is done."
+    stash_bytes: Positive | None = Field(
+        None,
+        description="Most bytes per rank of deferred weight-gradient work; beyond that, some of it is done. `null`: "
+        "1 GiB, and with `precision: bf16` at least room for 2048 rows of every expert.",
     )
     placement: Literal["contiguous", "auto"] = Field(
         "contiguous", description="`auto`: a resumed run spreads each layer's recorded load evenly over the shards."
@@ -221,10 +223,15 @@ class Parallel(Section):
         description="`h100`, `h200`, `a100`, or a profile saved by `unipool bench`: costs for the schedule; "
         "default: FLOPs.",
     )
+    device: Literal["auto", "cuda", "cpu"] = Field(
+        "auto",
+        description="`auto`: GPUs where torch can use them, otherwise the CPU; `cuda`: GPUs, or an error that says why "
+        "not; `cpu`: the CPU.",
+    )
     wire: Literal["auto", "gloo"] = Field(
         "auto",
-        description="`auto`: NCCL if every rank has a GPU, otherwise gloo with copies through the host; `gloo`: always "
-        "gloo.",
+        description="`auto`: NCCL if every rank has a GPU of its own, otherwise gloo with copies through the host; "
+        "`gloo`: always gloo.",
     )
     timeout_seconds: PositiveFloat = Field(60.0, description="Longest wait for another rank inside a step.")
     start_timeout_seconds: PositiveFloat = Field(
