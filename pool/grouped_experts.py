@@ -90,7 +90,7 @@ def add_weight_gradients(
         return
     counts_be = torch.stack([counts.rows_e.narrow(0, first, end - first) for *_, counts in work])
     counts_e = counts_be.sum(0)
-    index_N = merge_order(counts_be, rows) if len(work) > 1 else None
+    index_N = merge_order(counts_be, rows)[0] if len(work) > 1 else None
     offsets_e, empty_e11 = counts_e.cumsum(0, dtype=torch.int32), (counts_e == 0).view(-1, 1, 1)
 
     def merged(tensors: tuple[Tensor, ...]) -> Tensor:

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import takewhile
 
 import torch
 from torch import Tensor
 
+from pool.clock import Waits, clock_of
 from pool.counts import Counts
 from pool.schedule import Kind, RequestKey, Slot
 from pool.shard import ExpertServer, ExpertShard
-from pool.wire import PoolWire, WireError
-
-_Received = tuple[list[tuple[Tensor, Counts]], float]
-"""Rows and counts of a slot's requests, and when their headers had arrived."""
+from pool.wire import Arrived, PoolWire, WireError
 
 
 @dataclass(frozen=True)
@@ -42,18 +38,16 @@ class PoolService:
     """Serves the slots of a schedule: receive, one merged launch, answer; weight gradients while no request waits.
 
     Attributes:
-        seconds_waiting: Time spent waiting for requests, since the start.
-        seconds_on_wire: Time spent waiting for payloads of requests that have arrived, and sending answers.
+        waits: Time spent waiting for requests, and for payloads of requests whose headers have come.
     """
 
     def __init__(self, shard: ExpertShard, wire: PoolWire, layers: int):
         self.shard = shard
         self._server = ExpertServer(shard)
         self._wire = wire
-        self._receiver = ThreadPoolExecutor(1, "receiver")
         self._tokens_Le = torch.zeros(layers, len(shard.expert_ids), dtype=torch.int64)
         self._gradients_e = torch.zeros(len(shard.expert_ids), dtype=torch.int64)
-        self.seconds_waiting = self.seconds_on_wire = 0.0
+        self.waits = Waits(clock_of(shard.w2_eDF.device))
         self._queue_depths: list[int] = []
         topology, rank = wire.settings.topology, wire.settings.rank
         self._served = frozenset(topology.served_trunk_ranks(rank))
@@ -65,30 +59,28 @@ class PoolService:
             WireError: See `PoolWire.receive`; also a backward without its forward, or with other counts.
         """
         mine = [(slot, [key for key in slot if key.trunk_rank in self._served]) for slot in slots]
-        # A thread receives in the schedule's order while this one computes. The lanes bound what it holds, because a
-        # slot's future is released once the slot has been served.
-        coming = deque(self._receiver.submit(self._wire.receive_in_thread, keys, step) for _, keys in mine if keys)
+        # A thread receives in the schedule's order while this one computes. The lanes bound what it holds, because what
+        # has arrived is released once it has been served.
+        coming = deque(self._wire.receive(keys, step) for _, keys in mine if keys)
         try:
             for slot, keys in mine:
                 if keys:
                     self._serve_slot(keys, coming.popleft(), step)
-                    self._queue_depths.append(sum(1 for _ in takewhile(Future.done, coming)))
+                    self._queue_depths.append(sum(1 for _ in takewhile(lambda arrived: arrived.future.done(), coming)))
                 elif not slot:
                     self.shard.deferred_dw.seal()
         except BaseException:
-            # Do not wait for the thread: it may be waiting for a message that never arrives.
-            self._receiver.shutdown(wait=False, cancel_futures=True)
+            self._wire.stop()
             raise
         assert self._server.open_forwards == 0, "the schedule leaves forwards without a backward"
 
-    def _serve_slot(self, keys: list[RequestKey], coming: Future[_Received], step: int) -> None:
-        self.shard.deferred_dw.drain_until(coming)
-        started = time.perf_counter()
-        batches, headers_came = coming.result()
-        received = time.perf_counter()
-        on_wire = received - max(started, headers_came)
-        self.seconds_on_wire += on_wire
-        self.seconds_waiting += received - started - on_wire
+    def _serve_slot(self, keys: list[RequestKey], coming: Arrived, step: int) -> None:
+        self.shard.deferred_dw.drain_until(coming.future)
+        clock = self.waits.clock
+        since = clock.now()
+        headers = clock.latest(coming.headers_came)
+        batches = coming.ready()
+        self.waits.waited(since, headers)
         requests = dict(zip(keys, batches, strict=True))
         for kind in Kind:
             self._serve_kind(kind, [k for k in keys if k.kind == kind], requests, step)
@@ -109,10 +101,9 @@ class PoolService:
                 self._tokens_Le[key.layer] += torch.tensor(counts.listed)
             elif kind == Kind.BACKWARD:
                 self._gradients_e += torch.tensor(counts.listed)
-        started = time.perf_counter()
-        for key, (_, served), answer_ND in zip(keys, batches, answers, strict=True):
-            self._wire.answer(key, step, answer_ND, served.listed)
-        self.seconds_on_wire += time.perf_counter() - started
+        since = self.waits.clock.now()
+        self._wire.answer(keys, step, answers, [served.listed for _, served in batches])
+        self.waits.sent(since)
 
     def _backward(self, keys: list[RequestKey], batches: list[tuple[Tensor, Counts]]) -> list[Tensor]:
         for key, (_, counts) in zip(keys, batches, strict=True):

@@ -203,7 +203,8 @@ def train_micro_batch(
             z_losses.append(z_loss.detach())
         y_ND = yield _request(Kind.FORWARD, index, layer, rows_ND.detach(), segment.found.dispatch)
         inputs = (h_BSD, y_ND, topk_scores_TK)
-    last = _Segment(_to_loss(trunk, targets_BS, layers[-1].found.dispatch), inputs, objective.recompute)
+    loss_of = _to_loss(trunk, targets_BS, layers[-1].found.dispatch)
+    last = _Segment(loss_of, inputs, recompute=False)  # backward is next
     (loss,) = (root.detach() for root in last.take_roots())
     dispatches = [segment.found.dispatch for segment in layers]
     load_LM = torch.stack([dispatch.tokens_per_expert_M for dispatch in dispatches])

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from router import Routing, build_router, norm_constant
 from trainer.config.recipe import Recipe
 from trainer.model.document_mask import document_mask
+from trainer.model.loss import OutputProjection
 from trainer.model.segments import EAGER, Segments, Surroundings, autocast, compiled_segments, compiles
 
 
@@ -109,13 +110,15 @@ class Block(nn.Module):
 class Head(nn.Module):
     """Final norm and output projection, not tied to the embedding."""
 
-    def __init__(self, hidden: int, vocab: int, norm_eps: float):
+    def __init__(self, recipe: Recipe, compiled: bool):
         super().__init__()
-        self.norm = nn.RMSNorm(hidden, eps=norm_eps)
-        self.out = nn.Linear(hidden, vocab, bias=False)
+        m = recipe.model
+        self.norm = nn.RMSNorm(m.hidden, eps=m.norm_eps)
+        self.out = OutputProjection(m.hidden, m.vocab, recipe.train.loss_chunk, compute_dtype(recipe), compiled)
 
-    def forward(self, h_BSD: Tensor) -> Tensor:
-        return self.out(self.norm(h_BSD))  # type: ignore[no-any-return]
+    def forward(self, h_BSD: Tensor, targets_BS: Tensor | None = None) -> Tensor:
+        """Return the logits (B, S, V); with targets, the mean cross-entropy in nats, fp32."""
+        return self.out(self.norm(h_BSD), targets_BS)  # type: ignore[no-any-return]
 
 
 class Trunk(nn.Module):
@@ -140,10 +143,10 @@ class Trunk(nn.Module):
             constant = norm_constant(recipe.experts_per_layer, recipe.router.top_k) * recipe.router.constant_factor
         self.embedding = nn.Embedding(m.vocab, m.hidden)
         self.blocks = nn.ModuleList(Block(recipe, constant) for _ in range(m.layers))
-        self.head = Head(m.hidden, m.vocab, m.norm_eps)
+        self.compiled = compiles(recipe, device)
+        self.head = Head(recipe, self.compiled)
         self._reset_parameters(recipe)
         self.to(device)
-        self.compiled = compiles(recipe, device)
         self.rope = rotary_table(m.seq_len, m.hidden // m.heads, m.rope_base, device)
 
     @property
@@ -166,8 +169,7 @@ class Trunk(nn.Module):
 
     def loss(self, h_BSD: Tensor, targets_BS: Tensor) -> Tensor:
         """Return the mean cross-entropy in nats, fp32."""
-        logits_BSV = self.head(h_BSD)
-        return F.cross_entropy(logits_BSV.float().flatten(0, 1), targets_BS.flatten())
+        return self.head(h_BSD, targets_BS)  # type: ignore[no-any-return]
 
     def _reset_parameters(self, recipe: Recipe) -> None:
         """Draw weights from N(0, init_std), output projections from N(0, init_std / sqrt(2 L)), by (seed, name)."""
