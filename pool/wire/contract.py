@@ -40,7 +40,7 @@ class WireSettings:
         hidden: Row length D.
         dtype: Payload dtype.
         device: Where tokens are computed.
-        payload_device: Where payloads are sent from and received into ("cpu" for gloo).
+        payload_device: Where payloads are sent from and received into: "cpu" for gloo, otherwise `device`.
         timeout: Longest wait for one message.
         check: Whether to check every message: headers in both directions, finite payloads, checksums, and that tokens
             sent = served = returned.
@@ -139,10 +139,12 @@ class TrunkWire(Protocol):
     """A trunk rank's end of the wire.
 
     Attributes:
+        limit: Longest wait for one message: `WireSettings.timeout`, unless a caller allows more.
         bytes_sent, bytes_received: Headers and payloads since the start.
     """
 
     settings: WireSettings
+    limit: timedelta
     bytes_sent: int
     bytes_received: int
 
@@ -166,6 +168,7 @@ class PoolWire(Protocol):
     """A pool rank's end of the wire. Its attributes are those of `TrunkWire`."""
 
     settings: WireSettings
+    limit: timedelta
     bytes_sent: int
     bytes_received: int
 
@@ -194,11 +197,11 @@ class End:
 
     Attributes:
         settings: See `WireSettings`.
-        bytes_sent, bytes_received: Headers and payloads since the start.
+        limit, bytes_sent, bytes_received: See `TrunkWire`.
     """
 
     def __init__(self, settings: WireSettings):
-        self.settings = settings
+        self.settings, self.limit = settings, settings.timeout
         self.bytes_sent = self.bytes_received = 0
 
     @contextmanager
@@ -214,7 +217,7 @@ class End:
         if isinstance(error, WireError):
             return error
         reason = " ".join(str(error).split())
-        limit = self.settings.timeout.total_seconds()
+        limit = self.limit.total_seconds()
         how = f"within {limit:g} s" if ran_out(reason) else "because the connection broke"
         return WireError(
             f"{self.me} could not {doing} {peers or self.name(exchange.peer)} {how}: {exchange} ({reason})"

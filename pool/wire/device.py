@@ -56,7 +56,7 @@ class _Header:
 
     def wait(self) -> None:
         with self.end.naming(self.doing, self.exchange):
-            self.work.wait(self.end.settings.timeout)
+            self.work.wait(self.end.limit)
 
 
 class _DeviceEnd(End):
@@ -68,8 +68,7 @@ class _DeviceEnd(End):
         self._host = groups.host
         self._requests, self._answers = groups.device.requests, groups.device.answers
         self.streams: Streams = groups.device.streams
-        limit = settings.timeout.total_seconds()
-        self.watcher = Watcher(limit, [self._requests, self._answers], groups.device.lost)
+        self.watcher = Watcher(lambda: self.limit, [self._requests, self._answers], groups.device.lost)
         self._sending, self._receiving = self.streams.new(), self.streams.new()
 
     def settle(self) -> None:

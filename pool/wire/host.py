@@ -36,7 +36,7 @@ class _Transfer:
 
     def wait(self) -> None:
         with self.end.naming(self.doing, self.exchange):
-            self.work.wait(self.end.settings.timeout)
+            self.work.wait(self.end.limit)
 
 
 class _HostEnd(End):

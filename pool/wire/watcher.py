@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any, Generic, TypeVar
 
 from pool.wire.streams import Communicator, Work
@@ -45,12 +46,12 @@ class Watcher:
     """See the module.
 
     Args:
-        limit: Seconds that a message may take from its launch on.
+        limit: Says how long a message may take from its launch on.
         communicators: What is aborted at the first error.
         lost: Says which peers are known to be gone; "" if none.
     """
 
-    def __init__(self, limit: float, communicators: Sequence[Communicator], lost: Callable[[], str]):
+    def __init__(self, limit: Callable[[], timedelta], communicators: Sequence[Communicator], lost: Callable[[], str]):
         self._limit, self._communicators, self._lost = limit, communicators, lost
         self._changed = threading.Condition()
         self._launched: dict[Communicator, deque[_Launched]] = {c: deque() for c in communicators}
@@ -153,7 +154,7 @@ class Watcher:
             now = time.monotonic()
             firsts = [launched[0] for launched in map(list, self._launched.values()) if launched]
             for first in firsts:
-                if now - first.since > self._limit:
+                if now - first.since > self._limit().total_seconds():
                     self.fail(first.failed(TimeoutError("timed out")))
             if firsts and now - last > _LOST_SECONDS:
                 last = now

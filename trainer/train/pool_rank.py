@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from datetime import timedelta
 from typing import Any
 
 from pool.placement import Placement
+from pool.schedule import WARM_UP_STEP, lockstep_schedule
 from pool.service import PoolService
 from pool.wire import pool_wire
 from trainer.cluster.process_groups import Job
@@ -35,10 +37,24 @@ class PoolRank:
         self.engines = {f"pool/shard_{index}": self._engine}
         self._wire = pool_wire(wire_settings(recipe, job, placement), job.wire_groups)
         self._service = PoolService(self._shard, self._wire, recipe.model.layers)
-        self.clock = UsageClock(self._service)
+        self.clock = UsageClock(self._service.waits)
         layers = recipe.model.layers if recipe.metrics.per_layer_experts else 0
         load = ExpertLoad(self._shard.expert_ids, recipe.pool.experts, layers)
         self.metrics = MetricsServer(recipe.metrics, "pool", job.rank, job.local_rank, load)
+
+    def warm_up(self, limit: timedelta) -> None:
+        """See `TrunkRank.warm_up`: serve its requests."""
+        schedule = lockstep_schedule(self._recipe.grid.trunk_ranks, 1, self._recipe.model.layers)
+        self._wire.limit = limit
+        with self._engine.accumulating():
+            self._service.serve(schedule.slots, WARM_UP_STEP)
+            reduce_expert_gradients(self._shard, self._recipe)
+        self._engine.grad_norm()
+        self._wire.settle()
+        self._engine.step(math.inf)
+        self._shard.weights_changed()
+        self._service.take_served()
+        self._wire.limit = self._wire.settings.timeout
 
     def accumulate(self, step: int) -> float:
         """Serve an optimizer step up to its reduced gradients, and return the square of their norm."""
