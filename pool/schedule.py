@@ -40,6 +40,10 @@ Slot = tuple[RequestKey, ...]
 pool computes them whenever no request is waiting."""
 
 
+WARM_UP_STEP = -1
+"""Number of the step before the first one, which leaves nothing behind."""
+
+
 @dataclass(frozen=True)
 class PoolSchedule:
     """The order of an optimizer step, an evaluation or a generation.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import takewhile
 
@@ -15,10 +14,7 @@ from torch import Tensor
 from pool.counts import Counts
 from pool.schedule import Kind, RequestKey, Slot
 from pool.shard import ExpertServer, ExpertShard
-from pool.wire import PoolWire, WireError
-
-_Received = tuple[list[tuple[Tensor, Counts]], float]
-"""Rows and counts of a slot's requests, and when their headers had arrived."""
+from pool.wire import Arrived, PoolWire, WireError
 
 
 @dataclass(frozen=True)
@@ -50,7 +46,6 @@ class PoolService:
         self.shard = shard
         self._server = ExpertServer(shard)
         self._wire = wire
-        self._receiver = ThreadPoolExecutor(1, "receiver")
         self._tokens_Le = torch.zeros(layers, len(shard.expert_ids), dtype=torch.int64)
         self._gradients_e = torch.zeros(len(shard.expert_ids), dtype=torch.int64)
         self.seconds_waiting = self.seconds_on_wire = 0.0
@@ -65,28 +60,27 @@ class PoolService:
             WireError: See `PoolWire.receive`; also a backward without its forward, or with other counts.
         """
         mine = [(slot, [key for key in slot if key.trunk_rank in self._served]) for slot in slots]
-        # A thread receives in the schedule's order while this one computes. The lanes bound what it holds, because a
-        # slot's future is released once the slot has been served.
-        coming = deque(self._receiver.submit(self._wire.receive_in_thread, keys, step) for _, keys in mine if keys)
+        # A thread receives in the schedule's order while this one computes. The lanes bound what it holds, because what
+        # has arrived is released once it has been served.
+        coming = deque(self._wire.receive(keys, step) for _, keys in mine if keys)
         try:
             for slot, keys in mine:
                 if keys:
                     self._serve_slot(keys, coming.popleft(), step)
-                    self._queue_depths.append(sum(1 for _ in takewhile(Future.done, coming)))
+                    self._queue_depths.append(sum(1 for _ in takewhile(lambda arrived: arrived.future.done(), coming)))
                 elif not slot:
                     self.shard.deferred_dw.seal()
         except BaseException:
-            # Do not wait for the thread: it may be waiting for a message that never arrives.
-            self._receiver.shutdown(wait=False, cancel_futures=True)
+            self._wire.stop()
             raise
         assert self._server.open_forwards == 0, "the schedule leaves forwards without a backward"
 
-    def _serve_slot(self, keys: list[RequestKey], coming: Future[_Received], step: int) -> None:
-        self.shard.deferred_dw.drain_until(coming)
+    def _serve_slot(self, keys: list[RequestKey], coming: Arrived, step: int) -> None:
+        self.shard.deferred_dw.drain_until(coming.future)
         started = time.perf_counter()
-        batches, headers_came = coming.result()
+        batches = coming.ready()
         received = time.perf_counter()
-        on_wire = received - max(started, headers_came)
+        on_wire = received - max(started, coming.headers_came)
         self.seconds_on_wire += on_wire
         self.seconds_waiting += received - started - on_wire
         requests = dict(zip(keys, batches, strict=True))
@@ -110,8 +104,7 @@ class PoolService:
             elif kind == Kind.BACKWARD:
                 self._gradients_e += torch.tensor(counts.listed)
         started = time.perf_counter()
-        for key, (_, served), answer_ND in zip(keys, batches, answers, strict=True):
-            self._wire.answer(key, step, answer_ND, served.listed)
+        self._wire.answer(keys, step, answers, [served.listed for _, served in batches])
         self.seconds_on_wire += time.perf_counter() - started
 
     def _backward(self, keys: list[RequestKey], batches: list[tuple[Tensor, Counts]]) -> list[Tensor]:

@@ -83,6 +83,7 @@ def run_training(
     save_to: Path | None = None,
     resume_from: Path | None = None,
     save_after: int | None = None,
+    warm_up: bool = False,
 ) -> Outcome:
     """Train on all ranks of the recipe's layout and bring the parts together.
 
@@ -91,11 +92,13 @@ def run_training(
         save_to: folder for a checkpoint.
         save_after: steps after which it is saved, while training continues; default: at the end.
         resume_from: folder whose newest checkpoint to begin with.
+        warm_up: whether to warm up before the first step, as on GPUs.
     """
     with tempfile.TemporaryDirectory() as folder:
         recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update={"dir": folder})})
         last = recipe.train.steps if steps is None else steps
-        ranks = run_ranks(recipe.grid.world_size, _train, recipe, last, save_to, resume_from, save_after or last)
+        after = save_after or last
+        ranks = run_ranks(recipe.grid.world_size, _train, recipe, last, save_to, resume_from, after, warm_up)
     gradients = [together(parts) for parts in zip(*(rank["gradients"] for rank in ranks), strict=True)]
     weights = together([rank["weights"] for rank in ranks])
     trunk = ranks[0]
@@ -121,7 +124,7 @@ def optimizer_step(job: Any, role: Any, step: int) -> Any:
 
 
 def _train(
-    recipe: Recipe, steps: int, save_to: Path | None, resume_from: Path | None, save_after: int
+    recipe: Recipe, steps: int, save_to: Path | None, resume_from: Path | None, save_after: int, warm_up: bool
 ) -> dict[str, Any]:
     from trainer.checkpoint import format as checkpoint
     from trainer.checkpoint.resume import load_checkpoint
@@ -145,6 +148,8 @@ def _train(
         assert placement
         role = PoolRank(recipe, job, make_schedule(recipe), placement)
     result: dict[str, Any] = {"scalars": [], "gradients": [], "val_loss": 0.0, "load_LM": None, "random_loss": 0.0}
+    if warm_up:
+        role.warm_up(job.start_timeout)
     if saved:
         load_checkpoint(job, recipe, saved, role)
     elif recipe.train.init_from:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -30,13 +31,18 @@ class Mailbox:
         self._works = works
         self.answers: dict[RequestKey, Tensor] = {}
 
-    def receive_in_thread(self, keys: Sequence[RequestKey], step: int) -> tuple[list[tuple[Tensor, Counts]], float]:
+    def receive(self, keys: Sequence[RequestKey], step: int) -> Any:
         works = [(key, self._works[key.forward]) for key in keys]
         rows = [(work.dy_ND if key.kind == Kind.BACKWARD else work.x_ND, Counts.of(work.counts)) for key, work in works]
-        return rows, time.perf_counter()
+        now, done = time.perf_counter(), Future[None]()
+        done.set_result(None)
+        return SimpleNamespace(future=done, ready=lambda: rows, headers_came=now)
 
-    def answer(self, key: RequestKey, step: int, rows_ND: Tensor, served_e: Sequence[int]) -> None:
-        self.answers[key] = rows_ND
+    def answer(self, keys: Sequence[RequestKey], step: int, rows: Sequence[Tensor], served: Any) -> None:
+        self.answers.update(zip(keys, rows, strict=True))
+
+    def stop(self) -> None:
+        pass
 
 
 def key_of(micro_batch: int, layer: int, kind: Kind = Kind.FORWARD) -> RequestKey:

@@ -15,7 +15,7 @@ from pool.counts import Counts
 from pool.schedule import Kind, RequestKey
 from pool.shard import ExpertServer, ExpertShard
 from pool.topology import Topology
-from pool.wire import PoolWire, TrunkWire, WireError
+from pool.wire import WireError, pool_wire, trunk_wire
 from tests.distributed import run_ranks
 from tests.pool.wire_job import (
     LONG,
@@ -42,12 +42,12 @@ from tests.pool.wire_job import (
 def round_trip(topology: Topology, lanes: int, dtype: torch.dtype) -> Any:
     """A step and an evaluation. A trunk rank returns its answers; a pool rank its gradients, load and what is open."""
     store = connect()
-    host, lane_groups = groups(store, "job", topology, lanes)
+    joined = groups(store, "job", topology, lanes)
     ends = settings(topology, dtype, LONG)
     plans = [(train_plan(topology.trunk_ranks, lanes), STEP)]
     plans.append((evaluation_plan(topology.trunk_ranks), STEP + 1))
     if topology.is_trunk(my_rank()):
-        wire = TrunkWire(ends, host, lane_groups)
+        wire = trunk_wire(ends, joined)
         answers: dict[RequestKey, Tensor] = {}
         for plan, step in plans:
             for requests in plan:
@@ -56,14 +56,14 @@ def round_trip(topology: Topology, lanes: int, dtype: torch.dtype) -> Any:
                 answers.update((key, answer.wait()) for key, answer in zip(keys, sent, strict=True))
         barrier(store, "end")
         return answers, wire.bytes_sent, wire.bytes_received
-    pool_wire = PoolWire(ends, host, lane_groups)
-    service = make_service(topology, pool_wire, dtype)
+    pool = pool_wire(ends, joined)
+    service = make_service(topology, pool, dtype)
     for plan, step in plans:
         service.serve(slots(plan), step)
     service.shard.deferred_dw.drain()
     loads = [(served.tokens_Le, served.gradients_e) for served in (service.take_served(), service.take_served())]
     barrier(store, "end")
-    return service.shard.w13_e2FD.grad, service.shard.w2_eDF.grad, loads, pool_wire.bytes_sent, pool_wire.bytes_received
+    return service.shard.w13_e2FD.grad, service.shard.w2_eDF.grad, loads, pool.bytes_sent, pool.bytes_received
 
 
 def local(topology: Topology, lanes: int, dtype: torch.dtype) -> tuple[dict[RequestKey, Tensor], ExpertShard, Tensor]:
@@ -199,14 +199,14 @@ def misfits() -> dict[str, str]:
     errors: dict[str, str] = {}
     kept: list[Any] = []
     for name, (sent, planned, _) in MISFITS.items():
-        host, lanes = groups(store, name, topology, lanes=2)
+        joined = groups(store, name, topology, lanes=2)
         ends = settings(topology, torch.float32, LONG)
         if my_rank() == 0:
-            trunk = TrunkWire(ends, host, lanes)
+            trunk = trunk_wire(ends, joined)
             for key, step, counts in sent:
                 kept.append(trunk.request(key, step, torch.ones(max(0, sum(counts)), D), torch.tensor(counts)))
         else:
-            service = make_service(topology, PoolWire(ends, host, lanes))
+            service = make_service(topology, pool_wire(ends, joined))
             try:
                 # One plan of all slots, so that forwards may wait for their backwards.
                 service.serve(slots((key,) for key in planned), STEP)
@@ -214,7 +214,7 @@ def misfits() -> dict[str, str]:
                 errors[name] = str(error)
             kept.append(service)
         barrier(store, name)
-        kept += [host, *lanes]
+        kept.append(joined)
     return errors
 
 

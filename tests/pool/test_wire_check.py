@@ -13,8 +13,8 @@ from torch import Tensor
 
 from pool.schedule import Kind, RequestKey
 from pool.topology import Topology
-from pool.wire import PoolWire, TrunkWire
-from pool.wire_check import altered, fingerprint, not_finite
+from pool.wire import WireGroups, WireSettings, pool_wire, trunk_wire
+from pool.wire.check import altered, fingerprint, not_finite
 from tests.distributed import run_ranks
 from tests.pool.wire_job import LONG, STEP, D, barrier, connect, error_of, groups, my_rank, settings
 from tests.training import assert_same, run_training, tiny
@@ -119,12 +119,12 @@ def violations() -> dict[str, str]:
     errors: dict[str, str] = {}
     kept: list[Any] = []
     for name, case in CASES.items():
-        host, lanes = groups(store, name, topology, lanes=2)
+        joined = groups(store, name, topology, lanes=2)
         run = trunk if my_rank() == 0 else pool
         noise = case.request_noise if my_rank() == 0 else case.answer_noise
-        lanes[KEY.lane] = Noisy(lanes[KEY.lane], noise)
-        kept += [host, *lanes]
-        found = error_of(partial(run, case, kept, ends, host, lanes))
+        kept.append(joined)
+        joined = replace(joined, lanes=[Noisy(lane, noise) for lane in joined.lanes])
+        found = error_of(partial(run, case, kept, ends, joined))
         if my_rank() == case.finder:
             errors[name] = found
         else:
@@ -133,20 +133,20 @@ def violations() -> dict[str, str]:
     return errors
 
 
-def trunk(case: Case, kept: list[Any], *ends: Any) -> None:
-    answer = TrunkWire(*ends).request(KEY, STEP, case.rows(), torch.tensor(case.counts))
+def trunk(case: Case, kept: list[Any], ends: WireSettings, joined: WireGroups) -> None:
+    answer = trunk_wire(ends, joined).request(KEY, STEP, case.rows(), torch.tensor(case.counts))
     kept.append(answer)
     if case.finder == 0:
         answer.wait()
 
 
-def pool(case: Case, kept: list[Any], *ends: Any) -> None:
-    wire = PoolWire(*ends)
+def pool(case: Case, kept: list[Any], ends: WireSettings, joined: WireGroups) -> None:
+    wire = pool_wire(ends, joined)
     kept.append(wire)
     if case.counts != COUNTS or case.rows is not ones:
         return  # the trunk finds it before it sends
-    ((rows_ND, counts),) = wire.receive([KEY], STEP)
-    wire.answer(case.answer_key, STEP, case.answered(rows_ND), case.served(counts.listed))
+    ((rows_ND, counts),) = wire.receive([KEY], STEP).ready()
+    wire.answer([case.answer_key], STEP, [case.answered(rows_ND)], [case.served(counts.listed)])
 
 
 @pytest.fixture(scope="module")

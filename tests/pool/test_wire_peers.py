@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from pool.schedule import RequestKey
 from pool.topology import Topology
-from pool.wire import PoolWire, TrunkWire
+from pool.wire import PoolWire, pool_wire, trunk_wire
 from tests.distributed import RankFailed, run_ranks
 from tests.pool.wire_job import LONG, STEP, D, barrier, connect, error_of, groups, my_rank, settings, train_plan
 
@@ -54,10 +55,14 @@ class NoReceives(Mute):
 
 def answer_twice(pool: PoolWire, key: RequestKey) -> None:
     """Whether the first answer came is known when the next message is due."""
-    ((rows_ND, counts),) = pool.receive([key], STEP)
-    pool.answer(key, STEP, rows_ND, counts.listed)
-    pool.answer(key, STEP, rows_ND, counts.listed)
-    pool.receive([key], STEP)
+    ((rows_ND, counts),) = pool.receive([key], STEP).ready()
+    pool.answer([key], STEP, [rows_ND], [counts.listed])
+    pool.answer([key], STEP, [rows_ND], [counts.listed])
+    pool.receive([key], STEP).ready()
+
+
+def receive(pool: PoolWire, keys: Sequence[RequestKey]) -> None:
+    pool.receive(keys, STEP).ready()
 
 
 def silence() -> dict[str, str]:
@@ -72,24 +77,26 @@ def silence() -> dict[str, str]:
     errors: dict[str, str] = {}
     kept: list[Any] = []
     for case in SILENCES:
-        host, lanes = groups(store, case, topology, lanes=1)
-        kept += [host, *lanes]
+        joined = groups(store, case, topology, lanes=1)
+        kept.append(joined)
         if my_rank() == 0:
-            kept.append(TrunkWire(short, host, lanes).request(keys[0], STEP, torch.ones(3, D), counts))
+            kept.append(trunk_wire(short, joined).request(keys[0], STEP, torch.ones(3, D), counts))
         if my_rank() == 1 and case in ("trunk without its tokens", "trunk that takes no answer"):
-            lane = NoReceives(lanes[0]) if case == "trunk that takes no answer" else Mute()
-            kept.append(TrunkWire(short, host, [lane]).request(keys[1], STEP, torch.ones(3, D), counts))
+            lane = NoReceives(joined.lanes[0]) if case == "trunk that takes no answer" else Mute()
+            kept.append(
+                trunk_wire(short, replace(joined, lanes=[lane])).request(keys[1], STEP, torch.ones(3, D), counts)
+            )
         if my_rank() == 2 and case == "pool without an answer":
-            PoolWire(long, host, lanes).receive(keys[:1], STEP)
+            pool_wire(long, joined).receive(keys[:1], STEP).ready()
         barrier(store, f"start {case}")
         if my_rank() == 0 and case.startswith("pool"):
             errors[case] = error_of(kept[-1].wait)
         if my_rank() == 2 and case.startswith("trunk"):
-            pool = PoolWire(short, host, lanes)
+            pool = pool_wire(short, joined)
             if case == "trunk that takes no answer":
                 errors[case] = error_of(partial(answer_twice, pool, keys[1]))
             else:
-                errors[case] = error_of(partial(pool.receive, keys, STEP))
+                errors[case] = error_of(partial(receive, pool, keys))
         barrier(store, f"end {case}")
     return errors
 
@@ -119,31 +126,31 @@ def deaths(folder: str) -> None:
 
     store, topology = connect(), Topology(1, 2, 2)
     ends = settings(topology, torch.float32, LONG)
-    host, lanes = groups(store, "first", topology, lanes=1)
-    next_host, next_lanes = groups(store, "next", topology, lanes=1)
+    joined = groups(store, "first", topology, lanes=1)
+    joined_next = groups(store, "next", topology, lanes=1)
     first, second = (requests[0] for requests in list(train_plan(1, lanes=1))[:2])
     barrier(store, "start")
     if my_rank() == 0:
         rows_ND, counts_M = torch.ones(4, D), torch.tensor([1, 0, 1, 0, 2, 0])
-        answer = TrunkWire(ends, host, lanes).request(first, STEP, rows_ND, counts_M)
+        answer = trunk_wire(ends, joined).request(first, STEP, rows_ND, counts_M)
         store.set("requested", "")
         tell("trunk waits", answer.wait)
         time.sleep(SETTLE)
-        wire = TrunkWire(ends, next_host, next_lanes)
+        wire = trunk_wire(ends, joined_next)
         tell("trunk starts", lambda: wire.request(second, STEP, rows_ND, counts_M).wait())
         store.wait(["received"])
         time.sleep(SETTLE)
         os._exit(0)
-    pool = PoolWire(ends, host, lanes)
-    ((rows_ND, counts),) = pool.receive([first], STEP)
+    pool = pool_wire(ends, joined)
+    ((rows_ND, counts),) = pool.receive([first], STEP).ready()
     if my_rank() == 1:
         store.wait(["requested"])
         os._exit(0)
     store.set("received", "")
-    tell("pool waits", lambda: pool.receive([second], STEP))
+    tell("pool waits", lambda: pool.receive([second], STEP).ready())
     time.sleep(SETTLE)
-    tell("pool starts", lambda: pool.receive([second], STEP))
-    tell("pool answers", lambda: pool.answer(first, STEP, rows_ND, counts.listed))
+    tell("pool starts", lambda: pool.receive([second], STEP).ready())
+    tell("pool answers", lambda: pool.answer([first], STEP, [rows_ND], [counts.listed]))
 
 
 def test_peers_that_are_gone(tmp_path: Path) -> None:

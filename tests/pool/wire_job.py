@@ -19,7 +19,7 @@ from pool.schedule import Kind, RequestKey, Slot
 from pool.service import PoolService
 from pool.shard import ExpertShard
 from pool.topology import Topology
-from pool.wire import PoolWire, WireError, WireSettings
+from pool.wire import PoolWire, WireError, WireGroups, WireSettings
 
 M, D, F, L = 6, 5, 7, 2
 MICRO_BATCHES = 2
@@ -45,14 +45,14 @@ def barrier(store: dist.Store, name: str) -> None:
     store.wait([f"{name}/{rank}" for rank in range(int(os.environ["WORLD_SIZE"]))])
 
 
-def groups(store: dist.Store, name: str, topology: Topology, lanes: int) -> tuple[Any, list[Any]]:
-    """(host group, lane groups) of its own for every `name`: an error of gloo takes a group's connections with it."""
+def groups(store: dist.Store, name: str, topology: Topology, lanes: int) -> WireGroups:
+    """Groups of its own for every `name`: an error of gloo takes a group's connections with it."""
 
     def group(which: str) -> Any:
         prefix = dist.PrefixStore(f"{name}/{which}", store)
         return dist.ProcessGroupGloo(prefix, my_rank(), topology.world_size, timedelta(seconds=GROUP))
 
-    return group("host"), [group(f"lane{lane}") for lane in range(lanes)]
+    return WireGroups(group("host"), [group(f"lane{lane}") for lane in range(lanes)])
 
 
 def settings(topology: Topology, dtype: torch.dtype, timeout: float) -> WireSettings:

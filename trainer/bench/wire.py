@@ -17,7 +17,7 @@ from torch import multiprocessing
 
 from pool.placement import contiguous
 from pool.schedule import Kind, RequestKey
-from pool.wire import PoolWire, TrunkWire
+from pool.wire import PoolWire, TrunkWire, pool_wire, trunk_wire
 from trainer.cluster.launch import free_port
 from trainer.config.recipe import Recipe
 from trainer.planning.model_costs import FP32
@@ -112,13 +112,14 @@ def _rank(
     # Either end must live until the job is closed, or the pool's last answer could be lost before it is sent.
     end: TrunkWire | PoolWire
     if job.is_trunk:
-        end = TrunkWire(settings, job.host_group, job.lane_groups)
+        end = trunk_wire(settings, job.wire_groups)
         figures.put(_Trunk(end).measure(message_bytes))
     else:
-        end = PoolWire(settings, job.host_group, job.lane_groups)
+        end = pool_wire(settings, job.wire_groups)
         for step in range(SMALL + LARGE + BESIDE):
-            ((rows_ND, counts),) = end.receive([_KEY], step)
-            end.answer(_KEY, step, rows_ND, counts.listed)  # every request is answered with its own rows
+            ((rows_ND, counts),) = end.receive([_KEY], step).ready()
+            end.answer([_KEY], step, [rows_ND], [counts.listed])  # every request is answered with its own rows
+    end.settle()
     job.close()
 
 

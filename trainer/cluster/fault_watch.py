@@ -17,6 +17,7 @@ from typing import NoReturn
 
 import psutil
 
+from pool.wire.reasons import from_peers
 from trainer.cluster.liveness import Liveness
 from trainer.cluster.rendezvous import Member
 from trainer.common.credentials import redacted
@@ -29,9 +30,6 @@ _STOP = (signal.SIGTERM, signal.SIGUSR1)
 """What Kubernetes and Slurm send before they take a node away: save a checkpoint, then end."""
 
 _WATCHED = (*_STOP, signal.SIGINT)
-
-_FROM_PEERS = ("imed out", "onnection", "roken pipe", "remote process exited")
-"""Parts of the errors that gloo, NCCL and the store raise when a rank of another machine has stopped or is gone."""
 
 
 class FaultWatch:
@@ -128,7 +126,7 @@ class FaultWatch:
             dead = self._dead_peers()
         if dead:
             return f"{dead} died first"
-        if self._liveness and any(word in str(error) for word in _FROM_PEERS) and (silent := self._liveness.silent()):
+        if self._liveness and from_peers(str(error)) and (silent := self._liveness.silent()):
             return f"{self._liveness.describe(silent)} does not respond"
         return ""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
@@ -11,19 +12,28 @@ import torch
 import torch.distributed as dist
 
 from pool.topology import Topology
+from pool.wire import DeviceGroups, WireGroups
+from pool.wire.nccl import MAX_CTAS, NcclCommunicator
+from pool.wire.streams import CudaStreams
+from trainer.cluster.liveness import PeerLost
 from trainer.cluster.rendezvous import Member
 from trainer.config.recipe import Recipe
+
+_WATCHDOG_LIMITS = 5
+"""Limit of torch's own watchdog of NCCL, in limits of the wire, which shall name what takes too long before."""
 
 
 class Job:
     """This rank's place in the job, and the groups that join the roles.
 
     The default group of torch.distributed, which DeepSpeed uses, is local to the role: all trunk ranks, or all replicas
-    of one shard. Groups across the roles span all ranks and are built by hand: `control` and `host` (gloo), and one
-    group per lane for payloads.
+    of one shard. Groups across the roles span all ranks and are built by hand: `control` (gloo) and those of the wire.
 
     Args:
         lanes: Micro-batches in flight on each trunk rank.
+
+    Attributes:
+        wire_groups: The groups that carry tokens, unless the layout is colocated.
 
     Raises:
         PeerLost: Another rank died, does not respond, or did not join within `parallel.start_timeout_seconds`.
@@ -57,22 +67,41 @@ class Job:
             timeout=self.timeout,
         )
         self._cross_groups: list[Any] = []
-        self._control = self._cross_group("control", torch.device("cpu"))
+        self._communicators: list[NcclCommunicator] = []
+        self._control = self._cross_group("control")
         if not self.topology.colocated:
-            self.host_group = self._cross_group("host", torch.device("cpu"))
-            self.lane_groups = [self._cross_group(f"lane{lane}", self.payload_device) for lane in range(lanes)]
+            host = self._cross_group("host")
+            if self.payload_device.type == "cuda":
+                self.wire_groups = WireGroups(host, device=self._device_groups())
+            else:
+                self.wire_groups = WireGroups(host, [self._cross_group(f"lane{lane}") for lane in range(lanes)])
 
-    def _cross_group(self, name: str, device: torch.device) -> Any:
-        store = dist.PrefixStore(name, self._store)
-        size = self.topology.world_size
-        if device.type == "cuda":
-            options = dist.ProcessGroupNCCL.Options()
-            options._timeout = self.timeout
-            group: Any = dist.ProcessGroupNCCL(store, self.rank, size, options)
-        else:
-            group = dist.ProcessGroupGloo(store, self.rank, size, self.timeout)
+    def _cross_group(self, name: str) -> Any:
+        group = dist.ProcessGroupGloo(
+            dist.PrefixStore(name, self._store), self.rank, self.topology.world_size, self.timeout
+        )
         self._cross_groups.append(group)
         return group
+
+    def _device_groups(self) -> DeviceGroups:
+        """Create the wire's communicators and connect every trunk rank with the pool ranks that serve it."""
+        streams, t = CudaStreams(self.payload_device), self.topology
+        peers: Sequence[int] = [t.pool_rank(shard, self.rank) for shard in range(t.expert_parallel)]
+        peers = peers if self.is_trunk else t.served_trunk_ranks(self.rank)
+        requests, answers = self._communicator("requests"), self._communicator("answers")
+        requests.connect(peers, self.is_trunk, streams)
+        answers.connect(peers, not self.is_trunk, streams)
+        return DeviceGroups(requests, answers, streams, lambda: self.liveness.describe(self.liveness.dead()))
+
+    def _communicator(self, name: str) -> NcclCommunicator:
+        options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+        options.config.max_ctas = MAX_CTAS
+        options._timeout = _WATCHDOG_LIMITS * self.timeout
+        store = dist.PrefixStore(name, self._store)
+        group = dist.ProcessGroupNCCL(store, self.rank, self.topology.world_size, options)
+        group.eager_connect_single_device(self.payload_device)
+        self._communicators.append(NcclCommunicator(group))
+        return self._communicators[-1]
 
     def sum_over_ranks(self, values: Sequence[float]) -> list[float]:
         """Return the sum of every rank's values, in float64, the same on all ranks. A collective of all ranks."""
@@ -92,9 +121,27 @@ class Job:
         self._control.allreduce([torch.zeros(1)], options).wait(self.start_timeout)
 
     def close(self) -> None:
-        """Leave the job. Threads of a group that is open when the interpreter exits would abort the process."""
+        """Leave the job. Threads of a group that is open when the interpreter exits would abort the process.
+
+        Raises:
+            PeerLost: Not all ranks have come here, or NCCL's groups do not end, within
+                `parallel.start_timeout_seconds`.
+        """
         self.liveness.stop()
         self.barrier()
+        leaving = threading.Thread(target=self._leave, daemon=True, name="leave")
+        leaving.start()
+        leaving.join(self.start_timeout.total_seconds())
+        if leaving.is_alive():
+            limit = self.start_timeout.total_seconds()
+            raise PeerLost(f"{self.name} could not close its process groups within {limit:g} s (timed out)")
+
+    def _leave(self) -> None:
+        """Close the groups, in the same order on all ranks. Nothing is on the wire, so its communicators are aborted,
+        which waits for no peer."""
+        self._choose_gpu()
+        for communicator in self._communicators:
+            communicator.abort()
         for group in self._cross_groups:
             group.shutdown()
         self._cross_groups.clear()

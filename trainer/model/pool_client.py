@@ -73,6 +73,7 @@ class RemotePool(PoolClient):
             else:
                 values[number] = result
         assert not lanes, "the schedule ends before the micro-batches"
+        self._wire.settle()
         self.bytes_sent, self.bytes_received = self._wire.bytes_sent, self._wire.bytes_received
         return [values[number] for number in sorted(values)]
 

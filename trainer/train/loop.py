@@ -148,6 +148,11 @@ def start(recipe: Recipe, launch: Launch, watch: FaultWatch, force: bool) -> Run
     saver = Saver(job, recipe, folder.checkpoints, role, data, role.metrics)
     job.shared.put("metrics", role.metrics.address)
     job.barrier()
+    (gpus,) = job.sum_over_ranks([float(job.device.type == "cuda")])
+    if placement and gpus:
+        watch.phase = "warm-up"
+        role.warm_up(job.start_timeout)
+        watch.phase = "start-up"
 
     # Load its state.
     if saved:

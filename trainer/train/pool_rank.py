@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from datetime import timedelta
 from typing import Any
 
 from pool.placement import Placement
+from pool.schedule import WARM_UP_STEP, lockstep_schedule
 from pool.service import PoolService
-from pool.wire import PoolWire
+from pool.wire import pool_wire
 from trainer.cluster.process_groups import Job
 from trainer.config.recipe import Recipe
 from trainer.engine.experts import build_shard, reduce_expert_gradients, wire_settings
@@ -33,12 +35,26 @@ class PoolRank:
         self._shard = build_shard(recipe, placement, index, job.device)
         self._engine = build_engine(self._shard, recipe, "pool", job.role_size)
         self.engines = {f"pool/shard_{index}": self._engine}
-        self._wire = PoolWire(wire_settings(recipe, job, placement), job.host_group, job.lane_groups)
+        self._wire = pool_wire(wire_settings(recipe, job, placement), job.wire_groups)
         self._service = PoolService(self._shard, self._wire, recipe.model.layers)
         self.clock = UsageClock(self._service)
         layers = recipe.model.layers if recipe.metrics.per_layer_experts else 0
         load = ExpertLoad(self._shard.expert_ids, recipe.pool.experts, layers)
         self.metrics = MetricsServer(recipe.metrics, "pool", job.rank, job.local_rank, load)
+
+    def warm_up(self, limit: timedelta) -> None:
+        """See `TrunkRank.warm_up`: serve its requests."""
+        schedule = lockstep_schedule(self._recipe.grid.trunk_ranks, 1, self._recipe.model.layers)
+        self._wire.limit = limit
+        with self._engine.accumulating():
+            self._service.serve(schedule.slots, WARM_UP_STEP)
+            reduce_expert_gradients(self._shard, self._recipe)
+        self._engine.grad_norm()
+        self._wire.settle()
+        self._engine.step(math.inf)
+        self._shard.weights_changed()
+        self._service.take_served()
+        self._wire.limit = self._wire.settings.timeout
 
     def accumulate(self, step: int) -> float:
         """Serve an optimizer step up to its reduced gradients, and return the square of their norm."""
@@ -47,7 +63,9 @@ class PoolRank:
             self._service.serve(self.plan.slots, step)
             reduce_expert_gradients(self._shard, self._recipe)
             self.clock.computed()
-        return squared_norm(float(self._engine.grad_norm()))
+        norm = float(self._engine.grad_norm())
+        self._wire.settle()
+        return squared_norm(norm)
 
     def step(self, step: int, total_norm: float) -> None:
         """Update the weights, clipping by the norm over both roles."""
@@ -60,11 +78,13 @@ class PoolRank:
     def evaluate(self, batches: int, step: int, random_layer: int | None = None) -> tuple[float, None]:
         """Serve the trunk ranks' evaluation of `batches` global batches. A pool rank knows neither loss nor load."""
         self._service.serve(self._schedule.evaluation(batches * self._recipe.micro_batches).slots, step)
+        self._wire.settle()
         return math.nan, None
 
     def generate(self, tokens: int, step: int) -> None:
         """Serve the trunk ranks' generation of `tokens` tokens."""
         self._service.serve(self._schedule.generation(tokens).slots, step)
+        self._wire.settle()
 
     def state_dict(self) -> dict[str, Any]:
         """Return nothing: the engine holds all the state of a pool rank."""

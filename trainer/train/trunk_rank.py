@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pool.placement import Placement
+from pool.schedule import WARM_UP_STEP, lockstep_schedule
 from pool.shard import ExpertShard
-from pool.wire import TrunkWire
+from pool.wire import TrunkWire, trunk_wire
 from router import LoadStatistics, SigmoidBiasRouter, balance_coefficients
 from trainer.cluster.process_groups import Job
 from trainer.config.recipe import Recipe
@@ -80,6 +82,7 @@ class TrunkRank:
         self.trunk = Trunk(recipe, job.device, document_end)
         self.engines = {"trunk": build_engine(self.trunk, recipe, "trunk", job.role_size)}
         self._shard: ExpertShard | None = None
+        self._wire: TrunkWire | None = None
         self._pool = PoolClient()
         self._pool_map: PoolMap | None = None
         if placement:
@@ -103,8 +106,8 @@ class TrunkRank:
             self.engines["pool/shard_0"] = build_engine(self._shard, recipe, "pool", job.role_size)
             self._pool = LocalPool(self._shard)
         else:
-            wire = TrunkWire(wire_settings(recipe, job, placement), job.host_group, job.lane_groups)
-            self._pool = RemotePool(wire, job.rank)
+            self._wire = trunk_wire(wire_settings(recipe, job, placement), job.wire_groups)
+            self._pool = RemotePool(self._wire, job.rank)
 
     def _expert_load(self) -> ExpertLoad | None:
         """Return the load to serve as metrics: of all experts, if no pool rank serves it."""
@@ -113,6 +116,37 @@ class TrunkRank:
             return None
         layers = recipe.model.layers if recipe.metrics.per_layer_experts else 0
         return ExpertLoad(range(recipe.pool.experts), recipe.pool.experts, layers, backward=False)
+
+    def warm_up(self, limit: timedelta) -> None:
+        """Run a micro-batch forward and backward, with the pool, and leave nothing behind.
+
+        What takes long the first time, such as compiling kernels, then does not happen in a step, where waits are
+        shorter. The gradients go as those of a step that is skipped. All ranks call this together.
+
+        Args:
+            limit: Longest wait for a message meanwhile.
+        """
+        recipe, rank = self._recipe, self._job.rank
+        assert self._pool_map is not None
+        order = lockstep_schedule(recipe.grid.trunk_ranks, 1, recipe.model.layers).lane_order[rank]
+        objective = Objective(1.0, lambda load_LM: 0.0 * load_LM, recipe.router.z_loss, recipe.train.recompute)
+        sequences_BS1 = next(self._sequences(self._training, 0))
+        if self._wire:
+            self._wire.limit = limit
+        with ExitStack() as stack:
+            for engine in self.engines.values():
+                stack.enter_context(engine.accumulating())
+            micro_batch = train_micro_batch(self.trunk, self._pool_map, sequences_BS1, 0, objective)
+            self._pool.run([micro_batch], order, WARM_UP_STEP)
+            if self._shard is not None:
+                reduce_expert_gradients(self._shard, recipe)
+        for engine in self.engines.values():
+            engine.grad_norm()
+            engine.step(math.inf)
+        if self._shard is not None:
+            self._shard.weights_changed()
+        if self._wire:
+            self._wire.limit = self._wire.settings.timeout
 
     def accumulate(self, step: int) -> float:
         """Run forward and backward of this rank's share of the global batch.

@@ -56,6 +56,9 @@ class Echo:
 
     bytes_sent = bytes_received = 0
 
+    def settle(self) -> None:
+        pass
+
     def request(self, key: Any, step: int, rows_ND: torch.Tensor, tokens_per_expert: torch.Tensor) -> Any:
         return SimpleNamespace(wait=lambda: rows_ND)
 

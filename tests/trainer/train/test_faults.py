@@ -54,14 +54,14 @@ PLACES = {
     "forward": (
         STEP,
         [
-            Place("pool.wire:TrunkWire.request", partial(requested, Kind.FORWARD)),
+            Place("pool.wire.host:HostTrunk.request", partial(requested, Kind.FORWARD)),
             Place("pool.service:PoolService._serve_kind", partial(served, Kind.FORWARD)),
         ],
     ),
     "backward": (
         STEP,
         [
-            Place("pool.wire:TrunkWire.request", partial(requested, Kind.BACKWARD)),
+            Place("pool.wire.host:HostTrunk.request", partial(requested, Kind.BACKWARD)),
             Place("pool.service:PoolService._serve_kind", partial(served, Kind.BACKWARD)),
         ],
     ),
@@ -69,7 +69,7 @@ PLACES = {
     "evaluation": (
         "the evaluation after step 2",
         [
-            Place("pool.wire:TrunkWire.request", partial(requested, Kind.FORWARD_ONLY)),
+            Place("pool.wire.host:HostTrunk.request", partial(requested, Kind.FORWARD_ONLY)),
             Place("pool.service:PoolService._serve_kind", partial(served, Kind.FORWARD_ONLY)),
         ],
     ),

@@ -1,0 +1,249 @@
+"""Payloads in host memory: the transport over gloo, with a group per lane.
+
+The receive of an answer is posted together with its request, so that its rows need no header. The peer's socket holds
+what it has not received yet.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pool.counts import Counts
+from pool.schedule import RequestKey
+from pool.wire.check import altered, fingerprint, not_conserved, not_finite
+from pool.wire.contract import End, Exchange, WireGroups, WireSettings
+
+# Tags of payloads in a lane's own group. A request's header has its lane as tag, an answer's adds the number of lanes.
+_REQUEST_TAG, _ANSWER_TAG = 1, 2
+
+
+@dataclass(frozen=True)
+class _Transfer:
+    """A send or receive in progress. It keeps its message alive, and names the exchange in errors."""
+
+    end: _HostEnd
+    work: Any
+    message: Tensor
+    doing: str
+    exchange: Exchange
+
+    def wait(self) -> None:
+        with self.end.naming(self.doing, self.exchange):
+            self.work.wait(self.end.limit)
+
+
+class _HostEnd(End):
+    """What both ends share: the groups and buffers."""
+
+    def __init__(self, settings: WireSettings, groups: WireGroups):
+        super().__init__(settings)
+        self._host, self._lanes = groups.host, groups.lanes
+
+    def _start(
+        self,
+        operation: Callable[[list[Tensor], int, int], Any],
+        message: Tensor,
+        tag: int,
+        doing: str,
+        exchange: Exchange,
+    ) -> _Transfer:
+        """Start a send or receive of a group. If the peer is known to be gone, this fails at once."""
+        with self.naming(doing, exchange):
+            return _Transfer(self, operation([message], exchange.peer, tag), message, doing, exchange)
+
+    def _header(self, exchange: Exchange, counts_e: Tensor, rows_ND: Tensor, payload: str) -> Tensor:
+        """Return the header for this payload, which errors call `payload` ("the answer to")."""
+        parts = [torch.tensor(exchange.fields), counts_e]
+        if self.settings.check:
+            if wrong := not_finite(rows_ND):
+                self.refuse(payload, wrong, exchange)
+            parts.append(torch.tensor(fingerprint(rows_ND)))
+        return torch.cat(parts)
+
+    def _payload_buffer(self, rows: int) -> Tensor:
+        s = self.settings
+        return torch.empty(rows, s.hidden, dtype=s.dtype, device=s.payload_device)
+
+    def _answer_tag(self, key: RequestKey) -> int:
+        return len(self._lanes) + key.lane
+
+    def settle(self) -> None:
+        """See `TrunkWire.settle`. Here every message is waited for where it is used."""
+
+
+@dataclass(frozen=True)
+class _CheckedPart:
+    """A shard's part of an answer with `WireSettings.check`: its header arrives before its rows are received."""
+
+    exchange: Exchange
+    sent_header: Tensor
+    header: Tensor
+    rows_ND: Tensor
+
+
+class HostAnswer:
+    """An answer in progress, which keeps all buffers until `wait`."""
+
+    def __init__(self, rows_ND: Tensor, end: HostTrunk):
+        self._rows_ND, self._end = rows_ND, end
+        self.transfers: list[_Transfer] = []
+        self.checked_parts: list[_CheckedPart] = []
+
+    def wait(self) -> Tensor:
+        """See `Answer.wait`."""
+        for transfer in self.transfers:
+            transfer.wait()
+        self._end.receive_checked(self.checked_parts)
+        self.transfers.clear()
+        return self._rows_ND.to(self._end.settings.device)
+
+
+class HostTrunk(_HostEnd):
+    """A trunk rank's end; see `pool.wire.contract.TrunkWire`."""
+
+    def request(self, key: RequestKey, step: int, rows_ND: Tensor, tokens_per_expert_M: Tensor) -> HostAnswer:
+        """See `TrunkWire.request`."""
+        s = self.settings
+        counts_se = tokens_per_expert_M.cpu().reshape(-1, s.num_local_experts)
+        sizes = counts_se.sum(1).tolist()
+        sent_ND = rows_ND.to(s.payload_device, s.dtype).contiguous()
+        if s.check:
+            self.check_rows(len(sent_ND), sum(sizes), key, step)
+        answer_ND = self._payload_buffer(sent_ND.shape[0])
+        lane = self._lanes[key.lane]
+        answer = HostAnswer(answer_ND, self)
+        shards = zip(counts_se, sent_ND.split(sizes), answer_ND.split(sizes), strict=True)
+        for shard, (counts_e, rows, answer_rows) in enumerate(shards):
+            exchange = Exchange(s.topology.pool_rank(shard, key.trunk_rank), key, step)
+            header = self._header(exchange, counts_e, rows, "the tokens to")
+            messages = [(self._host.send, header, key.lane, "send a header to")]
+            if len(rows):
+                messages.append((lane.send, rows, _REQUEST_TAG, "send tokens to"))
+            if s.check:
+                part = _CheckedPart(exchange, header, self.header_buffer(), answer_rows)
+                answer.checked_parts.append(part)
+                messages.append((self._host.recv, part.header, self._answer_tag(key), "get the answer's header of"))
+            elif len(rows):
+                messages.append((lane.recv, answer_rows, _ANSWER_TAG, "get the answer of"))
+            self.bytes_sent += header.nbytes + rows.nbytes
+            self.bytes_received += answer_rows.nbytes + (header.nbytes if s.check else 0)
+            answer.transfers += [self._start(*message, exchange) for message in messages]
+        return answer
+
+    def receive_checked(self, parts: Sequence[_CheckedPart]) -> None:
+        """Check the headers of an answer's parts, which have arrived, then receive the parts and check them too."""
+        receiving = []
+        for part in parts:
+            fields, served_e, returned = self.split(part.header)
+            _, sent_e, sent = self.split(part.sent_header)
+            self.check_fields(fields, "an answer", part.exchange)
+            if wrong := not_conserved(sent_e, sent[0], served_e, returned[0]):
+                self.refuse("the answer of", wrong, part.exchange)
+            if len(part.rows_ND):
+                receive = self._lanes[part.exchange.key.lane].recv
+                transfer = self._start(receive, part.rows_ND, _ANSWER_TAG, "get the answer of", part.exchange)
+                receiving.append((transfer, returned))
+        for transfer, returned in receiving:
+            transfer.wait()
+            if wrong := altered(transfer.message, returned):
+                self.refuse("the answer of", wrong, transfer.exchange)
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """The requests of a slot, which have arrived."""
+
+    requests: list[tuple[Tensor, Counts]]
+    headers_came: float
+
+
+class HostArrived:
+    """The requests of a slot; see `Arrived`."""
+
+    def __init__(self, future: Future[_Slot]):
+        self.future = future
+
+    @property
+    def headers_came(self) -> float:
+        """See `Arrived.headers_came`."""
+        return self.future.result().headers_came
+
+    def ready(self) -> list[tuple[Tensor, Counts]]:
+        """See `Arrived.ready`."""
+        return self.future.result().requests
+
+
+class HostPool(_HostEnd):
+    """A pool rank's end; see `pool.wire.contract.PoolWire`."""
+
+    def __init__(self, settings: WireSettings, groups: WireGroups):
+        super().__init__(settings, groups)
+        self._receiver = ThreadPoolExecutor(1, "receiver")
+        self._sending: dict[tuple[int, int], list[_Transfer]] = {}
+
+    def receive(self, keys: Sequence[RequestKey], step: int) -> HostArrived:
+        """See `PoolWire.receive`."""
+        return HostArrived(self._receiver.submit(self._receive, keys, step))
+
+    def _receive(self, keys: Sequence[RequestKey], step: int) -> _Slot:
+        exchanges = [Exchange(key.trunk_rank, key, step) for key in keys]
+        headers = [
+            self._start(self._host.recv, self.header_buffer(), e.key.lane, "get a header from", e) for e in exchanges
+        ]
+        received: list[tuple[Tensor, Counts]] = []
+        receiving: list[tuple[_Transfer, list[int]]] = []
+        for header in headers:
+            header.wait()
+            counts, sent = self.check_request(header.message, header.exchange)
+            rows_ND = self._payload_buffer(sum(counts))
+            self.bytes_received += header.message.nbytes + rows_ND.nbytes
+            received.append((rows_ND, Counts.of(counts, self.settings.device)))
+            if len(rows_ND):
+                receive = self._lanes[header.exchange.key.lane].recv
+                transfer = self._start(receive, rows_ND, _REQUEST_TAG, "get tokens from", header.exchange)
+                receiving.append((transfer, sent))
+        headers_came = time.perf_counter()
+        for transfer, sent in receiving:
+            transfer.wait()
+            if sent and (wrong := altered(transfer.message, sent)):
+                self.refuse("the tokens of", wrong, transfer.exchange)
+        return _Slot([(rows_ND.to(self.settings.device), counts) for rows_ND, counts in received], headers_came)
+
+    def stop(self) -> None:
+        """See `PoolWire.stop`. The thread is not waited for: its message may never arrive."""
+        self._receiver.shutdown(wait=False, cancel_futures=True)
+
+    def answer(
+        self, keys: Sequence[RequestKey], step: int, rows: Sequence[Tensor], served: Sequence[Sequence[int]]
+    ) -> None:
+        """See `PoolWire.answer`."""
+        for key, rows_ND, counts in zip(keys, rows, served, strict=True):
+            self._answer(key, step, rows_ND, counts)
+
+    def _answer(self, key: RequestKey, step: int, rows_ND: Tensor, served_e: Sequence[int]) -> None:
+        """Send an answer.
+
+        The rows are kept until the next answer to the same lane of the same trunk rank, which cannot make a request
+        before it has them.
+        """
+        for transfer in self._sending.pop((key.trunk_rank, key.lane), []):
+            transfer.wait()
+        exchange = Exchange(key.trunk_rank, key, step)
+        rows_ND = rows_ND.to(self.settings.payload_device).contiguous()
+        messages = []
+        if self.settings.check:
+            header = self._header(exchange, torch.tensor(served_e), rows_ND, "the answer to")
+            messages.append((self._host.send, header, self._answer_tag(key)))
+        if len(rows_ND):
+            messages.append((self._lanes[key.lane].send, rows_ND, _ANSWER_TAG))
+        self.bytes_sent += sum(message.nbytes for _, message, _ in messages)
+        self._sending[key.trunk_rank, key.lane] = [
+            self._start(*message, "send an answer to", exchange) for message in messages
+        ]
