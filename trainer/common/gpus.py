@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,8 +85,15 @@ def look() -> GpuFacts:
 
 def _gpu(properties: Any) -> Gpu:
     p = properties
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return Gpu(p.name, str(p.uuid), f"{boot} {p.pci_domain_id:x}:{p.pci_bus_id:x}:{p.pci_device_id:x}")
+    return Gpu(p.name, str(p.uuid), f"{boot_id()} {p.pci_domain_id:x}:{p.pci_bus_id:x}:{p.pci_device_id:x}")
+
+
+def boot_id() -> str:
+    """Identify the boot of this machine; its host name, where a sandbox does not tell."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return socket.gethostname()
 
 
 def why_none(facts: GpuFacts) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 
 from trainer.common import machine
 from trainer.common.errors import UserError
-from trainer.common.gpus import Gpu, GpuFacts, look, why_none
+from trainer.common.gpus import Gpu, GpuFacts, boot_id, look, why_none
 
 NONE = GpuFacts((), "2.13.0+cu130", "13.0", 13000, on_machine=2)
 """A machine with GPUs, a driver and a torch for CUDA 13.0, none of which is to blame."""
@@ -68,7 +69,7 @@ def test_what_torch_says_of_its_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 13010, raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
     facts = look()
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    boot = boot_id()
     assert facts.gpus == (Gpu("NVIDIA H100", "u0", f"{boot} 0:1a:0"), Gpu("NVIDIA H100", "u1", f"{boot} 0:1b:0"))
     assert (facts.built_for, facts.driver, facts.visible, facts.message) == ("13.0", 13010, "4,5", "")
 
@@ -111,3 +112,11 @@ def test_the_device_of_a_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert capsys.readouterr().err == ""
     facts = replace(facts, gpus=(Gpu("a", "b", "c"),))
     assert machine.pick_device(None) == machine.pick_device("cuda") == torch.device("cuda")
+
+
+def test_a_sandbox_that_does_not_tell_its_boot(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: Path) -> str:
+        raise PermissionError
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    assert boot_id() == socket.gethostname()
