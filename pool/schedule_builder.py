@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,12 +22,21 @@ from pool.topology import Topology
 class Costs:
     """Estimated times, all in the same unit; any unit will do.
 
+    On a GPU the host launches work that the device does later. The host may launch a piece as soon as the header of the
+    message that it needs has come; the device also waits for the payload, and is done with the piece no earlier than
+    the host has launched all of it. On a CPU the host does the work itself: all launch times are 0.
+
     Attributes:
         trunk_layer: Forward of one layer of a micro-batch on a trunk rank; its backward takes twice as long.
         head: Forward of the head and the loss; forward and backward together take three times as long.
         pool_layer: Forward of one request on a shard; its input gradients and its weight gradients take as long each.
-        slot: Fixed cost of a merged launch, which reads the weights from memory.
-        transfer: Time that a request or an answer spends on the wire.
+        slot: Fixed cost of a merged launch.
+        transfer: Time that a request or an answer spends on the wire, up to the end of its payload.
+        payload: The part of it from the arrival of the header on.
+        weights: What the requests of one kind in a merged launch cost at least, as the launch reads all weights.
+        flush: What a launch of weight gradients costs beyond `slot`, as it adds to all gradients of the shard.
+        trunk_launch, head_launch: Host's time to launch what `trunk_layer` and `head` compute.
+        slot_launch: Host's time to launch the merged requests of one kind.
     """
 
     trunk_layer: float
@@ -34,30 +44,71 @@ class Costs:
     pool_layer: float
     slot: float
     transfer: float
+    payload: float = 0.0
+    weights: float = 0.0
+    flush: float = 0.0
+    trunk_launch: float = 0.0
+    head_launch: float = 0.0
+    slot_launch: float = 0.0
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A piece of trunk work and the request that ends it; `kind` is None at the end of a micro-batch."""
+    """A piece of trunk work and the request that ends it.
+
+    Attributes:
+        cost: Time that the device computes.
+        launch: Time that the host needs to launch it.
+        kind: None at the end of a micro-batch.
+        layer: Layer of the request.
+    """
 
     cost: float
+    launch: float
     kind: Kind | None
     layer: int
 
 
+class Processor:
+    """A rank's host, which launches work, and its device, which does it in the order of the launches.
+
+    Attributes:
+        free_at: When the device has done all work.
+    """
+
+    def __init__(self, start: float):
+        self.free_at = start
+        self._launched_at = start
+
+    def run(self, header: float, payload: float, launch: float, cost: float) -> tuple[float, float]:
+        """Do a piece of work, and return when the device starts it and how long that takes.
+
+        Args:
+            header, payload: When the host, and when the device, has what the work needs.
+            launch, cost: How long the host, and the device, needs for it.
+        """
+        begun = max(self._launched_at, header)
+        self._launched_at = begun + launch
+        start = max(self.free_at, payload, begun)
+        taken = max(cost, self._launched_at - start)
+        self.free_at = start + taken
+        return start, taken
+
+
 def training_segments(costs: Costs, layers: int) -> list[Segment]:
     """Forward and backward of a micro-batch; segment number `layers` is the head, the loss and their backward."""
-    segments = [Segment(costs.trunk_layer, Kind.FORWARD, layer) for layer in range(layers)]
-    cost = 3 * costs.head
+    segments = [Segment(costs.trunk_layer, costs.trunk_launch, Kind.FORWARD, layer) for layer in range(layers)]
+    cost, launch = 3 * costs.head, 3 * costs.head_launch
     for layer in reversed(range(layers)):
-        segments.append(Segment(cost, Kind.BACKWARD, layer))
-        cost = 2 * costs.trunk_layer
-    return [*segments, Segment(cost, None, 0)]
+        segments.append(Segment(cost, launch, Kind.BACKWARD, layer))
+        cost, launch = 2 * costs.trunk_layer, 2 * costs.trunk_launch
+    return [*segments, Segment(cost, launch, None, 0)]
 
 
 def staggered_starts(topology: Topology, layers: int, costs: Costs) -> list[float]:
     """When each trunk rank starts: rank t of T waits for t / T of the trunk's work on a micro-batch."""
-    delay = sum(segment.cost for segment in training_segments(costs, layers)) / topology.trunk_ranks
+    work = sum(max(segment.cost, segment.launch) for segment in training_segments(costs, layers))
+    delay = work / topology.trunk_ranks
     return [delay * trunk_rank for trunk_rank in range(topology.trunk_ranks)]
 
 
@@ -82,8 +133,8 @@ def build_evaluation_schedule(
     topology: Topology, layers: int, micro_batches: int, lanes: int, costs: Costs
 ) -> PoolSchedule:
     """Build the schedule of forwards without backwards; the arguments are those of `build_training_schedule`."""
-    segments = [Segment(costs.trunk_layer, Kind.FORWARD_ONLY, layer) for layer in range(layers)]
-    segments.append(Segment(costs.head, None, 0))
+    segments = [Segment(costs.trunk_layer, costs.trunk_launch, Kind.FORWARD_ONLY, layer) for layer in range(layers)]
+    segments.append(Segment(costs.head, costs.head_launch, None, 0))
     return _build(topology, segments, micro_batches, lanes, [0.0] * topology.trunk_ranks, costs)
 
 
@@ -111,8 +162,8 @@ def _build(
 class _Trunk:
     """A trunk rank: the state of its lanes and the order in which it has run them."""
 
-    free_at: float
-    ready: list[tuple[float, int, int]]  # (since when, micro-batch, lane) of lanes that could run
+    processor: Processor
+    ready: list[tuple[float, int, int, float]]  # of lanes that could run: since when, micro-batch, lane, header's time
     position: list[int]  # next segment of each lane
     next_micro_batch: int
     order: list[int] = field(default_factory=list)
@@ -126,7 +177,9 @@ class _Simulation:
         self._now = 0.0
         self.slots: list[Slot] = []
         self._waiting: list[RequestKey] = []
+        self._last_header = 0.0  # when that of the last request came
         self._deferred = 0  # backward requests since the last seal
+        self._pool = Processor(0.0)
         self._pool_free = True
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._numbers = itertools.count()
@@ -135,7 +188,8 @@ class _Simulation:
         lanes = min(lanes, micro_batches)
         self.trunks: dict[int, _Trunk] = {}
         for rank, start in starts.items():
-            self.trunks[rank] = _Trunk(start, [(start, lane, lane) for lane in range(lanes)], [0] * lanes, lanes)
+            ready = [(start, lane, lane, start) for lane in range(lanes)]
+            self.trunks[rank] = _Trunk(Processor(start), ready, [0] * lanes, lanes)
             self._at(start, partial(self._run_trunk, rank))
 
     def _at(self, time: float, event: Callable[[], None]) -> None:
@@ -150,24 +204,26 @@ class _Simulation:
     def _run_trunk(self, rank: int) -> None:
         """Run a segment of the lane that has been ready longest, if the rank is free and a lane is ready."""
         trunk = self.trunks[rank]
-        if self._now < trunk.free_at or not trunk.ready:
+        if self._now < trunk.processor.free_at or not trunk.ready:
             return
-        _, micro_batch, lane = heapq.heappop(trunk.ready)
+        _, micro_batch, lane, header = heapq.heappop(trunk.ready)
         segment = self._segments[trunk.position[lane]]
         trunk.order.append(lane)
         trunk.position[lane] += 1
-        trunk.free_at = self._now + segment.cost
+        trunk.processor.run(header, self._now, segment.launch, segment.cost)
+        free_at = trunk.processor.free_at
         if segment.kind is not None:
             key = RequestKey(rank, lane, micro_batch, segment.layer, segment.kind)
-            self._at(trunk.free_at + self._costs.transfer, partial(self._arrive, key))
+            self._at(free_at + self._costs.transfer, partial(self._arrive, key))
         elif trunk.next_micro_batch < self._micro_batches:
-            heapq.heappush(trunk.ready, (trunk.free_at, trunk.next_micro_batch, lane))
+            heapq.heappush(trunk.ready, (free_at, trunk.next_micro_batch, lane, self._now))
             trunk.position[lane] = 0
             trunk.next_micro_batch += 1
-        self._at(trunk.free_at, partial(self._run_trunk, rank))
+        self._at(free_at, partial(self._run_trunk, rank))
 
     def _arrive(self, key: RequestKey) -> None:
         self._waiting.append(key)
+        self._last_header = self._now - self._costs.payload
         self._at(self._now, self._serve)  # after all other arrivals of this moment
 
     def _serve(self) -> None:
@@ -176,7 +232,10 @@ class _Simulation:
             return
         requests, self._waiting = tuple(self._waiting), []
         self._pool_free = False
-        free_at = self._now + (self._costs.slot + len(requests) * self._costs.pool_layer)
+        c, kinds = self._costs, Counter(key.kind for key in requests)
+        cost = c.slot + sum(max(c.weights, number * c.pool_layer) for number in kinds.values())
+        self._pool.run(self._last_header, self._now, len(kinds) * c.slot_launch, cost)
+        free_at = self._pool.free_at
         self._at(free_at, self._finish_slot)
         for key in requests:
             self._at(free_at + self._costs.transfer, partial(self._answer, key))
@@ -191,5 +250,6 @@ class _Simulation:
         self._serve()
 
     def _answer(self, key: RequestKey) -> None:
-        heapq.heappush(self.trunks[key.trunk_rank].ready, (self._now, key.micro_batch, key.lane))
+        ready = (self._now, key.micro_batch, key.lane, self._now - self._costs.payload)
+        heapq.heappush(self.trunks[key.trunk_rank].ready, ready)
         self._run_trunk(key.trunk_rank)

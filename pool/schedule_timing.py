@@ -9,6 +9,7 @@ Letters: L layers, M experts in the pool, S shards, T trunk ranks, P pool ranks,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -18,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pool.schedule import Kind, PoolSchedule, RequestKey
-from pool.schedule_builder import Costs, Segment, training_segments
+from pool.schedule_builder import Costs, Processor, Segment, training_segments
 from pool.topology import Topology
 
 if TYPE_CHECKING:
@@ -101,12 +102,13 @@ def time_schedule(
     load_LS: Floats | None = None,
     record: bool = False,
     starts_T: Sequence[float] | None = None,
+    most_deferred: float = math.inf,
 ) -> StepTiming:
     """Compute the times of an optimizer step that follows a schedule.
 
-    A shard's launch takes `costs.slot` plus, for each request, S * load * `costs.pool_layer`. Sealed weight gradients
-    are computed while a shard waits for requests, and the rest at the end of the step. A pool rank that reaches its
-    limit of deferred bytes computes some earlier; that is not modelled.
+    A shard's launch takes `costs.slot` plus, for each request, S * load * `costs.pool_layer`; for those of one kind at
+    least `costs.weights`. Sealed weight gradients are computed while a shard waits for requests, when more than
+    `most_deferred` are kept, and at the end of the step.
 
     Args:
         schedule: The schedule of an optimizer step for the same topology and layers.
@@ -114,6 +116,7 @@ def time_schedule(
         load_LS: Share of each layer's assignments that goes to each shard (L, S), rows sum to 1; None means even.
         record: Whether to return the intervals.
         starts_T: When each trunk rank starts; None means that all start at 0.
+        most_deferred: Rows whose weight gradients a shard defers at most, in requests at an even load.
     """
     shards = topology.expert_parallel
     rows_LS = np.ones((layers, shards)) if load_LS is None else shards * load_LS
@@ -121,8 +124,10 @@ def time_schedule(
     log: _Log | None = [] if record else None
     segments = training_segments(costs, layers)
     starts_T = starts_T or [0.0] * topology.trunk_ranks
-    trunks = [_Trunk(t, order, segments, starts_T[t], log) for t, order in enumerate(schedule.lane_order)]
-    replicas = [_Replica(topology.pool_rank(0, r), rows_LS, costs, log) for r in range(topology.replicas)]
+    trunks = [_Trunk(t, order, segments, starts_T[t], costs, log) for t, order in enumerate(schedule.lane_order)]
+    replicas = [
+        _Replica(topology.pool_rank(0, r), rows_LS, costs, most_deferred, log) for r in range(topology.replicas)
+    ]
     replica_T = [topology.replica(topology.pool_rank(0, t)) for t in range(topology.trunk_ranks)]
     for trunk in trunks:
         trunk.advance()
@@ -138,6 +143,7 @@ def time_schedule(
             answer = replicas[r].serve(keys, arrival) + costs.transfer
             for key in keys:
                 trunks[key.trunk_rank].answer(key.lane, answer)
+            replicas[r].make_room()
     for replica in replicas:
         replica.finish()
     assert all(trunk.ended for trunk in trunks), "the schedule's slots end before its lane orders"
@@ -177,15 +183,26 @@ class _Trunk:
     """A trunk rank, which follows its lane order."""
 
     def __init__(
-        self, rank: int, lane_order: Sequence[int], segments: Sequence[Segment], start: float, log: _Log | None
+        self,
+        rank: int,
+        lane_order: Sequence[int],
+        segments: Sequence[Segment],
+        start: float,
+        costs: Costs,
+        log: _Log | None,
     ):
         self._rank, self._lane_order, self._segments, self._log = rank, lane_order, segments, log
+        self._payload = costs.payload
+        self._processor = Processor(start)
         self._ran = 0  # entries of the lane order
         self._begun = 0  # micro-batches
         self._in_flight: dict[int, _MicroBatch] = {}  # by lane
-        self.free_at = start
         self.busy = 0.0
         self.peak_open = 0
+
+    @property
+    def free_at(self) -> float:
+        return self._processor.free_at
 
     @property
     def ended(self) -> bool:
@@ -219,10 +236,10 @@ class _Trunk:
                 return
             number = micro_batch.segment
             segment = self._segments[number]
-            start = max(self.free_at, micro_batch.time)
             self._ran += 1
-            self.free_at = start + segment.cost
-            self.busy += segment.cost
+            header = micro_batch.time - self._payload if number else 0.0
+            start, taken = self._processor.run(header, micro_batch.time, segment.launch, segment.cost)
+            self.busy += taken
             micro_batch.segment, micro_batch.time, micro_batch.answered = number + 1, self.free_at, False
             if segment.kind is None:
                 del self._in_flight[lane]
@@ -234,14 +251,17 @@ class _Trunk:
 class _Replica:
     """The pool ranks that hold one replica of every shard; they serve the same requests, each at its own pace."""
 
-    def __init__(self, first_rank: int, rows_LS: Floats, costs: Costs, log: _Log | None):
+    def __init__(self, first_rank: int, rows_LS: Floats, costs: Costs, most_deferred: float, log: _Log | None):
         shards = rows_LS.shape[1]
         self._first_rank, self._rows_LS, self._costs, self._log = first_rank, rows_LS, costs, log
+        self._most_deferred = most_deferred
+        self._launched_at = 0.0  # when the hosts, which launch the same work, have launched everything
         self.free_S, self.busy_S = np.zeros(shards), np.zeros(shards)
         self.served_S, self._kept_S, self._deferred_S = np.zeros(shards), np.zeros(shards), np.zeros(shards)
         self.peak_kept_S, self.peak_deferred_S = np.zeros(shards), np.zeros(shards)
         self._backlog_S = np.zeros(shards)  # time that sealed weight gradients will take
-        self._unsealed = 0  # requests
+        self._sealed_S = np.zeros(shards)  # their rows
+        self._open_S = np.zeros(shards, dtype=bool)  # whether there has been a backward since the last seal
 
     def serve(self, keys: Sequence[RequestKey], arrival: float) -> float:
         """Serve requests that every shard has had since `arrival`, and return when the last shard is done."""
@@ -257,34 +277,56 @@ class _Replica:
             rows_S = self._rows_LS[backwards].sum(axis=0)
             self._kept_S -= rows_S
             self._deferred_S += rows_S
-            self._unsealed += len(backwards)
+            self._open_S[:] = True
             self._work(arrival, 0.0 if forwards else self._costs.slot, rows_S, Work.POOL_BACKWARD)
-            held_S = self._deferred_S + self._backlog_S / self._costs.pool_layer
-            np.maximum(self.peak_deferred_S, held_S, out=self.peak_deferred_S)
+            np.maximum(self.peak_deferred_S, self._held_S(), out=self.peak_deferred_S)
         return float(self.free_S.max())
+
+    def make_room(self) -> None:
+        """Compute weight gradients on shards that defer too many: sealed ones first, as `DeferredWeightGradients`."""
+        full_S = self._held_S() > self._most_deferred
+        if full_S.any():
+            self._compute_now(full_S)
+            self._seal(self._deferred_S > self._most_deferred)
+            self._compute_now(full_S)
 
     def seal(self) -> None:
         """Let the weight gradients that are deferred until now be computed in one launch."""
-        if self._unsealed:
-            self._backlog_S += self._costs.slot + self._deferred_S * self._costs.pool_layer
-            self._deferred_S = np.zeros_like(self._deferred_S)
-            self._unsealed = 0
+        self._seal(self._open_S)
 
     def finish(self) -> None:
         """Compute all weight gradients that are left."""
         self.seal()
-        self.free_S = self.free_S + self._compute_weight_gradients(self._backlog_S)
+        self._compute_now(np.ones_like(self._open_S))
 
-    def _work(self, earliest: float, launch: float, rows_S: Floats, work: Work) -> None:
-        start_S = np.maximum(self.free_S, earliest)
+    def _held_S(self) -> Floats:
+        """Rows whose weight gradients are still to be computed."""
+        return self._deferred_S + self._sealed_S
+
+    def _seal(self, chosen_S: NDArray[np.bool_]) -> None:
+        seconds_S = self._costs.slot + self._costs.flush + self._deferred_S * self._costs.pool_layer
+        self._backlog_S = np.where(chosen_S, self._backlog_S + seconds_S, self._backlog_S)
+        self._sealed_S = np.where(chosen_S, self._sealed_S + self._deferred_S, self._sealed_S)
+        self._deferred_S = np.where(chosen_S, 0.0, self._deferred_S)
+        self._open_S = self._open_S & ~chosen_S
+
+    def _compute_now(self, chosen_S: NDArray[np.bool_]) -> None:
+        self.free_S = self.free_S + self._compute_weight_gradients(np.where(chosen_S, self._backlog_S, 0.0))
+
+    def _work(self, arrival: float, fixed: float, rows_S: Floats, work: Work) -> None:
+        begun = max(self._launched_at, arrival - self._costs.payload)
+        self._launched_at = begun + self._costs.slot_launch
+        start_S = np.maximum(self.free_S, max(arrival, begun))
         self._compute_weight_gradients(start_S - self.free_S)
-        seconds_S = launch + rows_S * self._costs.pool_layer
+        cost_S = fixed + np.maximum(self._costs.weights, rows_S * self._costs.pool_layer)
+        seconds_S = np.maximum(cost_S, self._launched_at - start_S)
         self.free_S = start_S + seconds_S
         self._record(start_S, seconds_S, work)
 
     def _compute_weight_gradients(self, limit_S: Floats) -> Floats:
         """Compute sealed weight gradients from when each shard is free, up to a limit; return the time it takes."""
         taken_S = np.minimum(self._backlog_S, limit_S)
+        self._sealed_S = self._sealed_S * (1 - taken_S / np.where(self._backlog_S, self._backlog_S, 1.0))
         self._backlog_S = self._backlog_S - taken_S
         self._record(self.free_S, taken_S, Work.WEIGHT_GRADIENTS)
         return taken_S

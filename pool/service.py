@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from itertools import takewhile
 import torch
 from torch import Tensor
 
+from pool.clock import Waits, clock_of
 from pool.counts import Counts
 from pool.schedule import Kind, RequestKey, Slot
 from pool.shard import ExpertServer, ExpertShard
@@ -38,8 +38,7 @@ class PoolService:
     """Serves the slots of a schedule: receive, one merged launch, answer; weight gradients while no request waits.
 
     Attributes:
-        seconds_waiting: Time spent waiting for requests, since the start.
-        seconds_on_wire: Time spent waiting for payloads of requests that have arrived, and sending answers.
+        waits: Time spent waiting for requests, and for payloads of requests whose headers have come.
     """
 
     def __init__(self, shard: ExpertShard, wire: PoolWire, layers: int):
@@ -48,7 +47,7 @@ class PoolService:
         self._wire = wire
         self._tokens_Le = torch.zeros(layers, len(shard.expert_ids), dtype=torch.int64)
         self._gradients_e = torch.zeros(len(shard.expert_ids), dtype=torch.int64)
-        self.seconds_waiting = self.seconds_on_wire = 0.0
+        self.waits = Waits(clock_of(shard.w2_eDF.device))
         self._queue_depths: list[int] = []
         topology, rank = wire.settings.topology, wire.settings.rank
         self._served = frozenset(topology.served_trunk_ranks(rank))
@@ -77,12 +76,11 @@ class PoolService:
 
     def _serve_slot(self, keys: list[RequestKey], coming: Arrived, step: int) -> None:
         self.shard.deferred_dw.drain_until(coming.future)
-        started = time.perf_counter()
+        clock = self.waits.clock
+        since = clock.now()
+        headers = clock.latest(coming.headers_came)
         batches = coming.ready()
-        received = time.perf_counter()
-        on_wire = received - max(started, coming.headers_came)
-        self.seconds_on_wire += on_wire
-        self.seconds_waiting += received - started - on_wire
+        self.waits.waited(since, headers)
         requests = dict(zip(keys, batches, strict=True))
         for kind in Kind:
             self._serve_kind(kind, [k for k in keys if k.kind == kind], requests, step)
@@ -103,9 +101,9 @@ class PoolService:
                 self._tokens_Le[key.layer] += torch.tensor(counts.listed)
             elif kind == Kind.BACKWARD:
                 self._gradients_e += torch.tensor(counts.listed)
-        started = time.perf_counter()
+        since = self.waits.clock.now()
         self._wire.answer(keys, step, answers, [served.listed for _, served in batches])
-        self.seconds_on_wire += time.perf_counter() - started
+        self.waits.sent(since)
 
     def _backward(self, keys: list[RequestKey], batches: list[tuple[Tensor, Counts]]) -> list[Tensor]:
         for key, (_, counts) in zip(keys, batches, strict=True):

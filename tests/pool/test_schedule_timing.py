@@ -19,6 +19,8 @@ from pool.topology import Topology
 
 COSTS = Costs(trunk_layer=3.0, head=7.0, pool_layer=4.0, slot=0.5, transfer=0.3)
 CHEAP_POOL = Costs(trunk_layer=3.0, head=7.0, pool_layer=0.4, slot=0.05, transfer=0.1)
+GPU = replace(COSTS, payload=0.2, weights=5.0, flush=1.5, trunk_launch=1.1, head_launch=0.7, slot_launch=2.3)
+SLOW_HOST = replace(CHEAP_POOL, payload=0.04, flush=0.3, trunk_launch=4.3, head_launch=2.0, slot_launch=0.6)
 GRIDS = [(1, 1, 1), (2, 1, 1), (3, 2, 1), (2, 4, 2), (1, 2, 1), (5, 6, 2), (4, 5, 5)]
 LANES = [(1, False), (1, True), (2, True), (3, False), (4, True)]
 
@@ -45,88 +47,116 @@ class Followed:
 
 
 def follow(
-    schedule: PoolSchedule, topology: Topology, layers: int, costs: Costs, load_LS: NDArray[np.float64]
+    schedule: PoolSchedule,
+    topology: Topology,
+    layers: int,
+    costs: Costs,
+    load_LS: NDArray[np.float64],
+    most_deferred: float = np.inf,
 ) -> Followed:
-    """Every rank does what it can at every moment, every message is an event of its own."""
+    """Every host does what it can at every moment, every header is an event of its own; devices follow their hosts."""
     seen = Followed()
-    program = [(costs.trunk_layer, Kind.FORWARD, layer, Work.TRUNK_FORWARD) for layer in range(layers)]
-    program += [(2 * costs.trunk_layer, Kind.BACKWARD, layer, Work.TRUNK_BACKWARD) for layer in range(layers)[::-1]]
-    program.append((2 * costs.trunk_layer, None, -1, Work.TRUNK_BACKWARD))
-    program[layers] = (3 * costs.head, Kind.BACKWARD, layers - 1, Work.HEAD)
+    forward, backward = ((n * costs.trunk_layer, n * costs.trunk_launch) for n in (1, 2))
+    program = [(forward, Kind.FORWARD, layer, Work.TRUNK_FORWARD) for layer in range(layers)]
+    program += [(backward, Kind.BACKWARD, layer, Work.TRUNK_BACKWARD) for layer in range(layers)[::-1]]
+    program.append((backward, None, -1, Work.TRUNK_BACKWARD))
+    program[layers] = ((3 * costs.head, 3 * costs.head_launch), Kind.BACKWARD, layers - 1, Work.HEAD)
     trunks, pools = range(topology.trunk_ranks), range(topology.trunk_ranks, topology.world_size)
     orders = {t: list(schedule.lane_order[t]) for t in trunks}
     fresh = {t: itertools.count() for t in trunks}
-    lanes: dict[int, dict[int, list[int]]] = {t: {} for t in trunks}  # lane -> [micro-batch, segment, answers there]
+    # lane -> [micro-batch, segment, headers there, when the last payload is there]
+    lanes: dict[int, dict[int, list[float]]] = {t: {} for t in trunks}
     queues = {
         p: [[k for k in s if k.trunk_rank in topology.served_trunk_ranks(p)] for s in schedule.slots] for p in pools
     }
     for p in pools:  # slots of other ranks only are none of its business
         queues[p] = [keys for keys, slot in zip(queues[p], schedule.slots, strict=True) if keys or not slot] + [[]]
-    inbox: dict[int, set[object]] = {p: set() for p in pools}
+    inbox: dict[int, dict[object, float]] = {p: {} for p in pools}  # requests and when their payloads are there
+    host_free_at: dict[int, float] = defaultdict(float)
     free_at: dict[int, float] = defaultdict(float)
     kept: dict[int, float] = defaultdict(float)
     deferred: dict[int, list[float]] = defaultdict(list)
     backlog: dict[int, float] = defaultdict(float)
+    sealed: dict[int, float] = defaultdict(float)
     events: list[tuple[float, int, int, object]] = []
     number = itertools.count()
 
     def at(time: float, rank: int, message: object = None) -> None:
         heapq.heappush(events, (time, next(number), rank, message))
 
-    def work(rank: int, now: float, parts: list[tuple[float, Work]]) -> float:
-        for seconds, kind in parts:
-            seen.bars.append((rank, now, now + seconds, kind))
-            now += seconds
-        free_at[rank] = now
+    def work(rank: int, now: float, payload: float, parts: list[tuple[float, float, Work]]) -> float:
+        """Launch (cost, launch, kind of work) from now on, and return when the device is done."""
+        for seconds, launch, kind in parts:
+            start = max(free_at[rank], payload, now)
+            now += launch
+            free_at[rank] = max(start + seconds, now)
+            seen.bars.append((rank, start, free_at[rank], kind))
+        host_free_at[rank] = now
         at(now, rank)
-        return now
+        return free_at[rank]
 
     def run_trunk(t: int, now: float) -> None:
-        if now < free_at[t] or not orders[t]:
+        if now < host_free_at[t] or not orders[t]:
             return
         lane = orders[t][0]
         if lane not in lanes[t]:
-            lanes[t][lane] = [next(fresh[t]), 0, topology.expert_parallel]
+            lanes[t][lane] = [next(fresh[t]), 0, topology.expert_parallel, 0.0]
         state = lanes[t][lane]
         if state[2] < topology.expert_parallel:
             return
         orders[t].pop(0)
         seen.open[t] = max(seen.open[t], len(lanes[t]))
-        seconds, kind, layer, what = program[state[1]]
-        end = work(t, now, [(seconds, what)])
-        state[1:] = [state[1] + 1, 0]
+        (seconds, launch), kind, layer, what = program[int(state[1])]
+        end = work(t, now, state[3], [(seconds, launch, what)])
+        state[1:] = [state[1] + 1, 0, 0.0]
         if kind is None:
             del lanes[t][lane]
         else:
             for shard in range(topology.expert_parallel):
-                at(end + costs.transfer, topology.pool_rank(shard, t), (t, lane, state[0], layer, kind))
+                at(end + costs.transfer - costs.payload, topology.pool_rank(shard, t), (t, lane, state[0], layer, kind))
+
+    def compute_gradients(p: int, seconds: float) -> None:
+        made = min(backlog[p], seconds)
+        if made > 0:
+            seen.bars.append((p, free_at[p], free_at[p] + made, Work.WEIGHT_GRADIENTS))
+            sealed[p] -= sealed[p] * made / backlog[p]
+            backlog[p] -= made
+
+    def compute_all_gradients(p: int) -> None:
+        seconds = backlog[p]
+        compute_gradients(p, seconds)
+        free_at[p] += seconds
+
+    def seal(p: int) -> None:
+        if deferred[p]:
+            backlog[p] += costs.slot + costs.flush + costs.pool_layer * sum(deferred[p])
+            sealed[p] += sum(deferred[p])
+        deferred[p] = []
 
     def run_pool(p: int, now: float) -> None:
-        if now < free_at[p] or not queues[p]:
+        if now < host_free_at[p] or not queues[p]:
             return
         keys = queues[p][0]
-        if not {(k.trunk_rank, k.lane, k.micro_batch, k.layer, k.kind) for k in keys} <= inbox[p]:
+        names = [(k.trunk_rank, k.lane, k.micro_batch, k.layer, k.kind) for k in keys]
+        if not set(names) <= inbox[p].keys():
             return
         queues[p].pop(0)
         rows = {k: topology.expert_parallel * load_LS[k.layer, topology.shard(p)] for k in keys}
         if not keys:
-            if deferred[p]:
-                backlog[p] += costs.slot + costs.pool_layer * sum(deferred[p])
-            deferred[p] = []
-            if not queues[p] and backlog[p]:
-                work(p, now, [(backlog[p], Work.WEIGHT_GRADIENTS)])
-            at(max(now, free_at[p]), p)
+            seal(p)
+            if not queues[p]:
+                compute_all_gradients(p)
+            at(now, p)
             return
-        made = min(backlog[p], now - free_at[p])
-        if made > 0:
-            seen.bars.append((p, free_at[p], free_at[p] + made, Work.WEIGHT_GRADIENTS))
-            backlog[p] -= made
-        launch, parts = costs.slot, []
+        payload = max(inbox[p][name] for name in names)
+        compute_gradients(p, max(0.0, max(payload, now) - free_at[p]))
+        fixed, parts = costs.slot, []
         for kind, what in ((Kind.FORWARD, Work.POOL_FORWARD), (Kind.BACKWARD, Work.POOL_BACKWARD)):
             these = [rows[k] for k in keys if k.kind == kind]
             if these:
-                parts.append((launch + costs.pool_layer * sum(these), what))
-                launch = 0.0
+                cost = max(costs.weights, costs.pool_layer * sum(these))
+                parts.append((fixed + cost, costs.slot_launch, what))
+                fixed = 0.0
             if kind == Kind.FORWARD:
                 kept[p] += sum(these)
                 seen.kept[p] = max(seen.kept[p], kept[p])
@@ -134,10 +164,15 @@ def follow(
                 kept[p] -= sum(these)
                 deferred[p] += these
                 if these:
-                    seen.deferred[p] = max(seen.deferred[p], sum(deferred[p]) + backlog[p] / costs.pool_layer)
-        end = work(p, now, parts)
+                    seen.deferred[p] = max(seen.deferred[p], sum(deferred[p]) + sealed[p])
+        end = work(p, now, payload, parts)
         for key in keys:
-            at(end + costs.transfer, key.trunk_rank, key.lane)
+            at(end + costs.transfer - costs.payload, key.trunk_rank, key.lane)
+        if sum(deferred[p]) + sealed[p] > most_deferred:
+            compute_all_gradients(p)
+            if sum(deferred[p]) > most_deferred:
+                seal(p)
+                compute_all_gradients(p)
 
     for rank in range(topology.world_size):
         at(0.0, rank)
@@ -145,11 +180,11 @@ def follow(
         now, _, rank, message = heapq.heappop(events)
         if topology.is_trunk(rank):
             if message is not None:
-                lanes[rank][message][2] += 1  # type: ignore[index]
+                lanes[rank][message][2:] = [lanes[rank][message][2] + 1, now + costs.payload]  # type: ignore[index]
             run_trunk(rank, now)
         else:
             if message is not None:
-                inbox[rank].add(message)
+                inbox[rank][message] = now + costs.payload
             run_pool(rank, now)
     assert not any(orders.values()) and not any(queues.values())
     return seen
@@ -174,16 +209,16 @@ def assert_same(got: StepTiming, seen: Followed, topology: Topology) -> None:
     np.testing.assert_allclose(got.peak_deferred_P, [seen.deferred[p] for p in pools], rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("costs", [COSTS, CHEAP_POOL])
+@pytest.mark.parametrize("costs", [COSTS, CHEAP_POOL, GPU, SLOW_HOST])
 @pytest.mark.parametrize(("lanes", "stagger"), LANES)
 @pytest.mark.parametrize("grid", GRIDS)
 def test_as_every_rank_for_itself(grid: tuple[int, int, int], lanes: int, stagger: bool, costs: Costs) -> None:
     topology = Topology(*grid)
-    for layers, micro_batches in ((1, 1), (3, 4), (2, 5)):
+    for layers, micro_batches, most_deferred in ((1, 1, np.inf), (3, 4, np.inf), (2, 5, np.inf), (3, 4, 2.2)):
         schedule = build_training_schedule(topology, layers, micro_batches, lanes, stagger, costs)
         for load_LS in (np.full((layers, grid[2]), 1 / grid[2]), skewed(layers, grid[2])):
-            got = time_schedule(schedule, topology, layers, costs, load_LS, record=True)
-            assert_same(got, follow(schedule, topology, layers, costs, load_LS), topology)
+            got = time_schedule(schedule, topology, layers, costs, load_LS, record=True, most_deferred=most_deferred)
+            assert_same(got, follow(schedule, topology, layers, costs, load_LS, most_deferred), topology)
 
 
 @pytest.mark.parametrize("grid", GRIDS)
@@ -221,6 +256,21 @@ def test_lock_step_takes_the_sum_of_all_costs() -> None:
     trunk_end = got.intervals.end_I[got.intervals.rank_I == 0].max()
     assert trunk_end == pytest.approx(micro_batches * (trunk + requests))
     assert got.seconds > trunk_end, "weight gradients at the end"
+
+
+def test_launches_begin_with_the_header_and_end_before_the_device() -> None:
+    """One lane, one layer, one micro-batch.
+
+    The forward of 2 is launched until 3. Its request is served from 4 to 5, and that of its backward, after a head of
+    0, from 7 to 8. The header of the answer comes at 8.5, half a unit before the payload; then launching takes 6 and
+    computing 4.
+    """
+    costs = Costs(2.0, 0.0, pool_layer=1.0, slot=0.0, transfer=1.0, payload=0.5, trunk_launch=3.0)
+    got = time_schedule(lockstep_schedule(1, 1, 1), Topology(1, 1, 1), 1, costs, record=True)
+    assert got.seconds == 14.5
+    assert got.intervals.start_I.tolist() == [0.0, 4.0, 7.0, 9.0, 8.0]
+    assert got.intervals.end_I.tolist() == [3.0, 5.0, 8.0, 14.5, 9.0]
+    assert got.trunk_busy_T.tolist() == [8.5 / 14.5]
 
 
 def test_lanes_and_stagger_make_the_step_shorter() -> None:

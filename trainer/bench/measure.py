@@ -179,8 +179,8 @@ class _Precision:
         head = 3 * flops.head * sequences * seq_len / self._segments(trunk, sequences)[1]
         self._figure("head and loss", head)
         # On a busy machine the measured peak may be lower than what a piece reaches.
-        shares = (min(1.0, reached / self._peak) for reached in (layer, head, max(by_rows.values())))
-        return Rates(self._peak, *shares)
+        shares = [min(1.0, reached / self._peak) for reached in (layer, head, max(by_rows.values()))]
+        return Rates(self._peak, shares[0], shares[1], shares[2])
 
     def _figure(self, name: str, flops: float) -> None:
         self.figures.append(Figure(name, self._precision, flops, "FLOP/s", flops / self._peak, GEMM_PEAK))

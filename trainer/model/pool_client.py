@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Generator, Iterable, Sequence
 from itertools import islice
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
+from pool.clock import Waits, clock_of
 from pool.counts import Counts
 from pool.schedule import Kind, RequestKey
 from pool.shard import ExpertServer, ExpertShard
@@ -22,13 +23,18 @@ MicroBatch = Generator[Request, Tensor, T]
 class PoolClient:
     """Runs micro-batches. This class serves the dense model, whose micro-batches make no requests.
 
+    Args:
+        device: Where micro-batches are computed.
+
     Attributes:
-        seconds_waiting, seconds_on_wire: Time spent waiting for answers, and sending requests, since the start.
+        waits: Time spent waiting for answers, and sending requests.
         bytes_sent, bytes_received: Traffic on the wire since the start.
     """
 
-    seconds_waiting = seconds_on_wire = 0.0
     bytes_sent = bytes_received = 0
+
+    def __init__(self, device: torch.device | str = "cpu"):
+        self.waits = Waits(clock_of(torch.device(device)))
 
     def run(self, micro_batches: Iterable[MicroBatch[T]], lane_order: Sequence[int], step: int) -> list[T]:
         """Run micro-batches to completion in lanes, and return their values in the given order.
@@ -53,6 +59,7 @@ class RemotePool(PoolClient):
     """The dedicated layout: the pool is behind the wire, and serves one lane while the trunk computes another."""
 
     def __init__(self, wire: TrunkWire, trunk_rank: int):
+        super().__init__(wire.settings.device)
         self._wire = wire
         self._trunk_rank = trunk_rank
 
@@ -79,15 +86,15 @@ class RemotePool(PoolClient):
 
     def _request(self, request: Request, lane: int, step: int) -> Answer:
         key = RequestKey(self._trunk_rank, lane, request.micro_batch, request.layer, request.kind)
-        started = time.perf_counter()
+        since = self.waits.clock.now()
         answer = self._wire.request(key, step, request.rows_ND, request.tokens_per_expert)
-        self.seconds_on_wire += time.perf_counter() - started
+        self.waits.sent(since)
         return answer
 
     def _wait(self, answer: Answer) -> Tensor:
-        started = time.perf_counter()
+        since = self.waits.clock.now()
         rows_ND = answer.wait()
-        self.seconds_waiting += time.perf_counter() - started
+        self.waits.waited(since)
         return rows_ND
 
 
@@ -98,6 +105,7 @@ class LocalPool(PoolClient):
     """
 
     def __init__(self, shard: ExpertShard):
+        super().__init__(shard.w2_eDF.device)
         self._shard = shard
         self._server = ExpertServer(shard)
 

@@ -20,6 +20,7 @@ from trainer.common.errors import UserError
 from trainer.common.safe_read import Unreadable, read_text
 from trainer.common.strict_json import dumps
 from trainer.config.recipe import Recipe
+from trainer.planning import kernels
 from trainer.planning.model_costs import FP32, compute_bytes, count_flops, count_parameters, served_trunk_ranks
 
 Above0 = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -37,6 +38,8 @@ class Rates:
         trunk: Share of the peak that a trunk layer (attention, router, permutation, combine) reaches in training.
         head: The same for the head with embedding and loss.
         experts: The same for experts that have enough rows.
+        products_only: Whether the shares are those of products alone. What else a GPU does is then counted by the bytes
+            that it moves; measured shares include it.
     """
 
     __pydantic_config__ = _STRICT
@@ -45,6 +48,7 @@ class Rates:
     trunk: Share
     head: Share
     experts: Share
+    products_only: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,8 +59,11 @@ class Hardware:
         memory: Bytes that a rank may fill.
         memory_bandwidth: Bytes/s, read or written.
         launch_latency: Seconds that a merged launch of the experts takes at least.
-        wire_latency: Seconds that an empty request takes one way.
+        wire_latency: Seconds from a request's rows to the launch of their transfer on both sides: events, threads and
+            the header.
         wire_bandwidth: Bytes/s of a rank, each way.
+        launch: Seconds of the host to launch a kernel; 0 if the host itself computes.
+        kernel: Seconds of the device to run an empty kernel.
         assumptions: Which numbers are neither measured nor from a data sheet, as sentences for people.
     """
 
@@ -70,6 +77,8 @@ class Hardware:
     launch_latency: AtLeast0
     wire_latency: AtLeast0
     wire_bandwidth: Above0
+    launch: AtLeast0 = 0.0
+    kernel: AtLeast0 = 0.0
     assumptions: tuple[str, ...] = ()
 
     def rates(self, precision: Literal["fp32", "bf16"]) -> Rates:
@@ -135,22 +144,36 @@ def load_profile(path: Path) -> Profile:
         ) from None
 
 
+_PRODUCTS = 0.6
+_MEMORY = 0.85
+_LAUNCH, _KERNEL = 5e-6, 2e-6
+_HAND_OVER, _MESSAGE, _HEADER = 20e-6, 15e-6, 30e-6
+_WIRE_LATENCY = 2 * (_HAND_OVER + _MESSAGE) + _HEADER
+
 _ASSUMED = (
-    "Assumed, not measured: a trunk layer and the head reach 50% of the dense peak, experts 70%.",
-    "Assumed, not measured: a launch of the experts takes 50 us, and a request 100 us plus the time for its bytes.",
+    f"Assumed, not measured: products reach {_PRODUCTS:.0%} of the dense peak, all else {_MEMORY:.0%} of the memory's "
+    "bandwidth.",
+    f"Assumed, not measured: a kernel takes the host {_LAUNCH * 1e6:.0f} us to launch and the device at least "
+    f"{_KERNEL * 1e6:.0f} us.",
+    f"Assumed, not measured: a request takes {_WIRE_LATENCY * 1e6:.0f} us (on either side {_HAND_OVER * 1e6:.0f} us "
+    f"from thread to thread and {_MESSAGE * 1e6:.0f} us to launch the transfer, {_HEADER * 1e6:.0f} us for the header) "
+    "plus the time for its bytes.",
 )
 
 
 def _data_sheet(name: str, fp32: float, bf16: float, memory: float, memory_bandwidth: float, nvlink: float) -> Hardware:
+    rates = Rates(fp32, trunk=_PRODUCTS, head=_PRODUCTS, experts=_PRODUCTS, products_only=True)
     return Hardware(
         name,
-        fp32=Rates(fp32, trunk=0.5, head=0.5, experts=0.7),
-        bf16=Rates(bf16, trunk=0.5, head=0.5, experts=0.7),
+        fp32=rates,
+        bf16=replace(rates, flops=bf16),
         memory=memory,
-        memory_bandwidth=memory_bandwidth,
-        launch_latency=50e-6,
-        wire_latency=100e-6,
+        memory_bandwidth=_MEMORY * memory_bandwidth,
+        launch_latency=0.0,
+        wire_latency=_WIRE_LATENCY,
         wire_bandwidth=nvlink,
+        launch=_LAUNCH,
+        kernel=_KERNEL,
         assumptions=(
             f"{name}: dense peaks (fp32 without TF32), memory and NVLink are from NVIDIA's data sheet.",
             *_ASSUMED,
@@ -201,7 +224,7 @@ def request_bytes(recipe: Recipe) -> float:
     return tokens * recipe.router.top_k * recipe.model.hidden * compute_bytes(recipe)
 
 
-def costs_in_seconds(recipe: Recipe, hardware: Hardware) -> Costs:
+def costs_in_seconds(recipe: Recipe, hardware: Hardware, compiled: bool = True) -> Costs:
     """Compute how long the pieces of a micro-batch take, in seconds, at an even load over the shards.
 
     A transfer takes as long as the slower side needs: a trunk rank sends to all shards at once, and a pool rank's link
@@ -209,16 +232,33 @@ def costs_in_seconds(recipe: Recipe, hardware: Hardware) -> Costs:
     """
     flops, rates, topology = count_flops(recipe), hardware.rates(recipe.train.precision), recipe.grid
     tokens = recipe.train.micro_batch * recipe.model.seq_len
-    experts = tokens * recipe.router.top_k * flops.expert / topology.expert_parallel
-    shard_bytes = count_parameters(recipe).pool / topology.expert_parallel * compute_bytes(recipe)
+    rows = tokens * recipe.router.top_k / topology.expert_parallel
+    shard = count_parameters(recipe).pool / topology.expert_parallel
     sent = request_bytes(recipe)
     slower_side = max(sent, sent / topology.expert_parallel * served_trunk_ranks(recipe))
+    payload = 0.0 if topology.colocated else slower_side / hardware.wire_bandwidth
+    layer, head = kernels.trunk_layer(recipe, compiled), kernels.head(recipe, compiled)
+    experts = kernels.experts(recipe, merged=recipe.parallel.lanes != 1 or served_trunk_ranks(recipe) > 1)
+    beside = rates.products_only / hardware.memory_bandwidth  # seconds for a byte that the shares do not include
+
+    def piece(number: float, flops: int, share: float, work: kernels.Kernels) -> float:
+        launched = work.launches * hardware.kernel * rates.products_only
+        return number * (flops / (rates.flops * share) + work.bytes * beside) + launched
+
+    weights = shard * compute_bytes(recipe) / hardware.memory_bandwidth
+    slot = experts.launches * hardware.kernel if hardware.launch else hardware.launch_latency + weights
     return Costs(
-        trunk_layer=tokens * (flops.trunk_layer + flops.router) / (rates.flops * rates.trunk),
-        head=tokens * flops.head / (rates.flops * rates.head),
-        pool_layer=experts / (rates.flops * rates.experts),
-        slot=0.0 if recipe.model.ffn == "dense" else hardware.launch_latency + shard_bytes / hardware.memory_bandwidth,
-        transfer=0.0 if topology.colocated else hardware.wire_latency + slower_side / hardware.wire_bandwidth,
+        trunk_layer=piece(tokens, flops.trunk_layer + flops.router, rates.trunk, layer),
+        head=piece(tokens, flops.head, rates.head, head),
+        pool_layer=piece(rows, flops.expert, rates.experts, replace(experts, launches=0)),
+        slot=slot if shard else 0.0,
+        transfer=0.0 if topology.colocated else hardware.wire_latency + payload,
+        payload=payload,
+        weights=weights if hardware.launch else 0.0,
+        flush=kernels.flush_bytes(shard) / hardware.memory_bandwidth if hardware.launch else 0.0,
+        trunk_launch=layer.launches * hardware.launch,
+        head_launch=head.launches * hardware.launch,
+        slot_launch=experts.launches * hardware.launch,
     )
 
 

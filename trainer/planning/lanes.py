@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
+
 from pool.schedule_builder import Costs, build_training_schedule, staggered_starts
 from pool.schedule_timing import time_schedule
 from trainer.config.recipe import Recipe
+from trainer.planning.fit import fits
 from trainer.planning.hardware import Hardware, costs_in_seconds
-from trainer.planning.model_costs import fullest_rank, served_trunk_ranks
+from trainer.planning.memory import pool_row_bytes
+from trainer.planning.model_costs import served_trunk_ranks
 
 MOST_LANES = 8
 WORTH = 0.03
 """More lanes must shorten a step by more than this share, because each keeps a micro-batch's activations."""
-FILLED = 0.9
-"""Share of a rank's memory that a layout may fill; the estimate of memory leaves some things out."""
 
 
 def role_work(recipe: Recipe, costs: Costs, launches: int) -> tuple[float, float]:
@@ -23,24 +25,42 @@ def role_work(recipe: Recipe, costs: Costs, launches: int) -> tuple[float, float
     return trunk, pool
 
 
+def deferred_requests(recipe: Recipe) -> float:
+    """Requests, at an even load, whose weight gradients a shard defers at most (`pool.stash_bytes`)."""
+    rows = recipe.train.micro_batch * recipe.model.seq_len * recipe.router.top_k / recipe.grid.expert_parallel
+    return recipe.stash_limit / (rows * pool_row_bytes(recipe)[1])
+
+
 def accumulation_time(recipe: Recipe, lanes: int, costs: Costs) -> tuple[float, float, float]:
     """Time a step up to its last gradient, at an even load.
-
-    In a colocated layout nothing overlaps, and the lanes share a layer's launch.
 
     Returns:
         The time, in the unit of the costs, and the shares of it during which trunk and pool compute.
     """
-    layers, micro_batches, topology = recipe.model.layers, recipe.micro_batches, recipe.grid
+    topology, layers, micro_batches = recipe.grid, recipe.model.layers, recipe.micro_batches
     if topology.colocated:
-        launches = -(-micro_batches // lanes) * 2 * layers + 1  # one more for the weight gradients
-        trunk, pool = role_work(recipe, costs, launches)
-        return trunk + pool, trunk / (trunk + pool), pool / (trunk + pool)
+        return _colocated_time(recipe, lanes, costs)
     stagger = recipe.parallel.stagger
     schedule = build_training_schedule(topology, layers, micro_batches, lanes, stagger, costs)
     starts_T = staggered_starts(topology, layers, costs) if stagger else None
-    step = time_schedule(schedule, topology, layers, costs, starts_T=starts_T)
+    step = time_schedule(schedule, topology, layers, costs, starts_T=starts_T, most_deferred=deferred_requests(recipe))
     return step.seconds, float(step.trunk_busy_T.mean()), float(step.pool_busy_P.mean())
+
+
+def _colocated_time(recipe: Recipe, lanes: int, costs: Costs) -> tuple[float, float, float]:
+    """See `accumulation_time`. Nothing overlaps, the lanes share a layer's launch, and the host is ahead if it can."""
+    layers, micro_batches = recipe.model.layers, recipe.micro_batches
+    merged = [min(lanes, micro_batches - first) for first in range(0, micro_batches, lanes)]
+    backwards = layers * len(merged)
+    # Weight gradients are computed when those of so many backwards exceed the limit, and at the end.
+    flushes = math.ceil(backwards / (deferred_requests(recipe) // merged[0] + 1))
+    launches = 2 * backwards + flushes
+    trunk, pool = role_work(recipe, costs, launches)
+    pool += flushes * costs.flush
+    pool += 2 * layers * sum(max(0.0, costs.weights - number * costs.pool_layer) for number in merged)
+    launching = 3 * micro_batches * (layers * costs.trunk_launch + costs.head_launch) + launches * costs.slot_launch
+    seconds = max(trunk + pool, launching)
+    return seconds, trunk / seconds, pool / seconds
 
 
 def runs_in_order(recipe: Recipe) -> bool:
@@ -59,8 +79,8 @@ def choose_lanes(recipe: Recipe, costs: Costs, most: int = MOST_LANES) -> int:
 
 
 def choose_fitting_lanes(recipe: Recipe, hardware: Hardware) -> int:
-    """Choose lanes for some hardware, but no more than fit into its memory; 0 if not even one fits."""
-    lanes = choose_lanes(recipe, costs_in_seconds(recipe, hardware))
-    while lanes and fullest_rank(recipe, lanes) > FILLED * hardware.memory:
-        lanes -= 1
-    return lanes
+    """Choose lanes for some hardware among those that fit into its memory; 0 if not even one fits."""
+    most = MOST_LANES
+    while most and not fits(recipe, min(most, recipe.micro_batches), hardware.memory):
+        most -= 1
+    return choose_lanes(recipe, costs_in_seconds(recipe, hardware), most) if most else 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -53,7 +53,9 @@ class _Saved(BaseModel):
 
     @model_validator(mode="after")
     def _has_all_costs(self) -> Self:
-        if {field.name for field in fields(Costs)} != self.costs.keys():
+        known = fields(Costs)
+        required = {field.name for field in known if field.default is MISSING}
+        if not required <= self.costs.keys() <= {field.name for field in known}:
             raise ValueError("its costs have other names")
         return self
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict, astuple, dataclass
-from typing import Protocol
+
+from pool.clock import Moment, Waits
 
 ACTIVITIES = ("computing", "waiting", "wire", "optimizer")
 
@@ -37,47 +38,57 @@ def shares(seconds: Sequence[float]) -> dict[str, float]:
     return {activity: spent / total for activity, spent in zip(ACTIVITIES, seconds, strict=True)}
 
 
-class Waiter(Protocol):
-    """Counts the seconds spent on the other role and on the wire since the start."""
-
-    seconds_waiting: float
-    seconds_on_wire: float
-
-
 class UsageClock:
-    """Adds up the usage of a rank's training steps.
+    """Adds up the usage of a rank's training steps, by the clock of the device that computes.
 
-    Call `begin`, then `computed` once the gradients are complete, then `stepped`.
+    Call `begin`, then `computed` once the gradients are complete, then `stepped`. On a GPU it never waits: what the
+    stream has not come to by `stepped`, which is the optimizer at least, is added one step later.
 
     Attributes:
         total: Usage since the start.
     """
 
-    def __init__(self, waiter: Waiter):
-        self._waiter = waiter
+    def __init__(self, waits: Waits):
+        self._waits, self._clock = waits, waits.clock
         self.total = Usage()
-        self._mark = 0.0
-        self._before = (0.0, 0.0)
+        self._mark: Moment = self._clock.now()
+        self._waited = (0.0, 0.0)
+        self._open: deque[tuple[bool, Moment, Moment]] = deque()  # whether it is an optimizer's, and from when to when
 
     def begin(self) -> None:
         """Start a step."""
-        self._mark = time.perf_counter()
-        self._before = (self._waiter.seconds_waiting, self._waiter.seconds_on_wire)
+        self._read()
+        self._mark = self._clock.now()
+        self._waited = (self._waits.seconds_waiting, self._waits.seconds_on_wire)
 
     def computed(self) -> None:
         """End the forward and backward of a step."""
-        waiting = self._waiter.seconds_waiting - self._before[0]
-        wire = self._waiter.seconds_on_wire - self._before[1]
-        self._add(computing=self._lap() - waiting - wire, waiting=waiting, wire=wire)
+        self._lap(optimizer=False)
 
     def stepped(self) -> None:
         """End a step."""
-        self._add(optimizer=self._lap())
+        self._lap(optimizer=True)
+        self._read()
+
+    def _lap(self, optimizer: bool) -> None:
+        before, self._mark = self._mark, self._clock.now()
+        self._open.append((optimizer, before, self._mark))
+
+    def _read(self) -> None:
+        while self._open:
+            optimizer, since, until = self._open[0]
+            seconds = self._clock.seconds(since, until)
+            if seconds is None:
+                return
+            self._open.popleft()
+            if optimizer:
+                self._add(optimizer=seconds)
+                continue
+            waited = (self._waits.seconds_waiting, self._waits.seconds_on_wire)
+            waiting, wire = (now - then for now, then in zip(waited, self._waited, strict=True))
+            self._waited = waited
+            self._add(computing=seconds - waiting - wire, waiting=waiting, wire=wire)
 
     def _add(self, **seconds: float) -> None:
         totals = asdict(self.total)
         self.total = Usage(**{name: total + seconds.get(name, 0.0) for name, total in totals.items()})
-
-    def _lap(self) -> float:
-        before, self._mark = self._mark, time.perf_counter()
-        return self._mark - before

@@ -37,7 +37,7 @@ class PoolRank:
         self.engines = {f"pool/shard_{index}": self._engine}
         self._wire = pool_wire(wire_settings(recipe, job, placement), job.wire_groups)
         self._service = PoolService(self._shard, self._wire, recipe.model.layers)
-        self.clock = UsageClock(self._service)
+        self.clock = UsageClock(self._service.waits)
         layers = recipe.model.layers if recipe.metrics.per_layer_experts else 0
         load = ExpertLoad(self._shard.expert_ids, recipe.pool.experts, layers)
         self.metrics = MetricsServer(recipe.metrics, "pool", job.rank, job.local_rank, load)

@@ -83,12 +83,12 @@ class TrunkRank:
         self.engines = {"trunk": build_engine(self.trunk, recipe, "trunk", job.role_size)}
         self._shard: ExpertShard | None = None
         self._wire: TrunkWire | None = None
-        self._pool = PoolClient()
+        self._pool = PoolClient(job.device)
         self._pool_map: PoolMap | None = None
         if placement:
             self._join_pool(placement)
         self.metrics = MetricsServer(recipe.metrics, "trunk", job.rank, job.local_rank, self._expert_load())
-        self.clock = UsageClock(self._pool)
+        self.clock = UsageClock(self._pool.waits)
         layers, experts = recipe.model.layers, max(1, recipe.experts_per_layer)
         self._statistics = LoadStatistics(recipe.balance.scope, recipe.balance.delay, layers, experts)
         self.load_LM = torch.zeros(layers, experts, dtype=torch.int64)
@@ -155,7 +155,7 @@ class TrunkRank:
             The squared norm of the reduced gradients; infinite if a router had logits that are not finite.
         """
         self._started = time.perf_counter()
-        self._waited = self._pool.seconds_waiting
+        self._waited = self._pool.waits.seconds_waiting
         self.clock.begin()
         with ExitStack() as stack:
             for engine in self.engines.values():
@@ -214,7 +214,7 @@ class TrunkRank:
             grad_norm=total_norm,
             lr=lr,
             seconds=time.perf_counter() - self._started,
-            seconds_waiting=self._pool.seconds_waiting - self._waited,
+            seconds_waiting=self._pool.waits.seconds_waiting - self._waited,
             applied=all(outcomes),
         )
         if self._pool_map is not None:

@@ -9,11 +9,11 @@ from typing import Any, cast
 import pytest
 import torch
 
+from pool import clock
 from pool.schedule import Kind
 from pool.wire import TrunkWire
 from tests.pool.shard_work import COUNTS, make_shard, make_work
 from tests.pool.test_weight_gradients import deferred_bytes_of
-from trainer.model import pool_client
 from trainer.model.micro_batch import Request
 from trainer.model.pool_client import LocalPool, MicroBatch, RemotePool
 
@@ -55,6 +55,7 @@ class Echo:
     """A wire whose answers are the requests."""
 
     bytes_sent = bytes_received = 0
+    settings = SimpleNamespace(device="cpu")
 
     def settle(self) -> None:
         pass
@@ -65,9 +66,9 @@ class Echo:
 
 def test_values_come_in_the_order_of_the_micro_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Though the second, which is shorter, ends first; and what is waited for is counted."""
-    clock = itertools.count()
-    monkeypatch.setattr(pool_client.time, "perf_counter", lambda: next(clock))
+    ticks = itertools.count()
+    monkeypatch.setattr(clock.time, "perf_counter", lambda: next(ticks))
     pool = RemotePool(cast(TrunkWire, Echo()), 0)
     found = pool.run([micro_batch(0, 2), micro_batch(1, 1), micro_batch(2, 1)], (0, 1, 1, 1, 0, 1, 0, 1, 0, 1, 0), 0)
     assert found == [0, 1, 2]
-    assert pool.seconds_waiting == pool.seconds_on_wire == 8, "one tick each"
+    assert pool.waits.seconds_waiting == pool.waits.seconds_on_wire == 8, "one tick each"

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from pool.clock import HostClock, Waits
 from pool.service import Served
 from trainer.cluster.launch import free_port
 from trainer.common.errors import UserError
@@ -147,26 +148,21 @@ def test_ports_by_rank_or_by_local_rank() -> None:
         MetricsServer(Metrics(host="203.0.113.1"), "pool", 6, 1)
 
 
-class Waiter:
-    seconds_waiting = 5.0
-    seconds_on_wire = 7.0
-
-
 def test_usage_adds_up_to_the_time_of_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = iter([100.0, 110.0, 111.5, 200.0, 204.0, 204.5])
+    now = iter([0.0, 50.0, 100.0, 107.0, 110.0, 111.5, 170.0, 200.0, 201.0, 204.0, 204.5])
     monkeypatch.setattr(time, "perf_counter", lambda: next(now))
-    waiter = Waiter()
-    clock = UsageClock(waiter)
+    waits = Waits(HostClock())
+    waits.waited(since=-5.0, headers=-2.0)
+    clock = UsageClock(waits)
     clock.begin()
-    waiter.seconds_waiting += 3
-    waiter.seconds_on_wire += 1
+    waits.waited(since=103.0, headers=106.0)
     clock.computed()
     clock.stepped()
     first = clock.total
     assert first == Usage(computing=6.0, waiting=3.0, wire=1.0, optimizer=1.5)
-    waiter.seconds_waiting += 50  # an evaluation
+    waits.waited(since=120.0)  # in an evaluation
     clock.begin()
-    waiter.seconds_waiting += 1
+    waits.waited(since=200.0)
     clock.computed()
     clock.stepped()
     assert clock.total.since(first) == Usage(computing=3.0, waiting=1.0, wire=0.0, optimizer=0.5)

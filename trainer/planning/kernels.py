@@ -1,0 +1,67 @@
+"""How many kernels the trainer launches on a GPU, and how many bytes those that are not products move. No torch here.
+
+The numbers are those of bf16 with K = 1 experts per token or more, as counted in the code: a test counts them again.
+Products are counted by their FLOPs elsewhere. Compiled regions read their inputs and write their results once.
+
+Letters: D hidden, F expert width, V vocabulary, M experts that a layer sees, K top-k, R width of queries and keys.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from trainer.config.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """A piece of work on a GPU, apart from its products.
+
+    Attributes:
+        launches: Kernels that the host launches, products included.
+        bytes: Bytes read and written by what is not a product.
+    """
+
+    launches: float
+    bytes: float
+
+
+def trunk_layer(recipe: Recipe, compiled: bool) -> Kernels:
+    """A third of a trunk segment's forward and backward; bytes per token."""
+    m = recipe.model
+    D, K, M = m.hidden, recipe.router.top_k, recipe.experts_per_layer
+    R = D + m.kv_heads * (D // m.heads)
+    if compiled:
+        return Kernels((25 + 45) / 3, (56 * D + 16 * K * D + 9 * R + 48 * M) / 3)
+    return Kernels((70 + 107) / 3, (170 * D + 56 * K * D + 116 * R + 80 * M) / 3)
+
+
+def head(recipe: Recipe, compiled: bool) -> Kernels:
+    """A third of the forward and backward of the head and the loss; bytes per token."""
+    m = recipe.model
+    if compiled:
+        return Kernels(30 / 3, (20 * m.hidden + 12 * m.vocab) / 3)
+    return Kernels(50 / 3, (60 * m.hidden + 30 * m.vocab) / 3)
+
+
+def experts(recipe: Recipe, merged: bool) -> Kernels:
+    """A third of a row's forward, backward and weight gradients, in bytes; launches for the requests of one kind.
+
+    SwiGLU is always compiled.
+
+    Args:
+        merged: Whether rows of several requests are merged, and the answers divided again.
+    """
+    if recipe.model.ffn == "dense":
+        return Kernels(0, 0)
+    D, F = recipe.model.hidden, recipe.model.ffn_hidden
+    alone = 6 * F + 12 * F + 8 * (2 * D + 3 * F)
+    return Kernels(36, (alone + 24 * D + 24 * F) / 3) if merged else Kernels(8, alone / 3)
+
+
+def flush_bytes(weights: float) -> float:
+    """Bytes that a launch of weight gradients moves for a shard's weights.
+
+    The bf16 product is written, cleared where an expert has no rows, and added to the fp32 gradients.
+    """
+    return (2 + 4 + 10) * weights
