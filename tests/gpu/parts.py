@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.common.atomic import atomic_write
-from trainer.common.gpus import look, why_none
+from trainer.common.gpus import look, set_allocator, why_none
 from trainer.common.strict_json import dumps
 from trainer.config.recipe import Recipe, load_recipe
 
@@ -216,6 +216,9 @@ def colocated(part: Part) -> None:
     planned = _planned_memory(recipe, sets)
     part.write(sets=sets, planned_memory=planned)
     _take_steps(part, recipe, [*sets, f"train.steps={3 if part.rehearse else 30}"], profile=True)
+    if not part.rehearse:
+        peak = part.found["ranks"][0]["peak_tensors"]
+        part.write(peak_over_planned=peak / sum(planned.values()))
 
 
 def lanes_2(part: Part) -> None:
@@ -258,6 +261,7 @@ def _take_steps(part: Part, name: str, sets: Sequence[str], profile: bool = Fals
     sets = [*sets, f"parallel.device={part.device}", "metrics.tensorboard=false", "run.dir=unused"]
     recipe = load_recipe(name, sets)
     world = recipe.grid.world_size
+    set_allocator()  # as `train` does
     environment = os.environ | job_environment(world) | {"DS_ACCELERATOR": part.device}
     ranks = []
     for rank in range(world):

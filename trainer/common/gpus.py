@@ -16,6 +16,9 @@ from trainer.common.errors import short_line
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 
+_ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+"""Environment variables that configure torch's allocator, the newer one first."""
+
 
 @dataclass(frozen=True)
 class Gpu:
@@ -94,6 +97,15 @@ def boot_id() -> str:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         return socket.gethostname()
+
+
+def set_allocator() -> None:
+    """Let torch's allocator grow its segments, unless the user configures it. Call it before torch is imported.
+
+    Tensors of many sizes otherwise leave gaps between them that no other tensor fits into.
+    """
+    if not any(name in os.environ for name in _ALLOCATOR):
+        os.environ[_ALLOCATOR[0]] = "expandable_segments:True"
 
 
 def why_none(facts: GpuFacts) -> str:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import subprocess
+import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tests.trainer.job import ROOT
 from trainer.common import machine
 from trainer.common.errors import UserError
 from trainer.common.gpus import Gpu, GpuFacts, boot_id, look, why_none
@@ -120,3 +124,21 @@ def test_a_sandbox_that_does_not_tell_its_boot(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(Path, "read_text", refuse)
     assert boot_id() == socket.gethostname()
+
+
+def test_the_allocator_is_configured_before_torch_reads_it() -> None:
+    """And the user's configuration holds, also under the older name."""
+    code = (
+        "import os, sys; from trainer.common.gpus import set_allocator as s; s(); assert 'torch' not in sys.modules\n"
+        "print([os.environ.get(f'PYTORCH_{n}ALLOC_CONF') for n in ('', 'CUDA_')])"
+    )
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    rest = {name: value for name, value in os.environ.items() if name not in names}
+    for own, told in (
+        ({}, ["expandable_segments:True", None]),
+        ({names[0]: "backend:native"}, ["backend:native", None]),
+        ({names[1]: "backend:native"}, [None, "backend:native"]),
+    ):
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, env=rest | own, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+        assert done.stdout == f"{told}\n"
