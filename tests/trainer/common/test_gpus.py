@@ -17,7 +17,7 @@ import torch
 from tests.trainer.job import ROOT
 from trainer.common import machine
 from trainer.common.errors import UserError
-from trainer.common.gpus import Gpu, GpuFacts, boot_id, look, why_none
+from trainer.common.gpus import Gpu, GpuFacts, boot_id, look, share_of_gpus, why_none
 
 NONE = GpuFacts((), "2.13.0+cu130", "13.0", 13000, on_machine=2)
 """A machine with GPUs, a driver and a torch for CUDA 13.0, none of which is to blame."""
@@ -142,3 +142,28 @@ def test_the_allocator_is_configured_before_torch_reads_it() -> None:
         command = [sys.executable, "-c", code]
         done = subprocess.run(command, env=rest | own, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
         assert done.stdout == f"{told}\n"
+
+
+@pytest.mark.parametrize(
+    ("visible", "files", "shares"),
+    [
+        (None, 8, ["0,1,2,3", "4,5,6,7"]),
+        (None, 3, ["0", "1"]),
+        (None, 1, ["0", "0"]),
+        (None, 0, [None, None]),
+        ("", 8, [None, None]),
+        ("6,7", 8, ["6", "7"]),
+        ("GPU-a,GPU-b,GPU-c,GPU-d", 8, ["GPU-a,GPU-b", "GPU-c,GPU-d"]),
+    ],
+)
+def test_jobs_divide_the_gpus(
+    visible: str | None, files: int, shares: list[str | None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    for name in ("nvidiactl", "nvidia-uvm", *(f"nvidia{number}" for number in range(files))):
+        (tmp_path / name).touch()
+    monkeypatch.setattr("trainer.common.gpus._DEVICES", tmp_path)
+    assert [share_of_gpus(place, 2) for place in range(2)] == shares
+    assert look().on_machine == files
