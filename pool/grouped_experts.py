@@ -6,17 +6,16 @@ order, D hidden, F expert width, e experts, b requests merged into one launch.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pool.compiling import compiled
 from pool.counts import Counts, total
 from pool.permute import gather_order, merge_order, starts
 
@@ -91,7 +90,7 @@ def add_weight_gradients(
         return
     counts_be = torch.stack([counts.rows_e.narrow(0, first, end - first) for *_, counts in work])
     counts_e = counts_be.sum(0)
-    index_N = merge_order(counts_be, rows) if len(work) > 1 else None
+    index_N = merge_order(counts_be, rows)[0] if len(work) > 1 else None
     offsets_e, empty_e11 = counts_e.cumsum(0, dtype=torch.int32), (counts_e == 0).view(-1, 1, 1)
 
     def merged(tensors: tuple[Tensor, ...]) -> Tensor:
@@ -132,15 +131,7 @@ def swiglu_backward(h_N2F: Tensor, dact_NF: Tensor) -> tuple[Tensor, Tensor]:
 
 def _fused(function: Callable[..., Any], x: Tensor) -> Callable[..., Any]:
     """Return the function compiled into one kernel on a GPU, or as it is on a CPU, where tests use this back end."""
-    return _compiled(function) if x.is_cuda and len(x) else function
-
-
-@cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    # The compiler's cache holds pickles, and its default is a folder in /tmp that anyone may have created before.
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(home / "torchinductor"))
-    return torch.compile(function, dynamic=True)
+    return compiled(function, dynamic=True) if x.is_cuda and len(x) else function
 
 
 def _product(x_NI: Tensor, w_eIO: Tensor, offsets_e: Tensor) -> Tensor:

@@ -34,20 +34,30 @@ def permutation(expert_ids_TK: Tensor, position_M: Tensor) -> Permutation:
         expert_ids_TK: Global expert ids (int64).
         position_M: `Placement.position_M`, on the same device.
     """
-    sorted_N, order_N = position_M.index_select(0, expert_ids_TK.flatten()).sort(stable=True)
-    # Neither bincount, which waits for the device, nor adding ones up, for which torch sorts when it is to be
-    # deterministic: the positions are sorted already.
-    bounds = torch.searchsorted(sorted_N, torch.arange(position_M.numel() + 1, device=sorted_N.device))
-    return Permutation(order_N, _inverse(order_N), bounds.diff())
-
-
-def _inverse(order_N: Tensor) -> Tensor:
-    """Return the position of each number in a permutation."""
-    if order_N.device.type != "cpu":
-        return order_N.argsort()  # to write by an index, deterministically, torch sorts on a GPU too, and does more
+    positions_N = position_M.index_select(0, expert_ids_TK.flatten())
+    if positions_N.device.type != "cpu" or torch.compiler.is_compiling():
+        return _by_distinct_keys(positions_N, position_M.numel())
+    sorted_N, order_N = positions_N.sort(stable=True)
     inverse_N = torch.empty_like(order_N)
     inverse_N[order_N] = torch.arange(order_N.numel())
-    return inverse_N
+    bounds = torch.searchsorted(sorted_N, torch.arange(position_M.numel() + 1))
+    return Permutation(order_N, inverse_N, bounds.diff())
+
+
+def _by_distinct_keys(positions_N: Tensor, experts: int) -> Permutation:
+    """Return the same as `permutation`, by sorting keys that are all different and searching in them.
+
+    This is for GPUs. bincount waits for the device there; and to write or to add by an index, deterministically, torch
+    sorts once more.
+    """
+    rows = positions_N.numel()
+    # A radix sort takes time in proportion to the bits.
+    dtype = torch.int32 if (experts + 1) * rows < 2**31 else torch.int64
+    keys_N = (positions_N * rows + torch.arange(rows, device=positions_N.device)).to(dtype)
+    sorted_N = keys_N.sort().values
+    starts = torch.arange(experts + 1, device=positions_N.device, dtype=dtype) * rows
+    bounds = torch.searchsorted(sorted_N, starts)
+    return Permutation(sorted_N.long() % rows, torch.searchsorted(sorted_N, keys_N), bounds.diff())
 
 
 class _Permute(torch.autograd.Function):
@@ -88,41 +98,36 @@ def combine(y_ND: Tensor, topk_scores_TK: Tensor, p: Permutation) -> Tensor:
     return (y_TKD * topk_scores_TK.unsqueeze(-1)).sum(1)  # type: ignore[no-any-return]
 
 
-def merge_order(counts_be: Tensor, rows: int) -> Tensor:
-    """Return the order that merges several expert-major batches into one.
+def merge_order(counts_be: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """Return the order that merges several expert-major batches into one, and its inverse.
+
+    Nothing is read from the device, because the shapes say how many rows there are.
 
     Args:
         counts_be: Rows of each expert in every batch (int64).
         rows: The sum of the counts.
 
     Returns:
-        index_N (int64): `torch.cat(batches)[index_N]` is expert-major; within an expert the batches keep their order.
+        index_N, inverse_N (int64): `torch.cat(batches)[index_N]` is expert-major, and within an expert the batches keep
+        their order; `torch.cat(batches)` is that, indexed by `inverse_N`.
     """
-    return gather_order(starts(counts_be), counts_be, rows)
-
-
-def split_order(counts_be: Tensor, rows: int) -> Tensor:
-    """Return the inverse of `merge_order`: merged rows, indexed by it, are the batches one after the other again."""
-    return gather_order(starts(counts_be.t()), counts_be.t(), rows)
+    shift_be = starts(counts_be) - starts(counts_be.t()).t()
+    place_N = torch.arange(rows, device=counts_be.device)
+    index_N = place_N + _for_each_row(shift_be.t(), counts_be.t(), rows)
+    return index_N, place_N - _for_each_row(shift_be, counts_be, rows)
 
 
 def gather_order(starts_be: Tensor, counts_be: Tensor, rows: int) -> Tensor:
-    """Return the index that gathers the rows of all batches expert by expert, and within an expert batch by batch.
-
-    Nothing is read from the device, because the shapes say how many rows there are.
-
-    Args:
-        starts_be: Where the rows of each expert start, in every batch (int64).
-        counts_be: How many there are (int64).
-        rows: The sum of the counts.
-    """
-    counts_eb = counts_be.t()
-    shifts_eb = starts_be.t() - starts(counts_eb)
-    shift_N = shifts_eb.flatten().repeat_interleave(counts_eb.flatten(), output_size=rows)
-    return torch.arange(rows, device=counts_be.device) + shift_N
+    """Return the index that gathers the rows of all batches as `merge_order` does, wherever they start (int64)."""
+    shift_eb = starts_be.t() - starts(counts_be.t())
+    return torch.arange(rows, device=counts_be.device) + _for_each_row(shift_eb, counts_be.t(), rows)
 
 
 def starts(counts: Tensor) -> Tensor:
     """Return where pieces of these lengths start, if they lie one after the other in the order of `flatten`."""
     flat = counts.flatten()
     return (flat.cumsum(0) - flat).view(counts.shape)
+
+
+def _for_each_row(of_pieces: Tensor, counts: Tensor, rows: int) -> Tensor:
+    return of_pieces.flatten().repeat_interleave(counts.flatten(), output_size=rows)

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from pool import grouped_experts, loop_experts
 from pool.counts import Counts, total
-from pool.permute import merge_order, split_order
+from pool.permute import merge_order
 
+Orders = tuple[Tensor, Tensor]
 Hidden = Any
 """What a back end keeps of a request's forward; see `loop_experts` and `grouped_experts`."""
 
@@ -290,13 +291,13 @@ class ExpertServer:
     ) -> list[Tensor]:
         """Return the outputs y_ND of every batch (x_ND, rows of each expert), in the batch's own order."""
         counts = [c for _, c in batches]
-        x_ND, _ = _merge([x for x, _ in batches], counts)
+        x_ND, orders = _merge([x for x, _ in batches], counts)
         y_ND, hidden = self.shard.forward_rows(x_ND, counts)
         if keep_for_backward:
             for key, (x, c), h in zip(keys, batches, hidden, strict=True):
                 assert key not in self._saved, f"two forwards of {key} without a backward in between"
                 self._saved[key] = Saved(x, None if self.shard.recompute else h, c)
-        return _split(y_ND, counts, [x.shape[0] for x, _ in batches])
+        return _split(y_ND, orders, [x.shape[0] for x, _ in batches])
 
     def backward(self, keys: Sequence[object], dys: list[Tensor]) -> list[Tensor]:
         """Return the gradients dx_ND of the tokens of earlier forwards.
@@ -310,11 +311,11 @@ class ExpertServer:
         """
         saved = [self._saved.pop(key) for key in keys]
         counts = [s.counts for s in saved]
-        x_ND, index_N = _merge([s.x_ND for s in saved], counts)
-        dy_ND = dys[0] if index_N is None else torch.cat(dys).index_select(0, index_N)
+        x_ND, orders = _merge([s.x_ND for s in saved], counts)
+        dy_ND = dys[0] if orders is None else torch.cat(dys).index_select(0, orders[0])
         hidden = None if self.shard.recompute else [s.hidden for s in saved]
         dx_ND = self.shard.backward_rows(x_ND, hidden, dy_ND, counts)
-        return _split(dx_ND, counts, [s.x_ND.shape[0] for s in saved])
+        return _split(dx_ND, orders, [s.x_ND.shape[0] for s in saved])
 
     def counts(self, key: object) -> Counts | None:
         """Return the rows of each expert in the open forward `key`, or None if there is none."""
@@ -326,20 +327,14 @@ class ExpertServer:
         return len(self._saved)
 
 
-def _merge(parts: list[Tensor], counts: Sequence[Counts]) -> tuple[Tensor, Tensor | None]:
-    """Return the expert-major rows of all parts, and the index that merged them; None for a single part."""
+def _merge(parts: list[Tensor], counts: Sequence[Counts]) -> tuple[Tensor, Orders | None]:
+    """Return the expert-major rows of all parts, and the orders of `merge_order`; None for a single part."""
     if len(parts) == 1:
         return parts[0], None
-    index_N = merge_order(_stacked(counts), sum(map(len, parts)))
-    return torch.cat(parts).index_select(0, index_N), index_N
+    orders = merge_order(torch.stack([c.rows_e for c in counts]), sum(map(len, parts)))
+    return torch.cat(parts).index_select(0, orders[0]), orders
 
 
-def _split(merged_N: Tensor, counts: Sequence[Counts], sizes: list[int]) -> list[Tensor]:
+def _split(merged_N: Tensor, orders: Orders | None, sizes: list[int]) -> list[Tensor]:
     """Undo `_merge`."""
-    if len(counts) == 1:
-        return [merged_N]
-    return list(merged_N.index_select(0, split_order(_stacked(counts), len(merged_N))).split(sizes))
-
-
-def _stacked(counts: Sequence[Counts]) -> Tensor:
-    return torch.stack([c.rows_e for c in counts])
+    return [merged_N] if orders is None else list(merged_N.index_select(0, orders[1]).split(sizes))

@@ -108,7 +108,7 @@ class _NormRoute(torch.autograd.Function):
             # relu's own backward, in place; a comparison and masked_fill_ cost ten times as much on a CPU.
             torch.ops.aten.threshold_backward.grad_input(d_logits_TM, logits_TM, 0, grad_input=d_logits_TM)
         if d_topk_TK is not None:
-            d_logits_TM.scatter_add_(-1, ids_TK, d_topk_TK * gain_T1 * winners_TK.sign())
+            _add_to_winners(d_logits_TM, ids_TK, d_topk_TK * gain_T1 * winners_TK.sign())
 
         # Through the norm, on every logit.
         inverse_T1 = (norm_T1 + EPS).reciprocal()
@@ -116,6 +116,16 @@ class _NormRoute(torch.autograd.Function):
         d_logits_TM.addcmul_(logits_TM, along_T1, value=-1)
         d_sigma = ctx.constant * (d_gain_T1 * inverse_T1).sum(dim=0)
         return d_logits_TM, d_sigma, None, None, None
+
+
+def _add_to_winners(d_logits_TM: Tensor, ids_TK: Tensor, d_winners_TK: Tensor) -> None:
+    """Add the gradients of the K winners in place. A token's winners are distinct, so there are no sums."""
+    if torch.compiler.is_compiling():  # comparisons are part of the kernel around them, but a scatter is not
+        experts_M = torch.arange(d_logits_TM.shape[-1], device=ids_TK.device)
+        for ids_T, d_T in zip(ids_TK.unbind(-1), d_winners_TK.unbind(-1), strict=True):
+            d_logits_TM += torch.where(ids_T.unsqueeze(-1) == experts_M, d_T.unsqueeze(-1), 0.0)
+    else:
+        d_logits_TM.scatter_add_(-1, ids_TK, d_winners_TK)
 
 
 def _reciprocal(sum_T1: Tensor) -> Tensor:

@@ -66,6 +66,8 @@ def _decide(
 def _count_tokens(topk_expert_ids_TK: Tensor, num_experts: int) -> Tensor:
     """Count assignments per expert. `bincount` would wait for the device to find the largest id."""
     ids = topk_expert_ids_TK.flatten()
+    if torch.compiler.is_compiling():  # one kernel; adding ones by an index is many, if it is to be deterministic
+        return (ids == torch.arange(num_experts, device=ids.device).unsqueeze(-1)).sum(-1)
     return torch.zeros(num_experts, dtype=torch.int64, device=ids.device).scatter_add_(0, ids, torch.ones_like(ids))
 
 

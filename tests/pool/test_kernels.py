@@ -66,7 +66,7 @@ def joined(for_weights: Any) -> tuple[Tensor, Tensor]:
 
 
 def merged(counts: list[list[int]]) -> Tensor:
-    return merge_order(torch.tensor(counts), sum(map(sum, counts)))
+    return merge_order(torch.tensor(counts), sum(map(sum, counts)))[0]
 
 
 @each_backend

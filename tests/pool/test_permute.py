@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pool.permute import Permutation, combine, merge_order, permutation, permute, split_order
+from pool.permute import Permutation, combine, merge_order, permutation, permute
 from pool.placement import Placement
 
 D, M = 5, 6
@@ -114,7 +114,7 @@ def test_there_and_back(top_k: int) -> None:
 def test_merge_order(counts: list[list[int]]) -> None:
     """Experts in order, within an expert the batches in order, within a batch the rows in order."""
     rows = [(e, b, i) for b, batch in enumerate(counts) for e, count in enumerate(batch) for i in range(count)]
-    index_N = merge_order(torch.tensor(counts), len(rows))
+    index_N, inverse_N = merge_order(torch.tensor(counts), len(rows))
     assert index_N.dtype == torch.int64
     assert [rows[n] for n in index_N.tolist()] == sorted(rows)
-    assert index_N[split_order(torch.tensor(counts), len(rows))].tolist() == list(range(len(rows)))
+    assert index_N[inverse_N].tolist() == list(range(len(rows)))

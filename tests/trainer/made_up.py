@@ -164,4 +164,5 @@ def write_run(folder: Path, steps: int = 60, recipe: str = "quickstart", overrid
                 file.write(json.dumps({"step": step, "probe_loss": 2.7, "random_routing": 0.3 - 0.31 * left}) + "\n")
     load_LM = np.random.default_rng(1).gamma(0.4, 80, (checked.model.layers, experts)).astype(np.int64)
     np.save(folder / "load.npy", load_LM)
+    (folder / "plan.json").write_text(json.dumps({"lanes": 2, "devices": "4 x NVIDIA H100"}))
     return folder

@@ -20,14 +20,14 @@ class Node:
     """One node of a job.
 
     Attributes:
-        hostfile: Lines `HOST slots=RANKS`, the same on all nodes; ranks are numbered in their order.
+        slots: The number of ranks of each node, by host; ranks are numbered in this order.
         rank: This node's line, from 0.
         has_trunk_ranks: Whether any of its ranks are trunk ranks, which need data.
         master_addr: Name or address of node 0. The name need not resolve yet: ranks retry until
             `parallel.start_timeout_seconds` have passed.
     """
 
-    hostfile: Path
+    slots: dict[str, int]
     rank: int
     has_trunk_ranks: bool
     master_addr: str
@@ -58,7 +58,7 @@ def find_node(
     mine = ranks_by_order(grid, recipe.topology.order)[first : first + list(slots.values())[node_rank]]
     role = os.environ.get(ROLE)
     has_trunk_ranks = role == "trunk" if role else any(grid.is_trunk(rank) for rank in mine)
-    return Node(hostfile, node_rank, has_trunk_ranks, master_addr or next(iter(slots)), master_port or DEFAULT_PORT)
+    return Node(slots, node_rank, has_trunk_ranks, master_addr or next(iter(slots)), master_port or DEFAULT_PORT)
 
 
 def _read(path: Path) -> dict[str, int]:

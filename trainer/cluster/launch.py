@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import random
 import signal
@@ -10,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -18,6 +19,8 @@ import psutil
 
 from trainer.cluster.hostfile import Node
 from trainer.common.errors import START_AGAIN
+from trainer.common.gpus import VISIBLE
+from trainer.common.strict_json import dumps
 from trainer.config.recipe import Recipe
 
 DONE_FILE = "UNIPOOL_DONE_FILE"
@@ -31,6 +34,9 @@ GRACE_SECONDS = 20.0
 
 LONGEST_PAUSE_SECONDS = 30.0
 """Limit of the pause before a restart, which is 1 s at first and doubles each time."""
+
+_LAUNCHER_CHANGES = (VISIBLE, "DS_ACCELERATOR")
+"""Environment variables that the launcher sets, but that ranks shall have as they are here."""
 
 _POLL_SECONDS = 0.1
 
@@ -75,8 +81,8 @@ def run_locally(recipe: Recipe, arguments: Sequence[str], max_restarts: int) -> 
     job = LocalJob()
     restart = 0
     while True:
-        ranks = ["--num_gpus", str(recipe.grid.world_size), "--master_port", str(free_port())]
-        status = job.run(_launcher(ranks, arguments), _environment() | {RESTARTS: str(before + restart)})
+        command = launcher({"localhost": recipe.grid.world_size}, 0, "127.0.0.1", free_port(), arguments)
+        status = job.run(command, _environment() | {RESTARTS: str(before + restart)})
         if job.came_to_end or status in (0, 2) or job.ended_by or restart == max_restarts:
             return status
         restart += 1
@@ -95,9 +101,8 @@ def run_node(node: Node, arguments: Sequence[str]) -> int:
     Signals are handled as in `run_locally`, and a signal to one node stops the whole job: its ranks agree on the step
     after which all of them save and end.
     """
-    ranks = ["--hostfile", str(node.hostfile), "--no_ssh", "--node_rank", str(node.rank)]
-    ranks += ["--master_addr", node.master_addr, "--master_port", str(node.master_port)]
-    return LocalJob().run(_launcher(ranks, arguments), _environment())
+    command = launcher(node.slots, node.rank, node.master_addr, node.master_port, arguments)
+    return LocalJob().run(command, _environment())
 
 
 def end_on_signals() -> None:
@@ -106,16 +111,34 @@ def end_on_signals() -> None:
         signal.signal(number, lambda number, _: os._exit(128 + number))
 
 
-def _launcher(ranks: Sequence[str], arguments: Sequence[str]) -> list[str]:
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--no_local_rank"]
-    return [*command, *ranks, "--module", "trainer", *arguments]
+def launcher(
+    slots: Mapping[str, int], node_rank: int, master_addr: str, master_port: int, arguments: Sequence[str]
+) -> list[str]:
+    """Return the command that starts the ranks of one node: DeepSpeed's launcher of a node.
+
+    Its runner, the command `deepspeed`, would read /job/hostfile and drop the user's CUDA_VISIBLE_DEVICES. The launcher
+    sets that variable too, so each rank starts through `env`, which gives it back its value here.
+
+    Args:
+        slots: Number of ranks of each node, by host.
+    """
+    world = {host: list(range(number)) for host, number in slots.items()}
+    world_info = base64.urlsafe_b64encode(dumps(world).encode()).decode()
+    removed = [word for name in _LAUNCHER_CHANGES if name not in os.environ for word in ("-u", name)]
+    restored = [f"{name}={os.environ[name]}" for name in _LAUNCHER_CHANGES if name in os.environ]
+    return [
+        *(sys.executable, "-m", "deepspeed.launcher.launch", "--quiet", "--no_local_rank", "--no_python"),
+        *(f"--world_info={world_info}", f"--node_rank={node_rank}"),
+        *(f"--master_addr={master_addr}", f"--master_port={master_port}"),
+        *("env", *removed, *restored),
+        *(sys.executable, "-u", "-m", "trainer", *arguments),
+    ]
 
 
 def _environment() -> dict[str, str]:
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
-    if not any(Path("/dev").glob("nvidia*")) and not Path("/dev/kfd").exists():
-        environment.setdefault("DS_ACCELERATOR", "cpu")  # otherwise the launcher warns that it found no GPU
-    return environment
+    """Return the environment of the launcher, which needs no GPU itself."""
+    path = os.pathsep.join(path or os.getcwd() for path in sys.path)
+    return os.environ | {"PYTHONPATH": path, "DS_ACCELERATOR": "cpu"}
 
 
 class LocalJob:
@@ -146,10 +169,8 @@ class LocalJob:
             self.came_to_end = done.exists()
             if self.ended_by and status != START_AGAIN and not done.exists():
                 return 128 + self.ended_by[0]
-            if status == 0 and not done.exists():
-                # The deepspeed launcher returns 0 if its per-node process was killed.
-                print("unipool: the job ended before its last step because its launcher was killed", file=sys.stderr)
-                return 1
+            if status < 0:
+                print("unipool: the job ended because its launcher was killed", file=sys.stderr)
         return status if status >= 0 else 128 - status
 
     def pause(self, seconds: float) -> bool:

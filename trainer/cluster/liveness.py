@@ -8,7 +8,6 @@ others. Ranks here are the launcher's, because the job's ranks are known only on
 from __future__ import annotations
 
 import os
-import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +17,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
+from trainer.cluster.devices import Sight
+from trainer.common.gpus import Gpu
 from trainer.common.strict_json import dumps, loads
 
 T = TypeVar("T")
@@ -43,16 +44,24 @@ class Arrival:
 
     Attributes:
         role: Its `UNIPOOL_ROLE`, or "".
-        device: Type of its device.
         numbering: How its recipe numbers the ranks; it must be the same on all ranks.
+        sight: The devices that it may use.
+        address: Its address towards the host of the job's store.
     """
 
     role: str
-    device: str
     numbering: str
-    host: str = field(default_factory=socket.gethostname)
+    sight: Sight
+    address: str = ""
     machine: str = field(default_factory=_machine)
     pid: int = field(default_factory=os.getpid)
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Arrival:
+        """Read what `dumps(asdict(arrival))` wrote."""
+        fields = loads(text)
+        gpus = tuple(Gpu(**gpu) for gpu in fields["sight"]["gpus"])
+        return cls(**fields | {"sight": Sight(**fields["sight"] | {"gpus": gpus})})
 
 
 class Liveness:
@@ -82,7 +91,7 @@ class Liveness:
         self._heartbeat.start()
         self._store.set(f"arrival/{self._rank}", dumps(asdict(own)))
         for rank in self._ranks:  # one at a time, because a rank that has joined may die before others join
-            self._arrivals.append(Arrival(**loads(self._store.get(f"arrival/{rank}"))))
+            self._arrivals.append(Arrival.from_json(self._store.get(f"arrival/{rank}")))
         self._store.set(f"read/{self._rank}", "")
         if self._rank == 0:
             self._store.wait([f"read/{rank}" for rank in self._ranks])

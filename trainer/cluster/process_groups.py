@@ -43,7 +43,7 @@ class Job:
         self.topology: Topology = member.topology
         self.rank, self.local_rank = member.rank, member.local_rank
         self.name, self.is_trunk = member.name, member.is_trunk
-        self.device, self.payload_device = member.device, member.payload_device
+        self.device, self.payload_device, self.devices = member.device, member.payload_device, member.devices
         self.shared, self.liveness, self._store = member.shared, member.liveness, member.store
         self.timeout = timedelta(seconds=recipe.parallel.timeout_seconds)
         self.start_timeout = timedelta(seconds=recipe.parallel.start_timeout_seconds)
@@ -59,7 +59,6 @@ class Job:
         self._choose_gpu()
         self.role_name, self.role_rank, self.role_size = self.topology.role_world(self.rank)
         os.environ.update(RANK=str(self.role_rank), WORLD_SIZE=str(self.role_size))
-        os.environ.update(LOCAL_RANK=str(self.local_rank))
         dist.init_process_group(
             backend="cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo",
             store=dist.PrefixStore(self.role_name, self._store),

@@ -66,11 +66,12 @@ def _number(grid: Topology, is_pool: Sequence[bool]) -> list[int]:
     return [next(pool if in_pool else trunk) for in_pool in is_pool]
 
 
-def payload_device(grid: Topology, devices: Sequence[str], wire: Literal["auto", "gloo"]) -> str:
+def payload_device(grid: Topology, devices: Sequence[str], wire: Literal["auto", "gloo"], shared: bool) -> str:
     """Return the device type from which the wire sends payloads: "cuda" only if NCCL can join all ranks.
 
     Args:
         devices: Device type of each job rank.
+        shared: Whether ranks share a GPU.
 
     Raises:
         SharedUserError: Ranks that average gradients with each other (all trunk ranks, or the replicas of a shard) have
@@ -82,10 +83,10 @@ def payload_device(grid: Topology, devices: Sequence[str], wire: Literal["auto",
         if device != devices[other]:
             raise SharedUserError(
                 f"{grid.describe(other)} uses {devices[other]}, but {grid.describe(rank)} uses {device}: all trunk "
-                "ranks, and all pool ranks of a shard, need the same device type (DS_ACCELERATOR=cpu in a rank's "
-                "environment keeps it off its GPU)"
+                "ranks, and all pool ranks of a shard, need the same device type (parallel.device=cpu, or "
+                "DS_ACCELERATOR=cpu in a rank's environment, chooses the CPU)"
             )
-    return "cuda" if wire == "auto" and set(devices) == {"cuda"} else "cpu"
+    return "cuda" if wire == "auto" and set(devices) == {"cuda"} and not shared else "cpu"
 
 
 def roster(grid: Topology, hosts: Sequence[str], devices: Sequence[str]) -> str:

@@ -15,8 +15,10 @@ import torch
 import torch.distributed as dist
 
 from pool.topology import Topology
+from trainer.cluster.devices import Devices, assign_devices, sight, tell_deepspeed
 from trainer.cluster.launch import free_port
 from trainer.cluster.liveness import Arrival, Liveness, reach
+from trainer.cluster.network import address_towards, choose_gloo_interface
 from trainer.cluster.rank_assignment import ROLE, assign_ranks, payload_device, ranks_by_order, roster
 from trainer.common.errors import SharedUserError, UserError
 from trainer.common.machine import limit_threads
@@ -129,6 +131,7 @@ class Member:
         rank: Its number in the job.
         leads_machine: Whether it is the first trunk rank of its machine.
         device: Where it computes.
+        devices: Where all ranks compute.
         payload_device: Where the wire takes its payloads from; the same type on all ranks.
         store: The job's store, on which process groups are set up.
         shared: Short texts for the other ranks, in the same store.
@@ -140,6 +143,7 @@ class Member:
     local_rank: int
     leads_machine: bool
     device: torch.device
+    devices: Devices
     payload_device: torch.device
     store: dist.Store
     shared: KeyValueStore
@@ -167,7 +171,7 @@ def rendezvous(recipe: Recipe, launch: Launch) -> Member:
     """Wait for all other ranks on the job's store, and find out the rank and role of each.
 
     Raises:
-        UserError: The launcher's ranks do not fit the recipe.
+        UserError: The launcher's ranks, or the devices that they see, do not fit the recipe.
         PeerLost: Another rank died, does not respond, or did not join within `parallel.start_timeout_seconds`.
     """
     grid, order = recipe.grid, recipe.topology.order
@@ -176,43 +180,52 @@ def rendezvous(recipe: Recipe, launch: Launch) -> Member:
             f"the launcher started {launch.world_size} ranks, but parallel.trunk_ranks + parallel.pool_ranks = "
             f"{grid.trunk_ranks} + {grid.pool_ranks} = {grid.world_size}: make them equal"
         )
-    device = _pick_device(launch)
     limit = timedelta(seconds=recipe.parallel.start_timeout_seconds)
     names = provisional_names(recipe, launch.world_size)
     # Heartbeats have a connection of their own, which calls that block do not hold up.
     stores = reach(lambda: _open_stores(launch, limit), names[0], limit)
     store, beats = (dist.PrefixStore(_attempt() + path, s) for path, s in zip(("", "/beat"), stores, strict=True))
     liveness = Liveness(launch.rank, names, store, beats)
-    own = Arrival(os.environ.get(ROLE, ""), device.type, f"{grid} {order}")
+    own = Arrival(
+        os.environ.get(ROLE, ""),
+        f"{grid} {order}",
+        sight(recipe.parallel.device, socket.gethostname(), launch.local_rank),
+        address_towards(launch.master_addr),
+    )
     arrivals = liveness.meet(lambda: liveness.exchange_arrivals(own), limit)
     if any(arrival.numbering != own.numbering for arrival in arrivals):
         raise SharedUserError(DIFFERENT_RECIPES)
     ranks = assign_ranks(grid, order, [arrival.role for arrival in arrivals])
     liveness.names = [grid.describe(rank) for rank in ranks]
     by_rank = [arrivals[ranks.index(rank)] for rank in range(grid.world_size)]
-    devices, machines = [a.device for a in by_rank], [a.machine for a in by_rank]
+    machines = [arrival.machine for arrival in by_rank]
     rank = ranks[launch.rank]
-    on_gpu = payload_device(grid, devices, recipe.parallel.wire) == "cuda"
+    devices = assign_devices(grid, [arrival.sight for arrival in by_rank], recipe.parallel.device)
+    device = _take_device(devices.ordinals[rank], launch)
+    choose_gloo_interface(own.address, [arrival.address for arrival in by_rank])
+    on_gpu = payload_device(grid, devices.types, recipe.parallel.wire, devices.shared) == "cuda"
     return Member(
         topology=grid,
         rank=rank,
         local_rank=launch.local_rank,
         leads_machine=machines.index(machines[rank]) == rank and grid.is_trunk(rank),
         device=device,
+        devices=devices,
         payload_device=device if on_gpu else torch.device("cpu"),
         store=store,
         shared=KeyValueStore(store, liveness, rank, grid.world_size, limit),
         liveness=liveness,
-        roster=roster(grid, [a.host for a in by_rank], devices),
+        roster=roster(grid, [arrival.sight.host for arrival in by_rank], devices.types),
     )
 
 
-def _pick_device(launch: Launch) -> torch.device:
-    """Choose a GPU if there is one, unless DS_ACCELERATOR=cpu; on the CPU, limit this rank's threads."""
-    if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
-        return torch.device("cuda", launch.local_rank % torch.cuda.device_count())
-    limit_threads(launch.local_world_size)
-    return torch.device("cpu")
+def _take_device(ordinal: int | None, launch: Launch) -> torch.device:
+    """Return the GPU with this ordinal, or the CPU, where this rank's threads are limited."""
+    if ordinal is None:
+        limit_threads(launch.local_world_size)
+    device = torch.device("cpu") if ordinal is None else torch.device("cuda", ordinal)
+    tell_deepspeed(device, launch.local_rank)
+    return device
 
 
 def _attempt() -> str:

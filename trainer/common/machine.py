@@ -6,12 +6,14 @@ Threads in excess of a CPU limit are paused for the rest of each period, and so 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from trainer.common.errors import UserError
+from trainer.common.gpus import look, why_none
 
 if TYPE_CHECKING:
     import torch
@@ -100,14 +102,23 @@ def _mounts(process: Path) -> Iterator[tuple[PurePosixPath, Path, tuple[str, ...
 def pick_device(name: str | None) -> torch.device:
     """Return the device that `--device` names, or by default CUDA where it is available.
 
+    A machine whose GPUs cannot be used is reported on stderr.
+
     Raises:
         UserError: CUDA was requested and is not available.
     """
     import torch
 
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch finds no CUDA device; allowed here: cpu")
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if name == "cpu":
+        return torch.device("cpu")
+    facts = look()
+    if facts.gpus:
+        return torch.device("cuda")
+    if name == "cuda":
+        raise UserError(f"--device cuda: {why_none(facts)}; allowed here: cpu")
+    if facts.on_machine:
+        print(f"warning: on the CPU, although this machine has GPUs: {why_none(facts)}", file=sys.stderr)
+    return torch.device("cpu")
 
 
 def limit_threads(processes: int = 1) -> None:

@@ -14,6 +14,9 @@ from trainer.config.constraints import sources_or_list
 LARGEST = 2**62
 """Largest integer in a recipe; products of larger ones could overflow floats and tensors."""
 
+LOSS_CHUNK = 4096
+"""Tokens whose logits exist at once, unless a recipe says otherwise."""
+
 Positive = Annotated[int, Field(ge=1, le=LARGEST)]
 NonNegative = Annotated[int, Field(ge=0, le=LARGEST)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
@@ -79,8 +82,10 @@ class Pool(Section):
 
     experts: NonNegative = Field(0, description="Experts M of the whole pool, over all groups.")
     recompute: bool = Field(False, description="Recompute the experts' hidden activations in the backward pass.")
-    stash_bytes: Positive = Field(
-        2**30, description="Most bytes per rank of deferred weight-gradient work; beyond that, some of it is done."
+    stash_bytes: Positive | None = Field(
+        None,
+        description="Most bytes per rank of deferred weight-gradient work; beyond that, some of it is done. `null`: "
+        "1 GiB, and with `precision: bf16` at least room for 2048 rows of every expert.",
     )
     placement: Literal["contiguous", "auto"] = Field(
         "contiguous", description="`auto`: a resumed run spreads each layer's recorded load evenly over the shards."
@@ -120,6 +125,9 @@ class Train(Section):
         "bf16", description="Precision of computation and of the wire; master weights and routers are always fp32."
     )
     recompute: bool = Field(False, description="Recompute the trunk's segments in the backward pass.")
+    loss_chunk: Positive = Field(
+        LOSS_CHUNK, description="Largest number of tokens whose logits exist at once; bounds the memory of the loss."
+    )
     init_from: str | None = Field(None, description="An export whose weights replace the random initial ones.")
     freeze: Literal["none", "pool", "trunk"] = Field("none", description="The role whose weights are not trained.")
     max_skipped_steps: Positive = Field(
@@ -210,10 +218,15 @@ class Parallel(Section):
         description="`h100`, `h200`, `a100`, or a profile saved by `unipool bench`: costs for the schedule; "
         "default: FLOPs.",
     )
+    device: Literal["auto", "cuda", "cpu"] = Field(
+        "auto",
+        description="`auto`: GPUs where torch can use them, otherwise the CPU; `cuda`: GPUs, or an error that says why "
+        "not; `cpu`: the CPU.",
+    )
     wire: Literal["auto", "gloo"] = Field(
         "auto",
-        description="`auto`: NCCL if every rank has a GPU, otherwise gloo with copies through the host; `gloo`: always "
-        "gloo.",
+        description="`auto`: NCCL if every rank has a GPU of its own, otherwise gloo with copies through the host; "
+        "`gloo`: always gloo.",
     )
     timeout_seconds: PositiveFloat = Field(60.0, description="Longest wait for another rank inside a step.")
     start_timeout_seconds: PositiveFloat = Field(

@@ -20,7 +20,7 @@ def build_shard(recipe: Recipe, placement: Placement, shard: int, device: torch.
         recipe.model.ffn_hidden,
         compute_dtype(recipe),
         recipe.pool.recompute,
-        recipe.pool.stash_bytes,
+        recipe.stash_limit,
     )
     experts.reset_parameters(*init_stds(recipe), seed=recipe.run.seed)
     return experts.to(device)

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -23,12 +22,13 @@ from trainer.checkpoint.format import read_info
 from trainer.common.errors import UserError
 from trainer.common.format import loss, perplexity
 from trainer.common.tables import new_table
-from trainer.config.sections import source_names
+from trainer.config.sections import LOSS_CHUNK, source_names
 from trainer.data.batches import evaluation_steps
 from trainer.data.reading.documents import read_text_option
 from trainer.export.loaded_model import LoadedModel
 from trainer.export.saved_run import data_of
 from trainer.model.document_mask import attention_of, document_end
+from trainer.model.loss import cross_entropies
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -150,8 +150,8 @@ def summed_loss(model: Any, rows_BS1: Tensor, end: int | None) -> float:
     """Return the cross-entropy in nats of all tokens but the first of every row; see `total_loss`."""
     rows_BS1 = rows_BS1.to(model.device)
     tokens_BS = rows_BS1[:, :-1]
-    logits_BSV = model(tokens_BS, use_cache=False, **attention_of(tokens_BS, end)).logits
-    loss_T = F.cross_entropy(logits_BSV.flatten(0, 1).float(), rows_BS1[:, 1:].flatten(), reduction="none")
+    h_BSD = model.model(tokens_BS, use_cache=False, **attention_of(tokens_BS, end)).last_hidden_state
+    loss_T = cross_entropies(model.lm_head, h_BSD.flatten(0, 1), rows_BS1[:, 1:].flatten(), LOSS_CHUNK)
     return float(loss_T.double().sum())
 
 

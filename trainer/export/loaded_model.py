@@ -105,10 +105,11 @@ def finite_outputs(model: Any, name: str) -> Iterator[None]:
     nonfinite: list[torch.Tensor] = []
 
     def watch(_module: Any, _inputs: Any, output: Any) -> None:
-        found = output[0].isfinite().all().logical_not()
+        values = output if isinstance(output, torch.Tensor) else output[0]
+        found = values.isfinite().all().logical_not()
         nonfinite[:] = [nonfinite[0] | found] if nonfinite else [found]
 
-    handles = [module.register_forward_hook(watch) for module in (model, model.model)]
+    handles = [module.register_forward_hook(watch) for module in (model.model, model.lm_head)]
     try:
         yield
     except Exception:  # for example of torch.multinomial or statistics.stdev

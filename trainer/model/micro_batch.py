@@ -18,15 +18,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from pool.permute import Permutation, combine, permutation, permute
 from pool.schedule import Kind
 from router import Routing, distinct_experts
+from trainer.model.segments import (
+    Dispatch,
+    Opened,
+    Roots,
+    Surroundings,
+    combined,
+    dense_layer,
+    dispatched,
+    route,
+)
 from trainer.model.trunk import Trunk
+
+R = TypeVar("R", bound=tuple[Tensor | None, ...])
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -64,6 +77,15 @@ class PoolMap:
         """Return the global id of the layer's expert 0."""
         return (layer // self.layers_per_group) * self.experts_per_layer
 
+    def first_of(self, layer: int) -> Tensor:
+        """Return the same as a scalar on the device, for compiled segments: a number would be part of the graph."""
+        return self._firsts[layer // self.layers_per_group]
+
+    @cached_property
+    def _firsts(self) -> tuple[Tensor, ...]:
+        firsts = torch.arange(0, self.position_M.numel(), self.experts_per_layer, device=self.position_M.device)
+        return firsts.unbind()
+
 
 @dataclass(frozen=True)
 class MicroBatchResult:
@@ -83,39 +105,32 @@ class MicroBatchResult:
     tokens_per_expert_LM: Tensor
 
 
-@dataclass(frozen=True)
-class _Dispatch:
-    """How a layer's tokens were dispatched: what `combine` and the request's header need. Carries no gradient."""
-
-    permutation: Permutation
-    expert_ids_TK: Tensor
-    tokens_per_expert_M: Tensor
-
-
-class _Segment:
+class _Segment(Generic[R, Found]):
     """A piece of the trunk between two calls of the pool, run on detached leaves.
 
-    `function(*leaves)` returns the segment's roots, to which gradients belong later, and how its tokens were dispatched
-    (None at the end). With `recompute` only the leaves are kept, and the function runs again in backward.
+    `function(again, *leaves)` returns the segment's roots, to which gradients belong later, and what else it found,
+    without gradient. With `recompute` only the leaves are kept, and the function runs `again` in backward.
     """
 
     def __init__(
         self,
-        function: Callable[..., tuple[tuple[Tensor, ...], Any]],
+        function: Callable[..., tuple[R, Found]],
         inputs: tuple[Tensor, ...],
         recompute: bool,
     ):
         self._function = function
         self._recompute = recompute
         self._leaves = tuple(t.detach().requires_grad_() for t in inputs)
+        self._roots: R | None
         with torch.set_grad_enabled(not recompute):
-            self._roots, self.dispatch = function(*self._leaves)
+            self._roots, self.found = function(False, *self._leaves)
 
-    def take_roots(self) -> tuple[Tensor, ...]:
+    def take_roots(self) -> R:
         """Return the roots. With `recompute` the segment does not keep them."""
         roots = self._roots
+        assert roots is not None
         if self._recompute:
-            self._roots = ()
+            self._roots = None
         return roots
 
     def backward(self, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
@@ -126,13 +141,16 @@ class _Segment:
                 that learns, as in the first segment of a frozen trunk.
         """
         if self._recompute:
-            self._roots, _ = self._function(*self._leaves)
+            self._roots, _ = self._function(True, *self._leaves)
+        assert self._roots is not None
         pairs = [
-            (root, g) for root, g in zip(self._roots, gradients, strict=True) if g is not None and root.requires_grad
+            (root, g)
+            for root, g in zip(self._roots, gradients, strict=True)
+            if g is not None and root is not None and root.requires_grad
         ]
         if pairs:
             torch.autograd.backward([root for root, _ in pairs], [g for _, g in pairs])
-        leaves, self._leaves, self._roots = self._leaves, (), ()
+        leaves, self._leaves, self._roots = self._leaves, (), None
         return tuple(_gradient(leaf) for leaf in leaves)
 
 
@@ -169,47 +187,45 @@ def train_micro_batch(
         index: The micro-batch's number within the step, for its requests.
     """
     tokens_BS, targets_BS = sequences_BS1[:, :-1], sequences_BS1[:, 1:]
-    mask_B1SS = trunk.mask(tokens_BS)
-    layers: list[_Segment] = []
+    around = trunk.surroundings(tokens_BS, pool_map.position_M)
+    layers: list[_Segment[Roots, Opened]] = []
     inputs: tuple[Tensor, ...] = ()
     scores: list[Tensor] = []
     z_losses: list[Tensor] = []
-    gates: list[Tensor] = []
-    nonfinite: list[Tensor] = []
     for layer in range(len(trunk.blocks)):
-        before = layers[-1].dispatch if layers else None
-        segment = _Segment(
-            _to_request(trunk, pool_map, layer, tokens_BS, mask_B1SS, before), inputs, objective.recompute
-        )
+        before = layers[-1].found.dispatch if layers else None
+        function = _to_request(trunk, pool_map, layer, around, tokens_BS, before)
+        segment = _Segment(function, inputs, objective.recompute)
         h_BSD, rows_ND, topk_scores_TK, mean_scores_M, z_loss = segment.take_roots()
         layers.append(segment)
         scores.append(mean_scores_M.detach())
-        z_losses.append(z_loss.detach())
-        gates_T = topk_scores_TK.detach().sum(dim=-1)
-        gates.append(gates_T.mean())
-        nonfinite.append(gates_T.isfinite().logical_not_().sum())
-        y_ND = yield _request(Kind.FORWARD, index, layer, rows_ND.detach(), segment.dispatch)
+        if z_loss is not None:
+            z_losses.append(z_loss.detach())
+        y_ND = yield _request(Kind.FORWARD, index, layer, rows_ND.detach(), segment.found.dispatch)
         inputs = (h_BSD, y_ND, topk_scores_TK)
-    last = _Segment(_to_loss(trunk, targets_BS, layers[-1].dispatch), inputs, objective.recompute)
+    loss_of = _to_loss(trunk, targets_BS, layers[-1].found.dispatch)
+    last = _Segment(loss_of, inputs, recompute=False)  # backward is next
     (loss,) = (root.detach() for root in last.take_roots())
-    load_LM = torch.stack([segment.dispatch.tokens_per_expert_M for segment in layers])
+    dispatches = [segment.found.dispatch for segment in layers]
+    load_LM = torch.stack([dispatch.tokens_per_expert_M for dispatch in dispatches])
     coefficients_LM = objective.coefficients(load_LM)
 
     scale = torch.full((), objective.scale, device=loss.device)
     dz = scale * objective.z_loss if objective.z_loss else None
     dh, dy, dscores = last.backward((scale,))
+    dmeans = [None] * len(layers) if coefficients_LM is None else (coefficients_LM * scale).unbind()
     for layer, segment in reversed(list(enumerate(layers))):
-        dx = yield _request(Kind.BACKWARD, index, layer, dy, segment.dispatch)
-        dmean = None if coefficients_LM is None else coefficients_LM[layer] * scale
-        gradients = segment.backward((dh, dx, dscores, dmean, dz))
+        dx = yield _request(Kind.BACKWARD, index, layer, dy, segment.found.dispatch)
+        gradients = segment.backward((dh, dx, dscores, dmeans[layer], dz))
         if layer:
             dh, dy, dscores = gradients
     balance_loss = torch.zeros_like(loss)
     if coefficients_LM is not None:
         balance_loss = (coefficients_LM * torch.stack(scores)).sum()
-    distinct = distinct_experts(torch.stack([segment.dispatch.expert_ids_TK for segment in layers]))
-    z_loss = objective.z_loss * torch.stack(z_losses).sum()
+    distinct = distinct_experts(torch.stack([dispatch.expert_ids_TK for dispatch in dispatches]))
+    z_loss = objective.z_loss * torch.stack(z_losses).sum() if z_losses else torch.zeros_like(loss)
     scalars = {"loss": loss, "balance_loss": balance_loss, "z_loss": z_loss, "distinct_experts": distinct}
+    gates, nonfinite = zip(*(segment.found.health for segment in layers), strict=True)
     return MicroBatchResult(scalars, torch.stack(gates), torch.stack(nonfinite).sum(), load_LM)
 
 
@@ -218,8 +234,9 @@ def train_dense_micro_batch(
 ) -> Generator[Request, Tensor, MicroBatchResult]:
     """Run forward and backward of one micro-batch of the dense baseline, which has no requests for the pool."""
     yield from ()
+    h_BSD = _dense_hidden(trunk, sequences_BS1[:, :-1], trunk.segments.dense_layer)
     with trunk.autocast():
-        loss = trunk.loss(_dense_hidden(trunk, sequences_BS1[:, :-1]), sequences_BS1[:, 1:])
+        loss = trunk.loss(h_BSD, sequences_BS1[:, 1:])
     (loss * objective.scale).backward()
     zero, layers = torch.zeros_like(loss), len(trunk.blocks)
     scalars = {"loss": loss.detach(), "balance_loss": zero, "z_loss": zero, "distinct_experts": zero}
@@ -241,24 +258,25 @@ def hidden_states(
         h_BSD before the head, and tokens_per_expert_LM; None for a dense model.
     """
     if pool_map is None:
-        with trunk.autocast():
-            return _dense_hidden(trunk, tokens_BS), None
-    mask_B1SS = trunk.mask(tokens_BS)
-    with trunk.autocast():
-        h_BSD = trunk.embedding(tokens_BS)
+        return _dense_hidden(trunk, tokens_BS, dense_layer), None
+    around = trunk.surroundings(tokens_BS, pool_map.position_M)
+    h_BSD = trunk.embedding(tokens_BS)
     loads: list[Tensor] = []
-    for layer in range(len(trunk.blocks)):
-        h_BSD, rows_ND, topk_scores_TK, _, dispatch = _dispatch(trunk, pool_map, layer, h_BSD, mask_B1SS, reroute)
+    for layer, block in enumerate(trunk.blocks):
+        h_BSD, x_TD, routing = route(block, around, h_BSD)  # type: ignore[arg-type]
+        if reroute:
+            routing = reroute(layer, routing)
+        rows_ND, dispatch = dispatched(around, pool_map.first_of(layer), x_TD, routing)
         y_ND = yield _request(Kind.FORWARD_ONLY, index, layer, rows_ND, dispatch)
-        h_BSD = _combine(dispatch, h_BSD, y_ND, topk_scores_TK)
+        h_BSD = combined(dispatch, h_BSD, y_ND, routing.topk_scores_TK)
         loads.append(dispatch.tokens_per_expert_M)
     return h_BSD, torch.stack(loads)
 
 
-def _dense_hidden(trunk: Trunk, tokens_BS: Tensor) -> Tensor:
-    h_BSD, mask_B1SS = trunk.embedding(tokens_BS), trunk.mask(tokens_BS)
+def _dense_hidden(trunk: Trunk, tokens_BS: Tensor, layer: Callable[..., Tensor]) -> Tensor:
+    h_BSD, around = trunk.embedding(tokens_BS), trunk.surroundings(tokens_BS, None)
     for block in trunk.blocks:
-        h_BSD = block.dense(block.attend(h_BSD, trunk.rope, mask_B1SS))  # type: ignore[operator]
+        h_BSD = layer(block, around, h_BSD)
     return h_BSD  # type: ignore[no-any-return]
 
 
@@ -266,56 +284,31 @@ def _to_request(
     trunk: Trunk,
     pool_map: PoolMap,
     layer: int,
+    around: Surroundings,
     tokens_BS: Tensor,
-    mask_B1SS: Tensor | None,
-    before: _Dispatch | None,
-) -> Callable[..., tuple[tuple[Tensor, ...], _Dispatch]]:
+    before: Dispatch | None,
+) -> Callable[..., tuple[Roots, Opened]]:
     """Return segment `layer`: from the previous layer's answer (or the tokens) to this layer's request."""
+    block, first_expert = trunk.blocks[layer], pool_map.first_of(layer)
 
-    def run(*leaves: Tensor) -> tuple[tuple[Tensor, ...], _Dispatch]:
-        h_BSD = trunk.embedding(tokens_BS) if before is None else _combine(before, *leaves)
-        h_BSD, rows_ND, topk_scores_TK, routing, dispatch = _dispatch(trunk, pool_map, layer, h_BSD, mask_B1SS)
-        return (h_BSD, rows_ND, topk_scores_TK, routing.mean_scores_M, routing.z_loss), dispatch
+    def run(again: bool, *leaves: Tensor) -> tuple[Roots, Opened]:
+        if before is None:
+            return trunk.segments.embed_to_request(trunk.embedding, block, around, first_expert, again, tokens_BS)
+        return trunk.segments.combine_to_request(block, around, first_expert, again, before, *leaves)
 
     return run
 
 
-def _to_loss(trunk: Trunk, targets_BS: Tensor, before: _Dispatch) -> Callable[..., tuple[tuple[Tensor, ...], None]]:
+def _to_loss(trunk: Trunk, targets_BS: Tensor, before: Dispatch) -> Callable[..., tuple[tuple[Tensor], None]]:
     """Return segment L: from the last layer's answer to the loss."""
 
-    def run(*leaves: Tensor) -> tuple[tuple[Tensor, ...], None]:
+    def run(again: bool, *leaves: Tensor) -> tuple[tuple[Tensor], None]:
+        h_BSD = trunk.segments.combined(before, *leaves)
         with trunk.autocast():
-            return (trunk.loss(_combine(before, *leaves), targets_BS),), None
+            return (trunk.loss(h_BSD, targets_BS),), None
 
     return run
 
 
-def _dispatch(
-    trunk: Trunk,
-    pool_map: PoolMap,
-    layer: int,
-    h_BSD: Tensor,
-    mask_B1SS: Tensor | None,
-    reroute: Reroute | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Routing, _Dispatch]:
-    """Run a layer up to its request: (residual stream, rows, gate values, routing, dispatch)."""
-    block = trunk.blocks[layer]
-    with trunk.autocast():
-        h_BSD = block.attend(h_BSD, trunk.rope, mask_B1SS)  # type: ignore[operator]
-        x_TD, routing = block.route(h_BSD)  # type: ignore[operator]
-        if reroute:
-            routing = reroute(layer, routing)
-        expert_ids_TK = routing.topk_expert_ids_TK + pool_map.first_expert(layer)
-        p = permutation(expert_ids_TK, pool_map.position_M)
-        rows_ND = permute(x_TD.to(trunk.compute_dtype), p)
-    dispatch = _Dispatch(p, expert_ids_TK, routing.tokens_per_expert_M)
-    return h_BSD, rows_ND, routing.topk_scores_TK, routing, dispatch
-
-
-def _combine(dispatch: _Dispatch, h_BSD: Tensor, y_ND: Tensor, topk_scores_TK: Tensor) -> Tensor:
-    """Return the residual stream after a layer's experts. Gate values are applied here, in fp32."""
-    return h_BSD + combine(y_ND, topk_scores_TK, dispatch.permutation).view_as(h_BSD)
-
-
-def _request(kind: Kind, index: int, layer: int, rows_ND: Tensor, dispatch: _Dispatch) -> Request:
+def _request(kind: Kind, index: int, layer: int, rows_ND: Tensor, dispatch: Dispatch) -> Request:
     return Request(kind, index, layer, rows_ND, dispatch.permutation.tokens_per_expert_M)

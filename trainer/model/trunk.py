@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from router import Routing, build_router, norm_constant
 from trainer.config.recipe import Recipe
 from trainer.model.document_mask import document_mask
+from trainer.model.loss import OutputProjection
+from trainer.model.segments import EAGER, Surroundings, autocast
 
 
 class Attention(nn.Module):
@@ -30,9 +32,8 @@ class Attention(nn.Module):
     def forward(self, x_BSD: Tensor, rope: tuple[Tensor, Tensor], mask_B1SS: Tensor | None = None) -> Tensor:
         """Attend to the keys that mask_B1SS (bool) allows; if it is None, to all up to the query's position."""
         qkv = self.qkv(x_BSD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
-        q, k = _rotate(q, rope), _rotate(k, rope)
-        k = k.to(v.dtype)
+        qk, v = qkv.split((self.heads + self.kv_heads, self.kv_heads), dim=1)
+        q, k = _rotate(qk, rope).split((self.heads, self.kv_heads), dim=1)
         if mask_B1SS is None:
             grouped = self.heads != self.kv_heads
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
@@ -108,13 +109,15 @@ class Block(nn.Module):
 class Head(nn.Module):
     """Final norm and output projection, not tied to the embedding."""
 
-    def __init__(self, hidden: int, vocab: int, norm_eps: float):
+    def __init__(self, recipe: Recipe):
         super().__init__()
-        self.norm = nn.RMSNorm(hidden, eps=norm_eps)
-        self.out = nn.Linear(hidden, vocab, bias=False)
+        m = recipe.model
+        self.norm = nn.RMSNorm(m.hidden, eps=m.norm_eps)
+        self.out = OutputProjection(m.hidden, m.vocab, recipe.train.loss_chunk, compute_dtype(recipe))
 
-    def forward(self, h_BSD: Tensor) -> Tensor:
-        return self.out(self.norm(h_BSD))  # type: ignore[no-any-return]
+    def forward(self, h_BSD: Tensor, targets_BS: Tensor | None = None) -> Tensor:
+        """Return the logits (B, S, V); with targets, the mean cross-entropy in nats, fp32."""
+        return self.out(self.norm(h_BSD), targets_BS)  # type: ignore[no-any-return]
 
 
 class Trunk(nn.Module):
@@ -136,9 +139,10 @@ class Trunk(nn.Module):
             constant = norm_constant(recipe.experts_per_layer, recipe.router.top_k) * recipe.router.constant_factor
         self.embedding = nn.Embedding(m.vocab, m.hidden)
         self.blocks = nn.ModuleList(Block(recipe, constant) for _ in range(m.layers))
-        self.head = Head(m.hidden, m.vocab, m.norm_eps)
+        self.head = Head(recipe)
         self._reset_parameters(recipe)
         self.to(device)
+        self.segments = EAGER
         self.rope = rotary_table(m.seq_len, m.hidden // m.heads, m.rope_base, device)
 
     @property
@@ -147,16 +151,16 @@ class Trunk(nn.Module):
 
     def autocast(self) -> torch.autocast:
         """Return the context in which segments run."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16)
+        return autocast(self.device, self.compute_dtype)
 
-    def mask(self, tokens_BS: Tensor) -> Tensor | None:
-        """Return the mask for `Block.attend`: the document mask, or None."""
-        return None if self.document_end is None else document_mask(tokens_BS, self.document_end)
+    def surroundings(self, tokens_BS: Tensor, position_M: Tensor | None) -> Surroundings:
+        """Return what the segments of a micro-batch have in common."""
+        mask_B1SS = None if self.document_end is None else document_mask(tokens_BS, self.document_end)
+        return Surroundings(self.rope, mask_B1SS, position_M, self.compute_dtype)
 
     def loss(self, h_BSD: Tensor, targets_BS: Tensor) -> Tensor:
         """Return the mean cross-entropy in nats, fp32."""
-        logits_BSV = self.head(h_BSD)
-        return F.cross_entropy(logits_BSV.float().flatten(0, 1), targets_BS.flatten())
+        return self.head(h_BSD, targets_BS)  # type: ignore[no-any-return]
 
     def _reset_parameters(self, recipe: Recipe) -> None:
         """Draw weights from N(0, init_std), output projections from N(0, init_std / sqrt(2 L)), by (seed, name)."""

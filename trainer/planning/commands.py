@@ -75,6 +75,7 @@ def plan(
       unipool plan quickstart --simulate --loads runs/quickstart
       unipool plan unipool-182m --hardware h100 --devices 16 --interconnect 400
     """
+    from trainer.planning.hardware import find_hardware
     from trainer.planning.report import make_cost_report, print_cost_report
 
     if not simulate and (loads or timeline):
@@ -85,7 +86,8 @@ def plan(
     checked = load_recipe(recipe, overrides)
     if hardware and simulate:
         checked = load_recipe(recipe, [*overrides, f"parallel.hardware={dumps(hardware)}"])
-    report = make_cost_report(checked)
+    named = hardware or checked.parallel.hardware
+    report = make_cost_report(checked, find_hardware(named) if named else None)
     predicted = _predict(checked, hardware, devices, interconnect) if hardware else None
     simulated = _simulate(checked, loads, timeline) if simulate else None
     if as_json:
@@ -106,6 +108,8 @@ def plan(
         from trainer.planning.step_time import print_step_time
 
         print_step_time(*predicted)
+    for warning in report.warnings:
+        click.echo(f"warning: {warning}", err=True)
 
 
 def _simulate(

@@ -7,14 +7,14 @@ import math
 from pool.schedule_builder import Costs, build_training_schedule, staggered_starts
 from pool.schedule_timing import time_schedule
 from trainer.config.recipe import Recipe
+from trainer.planning.fit import fits
 from trainer.planning.hardware import Hardware, costs_in_seconds
-from trainer.planning.model_costs import fullest_rank, pool_row_bytes, served_trunk_ranks
+from trainer.planning.memory import pool_row_bytes
+from trainer.planning.model_costs import served_trunk_ranks
 
 MOST_LANES = 8
 WORTH = 0.03
 """More lanes must shorten a step by more than this share, because each keeps a micro-batch's activations."""
-FILLED = 0.9
-"""Share of a rank's memory that a layout may fill; the estimate of memory leaves some things out."""
 
 
 def role_work(recipe: Recipe, costs: Costs, launches: int) -> tuple[float, float]:
@@ -28,7 +28,7 @@ def role_work(recipe: Recipe, costs: Costs, launches: int) -> tuple[float, float
 def deferred_requests(recipe: Recipe) -> float:
     """Requests, at an even load, whose weight gradients a shard defers at most (`pool.stash_bytes`)."""
     rows = recipe.train.micro_batch * recipe.model.seq_len * recipe.router.top_k / recipe.grid.expert_parallel
-    return recipe.pool.stash_bytes / (rows * pool_row_bytes(recipe)[1])
+    return recipe.stash_limit / (rows * pool_row_bytes(recipe)[1])
 
 
 def accumulation_time(recipe: Recipe, lanes: int, costs: Costs) -> tuple[float, float, float]:
@@ -79,8 +79,8 @@ def choose_lanes(recipe: Recipe, costs: Costs, most: int = MOST_LANES) -> int:
 
 
 def choose_fitting_lanes(recipe: Recipe, hardware: Hardware) -> int:
-    """Choose lanes for some hardware, but no more than fit into its memory; 0 if not even one fits."""
-    lanes = choose_lanes(recipe, costs_in_seconds(recipe, hardware))
-    while lanes and fullest_rank(recipe, lanes) > FILLED * hardware.memory:
-        lanes -= 1
-    return lanes
+    """Choose lanes for some hardware among those that fit into its memory; 0 if not even one fits."""
+    most = MOST_LANES
+    while most and not fits(recipe, min(most, recipe.micro_batches), hardware.memory):
+        most -= 1
+    return choose_lanes(recipe, costs_in_seconds(recipe, hardware), most) if most else 0

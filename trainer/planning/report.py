@@ -5,18 +5,13 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from trainer.common.format import count, percent, size
+from trainer.common.format import count, percent, plural, size
 from trainer.common.tables import new_table, print_tables
 from trainer.config.recipe import Recipe
-from trainer.planning.model_costs import (
-    MEMORY_KINDS,
-    Flops,
-    Memory,
-    Parameters,
-    count_flops,
-    count_parameters,
-    estimate_memory,
-)
+from trainer.planning.fit import memory_warnings
+from trainer.planning.hardware import DATA_SHEETS, Hardware
+from trainer.planning.memory import ACCUMULATING, KIND_NAMES, MEMORY_KINDS, Memory, estimate_memory
+from trainer.planning.model_costs import Flops, Parameters, count_flops, count_parameters
 from trainer.planning.schedule import make_schedule
 
 if TYPE_CHECKING:
@@ -25,10 +20,10 @@ if TYPE_CHECKING:
 ASSUMPTIONS = (
     "Active parameters exclude the routers, as in the paper's model names; the total includes them.",
     "FLOPs are those of matrix products; causal attention counts half of the S x S scores, training is 3 x forward.",
-    "Memory is an estimate, with parallel.lanes micro-batches in flight per trunk rank.",
-    "Memory excludes the device's context, fragmentation, and DeepSpeed's reduction bucket (up to 2 GB).",
+    "Memory is an estimate for GPUs. The total is the first part and the larger of the other two, which take turns.",
     "Activations are what autograd saves on a CPU; fused kernels on a GPU save less.",
-    "Expert activations assume an even load over the shards.",
+    "Expert activations assume an even load over the shards; a layout should leave 10% free for uneven ones.",
+    "Assumed, not measured: CUDA's context takes 0.7 GB, a communicator 4 to 24 channels of 9.6 MB to each peer.",
     "Splits assume that a FLOP takes equally long on both roles, and that the roles' work overlaps completely.",
 )
 
@@ -55,7 +50,9 @@ class CostReport:
         tokens_per_step: Tokens of an optimizer step.
         tokens: Tokens of the run.
         training_flops: FLOPs of the run.
+        lanes: Micro-batches in flight per trunk rank.
         memory: One entry per role.
+        warnings: Which ranks do not fit into memory, and what would.
         trunk_to_pool: Trunk ranks per pool rank with which both are always busy; None for a dense model.
         split: The recipe's own split; None without pool ranks.
         recommended: The best split of the recipe's ranks; None for a dense model, or if none divides evenly.
@@ -69,7 +66,9 @@ class CostReport:
     tokens_per_step: int
     tokens: int
     training_flops: int
+    lanes: int
     memory: tuple[Memory, ...]
+    warnings: list[str]
     trunk_to_pool: float | None
     split: Split | None
     recommended: Split | None
@@ -82,9 +81,13 @@ class CostReport:
         return tree | {"assumptions": list(ASSUMPTIONS)}
 
 
-def make_cost_report(recipe: Recipe) -> CostReport:
-    """Compute what a recipe costs."""
-    flops = count_flops(recipe)
+def make_cost_report(recipe: Recipe, hardware: Hardware | None = None) -> CostReport:
+    """Compute what a recipe costs.
+
+    Args:
+        hardware: Whose memory the ranks must fit into; default: an H100's.
+    """
+    flops, lanes = count_flops(recipe), make_schedule(recipe).lanes
     tokens_per_step = recipe.train.global_batch * recipe.model.seq_len
     tokens = tokens_per_step * recipe.train.steps
     topology, pooled = recipe.grid, recipe.model.ffn == "pool"
@@ -97,11 +100,20 @@ def make_cost_report(recipe: Recipe) -> CostReport:
         tokens_per_step=tokens_per_step,
         tokens=tokens,
         training_flops=flops.training * tokens,
-        memory=estimate_memory(recipe, make_schedule(recipe).lanes),
+        lanes=lanes,
+        memory=estimate_memory(recipe, lanes),
+        warnings=_warnings(recipe, lanes, hardware),
         trunk_to_pool=flops.trunk / flops.pool if pooled else None,
         split=None if topology.colocated else _split(flops, topology.trunk_ranks, topology.pool_ranks),
         recommended=_recommend_split(recipe, flops) if pooled else None,
     )
+
+
+def _warnings(recipe: Recipe, lanes: int, hardware: Hardware | None) -> list[str]:
+    if hardware:
+        return memory_warnings(recipe, lanes, hardware.memory, hardware.name)
+    h100 = DATA_SHEETS["h100"]
+    return memory_warnings(recipe, lanes, h100.memory, f"{h100.name} (--hardware names another)")
 
 
 def _split(flops: Flops, trunk_ranks: int, pool_ranks: int) -> Split:
@@ -164,12 +176,15 @@ def _flops_table(report: CostReport) -> Table:
 
 
 def _memory_table(report: CostReport) -> Table:
-    table = new_table("Estimated memory per rank", "", *(f"{m.role} x {m.ranks}" for m in report.memory))
+    title = f"Estimated memory per rank, {plural(report.lanes, 'lane')}"
+    table = new_table(title, "", *(f"{m.role} x {m.ranks}" for m in report.memory))
     for kind in MEMORY_KINDS:
-        name = "deferred weight gradients" if kind == "stash" else kind.replace("_", " ")
+        name = KIND_NAMES.get(kind, kind.replace("_", " "))
         table.add_row(name, *(size(getattr(m, kind)) for m in report.memory))
-    table.add_section()
+        if kind in ("device", ACCUMULATING[-1], MEMORY_KINDS[-1]):
+            table.add_section()
     table.add_row("total", *(size(m.total) for m in report.memory))
+    table.add_row("host memory, while a checkpoint is written", *(size(m.host) for m in report.memory))
     return table
 
 

@@ -11,8 +11,9 @@ from trainer.common.format import count, percent, plural, quantity, seconds
 from trainer.common.tables import new_table, print_tables
 from trainer.config.recipe import Recipe
 from trainer.planning.hardware import Hardware, costs_in_seconds, request_bytes, step_end
-from trainer.planning.lanes import accumulation_time, choose_fitting_lanes, choose_lanes, role_work, runs_in_order
-from trainer.planning.model_costs import count_flops, fullest_rank, served_trunk_ranks
+from trainer.planning.lanes import accumulation_time, choose_fitting_lanes, role_work, runs_in_order
+from trainer.planning.memory import fullest_rank
+from trainer.planning.model_costs import count_flops, served_trunk_ranks
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -87,7 +88,7 @@ def step_time(recipe: Recipe, hardware: Hardware) -> StepTime:
     """Predict the step of a recipe's own layout and lanes, at an even load."""
     topology = recipe.grid
     costs = costs_in_seconds(recipe, hardware)
-    lanes = recipe.parallel.lanes or choose_lanes(recipe, costs)
+    lanes = recipe.parallel.lanes or max(1, choose_fitting_lanes(recipe, hardware))
     end = step_end(recipe, hardware)
     simulated, trunk_busy, pool_busy = accumulation_time(recipe, lanes, costs)
     taken = simulated + end

@@ -19,7 +19,7 @@ from trainer.common.safe_read import read_array
 from trainer.common.tables import new_table, print_tables
 from trainer.config.recipe import Recipe
 from trainer.planning.lanes import deferred_requests, runs_in_order
-from trainer.planning.model_costs import estimate_memory, pool_row_bytes
+from trainer.planning.memory import estimate_memory, pool_row_bytes
 from trainer.planning.schedule import ScheduleSpec
 
 LANES = (1, 2, 3, 4)
@@ -151,7 +151,7 @@ def _variant(recipe: Recipe, way: str, placed: bool, schedule: PoolSchedule, ste
     kept_bytes, deferred_bytes = pool_row_bytes(recipe)
     rows = recipe.train.micro_batch * recipe.model.seq_len * recipe.router.top_k / recipe.grid.expert_parallel
     kept = rows * kept_bytes * float(step.peak_kept_P.max())
-    deferred = min(recipe.pool.stash_bytes, rows * deferred_bytes * float(step.peak_deferred_P.max()))
+    deferred = min(pool.stash, rows * deferred_bytes * float(step.peak_deferred_P.max()))
     return Variant(
         way=way,
         placed=placed,
@@ -162,7 +162,7 @@ def _variant(recipe: Recipe, way: str, placed: bool, schedule: PoolSchedule, ste
         imbalance=step.imbalance,
         requests_a_slot=sum(served) / len(served),
         trunk_bytes=trunk.total,
-        pool_bytes=round(pool.total - pool.expert_activations - pool.stash + kept + deferred),
+        pool_bytes=replace(pool, expert_activations=round(kept), stash=round(deferred)).total,
     )
 
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 CATALOGUE = (
     # every rank
-    gauge("build_info", "Versions; always 1.", "version", "torch", "deepspeed", "python"),
+    gauge("build_info", "Versions and device; always 1.", "version", "torch", "deepspeed", "python", "device"),
     counter("restarts", "Restarts of the job after a fault."),
     counter("steps", "Optimizer steps of this process."),
     counter("activity_seconds", "Time of training steps by what the rank did.", "activity"),
@@ -46,7 +46,7 @@ CATALOGUE = (
         "run_info",
         "What is trained; always 1.",
         *("run", "model", "layers", "experts", "top_k", "router"),
-        *("trunk_ranks", "pool_ranks", "expert_parallel", "lanes", "precision"),
+        *("trunk_ranks", "pool_ranks", "expert_parallel", "lanes", "precision", "devices"),
     ),
     gauge("step", "Optimizer steps done, over all starts of the run."),
     gauge("target_steps", "Optimizer steps of the whole run."),

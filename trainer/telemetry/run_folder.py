@@ -78,16 +78,18 @@ class RunFolder:
                     self.path.rmdir()
             raise
 
-    def begin(self, recipe: Recipe, schedule: str, tokenizer: str, done_steps: int) -> None:
+    def begin(self, recipe: Recipe, schedule: str, devices: str, tokenizer: str, done_steps: int) -> None:
         """Save the resolved recipe, the schedule and the tokenizer, and drop metrics of later steps than `done_steps`.
 
         The evaluation and the probe after these steps are dropped too, because the checkpoint was saved before them.
 
         Args:
-            schedule: The text of plan.json.
+            schedule: The JSON text of the schedule.
+            devices: The devices of the run's ranks, which plan.json names too.
             tokenizer: The text of tokenizer.json.
         """
-        atomic_write(self.plan_file, lambda path: path.write_text(schedule))
+        plan = dumps(loads(schedule) | {"devices": devices})
+        atomic_write(self.plan_file, lambda path: path.write_text(plan))
         atomic_write(self.path / TOKENIZER_FILE, lambda path: path.write_text(tokenizer, encoding="utf-8"))
         atomic_write(self.recipe_file, lambda path: save_recipe(recipe, path))
         kept = [line for line in self._lines() if _is_before(line, done_steps)]

@@ -79,6 +79,7 @@ def train(
 
         sys.exit(train_rank(checked, read_launch(), force))
     from trainer.checkpoint.resume import early_check
+    from trainer.cluster.devices import check_machine
     from trainer.cluster.hostfile import find_node
     from trainer.data.prepare import prepare_for
     from trainer.export.initial import ExportedWeights
@@ -97,6 +98,8 @@ def train(
         for option, value in (("node-rank", node_rank), ("master-addr", master_addr), ("master-port", master_port)):
             if value is not None:
                 raise UserError(f"--{option} {value}: needs --hostfile, as in --hostfile hosts --node-rank 1")
+        if checked.parallel.device == "cuda":
+            check_machine(checked.grid)
     if checked.parallel.hardware:  # find a wrong name before anything starts
         find_hardware(checked.parallel.hardware, "parallel.hardware =")
     folder = RunFolder(checked)

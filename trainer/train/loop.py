@@ -110,7 +110,8 @@ def start(recipe: Recipe, launch: Launch, watch: FaultWatch, force: bool) -> Run
     watch.joined_as(member)
     if member.rank == 0:
         folder.make()
-        say(f"ranks by host: {member.roster}")
+        for line in (f"ranks by host: {member.roster}", *member.devices.lines):
+            say(line)
 
     # Trunk ranks prepare the data. All ranks agree on the schedule, then form their process groups.
     prepared = None
@@ -162,7 +163,7 @@ def start(recipe: Recipe, launch: Launch, watch: FaultWatch, force: bool) -> Run
         load_initial(recipe, role)
     if job.rank == 0:
         assert prepared, "rank 0 is a trunk rank"
-        folder.begin(recipe, schedule.to_json(), prepared.tokenizer().to_str(), done)
+        folder.begin(recipe, schedule.to_json(), job.devices.summary, prepared.tokenizer().to_str(), done)
         saver.clean()
     job.barrier()  # loading may take longer on one rank than a step may wait
     reporter = Reporter(recipe, job, folder, role, done, schedule.lanes)
@@ -344,6 +345,7 @@ class Loop:
             write_summary(
                 r.recipe,
                 r.folder,
+                devices=r.job.devices.summary,
                 checkpoint=checkpoint.folder_of(r.folder.checkpoints, saved_at),
                 val_loss=self._val_loss,
                 unigram_entropy=r.prepared.unigram_entropy,

@@ -35,7 +35,7 @@ class Reporter:
     def __init__(self, recipe: Recipe, job: Job, folder: RunFolder, role: TrunkRank | PoolRank, done: int, lanes: int):
         self._recipe, self._job, self._folder, self._role = recipe, job, folder, role
         self._reported = Usage()
-        role.metrics.info("unipool_build_info", _build())
+        role.metrics.info("unipool_build_info", _build() | {"device": job.devices.names[job.rank]})
         self._progress: Progress | None = None
         if job.rank:
             return
@@ -142,4 +142,5 @@ def _run(recipe: Recipe, job: Job, lanes: int) -> dict[str, object]:
         "expert_parallel": t.expert_parallel,
         "lanes": lanes,
         "precision": recipe.train.precision,
+        "devices": job.devices.summary,
     }

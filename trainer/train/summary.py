@@ -16,6 +16,7 @@ from trainer.telemetry.run_folder import RunFolder
 def write_summary(
     recipe: Recipe,
     folder: RunFolder,
+    devices: str,
     checkpoint: Path,
     val_loss: float,
     unigram_entropy: float,
@@ -26,6 +27,7 @@ def write_summary(
     """Draw the picture of the load, and print the summary to stdout.
 
     Args:
+        devices: The devices of all ranks.
         val_loss: Mean cross-entropy on held-out text, nats per token.
         unigram_entropy: Entropy of the training tokens, nats: the loss that token frequencies alone give.
         prompt, sample: Held-out text and the model's continuation, None if its logits are not finite.
@@ -37,6 +39,7 @@ def write_summary(
     lines = [
         f"validation loss   {loss}",
         f"unigram entropy   {unigram_entropy:.4f} nats per token (the loss that token frequencies alone give)",
+        f"devices           {devices}",
         f"checkpoint        {checkpoint}",
         f"metrics           {folder.metrics_file}",
     ]

@@ -92,6 +92,7 @@ def model_facts(recipe: Recipe) -> Facts:
 def training_facts(run: Path, recipe: Recipe) -> Facts:
     """Return data, schedule and layout."""
     t, p, shards = recipe.train, recipe.parallel, recipe.grid.expert_parallel
+    known = facts_of(recipe, run)
     facts = [
         ("data", source_names(recipe.data.source)),
         ("tokenizer", recipe.data.tokenizer),
@@ -99,6 +100,7 @@ def training_facts(run: Path, recipe: Recipe) -> Facts:
         ("learning rate", f"{t.lr:g} to {t.min_lr:g}, warm-up {t.warmup_fraction:.1%}"),
         ("clipping norm, weight decay", f"{t.clip:g}, {t.weight_decay:g}"),
         ("precision", t.precision),
+        ("devices", known["devices"] or "unknown"),
         ("seed", str(recipe.run.seed)),
     ]
     if recipe.grid.colocated:
@@ -107,7 +109,7 @@ def training_facts(run: Path, recipe: Recipe) -> Facts:
         *facts,
         ("trunk ranks", f"{p.trunk_ranks}, ZeRO {p.trunk_zero}"),
         ("pool ranks", f"{p.pool_ranks}: {shards} shards x {p.pool_ranks // shards}, ZeRO {p.pool_zero}"),
-        ("lanes", facts_of(recipe, run)["lanes"] or "unknown"),
+        ("lanes", known["lanes"] or "unknown"),
     ]
 
 

@@ -158,9 +158,10 @@ def facts_of(recipe: Recipe, run: Path) -> dict[str, str]:
     """Return what a folder knows of the labels of the metric unipool_run_info."""
     t = recipe.grid
     try:
-        lanes = str(loads((run / "plan.json").read_text())["lanes"])
-    except (OSError, ValueError, KeyError, TypeError):
-        lanes = ""
+        plan = loads((run / "plan.json").read_text())
+        lanes, devices = str(plan["lanes"]), str(plan.get("devices", ""))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        lanes = devices = ""
     return {
         "layers": str(recipe.model.layers),
         "experts": str(recipe.pool.experts),
@@ -171,6 +172,7 @@ def facts_of(recipe: Recipe, run: Path) -> dict[str, str]:
         "expert_parallel": str(t.expert_parallel),
         "lanes": lanes,
         "precision": recipe.train.precision,
+        "devices": devices,
     }
 
 

@@ -27,9 +27,10 @@ def hostfile(folder: Path, text: str) -> Path:
 
 def test_a_node_s_place(tmp_path: Path) -> None:
     path = hostfile(tmp_path, "# trunk\na slots=2\n\n  b\tslots=1 # pool\nc slots=3\n")
-    assert find_node(RECIPE, path, 0, None, None) == Node(path, 0, True, "a", 29500)
-    assert find_node(RECIPE, path, 1, None, None) == Node(path, 1, False, "a", 29500)
-    assert find_node(RECIPE, path, 2, "10.0.0.1", 1234) == Node(path, 2, False, "10.0.0.1", 1234)
+    slots = {"a": 2, "b": 1, "c": 3}
+    assert find_node(RECIPE, path, 0, None, None) == Node(slots, 0, True, "a", 29500)
+    assert find_node(RECIPE, path, 1, None, None) == Node(slots, 1, False, "a", 29500)
+    assert find_node(RECIPE, path, 2, "10.0.0.1", 1234) == Node(slots, 2, False, "10.0.0.1", 1234)
 
 
 def test_which_nodes_have_trunk_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,7 +105,7 @@ def test_each_node_starts_its_ranks_through_deepspeed(tmp_path: Path, monkeypatc
     started = []
 
     def run(_: launch.LocalJob, command: list[str], environment: dict[str, str]) -> int:
-        started.append((command[3:], environment[launch.RESTARTS]))
+        started.append((command, environment[launch.RESTARTS]))
         return 75
 
     arguments = ["train", str(recipe), "--hostfile", "hosts", "--master-port", "1234", "--node-rank", "1"]
@@ -116,7 +117,8 @@ def test_each_node_starts_its_ranks_through_deepspeed(tmp_path: Path, monkeypatc
     monkeypatch.setenv(launch.RESTARTS, "3")
     assert CliRunner().invoke(cli, arguments).exit_code == 75
     assert not (tmp_path / "data").exists()
-    command = "--quiet --no_local_rank --hostfile hosts --no_ssh --node_rank 1 --master_addr a --master_port 1234"
-    assert started == [([*command.split(), "--module", "trainer", *arguments], "3")]
+    (command, restarts), *others = started
+    assert command == launch.launcher({"a": 1, "b": 1}, 1, "a", 1234, arguments)
+    assert (restarts, others) == ("3", [])
     assert CliRunner().invoke(cli, [*arguments[:-1], "0"]).exit_code == 75
     assert (tmp_path / "data").exists()

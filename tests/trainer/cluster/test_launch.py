@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
@@ -110,7 +111,7 @@ class Job:
 
     def run(self, command: list[str], environment: dict[str, str]) -> int:
         self.restarts.append(environment[RESTARTS])
-        self.ports.append(command[command.index("--master_port") + 1])
+        self.ports += [word.removeprefix("--master_port=") for word in command if word.startswith("--master_port=")]
         self.came_to_end = self.done and len(self.left) == 1
         return self.left.pop(0)
 
@@ -181,3 +182,51 @@ def test_a_container_s_first_process_heeds_signals_before_there_are_ranks() -> N
             assert process.wait(120) == 128 + signal.SIGTERM
         finally:
             process.kill()
+
+
+RANKS_ENVIRONMENT = """
+import json, os, sys
+names = ("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR")
+with open(f"{os.environ['FOLDER']}/{os.environ['RANK']}", "w") as file:
+    json.dump([os.environ.get(name) for name in names] + sys.argv[1:], file)
+"""
+
+
+@pytest.mark.parametrize(
+    ("visible", "accelerator"),
+    [
+        ("4,5,6,7", None),
+        ("6", None),
+        (None, None),
+        ("", None),
+        ("GPU-8932f937-d72c-4106-c12f-20bd9faed9f6", "cuda"),
+        ("MIG-GPU-8932f937/1/0,MIG-c7384736-a75d-5afc-978f-d2f1294409fd", "cpu"),
+    ],
+    ids=["more than ranks", "fewer than ranks", "not set", "empty", "UUID", "MIG"],
+)
+def test_ranks_have_the_users_devices(
+    visible: str | None, accelerator: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DeepSpeed's launcher overwrites CUDA_VISIBLE_DEVICES; each rank has the user's value, whatever it looks like."""
+    (tmp_path / "trainer").mkdir()
+    (tmp_path / "trainer" / "__main__.py").write_text(RANKS_ENVIRONMENT)
+    for name, value in (("CUDA_VISIBLE_DEVICES", visible), ("DS_ACCELERATOR", accelerator)):
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    command = launch.launcher({"a": 1, "b": 2}, 1, "127.0.0.1", 1234, ["train", "--set", "a=b c"])
+    own = launch._environment() | {"FOLDER": str(tmp_path), "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, cwd=tmp_path, env=own, capture_output=True, text=True, timeout=240, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    for rank, local_rank in (("1", "1"), ("2", "0")):
+        told = json.loads((tmp_path / rank).read_text())
+        assert told == [visible, accelerator, rank, local_rank, "3", "2", "127.0.0.1", "train", "--set", "a=b c"]
+    assert not (tmp_path / "0").exists()
+
+
+def test_a_launcher_that_is_killed_is_no_success() -> None:
+    command = [sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]
+    user = [sys.executable, "-c", USER, *command]
+    done = subprocess.run(user, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 128 + 9
+    assert done.stderr == "unipool: the job ended because its launcher was killed\n"

@@ -89,7 +89,8 @@ def test_roles_that_do_not_fit(told: list[str], message: str) -> None:
     ],
 )
 def test_nccl_carries_tokens_only_between_gpus(devices: list[str], wire: str, payloads: str) -> None:
-    assert payload_device(Topology(2, 2, 2), devices, wire) == payloads
+    assert payload_device(Topology(2, 2, 2), devices, wire, False) == payloads
+    assert payload_device(Topology(2, 2, 2), devices, wire, True) == "cpu"
 
 
 @pytest.mark.parametrize(
@@ -111,7 +112,7 @@ def test_ranks_that_average_gradients_need_devices_of_one_type(
     grid: Topology, devices: list[str], message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
-        payload_device(grid, devices, "auto")
+        payload_device(grid, devices, "auto", False)
 
 
 def test_the_roster_names_ranks_by_host_and_devices_where_they_differ() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import shutil
 from datetime import timedelta
@@ -18,7 +17,7 @@ from tests.distributed import run_ranks
 from tests.trainer.forked import Fault, ForkedJob, Place, kill, stop
 from tests.trainer.job import steps, write_recipe
 from tests.training import tiny
-from trainer.cluster.rendezvous import Launch, _pick_device
+from trainer.cluster.rendezvous import Launch, _take_device
 from trainer.common.errors import UserError
 from trainer.config.recipe import Recipe, load_recipe
 
@@ -150,19 +149,15 @@ def _number_ranks_differently(recipe: Recipe) -> str:
     return ""
 
 
-def test_a_rank_on_a_machine_with_gpus_may_be_told_to_use_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Faked: torch says that there are two GPUs."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+def test_only_ranks_on_the_cpu_limit_their_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     launch = Launch(rank=3, world_size=4, local_rank=3, local_world_size=4, master_addr="", master_port=0)
-    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
-    assert _pick_device(launch) == torch.device("cuda", 1)
-    monkeypatch.setenv("DS_ACCELERATOR", "cuda")
-    assert _pick_device(dataclasses.replace(launch, local_rank=0)) == torch.device("cuda", 0)
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for name in ("DS_ACCELERATOR", "LOCAL_RANK", "OMP_NUM_THREADS"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.delenv("OMP_NUM_THREADS")
     threads: list[int] = []
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
     monkeypatch.setattr("trainer.common.machine.usable_cores", lambda: 8)
-    assert _pick_device(launch) == torch.device("cpu")
+    assert _take_device(1, launch) == torch.device("cuda", 1)
+    assert threads == []
+    assert _take_device(None, launch) == torch.device("cpu")
     assert threads == [2]

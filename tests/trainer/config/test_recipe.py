@@ -110,3 +110,16 @@ def test_the_resolved_recipe_loads_to_itself(name: str, tmp_path: Path) -> None:
 def test_a_recipe_is_frozen() -> None:
     with pytest.raises(ValidationError):
         load_recipe("quickstart").train.steps = 1  # type: ignore[misc]
+
+
+def test_the_limit_of_deferred_work_follows_from_the_shapes() -> None:
+    """In bf16 2048 rows of each expert of a shard: x and dy (768 each), dH (6144), the activation (3072)."""
+    colocated = ["parallel.pool_ranks=0", "parallel.trunk_ranks=1"]
+    limits = {
+        (): 2**30,  # 24 experts a shard, for which it is more
+        tuple(colocated): 2048 * 96 * (2 * 768 + 6144 + 3072) * 2,
+        (*colocated, "train.precision=fp32"): 2**30,
+        (*colocated, "pool.stash_bytes=5"): 5,
+    }
+    for changes, limit in limits.items():
+        assert load_recipe("unipool-182m", changes).stash_limit == limit, changes

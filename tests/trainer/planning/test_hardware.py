@@ -156,7 +156,7 @@ def test_step_time_adds_up() -> None:
             1.0383274729730216,
         ),
         (
-            ("parallel.pool_ranks=0",),
+            ("parallel.pool_ranks=0", "parallel.lanes=4"),
             A100,
             *(4, 0.7115673232024641, 0.4854276945626774, 0.47912681257713235, None),
         ),

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from trainer.cli import cli
 from trainer.common.errors import UserError
 from trainer.config.recipe import load_recipe
-from trainer.planning.model_costs import estimate_memory
+from trainer.planning.memory import estimate_memory
 from trainer.planning.schedule import make_schedule
 from trainer.planning.what_if import Counts, read_loads, recommend_splits, what_if
 

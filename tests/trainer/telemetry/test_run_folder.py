@@ -83,7 +83,8 @@ def test_a_resumed_run_cuts_what_came_after_its_checkpoint(tmp_path: Path) -> No
         run.append_metrics(record)
     with run.metrics_file.open("a") as file:
         file.write('{"step": 4, "lo')  # a killed run's last line
-    run.begin(tiny(), "{}", "{}", done_steps=2)
+    run.begin(tiny(), '{"lanes": 1}', "CPU", "{}", done_steps=2)
+    assert json.loads(run.plan_file.read_text()) == {"lanes": 1, "devices": "CPU"}
     assert [json.loads(line) for line in run.metrics_file.read_text().splitlines()] == records[:3]
 
 

@@ -71,6 +71,7 @@ def test_train_shows_and_leaves_what_it_promises(
     for line in (
         r"validation loss   \d\.\d{4} nats per token, perplexity",
         r"unigram entropy   \d\.\d{4}",
+        r"devices           CPU\n",
         rf"checkpoint        {run_dir}/checkpoints/step_00000004",
         rf"TensorBoard       {run_dir}/tensorboard",
         rf"load picture      {run_dir}/load.png",
@@ -253,6 +254,8 @@ def test_metrics_of_every_rank(recipe: str, folder: Path) -> None:
     finally:
         job.end(0.0)
     assert targets == [{"targets": [url.split("/")[2] for _, url in urls], "labels": {"run": "scraped"}}]
+    assert [page["unipool_build_info"][0][0]["device"] for page in (trunk, pool)] == ["CPU", "CPU"]
+    assert trunk["unipool_run_info"][0][0]["devices"] == "CPU"
     samples = trunk | pool
     assert {name for name in samples if name.startswith("unipool_")} == {
         metric.name + ("_total" if metric.kind == "counter" else "")

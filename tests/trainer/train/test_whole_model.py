@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tests.distributed import join, run_ranks
@@ -96,7 +97,9 @@ def _follow_here(recipe: Recipe, case: str) -> dict[str, Numbers]:
         role = trunk_rank.TrunkRank(recipe, job, schedule, placement, stream, stream)
         if job.rank == 0:
             logits: list[Tensor] = []
-            role.trunk.head.register_forward_hook(lambda *call: logits.append(call[-1].detach()))
+            role.trunk.head.out.register_forward_pre_hook(
+                lambda module, inputs: logits.append(F.linear(inputs[0], module.weight).detach())
+            )
     else:
         role = PoolRank(recipe, job, schedule, placement)
     initial = {key.removeprefix("initial/"): value for key, value in golden.items() if key.startswith("initial/")}

@@ -96,6 +96,7 @@ def test_a_whole_run(tmp_path: Path) -> None:
     ):
         assert title in page.text
     assert "The pool waits for the trunk 40% of its time" in page.text
+    assert "4 x NVIDIA H100" in page.text
     assert "8 layers share 64 experts; 1 trunk rank, 1 pool rank; fp32" in page.text
     last = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if "val_loss" in line][-1]
     assert f"{last['val_loss']:.4f}" in page.text

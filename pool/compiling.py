@@ -1,0 +1,54 @@
+"""torch.compile as the pool and the trunk use it, and the folder in which it keeps what it has compiled."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+import torch
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+@cache
+def compiled(function: Callable[P, T], dynamic: bool) -> Callable[P, T]:
+    """Return the function as one compiled graph, the same on every call with the same function.
+
+    Importing the compiler takes seconds. Do it only where something will be compiled.
+
+    Args:
+        function: What to compile. It may contain nothing that the compiler cannot trace.
+        dynamic: Whether sizes are variables of the graph; otherwise each new size is compiled anew, 8 at most.
+    """
+    _set_cache_folders()
+    # Otherwise the fastest kernels are found by trying, and sums in the kernels of two runs may differ.
+    return torch.compile(function, fullgraph=True, dynamic=dynamic, options={"deterministic": True})
+
+
+@cache
+def _set_cache_folders() -> None:
+    """Let the compilers keep their results in the user's cache folder.
+
+    What they keep is loaded as code, and the default is a folder in /tmp that anyone may have created before.
+    """
+    try:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        home.mkdir(mode=0o700, parents=True, exist_ok=True)
+        writable = os.access(home, os.W_OK | os.X_OK)
+    except (OSError, RuntimeError):  # no home at all is a RuntimeError
+        writable = False
+    if not writable:
+        home = Path(tempfile.mkdtemp(prefix="unipool-compiled-"))
+        logging.getLogger(__name__).warning(
+            "unipool: the user's cache folder cannot be written, so what is compiled is kept in %s, for this process "
+            "only; XDG_CACHE_HOME names another cache folder",
+            home,
+        )
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(home / "torchinductor"))
+    os.environ.setdefault("TRITON_CACHE_DIR", str(home / "triton"))

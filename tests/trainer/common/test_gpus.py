@@ -1,0 +1,113 @@
+"""Why a process can use no GPU, on made-up machines; and what torch is asked."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from trainer.common import machine
+from trainer.common.errors import UserError
+from trainer.common.gpus import Gpu, GpuFacts, look, why_none
+
+NONE = GpuFacts((), "2.13.0+cu130", "13.0", 13000, on_machine=2)
+"""A machine with GPUs, a driver and a torch for CUDA 13.0, none of which is to blame."""
+
+
+@pytest.mark.parametrize(
+    ("facts", "reason"),
+    [
+        (replace(NONE, built_for=None, torch="2.13.0+cpu"), "torch 2.13.0+cpu is built without CUDA"),
+        (replace(NONE, visible=""), "CUDA_VISIBLE_DEVICES= hides all GPUs"),
+        (replace(NONE, visible="-1,0"), "CUDA_VISIBLE_DEVICES=-1,0 hides all GPUs"),
+        (replace(NONE, visible="NoDevFiles"), "CUDA_VISIBLE_DEVICES=NoDevFiles hides all GPUs"),
+        (replace(NONE, driver=0, on_machine=0), "there is no NVIDIA driver"),
+        (replace(NONE, driver=0), "the NVIDIA driver's library is not found (libcuda.so.1; a container needs"),
+        (
+            replace(NONE, driver=12040, message="CUDA initialization: The NVIDIA driver on your system is too old"),
+            "the NVIDIA driver supports CUDA 12.4, but torch 2.13.0+cu130 is built for CUDA 13.0: update the driver, "
+            "or install a torch for CUDA 12.4",
+        ),
+        # Within a major version an older driver is enough, so something else is wrong.
+        (
+            replace(NONE, driver=12040, built_for="12.8", message="CUDA initialization:\nsystem not yet initialized"),
+            "torch says: CUDA initialization:\\nsystem not yet initialized",
+        ),
+        (replace(NONE, visible="7"), "CUDA_VISIBLE_DEVICES=7 names no GPU of this machine"),
+        (replace(NONE, visible="MIG-1"), "CUDA_VISIBLE_DEVICES=MIG-1 names no GPU of this machine"),
+        (NONE, "the driver finds no GPU"),
+    ],
+)
+def test_why_there_is_none(facts: GpuFacts, reason: str) -> None:
+    assert why_none(facts).startswith(reason)
+    assert "\n" not in why_none(facts)
+
+
+def cuda(monkeypatch: pytest.MonkeyPatch, **functions: object) -> None:
+    """A made-up torch.cuda."""
+    for name, function in functions.items():
+        monkeypatch.setattr(torch.cuda, name, function)
+
+
+def test_what_torch_says_of_its_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    def properties(i: int) -> SimpleNamespace:
+        return SimpleNamespace(name="NVIDIA H100", uuid=f"u{i}", pci_domain_id=0, pci_bus_id=26 + i, pci_device_id=0)
+
+    cuda(
+        monkeypatch,
+        is_available=lambda: True,
+        init=lambda: None,
+        device_count=lambda: 2,
+        get_device_properties=properties,
+    )
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 13010, raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    facts = look()
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    assert facts.gpus == (Gpu("NVIDIA H100", "u0", f"{boot} 0:1a:0"), Gpu("NVIDIA H100", "u1", f"{boot} 0:1b:0"))
+    assert (facts.built_for, facts.driver, facts.visible, facts.message) == ("13.0", 13010, "4,5", "")
+
+
+def test_what_torch_says_of_a_driver_that_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It warns and counts none, or counts some that it then cannot initialise."""
+
+    def none() -> bool:
+        warnings.warn("CUDA initialization: unknown error", stacklevel=1)
+        return False
+
+    def fail() -> None:
+        raise RuntimeError("system not yet initialized")
+
+    cuda(monkeypatch, is_available=none)
+    assert (look().gpus, look().message) == ((), "CUDA initialization: unknown error")
+    cuda(monkeypatch, is_available=lambda: True, init=fail)
+    assert (look().gpus, look().message) == ((), "system not yet initialized")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_this_machine_has_none() -> None:
+    facts = look()
+    assert facts.gpus == ()
+    assert why_none(facts)
+
+
+def test_the_device_of_a_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """No command computes silently on the CPU of a machine with GPUs."""
+    facts = replace(NONE, driver=12040)
+    monkeypatch.setattr(machine, "look", lambda: facts)
+    with pytest.raises(UserError, match="^--device cuda: the NVIDIA driver supports CUDA 12.4.* allowed here: cpu"):
+        machine.pick_device("cuda")
+    assert machine.pick_device("cpu") == torch.device("cpu")
+    assert capsys.readouterr().err == ""
+    assert machine.pick_device(None) == torch.device("cpu")
+    assert capsys.readouterr().err.startswith("warning: on the CPU, although this machine has GPUs: the NVIDIA driver")
+    facts = replace(facts, on_machine=0)
+    assert machine.pick_device(None) == torch.device("cpu")
+    assert capsys.readouterr().err == ""
+    facts = replace(facts, gpus=(Gpu("a", "b", "c"),))
+    assert machine.pick_device(None) == machine.pick_device("cuda") == torch.device("cuda")

@@ -1,0 +1,77 @@
+"""What is said when ranks do not fit, and that lanes respect the memory."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from click.testing import CliRunner
+
+from trainer.cli import cli
+from trainer.common.strict_json import loads
+from trainer.config.recipe import load_recipe
+from trainer.planning.fit import FILLED, fits, memory_warnings
+from trainer.planning.hardware import DATA_SHEETS, costs_in_seconds
+from trainer.planning.lanes import choose_fitting_lanes, choose_lanes
+from trainer.planning.memory import estimate_memory, fullest_rank
+
+H100 = DATA_SHEETS["h100"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "lanes", "role", "change"),
+    [
+        (("train.micro_batch=64",), 2, "trunk", "parallel.lanes=1"),
+        (("train.micro_batch=128",), 1, "trunk", "train.micro_batch=64"),
+        (("train.micro_batch=1", "model.seq_len=196608", "model.vocab=2000"), 1, "trunk", "train.recompute=true"),
+        (("parallel.pool_ranks=1", "pool.experts=480"), 1, "pool", "parallel.pool_ranks=4"),
+        (("parallel.pool_ranks=1", "pool.experts=336", "parallel.pool_zero=1"), 1, "pool", "parallel.pool_zero=0"),
+    ],
+)
+def test_a_warning_names_a_change_that_fits(overrides: tuple[str, ...], lanes: int, role: str, change: str) -> None:
+    recipe = load_recipe("unipool-182m", overrides)
+    (warning,) = memory_warnings(recipe, lanes, H100.memory, "h100")
+    assert warning.startswith(f"a {role} rank needs ") and "more than 90% of the 80 GB of h100: " in warning
+    assert f": {change} needs " in warning, warning
+    key, value = change.split("=")
+    changed = load_recipe("unipool-182m", (*overrides, change))
+    assert fits(changed, int(value) if key == "parallel.lanes" else lanes, H100.memory)
+
+
+def test_no_warning_where_all_fit_and_a_general_one_where_nothing_helps() -> None:
+    assert memory_warnings(load_recipe("unipool-182m"), 2, H100.memory, "h100") == []
+    trunk, pool = memory_warnings(load_recipe("unipool-978m"), 1, 2e9, "a small GPU")
+    assert trunk.startswith("a trunk rank") and pool.startswith("a pool rank")
+    assert "use more pool ranks" in trunk and "use more pool ranks" in pool
+
+
+def test_plan_warns_in_a_line_and_in_json() -> None:
+    arguments = ["plan", "unipool-978m", "--set", "parallel.pool_ranks=0"]
+    shown = CliRunner().invoke(cli, arguments)
+    (line,) = shown.stderr.splitlines()
+    assert line.startswith("warning: a trunk + pool rank needs ") and "80 GB of h100 (--hardware names another)" in line
+    assert shown.exit_code == 0 and "warning" not in shown.stdout
+    tree = loads(CliRunner().invoke(cli, [*arguments, "--json"]).stdout)
+    assert len(tree["warnings"]) == 1
+    larger = CliRunner().invoke(cli, ["plan", "unipool-182m", "--set", "train.micro_batch=64", "--hardware", "h200"])
+    assert not larger.stderr
+
+
+def test_lanes_are_the_fewest_good_ones_of_those_that_fit() -> None:
+    recipe = load_recipe("unipool-978m")
+    free, costs = choose_lanes(recipe, costs_in_seconds(recipe, H100)), costs_in_seconds(recipe, H100)
+    assert free > 2 and choose_fitting_lanes(recipe, replace(H100, memory=1e12)) == free
+    for lanes in range(free):
+        small = replace(H100, memory=fullest_rank(recipe, lanes + 1) / FILLED - 1)
+        assert choose_fitting_lanes(recipe, small) == (choose_lanes(recipe, costs, lanes) if lanes else 0)
+
+
+def test_every_part_is_counted() -> None:
+    """What a rank holds at all times, and the larger of what it needs for micro-batches and at the step's end."""
+    trunk, pool = estimate_memory(load_recipe("unipool-182m"), 2)
+    for memory in (trunk, pool):
+        steady = memory.weights + memory.gradients + memory.optimizer + memory.device
+        assert memory.total > steady
+        huge = replace(memory, step_end=10**12)
+        assert huge.total == steady + 10**12
+        assert replace(memory, working=memory.working + 5).total == memory.total + 5

@@ -1,0 +1,56 @@
+"""The network interface on which this rank's gloo listens.
+
+gloo takes the address of the host's name, which Debian and many containers resolve to a loopback address. Other
+machines cannot reach that.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import socket
+from collections.abc import Sequence
+
+import psutil
+
+INTERFACE = "GLOO_SOCKET_IFNAME"
+"""Environment variable: the interface that gloo uses."""
+
+_ANY_PORT = 9  # nothing is sent
+
+
+def address_towards(host: str) -> str:
+    """Return the address from which this machine reaches `host`; "" if that is not known."""
+    try:
+        family, kind, _, _, target = socket.getaddrinfo(host, _ANY_PORT, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as s:
+            s.connect(target)
+            return str(s.getsockname()[0])
+    except OSError:
+        return ""
+
+
+def choose_gloo_interface(own: str, others: Sequence[str]) -> None:
+    """Let gloo use the interface through which this rank reaches the others, unless the user has named one.
+
+    Nothing is chosen on a single machine that is reached by a loopback address.
+
+    Args:
+        own: This rank's address towards the host of the job's store.
+        others: Those of all ranks.
+    """
+    reachable = [address for address in others if not _is_loopback(address)]
+    if INTERFACE in os.environ or not reachable:
+        return
+    if _is_loopback(own):  # the store's host is this machine
+        own = address_towards(reachable[0])
+    for interface, addresses in psutil.net_if_addrs().items():
+        if any(address.address == own for address in addresses):
+            os.environ[INTERFACE] = interface
+
+
+def _is_loopback(address: str) -> bool:
+    try:
+        return ipaddress.ip_address(address.partition("%")[0]).is_loopback
+    except ValueError:
+        return True

@@ -1,0 +1,114 @@
+"""The GPUs of this process, and why it has none.
+
+`look` is the only function that asks torch and the system. Everything else works on what it returns.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainer.common.errors import short_line
+
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU that this process can use.
+
+    Attributes:
+        uuid: What identifies it on any machine.
+        place: The boot of its machine and its address on the PCI bus, by which NCCL tells GPUs apart: instances of one
+            GPU (MIG) share it.
+    """
+
+    name: str
+    uuid: str
+    place: str
+
+
+@dataclass(frozen=True)
+class GpuFacts:
+    """What torch and the system say about GPUs.
+
+    Attributes:
+        gpus: The GPUs that torch can use in this process, by ordinal.
+        torch: torch's version.
+        built_for: The CUDA version that torch is built for, such as "13.0"; None: it is built without CUDA.
+        driver: The newest CUDA version that the driver supports, 1000 * major + 10 * minor; 0: there is no driver.
+        on_machine: Number of GPUs whose device files this process sees, whether or not torch can use them.
+        visible: The value of CUDA_VISIBLE_DEVICES; None if it is not set.
+        message: What torch said when it found no GPU.
+    """
+
+    gpus: tuple[Gpu, ...] = ()
+    torch: str = ""
+    built_for: str | None = None
+    driver: int = 0
+    on_machine: int = 0
+    visible: str | None = None
+    message: str = ""
+
+
+def look() -> GpuFacts:
+    """Ask torch and the system. It initialises CUDA, but makes no context on any GPU."""
+    import torch
+
+    gpus: tuple[Gpu, ...] = ()
+    with warnings.catch_warnings(record=True) as caught:  # torch warns where the driver cannot be initialised
+        warnings.simplefilter("always")
+        try:
+            if torch.cuda.is_available():
+                torch.cuda.init()
+                gpus = tuple(_gpu(torch.cuda.get_device_properties(i)) for i in range(torch.cuda.device_count()))
+        except (RuntimeError, AssertionError) as error:
+            caught.clear()
+            warnings.warn(str(error), stacklevel=1)
+    # A build without CUDA has no such function.
+    driver_version = getattr(torch._C, "_cuda_getDriverVersion", lambda: 0)
+    devices = Path("/dev")
+    return GpuFacts(
+        gpus=gpus,
+        torch=torch.__version__,
+        built_for=torch.version.cuda,
+        driver=driver_version(),
+        on_machine=len(list(devices.glob("nvidia[0-9]*"))) or int((devices / "dxg").exists()),  # dxg: under Windows
+        visible=os.environ.get(VISIBLE),
+        message=str(caught[0].message) if caught else "",
+    )
+
+
+def _gpu(properties: Any) -> Gpu:
+    p = properties
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return Gpu(p.name, str(p.uuid), f"{boot} {p.pci_domain_id:x}:{p.pci_bus_id:x}:{p.pci_device_id:x}")
+
+
+def why_none(facts: GpuFacts) -> str:
+    """Say in a few words why torch can use no GPU."""
+    if facts.built_for is None:
+        return f"torch {facts.torch} is built without CUDA"
+    if facts.visible is not None and facts.visible.split(",")[0].strip() in ("", "-1", "NoDevFiles"):
+        return f"{VISIBLE}={facts.visible} hides all GPUs"
+    if facts.driver <= 0 and facts.on_machine:
+        return (
+            "the NVIDIA driver's library is not found (libcuda.so.1; a container needs NVIDIA's runtime, as with "
+            "docker run --gpus all)"
+        )
+    if facts.driver <= 0:
+        return "there is no NVIDIA driver"
+    if facts.driver // 1000 < int(facts.built_for.split(".")[0]):
+        supported = f"{facts.driver // 1000}.{facts.driver % 1000 // 10}"
+        return (
+            f"the NVIDIA driver supports CUDA {supported}, but torch {facts.torch} is built for CUDA "
+            f"{facts.built_for}: update the driver, or install a torch for CUDA {supported}"
+        )
+    if facts.message:
+        return f"torch says: {short_line(facts.message)}"
+    if facts.visible is not None:
+        return f"{VISIBLE}={facts.visible} names no GPU of this machine"
+    return "the driver finds no GPU"

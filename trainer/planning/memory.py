@@ -1,0 +1,252 @@
+"""How much memory a rank of each role needs: the parts that the code and DeepSpeed allocate, added up. No torch here.
+
+A rank is fullest either while it accumulates gradients, with micro-batches in flight, or at the step's end, when
+DeepSpeed reduces the gradients through buffers. `tests/trainer/planning/test_memory.py` compares with real ranks.
+
+Letters: T tokens of a micro-batch, D hidden, F expert width, K top-k, N = T * K assignments, P parameters of a rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+from trainer.config.recipe import Recipe
+from trainer.planning.model_costs import (
+    FP32,
+    attention_weights,
+    compute_bytes,
+    count_parameters,
+    ffn_weights,
+    kv_hidden,
+    served_trunk_ranks,
+)
+
+MOMENTS = 2 * FP32
+FP64 = 8
+BUCKET = 500_000_000
+"""Elements that DeepSpeed reduces at once; at ZeRO 1 to 3 its buffer has as many, or P if that is less."""
+
+CONTEXT = 700 * 10**6
+"""Assumed: CUDA's context with the kernels of torch, NCCL and the compiler, and cuBLAS's workspaces of 32 MiB."""
+CONNECTION = (4 << 20) + (512 << 10) + 8 * 8 * 120 * 640
+"""Buffers of NCCL's three protocols for one channel and peer: the defaults in its init.cc."""
+WIRE_CHANNELS, ROLE_CHANNELS = 4, 24
+"""Assumed channels of a communicator: to each peer of the wire, and of the rings and trees of a role."""
+ROLE_PEERS = 3
+"""Peers of a rank in a role's communicator: one in its ring, two in its tree."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one rank of a role.
+
+    Attributes:
+        role: "trunk", "pool", or "trunk + pool" (colocated).
+        ranks: Number of ranks with this role.
+        parameters: Number of parameters that such a rank computes with.
+        host: Memory of the host, not of the device: the copy of the state while a checkpoint is written.
+        weights: fp32 weights; with ZeRO-3 the rank's part and what is gathered.
+        gradients: The fp32 accumulator; with ZeRO-3 also the rank's part and the buffer of the reduction.
+        optimizer: AdamW's moments and, with ZeRO 1 to 3, DeepSpeed's fp32 master copy.
+        device: The GPU's context and NCCL's communicators.
+        compute_copies: bf16 copies of the weights, on the trunk only while a micro-batch is in flight.
+        activations: What the trunk keeps for the backward of the micro-batches in flight.
+        logits: Peak during the loss of one micro-batch, whose backward follows at once.
+        messages: Requests and answers on their way.
+        expert_activations: Tokens and hidden activations that the experts keep for backward.
+        stash: Deferred weight gradients of the experts.
+        working: What one trunk layer's backward, and one launch of the experts, need besides.
+        step_end: Buffers for reducing gradients and for their norm, when everything from `compute_copies` on is free.
+    """
+
+    role: str
+    ranks: int
+    parameters: int
+    host: int = 0
+    weights: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    device: int = 0
+    compute_copies: int = 0
+    activations: int = 0
+    logits: int = 0
+    messages: int = 0
+    expert_activations: int = 0
+    stash: int = 0
+    working: int = 0
+    step_end: int = 0
+
+    @property
+    def tensors(self) -> int:
+        """Bytes of tensors at the fullest moment: while gradients accumulate, or at the step's end."""
+        accumulating: int = sum(getattr(self, kind) for kind in ACCUMULATING)
+        return self.weights + self.gradients + self.optimizer + max(accumulating, self.step_end)
+
+    @property
+    def total(self) -> int:
+        """Bytes on the device at the fullest moment."""
+        return self.tensors + self.device
+
+
+MEMORY_KINDS = tuple(f.name for f in fields(Memory))[4:]
+"""The parts: first those that a rank always needs, then `ACCUMULATING`, then `step_end`."""
+KIND_NAMES = {
+    "stash": "deferred weight gradients",
+    "working": "working memory of a layer",
+    "step_end": "buffers at the step's end",
+    "device": "context and communicators",
+}
+"""Kinds whose names do not say what they are."""
+ACCUMULATING = ("compute_copies", "activations", "logits", "messages", "expert_activations", "stash", "working")
+
+
+def estimate_memory(recipe: Recipe, lanes: int) -> tuple[Memory, ...]:
+    """Estimate the bytes on a rank of each role in the recipe's layout, with `lanes` micro-batches in flight."""
+    in_flight = 1 if recipe.model.ffn == "dense" else min(lanes, recipe.micro_batches)
+    trunk = _without_frozen(recipe, _trunk_memory(recipe, in_flight))
+    if recipe.model.ffn == "dense":
+        return (trunk,)
+    freed = trunk.activations if recipe.grid.colocated else 0
+    pool = _without_frozen(recipe, _pool_memory(recipe, in_flight, freed))
+    if not recipe.grid.colocated:
+        return trunk, pool
+    both = {kind: getattr(trunk, kind) + getattr(pool, kind) for kind in ("parameters", "host", *MEMORY_KINDS)}
+    both |= {"device": trunk.device, "step_end": max(trunk.step_end, pool.step_end)}  # one role after the other
+    return (Memory(role="trunk + pool", ranks=trunk.ranks, **both),)
+
+
+def fullest_rank(recipe: Recipe, lanes: int) -> int:
+    """Estimate the bytes on the rank that needs most memory."""
+    return max(memory.total for memory in estimate_memory(recipe, lanes))
+
+
+def _without_frozen(recipe: Recipe, memory: Memory) -> Memory:
+    """A frozen role has neither gradients nor an optimizer."""
+    frozen = recipe.train.freeze == memory.role
+    return replace(memory, gradients=0, optimizer=0, stash=0, step_end=0, host=0) if frozen else memory
+
+
+def _state(parameters: int, largest: int, zero: int, ranks: int) -> dict[str, int]:
+    """Bytes of the state on each of `ranks` ranks that hold the same parameters, and of buffers at the step's end.
+
+    Args:
+        largest: Elements of the largest parameter.
+    """
+    whole, part = FP32 * parameters, FP32 * -(-parameters // ranks)
+    bucket = FP32 * min(parameters, BUCKET)
+    if zero == 0:
+        # Gradients are concatenated up to the bucket's size, and reduced in that copy. One that is larger is its own.
+        copy = 0 if largest > BUCKET else FP32 * min(parameters, BUCKET + largest)
+        return {"weights": whole, "gradients": whole, "optimizer": 2 * whole, "step_end": copy, "host": 3 * whole}
+    # For the norm each rank has its part of the gradients, and converts one after the other to fp64.
+    norm = part + FP64 * min(largest, -(-parameters // ranks)) - whole
+    state = {"optimizer": 3 * part, "host": whole + 3 * part}
+    if zero == 3:
+        gradients = whole + part + bucket
+        return state | {"weights": part + whole, "gradients": gradients, "step_end": max(bucket // ranks, norm)}
+    return state | {"weights": whole, "gradients": whole, "step_end": max(bucket, part, norm)}
+
+
+def _trunk_memory(recipe: Recipe, in_flight: int) -> Memory:
+    m, p, compute = recipe.model, recipe.parallel, compute_bytes(recipe)
+    parameters, head = count_parameters(recipe).trunk, m.vocab * m.hidden
+    tokens = recipe.train.micro_batch * m.seq_len
+    dense = m.ffn == "dense"
+    layer_weights = attention_weights(recipe) + (ffn_weights(recipe) if dense else 0)
+    layer = _layer_activations(recipe)
+    if recipe.train.recompute and not dense:
+        # A layer keeps its inputs, the residual stream and the experts' answer; one layer at a time is kept in full.
+        inputs = (FP32 + compute * recipe.router.top_k) * m.hidden
+        kept = in_flight * m.layers * inputs + layer
+        cast = max(layer_weights, head)
+    else:
+        kept = in_flight * (m.layers * layer + (2 * FP32 + compute) * m.hidden)
+        cast = in_flight * (m.layers * layer_weights + head)
+    # The gradient of the rows that was sent, the answer, and the gradient of the residual stream.
+    between = 0 if dense else 2 * recipe.router.top_k * m.hidden * compute + FP32 * m.hidden
+    return Memory(
+        role="trunk",
+        ranks=p.trunk_ranks,
+        parameters=parameters,
+        compute_copies=compute * cast if compute != FP32 else 0,
+        activations=tokens * kept,
+        # log-probabilities, their gradient and the logits' gradient
+        logits=tokens * m.vocab * 3 * FP32,
+        messages=in_flight * tokens * between,
+        working=tokens * layer,
+        device=_device_memory(recipe, p.trunk_ranks, recipe.grid.expert_parallel),
+        **_state(parameters, head, p.trunk_zero, p.trunk_ranks),
+    )
+
+
+def _layer_activations(recipe: Recipe) -> int:
+    """Bytes per token that one layer of the trunk keeps for backward."""
+    m, compute = recipe.model, compute_bytes(recipe)
+    D, KV, F, K, M = m.hidden, kv_hidden(recipe), m.ffn_hidden, recipe.router.top_k, recipe.experts_per_layer
+    # the input of qkv; q and k rotated; qkv, for v; attention's output, twice
+    attention = compute * (5 * D + 3 * KV)
+    # two norms: input and normalised input
+    norms = FP32 * 4 * D
+    if m.ffn == "dense":
+        # the input, both halves of the hidden layer, silu of one, their product
+        return attention + norms + compute * (D + 4 * F)
+    scores = 1 if recipe.router.kind == "norm" else 3
+    # the router's input and (T, M) tensors; dispatched rows; the answer, and in fp32 for the gate's gradient
+    return attention + norms + FP32 * (D + scores * M) + K * D * (2 * compute + FP32)
+
+
+def pool_row_bytes(recipe: Recipe) -> tuple[int, int]:
+    """Bytes of a row that a pool rank keeps until its backward, and of one with deferred weight gradients."""
+    D, F, compute = recipe.model.hidden, recipe.model.ffn_hidden, compute_bytes(recipe)
+    # x and both halves of the hidden activations; x, dH, the activation and dy
+    return compute * (D if recipe.pool.recompute else D + 2 * F), compute * (2 * D + 3 * F)
+
+
+def _pool_memory(recipe: Recipe, in_flight: int, freed: int) -> Memory:
+    """Estimate a pool rank's bytes.
+
+    Args:
+        freed: Bytes that a colocated trunk frees while the micro-batches go backward.
+    """
+    m, grid, compute = recipe.model, recipe.grid, compute_bytes(recipe)
+    D, F = m.hidden, m.ffn_hidden
+    parameters = count_parameters(recipe).pool // grid.expert_parallel
+    state = _state(parameters, parameters * 2 // 3, recipe.parallel.pool_zero, grid.replicas)  # W1 and W3 are one
+    if recipe.parallel.pool_zero and grid.replicas > 1:
+        # The shard reuses its gradients, which have become parts of the reduction's buffer and so keep it alive.
+        state["gradients"] += FP32 * min(parameters, BUCKET)
+    assignments = served_trunk_ranks(recipe) * recipe.train.micro_batch * m.seq_len * recipe.router.top_k
+    launch = in_flight * -(-assignments // grid.expert_parallel)  # rows, if every lane asks at once
+    kept, deferred = pool_row_bytes(recipe)
+    keeping = launch * m.layers * kept
+    # Work beyond the limit is done after the launch that exceeded it. While all lanes keep what they need, only earlier
+    # micro-batches have deferred work; later, their own replaces what they kept.
+    limit = recipe.stash_limit + launch * deferred
+    all_of_step = launch * m.layers * recipe.micro_batches * deferred // in_flight
+    earlier = all_of_step - launch * m.layers * deferred
+    stash = max(min(limit, earlier), min(limit, all_of_step) - keeping - freed)
+    # Rows merged, and put back into the requests' order, and what the products between need.
+    if compute == FP32:  # expert by expert
+        working = launch * compute * (5 * D + 3 * F)
+    else:  # grouped products; later the product of all experts' W1 and W3 gradients, and its merged inputs
+        product = compute * parameters * 2 // 3 + stash // deferred * 2 * compute * (2 * F + D)
+        working = max(launch * compute * (5 * D + 8 * F), product)
+    return Memory(
+        role="pool",
+        ranks=grid.pool_ranks,
+        parameters=parameters,
+        compute_copies=compute * parameters if compute != FP32 else 0,
+        messages=0 if grid.colocated else launch * 2 * D * compute,
+        expert_activations=keeping,
+        stash=stash,
+        working=working,
+        device=_device_memory(recipe, grid.replicas, served_trunk_ranks(recipe)),
+        **state,
+    )
+
+
+def _device_memory(recipe: Recipe, role_ranks: int, wire_peers: int) -> int:
+    """Bytes that a rank's GPU needs for its context, its role's communicator, and the wire's two."""
+    role = ROLE_CHANNELS * ROLE_PEERS * CONNECTION if role_ranks > 1 else 0
+    wire = 0 if recipe.grid.colocated else 2 * WIRE_CHANNELS * wire_peers * CONNECTION
+    return CONTEXT + role + wire
