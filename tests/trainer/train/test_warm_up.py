@@ -10,7 +10,7 @@ from tests.training import assert_same, run_training, tiny
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "colocated": {"trunk_ranks": 2},
-    "dedicated": {"trunk_ranks": 2, "pool_ranks": 2, "lanes": 2},
+    "dedicated": {"trunk_ranks": 2, "pool_ranks": 2, "lanes": 2, "trunk_zero": 0, "pool_zero": 0},
     "dedicated-zero": {"pool_ranks": 2, "trunk_ranks": 2, "expert_parallel": 1, "trunk_zero": 2, "pool_zero": 1},
     "zero-3": {"pool_ranks": 1, "trunk_zero": 3},
 }
