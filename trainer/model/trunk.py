@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from router import Routing, build_router, norm_constant
 from trainer.config.recipe import Recipe
 from trainer.model.document_mask import document_mask
 from trainer.model.loss import OutputProjection
-from trainer.model.segments import EAGER, Surroundings, autocast
+from trainer.model.segments import EAGER, Segments, Surroundings, autocast, compiled_segments, compiles
 
 
 class Attention(nn.Module):
@@ -127,6 +128,9 @@ class Trunk(nn.Module):
 
     Args:
         document_end: Id of the token that ends a document, if attention stays within documents, else None.
+
+    Attributes:
+        compiled: Whether training runs compiled segments (`train.compile`).
     """
 
     def __init__(self, recipe: Recipe, device: torch.device, document_end: int | None = None):
@@ -142,12 +146,17 @@ class Trunk(nn.Module):
         self.head = Head(recipe)
         self._reset_parameters(recipe)
         self.to(device)
-        self.segments = EAGER
+        self.compiled = compiles(recipe, device)
         self.rope = rotary_table(m.seq_len, m.hidden // m.heads, m.rope_base, device)
 
     @property
     def device(self) -> torch.device:
         return self.rope[0].device
+
+    @cached_property
+    def segments(self) -> Segments:
+        """The functions that run the training's segments."""
+        return compiled_segments() if self.compiled else EAGER
 
     def autocast(self) -> torch.autocast:
         """Return the context in which segments run."""
