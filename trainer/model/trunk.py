@@ -110,11 +110,11 @@ class Block(nn.Module):
 class Head(nn.Module):
     """Final norm and output projection, not tied to the embedding."""
 
-    def __init__(self, recipe: Recipe):
+    def __init__(self, recipe: Recipe, compiled: bool):
         super().__init__()
         m = recipe.model
         self.norm = nn.RMSNorm(m.hidden, eps=m.norm_eps)
-        self.out = OutputProjection(m.hidden, m.vocab, recipe.train.loss_chunk, compute_dtype(recipe))
+        self.out = OutputProjection(m.hidden, m.vocab, recipe.train.loss_chunk, compute_dtype(recipe), compiled)
 
     def forward(self, h_BSD: Tensor, targets_BS: Tensor | None = None) -> Tensor:
         """Return the logits (B, S, V); with targets, the mean cross-entropy in nats, fp32."""
@@ -143,10 +143,10 @@ class Trunk(nn.Module):
             constant = norm_constant(recipe.experts_per_layer, recipe.router.top_k) * recipe.router.constant_factor
         self.embedding = nn.Embedding(m.vocab, m.hidden)
         self.blocks = nn.ModuleList(Block(recipe, constant) for _ in range(m.layers))
-        self.head = Head(recipe)
+        self.compiled = compiles(recipe, device)
+        self.head = Head(recipe, self.compiled)
         self._reset_parameters(recipe)
         self.to(device)
-        self.compiled = compiles(recipe, device)
         self.rope = rotary_table(m.seq_len, m.hidden // m.heads, m.rope_base, device)
 
     @property
