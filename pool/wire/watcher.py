@@ -39,7 +39,7 @@ class _Launched:
     work: Work
     keep: Sequence[Any]
     failed: Callable[[BaseException], BaseException]
-    since: float = field(default_factory=time.monotonic)
+    since: float = field(default_factory=lambda: time.monotonic())
 
 
 class Watcher:
