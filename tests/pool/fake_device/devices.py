@@ -253,12 +253,12 @@ class Device:
             stream.clock[stream.name] = stream.events
             operation.clock = dict(stream.clock)
             self._check(operation)
+        if operation.lost:
+            return
         if operation.run:
             operation.run()
         if not operation.parts:
             self.finish(operation)
-            return
-        if operation.lost:
             return
         meetings = []
         for part in operation.parts:

@@ -7,6 +7,7 @@ depend on the order of everything that is added up.
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -172,7 +173,10 @@ class Step:
         wires = [module for name, module in sys.modules.items() if name.startswith("pool.wire")]
         modules = [*wires, pool.service, trainer.model.pool_client]
         with installed(*modules, ExpertServer=Server, clock_of=lambda device: StreamClock(TimedEvent)):
-            return self.world.run({rank: lambda rank=rank, role=role: role(rank) for rank, role in roles.items()})
+            threads = threading.active_count()
+            actors = self.world.run({rank: lambda rank=rank, role=role: role(rank) for rank, role in roles.items()})
+            assert threading.active_count() == threads, "the product has started a thread that is not of this world"
+            return actors
 
     def _settings(self, rank: int) -> WireSettings:
         place = torch.device("cuda" if self.on_device else "cpu")

@@ -19,7 +19,15 @@ def test_every_plan_gets_to_its_end(name: str, hardware: str | None) -> None:
     assert graph.cycle() == []
 
 
-@pytest.mark.parametrize("name", DEDICATED)
+@pytest.mark.parametrize("hardware", HARDWARE)
+@pytest.mark.parametrize("name", ["quickstart", "unipool-182m"])
+def test_parts_of_a_group_one_after_the_other(name: str, hardware: str | None) -> None:
+    """Nothing depends on NCCL's running the messages of a group at the same time."""
+    case = whole(name, hardware)
+    assert order_of_device_wire(case.topology, case.schedule, group=1).cycle() == []
+
+
+@pytest.mark.parametrize("name", ["quickstart", "unipool-182m", "unipool-978m"])
 def test_evaluations_and_generations(name: str) -> None:
     spec = plan(name, None)
     generation = spec.generation(3)  # whose lane order is that of one token
