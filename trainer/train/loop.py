@@ -31,6 +31,7 @@ from trainer.telemetry.console import say
 from trainer.telemetry.run_folder import RunFolder
 from trainer.telemetry.step_scalars import StepScalars
 from trainer.train.agreement import agreed_data, agreed_placement, agreed_schedule
+from trainer.train.memory_check import warn_of_memory
 from trainer.train.pool_rank import PoolRank
 from trainer.train.reporter import Reporter
 from trainer.train.summary import write_summary
@@ -125,6 +126,7 @@ def start(recipe: Recipe, launch: Launch, watch: FaultWatch, force: bool) -> Run
     schedule = agreed_schedule(member, recipe, folder, resume)
     job = Job(recipe, member, schedule.lanes)
     watch.joined = True
+    warn_of_memory(job, recipe, schedule.lanes)
 
     # Where does the run start, and on which data?
     watch.phase = "reading checkpoints"

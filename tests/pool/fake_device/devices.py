@@ -169,7 +169,7 @@ class Device:
         self.streams: list[Stream] = []
         self.channels: dict[tuple[str, int, int], tuple[deque[Part], deque[Part]]] = {}
         self.buffers: dict[int, Buffer] = {}  # by address, where accesses are checked
-        self.plans: list[Callable[[Operation], None]] = []  # what faults do to operations when they are launched
+        self.faults: list[Callable[[Operation], None]] = []  # what befalls operations when they are launched
         self.default = Stream(self, Queue(self, -1), "compute")
         self.queues.append(self.default.queue)
         world.devices.append(self)
@@ -193,8 +193,8 @@ class Device:
         operation = Operation(name, stream, **keywords)
         if world.races:
             operation.clock = world.races.stamp(actor)
-        for plan in self.plans:
-            plan(operation)
+        for fault in self.faults:
+            fault(operation)
         stream.last = operation
         stream.queue.operations.append(operation)
         stream.queue.schedule()

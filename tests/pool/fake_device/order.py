@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import connected_components
 
-from pool.schedule import PoolSchedule
+from pool.schedule import Kind, PoolSchedule, RequestKey
 from pool.topology import Topology
 
 Nodes = NDArray[np.int64]
@@ -131,8 +131,10 @@ class Plan:
 
     def _segments(self, rank: int, lane_order: Sequence[int]) -> Segments:
         coming: dict[int, list[int]] = {lane: [] for lane in lane_order}
-        for r in reversed(self.of_trunk(rank, range(len(self.requests)))):
+        for r in self.of_trunk(rank, range(len(self.requests))):
             coming[self.requests[r].lane].append(r)
+        for requests in coming.values():  # the last one first
+            requests.sort(key=lambda r: _place(self.requests[r]), reverse=True)
         last = dict.fromkeys(coming, -1)
         answers, makes = [], []
         for lane in lane_order:
@@ -143,6 +145,12 @@ class Plan:
             makes.append(last[lane])
         assert not any(coming.values()), "the schedule has requests that no segment makes"
         return Segments(list(lane_order), np.array(answers), np.array(makes))
+
+
+def _place(key: RequestKey) -> tuple[int, bool, int]:
+    """In which order a lane makes its requests: layers upwards in the forward, downwards in the backward."""
+    backward = key.kind == Kind.BACKWARD
+    return key.micro_batch, backward, -key.layer if backward else key.layer
 
 
 def order_of_device_wire(topology: Topology, schedule: PoolSchedule, group: int = 8) -> Graph:
