@@ -146,7 +146,7 @@ class _Trunk:
         rows_ND = torch.ones(rows, self._hidden, device=self._device)
 
         def request() -> None:
-            answer = self._wire.request(_KEY, self._step, rows_ND, torch.tensor([rows]))
+            answer = self._wire.request(_KEY, self._step, rows_ND, torch.tensor([rows], device=self._device))
             beside()
             answer.wait()
             self._step += 1

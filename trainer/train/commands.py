@@ -4,23 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import MutableMapping
 from pathlib import Path
 
 import click
 
 from trainer.common.errors import UserError
+from trainer.common.gpus import set_allocator
 from trainer.config.options import recipe_arguments
 from trainer.config.recipe import load_recipe
-
-
-def let_segments_grow(environment: MutableMapping[str, str]) -> None:
-    """Choose torch's allocator that fragments less on GPUs, unless the user has set either of its variables.
-
-    torch reads them when it first uses the device.
-    """
-    if "PYTORCH_CUDA_ALLOC_CONF" not in environment:  # the older name, which torch prefers
-        environment.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
 @click.command(short_help="Train a recipe, or resume it from its newest checkpoint.")
@@ -83,7 +74,7 @@ def train(
     checked = load_recipe(recipe, overrides)
     # torch would print a C++ stack for every connection that breaks when another rank ends; we name that rank.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    let_segments_grow(os.environ)
+    set_allocator()
     if launched():
         from trainer.cluster.rendezvous import read_launch
         from trainer.train.loop import train as train_rank

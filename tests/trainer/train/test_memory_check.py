@@ -1,8 +1,7 @@
-"""A job says at its start if GPUs seem too small, and lets torch's segments grow."""
+"""A job says at its start if its GPUs seem too small."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +10,6 @@ import torch
 
 from pool.topology import Topology
 from trainer.config.recipe import load_recipe
-from trainer.train.commands import let_segments_grow
 from trainer.train.memory_check import warn_of_memory
 
 
@@ -49,18 +47,3 @@ def test_the_first_rank_of_a_role_warns(
     assert len(lines) == (1 if role else 0)
     if role:
         assert lines[0].startswith(f"warning: {role} ") and f"of {job.name}'s GPU: " in lines[0]
-
-
-def test_segments_grow_unless_the_user_decides() -> None:
-    for given in ({}, {"PYTORCH_ALLOC_CONF": "backend:native"}, {"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}):
-        environment = dict(given)
-        let_segments_grow(environment)
-        assert environment == (given or {"PYTORCH_ALLOC_CONF": "expandable_segments:True"})
-
-
-def test_torch_reads_these_variables() -> None:
-    """In this order: the older name first."""
-    source = Path(torch.__file__).parent / "include/c10/cuda/CUDAAllocatorConfig.h"
-    text = source.read_text()
-    older, newer = text.index('get_env("PYTORCH_CUDA_ALLOC_CONF")'), text.index('get_env("PYTORCH_ALLOC_CONF")')
-    assert older < newer
