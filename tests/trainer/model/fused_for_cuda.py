@@ -41,7 +41,8 @@ H100 = {
 
 @contextmanager
 def _made_up_gpu() -> Iterator[None]:
-    properties = SimpleNamespace(name="NVIDIA H100", minor=0, total_memory=80 * 2**30, **H100)
+    sizes = {"total_memory": 80 * 2**30, "shared_memory_per_block_optin": 227 * 2**10, "L2_cache_size": 50 * 2**20}
+    properties = SimpleNamespace(name="NVIDIA H100", minor=0, gcnArchName="", **sizes, **H100)
     hints = DeviceProperties(type="cuda", index=0, cc=90, **H100)
     with (
         mock.patch.object(DeviceProperties, "create", return_value=hints),

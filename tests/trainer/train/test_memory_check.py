@@ -1,7 +1,8 @@
-"""A job says at its start if its GPUs seem too small."""
+"""A job says at its start if GPUs seem too small; torch reads the variables of its allocator as expected."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -47,3 +48,11 @@ def test_the_first_rank_of_a_role_warns(
     assert len(lines) == (1 if role else 0)
     if role:
         assert lines[0].startswith(f"warning: {role} ") and f"of {job.name}'s GPU: " in lines[0]
+
+
+def test_torch_reads_these_variables() -> None:
+    """In this order: the older name first."""
+    source = Path(torch.__file__).parent / "include/c10/cuda/CUDAAllocatorConfig.h"
+    text = source.read_text()
+    older, newer = text.index('get_env("PYTORCH_CUDA_ALLOC_CONF")'), text.index('get_env("PYTORCH_ALLOC_CONF")')
+    assert older < newer
