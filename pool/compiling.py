@@ -46,7 +46,7 @@ def _set_cache_folders() -> None:
 
 
 _TORCH_DEFAULT = os.path.join(tempfile.gettempdir(), "torchinductor_")
-"""How torch's default begins. torch writes it to the environment when something, such as DeepSpeed, only asks for it."""
+"""How torch's default begins; torch puts it into the environment when something, such as DeepSpeed, asks for it."""
 
 
 def _cache_home() -> Path:
