@@ -6,6 +6,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import ParamSpec, TypeVar
@@ -33,22 +34,32 @@ def compiled(function: Callable[P, T], dynamic: bool) -> Callable[P, T]:
 
 @cache
 def _set_cache_folders() -> None:
-    """Let the compilers keep their results in the user's cache folder.
+    """Let the compilers keep their results in the user's cache folder, unless the environment names others.
 
-    What they keep is loaded as code, and the default is a folder in /tmp that anyone may have created before.
+    What they keep is loaded as code, and torch's default is a folder in /tmp that anyone may have created before.
     """
-    try:
+    home = _cache_home()
+    for variable, name in (("TORCHINDUCTOR_CACHE_DIR", "torchinductor"), ("TRITON_CACHE_DIR", "triton")):
+        if os.environ.get(variable, "").startswith(_TORCH_DEFAULT):
+            del os.environ[variable]
+        os.environ.setdefault(variable, str(home / name))
+
+
+_TORCH_DEFAULT = os.path.join(tempfile.gettempdir(), "torchinductor_")
+"""How torch's default begins; torch puts it into the environment when something, such as DeepSpeed, asks for it."""
+
+
+def _cache_home() -> Path:
+    """Return the user's cache folder, or one for this process only if that cannot be written."""
+    with suppress(OSError, RuntimeError):  # Path.home() without a home is a RuntimeError
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         home.mkdir(mode=0o700, parents=True, exist_ok=True)
-        writable = os.access(home, os.W_OK | os.X_OK)
-    except (OSError, RuntimeError):  # no home at all is a RuntimeError
-        writable = False
-    if not writable:
-        home = Path(tempfile.mkdtemp(prefix="unipool-compiled-"))
-        logging.getLogger(__name__).warning(
-            "unipool: the user's cache folder cannot be written, so what is compiled is kept in %s, for this process "
-            "only; XDG_CACHE_HOME names another cache folder",
-            home,
-        )
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(home / "torchinductor"))
-    os.environ.setdefault("TRITON_CACHE_DIR", str(home / "triton"))
+        if os.access(home, os.W_OK | os.X_OK):
+            return home
+    home = Path(tempfile.mkdtemp(prefix="unipool-compiled-"))
+    logging.getLogger(__name__).warning(
+        "unipool: the user's cache folder cannot be written, so what is compiled is kept in %s, for this process only; "
+        "XDG_CACHE_HOME names another cache folder",
+        home,
+    )
+    return home

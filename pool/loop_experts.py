@@ -1,4 +1,6 @@
-"""Experts one after another: the back end for CPUs, and for GPUs in fp32.
+"""Experts one after another: the back end for CPUs, for GPUs in fp32, and for those without a grouped product.
+
+The host must know how many rows each expert gets.
 
 An expert's products and the elementwise operations between them run together, while its rows are in the cache; over the
 whole batch each elementwise pass would go through memory. Tensors are kept per expert, because the C library reuses the

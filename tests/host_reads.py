@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-ROOT = Path(__file__).parent.parent
+ROOMS = ("pool", "router", "trainer", "deepspeed")
 
 WAITS = {
     *("_local_scalar_dense", "equal", "is_nonzero"),
@@ -84,12 +84,14 @@ def _wait(func: Any, name: str, args: Any, kwargs: Any) -> str | None:
     return f"{name} on tensors of {' and '.join(sorted(map(str, mixed)))}" if len(mixed) > 1 else None
 
 
-def place() -> str:
-    """The innermost line of the product that is being run: file, line and function."""
+def place(with_line: bool = True) -> str:
+    """The innermost line of the product, or of DeepSpeed, that is being run: file, line and function."""
     for frame in reversed(traceback.extract_stack()):
-        path = Path(frame.filename)
-        if path.is_relative_to(ROOT) and path.relative_to(ROOT).parts[0] in ("pool", "router", "trainer"):
-            return f"{path.relative_to(ROOT)}:{frame.lineno} ({frame.name})"
+        parts = Path(frame.filename).parts
+        if "tests" not in parts and (name := next((p for p in reversed(parts) if p in ROOMS), None)):
+            last = len(parts) - 1 - parts[::-1].index(name)
+            line = f":{frame.lineno}" if with_line else ""
+            return f"{'/'.join(parts[last:])}{line} ({frame.name})"
     return "outside the product"
 
 
@@ -108,3 +110,25 @@ def host_read(function: Callable[[], object]) -> str:
     except HostRead as error:
         return str(error)
     return ""
+
+
+READERS = {"cpu", "numpy", "item", "tolist", "__bool__", "__float__", "__int__", "__index__"}
+"""Methods of tensors with which the host reads, on a CPU too, where nobody waits for them."""
+
+
+class _Readers(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.places: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if (name := getattr(func, "__name__", "")) in READERS:
+            self.places.append(f"{place(with_line=False)}: {name}")
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def listed_reads() -> Iterator[list[str]]:
+    """List the reads of a run with values, in order: "file (function): method"."""
+    with _Readers() as readers:
+        yield readers.places

@@ -5,6 +5,7 @@ Letters: N rows, e experts, D hidden, F expert width.
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -176,3 +177,20 @@ def test_cuda(counts: list[int]) -> None:
     grouped_experts.add_weight_gradients(*grads, [(x, dy, for_weights, Counts.of(counts, "cuda"))], slice(0, None))
     for got, want in zip((y_ND, dx_ND, *grads), (slow.y_ND, slow.dx_ND, slow.dw13, slow.dw2), strict=True):
         assert_near(got.cpu(), want, dtype)
+
+
+@pytest.mark.parametrize(("major", "grouped"), [(8, False), (9, True), (10, True), (12, False)])
+def test_the_back_end_of_a_gpu(major: int, grouped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where torch has no grouped kernel, its product would loop over the experts and wait for the GPU each time."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 0))
+    supports = grouped_experts.supports.__wrapped__  # without its cache
+    assert supports(torch.device("cuda:0"), torch.bfloat16) is grouped
+    assert not supports(torch.device("cuda:0"), torch.float32)
+    assert not supports(torch.device("cpu"), torch.bfloat16)
+
+
+def test_what_torch_does_without_a_grouped_kernel() -> None:
+    """It reads the offsets; if it no longer did, `supports` could say yes to more GPUs."""
+    source = Path(torch.__file__).parent / "include" / "ATen" / "native" / "GroupedMMUtils.h"
+    fallback = source.read_text().partition("void _grouped_mm_fallback(")[2]
+    assert "offs.value().cpu()" in fallback

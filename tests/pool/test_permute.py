@@ -118,3 +118,14 @@ def test_merge_order(counts: list[list[int]]) -> None:
     assert index_N.dtype == torch.int64
     assert [rows[n] for n in index_N.tolist()] == sorted(rows)
     assert index_N[inverse_N].tolist() == list(range(len(rows)))
+
+
+@pytest.mark.parametrize("tokens, top_k", [(1, 1), (9, 1), (7, 3)])
+def test_permutation_as_it_is_compiled(tokens: int, top_k: int) -> None:
+    """And as a GPU computes it: by other operations, in one graph."""
+    ids_TK, expected = routing(tokens, top_k)
+    found = torch.compile(permutation, fullgraph=True, backend="eager")(ids_TK, PLACEMENT.position_M)
+    for name in ("order_N", "inverse_N", "tokens_per_expert_M"):
+        mine, theirs = getattr(found, name), getattr(expected, name)
+        assert mine.dtype == theirs.dtype == torch.int64 and torch.equal(mine, theirs)
+    torch._dynamo.reset()

@@ -28,7 +28,7 @@ def bench(recipe: str, overrides: tuple[str, ...], out: Path, device: str | None
     """Measure how fast this machine computes with the shapes of RECIPE (default: quickstart), for `plan --hardware`.
 
     Measures dense products, memory, experts, the router, a layer and the head of the trunk, and the wire between two
-    processes. This takes a few minutes at most.
+    processes; on a GPU also launches and copies. This takes a few minutes at most.
 
     \b
     Examples:

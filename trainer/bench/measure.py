@@ -23,6 +23,7 @@ from torch import Tensor
 from pool.counts import Counts
 from pool.placement import contiguous
 from pool.shard import ExpertServer
+from trainer.bench.launches import LaunchFigures, measure_launches
 from trainer.bench.tables import PROCESSOR
 from trainer.bench.wire import measure_wire, synchronize, timed
 from trainer.common.errors import UserError
@@ -113,6 +114,11 @@ def _measure(recipe: Recipe, device: torch.device, effort: Effort) -> Profile:
     if device.type == "cpu":
         share = available / torch.get_num_threads()
         figures.append(Figure(PROCESSOR, None, available, "of its time", share, "the threads' time"))
+    costs = None
+    if device.type == "cuda":
+        _announce("launches and copies")
+        costs = measure_launches(device, effort.copy_bytes // 4)
+        figures += launch_figures(costs)
     figures += [
         Figure("expert launch, one row", None, launch, "s", None, None),
         Figure("wire latency, one way", None, wire.latency, "s", None, None),
@@ -128,8 +134,21 @@ def _measure(recipe: Recipe, device: torch.device, effort: Effort) -> Profile:
         launch_latency=launch,
         wire_latency=wire.latency,
         wire_bandwidth=wire.bandwidth,
+        launch=costs.launch if costs else 0.0,
+        kernel=costs.kernel if costs else 0.0,
     )
     return Profile(hardware, tuple(figures))
+
+
+def launch_figures(costs: LaunchFigures) -> list[Figure]:
+    """The figures of a GPU's launches and copies, for the profile."""
+    return [
+        Figure("launch of a kernel, host", None, costs.launch, "s", None, None),
+        Figure("empty kernel, device", None, costs.kernel, "s", None, None),
+        Figure("pinned memory to device", None, costs.to_device, "bytes/s", None, None),
+        Figure("device to pinned memory", None, costs.to_host, "bytes/s", None, None),
+        Figure("copy of 4 KiB to the host", None, costs.copy_latency, "s", None, None),
+    ]
 
 
 def memory_bandwidth(device: torch.device, effort: Effort) -> float:

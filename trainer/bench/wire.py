@@ -87,7 +87,7 @@ def _pair(recipe: Recipe, device: torch.device) -> Recipe:
     """The recipe in fp32 with one trunk rank, one pool rank and one lane."""
     two_gpus = device.type == "cuda" and torch.cuda.device_count() > 1
     layout: dict[str, int | str] = {"trunk_ranks": 1, "pool_ranks": 1, "expert_parallel": 1, "lanes": 1}
-    layout["wire"] = "auto" if two_gpus else "gloo"
+    layout |= {"wire": "auto" if two_gpus else "gloo", "device": device.type}
     parallel = recipe.parallel.model_copy(update=layout | {"check": False})
     train = recipe.train.model_copy(update={"precision": "fp32"})
     return recipe.model_copy(update={"parallel": parallel, "train": train})
@@ -144,9 +144,10 @@ class _Trunk:
     def _round_trip(self, rows: int, times: int, beside: Callable[[], None] = lambda: None) -> float:
         """Median seconds of a request and its answer, during which `beside` runs."""
         rows_ND = torch.ones(rows, self._hidden, device=self._device)
+        rows_e = torch.tensor([rows], device=self._device)
 
         def request() -> None:
-            answer = self._wire.request(_KEY, self._step, rows_ND, torch.tensor([rows], device=self._device))
+            answer = self._wire.request(_KEY, self._step, rows_ND, rows_e)
             beside()
             answer.wait()
             self._step += 1

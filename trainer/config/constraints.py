@@ -121,6 +121,8 @@ def _check_layout(r: Recipe) -> None:
     in_order = p.trunk_zero < 3 or p.pool_ranks == 0 or p.trunk_ranks == 1 or (p.lanes == 1 and not p.stagger)
     allowed = "needs parallel.lanes=1 and parallel.stagger=false, because ZeRO-3 gathers weights in program order"
     _require(in_order, r, "parallel.trunk_zero", allowed)
+    allowed = "must be false or left out with parallel.trunk_zero = 3, which gathers weights while modules are called"
+    _require(p.trunk_zero < 3 or not r.train.compile, r, "train.compile", allowed)
     last_port = r.metrics.port + p.trunk_ranks + p.pool_ranks - 1
     allowed = f"port + rank must stay below 65536; the last would be {last_port}"
     _require(r.metrics.port == 0 or last_port <= 65535, r, "metrics.port", allowed)

@@ -128,6 +128,11 @@ class Train(Section):
     loss_chunk: Positive = Field(
         LOSS_CHUNK, description="Largest number of tokens whose logits exist at once; bounds the memory of the loss."
     )
+    compile: bool | None = Field(
+        None,
+        description="Compile the trunk's segments and the experts' elementwise operations (torch.compile); default: on "
+        "GPUs only, and not with `parallel.trunk_zero` 3.",
+    )
     init_from: str | None = Field(None, description="An export whose weights replace the random initial ones.")
     freeze: Literal["none", "pool", "trunk"] = Field("none", description="The role whose weights are not trained.")
     max_skipped_steps: Positive = Field(

@@ -19,6 +19,7 @@ from pool.permute import Permutation, combine, permutation, permute
 from router import Routing
 
 if TYPE_CHECKING:
+    from trainer.config.recipe import Recipe
     from trainer.model.trunk import Block
 
 
@@ -165,3 +166,12 @@ EAGER = Segments(embed_to_request, combine_to_request, combined, dense_layer)
 def compiled_segments() -> Segments:
     """Return the segments as compiled regions: one graph each, which all layers share."""
     return Segments(*(compiled(function, dynamic=False) for function in EAGER))
+
+
+def compiles(recipe: Recipe, device: torch.device) -> bool:
+    """Return whether a run compiles its segments on a device.
+
+    ZeRO-3 gathers and drops weights in hooks of modules, which cannot be part of a graph.
+    """
+    by_default = device.type == "cuda" and recipe.parallel.trunk_zero < 3
+    return by_default if recipe.train.compile is None else recipe.train.compile

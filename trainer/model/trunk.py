@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from router import Routing, build_router, norm_constant
 from trainer.config.recipe import Recipe
 from trainer.model.document_mask import document_mask
 from trainer.model.loss import OutputProjection
-from trainer.model.segments import EAGER, Surroundings, autocast
+from trainer.model.segments import EAGER, Segments, Surroundings, autocast, compiled_segments, compiles
 
 
 class Attention(nn.Module):
@@ -109,11 +110,11 @@ class Block(nn.Module):
 class Head(nn.Module):
     """Final norm and output projection, not tied to the embedding."""
 
-    def __init__(self, recipe: Recipe):
+    def __init__(self, recipe: Recipe, compiled: bool):
         super().__init__()
         m = recipe.model
         self.norm = nn.RMSNorm(m.hidden, eps=m.norm_eps)
-        self.out = OutputProjection(m.hidden, m.vocab, recipe.train.loss_chunk, compute_dtype(recipe))
+        self.out = OutputProjection(m.hidden, m.vocab, recipe.train.loss_chunk, compute_dtype(recipe), compiled)
 
     def forward(self, h_BSD: Tensor, targets_BS: Tensor | None = None) -> Tensor:
         """Return the logits (B, S, V); with targets, the mean cross-entropy in nats, fp32."""
@@ -127,6 +128,9 @@ class Trunk(nn.Module):
 
     Args:
         document_end: Id of the token that ends a document, if attention stays within documents, else None.
+
+    Attributes:
+        compiled: Whether training runs compiled segments (`train.compile`).
     """
 
     def __init__(self, recipe: Recipe, device: torch.device, document_end: int | None = None):
@@ -139,15 +143,20 @@ class Trunk(nn.Module):
             constant = norm_constant(recipe.experts_per_layer, recipe.router.top_k) * recipe.router.constant_factor
         self.embedding = nn.Embedding(m.vocab, m.hidden)
         self.blocks = nn.ModuleList(Block(recipe, constant) for _ in range(m.layers))
-        self.head = Head(recipe)
+        self.compiled = compiles(recipe, device)
+        self.head = Head(recipe, self.compiled)
         self._reset_parameters(recipe)
         self.to(device)
-        self.segments = EAGER
         self.rope = rotary_table(m.seq_len, m.hidden // m.heads, m.rope_base, device)
 
     @property
     def device(self) -> torch.device:
         return self.rope[0].device
+
+    @cached_property
+    def segments(self) -> Segments:
+        """The functions that run the training's segments."""
+        return compiled_segments() if self.compiled else EAGER
 
     def autocast(self) -> torch.autocast:
         """Return the context in which segments run."""

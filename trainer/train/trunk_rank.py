@@ -37,7 +37,9 @@ from trainer.model.micro_batch import (
 from trainer.model.pool_client import LocalPool, MicroBatch, PoolClient, RemotePool
 from trainer.model.random_routing import random_routing
 from trainer.model.trunk import Trunk
+from trainer.model.warm_up import warm_up
 from trainer.planning.schedule import ScheduleSpec
+from trainer.telemetry.console import say
 from trainer.telemetry.prometheus import ExpertLoad, MetricsServer
 from trainer.telemetry.step_scalars import StepScalars
 from trainer.telemetry.time_breakdown import UsageClock
@@ -51,6 +53,11 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Copy a tensor of the host to the device. From memory that is pinned, a GPU does so while the host goes on."""
     pinned = tensor.pin_memory() if device.type == "cuda" else tensor
     return pinned.to(device, non_blocking=True)
+
+
+def _pool_map(recipe: Recipe, placement: Placement, device: torch.device) -> PoolMap:
+    position_M = placement.position_M.to(device)
+    return PoolMap(position_M, recipe.experts_per_layer, recipe.model.layers // recipe.model.groups)
 
 
 class TrunkRank:
@@ -79,12 +86,13 @@ class TrunkRank:
         self.placement = placement
         self.plan = schedule.step
         self._training, self._validation = training, validation
-        self.trunk = Trunk(recipe, job.device, document_end)
+        self.trunk = Trunk(recipe, job.device, document_end).requires_grad_(recipe.train.freeze != "trunk")
+        self._pool_map = _pool_map(recipe, placement, job.device) if placement else None
+        self._compile()
         self.engines = {"trunk": build_engine(self.trunk, recipe, "trunk", job.role_size)}
         self._shard: ExpertShard | None = None
         self._wire: TrunkWire | None = None
         self._pool = PoolClient(job.device)
-        self._pool_map: PoolMap | None = None
         if placement:
             self._join_pool(placement)
         self.metrics = MetricsServer(recipe.metrics, "trunk", job.rank, job.local_rank, self._expert_load())
@@ -96,11 +104,19 @@ class TrunkRank:
         self._results = StepResults({}, [], 0, self.load_LM, [], [])
         self._started = self._waited = 0.0
 
+    def _compile(self) -> None:
+        """Compile the segments. Some trunk ranks may take longer than the collectives of an engine would wait."""
+        recipe, job = self._recipe, self._job
+        if self.trunk.compiled:
+            warm_up(self.trunk, self._pool_map, recipe)
+            job.shared.put("compiled", "")
+            for rank in range(job.role_size):
+                job.shared.get(f"compiled/{rank}")
+        elif job.rank == 0 and job.device.type == "cuda" and recipe.train.compile is None:
+            say("unipool: the trunk is not compiled (train.compile), because parallel.trunk_zero is 3")
+
     def _join_pool(self, placement: Placement) -> None:
         recipe, job = self._recipe, self._job
-        self._pool_map = PoolMap(
-            placement.position_M.to(job.device), recipe.experts_per_layer, recipe.model.layers // recipe.model.groups
-        )
         if job.topology.colocated:
             self._shard = build_shard(recipe, placement, 0, job.device)
             self.engines["pool/shard_0"] = build_engine(self._shard, recipe, "pool", job.role_size)

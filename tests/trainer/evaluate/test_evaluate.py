@@ -17,13 +17,14 @@ from tests.local_tasks import write_own, write_tasks
 from tests.tools import ended, need_package
 from tests.training import END, run_training, tiny, tokens
 from trainer.cli import cli
-from trainer.common.errors import UserError
+from trainer.common.errors import BrokenModel, UserError
 from trainer.common.tables import print_tables
 from trainer.config.recipe import Recipe
 from trainer.data.tokenizer import train_tokenizer
+from trainer.evaluate import loss
 from trainer.evaluate.loss import total_loss, windows
 from trainer.evaluate.scores import Scores
-from trainer.export.loaded_model import load_model
+from trainer.export.loaded_model import finite_outputs, load_model
 
 VOCAB, WINDOW = 300, 120
 TEXT = "Die Straße — naïve café, 東京, 🙂 <|endoftext|> def main(argument):\n    return argument\n" * 6
@@ -125,6 +126,21 @@ def test_text_loss_matches_a_slow_reference(home: Path, run: tuple[Path, float],
         assert found["loss"] == pytest.approx(nats / (len(ids) - 1), rel=1e-5)
         assert found["perplexity"] == pytest.approx(math.exp(nats / (len(ids) - 1)), rel=1e-5)
         assert found["bits_per_byte"] == pytest.approx(nats / math.log(2) / len(TEXT.encode()), rel=1e-5)
+
+
+def test_logits_of_few_tokens_exist_at_once(export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss is the same, and values that are not finite are found even in logits alone."""
+    subject = load_model(export, "cpu", None)
+    rows = torch.randint(VOCAB, (5, WINDOW + 1))
+    whole = total_loss(subject, rows, len(rows), 3)
+    sizes: list[int] = []
+    subject.model.lm_head.register_forward_hook(lambda _m, _i, logits: sizes.append(logits[..., 0].numel()))
+    monkeypatch.setattr(loss, "LOSS_CHUNK", 50)
+    assert total_loss(subject, rows, len(rows), 3) == (pytest.approx(whole[0], rel=1e-6), whole[1])
+    assert max(sizes) <= 50 and sum(sizes) == 5 * WINDOW
+    subject.model.lm_head.weight.data[7, 0] = torch.nan
+    with pytest.raises(BrokenModel), finite_outputs(subject.model, "name"):
+        total_loss(subject, rows, len(rows), 3)
 
 
 @pytest.mark.parametrize("tokens", [2, 5, 6, 7, 11])

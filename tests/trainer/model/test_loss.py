@@ -6,12 +6,13 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -132,13 +133,14 @@ def test_a_second_backward_pass_is_refused() -> None:
         loss.backward()
 
 
-def test_compiles_without_graph_breaks() -> None:
-    for compute_dtype in (torch.float32, torch.bfloat16):
-        loss_of = in_chunks(5, compute_dtype)
-        compiled = torch.compile(loss_of, backend="aot_eager", fullgraph=True)
-        expected = run(loss_of, torch.float32)
-        for value, exact in zip(run(compiled, torch.float32), expected, strict=True):
-            assert difference(value, exact) < 1e-6
+def test_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What lies between the products is one graph, and the numbers are the same, also of a single chunk."""
+    for compiler in ("TORCHINDUCTOR", "TRITON"):
+        monkeypatch.setenv(f"{compiler}_CACHE_DIR", str(tmp_path))
+    expected = run(in_chunks(8, torch.bfloat16), torch.float32)
+    found = run(partial(in_chunks(T, torch.bfloat16), compiled=True), torch.float32)
+    for value, exact in zip(found, expected, strict=True):
+        assert difference(value, exact) < 2**-7
 
 
 @pytest.mark.parametrize(("tokens", "hidden"), [(16 * 1024, 768), (8 * 1024, 1536)])
@@ -150,7 +152,7 @@ def test_a_device_is_never_waited_for(device: str, tokens: int, hidden: int) -> 
             torch.empty(51200, hidden, device=device),
             torch.empty(tokens, dtype=torch.int64, device=device),
         )
-        losses_T, *gradients = losses_and_gradients(x_TD, weight_VD, targets_T, 4096, torch.bfloat16, (True, True))
+        losses_T, *gradients = losses_and_gradients(x_TD, weight_VD, targets_T, (True, True), 4096, torch.bfloat16)
         assert (losses_T.shape, losses_T.dtype, losses_T.device) == ((tokens,), torch.float32, torch.device(device))
         for gradient, of in zip(gradients, (x_TD, weight_VD), strict=True):
             assert gradient is not None and (gradient.shape, gradient.dtype) == (of.shape, of.dtype)
@@ -188,22 +190,20 @@ class Watch(TorchDispatchMode):
         self._alive -= size
 
 
-@pytest.mark.parametrize("bf16", [False, True])
-def test_memory_of_the_logits_is_bounded(bf16: bool) -> None:
-    """Two fp32 tensors of a chunk, the gradients, and with bf16 copies of the operands."""
-    tokens, hidden, vocab, chunk = 256, 16, 4000, 64
-    x_1TD, targets_1T = torch.randn(1, tokens, hidden), torch.randint(vocab, (1, tokens))
-    module = OutputProjection(hidden, vocab, chunk, torch.bfloat16 if bf16 else torch.float32)
-    for wanted in (True, False):
-        x_1TD.requires_grad_(wanted)
-        with Watch() as watch, torch.set_grad_enabled(wanted):
-            loss = module(x_1TD, targets_1T)
-            if wanted:
-                loss.backward()
-        assert watch.largest == chunk * vocab
-        around = (4 + 2 * bf16) * (vocab * hidden + tokens * hidden)
-        assert 4 * chunk * vocab < watch.peak < 8 * chunk * vocab + 1.1 * around
-    assert nn.Linear.forward(module, x_1TD).equal(module(x_1TD))
+@pytest.mark.parametrize("compute_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("chunk", "size"), [(200, 128), (100, 86), (64, 64), (10, 10)])
+def test_memory_is_bounded(chunk: int, size: int, compute_dtype: torch.dtype) -> None:
+    """Two fp32 tensors of a chunk's logits, the gradients, and with bf16 copies of the operands."""
+    tokens, hidden, vocab = 256, 16, 4000
+    module = OutputProjection(hidden, vocab, chunk, compute_dtype, compiled=False)
+    x_1TD, targets_1T = torch.randn(1, tokens, hidden, requires_grad=True), torch.randint(vocab, (1, tokens))
+    with Watch() as watch:
+        module(x_1TD, targets_1T).backward()
+    others = (4 if compute_dtype == torch.float32 else 6) * (tokens + vocab) * hidden
+    assert watch.peak == pytest.approx(8 * size * vocab + others, rel=0.05)
+    with Watch() as watch, torch.no_grad():
+        module(x_1TD, targets_1T)
+    assert watch.largest <= max(size, hidden) * vocab
 
 
 def each_use_of_the_head(recipe: Recipe) -> Iterator[Any]:

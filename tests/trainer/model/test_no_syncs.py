@@ -20,7 +20,14 @@ from pool.shard import ExpertShard
 from router import LoadStatistics, balance_coefficients, norm_constant
 from tests.host_reads import no_host_reads
 from trainer.config.recipe import Recipe, load_recipe
-from trainer.model.micro_batch import Objective, PoolMap, Request, train_micro_batch
+from trainer.model.micro_batch import (
+    Objective,
+    PoolMap,
+    Request,
+    hidden_states,
+    train_dense_micro_batch,
+    train_micro_batch,
+)
 from trainer.model.pool_client import LocalPool, PoolClient
 from trainer.model.trunk import Trunk
 
@@ -75,7 +82,7 @@ def shallow(name: str, changes: list[str]) -> Recipe:
 
 
 def trunk_of(recipe: Recipe, document_end: int | None = None) -> Trunk:
-    if recipe.router.kind == "norm":
+    if recipe.model.ffn == "pool" and recipe.router.kind == "norm":
         norm_constant(recipe.experts_per_layer, recipe.router.top_k)  # is kept: it cannot be computed without values
     with META:
         return Trunk(recipe, META, document_end)
@@ -158,3 +165,22 @@ def test_the_segments_of_a_dedicated_trunk(name: str, precision: str, changes: l
     with no_host_reads():
         Echo().run(started, (0,), 0)
     assert all(p.grad is not None for p in trunk.parameters())
+
+
+def test_evaluation() -> None:
+    recipe = shallow("unipool-182m", [])
+    trunk, made = trunk_of(recipe), (pool_map(recipe), sequences(recipe))
+    with no_host_reads():
+        ((h_BSD, load_LM),) = Echo().run([hidden_states(trunk, made[0], made[1][:, :-1], 0)], (0,), 0)
+        loss = trunk.loss(h_BSD, made[1][:, 1:])
+    assert loss.device == load_LM.device == META
+
+
+def test_a_dense_micro_batch() -> None:
+    recipe = shallow("dense-182m", [])
+    trunk, started = trunk_of(recipe), sequences(recipe)
+    coefficients = Objective(0.5, lambda load_LM: None, 0.0, False)
+    with no_host_reads():
+        (result,) = PoolClient().run([train_dense_micro_batch(trunk, started, coefficients)], (0,), 0)
+    parts = (result.gates_L, result.nonfinite_router_tokens, result.tokens_per_expert_LM, *result.scalars.values())
+    assert {part.device for part in parts} == {META}

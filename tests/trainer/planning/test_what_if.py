@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from trainer.cli import cli
 from trainer.common.errors import UserError
 from trainer.config.recipe import load_recipe
-from trainer.planning.memory import estimate_memory
+from trainer.planning.memory import estimate_memory, pool_row_bytes
 from trainer.planning.schedule import make_schedule
 from trainer.planning.what_if import Counts, read_loads, recommend_splits, what_if
 
@@ -40,8 +40,10 @@ def test_an_even_load() -> None:
     assert ways["2 lanes"].seconds < ways["1 lane"].seconds < 0.85 * ways["lock step"].seconds
     trunk, pool = estimate_memory(RECIPE, 1)
     assert ways["lock step"].trunk_bytes == trunk.total
-    # With one micro-batch in flight the pool keeps what the estimate says, and defers as many bytes as it may.
-    assert ways["lock step"].pool_bytes == pytest.approx(pool.total, rel=1e-6)
+    # With one micro-batch in flight the pool keeps what the estimate says, and defers up to the launch after which it
+    # has more than it may; the estimate adds that launch to the limit.
+    launch = 4 * 4096 * pool_row_bytes(RECIPE)[1]
+    assert pool.total - launch < ways["lock step"].pool_bytes <= pool.total
 
 
 def test_a_skewed_load_and_a_placement_for_it() -> None:

@@ -1,0 +1,233 @@
+"""Compiled segments: one graph each for all layers, without breaks, with the numbers of the functions as they are."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import pytest
+import torch
+import torch._dynamo
+from torch import Tensor
+
+from pool.placement import contiguous
+from tests.trainer.model.fused_for_cuda import Counter
+from tests.training import END, tiny, tokens
+from trainer.common.errors import UserError
+from trainer.config.recipe import Recipe
+from trainer.model import segments
+from trainer.model.micro_batch import (
+    MicroBatchResult,
+    Objective,
+    PoolMap,
+    hidden_states,
+    train_dense_micro_batch,
+    train_micro_batch,
+)
+from trainer.model.pool_client import MicroBatch
+from trainer.model.segments import EAGER, Segments
+from trainer.model.trunk import Trunk
+from trainer.model.warm_up import warm_up
+
+T = TypeVar("T")
+CPU = torch.device("cpu")
+VARIANTS: dict[str, dict[str, Any]] = {
+    "norm": {"router": {"kind": "norm", "top_k": 1}},
+    "norm, two experts": {"router": {"top_k": 2, "z_loss": 0.03}, "balance": {"scores": "normalized"}},
+    "softmax": {"router": {"kind": "softmax", "top_k": 2, "z_loss": 0.03}},
+    "sigmoid": {"router": {"kind": "sigmoid_bias", "top_k": 2}},
+    "documents": {"data": {"document_mask": True}},
+    "recompute": {"train": {"recompute": True}},
+    "vanilla": {"model": {"groups": 3}, "pool": {"experts": 12}},
+    "one kv head each": {"model": {"kv_heads": 4}},
+    "frozen": {"train": {"freeze": "trunk", "init_from": "unused"}},
+    "dense": {"model": {"ffn": "dense"}, "pool": {"experts": 0}, "balance": {"pool": 0.0}},
+}
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@dataclass
+class Backend:
+    """Compiles nothing, and counts the graphs."""
+
+    graphs: int = 0
+    segments: Segments = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.segments = compiled_by(self._run)
+
+    def _run(self, gm: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        self.graphs += 1
+        return torch._dynamo.lookup_backend("aot_eager")(gm, inputs)  # type: ignore[return-value]
+
+
+def compiled_by(backend: Callable[..., Any]) -> Segments:
+    return Segments(*(torch.compile(f, fullgraph=True, dynamic=False, backend=backend) for f in EAGER))
+
+
+def trunk_of(recipe: Recipe, compiled: Segments = EAGER) -> Trunk:
+    trunk = Trunk(recipe, CPU, END if recipe.data.document_mask else None)
+    trunk.requires_grad_(recipe.train.freeze != "trunk")
+    trunk.segments = compiled
+    return trunk
+
+
+def map_of(recipe: Recipe) -> PoolMap | None:
+    if recipe.model.ffn == "dense":
+        return None
+    layers_per_group = recipe.model.layers // recipe.model.groups
+    return PoolMap(
+        contiguous(recipe.pool.experts, recipe.model.groups, 1).position_M, recipe.experts_per_layer, layers_per_group
+    )
+
+
+def answered(coroutine: MicroBatch[T]) -> T:
+    """The value of a micro-batch whose pool multiplies each column by a number of its own."""
+    rows_ND = None
+    while True:
+        try:
+            rows_ND = coroutine.send(rows_ND).rows_ND  # type: ignore[arg-type]
+        except StopIteration as stop:
+            return stop.value  # type: ignore[no-any-return]
+        rows_ND = rows_ND * torch.linspace(0.5, 1.5, rows_ND.shape[1]).to(rows_ND.dtype)
+
+
+def trained(trunk: Trunk, recipe: Recipe, number: int = 0) -> MicroBatchResult:
+    """One micro-batch, forward and backward."""
+    sequences_BS1 = torch.tensor(tokens(recipe)["tokens"][2 * number : 2 * number + 2])
+    experts = max(1, recipe.experts_per_layer)
+    coefficients_LM = torch.rand(recipe.model.layers, experts, generator=torch.Generator().manual_seed(number))
+    objective = Objective(0.5, lambda load: coefficients_LM, recipe.router.z_loss, recipe.train.recompute)
+    pool_map = map_of(recipe)
+    if pool_map is None:
+        return answered(train_dense_micro_batch(trunk, sequences_BS1, objective))
+    return answered(train_micro_batch(trunk, pool_map, sequences_BS1, number, objective))
+
+
+def gradients(trunk: Trunk) -> dict[str, Tensor]:
+    return {name: p.grad for name, p in trunk.named_parameters() if p.grad is not None}
+
+
+def assert_close(found: MicroBatchResult, expected: MicroBatchResult) -> None:
+    assert found.scalars.keys() == expected.scalars.keys()
+    for name, value in expected.scalars.items():
+        torch.testing.assert_close(found.scalars[name], value, rtol=1e-6, atol=0, msg=name)
+    torch.testing.assert_close(found.gates_L, expected.gates_L, rtol=1e-6, atol=0)
+    assert torch.equal(found.tokens_per_expert_LM, expected.tokens_per_expert_LM)
+    assert found.nonfinite_router_tokens == expected.nonfinite_router_tokens == 0
+
+
+def assert_gradients_close(found: Trunk, expected: Trunk) -> None:
+    theirs = gradients(expected)
+    assert gradients(found).keys() == theirs.keys()
+    for name, value in gradients(found).items():
+        atol = 1e-6 * float(theirs[name].abs().max())
+        torch.testing.assert_close(value, theirs[name], rtol=0, atol=atol, msg=name)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_one_graph_of_each_segment(variant: str) -> None:
+    """However many layers there are; with eager's numbers; and neither warming up nor evaluation adds another."""
+    recipe, backend = tiny(**VARIANTS[variant]), Backend()
+    trunk, eager = trunk_of(recipe, backend.segments), trunk_of(recipe)
+    trunk.compiled = True
+    warm_up(trunk, map_of(recipe), recipe)
+    assert not gradients(trunk)
+    # With recompute a segment runs in two ways, without autograd and again with it, but for the last.
+    expected = {"dense": 1, "recompute": 5}.get(variant, 3)
+    assert backend.graphs == expected
+    for number in range(2):
+        assert_close(trained(trunk, recipe, number), trained(eager, recipe, number))
+    assert_gradients_close(trunk, eager)
+    assert bool(gradients(trunk)) == (variant != "frozen")
+    for length in (3, 5):
+        answered(hidden_states(trunk, map_of(recipe), torch.ones(1, length, dtype=torch.int64), 0))
+    assert backend.graphs == expected
+
+
+def test_in_bf16() -> None:
+    """The weights of a router are fp32, and so are their gradients' products, as without the compiler."""
+    recipe = tiny(train={"precision": "bf16"}, model={"ffn_hidden": 24})
+    trunk, eager = trunk_of(recipe, Backend().segments), trunk_of(recipe)
+    found, expected = trained(trunk, recipe), trained(eager, recipe)
+    torch.testing.assert_close(found.scalars["loss"], expected.scalars["loss"], rtol=1e-2, atol=0)
+    theirs = gradients(eager)
+    for name, value in gradients(trunk).items():
+        if "router" in name:
+            assert (value - value.bfloat16().float()).abs().max() > 0, "rounded to bf16"
+        assert (value - theirs[name]).norm() < 0.05 * theirs[name].norm(), name
+
+
+def test_inductor() -> None:
+    """Three steps of plain gradient descent: loss, load and gradients as eager; and the same bits in a second run."""
+    recipe = tiny(router={"kind": "norm", "top_k": 2, "z_loss": 0.03})
+    runs = []
+    for compiled in (segments.compiled_segments(), segments.compiled_segments(), EAGER):
+        trunk, steps = trunk_of(recipe, compiled), []
+        for number in range(3):
+            trunk.zero_grad()
+            steps.append(trained(trunk, recipe, number))
+            with torch.no_grad():
+                for parameter in trunk.parameters():
+                    parameter -= 0.01 * parameter.grad
+        runs.append((trunk, steps))
+    (first, of_first), (second, of_second), (eager, of_eager) = runs
+    for mine, theirs in zip(of_first, of_eager, strict=True):
+        assert_close(mine, theirs)
+    assert_gradients_close(first, eager)
+    for mine, again in zip(of_first, of_second, strict=True):
+        assert all(torch.equal(mine.scalars[name], again.scalars[name]) for name in mine.scalars)
+    assert all(torch.equal(mine, gradients(second)[name]) for name, mine in gradients(first).items())
+
+
+@pytest.mark.parametrize("variant", ["norm", "softmax"])
+def test_few_kernels_on_a_gpu(variant: str) -> None:
+    """A segment is at most 25 kernels forward and 45 backward, as inductor fuses them for CUDA."""
+    shape = {"hidden": 256, "heads": 4, "kv_heads": 2, "ffn_hidden": 64, "seq_len": 256, "vocab": 61}
+    recipe = tiny(**VARIANTS[variant] | {"model": shape, "train": {"precision": "bf16"}, "pool": {"experts": 64}})
+    counter = Counter()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        trained(trunk_of(recipe, compiled_by(counter.backend)), recipe)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert len(counter.forward) == len(counter.backward) == 3
+    for forward in counter.forward:
+        assert len(forward) <= 25, forward
+    for backward in counter.backward:
+        assert len(backward) <= 45, backward
+
+
+def test_nothing_is_compiled_on_cpus_by_default() -> None:
+    """A micro-batch does not even load the compiler, which takes seconds."""
+    code = (
+        "import sys, torch; from tests.training import tiny; from trainer.model.trunk import Trunk\n"
+        "from trainer.model.micro_batch import train_dense_micro_batch, Objective\n"
+        "recipe = tiny(model={'ffn': 'dense'}, pool={'experts': 0}, balance={'pool': 0.0})\n"
+        "objective = Objective(1.0, lambda load: None, 0.0, False)\n"
+        "trunk = Trunk(recipe, torch.device('cpu'))\n"
+        "list(train_dense_micro_batch(trunk, torch.zeros(1, 10).long(), objective))\n"
+        "print('torch._dynamo' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=240)
+    assert done.stdout.split() == ["False"]
+
+
+def test_a_compiler_that_fails_is_one_line() -> None:
+    def fails(gm: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        raise RuntimeError("no compiler\nand more")
+
+    recipe = tiny()
+    trunk = trunk_of(recipe, compiled_by(fails))
+    trunk.compiled = True
+    with pytest.raises(UserError, match=r"^train.compile: .*no compiler.*set train.compile: false$"):
+        warm_up(trunk, map_of(recipe), recipe)
