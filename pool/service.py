@@ -10,11 +10,11 @@ from itertools import takewhile
 import torch
 from torch import Tensor
 
-from pool.clock import Waits, clock_of
 from pool.counts import Counts
 from pool.schedule import Kind, RequestKey, Slot
 from pool.shard import ExpertServer, ExpertShard
 from pool.wire import Arrived, PoolWire, WireError
+from pool.wire.clock import Waits, clock_of
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ receive buffers are sized without touching the device. Payloads travel in the co
 shard without tokens gets a header only. No other package passes tokens to process groups.
 
 There is one contract (`pool.wire.contract`) and two transports: `pool.wire.host` for payloads in host memory, and
-`pool.wire.device` for payloads on GPUs. `trunk_wire` and `pool_wire` choose by `WireSettings.payload_device`.
+`pool.wire.device` for payloads on GPUs. `trunk_wire` and `pool_wire` choose by the groups that they are given.
 
 Every wait has a time limit, and every error names the ranks, the lane, the layer and the micro-batch. With
 `WireSettings.check` both ends also check every message, and every answer has a header too (see `pool.wire.check`).
@@ -43,11 +43,9 @@ __all__ = [
 
 def trunk_wire(settings: WireSettings, groups: WireGroups) -> TrunkWire:
     """Return a trunk rank's end of the wire."""
-    on_device = settings.payload_device.type == "cuda"
-    return DeviceTrunk(settings, groups) if on_device else HostTrunk(settings, groups)
+    return DeviceTrunk(settings, groups) if groups.device else HostTrunk(settings, groups)
 
 
 def pool_wire(settings: WireSettings, groups: WireGroups) -> PoolWire:
     """Return a pool rank's end of the wire."""
-    on_device = settings.payload_device.type == "cuda"
-    return DevicePool(settings, groups) if on_device else HostPool(settings, groups)
+    return DevicePool(settings, groups) if groups.device else HostPool(settings, groups)

@@ -40,7 +40,7 @@ class WireSettings:
         hidden: Row length D.
         dtype: Payload dtype.
         device: Where tokens are computed.
-        payload_device: Where payloads are sent from and received into ("cpu" for gloo).
+        payload_device: Where payloads are sent from and received into: "cpu" for gloo, otherwise `device`.
         timeout: Longest wait for one message.
         check: Whether to check every message: headers in both directions, finite payloads, checksums, and that tokens
             sent = served = returned.

@@ -24,8 +24,8 @@ class NcclWork:
         self._work = work
 
     def wait(self) -> None:
-        """See `Work.wait`. Without a time limit, `wait` of torch's NCCL works blocks the stream and not the host."""
-        self._work.wait()
+        """See `Work.wait`. torch's `wait` could block the host, if a time limit or TORCH_NCCL_BLOCKING_WAIT is set."""
+        self._work.synchronize()
 
     def is_completed(self) -> bool:
         """See `Work.is_completed`."""

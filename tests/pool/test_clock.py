@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from pool.clock import Clock, HostClock, StreamClock, Waits, clock_of
+from pool.wire.clock import Clock, HostClock, StreamClock, Waits, clock_of
 from trainer.telemetry.time_breakdown import Usage, UsageClock
 
 

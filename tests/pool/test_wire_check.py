@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -15,7 +15,9 @@ from pool.schedule import Kind, RequestKey
 from pool.topology import Topology
 from pool.wire import WireGroups, WireSettings, pool_wire, trunk_wire
 from pool.wire.check import altered, fingerprint, not_finite
+from pool.wire.streams import Message
 from tests.distributed import run_ranks
+from tests.pool.host_streams import HostCommunicator, HostWork
 from tests.pool.wire_job import LONG, STEP, D, barrier, connect, error_of, groups, my_rank, settings
 from tests.training import assert_same, run_training, tiny
 
@@ -51,6 +53,26 @@ class Noisy:
     def send(self, tensors: list[Tensor], peer: int, tag: int) -> Any:
         self._altered = [self._alter(t) for t in tensors]
         return self._lane.send(self._altered, peer, tag)
+
+
+class NoisyCommunicator(HostCommunicator):
+    """The same of a device's communicator."""
+
+    def __init__(self, group: Any, alter: Callable[[Tensor], Tensor]):
+        super().__init__(group)
+        self._alter = alter
+
+    def send(self, messages: Sequence[Message]) -> HostWork:
+        self._altered = [(self._alter(tensor), peer) for tensor, peer in messages]
+        return super().send(self._altered)
+
+
+def with_noise(joined: WireGroups, noise: Callable[[Tensor], Tensor]) -> WireGroups:
+    if joined.device is None:
+        return replace(joined, lanes=[Noisy(lane, noise) for lane in joined.lanes])
+    pair = {name: getattr(joined.device, name) for name in ("requests", "answers")}
+    noisy: dict[str, Any] = {name: NoisyCommunicator(own.group, noise) for name, own in pair.items()}
+    return replace(joined, device=replace(joined.device, **noisy))
 
 
 @dataclass(frozen=True)
@@ -112,19 +134,18 @@ CASES = {
 }
 
 
-def violations() -> dict[str, str]:
+def violations(on_device: bool) -> dict[str, str]:
     """What this rank finds in each case. Nobody waits for the end of an exchange that the other breaks off."""
     store, topology = connect(), Topology(1, 1, 1)
     ends = replace(settings(topology, torch.float32, LONG), check=True)
     errors: dict[str, str] = {}
     kept: list[Any] = []
     for name, case in CASES.items():
-        joined = groups(store, name, topology, lanes=2)
+        joined = groups(store, name, topology, lanes=2, on_device=on_device)
         run = trunk if my_rank() == 0 else pool
         noise = case.request_noise if my_rank() == 0 else case.answer_noise
         kept.append(joined)
-        joined = replace(joined, lanes=[Noisy(lane, noise) for lane in joined.lanes])
-        found = error_of(partial(run, case, kept, ends, joined))
+        found = error_of(partial(run, case, kept, ends, with_noise(joined, noise)))
         if my_rank() == case.finder:
             errors[name] = found
         else:
@@ -147,11 +168,13 @@ def pool(case: Case, kept: list[Any], ends: WireSettings, joined: WireGroups) ->
         return  # the trunk finds it before it sends
     ((rows_ND, counts),) = wire.receive([KEY], STEP).ready()
     wire.answer([case.answer_key], STEP, [case.answered(rows_ND)], [case.served(counts.listed)])
+    if case.finder == 1:
+        wire.settle()  # the transport of devices checks answers in a thread
 
 
-@pytest.fixture(scope="module")
-def found() -> dict[str, str]:
-    first, second = run_ranks(2, violations)
+@pytest.fixture(scope="module", params=[False, True], ids=["host", "device"])
+def found(request: pytest.FixtureRequest) -> dict[str, str]:
+    first, second = run_ranks(2, violations, request.param)
     return {**first, **second}
 
 

@@ -19,7 +19,8 @@ from pool.schedule import Kind, RequestKey, Slot
 from pool.service import PoolService
 from pool.shard import ExpertShard
 from pool.topology import Topology
-from pool.wire import PoolWire, WireError, WireGroups, WireSettings
+from pool.wire import DeviceGroups, PoolWire, WireError, WireGroups, WireSettings
+from tests.pool.host_streams import HostCommunicator, HostStreams
 
 M, D, F, L = 6, 5, 7, 2
 MICRO_BATCHES = 2
@@ -40,18 +41,23 @@ def my_rank() -> int:
 
 
 def barrier(store: dist.Store, name: str) -> None:
-    """Every rank leaves when every rank has come."""
-    store.set(f"{name}/{my_rank()}", "here")
-    store.wait([f"{name}/{rank}" for rank in range(int(os.environ["WORLD_SIZE"]))])
+    """Every rank leaves when every rank has come; rank 0, which hosts the store and may end then, leaves last."""
+    for phase in ("come", "gone"):
+        store.set(f"{name}/{phase}/{my_rank()}", "")
+        if phase == "come" or my_rank() == 0:
+            store.wait([f"{name}/{phase}/{rank}" for rank in range(int(os.environ["WORLD_SIZE"]))])
 
 
-def groups(store: dist.Store, name: str, topology: Topology, lanes: int) -> WireGroups:
+def groups(store: dist.Store, name: str, topology: Topology, lanes: int, on_device: bool = False) -> WireGroups:
     """Groups of its own for every `name`: an error of gloo takes a group's connections with it."""
 
     def group(which: str) -> Any:
         prefix = dist.PrefixStore(f"{name}/{which}", store)
         return dist.ProcessGroupGloo(prefix, my_rank(), topology.world_size, timedelta(seconds=GROUP))
 
+    if on_device:
+        requests, answers = (HostCommunicator(group(which)) for which in ("requests", "answers"))
+        return WireGroups(group("host"), device=DeviceGroups(requests, answers, HostStreams(), lambda: ""))
     return WireGroups(group("host"), [group(f"lane{lane}") for lane in range(lanes)])
 
 

@@ -14,11 +14,10 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, TypeVar
 
 from trainer.cluster.devices import Sight
-from trainer.common.gpus import Gpu
+from trainer.common.gpus import Gpu, boot_id
 from trainer.common.strict_json import dumps, loads
 
 T = TypeVar("T")
@@ -35,7 +34,7 @@ class PeerLost(RuntimeError):
 
 def _machine() -> str:
     """Identify the PID namespace: containers on one host may share a host name but not process numbers."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
+    return boot_id() + os.readlink("/proc/self/ns/pid")
 
 
 @dataclass(frozen=True)

@@ -86,8 +86,8 @@ class Job:
     def _device_groups(self) -> DeviceGroups:
         """Create the wire's communicators and connect every trunk rank with the pool ranks that serve it."""
         streams, t = CudaStreams(self.payload_device), self.topology
-        peers: Sequence[int] = [t.pool_rank(shard, self.rank) for shard in range(t.expert_parallel)]
-        peers = peers if self.is_trunk else t.served_trunk_ranks(self.rank)
+        shards = [t.pool_rank(shard, self.rank) for shard in range(t.expert_parallel)]
+        peers = shards if self.is_trunk else t.served_trunk_ranks(self.rank)
         requests, answers = self._communicator("requests"), self._communicator("answers")
         requests.connect(peers, self.is_trunk, streams)
         answers.connect(peers, not self.is_trunk, streams)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,11 @@ from typing import Any
 from trainer.common.errors import short_line
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
+
+_DEVICES = Path("/dev")
+
+_ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+"""Environment variables that configure torch's allocator, the newer one first."""
 
 
 @dataclass(frozen=True)
@@ -70,13 +76,12 @@ def look() -> GpuFacts:
             warnings.warn(str(error), stacklevel=1)
     # A build without CUDA has no such function.
     driver_version = getattr(torch._C, "_cuda_getDriverVersion", lambda: 0)
-    devices = Path("/dev")
     return GpuFacts(
         gpus=gpus,
         torch=torch.__version__,
         built_for=torch.version.cuda,
         driver=driver_version(),
-        on_machine=len(list(devices.glob("nvidia[0-9]*"))) or int((devices / "dxg").exists()),  # dxg: under Windows
+        on_machine=_device_files() or int((_DEVICES / "dxg").exists()),  # dxg: under Windows
         visible=os.environ.get(VISIBLE),
         message=str(caught[0].message) if caught else "",
     )
@@ -84,8 +89,45 @@ def look() -> GpuFacts:
 
 def _gpu(properties: Any) -> Gpu:
     p = properties
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return Gpu(p.name, str(p.uuid), f"{boot} {p.pci_domain_id:x}:{p.pci_bus_id:x}:{p.pci_device_id:x}")
+    return Gpu(p.name, str(p.uuid), f"{boot_id()} {p.pci_domain_id:x}:{p.pci_bus_id:x}:{p.pci_device_id:x}")
+
+
+def boot_id() -> str:
+    """Identify the boot of this machine; its host name, where a sandbox does not tell."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return socket.gethostname()
+
+
+def _device_files() -> int:
+    return len(list(_DEVICES.glob("nvidia[0-9]*")))
+
+
+def share_of_gpus(place: int, places: int) -> str | None:
+    """Return a CUDA_VISIBLE_DEVICES for one of several jobs that share this machine; None: it has no GPUs to divide.
+
+    Each job gets an equal part of the GPUs that this process may use. With fewer GPUs than jobs, some get the same one.
+
+    Args:
+        place: The job's place among all `places`, from 0.
+    """
+    visible = os.environ.get(VISIBLE)
+    gpus = [str(number) for number in range(_device_files())] if visible is None else visible.split(",")
+    if not any(gpus):
+        return None
+    each = max(1, len(gpus) // places)
+    first = place % (len(gpus) // each) * each
+    return ",".join(gpus[first : first + each])
+
+
+def set_allocator() -> None:
+    """Let torch's allocator grow its segments, unless the user configures it. Call it before torch is imported.
+
+    Tensors of many sizes otherwise leave gaps between them that no other tensor fits into.
+    """
+    if not any(name in os.environ for name in _ALLOCATOR):
+        os.environ[_ALLOCATOR[0]] = "expandable_segments:True"
 
 
 def why_none(facts: GpuFacts) -> str:

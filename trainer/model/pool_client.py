@@ -9,11 +9,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from pool.clock import Waits, clock_of
 from pool.counts import Counts
 from pool.schedule import Kind, RequestKey
 from pool.shard import ExpertServer, ExpertShard
 from pool.wire import Answer, TrunkWire
+from pool.wire.clock import Waits, clock_of
 from trainer.model.micro_batch import Request
 
 T = TypeVar("T")

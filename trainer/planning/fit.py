@@ -17,19 +17,20 @@ def fits(recipe: Recipe, lanes: int, available: float) -> bool:
     return all(memory.total <= FILLED * available for memory in estimate_memory(recipe, lanes))
 
 
-def memory_warnings(recipe: Recipe, lanes: int, available: float, owner: str) -> list[str]:
+def memory_warnings(recipe: Recipe, lanes: int, available: float, owner: str, role: str = "") -> list[str]:
     """Say in a line for each role whose ranks do not fit how much they need, and what would fit.
 
     Args:
         lanes: Micro-batches in flight per trunk rank.
         available: Bytes that a rank has.
         owner: Whose memory that is, as in "h100".
+        role: "trunk" or "pool", to warn of these ranks only.
     """
     return [
         f"a {memory.role} rank needs {size(memory.total)} by the estimate, more than {FILLED:.0%} of the "
         f"{size(available)} of {owner}: {_remedy(recipe, lanes, memory, available)}"
         for memory in estimate_memory(recipe, lanes)
-        if memory.total > FILLED * available
+        if role in memory.role and memory.total > FILLED * available
     ]
 
 

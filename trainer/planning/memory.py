@@ -30,8 +30,10 @@ CONTEXT = 700 * 10**6
 """Assumed: CUDA's context with the kernels of torch, NCCL and the compiler, and cuBLAS's workspaces of 32 MiB."""
 CONNECTION = (4 << 20) + (512 << 10) + 8 * 8 * 120 * 640
 """Buffers of NCCL's three protocols for one channel and peer: the defaults in its init.cc."""
-WIRE_CHANNELS, ROLE_CHANNELS = 4, 24
-"""Assumed channels of a communicator: to each peer of the wire, and of the rings and trees of a role."""
+WIRE_CHANNELS = 8
+"""Channels to each peer of the wire: `MAX_CTAS` of `pool.wire.nccl`."""
+ROLE_CHANNELS = 24
+"""Assumed channels of the rings and trees of a role's communicator."""
 ROLE_PEERS = 3
 """Peers of a rank in a role's communicator: one in its ring, two in its tree."""
 
@@ -51,7 +53,7 @@ class Memory:
         device: The GPU's context and NCCL's communicators.
         compute_copies: bf16 copies of the weights, on the trunk only while a micro-batch is in flight.
         activations: What the trunk keeps for the backward of the micro-batches in flight.
-        logits: Peak during the loss of one micro-batch, whose backward follows at once.
+        logits: Peak during the loss of one micro-batch, whose backward follows at once; see `train.loss_chunk`.
         messages: Requests and answers on their way.
         expert_activations: Tokens and hidden activations that the experts keep for backward.
         stash: Deferred weight gradients of the experts.
@@ -161,7 +163,7 @@ def _trunk_memory(recipe: Recipe, in_flight: int) -> Memory:
         cast = max(layer_weights, head)
     else:
         kept = in_flight * (m.layers * layer + (2 * FP32 + compute) * m.hidden)
-        cast = in_flight * (m.layers * layer_weights + head)
+        cast = in_flight * m.layers * layer_weights + head
     # The gradient of the rows that was sent, the answer, and the gradient of the residual stream.
     between = 0 if dense else 2 * recipe.router.top_k * m.hidden * compute + FP32 * m.hidden
     return Memory(
@@ -170,13 +172,27 @@ def _trunk_memory(recipe: Recipe, in_flight: int) -> Memory:
         parameters=parameters,
         compute_copies=compute * cast if compute != FP32 else 0,
         activations=tokens * kept,
-        # log-probabilities, their gradient and the logits' gradient
-        logits=tokens * m.vocab * 3 * FP32,
+        logits=_loss_bytes(recipe),
         messages=in_flight * tokens * between,
         working=tokens * layer,
         device=_device_memory(recipe, p.trunk_ranks, recipe.grid.expert_parallel),
         **_state(parameters, head, p.trunk_zero, p.trunk_ranks),
     )
+
+
+def _loss_bytes(recipe: Recipe) -> int:
+    """Bytes of the loss of one micro-batch; see `trainer.model.loss`."""
+    m, compute, chunk = recipe.model, compute_bytes(recipe), recipe.train.loss_chunk
+    tokens = recipe.train.micro_batch * m.seq_len
+    if tokens <= chunk:
+        return tokens * m.vocab * 3 * FP32  # log-probabilities, their gradient and the logits' gradient
+    # Two fp32 tensors of a chunk's size, or its gradient and the product that is added to the weight's gradient; then
+    # that gradient, and the gradient of the hidden states, in chunks and as one.
+    size = -(-tokens // -(-tokens // chunk))
+    weights = m.vocab * m.hidden
+    product = 0 if compute == FP32 else compute * weights
+    whole = FP32 * weights + tokens * m.hidden * (2 * compute + FP32)
+    return max(size * m.vocab * 2 * FP32, size * m.vocab * compute + product) + whole
 
 
 def _layer_activations(recipe: Recipe) -> int:
@@ -228,9 +244,10 @@ def _pool_memory(recipe: Recipe, in_flight: int, freed: int) -> Memory:
     # Rows merged, and put back into the requests' order, and what the products between need.
     if compute == FP32:  # expert by expert
         working = launch * compute * (5 * D + 3 * F)
-    else:  # grouped products; later the product of all experts' W1 and W3 gradients, and its merged inputs
-        product = compute * parameters * 2 // 3 + stash // deferred * 2 * compute * (2 * F + D)
-        working = max(launch * compute * (5 * D + 8 * F), product)
+    else:  # grouped products; later all deferred rows of dH merged, and with x as inputs of W1 and W3's gradients
+        rows, product = stash // deferred, compute * parameters * 2 // 3
+        weight_gradients = max(rows * compute * 4 * F, rows * compute * (2 * F + D) + product)
+        working = max(launch * compute * (5 * D + 8 * F), weight_gradients)
     return Memory(
         role="pool",
         ranks=grid.pool_ranks,

@@ -25,6 +25,7 @@ from trainer.checkpoint import format as checkpoint
 from trainer.checkpoint.resume import differences
 from trainer.common.atomic import atomic_write
 from trainer.common.errors import START_AGAIN, UserError
+from trainer.common.gpus import VISIBLE, share_of_gpus
 from trainer.common.machine import usable_cores
 from trainer.config.recipe import load_recipe, save_recipe
 from trainer.sweep.spec import Experiment, Run
@@ -110,6 +111,7 @@ class _Active:
     run: Run
     process: subprocess.Popen[bytes]
     log_start: int
+    place: int
 
 
 @dataclass
@@ -227,9 +229,12 @@ class Runner:
 
     def _train(self, run: Run, log: BinaryIO) -> _Active:
         environment = dict(os.environ)
+        place = min(set(range(self.jobs)) - {active.place for active in self._active})
         if self.jobs > 1:  # with a single job, `train` divides the cores among its ranks itself
             threads = usable_cores() // (self.jobs * run.recipe.grid.world_size)
             environment.setdefault("OMP_NUM_THREADS", str(max(1, threads)))
+            if gpus := share_of_gpus(place, self.jobs):
+                environment[VISIBLE] = gpus
         say(f"{run.name}: starts; its log is {run.log}")
         process = subprocess.Popen(
             [*self.command, str(run.recipe_file)],
@@ -239,7 +244,7 @@ class Runner:
             env=environment,
             start_new_session=True,  # so that Ctrl-C reaches the sweep only, which passes it on
         )
-        return _Active(run, process, log.tell())
+        return _Active(run, process, log.tell(), place)
 
     def _ended(self, active: _Active) -> None:
         run, status = active.run, active.process.returncode

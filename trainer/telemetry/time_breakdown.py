@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict, astuple, dataclass
 
-from pool.clock import Moment, Waits
+from pool.wire.clock import Moment, Waits
 
 ACTIVITIES = ("computing", "waiting", "wire", "optimizer")
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from trainer.common.errors import UserError
+from trainer.common.gpus import set_allocator
 from trainer.config.options import recipe_arguments
 from trainer.config.recipe import load_recipe
 
@@ -73,6 +74,7 @@ def train(
     checked = load_recipe(recipe, overrides)
     # torch would print a C++ stack for every connection that breaks when another rank ends; we name that rank.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    set_allocator()
     if launched():
         from trainer.cluster.rendezvous import read_launch
         from trainer.train.loop import train as train_rank

@@ -31,6 +31,7 @@ from trainer.telemetry.console import say
 from trainer.telemetry.run_folder import RunFolder
 from trainer.telemetry.step_scalars import StepScalars
 from trainer.train.agreement import agreed_data, agreed_placement, agreed_schedule
+from trainer.train.memory_check import warn_of_memory
 from trainer.train.pool_rank import PoolRank
 from trainer.train.reporter import Reporter
 from trainer.train.summary import write_summary
@@ -101,6 +102,8 @@ def start(recipe: Recipe, launch: Launch, watch: FaultWatch, force: bool) -> Run
     """Bring one rank up to the run's next step. A collective of all ranks."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs it to be deterministic
     torch.use_deterministic_algorithms(True, warn_only=True)
+    if recipe.train.compile is False and torch.cuda.is_available():
+        torch.compiler.set_stance("force_eager")
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # we write before we read
 
     # Which rank of the job is this?
@@ -123,6 +126,7 @@ def start(recipe: Recipe, launch: Launch, watch: FaultWatch, force: bool) -> Run
     schedule = agreed_schedule(member, recipe, folder, resume)
     job = Job(recipe, member, schedule.lanes)
     watch.joined = True
+    warn_of_memory(job, recipe, schedule.lanes)
 
     # Where does the run start, and on which data?
     watch.phase = "reading checkpoints"

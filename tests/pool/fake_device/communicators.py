@@ -3,111 +3,121 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import timedelta
 
 from torch import Tensor
 
 from tests.pool.fake_device.devices import Device, Operation, Part, Stream
-from tests.pool.fake_device.world import Signal, World, current
+from tests.pool.fake_device.world import Actor, Signal, World, current
 
-Message = tuple[Tensor, int]
 CTAS = 16
 """CTAs of a group of NCCL 2.30 on NVLink, for payloads of a megabyte and more, unless `max_ctas` says less."""
 
 
 class Meeting:
-    """Where ranks wait for each other to make a communicator."""
+    """Where ranks wait for each other to make communicators, and connections on them."""
 
     def __init__(self, world: World):
         self._world, self._signal = world, Signal()
         self._here: dict[str, set[int]] = {}
 
-    def join(self, name: str, rank: int, size: int) -> None:
-        """Block the host until `size` ranks have come."""
-        here = self._here.setdefault(name, set())
-        here.add(rank)
+    def join(self, names: Sequence[str], rank: int, size: int) -> None:
+        """Block the host until `size` ranks have come to each of some places."""
+        for name in names:
+            self._here.setdefault(name, set()).add(rank)
         self._world.fire(self._signal)
-        self._world.wait(lambda: len(here) == size, self._signal, f"the other ranks of communicator {name}")
+        here = [self._here[name] for name in names]
+        what = f"other ranks at {', '.join(names)}"
+        self._world.wait(lambda: all(len(ranks) == size for ranks in here), self._signal, what)
 
 
 class FakeWork:
-    """`torch.distributed.Work` of NCCL."""
+    """A work of NCCL, as torch makes it."""
 
     def __init__(self, device: Device, operation: Operation):
         self._device, self.operation = device, operation
 
-    def wait(self, timeout: timedelta | None = None) -> bool:
-        """Without a limit the current stream waits; with one the host does, see the docstring of torch's."""
-        operation, world = self.operation, self._device.world
-        if operation.aborted:
-            raise RuntimeError("NCCL communicator was aborted on rank " + str(self._device.rank))
-        if not operation.done or world.races:
-            self._device.launch(f"wait for {operation}", after=[operation])
-        if timeout is not None:
-            limit = timeout.total_seconds()
-            if not world.wait(lambda: operation.done, operation.signal, f"the end of [{operation}]", limit):
-                raise RuntimeError(f"Work ran for {limit * 1000:g} milliseconds before timing out.")
+    def synchronize(self) -> None:
+        """Have the current stream wait, not the host."""
+        self._device.launch(f"wait for [{self.operation}]", after=[self.operation])
+
+    def wait(self) -> bool:
+        """The same, but an error is raised."""
+        if self.operation.aborted:
+            raise RuntimeError(f"NCCL communicator was aborted on rank {self._device.rank}.")
+        self.synchronize()
         return True
 
     def is_completed(self) -> bool:
-        """Whether it is done; a work of an aborted communicator has failed."""
-        if self.operation.aborted:
-            raise RuntimeError("NCCL communicator was aborted on rank " + str(self._device.rank))
+        """Whether it is done, or has failed."""
         if self.operation.done and self._device.world.races:
             self._device.world.races.learn(current(), self.operation.clock)
         return self.operation.done
 
 
-class FakeCommunicator:
-    """See `pool.wire.streams.Communicator`: one communicator over all ranks, on one stream of each device.
+class FakeNccl:
+    """`ProcessGroupNCCL` over all ranks, connected eagerly: one communicator, on one stream of each device.
 
-    Args:
-        meeting: Where it is made by all ranks at once; None for one that exists already.
+    The first message between two ranks, in each direction, blocks their hosts until both have launched it.
     """
 
-    def __init__(self, device: Device, name: str, ctas: int = CTAS, meeting: Meeting | None = None):
-        self._device, self.name, self._ctas = device, name, ctas
+    def __init__(self, device: Device, name: str, meeting: Meeting, ctas: int = CTAS):
+        self._device, self._name, self._meeting, self._ctas = device, name, meeting, ctas
         self._stream = device.new_stream(name)
+        self._parts: list[Part] | None = None
         self._open: list[Operation] = []
-        self._user: object = None
-        self.aborted = False
-        if meeting:
-            meeting.join(name, device.rank, device.world.ranks)
+        self._connected: set[tuple[str, int, int]] = set()
+        self._maker = current()
+        self._user: Actor | None = None
+        self._aborted = False
+        meeting.join([name], device.rank, device.world.ranks)
 
-    def send(self, messages: Sequence[Message]) -> FakeWork:
-        """Launch sends as one group."""
-        return self._launch([self._part(True, tensor, peer) for tensor, peer in messages])
+    def _start_coalescing(self) -> None:
+        # torch's maps of events are written without a lock: after its start a communicator belongs to one thread.
+        if self._user or current() is not self._maker:
+            self._user = self._user or current()
+            assert self._user is current(), f"{self._name} is used by {self._user.name} and {current().name}"
+        self._check()
+        self._parts = []
 
-    def receive(self, messages: Sequence[Message]) -> FakeWork:
-        """Launch receives as one group."""
-        return self._launch([self._part(False, tensor, peer) for tensor, peer in messages])
+    def send(self, tensors: list[Tensor], peer: int, tag: int) -> None:
+        self._add(True, tensors[0], peer)
 
-    def abort(self) -> None:
-        """End all operations, whatever they wait for."""
-        self.aborted = True
-        for operation in self._open:
-            self._device.finish(operation, aborted=True)
+    def recv(self, tensors: list[Tensor], peer: int, tag: int) -> None:
+        self._add(False, tensors[0], peer)
 
-    def _part(self, sends: bool, tensor: Tensor, peer: int) -> Part:
+    def _add(self, sends: bool, tensor: Tensor, peer: int) -> None:
+        assert self._parts is not None, "a single message makes a communicator for its pair of ranks"
         mine = self._device.rank
-        channel = (self.name, mine, peer) if sends else (self.name, peer, mine)
-        assert tensor.is_contiguous() and peer != mine
-        return Part(sends, channel, self._device.inside(tensor))
+        assert tensor.is_contiguous() and tensor.numel() and peer != mine
+        self._parts.append(Part(sends, (self._name, *((mine, peer) if sends else (peer, mine))), tensor))
 
-    def _launch(self, parts: Sequence[Part]) -> FakeWork:
+    def _end_coalescing(self) -> FakeWork:
+        parts, self._parts = self._parts, None
         assert parts, "a group of nothing"
-        if self.aborted:
-            raise RuntimeError("NCCL communicator was aborted on rank " + str(self._device.rank))
-        # torch's maps of events are written without a lock: a communicator belongs to one thread.
-        self._user = self._user or current()
-        assert self._user is current(), f"{self.name} is used by {current().name} and another thread"
+        new = {part.channel for part in parts} - self._connected
+        if new:
+            self._connected |= new
+            self._meeting.join([f"{name} {one}->{other}" for name, one, other in sorted(new)], self._device.rank, 2)
+        self._check()
         work = FakeWork(self._device, group(self._device, self._stream, parts, self._ctas))
         self._open = [operation for operation in self._open if not operation.done] + [work.operation]
         return work
 
+    def abort(self) -> None:
+        """End all operations, whatever they wait for."""
+        self._aborted = True
+        for operation in self._open:
+            self._device.finish(operation, aborted=True)
+
+    def _check(self) -> None:
+        if self._aborted:
+            raise RuntimeError(f"NCCL communicator was aborted on rank {self._device.rank}.")
+
 
 def group(device: Device, stream: Stream, parts: Sequence[Part], ctas: int) -> Operation:
     """Launch sends and receives as one group: after what the current stream holds, and on a stream of its own."""
+    for part in parts:
+        part.tensor = device.inside(part.tensor)
     return device.launch(
         "",
         stream,

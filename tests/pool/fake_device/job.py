@@ -1,4 +1,4 @@
-"""A step of training in a world: the product's own wire, service, lanes and schedules, with experts and trunks of toy size.
+"""A step of training in a world: the product's own wire, service, lanes and schedules, with toys that compute.
 
 Their arithmetic is launched on the devices of the world, so that it happens when its stream gets there. Its results
 depend on the order of everything that is added up.
@@ -7,6 +7,7 @@ depend on the order of everything that is added up.
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -20,16 +21,18 @@ import pool.service
 import pool.wire
 import trainer.model.pool_client
 from pool.counts import Counts
-from pool.schedule import Kind, PoolSchedule
+from pool.schedule import Kind
 from pool.service import PoolService
-from pool.topology import Topology
+from pool.wire.clock import StreamClock
 from pool.wire.contract import DeviceGroups, WireGroups, WireSettings
-from tests.pool.fake_device.communicators import FakeCommunicator, Meeting
+from pool.wire.nccl import MAX_CTAS, NcclCommunicator
+from tests.pool.fake_device.communicators import FakeNccl, Meeting
 from tests.pool.fake_device.devices import Device
 from tests.pool.fake_device.gloo import FakeGloo, Mail
-from tests.pool.fake_device.streams import FakeStreams
+from tests.pool.fake_device.plans import Case
+from tests.pool.fake_device.streams import FakeStreams, TimedEvent
 from tests.pool.fake_device.threads import installed
-from tests.pool.fake_device.world import World
+from tests.pool.fake_device.world import Policy, World
 from trainer.model.micro_batch import Request
 from trainer.model.pool_client import RemotePool
 
@@ -102,6 +105,15 @@ class Server:
         return answer_ND
 
 
+class NothingDeferred:
+    """In the place of `DeferredWeightGradients`: there is never anything to do."""
+
+    peak_bytes = 0
+
+    def __getattr__(self, name: str) -> Callable[..., bool]:
+        return lambda *_: False
+
+
 def _forward(x_ND: Tensor, rows_e: Tensor, scales_e: Tensor, y_ND: Tensor) -> None:
     torch.mul(x_ND, scales_e.repeat_interleave(rows_e)[:, None], out=y_ND)
 
@@ -119,41 +131,40 @@ class Step:
     """A step to run in a world.
 
     Attributes:
-        queues, sms, buffered, ctas: See `Device` and `FakeCommunicator`.
+        case: Its schedule.
+        queues, sms, buffered, ctas: See `Device` and `FakeNccl`.
+        connects: Whether communicators exchange a first message at the start.
         on_device: Whether payloads are on devices, or in host memory.
     """
 
-    topology: Topology
-    schedule: PoolSchedule
-    layers: int
-    micro_batches: int
+    case: Case
     world: World
     queues: int = 32
     sms: int = 132
     buffered: bool = False
-    ctas: int = 16
+    ctas: int = MAX_CTAS
+    connects: bool = True
     on_device: bool = True
     check: bool = False
     mail: Mail = field(init=False)
     devices: list[Device] = field(init=False)
-    communicators: dict[tuple[int, str], FakeCommunicator] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.topology, self.schedule = self.case.topology, self.case.schedule
         ranks = range(self.topology.world_size)
         self.mail, self._meeting = Mail(self.world), Meeting(self.world)
         self._lanes = [Mail(self.world) for _ in range(1 + max(map(max, self.schedule.lane_order)))]
         self.devices = [Device(self.world, rank, self.queues, self.sms, self.buffered) for rank in ranks]
 
-    def run(self) -> dict[int, Any]:
+    def run(self) -> dict[int, list[Tensor]]:
         """Run it to its end; return what each rank has computed.
 
         Raises:
             Exception: What the first rank that failed has raised.
         """
         actors = self.attempt()
-        for actor in actors:
-            if actor.error:
-                raise actor.error
+        if self.world.errors:
+            raise self.world.errors[0]
         return {actor.rank: actor.value for actor in actors}
 
     def attempt(self) -> list[Any]:
@@ -161,8 +172,11 @@ class Step:
         roles = {rank: self._trunk if self.topology.is_trunk(rank) else self._pool for rank in range(len(self.devices))}
         wires = [module for name, module in sys.modules.items() if name.startswith("pool.wire")]
         modules = [*wires, pool.service, trainer.model.pool_client]
-        with installed(*modules, ExpertServer=Server):
-            return self.world.run({rank: lambda rank=rank, role=role: role(rank) for rank, role in roles.items()})
+        with installed(*modules, ExpertServer=Server, clock_of=lambda device: StreamClock(TimedEvent)):
+            threads = threading.active_count()
+            actors = self.world.run({rank: lambda rank=rank, role=role: role(rank) for rank, role in roles.items()})
+            assert threading.active_count() == threads, "the product has started a thread that is not of this world"
+            return actors
 
     def _settings(self, rank: int) -> WireSettings:
         place = torch.device("cuda" if self.on_device else "cpu")
@@ -173,10 +187,14 @@ class Step:
         host = FakeGloo(self.mail, rank)
         if not isinstance(on, OnDevice):
             return WireGroups(host, [FakeGloo(mail, rank) for mail in self._lanes])
-        for name in ("requests", "answers"):
-            made = FakeCommunicator(self.devices[rank], name, self.ctas, self._meeting)
-            self.communicators[rank, name] = made
-        requests, answers = (self.communicators[rank, name] for name in ("requests", "answers"))
+        t, device = self.topology, self.devices[rank]
+        peers: Sequence[int] = [t.pool_rank(shard, rank) for shard in range(t.expert_parallel)]
+        peers = peers if t.is_trunk(rank) else t.served_trunk_ranks(rank)
+        names = ("requests", "answers")
+        requests, answers = (NcclCommunicator(FakeNccl(device, name, self._meeting, self.ctas)) for name in names)
+        if self.connects:
+            requests.connect(peers, t.is_trunk(rank), on.streams)
+            answers.connect(peers, not t.is_trunk(rank), on.streams)
         return WireGroups(host, device=DeviceGroups(requests, answers, on.streams, self._lost))
 
     def _lost(self) -> str:
@@ -188,35 +206,33 @@ class Step:
     def _trunk(self, rank: int) -> list[Tensor]:
         on = self._on(rank)
         wire = pool.wire.trunk_wire(self._settings(rank), self._groups(rank, on))
-        micro_batches = (self._micro_batch(on, rank, number) for number in range(self.micro_batches))
+        micro_batches = (self._micro_batch(on, rank, number) for number in range(self.case.micro_batches))
         values = RemotePool(wire, rank).run(micro_batches, self.schedule.lane_order[rank], STEP)
         wire.settle()
         return [on.read(value) for value in values]
 
-    def _pool(self, rank: int) -> Tensor:
+    def _pool(self, rank: int) -> list[Tensor]:
         on = self._on(rank)
         scales_e = on.empty(EXPERTS, dtype=torch.float32)
         gradients_e = on.empty(EXPERTS, dtype=torch.float32)
         values = [1 + 0.1 * expert - 0.01 * self.topology.shard(rank) for expert in range(EXPERTS)]
         on.kernel("weights", lambda s, g: (s.copy_(torch.tensor(values)), g.zero_()), writes=[scales_e, gradients_e])
-        later = SimpleNamespace(
-            seal=lambda: None, drain_some=lambda: False, drain_if_full=lambda: None, drain=lambda: None, peak_bytes=0
-        )
         shard = SimpleNamespace(
-            on=on, scales_e=scales_e, gradients_e=gradients_e, expert_ids=range(EXPERTS), deferred_dw=later
+            on=on, scales_e=scales_e, gradients_e=gradients_e, expert_ids=range(EXPERTS), deferred_dw=NothingDeferred()
         )
+        shard.w2_eDF = scales_e
         wire = pool.wire.pool_wire(self._settings(rank), self._groups(rank, on))
-        PoolService(shard, wire, self.layers).serve(self.schedule.slots, STEP)  # type: ignore[arg-type]
+        PoolService(shard, wire, self.case.layers).serve(self.schedule.slots, STEP)  # type: ignore[arg-type]
         wire.settle()
-        return on.read(gradients_e)
+        return [on.read(gradients_e)]
 
     def _micro_batch(self, on: OnDevice | OnHost, rank: int, number: int) -> Generator[Request, Tensor, Tensor]:
         """Forward and backward of a micro-batch, whose state is a row that every segment adds to."""
         state_D = on.empty(D, dtype=torch.float32)
         start = 1 + 0.3 * rank + 0.7 * number
         on.kernel("start", lambda s: s.fill_(start), writes=[state_D])
-        steps = [(Kind.FORWARD, layer) for layer in range(self.layers)]
-        steps += [(Kind.BACKWARD, layer) for layer in reversed(range(self.layers))]
+        steps = [(Kind.FORWARD, layer) for layer in range(self.case.layers)]
+        steps += [(Kind.BACKWARD, layer) for layer in reversed(range(self.case.layers))]
         for kind, layer in steps:
             counts = self._counts(rank, number, layer)
             rows_ND = on.empty(sum(counts), D, dtype=torch.float32)
@@ -248,9 +264,13 @@ def _combine(answer_ND: Tensor, state_D: Tensor) -> None:
     state_D.mul_(0.5).add_(answer_ND.mean(0) if len(answer_ND) else 0.1, alpha=0.4)
 
 
-def equal(one: dict[int, Any], other: dict[int, Any]) -> bool:
+def step(case: Case, policy: Policy = "host", seed: int = 0, races: bool = False, **settings: Any) -> Step:
+    """A step in a world of its own; see `World` and `Step`."""
+    return Step(case, World(case.topology.world_size, policy, seed, races), **settings)
+
+
+def equal(one: dict[int, list[Tensor]], other: dict[int, list[Tensor]]) -> bool:
     """Whether two steps have computed the same, bit for bit."""
     return one.keys() == other.keys() and all(
-        all(map(torch.equal, one[rank], other[rank])) if isinstance(one[rank], list) else torch.equal(one[rank], other[rank])
-        for rank in one
+        len(one[rank]) == len(other[rank]) and all(map(torch.equal, one[rank], other[rank])) for rank in one
     )

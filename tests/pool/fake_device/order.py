@@ -1,8 +1,8 @@
 """Whether a plan can deadlock, from the plan alone: a graph of all launches and runs, without threads and devices.
 
-A node is something that happens once: a thread launches an operation or does something else, the operation starts on its
-device, it ends. An edge says that one needs another. If there is no cycle, a step gets to its end, however fast or slow
-anything is.
+A node is something that happens once: a thread launches an operation or does something else, the operation starts on
+its device, it ends. An edge says that one needs another. If there is no cycle, a step gets to its end, however fast or
+slow anything is.
 
 Shards whose messages a trunk rank sends and receives in the same groups are taken together, as one node each for what
 happens on all of them. Every need between two such shards is then one of this smaller graph, so a cycle over shards
@@ -13,13 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import connected_components
 
-from pool.schedule import PoolSchedule
+from pool.schedule import Kind, PoolSchedule, RequestKey
 from pool.topology import Topology
 
 Nodes = NDArray[np.int64]
@@ -131,8 +132,10 @@ class Plan:
 
     def _segments(self, rank: int, lane_order: Sequence[int]) -> Segments:
         coming: dict[int, list[int]] = {lane: [] for lane in lane_order}
-        for r in reversed(self.of_trunk(rank, range(len(self.requests)))):
+        for r in self.of_trunk(rank, range(len(self.requests))):
             coming[self.requests[r].lane].append(r)
+        for requests in coming.values():  # the last one first
+            requests.sort(key=lambda r: _place(self.requests[r]), reverse=True)
         last = dict.fromkeys(coming, -1)
         answers, makes = [], []
         for lane in lane_order:
@@ -143,6 +146,12 @@ class Plan:
             makes.append(last[lane])
         assert not any(coming.values()), "the schedule has requests that no segment makes"
         return Segments(list(lane_order), np.array(answers), np.array(makes))
+
+
+def _place(key: RequestKey) -> tuple[int, bool, int]:
+    """In which order a lane makes its requests: layers upwards in the forward, downwards in the backward."""
+    backward = key.kind == Kind.BACKWARD
+    return key.micro_batch, backward, -key.layer if backward else key.layer
 
 
 def order_of_device_wire(topology: Topology, schedule: PoolSchedule, group: int = 8) -> Graph:
@@ -233,7 +242,8 @@ def order_of_specimen(topology: Topology, schedule: PoolSchedule, lanes_apart: i
     count = len(plan.requests)
     headers = g.operations("the header of request", count)
     sends, comes = g.operations("the send of request", count), g.operations("the receive of request", count)
-    backs, answers = g.operations("the send of the answer to", count), g.operations("the receive of the answer to", count)
+    backs = g.operations("the send of the answer to", count)
+    answers = g.operations("the receive of the answer to", count)
     g.meet(sends, comes)
     g.meet(backs, answers)
     for rank, segments in enumerate(plan.segments):
@@ -260,7 +270,7 @@ def order_of_specimen(topology: Topology, schedule: PoolSchedule, lanes_apart: i
         receives = [comes[r] for place in mine for r in plan.slots[place][1]]
         g.thread(np.array(receives))
         g.thread(experts[mine])
-        for slot, following in zip(mine, mine[1:], strict=False):
+        for slot, following in pairwise(mine):
             g.need(comes[plan.slots[following][1]], comes[plan.slots[slot][1][-1:]] + END)
     for place, (_, requests) in enumerate(plan.slots):
         g.need(experts[place : place + 1], comes[requests] + END)  # the receiver waits for each of them

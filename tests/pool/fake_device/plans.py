@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from pool.schedule import PoolSchedule
+from pool.schedule_builder import Costs, build_training_schedule
+from pool.topology import Topology
 from trainer.config.recipe import Recipe, load_recipe
 from trainer.planning.schedule import ScheduleSpec, make_schedule
 
@@ -24,6 +28,46 @@ def plan(name: str, hardware: str | None, micro_batches: int = 0) -> ScheduleSpe
         return spec
     batch = micro_batches * recipe.train.micro_batch * recipe.parallel.trunk_ranks
     return ScheduleSpec(_with(spec.recipe, "train", global_batch=batch), spec.lanes, spec.costs)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A schedule and what it is for."""
+
+    topology: Topology
+    schedule: PoolSchedule
+    layers: int
+    micro_batches: int
+
+
+def whole(name: str, hardware: str | None, micro_batches: int = 0) -> Case:
+    """The step of a recipe on some hardware; see `plan`."""
+    spec = plan(name, hardware, micro_batches)
+    r = spec.recipe
+    return Case(r.grid, spec.step, r.model.layers, r.micro_batches)
+
+
+def reduced(name: str, hardware: str | None, layers: int = 3, shards: int = 2) -> Case:
+    """The step of a recipe with its trunk ranks, lanes and costs, but few layers, shards and micro-batches."""
+    spec = plan(name, hardware)
+    t = spec.recipe.grid
+    topology = Topology(t.trunk_ranks, t.replicas * shards, shards)
+    micro_batches = spec.lanes + 1
+    stagger = spec.recipe.parallel.stagger
+    schedule = build_training_schedule(topology, layers, micro_batches, spec.lanes, stagger, spec.costs)
+    return Case(topology, schedule, layers, micro_batches)
+
+
+def old(name: str, micro_batches: int = 8) -> Case:
+    """The step of unipool-182m or 978m on H100s as it was planned when payloads travelled as in the specimen."""
+    if name == "unipool-182m":
+        topology, layers = Topology(4, 4, 4), 12
+        costs = Costs(trunk_layer=161e-6, head=2606e-6, pool_layer=84e-6, slot=151e-6, transfer=156e-6)
+    else:
+        topology, layers = Topology(8, 16, 16), 24
+        costs = Costs(trunk_layer=257e-6, head=2606e-6, pool_layer=42e-6, slot=253e-6, transfer=156e-6)
+    schedule = build_training_schedule(topology, layers, micro_batches, 4, True, costs)
+    return Case(topology, schedule, layers, micro_batches)
 
 
 def _with(recipe: Recipe, section: str, **values: object) -> Recipe:

@@ -40,7 +40,7 @@ class Pairs:
         if peer not in self._streams:
             low, high = sorted((peer, self._device.rank))
             if self._meeting:
-                self._meeting.join(f"{self._name} {low}:{high}", self._device.rank, 2)
+                self._meeting.join([f"{self._name} {low}:{high}"], self._device.rank, 2)
             self._streams[peer] = self._device.new_stream(f"{self._name} with {peer}")
         work = FakeWork(self._device, group(self._device, self._streams[peer], [part], CTAS))
 
@@ -85,10 +85,9 @@ class Specimen:
     def run(self) -> None:
         """Run a step to its end."""
         ranks = {r: self._trunk if self.topology.is_trunk(r) else self._pool for r in range(self.topology.world_size)}
-        actors = self.world.run({rank: lambda run=run, rank=rank: run(rank) for rank, run in ranks.items()})
-        for actor in actors:
-            if actor.error:
-                raise actor.error
+        self.world.run({rank: lambda run=run, rank=rank: run(rank) for rank, run in ranks.items()})
+        if self.world.errors:
+            raise self.world.errors[0]
 
     def _groups(self, rank: int) -> tuple[Device, FakeGloo, list[Pairs]]:
         lanes = 1 + max(lane for order in self.schedule.lane_order for lane in order)
@@ -127,7 +126,9 @@ class Specimen:
         device, gloo, pairs = self._groups(rank)
         streams, receiver = FakeStreams(device), Executor(1, "receiver")
         aside = streams.new()
-        mine = [[k for k in slot if k.trunk_rank in self.topology.served_trunk_ranks(rank)] for slot in self.schedule.slots]
+        mine = [
+            [k for k in slot if k.trunk_rank in self.topology.served_trunk_ranks(rank)] for slot in self.schedule.slots
+        ]
 
         def receive(keys: Sequence[RequestKey]) -> None:
             with streams.on(aside):
@@ -150,5 +151,3 @@ class Specimen:
             device.kernel("experts")
             for key in keys:
                 sending[key.trunk_rank, key.lane] = pairs[key.lane].send(torch.zeros(1), key.trunk_rank)
-
-

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from pool.topology import Topology
-from tests.distributed import run_ranks
+from tests.distributed import join, run_ranks
 from tests.trainer.job import write_recipe
 from tests.training import tiny
 from trainer.cluster.devices import Sight, assign_devices, sight, tell_deepspeed
@@ -247,3 +247,23 @@ def test_a_job_that_needs_gpus_ends_before_anything_is_prepared(
         error = CliRunner().invoke(cli, arguments).exception
         assert isinstance(error, UserError) and re.search(line, str(error))
     assert not (tmp_path / "data").exists()
+
+
+def test_deepspeed_takes_its_device_from_the_local_rank() -> None:
+    """What `tell_deepspeed` relies on."""
+    (asked,) = run_ranks(1, _devices_of_an_engine, tiny())
+    assert set(asked) == {7}
+
+
+def _devices_of_an_engine(recipe: Recipe) -> list[int]:
+    from deepspeed.accelerator import get_accelerator
+
+    from tests.benchmarks.our_role import make_role
+
+    job = join(recipe)
+    asked: list[int] = []
+    get_accelerator().set_device = asked.append
+    os.environ["LOCAL_RANK"] = "7"
+    make_role(recipe, job)
+    job.close()
+    return asked

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import urllib.request
+from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -222,6 +223,14 @@ def test_ranks_have_the_users_devices(
         told = json.loads((tmp_path / rank).read_text())
         assert told == [visible, accelerator, rank, local_rank, "3", "2", "127.0.0.1", "train", "--set", "a=b c"]
     assert not (tmp_path / "0").exists()
+
+
+def test_the_launcher_of_a_node_reads_no_hostfile() -> None:
+    """DeepSpeed's runner would read /job/hostfile, whatever job that is from."""
+    command = launch.launcher({"localhost": 2}, 0, "127.0.0.1", 1234, [])
+    assert command[1:3] == ["-m", "deepspeed.launcher.launch"]
+    source = find_spec("deepspeed.launcher.launch").origin  # type: ignore[union-attr]
+    assert "hostfile" not in Path(source or "").read_text().lower()
 
 
 def test_a_launcher_that_is_killed_is_no_success() -> None:

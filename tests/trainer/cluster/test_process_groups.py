@@ -3,8 +3,20 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
+from datetime import timedelta
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
+import torch
+import torch.distributed as dist
+
+from pool.placement import contiguous
+from pool.schedule import Kind, RequestKey
+from pool.wire import pool_wire, trunk_wire
+from pool.wire.nccl import MAX_CTAS
 from tests.distributed import join, run_ranks
+from tests.pool.host_streams import HostStreams, HostWork
 from tests.training import tiny
 from trainer.config.recipe import Recipe
 
@@ -29,3 +41,83 @@ def _late(recipe: Recipe) -> dict[str, str]:
         except RuntimeError as error:
             result[name] = str(error)
     return result
+
+
+class Nccl:
+    """In the place of `ProcessGroupNCCL`: gloo, with a note of how it is used."""
+
+    made: ClassVar[list[Nccl]] = []
+
+    class Options(SimpleNamespace):
+        def __init__(self, is_high_priority_stream: bool):
+            super().__init__(is_high_priority_stream=is_high_priority_stream, config=SimpleNamespace())
+
+    def __init__(self, store: Any, rank: int, size: int, options: Any):
+        self._gloo = dist.ProcessGroupGloo(store, rank, size, timedelta(seconds=60))
+        self._works: list[Any] = []
+        self.options, self.log = options, ["made"]
+        Nccl.made.append(self)
+
+    def eager_connect_single_device(self, device: torch.device) -> None:
+        self.log.append(f"connected {device}")
+
+    def send(self, tensors: list[torch.Tensor], peer: int, tag: int) -> None:
+        self._works.append(self._gloo.send(tensors, peer, tag))
+        self.log.append(f"send to {peer}")
+
+    def recv(self, tensors: list[torch.Tensor], peer: int, tag: int) -> None:
+        self._works.append(self._gloo.recv(tensors, peer, tag))
+        self.log.append(f"receive from {peer}")
+
+    def _start_coalescing(self) -> None:
+        self._works = []
+
+    def _end_coalescing(self) -> Any:
+        work = HostWork(self._works)
+        return SimpleNamespace(wait=work.wait, synchronize=work.wait, is_completed=work.is_completed)
+
+    def abort(self) -> None:
+        self.log.append("aborted")
+
+
+def _on_gpus(recipe: Recipe) -> Any:
+    """A job whose ranks would have GPUs: a request and its answer, and how NCCL is used."""
+    from trainer.cluster import process_groups
+    from trainer.cluster.rendezvous import read_launch, rendezvous
+    from trainer.engine.experts import wire_settings
+
+    dist.ProcessGroupNCCL, process_groups.CudaStreams = Nccl, lambda device: HostStreams()  # type: ignore
+    member = replace(rendezvous(recipe, read_launch()), payload_device=torch.device("cuda", 3))
+    job = process_groups.Job(recipe, member, lanes=2)
+    ends = wire_settings(recipe, job, contiguous(8, 1, 2))
+    key = RequestKey(0, 1, 0, 2, Kind.FORWARD)
+    same = None
+    if job.is_trunk:
+        trunk = trunk_wire(ends, job.wire_groups)
+        rows_ND = torch.randn(6, ends.hidden)
+        same = trunk.request(key, 0, rows_ND, torch.tensor([1, 0, 2, 0, 0, 3, 0, 0])).wait().equal(rows_ND)
+        trunk.settle()
+    else:
+        pool = pool_wire(ends, job.wire_groups)
+        ((rows, counts),) = pool.receive([key], 0).ready()
+        pool.answer([key], 0, [rows], [counts.listed])
+        pool.settle()
+    job.close()
+    limits = [(g.options.config.max_ctas, g.options.is_high_priority_stream, g.options._timeout) for g in Nccl.made]
+    return same, limits, [g.log for g in Nccl.made]
+
+
+def test_the_wire_of_gpus() -> None:
+    """Both communicators are connected, rank by rank, before the first header; they leave the wire its limit."""
+    ranks = run_ranks(3, _on_gpus, tiny(parallel={"pool_ranks": 2, "expert_parallel": 2, "timeout_seconds": 20.0}))
+    for _, limits, _ in ranks:
+        assert limits == [(MAX_CTAS, True, timedelta(seconds=100))] * 2
+    (same, _, (requests, answers)), *shards = ranks
+    assert same
+    start = ["made", "connected cuda:3"]
+    sends, receives = ["send to 1", "send to 2"], ["receive from 1", "receive from 2"]
+    assert requests == [*start, *sends, *sends, "aborted"]
+    assert answers == [*start, *receives, *receives, "aborted"]
+    for _, _, (requests, answers) in shards:
+        assert requests == [*start, "receive from 0", "receive from 0", "aborted"]
+        assert answers == [*start, "send to 0", "send to 0", "aborted"]

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import subprocess
+import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -10,9 +14,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tests.trainer.job import ROOT
 from trainer.common import machine
 from trainer.common.errors import UserError
-from trainer.common.gpus import Gpu, GpuFacts, look, why_none
+from trainer.common.gpus import Gpu, GpuFacts, boot_id, look, share_of_gpus, why_none
 
 NONE = GpuFacts((), "2.13.0+cu130", "13.0", 13000, on_machine=2)
 """A machine with GPUs, a driver and a torch for CUDA 13.0, none of which is to blame."""
@@ -68,7 +73,7 @@ def test_what_torch_says_of_its_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 13010, raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
     facts = look()
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    boot = boot_id()
     assert facts.gpus == (Gpu("NVIDIA H100", "u0", f"{boot} 0:1a:0"), Gpu("NVIDIA H100", "u1", f"{boot} 0:1b:0"))
     assert (facts.built_for, facts.driver, facts.visible, facts.message) == ("13.0", 13010, "4,5", "")
 
@@ -111,3 +116,54 @@ def test_the_device_of_a_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert capsys.readouterr().err == ""
     facts = replace(facts, gpus=(Gpu("a", "b", "c"),))
     assert machine.pick_device(None) == machine.pick_device("cuda") == torch.device("cuda")
+
+
+def test_a_sandbox_that_does_not_tell_its_boot(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: Path) -> str:
+        raise PermissionError
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    assert boot_id() == socket.gethostname()
+
+
+def test_the_allocator_is_configured_before_torch_reads_it() -> None:
+    """And the user's configuration holds, also under the older name."""
+    code = (
+        "import os, sys; from trainer.common.gpus import set_allocator as s; s(); assert 'torch' not in sys.modules\n"
+        "print([os.environ.get(f'PYTORCH_{n}ALLOC_CONF') for n in ('', 'CUDA_')])"
+    )
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    rest = {name: value for name, value in os.environ.items() if name not in names}
+    for own, told in (
+        ({}, ["expandable_segments:True", None]),
+        ({names[0]: "backend:native"}, ["backend:native", None]),
+        ({names[1]: "backend:native"}, [None, "backend:native"]),
+    ):
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, env=rest | own, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+        assert done.stdout == f"{told}\n"
+
+
+@pytest.mark.parametrize(
+    ("visible", "files", "shares"),
+    [
+        (None, 8, ["0,1,2,3", "4,5,6,7"]),
+        (None, 3, ["0", "1"]),
+        (None, 1, ["0", "0"]),
+        (None, 0, [None, None]),
+        ("", 8, [None, None]),
+        ("6,7", 8, ["6", "7"]),
+        ("GPU-a,GPU-b,GPU-c,GPU-d", 8, ["GPU-a,GPU-b", "GPU-c,GPU-d"]),
+    ],
+)
+def test_jobs_divide_the_gpus(
+    visible: str | None, files: int, shares: list[str | None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    for name in ("nvidiactl", "nvidia-uvm", *(f"nvidia{number}" for number in range(files))):
+        (tmp_path / name).touch()
+    monkeypatch.setattr("trainer.common.gpus._DEVICES", tmp_path)
+    assert [share_of_gpus(place, 2) for place in range(2)] == shares
+    assert look().on_machine == files

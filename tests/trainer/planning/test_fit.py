@@ -16,16 +16,17 @@ from trainer.planning.lanes import choose_fitting_lanes, choose_lanes
 from trainer.planning.memory import estimate_memory, fullest_rank
 
 H100 = DATA_SHEETS["h100"]
+ZERO1, STASH = "parallel.pool_zero=1", "pool.stash_bytes=1000000000"
 
 
 @pytest.mark.parametrize(
     ("overrides", "lanes", "role", "change"),
     [
-        (("train.micro_batch=64",), 2, "trunk", "parallel.lanes=1"),
-        (("train.micro_batch=128",), 1, "trunk", "train.micro_batch=64"),
-        (("train.micro_batch=1", "model.seq_len=196608", "model.vocab=2000"), 1, "trunk", "train.recompute=true"),
+        (("train.micro_batch=128", "parallel.trunk_ranks=2"), 2, "trunk", "parallel.lanes=1"),
+        (("train.micro_batch=256", "parallel.trunk_ranks=2"), 1, "trunk", "train.micro_batch=128"),
+        (("train.micro_batch=1", "model.seq_len=196608"), 1, "trunk", "train.recompute=true"),
         (("parallel.pool_ranks=1", "pool.experts=480"), 1, "pool", "parallel.pool_ranks=4"),
-        (("parallel.pool_ranks=1", "pool.experts=336", "parallel.pool_zero=1"), 1, "pool", "parallel.pool_zero=0"),
+        (("parallel.pool_ranks=1", "pool.experts=384", ZERO1, STASH), 1, "pool", "parallel.pool_zero=0"),
     ],
 )
 def test_a_warning_names_a_change_that_fits(overrides: tuple[str, ...], lanes: int, role: str, change: str) -> None:
@@ -53,7 +54,7 @@ def test_plan_warns_in_a_line_and_in_json() -> None:
     assert shown.exit_code == 0 and "warning" not in shown.stdout
     tree = loads(CliRunner().invoke(cli, [*arguments, "--json"]).stdout)
     assert len(tree["warnings"]) == 1
-    larger = CliRunner().invoke(cli, ["plan", "unipool-182m", "--set", "train.micro_batch=64", "--hardware", "h200"])
+    larger = CliRunner().invoke(cli, ["plan", "unipool-182m", "--set", "train.micro_batch=128", "--hardware", "h200"])
     assert not larger.stderr
 
 

@@ -59,7 +59,7 @@ def peak(recipe: Recipe) -> int:
     return grown
 
 
-WIDE = ("model.layers=8", "model.hidden=256", "model.vocab=1000", "model.seq_len=256", "train.micro_batch=8")
+WIDE = ("model.layers=8", "model.hidden=256", "model.vocab=4000", "model.seq_len=256", "train.micro_batch=8")
 DENSE = ("model.ffn=dense", "pool.experts=0", "model.layers=4", "model.hidden=768", "model.ffn_hidden=2048")
 SHORT = ("model.vocab=8000", "model.seq_len=128", "train.micro_batch=1", "train.global_batch=4")
 SHAPES = {
@@ -70,7 +70,7 @@ SHAPES = {
     ),
     "colocated": (
         *(*WIDE, "pool.experts=96", "model.ffn_hidden=512", "train.global_batch=16", "parallel.lanes=1"),
-        *("parallel.trunk_zero=1", "parallel.pool_zero=0", "parallel.pool_ranks=0"),
+        *("parallel.trunk_zero=1", "parallel.pool_zero=0", "parallel.pool_ranks=0", "train.loss_chunk=512"),
     ),
     "recomputed": (
         *(*WIDE, "pool.experts=96", "model.ffn_hidden=512", "train.global_batch=16", "parallel.lanes=1"),

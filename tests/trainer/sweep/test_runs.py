@@ -38,7 +38,7 @@ what = json.loads(os.environ["FAKE"]).get(f"{folder.parent.name} {recipe['run'][
 saved = sorted((folder / "checkpoints").glob("step_*"))
 start = int(saved[-1].name[5:]) if saved else 0
 with (folder / "starts").open("a") as file:
-    print(start, os.environ.get("OMP_NUM_THREADS"), file=file)
+    print(start, os.environ.get("OMP_NUM_THREADS"), os.environ.get("CUDA_VISIBLE_DEVICES"), file=file)
 
 def append(**record):
     with (folder / "metrics.jsonl").open("a") as file:
@@ -102,6 +102,7 @@ def test_what_is_done_is_left_out_and_what_fails_is_said(
 ) -> None:
     monkeypatch.setenv("FAKE", json.dumps({"a 1": "fails"}))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     first = runner(experiment, jobs=2)
     assert first.run() == 1
     assert names(first.done) == ["a seed 0", "b seed 0", "b seed 1"] and names(first.failed) == ["a seed 1"]
@@ -109,7 +110,8 @@ def test_what_is_done_is_left_out_and_what_fails_is_said(
     assert "a seed 1: FAILED with status 2: error: no such data; see" in said
     assert "b seed 1: done, validation loss 3.0000" in said
     threads = max(1, usable_cores() // 2)
-    assert (experiment.runs[0].folder / "starts").read_text().split() == ["0", str(threads)]
+    assert (experiment.runs[0].folder / "starts").read_text().split() == ["0", str(threads), "3"]
+    assert {(run.folder / "starts").read_text().split()[2] for run in experiment.runs} == {"3", "5"}
     monkeypatch.setenv("FAKE", "{}")
     again = runner(experiment)
     assert again.run() == 0 and names(again.done) == names(experiment.runs)

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from pool.clock import HostClock, Waits
 from pool.service import Served
+from pool.wire.clock import HostClock, Waits
 from trainer.cluster.launch import free_port
 from trainer.common.errors import UserError
 from trainer.config.sections import Metrics

@@ -1,0 +1,132 @@
+"""What the device wire says of messages that are lost or late and of ranks that die, on a model of devices."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import pytest
+
+from pool.wire import WireError, watcher
+from tests.pool.fake_device.devices import Operation
+from tests.pool.fake_device.job import LIMIT, STEP, Step, equal, step
+from tests.pool.fake_device.plans import reduced
+
+CASE = reduced("unipool-182m", "h100", layers=2)
+"""Four trunk ranks (0 to 3), two shards (4 and 5)."""
+
+
+@pytest.fixture(autouse=True)
+def _fewer_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time limit is a lot of milliseconds, each of which would be simulated."""
+    monkeypatch.setattr(watcher, "_ASK_SECONDS", 1.0)
+    monkeypatch.setattr(watcher, "_TIME_SECONDS", 1.0)
+
+
+def nth(number: int, name: str, act: Callable[[Operation], None]) -> Callable[[Operation], None]:
+    """A fault that befalls an operation, the given one of those whose names begin like this."""
+    seen = 0
+
+    def fault(operation: Operation) -> None:
+        nonlocal seen
+        if str(operation).startswith(name):
+            seen += 1
+            if seen == number:
+                act(operation)
+
+    return fault
+
+
+def lose(operation: Operation) -> None:
+    operation.lost = True
+
+
+def late(seconds: float) -> Callable[[Operation], None]:
+    def act(operation: Operation) -> None:
+        operation.not_before = seconds
+
+    return act
+
+
+def errors(run: Step) -> dict[int, str]:
+    """What each rank says at its end. All ranks end, and those that live leave nothing on their devices."""
+    actors = run.attempt()
+    for device in run.devices:
+        assert device.rank in run.world.dead_ranks or device.free_sms == device.sms
+    said = {}
+    for actor in actors:
+        if actor.rank not in run.world.dead_ranks:
+            assert isinstance(actor.error, WireError), "who waits for one of these says so too"
+            said[actor.rank] = str(actor.error)
+    exchange = rf"(FORWARD|BACKWARD), lane \d, layer \d, micro-batch \d, step {STEP} \("
+    for rank, text in said.items():
+        assert text.startswith(f"{run.topology.describe(rank)} could not ")
+        assert re.search(exchange, text), text
+    return said
+
+
+def late_errors(run: Step) -> dict[int, str]:
+    """`errors` of a run in which everybody waits as long as the time limit, and not much longer."""
+    said = errors(run)
+    assert LIMIT <= run.world.now <= LIMIT + 3
+    assert all(f" within {LIMIT:g} s: " in text for text in said.values())
+    return said
+
+
+@pytest.mark.parametrize("buffered", [True, False], ids=["buffered", "rendezvous"])
+def test_a_request_that_is_lost(buffered: bool) -> None:
+    run = step(CASE, buffered=buffered)
+    run.devices[1].faults.append(nth(3, "send requests 1->4", lose))
+    said = late_errors(run)
+    for pool in (4, 5):
+        assert " from rank 1 (trunk 1) within" in said[pool]
+
+
+@pytest.mark.parametrize("buffered", [True, False], ids=["buffered", "rendezvous"])
+def test_an_answer_that_is_lost(buffered: bool) -> None:
+    """A group of messages names all peers that may be to blame."""
+    run = step(CASE, buffered=buffered)
+    run.devices[5].faults.append(nth(3, "send answers 5->0", lose))
+    said = late_errors(run)
+    assert "could not get the answer of rank 4 (pool 0, shard 0) or rank 5 (pool 1, shard 1) within" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "what"),
+    [(1, 5, "get a header from rank 1 (trunk 1)"), (5, 2, "get the answer's header of rank 5 (pool 1, shard 1)")],
+    ids=["request", "answer"],
+)
+def test_a_header_that_is_never_sent(source: int, target: int, what: str) -> None:
+    run = step(CASE)
+    run.mail.lose = lambda one, other, message: (one, other) == (source, target)
+    said = late_errors(run)
+    assert f"could not {what} within {LIMIT:g} s: FORWARD, lane 0, layer 0, micro-batch 0" in said[target]
+
+
+@pytest.mark.parametrize("rank", [2, 4], ids=["trunk", "pool"])
+def test_a_rank_that_dies(rank: int) -> None:
+    """Who waits for it knows at once, by its connections, or soon, because it is known to be gone."""
+    run = step(CASE)
+    run.devices[rank].faults.append(nth(5, "send", lambda operation: run.world.kill(rank)))
+    said = errors(run)
+    assert run.world.now < 5
+    for text in said.values():
+        assert "because the connection broke: " in text
+        assert run.topology.describe(rank) in text
+
+
+def test_a_late_start_changes_nothing() -> None:
+    wanted = step(CASE, on_device=False).run()
+    for where, what in ((0, "send requests"), (4, "receive requests"), (5, "experts"), (3, "receive answers")):
+        run = step(CASE)
+        run.devices[where].faults.append(nth(2, what, late(0.9 * LIMIT)))
+        assert equal(run.run(), wanted)
+        assert 0.9 * LIMIT <= run.world.now < LIMIT
+
+
+def test_a_start_that_is_too_late() -> None:
+    """The limit does not wait for it."""
+    run = step(CASE)
+    run.devices[4].faults.append(nth(3, "receive requests", late(3 * LIMIT)))
+    said = late_errors(run)
+    assert " from rank 0 (trunk 0) within" in said[4]
