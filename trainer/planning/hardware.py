@@ -224,7 +224,7 @@ def request_bytes(recipe: Recipe) -> float:
     return tokens * recipe.router.top_k * recipe.model.hidden * compute_bytes(recipe)
 
 
-def costs_in_seconds(recipe: Recipe, hardware: Hardware, compiled: bool = True) -> Costs:
+def costs_in_seconds(recipe: Recipe, hardware: Hardware) -> Costs:
     """Compute how long the pieces of a micro-batch take, in seconds, at an even load over the shards.
 
     A transfer takes as long as the slower side needs: a trunk rank sends to all shards at once, and a pool rank's link
@@ -237,6 +237,7 @@ def costs_in_seconds(recipe: Recipe, hardware: Hardware, compiled: bool = True) 
     sent = request_bytes(recipe)
     slower_side = max(sent, sent / topology.expert_parallel * served_trunk_ranks(recipe))
     payload = 0.0 if topology.colocated else slower_side / hardware.wire_bandwidth
+    compiled = kernels.is_compiled(recipe)
     layer, head = kernels.trunk_layer(recipe, compiled), kernels.head(recipe, compiled)
     experts = kernels.experts(recipe, merged=recipe.parallel.lanes != 1 or served_trunk_ranks(recipe) > 1)
     beside = rates.products_only / hardware.memory_bandwidth  # seconds for a byte that the shares do not include

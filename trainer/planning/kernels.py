@@ -1,13 +1,15 @@
 """How many kernels the trainer launches on a GPU, and how many bytes those that are not products move. No torch here.
 
-The numbers are those of bf16 with K = 1 experts per token or more, as counted in the code: a test counts them again.
-Products are counted by their FLOPs elsewhere. Compiled regions read their inputs and write their results once.
+The numbers are those of bf16. Without the compiler every operation reads its inputs and writes its result; tests count
+them in the code. For compiled regions they are what inductor's scheduler counts for the kernels that it fuses for an
+H100. Products are counted by their FLOPs elsewhere.
 
 Letters: D hidden, F expert width, V vocabulary, M experts that a layer sees, K top-k, R width of queries and keys.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from trainer.config.recipe import Recipe
@@ -26,22 +28,35 @@ class Kernels:
     bytes: float
 
 
+def is_compiled(recipe: Recipe) -> bool:
+    """Whether a run on a GPU compiles the trunk's segments; see `train.compile`."""
+    return recipe.parallel.trunk_zero < 3 if recipe.train.compile is None else recipe.train.compile
+
+
 def trunk_layer(recipe: Recipe, compiled: bool) -> Kernels:
     """A third of a trunk segment's forward and backward; bytes per token."""
     m = recipe.model
     D, K, M = m.hidden, recipe.router.top_k, recipe.experts_per_layer
     R = D + m.kv_heads * (D // m.heads)
+    if m.ffn == "dense":  # no router, no permutation, but SwiGLU; estimated, not counted
+        F = m.ffn_hidden
+        return (
+            Kernels(20, (40 * D + 22 * R + 18 * F) / 3) if compiled else Kernels(50, (140 * D + 116 * R + 40 * F) / 3)
+        )
     if compiled:
-        return Kernels((25 + 45) / 3, (56 * D + 16 * K * D + 9 * R + 48 * M) / 3)
+        return Kernels((25 + 45) / 3, (65 * D + 24 * K * D + 22 * R + 20 * M) / 3)
     return Kernels((70 + 107) / 3, (170 * D + 56 * K * D + 116 * R + 80 * M) / 3)
 
 
 def head(recipe: Recipe, compiled: bool) -> Kernels:
     """A third of the forward and backward of the head and the loss; bytes per token."""
-    m = recipe.model
+    m, chunk = recipe.model, recipe.train.loss_chunk
+    chunks = math.ceil(recipe.train.micro_batch * m.seq_len / chunk)
+    # Each chunk's product is added to the gradient of the weights.
+    adding = 12 * m.vocab * m.hidden / chunk if chunks > 1 else 0
     if compiled:
-        return Kernels(30 / 3, (20 * m.hidden + 12 * m.vocab) / 3)
-    return Kernels(50 / 3, (60 * m.hidden + 30 * m.vocab) / 3)
+        return Kernels((20 + 6 * chunks) / 3, (22 * m.hidden + 10 * m.vocab + adding) / 3)
+    return Kernels((40 + 12 * chunks) / 3, (60 * m.hidden + 28 * m.vocab + adding) / 3)
 
 
 def experts(recipe: Recipe, merged: bool) -> Kernels:

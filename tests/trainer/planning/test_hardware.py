@@ -69,9 +69,9 @@ def test_costs_at_182m_by_hand() -> None:
 def test_costs_of_a_data_sheet_by_hand() -> None:
     """At 0.6 of 989 TFLOP/s, with bytes at 0.85 of 3.35 TB/s; a kernel takes 5 us to launch and 2 us to run."""
     costs = costs_in_seconds(at_182m(), H100)
-    layer, head, experts = (69120 / 3, 629760 / 3, 233472 / 3)  # bytes of a token or a row beside the products
+    layer, head, experts = (92800 / 3, 644096 / 3, 233472 / 3)  # bytes of a token or a row beside the products
     assert costs.trunk_layer == pytest.approx(16384 * (4.866e6 / 593.4e12 + layer / MEMORY) + 70 / 3 * 2e-6, rel=1e-3)
-    assert costs.head == pytest.approx(16384 * (78.64e6 / 593.4e12 + head / MEMORY) + 10 * 2e-6, rel=1e-3)
+    assert costs.head == pytest.approx(16384 * (78.64e6 / 593.4e12 + head / MEMORY) + 44 / 3 * 2e-6, rel=1e-3)
     assert costs.pool_layer == pytest.approx(4096 * (14.156e6 / 593.4e12 + experts / MEMORY), rel=1e-3)
     weights = 24 * 3 * 768 * 3072
     assert (costs.slot, costs.weights, costs.flush) == pytest.approx(
@@ -79,8 +79,8 @@ def test_costs_of_a_data_sheet_by_hand() -> None:
     )
     assert (costs.transfer, costs.payload) == pytest.approx((100e-6 + 16384 * 1536 / 450e9, 16384 * 1536 / 450e9))
     launches = (costs.trunk_launch, costs.head_launch, costs.slot_launch)
-    assert launches == pytest.approx((70 / 3 * 5e-6, 10 * 5e-6, 30 * 5e-6))
-    eager = costs_in_seconds(at_182m(), H100, compiled=False)
+    assert launches == pytest.approx((70 / 3 * 5e-6, 44 / 3 * 5e-6, 30 * 5e-6))
+    eager = costs_in_seconds(at_182m("train.compile=false"), H100)
     assert eager.trunk_layer > 2 * costs.trunk_layer and eager.trunk_launch > 2 * costs.trunk_launch
 
 
@@ -296,3 +296,27 @@ def test_needs_no_torch() -> None:
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize("name", ["unipool-182m", "unipool-469m", "unipool-978m"])
+def test_predictions_for_gpus_are_sane(name: str) -> None:
+    """The chosen lanes hide launches and headers; the share of the peak stays below that of products alone."""
+    recipe = load_recipe(name)
+    own = step_time(recipe, H100)
+    assert 2 <= own.lanes <= 4 and own.memory <= 0.9 * H100.memory
+    assert 0.1 < own.mfu < 0.6 and max(own.trunk_busy, own.pool_busy) > 0.8
+    in_order = step_time(load_recipe(name, ["parallel.lanes=1"]), H100)
+    assert in_order.seconds > 1.1 * own.seconds
+    for slower in (replace(H100, launch=2 * H100.launch), replace(H100, wire_latency=2 * H100.wire_latency)):
+        lanes = f"parallel.lanes={own.lanes}"
+        assert step_time(load_recipe(name, [lanes]), slower).seconds < 1.03 * own.seconds
+
+
+def test_a_host_that_launches_slowly_is_exposed() -> None:
+    """Where a launch takes longer than the kernel, the step takes the host's time, colocated as well."""
+    slow = replace(H100, launch=1e-3)
+    colocated = at_182m("parallel.pool_ranks=0", "parallel.lanes=1")
+    costs = costs_in_seconds(colocated, slow)
+    launching = 3 * 8 * (12 * costs.trunk_launch + costs.head_launch) + 2 * 12 * 8 * costs.slot_launch
+    assert launching < step_time(colocated, slow).seconds < 1.1 * launching
+    assert step_time(at_182m("parallel.lanes=1"), slow).seconds > 3 * 8 * (12 * 70 / 3 + 44 / 3) * 1e-3
