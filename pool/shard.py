@@ -42,11 +42,18 @@ PAUSE = 1e-4
 
 @dataclass(frozen=True)
 class Saved:
-    """What the backward of a request needs: its tokens, and the hidden activations unless they are recomputed."""
+    """What the backward of a request needs: its tokens, and the hidden activations unless they are recomputed.
+
+    Attributes:
+        together: The keys of the requests merged with it in the forward.
+        orders: How they were merged.
+    """
 
     x_ND: Tensor
     hidden: Hidden | None
     counts: Counts
+    together: tuple[object, ...]
+    orders: Orders | None
 
 
 @dataclass
@@ -298,12 +305,13 @@ class ExpertServer:
     ) -> list[Tensor]:
         """Return the outputs y_ND of every batch (x_ND, rows of each expert), in the batch's own order."""
         counts = [c for _, c in batches]
-        x_ND, orders = _merge([x for x, _ in batches], counts)
+        orders = _orders(counts, sum(len(x) for x, _ in batches))
+        x_ND = _merged([x for x, _ in batches], orders)
         y_ND, hidden = self.shard.forward_rows(x_ND, counts)
         if keep_for_backward:
             for key, (x, c), h in zip(keys, batches, hidden, strict=True):
                 assert key not in self._saved, f"two forwards of {key} without a backward in between"
-                self._saved[key] = Saved(x, None if self.shard.recompute else h, c)
+                self._saved[key] = Saved(x, None if self.shard.recompute else h, c, tuple(keys), orders)
         return _split(y_ND, orders, [x.shape[0] for x, _ in batches])
 
     def backward(self, keys: Sequence[object], dys: list[Tensor]) -> list[Tensor]:
@@ -318,8 +326,9 @@ class ExpertServer:
         """
         saved = [self._saved.pop(key) for key in keys]
         counts = [s.counts for s in saved]
-        x_ND, orders = _merge([s.x_ND for s in saved], counts)
-        dy_ND = dys[0] if orders is None else torch.cat(dys).index_select(0, orders[0])
+        as_before = saved[0].together == tuple(keys)
+        orders = saved[0].orders if as_before else _orders(counts, sum(map(len, dys)))
+        x_ND, dy_ND = _merged([s.x_ND for s in saved], orders), _merged(dys, orders)
         hidden = None if self.shard.recompute else [s.hidden for s in saved]
         dx_ND = self.shard.backward_rows(x_ND, hidden, dy_ND, counts)
         return _split(dx_ND, orders, [s.x_ND.shape[0] for s in saved])
@@ -334,14 +343,16 @@ class ExpertServer:
         return len(self._saved)
 
 
-def _merge(parts: list[Tensor], counts: Sequence[Counts]) -> tuple[Tensor, Orders | None]:
-    """Return the expert-major rows of all parts, and the orders of `merge_order`; None for a single part."""
-    if len(parts) == 1:
-        return parts[0], None
-    orders = merge_order(torch.stack([c.rows_e for c in counts]), sum(map(len, parts)))
-    return torch.cat(parts).index_select(0, orders[0]), orders
+def _orders(counts: Sequence[Counts], rows: int) -> Orders | None:
+    """Return the orders of `merge_order`; None for a single request."""
+    return merge_order(torch.stack([c.rows_e for c in counts]), rows) if len(counts) > 1 else None
+
+
+def _merged(parts: Sequence[Tensor], orders: Orders | None) -> Tensor:
+    """Return the expert-major rows of all parts."""
+    return parts[0] if orders is None else torch.cat([*parts]).index_select(0, orders[0])
 
 
 def _split(merged_N: Tensor, orders: Orders | None, sizes: list[int]) -> list[Tensor]:
-    """Undo `_merge`."""
+    """Undo `_merged`."""
     return [merged_N] if orders is None else list(merged_N.index_select(0, orders[1]).split(sizes))

@@ -39,7 +39,7 @@ class _Launched:
     work: Work
     keep: Sequence[Any]
     failed: Callable[[BaseException], BaseException]
-    since: float = field(default_factory=time.monotonic)
+    since: float = field(default_factory=lambda: time.monotonic())
 
 
 class Watcher:
@@ -53,7 +53,8 @@ class Watcher:
 
     def __init__(self, limit: Callable[[], timedelta], communicators: Sequence[Communicator], lost: Callable[[], str]):
         self._limit, self._communicators, self._lost = limit, communicators, lost
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()
+        self._some, self._settled = threading.Condition(self._lock), threading.Condition(self._lock)
         self._launched: dict[Communicator, deque[_Launched]] = {c: deque() for c in communicators}
         self._promises: set[Future[Any]] = set()
         self._workers: list[Worker[Any]] = []
@@ -70,21 +71,21 @@ class Watcher:
         failed: Callable[[BaseException], BaseException],
     ) -> None:
         """Watch a group that has been launched; see `_Launched`."""
-        with self._changed:
+        with self._lock:
             self._launched[communicator].append(_Launched(work, keep, failed))
-            self._changed.notify_all()
+            self._some.notify_all()
 
     def promise(self) -> Future[Any]:
         """Return a future that gets the first error if it has no result by then."""
         future: Future[Any] = Future()
-        with self._changed:
+        with self._lock:
             self.check()
             self._promises.add(future)
         return future
 
     def keep_promise(self, future: Future[T], result: T) -> None:
         """Give a promise its result, unless it has an error."""
-        with self._changed:
+        with self._lock:
             if future in self._promises:
                 self._promises.remove(future)
                 future.set_result(result)
@@ -95,9 +96,10 @@ class Watcher:
 
     def in_hand(self, change: int) -> None:
         """Count what workers still have to do."""
-        with self._changed:
+        with self._lock:
             self._in_hand += change
-            self._changed.notify_all()
+            if not self._in_hand:
+                self._settled.notify_all()
 
     def check(self) -> None:
         """Raise the first error, if there was one."""
@@ -106,18 +108,19 @@ class Watcher:
 
     def settle(self) -> None:
         """Wait until workers have nothing to do and all that was launched is done; raise the first error."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._error or not (self._in_hand or any(self._launched.values())))
+        with self._lock:
+            self._settled.wait_for(lambda: self._error or not (self._in_hand or any(self._launched.values())))
             self.check()
 
     def fail(self, error: BaseException) -> None:
         """End everything with this error, unless there was one before."""
-        with self._changed:
+        with self._lock:
             if self._error:
                 return
             self._error = error
             promises, self._promises = self._promises, set()
-            self._changed.notify_all()
+            self._some.notify_all()
+            self._settled.notify_all()
         for promise in promises:
             promise.set_exception(error)
         for worker in self._workers:
@@ -128,8 +131,8 @@ class Watcher:
     def _wait_for_work(self, pause: float) -> bool:
         """Pause, and then until something has been launched; return whether the wire still works."""
         time.sleep(pause)
-        with self._changed:
-            self._changed.wait_for(lambda: self._error or any(self._launched.values()))
+        with self._lock:
+            self._some.wait_for(lambda: self._error or any(self._launched.values()))
         return self._error is None
 
     def _ask(self) -> None:
@@ -144,8 +147,8 @@ class Watcher:
                         self.fail(launched[0].failed(error))
                         return
                     launched.popleft()
-            with self._changed:
-                self._changed.notify_all()
+            with self._lock:
+                self._settled.notify_all()
 
     def _keep_time(self) -> None:
         """Look for what takes too long, without a call to the device, which may block behind what is stuck."""

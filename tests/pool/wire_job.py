@@ -41,9 +41,11 @@ def my_rank() -> int:
 
 
 def barrier(store: dist.Store, name: str) -> None:
-    """Every rank leaves when every rank has come."""
-    store.set(f"{name}/{my_rank()}", "here")
-    store.wait([f"{name}/{rank}" for rank in range(int(os.environ["WORLD_SIZE"]))])
+    """Every rank leaves when every rank has come; rank 0, which hosts the store and may end then, leaves last."""
+    for phase in ("come", "gone"):
+        store.set(f"{name}/{phase}/{my_rank()}", "")
+        if phase == "come" or my_rank() == 0:
+            store.wait([f"{name}/{phase}/{rank}" for rank in range(int(os.environ["WORLD_SIZE"]))])
 
 
 def groups(store: dist.Store, name: str, topology: Topology, lanes: int, on_device: bool = False) -> WireGroups:

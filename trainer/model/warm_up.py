@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from trainer.common.errors import UserError
 from trainer.config.recipe import Recipe
 from trainer.model.micro_batch import Objective, PoolMap, train_dense_micro_batch, train_micro_batch
 from trainer.model.trunk import Trunk
@@ -13,9 +14,14 @@ def warm_up(trunk: Trunk, pool_map: PoolMap | None, recipe: Recipe) -> None:
     """Run a micro-batch without a pool, so that all segments are compiled; does nothing if they are not to be.
 
     Call it before the trunk has an engine, whose hooks would reduce the gradients.
+
+    Raises:
+        UserError: The compiler fails, perhaps because a C compiler or a header is missing.
     """
     if not trunk.compiled:
         return
+    from torch._dynamo.exc import TorchDynamoException
+
     sequences_BS1 = torch.zeros(
         recipe.train.micro_batch, recipe.model.seq_len + 1, dtype=torch.int64, device=trunk.device
     )
@@ -30,3 +36,6 @@ def warm_up(trunk: Trunk, pool_map: PoolMap | None, recipe: Recipe) -> None:
             rows_ND = micro_batch.send(rows_ND).rows_ND  # type: ignore[arg-type]  # None starts a generator
     except StopIteration:
         trunk.zero_grad()
+    except TorchDynamoException as error:
+        reason = " ".join(str(error).split("\n", 2)[:2])  # the back end's name, and what is wrong
+        raise UserError(f"train.compile: torch.compile fails ({reason}): set train.compile: false") from error

@@ -102,6 +102,8 @@ def start(recipe: Recipe, launch: Launch, watch: FaultWatch, force: bool) -> Run
     """Bring one rank up to the run's next step. A collective of all ranks."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs it to be deterministic
     torch.use_deterministic_algorithms(True, warn_only=True)
+    if recipe.train.compile is False and torch.cuda.is_available():
+        torch.compiler.set_stance("force_eager")
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # we write before we read
 
     # Which rank of the job is this?

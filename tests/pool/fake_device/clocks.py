@@ -1,8 +1,8 @@
 """Happens-before by vector clocks: every access of a buffer, and its end, is ordered with all others.
 
-Each thread and each stream counts its own events. Waiting for something takes over what its origin knew. Two accesses of
-the same bytes, at least one of which writes, are a race unless the later one knows of the earlier one. Memory that is
-freed goes back to the stream on which it was allocated, as torch's caching allocator does it, so what still uses it must
+Each thread and each stream counts its own events. Waiting for something takes over what its origin knew. Two accesses
+of the same bytes, at least one of which writes, are a race unless the later one knows of the earlier one. Memory that
+is freed goes back to the stream on which it was allocated, as in torch's caching allocator, so what still uses it must
 be over by then on that stream, or be on a stream that was named by `record_stream` before.
 """
 
@@ -77,14 +77,18 @@ class Races:
         if buffer.freed:
             self.found.append(f"{what} uses {buffer.name}, but {buffer.freed}")
         kept = []
+        written = writes
         for other in buffer.accesses:
             overlaps = other.start < end and start < other.end
+            written = written or (overlaps and other.writes)
             known = other.known_by(clock)
             if overlaps and (writes or other.writes) and not known:
                 how = "writes" if writes else "reads"
                 self.found.append(f"{what} {how} {buffer.name}; nothing orders it with {other.what}")
             if not (known and writes and start <= other.start and other.end <= end):
                 kept.append(other)
+        if not written and end - start > 1:  # the message that connects two ranks is a byte, whatever it is
+            self.found.append(f"{what} reads {buffer.name}; nothing orders it with a write, for there was none")
         buffer.accesses = [*kept, access]
 
     def free(self, buffer: Buffer, clock: Clock, what: str) -> None:

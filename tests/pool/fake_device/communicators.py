@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+
 from torch import Tensor
 
 from tests.pool.fake_device.devices import Device, Operation, Part, Stream
@@ -35,11 +36,15 @@ class FakeWork:
     def __init__(self, device: Device, operation: Operation):
         self._device, self.operation = device, operation
 
+    def synchronize(self) -> None:
+        """Have the current stream wait, not the host."""
+        self._device.launch(f"wait for [{self.operation}]", after=[self.operation])
+
     def wait(self) -> bool:
-        """Have the current stream wait, not the host: with no limit, torch's does so."""
+        """The same, but an error is raised."""
         if self.operation.aborted:
             raise RuntimeError(f"NCCL communicator was aborted on rank {self._device.rank}.")
-        self._device.launch(f"wait for {self.operation}", after=[self.operation])
+        self.synchronize()
         return True
 
     def is_completed(self) -> bool:

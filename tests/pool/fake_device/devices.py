@@ -2,9 +2,9 @@
 
 What is modelled, after torch 2.13 and NCCL 2.30:
 
-- An operation starts when it is the first of its queue, when what it depends on is done, and when the device has the SMs
-  it needs. A compute kernel needs one; a group of sends and receives needs the communicator's CTAs, from its start to
-  its end, even while it only waits for a peer. Event records and waits, copies and frees need none.
+- An operation starts when it is the first of its queue, when what it depends on is done, and when the device has the
+  SMs it needs. A compute kernel needs one; a group of sends and receives needs the communicator's CTAs, from its start
+  to its end, even while it only waits for a peer. Event records and waits, copies and frees need none.
 - Streams take the device's queues in turn, so that streams beyond their number share one, and wait for each other.
 - A send and a receive of one communicator and direction meet in the order in which each side started them. The parts of
   a group progress independently. A buffered send ends when it starts; otherwise it ends when its receive has started.
@@ -49,7 +49,20 @@ class Part:
 class Operation:
     """Something launched on a stream."""
 
-    __slots__ = ("aborted", "after", "clock", "done", "followers", "lost", "name", "not_before", "parts", "reads", "run")
+    __slots__ = (
+        "aborted",
+        "after",
+        "clock",
+        "done",
+        "ended",
+        "followers",
+        "lost",
+        "name",
+        "not_before",
+        "parts",
+        "reads",
+        "run",
+    )
     __slots__ += ("running", "signal", "sms", "stream", "writes")
 
     def __init__(
@@ -66,7 +79,7 @@ class Operation:
         self.name, self.stream, self.sms, self.run, self.parts = name, stream, sms, run, parts
         self.reads, self.writes = reads, writes
         self.after = [other for other in after if other is not None]
-        self.not_before = 0.0
+        self.not_before = self.ended = 0.0
         self.running = self.done = self.aborted = self.lost = False
         self.followers: list[Queue] = []
         self.signal = Signal()
@@ -80,7 +93,8 @@ class Operation:
     def state(self) -> str:
         """What it waits for."""
         if self.running:
-            return "is lost" if self.lost else "runs until the peer's starts: " + ", ".join(str(part) for part in self.parts if not part.done)
+            parts = ", ".join(str(part) for part in self.parts if not part.done)
+            return "is lost" if self.lost else f"runs until the peer's starts: {parts}"
         waits = [other for other in self.after if not other.done]
         if waits:
             return f"waits for [{waits[0]}]"
@@ -239,12 +253,12 @@ class Device:
             stream.clock[stream.name] = stream.events
             operation.clock = dict(stream.clock)
             self._check(operation)
+        if operation.lost:
+            return
         if operation.run:
             operation.run()
         if not operation.parts:
             self.finish(operation)
-            return
-        if operation.lost:
             return
         meetings = []
         for part in operation.parts:
@@ -275,7 +289,7 @@ class Device:
         """End an operation: its SMs are free, and what depends on it is looked at."""
         if operation.done:
             return
-        operation.done, operation.aborted = True, aborted
+        operation.done, operation.aborted, operation.ended = True, aborted, self.world.now
         if operation.running:
             self.free_sms += operation.sms
             short, self.short_of_sms = self.short_of_sms, []
@@ -300,9 +314,19 @@ class HostAccesses(TorchFunctionMode):
     torch functions that look at a tensor's shape, or make views, touch nothing.
     """
 
-    LOOKS = frozenset(
-        "__get__ __len__ as_strided contiguous data_ptr dim element_size is_contiguous numel reshape size split storage_offset stride"
-        " to untyped_storage view".split()
+    LOOKS = (
+        *(
+            "__get__",
+            "__len__",
+            "as_strided",
+            "contiguous",
+            "data_ptr",
+            "dim",
+            "element_size",
+            "is_contiguous",
+            "numel",
+        ),
+        *("reshape", "size", "split", "storage_offset", "stride", "to", "untyped_storage", "view"),
     )
 
     def __init__(self, device: Device):
@@ -322,7 +346,9 @@ class HostAccesses(TorchFunctionMode):
         assert races
         if buffer.stream is not None:
             races.found.append(f"{actor.clock_key} does {name} with {buffer.name}, which is on the device")
-        races.access(buffer, *_range(tensor), writes, actor.clock_key, races.stamp(actor), f"{name} by {actor.clock_key}")
+        races.access(
+            buffer, *_range(tensor), writes, actor.clock_key, races.stamp(actor), f"{name} by {actor.clock_key}"
+        )
 
 
 def _range(tensor: Tensor) -> tuple[int, int]:
@@ -348,4 +374,3 @@ def _meet(send: Part, receive: Part) -> None:
         operation = part.operation
         if all(other.done for other in operation.parts):
             operation.stream.device.finish(operation)
-

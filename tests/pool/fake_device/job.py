@@ -1,4 +1,4 @@
-"""A step of training in a world: the product's own wire, service, lanes and schedules, with experts and trunks of toy size.
+"""A step of training in a world: the product's own wire, service, lanes and schedules, with toys that compute.
 
 Their arithmetic is launched on the devices of the world, so that it happens when its stream gets there. Its results
 depend on the order of everything that is added up.
@@ -7,6 +7,7 @@ depend on the order of everything that is added up.
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -22,13 +23,14 @@ import trainer.model.pool_client
 from pool.counts import Counts
 from pool.schedule import Kind
 from pool.service import PoolService
+from pool.wire.clock import StreamClock
 from pool.wire.contract import DeviceGroups, WireGroups, WireSettings
 from pool.wire.nccl import MAX_CTAS, NcclCommunicator
 from tests.pool.fake_device.communicators import FakeNccl, Meeting
 from tests.pool.fake_device.devices import Device
 from tests.pool.fake_device.gloo import FakeGloo, Mail
 from tests.pool.fake_device.plans import Case
-from tests.pool.fake_device.streams import FakeStreams
+from tests.pool.fake_device.streams import FakeStreams, TimedEvent
 from tests.pool.fake_device.threads import installed
 from tests.pool.fake_device.world import Policy, World
 from trainer.model.micro_batch import Request
@@ -154,7 +156,7 @@ class Step:
         self._lanes = [Mail(self.world) for _ in range(1 + max(map(max, self.schedule.lane_order)))]
         self.devices = [Device(self.world, rank, self.queues, self.sms, self.buffered) for rank in ranks]
 
-    def run(self) -> dict[int, Any]:
+    def run(self) -> dict[int, list[Tensor]]:
         """Run it to its end; return what each rank has computed.
 
         Raises:
@@ -170,8 +172,11 @@ class Step:
         roles = {rank: self._trunk if self.topology.is_trunk(rank) else self._pool for rank in range(len(self.devices))}
         wires = [module for name, module in sys.modules.items() if name.startswith("pool.wire")]
         modules = [*wires, pool.service, trainer.model.pool_client]
-        with installed(*modules, ExpertServer=Server):
-            return self.world.run({rank: lambda rank=rank, role=role: role(rank) for rank, role in roles.items()})
+        with installed(*modules, ExpertServer=Server, clock_of=lambda device: StreamClock(TimedEvent)):
+            threads = threading.active_count()
+            actors = self.world.run({rank: lambda rank=rank, role=role: role(rank) for rank, role in roles.items()})
+            assert threading.active_count() == threads, "the product has started a thread that is not of this world"
+            return actors
 
     def _settings(self, rank: int) -> WireSettings:
         place = torch.device("cuda" if self.on_device else "cpu")
@@ -206,7 +211,7 @@ class Step:
         wire.settle()
         return [on.read(value) for value in values]
 
-    def _pool(self, rank: int) -> Tensor:
+    def _pool(self, rank: int) -> list[Tensor]:
         on = self._on(rank)
         scales_e = on.empty(EXPERTS, dtype=torch.float32)
         gradients_e = on.empty(EXPERTS, dtype=torch.float32)
@@ -215,10 +220,11 @@ class Step:
         shard = SimpleNamespace(
             on=on, scales_e=scales_e, gradients_e=gradients_e, expert_ids=range(EXPERTS), deferred_dw=NothingDeferred()
         )
+        shard.w2_eDF = scales_e
         wire = pool.wire.pool_wire(self._settings(rank), self._groups(rank, on))
         PoolService(shard, wire, self.case.layers).serve(self.schedule.slots, STEP)  # type: ignore[arg-type]
         wire.settle()
-        return on.read(gradients_e)
+        return [on.read(gradients_e)]
 
     def _micro_batch(self, on: OnDevice | OnHost, rank: int, number: int) -> Generator[Request, Tensor, Tensor]:
         """Forward and backward of a micro-batch, whose state is a row that every segment adds to."""
@@ -263,9 +269,8 @@ def step(case: Case, policy: Policy = "host", seed: int = 0, races: bool = False
     return Step(case, World(case.topology.world_size, policy, seed, races), **settings)
 
 
-def equal(one: dict[int, Any], other: dict[int, Any]) -> bool:
+def equal(one: dict[int, list[Tensor]], other: dict[int, list[Tensor]]) -> bool:
     """Whether two steps have computed the same, bit for bit."""
     return one.keys() == other.keys() and all(
-        all(map(torch.equal, one[rank], other[rank])) if isinstance(one[rank], list) else torch.equal(one[rank], other[rank])
-        for rank in one
+        len(one[rank]) == len(other[rank]) and all(map(torch.equal, one[rank], other[rank])) for rank in one
     )

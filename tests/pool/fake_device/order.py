@@ -1,8 +1,8 @@
 """Whether a plan can deadlock, from the plan alone: a graph of all launches and runs, without threads and devices.
 
-A node is something that happens once: a thread launches an operation or does something else, the operation starts on its
-device, it ends. An edge says that one needs another. If there is no cycle, a step gets to its end, however fast or slow
-anything is.
+A node is something that happens once: a thread launches an operation or does something else, the operation starts on
+its device, it ends. An edge says that one needs another. If there is no cycle, a step gets to its end, however fast or
+slow anything is.
 
 Shards whose messages a trunk rank sends and receives in the same groups are taken together, as one node each for what
 happens on all of them. Every need between two such shards is then one of this smaller graph, so a cycle over shards
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -241,7 +242,8 @@ def order_of_specimen(topology: Topology, schedule: PoolSchedule, lanes_apart: i
     count = len(plan.requests)
     headers = g.operations("the header of request", count)
     sends, comes = g.operations("the send of request", count), g.operations("the receive of request", count)
-    backs, answers = g.operations("the send of the answer to", count), g.operations("the receive of the answer to", count)
+    backs = g.operations("the send of the answer to", count)
+    answers = g.operations("the receive of the answer to", count)
     g.meet(sends, comes)
     g.meet(backs, answers)
     for rank, segments in enumerate(plan.segments):
@@ -268,7 +270,7 @@ def order_of_specimen(topology: Topology, schedule: PoolSchedule, lanes_apart: i
         receives = [comes[r] for place in mine for r in plan.slots[place][1]]
         g.thread(np.array(receives))
         g.thread(experts[mine])
-        for slot, following in zip(mine, mine[1:], strict=False):
+        for slot, following in pairwise(mine):
             g.need(comes[plan.slots[following][1]], comes[plan.slots[slot][1][-1:]] + END)
     for place, (_, requests) in enumerate(plan.slots):
         g.need(experts[place : place + 1], comes[requests] + END)  # the receiver waits for each of them

@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 
 from pool.schedule import PoolSchedule
-from pool.schedule_builder import build_training_schedule
+from pool.schedule_builder import Costs, build_training_schedule
 from pool.topology import Topology
 from trainer.config.recipe import Recipe, load_recipe
 from trainer.planning.schedule import ScheduleSpec, make_schedule
@@ -55,6 +55,18 @@ def reduced(name: str, hardware: str | None, layers: int = 3, shards: int = 2) -
     micro_batches = spec.lanes + 1
     stagger = spec.recipe.parallel.stagger
     schedule = build_training_schedule(topology, layers, micro_batches, spec.lanes, stagger, spec.costs)
+    return Case(topology, schedule, layers, micro_batches)
+
+
+def old(name: str, micro_batches: int = 8) -> Case:
+    """The step of unipool-182m or 978m on H100s as it was planned when payloads travelled as in the specimen."""
+    if name == "unipool-182m":
+        topology, layers = Topology(4, 4, 4), 12
+        costs = Costs(trunk_layer=161e-6, head=2606e-6, pool_layer=84e-6, slot=151e-6, transfer=156e-6)
+    else:
+        topology, layers = Topology(8, 16, 16), 24
+        costs = Costs(trunk_layer=257e-6, head=2606e-6, pool_layer=42e-6, slot=253e-6, transfer=156e-6)
+    schedule = build_training_schedule(topology, layers, micro_batches, 4, True, costs)
     return Case(topology, schedule, layers, micro_batches)
 
 

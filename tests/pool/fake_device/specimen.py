@@ -126,7 +126,9 @@ class Specimen:
         device, gloo, pairs = self._groups(rank)
         streams, receiver = FakeStreams(device), Executor(1, "receiver")
         aside = streams.new()
-        mine = [[k for k in slot if k.trunk_rank in self.topology.served_trunk_ranks(rank)] for slot in self.schedule.slots]
+        mine = [
+            [k for k in slot if k.trunk_rank in self.topology.served_trunk_ranks(rank)] for slot in self.schedule.slots
+        ]
 
         def receive(keys: Sequence[RequestKey]) -> None:
             with streams.on(aside):
@@ -149,5 +151,3 @@ class Specimen:
             device.kernel("experts")
             for key in keys:
                 sending[key.trunk_rank, key.lane] = pairs[key.lane].send(torch.zeros(1), key.trunk_rank)
-
-

@@ -34,6 +34,20 @@ class FakeEvent:
         return self.operation.done
 
 
+class TimedEvent:
+    """`torch.cuda.Event` with timing."""
+
+    def record(self) -> None:
+        device = current().world.devices[current().rank]
+        self._operation = device.launch(f"time of {device.current().name}")
+
+    def query(self) -> bool:
+        return self._operation.done
+
+    def elapsed_time(self, other: TimedEvent) -> float:
+        return 1000 * (other._operation.ended - self._operation.ended)
+
+
 class FakeStreams:
     """See `pool.wire.streams.Streams`."""
 
@@ -99,7 +113,7 @@ class FakeStreams:
 
 
 def _free(device: Device, buffer: Buffer) -> None:
-    """The memory goes back to the stream that it came from, once the streams named by record_stream are done with it."""
+    """Give memory back to the stream that it came from, once the streams named by record_stream are done with it."""
     races = device.world.races
     assert races
     try:

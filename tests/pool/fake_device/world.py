@@ -20,7 +20,7 @@ from typing import Any, Literal
 from tests.pool.fake_device.clocks import Clock, Races
 
 Policy = Literal["host", "device", "random"]
-REAL_LIMIT = 120.0
+REAL_LIMIT = 300.0
 """Seconds of real time after which a run must have a thread that waits for something outside of this model."""
 
 NOTHING: Clock = {}

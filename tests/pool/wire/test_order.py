@@ -1,4 +1,4 @@
-"""No plan of a shipped recipe can deadlock on the device wire: a proof by a graph, see `tests.pool.fake_device.order`."""
+"""No plan of a shipped recipe can deadlock on the device wire: a proof by graphs (`tests.pool.fake_device.order`)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 from pool.schedule import PoolSchedule
 from pool.wire.nccl import MAX_CTAS
 from tests.pool.fake_device.order import order_of_device_wire, order_of_specimen
-from tests.pool.fake_device.plans import DEDICATED, HARDWARE, plan, whole
+from tests.pool.fake_device.plans import DEDICATED, HARDWARE, old, plan, whole
 
 
 @pytest.mark.parametrize("hardware", HARDWARE)
@@ -19,7 +19,15 @@ def test_every_plan_gets_to_its_end(name: str, hardware: str | None) -> None:
     assert graph.cycle() == []
 
 
-@pytest.mark.parametrize("name", DEDICATED)
+@pytest.mark.parametrize("hardware", HARDWARE)
+@pytest.mark.parametrize("name", ["quickstart", "unipool-182m"])
+def test_parts_of_a_group_one_after_the_other(name: str, hardware: str | None) -> None:
+    """Nothing depends on NCCL's running the messages of a group at the same time."""
+    case = whole(name, hardware)
+    assert order_of_device_wire(case.topology, case.schedule, group=1).cycle() == []
+
+
+@pytest.mark.parametrize("name", ["quickstart", "unipool-182m", "unipool-978m"])
 def test_evaluations_and_generations(name: str) -> None:
     spec = plan(name, None)
     generation = spec.generation(3)  # whose lane order is that of one token
@@ -35,7 +43,7 @@ def test_waiting_kernels_leave_room() -> None:
 
 def test_orders_of_the_old_wire_have_cycles() -> None:
     """Those that `tests.pool.wire.test_old_deadlocks` runs into."""
-    small, large = whole("unipool-182m", "h100"), whole("unipool-978m", "h100")
+    small, large = old("unipool-182m"), old("unipool-978m")
     assert order_of_specimen(small.topology, small.schedule, lanes_apart=4).cycle() == []
     stuck = order_of_specimen(small.topology, small.schedule, lanes_apart=4, enough_sms=False).cycle()
     assert any("the receive of the answer" in step for step in stuck)

@@ -24,8 +24,8 @@ WAYS: list[dict[str, Any]] = [
 ]
 
 
-def runs(name: str = "quickstart") -> Iterator[Step]:
-    for way in WAYS:
+def runs(name: str, ways: list[dict[str, Any]]) -> Iterator[Step]:
+    for way in ways:
         run = step(reduced(name, "h100", layers=2), races=True, **way)
         try:
             run.run()
@@ -36,7 +36,7 @@ def runs(name: str = "quickstart") -> Iterator[Step]:
 
 @pytest.mark.parametrize("name", ["quickstart", "unipool-182m"])
 def test_all_accesses_are_ordered(name: str) -> None:
-    for run in runs(name):
+    for run in runs(name, WAYS):
         races = run.world.races
         assert races is not None
         assert races.found == []
@@ -44,18 +44,18 @@ def test_all_accesses_are_ordered(name: str) -> None:
         assert races.accesses > 10 * requests and races.frees > 3 * requests
 
 
-def found(name: str = "quickstart") -> list[list[str]]:
-    return [run.world.races.found for run in runs(name) if run.world.races]
+def found() -> list[list[str]]:
+    return [run.world.races.found for run in runs("quickstart", WAYS[1:3]) if run.world.races]
 
 
 def test_a_stream_that_does_not_wait_for_an_event(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FakeStreams, "wait", lambda self, event: None)
     for races in found():
-        assert any("[experts' forward] on compute" in race and "nothing orders it with [" in race for race in races)
+        assert any("[experts' forward] on compute" in race and "nothing orders it with " in race for race in races)
 
 
 def test_a_stream_that_does_not_wait_for_a_receive(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(FakeWork, "wait", lambda self: None)
+    monkeypatch.setattr(FakeWork, "synchronize", lambda self: None)
     for races in found():
         assert any("[combine]" in race and "[receive answers 1->0]" in race for race in races)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.distributed import RankFailed, join, run_ranks
 from tests.training import Outcome, assert_same, run_training, tiny
@@ -154,3 +155,15 @@ def test_no_whole_checkpoint_is_an_error_not_a_new_start(checkpoints: Path) -> N
     with pytest.raises(RankFailed, match=r"all its checkpoints are damaged \(step_00000002: load.npy does not have"):
         run_ranks(2, chosen, tiny(**RECIPE), checkpoints)
     assert len(list(checkpoints.glob("step_*"))) == 2
+
+
+@pytest.mark.slow
+def test_a_compiled_run_resumes_bit_for_bit(tmp_path: Path) -> None:
+    """On two trunk ranks, whose engines are built when both have compiled; and the numbers are eager's."""
+    recipe = tiny(parallel={"trunk_ranks": 2}, train={"compile": True})
+    run_training(recipe, 1, save_to=tmp_path)
+    whole, resumed = run_training(recipe, 2), run_training(recipe, 2, resume_from=tmp_path)
+    assert resumed.scalars == whole.scalars[1:] and resumed.val_loss == whole.val_loss
+    for name, weight in whole.weights.items():
+        torch.testing.assert_close(resumed.weights[name], weight, rtol=0, atol=0)
+    assert_same(whole, run_training(tiny(parallel={"trunk_ranks": 2}), 2))

@@ -30,6 +30,7 @@ WRONG = {
     "parallel.pool_ranks=3": "pool.experts = 64: must be divisible by the shards of the pool (3)",
     "parallel.expert_parallel=2": "parallel.expert_parallel = 2: must divide parallel.pool_ranks (1)",
     "parallel.trunk_zero=4": "parallel.trunk_zero = 4: must be 0, 1, 2 or 3",
+    "train.compile=auto": "train.compile = 'auto': must be a valid boolean",
     "parallel.pool_zero=3": "parallel.pool_zero = 3: must be 0, 1 or 2",
     "parallel={trunk_ranks: 2, pool_ranks: 1, trunk_zero: 3}": "parallel.trunk_zero = 3: needs parallel.lanes=1",
     "model.ffn=dense": "pool.experts = 64: must be 0 with model.ffn = dense",
@@ -64,6 +65,11 @@ def test_wrong_keys_and_values(override: str, message: str) -> None:
 def test_unknown_recipe_suggests_names() -> None:
     with pytest.raises(UserError, match="did you mean: quickstart"):
         load_recipe("quikstart")
+
+
+def test_zero_3_is_never_compiled() -> None:
+    with pytest.raises(UserError, match="train.compile = True: must be false or left out with parallel.trunk_zero = 3"):
+        load_recipe("quickstart", ["parallel.trunk_zero=3", "train.compile=true"])
 
 
 def test_probed_layers() -> None:

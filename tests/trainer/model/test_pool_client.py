@@ -9,9 +9,8 @@ from typing import Any, cast
 import pytest
 import torch
 
-from pool import clock
 from pool.schedule import Kind
-from pool.wire import TrunkWire
+from pool.wire import TrunkWire, clock
 from tests.pool.shard_work import COUNTS, make_shard, make_work
 from tests.pool.test_weight_gradients import deferred_bytes_of
 from trainer.model.micro_batch import Request

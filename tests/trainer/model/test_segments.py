@@ -16,6 +16,7 @@ from torch import Tensor
 from pool.placement import contiguous
 from tests.trainer.model.fused_for_cuda import Counter
 from tests.training import END, tiny, tokens
+from trainer.common.errors import UserError
 from trainer.config.recipe import Recipe
 from trainer.model import segments
 from trainer.model.micro_batch import (
@@ -219,3 +220,14 @@ def test_nothing_is_compiled_on_cpus_by_default() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=240)
     assert done.stdout.split() == ["False"]
+
+
+def test_a_compiler_that_fails_is_one_line() -> None:
+    def fails(gm: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        raise RuntimeError("no compiler\nand more")
+
+    recipe = tiny()
+    trunk = trunk_of(recipe, compiled_by(fails))
+    trunk.compiled = True
+    with pytest.raises(UserError, match=r"^train.compile: .*no compiler.*set train.compile: false$"):
+        warm_up(trunk, map_of(recipe), recipe)
