@@ -64,7 +64,7 @@ def plan(
     devices: int | None,
     interconnect: float | None,
 ) -> None:
-    """Print parameters, memory, tokens, FLOPs and the recommended trunk:pool split of RECIPE.
+    """Print parameters, memory, tokens, FLOPs and the best trunk:pool split of RECIPE, and warn where it does not fit.
 
     With --hardware, also predict how long a step takes, whether the wire limits it, and which splits are fastest.
 

@@ -63,6 +63,8 @@ def _changes(recipe: Recipe, lanes: int) -> Iterator[tuple[str, Recipe, int]]:
         while more <= experts and experts % more == 0:
             layout = _with(recipe, "parallel", pool_ranks=more, expert_parallel=None)
             yield f"parallel.pool_ranks={more}", layout, lanes
+            if lanes > 1:
+                yield f"parallel.pool_ranks={more} with parallel.lanes=1", layout, 1
             more *= 2
 
 

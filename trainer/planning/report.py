@@ -24,7 +24,8 @@ ASSUMPTIONS = (
     "Activations are what autograd saves on a CPU; fused kernels on a GPU save less.",
     "Expert activations assume an even load over the shards; a layout should leave 10% free for uneven ones.",
     "Assumed, not measured: CUDA's context takes 0.7 GB, a communicator 8 or 24 channels of 9.6 MB to each peer.",
-    "Splits assume that a FLOP takes equally long on both roles, and that the roles' work overlaps completely.",
+    "Splits assume that a FLOP takes equally long on both roles, and that the roles' work overlaps completely; "
+    "--hardware simulates steps, in which launches take time too.",
 )
 
 
@@ -191,7 +192,7 @@ def _memory_table(report: CostReport) -> Table:
 def _split_table(report: CostReport) -> Table:
     table = new_table("Trunk and pool ranks", "", "trunk", "pool", "busy at best")
     table.add_row("ideal ratio", f"{report.trunk_to_pool:.2f}", "1", "100%")
-    for name, split in (("this recipe", report.split), ("recommended", report.recommended)):
+    for name, split in (("this recipe", report.split), ("best by FLOPs", report.recommended)):
         if split:
             table.add_row(name, str(split.trunk_ranks), str(split.pool_ranks), percent(split.busy))
     return table

@@ -46,6 +46,14 @@ def test_no_warning_where_all_fit_and_a_general_one_where_nothing_helps() -> Non
     assert "use more pool ranks" in trunk and "use more pool ranks" in pool
 
 
+def test_a_colocated_pool_gets_ranks_of_its_own_and_fewer_lanes_if_need_be() -> None:
+    recipe = load_recipe("unipool-469m", ("parallel.pool_ranks=0", "parallel.trunk_ranks=8"))
+    (warning,) = memory_warnings(recipe, 4, H100.memory, "h100")
+    assert ": parallel.pool_ranks=8 with parallel.lanes=1 needs " in warning
+    apart = load_recipe("unipool-469m", ("parallel.trunk_ranks=8", "parallel.pool_ranks=8"))
+    assert fits(apart, 1, H100.memory) and not fits(apart, 4, H100.memory)
+
+
 def test_plan_warns_in_a_line_and_in_json() -> None:
     arguments = ["plan", "unipool-978m", "--set", "parallel.pool_ranks=0"]
     shown = CliRunner().invoke(cli, arguments)

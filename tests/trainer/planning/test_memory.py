@@ -76,6 +76,10 @@ SHAPES = {
         *(*WIDE, "pool.experts=96", "model.ffn_hidden=512", "train.global_batch=16", "parallel.lanes=1"),
         *("parallel.trunk_zero=0", "parallel.pool_zero=1", "parallel.pool_ranks=0", "train.recompute=true"),
     ),
+    "bf16": (
+        *(*DENSE, "model.vocab=8000", "model.seq_len=128", "train.micro_batch=8", "train.global_batch=16"),
+        *("parallel.pool_ranks=0", "parallel.trunk_zero=0", "train.precision=bf16", "train.loss_chunk=256"),
+    ),
     "zero 2": (*DENSE, *SHORT, "parallel.trunk_ranks=2", "parallel.pool_ranks=0", "parallel.trunk_zero=2"),
     "zero 3": (*DENSE, *SHORT, "parallel.trunk_ranks=2", "parallel.pool_ranks=0", "parallel.trunk_zero=3"),
 }

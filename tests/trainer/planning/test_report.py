@@ -275,7 +275,7 @@ def test_tables(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     print_cost_report(make_cost_report(load_recipe(name)))
     text = capsys.readouterr().out
     assert ("777.9M" if name == "unipool-182m" else "182.5M") in text
-    assert ("recommended" in text) == (name == "unipool-182m")
+    assert ("best by FLOPs" in text) == (name == "unipool-182m")
     assert "Memory is an estimate" in text
 
 
