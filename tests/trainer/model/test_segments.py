@@ -167,6 +167,7 @@ def test_in_bf16() -> None:
         assert (value - theirs[name]).norm() < 0.05 * theirs[name].norm(), name
 
 
+@pytest.mark.slow
 def test_inductor() -> None:
     """Three steps of plain gradient descent: loss, load and gradients as eager; and the same bits in a second run."""
     recipe = tiny(router={"kind": "norm", "top_k": 2, "z_loss": 0.03})
