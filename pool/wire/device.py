@@ -1,8 +1,8 @@
 """Payloads on GPUs: a transport that launches only what can finish without anything that is not launched yet.
 
 A send or a receive of NCCL is a kernel that holds SMs until its peer runs too. So a header says that its payload exists
-and that its send has been launched, and a receive is launched when its header has come: nothing holds SMs while a peer
-computes. No computing thread waits for its device either. It records an event behind a payload and hands both to a
+and that its send has been launched, and a receive is launched when its header has come: no receive holds SMs while a
+peer computes. No computing thread waits for its device either. It records an event behind a payload and hands both to a
 sender thread, which waits for the event, launches the send and writes the header. A receiver thread waits for headers
 and launches receives, and the computing stream waits for them.
 
@@ -15,8 +15,8 @@ and on one stream, and all orders follow the schedule:
   shards together. All shards serve in the same order, and a header says which request it answers.
 
 Take the first message in these orders that is not done: both ends are launched, and everything before it on either
-stream is done, so it gets done. What can happen is that a send waits, on at most `max_ctas` SMs, until an earlier
-receive of its peer has been launched.
+stream is done, so it gets done. What can happen is that a send waits, on at most `pool.wire.nccl.MAX_CTAS` SMs, for
+what its peer launches first: an earlier message, or the same answer together with that of a slower shard.
 """
 
 from __future__ import annotations

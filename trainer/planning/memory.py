@@ -30,8 +30,10 @@ CONTEXT = 700 * 10**6
 """Assumed: CUDA's context with the kernels of torch, NCCL and the compiler, and cuBLAS's workspaces of 32 MiB."""
 CONNECTION = (4 << 20) + (512 << 10) + 8 * 8 * 120 * 640
 """Buffers of NCCL's three protocols for one channel and peer: the defaults in its init.cc."""
-WIRE_CHANNELS, ROLE_CHANNELS = 4, 24
-"""Assumed channels of a communicator: to each peer of the wire, and of the rings and trees of a role."""
+WIRE_CHANNELS = 8
+"""Channels to each peer of the wire: `MAX_CTAS` of `pool.wire.nccl`."""
+ROLE_CHANNELS = 24
+"""Assumed channels of the rings and trees of a role's communicator."""
 ROLE_PEERS = 3
 """Peers of a rank in a role's communicator: one in its ring, two in its tree."""
 

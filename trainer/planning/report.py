@@ -23,7 +23,7 @@ ASSUMPTIONS = (
     "Memory is an estimate for GPUs. The total is the first part and the larger of the other two, which take turns.",
     "Activations are what autograd saves on a CPU; fused kernels on a GPU save less.",
     "Expert activations assume an even load over the shards; a layout should leave 10% free for uneven ones.",
-    "Assumed, not measured: CUDA's context takes 0.7 GB, a communicator 4 to 24 channels of 9.6 MB to each peer.",
+    "Assumed, not measured: CUDA's context takes 0.7 GB, a communicator 8 or 24 channels of 9.6 MB to each peer.",
     "Splits assume that a FLOP takes equally long on both roles, and that the roles' work overlaps completely.",
 )
 

@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from pool.shard import ExpertShard
+from pool.wire.nccl import MAX_CTAS
 from trainer.cli import cli
 from trainer.common.errors import UserError
 from trainer.common.format import count
@@ -19,7 +20,7 @@ from trainer.config.recipe import Recipe, load_recipe, recipe_names
 from trainer.model.micro_batch import Objective, PoolMap, train_dense_micro_batch, train_micro_batch
 from trainer.model.pool_client import LocalPool, PoolClient
 from trainer.model.trunk import Trunk
-from trainer.planning.memory import CONTEXT, MEMORY_KINDS, Memory, estimate_memory
+from trainer.planning.memory import CONTEXT, MEMORY_KINDS, WIRE_CHANNELS, Memory, estimate_memory
 from trainer.planning.model_costs import FP32, count_flops, count_parameters
 from trainer.planning.report import make_cost_report, print_cost_report
 
@@ -163,6 +164,10 @@ def memory_of(name: str, *overrides: str) -> tuple[Memory, ...]:
 def bytes_per_parameter(memory: Memory) -> float:
     state = memory.weights + memory.compute_copies + memory.gradients + memory.optimizer
     return state / memory.parameters
+
+
+def test_channels_are_those_of_the_wire() -> None:
+    assert WIRE_CHANNELS == MAX_CTAS
 
 
 def test_pool_memory() -> None:
