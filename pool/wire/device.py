@@ -35,6 +35,7 @@ from pool.counts import Counts
 from pool.schedule import RequestKey
 from pool.wire.check import altered, fingerprint, not_conserved, not_finite
 from pool.wire.contract import End, Exchange, WireError, WireGroups, WireSettings
+from pool.wire.reasons import ran_out
 from pool.wire.streams import Communicator, Event, Streams, Work
 from pool.wire.watcher import Watcher, Worker
 
@@ -55,8 +56,14 @@ class _Header:
     exchange: Exchange
 
     def wait(self) -> None:
-        with self.end.naming(self.doing, self.exchange):
-            self.work.wait(self.end.limit)
+        """Wait for it. If it is late, so is a message that was launched before the wait, which may be the reason."""
+        since = time.monotonic()
+        try:
+            with self.end.naming(self.doing, self.exchange):
+                self.work.wait(self.end.limit)
+        except WireError as error:
+            late = self.end.watcher.late(since) if ran_out(str(error.__cause__)) else None
+            raise late or error from error.__cause__
 
 
 class _DeviceEnd(End):

@@ -155,14 +155,22 @@ class Watcher:
         last = time.monotonic()
         while self._wait_for_work(_TIME_SECONDS):
             now = time.monotonic()
-            firsts = [launched[0] for launched in map(list, self._launched.values()) if launched]
-            for first in firsts:
-                if now - first.since > self._limit().total_seconds():
-                    self.fail(first.failed(TimeoutError("timed out")))
-            if firsts and now - last > _LOST_SECONDS:
+            if error := self.late(now - self._limit().total_seconds()):
+                self.fail(error)
+            if (oldest := self._oldest()) and now - last > _LOST_SECONDS:
                 last = now
                 if lost := self._lost():
-                    self.fail(firsts[0].failed(RuntimeError(f"{lost} died")))
+                    self.fail(oldest.failed(RuntimeError(f"{lost} died")))
+
+    def late(self, since: float) -> BaseException | None:
+        """Return the error of a message that was launched by `since` (time.monotonic) and is not done; None if none."""
+        oldest = self._oldest()
+        return oldest.failed(TimeoutError("timed out")) if oldest and oldest.since <= since else None
+
+    def _oldest(self) -> _Launched | None:
+        """Return what has been under way for longest."""
+        firsts = [launched[0] for launched in map(list, self._launched.values()) if launched]
+        return min(firsts, key=lambda first: first.since, default=None)
 
 
 class Worker(Generic[T]):
