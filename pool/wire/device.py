@@ -75,7 +75,8 @@ class _DeviceEnd(End):
         self._host = groups.host
         self._requests, self._answers = groups.device.requests, groups.device.answers
         self.streams: Streams = groups.device.streams
-        self.watcher = Watcher(lambda: self.limit, [self._requests, self._answers], groups.device.lost)
+        communicators = [self._requests, self._answers]
+        self.watcher = Watcher(lambda: self.limit, communicators, groups.device.lost, self.streams.enter)
         self._sending, self._receiving = self.streams.new(), self.streams.new()
 
     def settle(self) -> None:
