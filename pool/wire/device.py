@@ -75,7 +75,8 @@ class _DeviceEnd(End):
         self._host = groups.host
         self._requests, self._answers = groups.device.requests, groups.device.answers
         self.streams: Streams = groups.device.streams
-        self.watcher = Watcher(lambda: self.limit, [self._requests, self._answers], groups.device.lost)
+        communicators = [self._requests, self._answers]
+        self.watcher = Watcher(lambda: self.limit, communicators, groups.device.lost, self.streams.enter)
         self._sending, self._receiving = self.streams.new(), self.streams.new()
 
     def settle(self) -> None:
@@ -149,7 +150,6 @@ class _Request:
     Attributes:
         counts_M: Pinned; filled at `ready`, as the rows are.
         counts_se: The same by shard, once they are known.
-        headers: Those that have been sent, by shard.
     """
 
     key: RequestKey
@@ -159,7 +159,6 @@ class _Request:
     ready: Event
     answer: DeviceAnswer
     counts_se: list[list[int]] = field(default_factory=list)
-    headers: list[_Header] = field(default_factory=list)
 
     def exchange(self, peer: int) -> Exchange:
         return Exchange(peer, self.key, self.step)
@@ -173,6 +172,7 @@ class DeviceTrunk(_DeviceEnd):
         topology = settings.topology
         self._shards = [topology.pool_rank(shard, settings.rank) for shard in range(topology.expert_parallel)]
         self._open: dict[tuple[int, ...], _Request] = {}  # requests that have been sent, by the fields of their headers
+        self._sent_headers: dict[int, list[_Header]] = {}  # the last ones, by lane
         self._sender: Worker[_Request] = Worker("sender", self._send, self.watcher)
         self._receiver: Worker[int] = Worker("receiver", self._receive, self.watcher)
 
@@ -200,7 +200,9 @@ class DeviceTrunk(_DeviceEnd):
                 self._check_finite(rows, "the tokens to", exchange)
             self._launch(self._requests, self._requests.send, parts, "send tokens to")
             self._open[tuple(exchanges[0].fields)] = request
-            request.headers += [
+            for header in self._sent_headers.pop(request.key.lane, ()):
+                header.wait()  # it has come, since the lane makes its next request
+            self._sent_headers[request.key.lane] = [
                 self._send_header(exchange, counts, rows, _REQUEST_TAG, "send a header to")
                 for counts, (exchange, rows) in zip(request.counts_se, parts, strict=True)
             ]
@@ -208,7 +210,7 @@ class DeviceTrunk(_DeviceEnd):
 
     def _receive(self, shards: int) -> None:
         """Receive the next answer, of whichever request it is, once the headers of all shards have come."""
-        expected = next(iter(self._open.values()))
+        expected = list(self._open.values())[0]  # noqa: RUF015  # an iterator would not let the sender add to it
         doing = "get the answer's header of"
         headers = [self._get_header(expected.exchange(peer), _ANSWER_TAG, doing) for peer in self._shards]
         splits = []
@@ -218,7 +220,6 @@ class DeviceTrunk(_DeviceEnd):
             if len(splits) == 1:
                 expected = self._open.pop(tuple(splits[0][0]), expected)
             self.check_fields(splits[-1][0], "an answer", expected.exchange(header.exchange.peer))
-            expected.headers[len(splits) - 1].wait()  # it has come, since it has been answered
             self.bytes_received += header.message.nbytes
         sizes = [sum(counts) for counts in expected.counts_se]
         exchanges = [expected.exchange(peer) for peer in self._shards]

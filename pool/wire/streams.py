@@ -27,6 +27,9 @@ class Event(Protocol):
 class Streams(Protocol):
     """Streams of one device. Each thread has a current stream; at first it is the device's default stream."""
 
+    def enter(self) -> None:
+        """Make the device that of the calling thread, which must do so before anything else."""
+
     def new(self) -> Any:
         """Return a new stream, which does not wait for the default stream."""
 
@@ -57,6 +60,10 @@ class CudaStreams:
 
     def __init__(self, device: torch.device):
         self._device = device
+
+    def enter(self) -> None:
+        """See `Streams.enter`. A thread starts on the first GPU, where even asking an event would make a context."""
+        torch.cuda.set_device(self._device)
 
     def new(self) -> torch.cuda.Stream:
         """See `Streams.new`."""

@@ -49,10 +49,17 @@ class Watcher:
         limit: Says how long a message may take from its launch on.
         communicators: What is aborted at the first error.
         lost: Says which peers are known to be gone; "" if none.
+        enter: What a thread that uses the device does first (`Streams.enter`).
     """
 
-    def __init__(self, limit: Callable[[], timedelta], communicators: Sequence[Communicator], lost: Callable[[], str]):
-        self._limit, self._communicators, self._lost = limit, communicators, lost
+    def __init__(
+        self,
+        limit: Callable[[], timedelta],
+        communicators: Sequence[Communicator],
+        lost: Callable[[], str],
+        enter: Callable[[], None],
+    ):
+        self._limit, self._communicators, self._lost, self.enter = limit, communicators, lost, enter
         self._lock = threading.RLock()
         self._some, self._settled = threading.Condition(self._lock), threading.Condition(self._lock)
         self._launched: dict[Communicator, deque[_Launched]] = {c: deque() for c in communicators}
@@ -137,6 +144,7 @@ class Watcher:
 
     def _ask(self) -> None:
         """Let go of what is done. A communicator's groups end in the order of their launch."""
+        self.enter()
         while self._wait_for_work(_ASK_SECONDS):
             for launched in self._launched.values():
                 while launched:
@@ -196,6 +204,7 @@ class Worker(Generic[T]):
         self._items.put(None)
 
     def _run(self) -> None:
+        self._watcher.enter()
         while (item := self._items.get()) is not None:
             try:
                 self._watcher.check()

@@ -26,6 +26,9 @@ class Done:
 class HostStreams:
     """See `pool.wire.streams.Streams`."""
 
+    def enter(self) -> None:
+        pass
+
     def new(self) -> None:
         return None
 

@@ -130,6 +130,16 @@ def set_allocator() -> None:
         os.environ[_ALLOCATOR[0]] = "expandable_segments:True"
 
 
+def load_kernels_at_start() -> None:
+    """Let CUDA load all kernels when it starts, unless the user configures it. Call it before CUDA is initialised.
+
+    By default a kernel is loaded when it is first launched, with the context locked until the GPU has nothing to do. A
+    message under way ends when its peer launches its own end, for which a locked context has no time: two ranks that
+    exchange messages both ways and load kernels at the same time would wait for each other.
+    """
+    os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
+
+
 def why_none(facts: GpuFacts) -> str:
     """Say in a few words why torch can use no GPU."""
     if facts.built_for is None:

@@ -21,6 +21,7 @@ from trainer.cluster.launch import DONE_FILE
 from trainer.cluster.process_groups import Job
 from trainer.cluster.rendezvous import Launch, provisional_names, rendezvous
 from trainer.common.errors import DIVERGED, START_AGAIN, JobError
+from trainer.common.gpus import load_kernels_at_start
 from trainer.config.recipe import Recipe
 from trainer.data.batches import evaluation_steps
 from trainer.data.prepare import prepare_for
@@ -101,6 +102,8 @@ def _mark_end(launch: Launch) -> None:
 def start(recipe: Recipe, launch: Launch, watch: FaultWatch, force: bool) -> Run:
     """Bring one rank up to the run's next step. A collective of all ranks."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs it to be deterministic
+    if not recipe.grid.colocated:
+        load_kernels_at_start()
     torch.use_deterministic_algorithms(True, warn_only=True)
     if recipe.train.compile is False and torch.cuda.is_available():
         torch.compiler.set_stance("force_eager")

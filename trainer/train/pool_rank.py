@@ -28,7 +28,7 @@ class PoolRank:
     """
 
     def __init__(self, recipe: Recipe, job: Job, schedule: ScheduleSpec, placement: Placement):
-        self._recipe, self._schedule = recipe, schedule
+        self._recipe, self._job, self._schedule = recipe, job, schedule
         self.placement = placement
         self.plan = schedule.step
         index = job.topology.shard(job.rank)
@@ -48,6 +48,7 @@ class PoolRank:
         self._wire.limit = limit
         with self._engine.accumulating():
             self._service.serve(schedule.slots, WARM_UP_STEP)
+            self._job.barrier()  # see `TrunkRank.warm_up`
             reduce_expert_gradients(self._shard, self._recipe)
         self._engine.grad_norm()
         self._wire.settle()

@@ -154,6 +154,7 @@ class TrunkRank:
                 stack.enter_context(engine.accumulating())
             micro_batch = train_micro_batch(self.trunk, self._pool_map, sequences_BS1, 0, objective)
             self._pool.run([micro_batch], order, WARM_UP_STEP)
+            self._job.barrier()  # some ranks may have compiled for longer than a reduction waits
             if self._shard is not None:
                 reduce_expert_gradients(self._shard, recipe)
         for engine in self.engines.values():

@@ -49,6 +49,7 @@ class FakeWork:
 
     def is_completed(self) -> bool:
         """Whether it is done, or has failed."""
+        self._device.use()
         if self.operation.done and self._device.world.races:
             self._device.world.races.learn(current(), self.operation.clock)
         return self.operation.done
@@ -72,6 +73,7 @@ class FakeNccl:
         meeting.join([name], device.rank, device.world.ranks)
 
     def _start_coalescing(self) -> None:
+        self._device.use()
         # torch's maps of events are written without a lock: after its start a communicator belongs to one thread.
         if self._user or current() is not self._maker:
             self._user = self._user or current()

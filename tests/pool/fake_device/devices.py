@@ -198,6 +198,11 @@ class Device:
         """The running thread's current stream."""
         return current().stream or self.default
 
+    def use(self) -> None:
+        """Check that the running thread has chosen this device: torch would make a context on the first one."""
+        if not current().has_device:
+            raise ModelError(f"{current().name} of rank {self.rank} uses a device that it has not chosen")
+
     def launch(self, name: str, stream: Stream | None = None, **keywords: Any) -> Operation:
         """Launch an operation on a stream; see `Operation`."""
         actor, world = current(), self.world

@@ -125,6 +125,7 @@ class Specimen:
     def _pool(self, rank: int) -> None:
         device, gloo, pairs = self._groups(rank)
         streams, receiver = FakeStreams(device), Executor(1, "receiver")
+        receiver.submit(streams.enter)
         aside = streams.new()
         mine = [
             [k for k in slot if k.trunk_rank in self.topology.served_trunk_ranks(rank)] for slot in self.schedule.slots

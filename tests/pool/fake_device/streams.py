@@ -25,10 +25,12 @@ class FakeEvent:
     def synchronize(self) -> None:
         """Block the calling thread until the stream has come to this point."""
         operation = self.operation
+        self.device.use()
         self.device.world.wait(lambda: operation.done, operation.signal, f"the end of [{operation}]")
 
     def query(self) -> bool:
         """Whether the stream has come to this point."""
+        self.device.use()
         if self.operation.done and self.device.world.races:
             self.device.world.races.learn(current(), self.operation.clock)
         return self.operation.done
@@ -55,11 +57,15 @@ class FakeStreams:
         self.device = device
         self._buffers = 0
 
+    def enter(self) -> None:
+        current().has_device = True
+
     def new(self) -> Stream:
         return self.device.new_stream(f"stream {len(self.device.streams)}")
 
     @contextmanager
     def on(self, stream: Stream) -> Iterator[None]:
+        self.device.use()
         actor = current()
         before, actor.stream = actor.stream, stream
         try:
@@ -68,6 +74,7 @@ class FakeStreams:
             actor.stream = before
 
     def record(self) -> FakeEvent:
+        self.device.use()
         stream = self.device.current()
         return FakeEvent(self.device, self.device.launch(f"event of {stream.name}"))
 

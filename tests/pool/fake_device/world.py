@@ -62,6 +62,7 @@ class Actor:
         self.value: Any = None
         self.error: BaseException | None = None
         self.stream: Any = None
+        self.has_device = name == "main"  # other threads start on the first device
         self.clock: Clock = {}
         self.clock_key = f"{name} of rank {rank}"
 

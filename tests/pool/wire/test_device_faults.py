@@ -7,9 +7,11 @@ from collections.abc import Callable
 
 import pytest
 
+from pool.schedule import Kind, PoolSchedule, RequestKey
 from pool.schedule_builder import Costs, build_training_schedule
 from pool.topology import Topology
 from pool.wire import WireError, watcher
+from tests.pool.fake_device import threads
 from tests.pool.fake_device.devices import Operation
 from tests.pool.fake_device.job import LIMIT, STEP, Step, equal, step
 from tests.pool.fake_device.plans import Case
@@ -136,3 +138,14 @@ def test_a_start_that_is_too_late() -> None:
     run.devices[4].faults.append(nth(3, "receive requests", late(3 * LIMIT)))
     said = late_errors(run)
     assert "could not get tokens from rank " in said[4]
+
+
+def test_an_answer_before_all_headers_of_its_request_are_sent() -> None:
+    """The first shard has its header and answers at once, ahead of the earlier request, which is a backward."""
+    topology = Topology(1, 2, 2)
+    forwards, backwards = ([RequestKey(0, n, n, 0, kind) for n in range(2)] for kind in (Kind.FORWARD, Kind.BACKWARD))
+    slots = ((forwards[0],), (backwards[0], forwards[1]), (backwards[1],))
+    case = Case(topology, PoolSchedule(slots, ((0, 0, 1, 0, 1, 1),)), 1, 2)
+    run = step(case)
+    run.mail.lose = lambda one, other, message: bool((one, other) == (0, 2) and threads.sleep(1.0))
+    assert equal(run.run(), step(case, on_device=False).run())

@@ -17,7 +17,7 @@ import torch
 from tests.trainer.job import ROOT
 from trainer.common import machine
 from trainer.common.errors import UserError
-from trainer.common.gpus import Gpu, GpuFacts, boot_id, look, share_of_gpus, why_none
+from trainer.common.gpus import Gpu, GpuFacts, boot_id, load_kernels_at_start, look, share_of_gpus, why_none
 
 NONE = GpuFacts((), "2.13.0+cu130", "13.0", 13000, on_machine=2)
 """A machine with GPUs, a driver and a torch for CUDA 13.0, none of which is to blame."""
@@ -142,6 +142,16 @@ def test_the_allocator_is_configured_before_torch_reads_it() -> None:
         command = [sys.executable, "-c", code]
         done = subprocess.run(command, env=rest | own, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
         assert done.stdout == f"{told}\n"
+
+
+def test_kernels_are_loaded_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless the user says otherwise."""
+    for own, told in ((None, "EAGER"), ("LAZY", "LAZY")):
+        monkeypatch.setenv("CUDA_MODULE_LOADING", own or "")
+        if own is None:
+            monkeypatch.delenv("CUDA_MODULE_LOADING")
+        load_kernels_at_start()
+        assert os.environ["CUDA_MODULE_LOADING"] == told
 
 
 @pytest.mark.parametrize(

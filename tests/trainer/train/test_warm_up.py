@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 
-from tests.training import assert_same, run_training, tiny
+from tests.distributed import run_ranks
+from tests.training import assert_same, join, make_schedule, run_training, tiny, tokens
+from trainer.config.recipe import Recipe
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "colocated": {"trunk_ranks": 2},
@@ -23,3 +27,46 @@ def test_it_leaves_nothing_behind(layout: str) -> None:
     plain, warm = (run_training(recipe, steps=2, warm_up=warm_up) for warm_up in (False, True))
     assert_same(plain, warm, tolerance=0.0)
     assert plain.load_LM.equal(warm.load_LM)
+
+
+def _noted(recipe: Recipe) -> list[str]:
+    """What a rank does in a warm-up, in order."""
+    from trainer.data.batches import SequenceStream
+    from trainer.train.agreement import agreed_placement
+    from trainer.train.pool_rank import PoolRank
+    from trainer.train.trunk_rank import TrunkRank
+
+    job, log = join(recipe), []
+    placement = agreed_placement(job, recipe, None)
+    assert placement
+    role: TrunkRank | PoolRank
+    if job.is_trunk:
+        data = tokens(recipe)
+        training, validation = SequenceStream([data], 0), SequenceStream([data], None)
+        role = TrunkRank(recipe, job, make_schedule(recipe), placement, training, validation)
+        loss = role.trunk.loss
+        role.trunk.loss = lambda *args: (log.append("loss"), loss(*args))[1]  # type: ignore[method-assign]
+    else:
+        role = PoolRank(recipe, job, make_schedule(recipe), placement)
+    (engine,) = role.engines.values()
+    accumulating, barrier = engine.accumulating, job.barrier
+
+    @contextmanager
+    def noted() -> Iterator[None]:
+        with accumulating():
+            yield
+            log.append("reduction")
+
+    engine.accumulating = noted
+    job.barrier = lambda: (log.append("barrier"), barrier())[1]  # type: ignore[method-assign]
+    role.warm_up(job.start_timeout)
+    del job.barrier
+    job.close()
+    return log
+
+
+def test_ranks_meet_before_they_reduce() -> None:
+    """A reduction on GPUs ends the process after `parallel.timeout_seconds`; compiling may take longer."""
+    recipe = tiny(parallel={"trunk_ranks": 2, "pool_ranks": 2, "expert_parallel": 1, "trunk_zero": 1, "pool_zero": 1})
+    trunk, pool = ["loss", "barrier", "reduction"], ["barrier", "reduction"]
+    assert run_ranks(4, _noted, recipe) == [trunk, trunk, pool, pool]
