@@ -24,8 +24,8 @@ ASSUMPTIONS = (
     "are not needed at the same time.",
     "Activations are what autograd saves on a CPU; fused kernels on a GPU save less.",
     "Expert activations assume an even load over the shards; a layout should leave 10% free for uneven ones.",
-    "Assumed, not measured: CUDA's context takes 0.7 GB, and NCCL 9.6 MB for each channel to a peer: 8 channels in each "
-    "of the wire's two communicators, 24 in a role's own.",
+    "Assumed, not measured: CUDA's context takes 0.7 GB, and NCCL 9.6 MB for each channel to a peer: 8 channels in "
+    "each of the two communicators between the roles, 24 in a role's own.",
     "Splits assume that a FLOP takes equally long on both roles, and that the roles' work overlaps completely; "
     "--hardware simulates steps, in which launches take time too.",
 )
