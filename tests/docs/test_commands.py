@@ -112,7 +112,7 @@ def test_wrong_commands_are_found(wrong: str) -> None:
 @pytest.mark.parametrize("arguments", RUN, ids=" ".join)
 def test_cheap_commands_run(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for name in ("quickstart", "my-run"):
+    for name in ("quickstart", "unipool-182m"):
         write_run(tmp_path / "runs" / name)
     done = CliRunner().invoke(cli, arguments)
     assert (done.exit_code, done.exception) == (0, None)

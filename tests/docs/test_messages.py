@@ -21,7 +21,8 @@ OUTPUT = [
 ]
 VALUE = re.compile(
     r"\S*/\S*|\.\.\.|\. |[\d()/:;,%]+|\s{2,}|[^\x00-\x7f]+|\brank\b|\bstep(?=\b|_)"
-    r"|(?:in|during) (?:the forward and backward of|start-up)|UNIPOOL_ROLE|SIG\w+|\bnan\b|the answer of|top-1 norm"
+    r"|(?:in|during) (?:the forward and backward of|start-up)|UNIPOOL_ROLE|SIG\w+|\bnan\b|the answer of"
+    r"|could not|top-1 norm|\+cpu"
 )
 """What stands between the fixed words of an output: names, numbers, phases, bars."""
 

@@ -52,7 +52,7 @@ def head(recipe: Recipe, compiled: bool) -> Kernels:
     """A third of the forward and backward of the head and the loss; bytes per token."""
     m, chunk = recipe.model, recipe.train.loss_chunk
     chunks = math.ceil(recipe.train.micro_batch * m.seq_len / chunk)
-    # Each chunk's product is added to the gradient of the weights.
+    # Each chunk's product is added to the gradient of the weight.
     adding = 12 * m.vocab * m.hidden / chunk if chunks > 1 else 0
     if compiled:
         return Kernels((20 + 6 * chunks) / 3, (22 * m.hidden + 10 * m.vocab + adding) / 3)
@@ -62,7 +62,7 @@ def head(recipe: Recipe, compiled: bool) -> Kernels:
 def experts(recipe: Recipe, merged: bool) -> Kernels:
     """A third of a row's forward, backward and weight gradients, in bytes; launches for the requests of one kind.
 
-    SwiGLU is always compiled.
+    SwiGLU counts as compiled, although `train.compile: false` turns that off too.
 
     Args:
         merged: Whether rows of several requests are merged, and the answers divided again.

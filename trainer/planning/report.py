@@ -20,10 +20,12 @@ if TYPE_CHECKING:
 ASSUMPTIONS = (
     "Active parameters exclude the routers, as in the paper's model names; the total includes them.",
     "FLOPs are those of matrix products; causal attention counts half of the S x S scores, training is 3 x forward.",
-    "Memory is an estimate for GPUs. The total is the first part and the larger of the other two, which take turns.",
+    "Memory is an estimate for GPUs. The total is the first part of the table plus the larger of the other two, which "
+    "are not needed at the same time.",
     "Activations are what autograd saves on a CPU; fused kernels on a GPU save less.",
     "Expert activations assume an even load over the shards; a layout should leave 10% free for uneven ones.",
-    "Assumed, not measured: CUDA's context takes 0.7 GB, a communicator 8 or 24 channels of 9.6 MB to each peer.",
+    "Assumed, not measured: CUDA's context takes 0.7 GB, and NCCL 9.6 MB for each channel to a peer: 8 channels in "
+    "each of the two communicators between the roles, 24 in a role's own.",
     "Splits assume that a FLOP takes equally long on both roles, and that the roles' work overlaps completely; "
     "--hardware simulates steps, in which launches take time too.",
 )
