@@ -1,4 +1,4 @@
-"""Kernels that give the same bits every time: what torch is asked for, and that no operation would be refused on CUDA."""
+"""Kernels that give the same bits every time: what torch is asked for, and that CUDA would refuse no operation."""
 
 from __future__ import annotations
 
