@@ -55,9 +55,10 @@ def _by_distinct_keys(positions_N: Tensor, experts: int) -> Permutation:
     dtype = torch.int32 if (experts + 1) * rows < 2**31 else torch.int64
     keys_N = (positions_N * rows + torch.arange(rows, device=positions_N.device)).to(dtype)
     sorted_N = keys_N.sort().values
-    starts = torch.arange(experts + 1, device=positions_N.device, dtype=dtype) * rows
-    bounds = torch.searchsorted(sorted_N, starts)
-    return Permutation(sorted_N.long() % rows, torch.searchsorted(sorted_N, keys_N), bounds.diff())
+    first_key_M = torch.arange(experts, device=positions_N.device, dtype=dtype) * rows
+    # Two searches are one kernel if compiled; the differences of one would be another.
+    first_M, end_M = (torch.searchsorted(sorted_N, key_M) for key_M in (first_key_M, first_key_M + rows))
+    return Permutation(sorted_N.long() % rows, torch.searchsorted(sorted_N, keys_N), end_M - first_M)
 
 
 class _Permute(torch.autograd.Function):

@@ -5,7 +5,6 @@ It writes the time and loss of each step and the memory it took, and if asked to
 
 from __future__ import annotations
 
-import os
 import resource
 import sys
 import time
@@ -23,14 +22,12 @@ from trainer.cluster.rendezvous import read_launch, rendezvous
 from trainer.common.strict_json import dumps
 from trainer.config.recipe import load_recipe
 from trainer.planning.schedule import make_schedule
+from trainer.train.loop import use_deterministic_kernels
 
 
 def main(file: Path, profile: bool, name: str, sets: list[str]) -> None:
     """Take the recipe's steps."""
-    # As `train` does: the cost of determinism is part of a step.
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    use_deterministic_kernels()  # as `train` does: its cost is part of a step
     recipe = load_recipe(name, sets)
     member = rendezvous(recipe, read_launch())
     for line in member.devices.lines if member.rank == 0 else ():

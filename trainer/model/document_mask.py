@@ -8,7 +8,10 @@ Letters: B batch, S sequence.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,3 +46,11 @@ def document_mask(tokens_BS: Tensor, end: int) -> Tensor:
     document_BS = ends_BS.cumsum(-1) - ends_BS.long()  # how many documents have ended before this token
     same_BSS = document_BS[:, :, None] == document_BS[:, None, :]
     return same_BSS.tril()[:, None]
+
+
+def as_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return what to add to the attention's logits: 0 where a bool mask allows a key, else minus infinity.
+
+    Attention would make this of a bool mask in every layer, and keep each for the backward pass.
+    """
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -math.inf)

@@ -28,13 +28,13 @@ class Surroundings(NamedTuple):
 
     Attributes:
         rope: See `trainer.model.trunk.rotary_table`.
-        mask_B1SS: The document mask, or None.
+        bias_B1SS: The document mask as `document_mask.as_bias` makes it, or None.
         position_M: Position of every global expert in shard-major order (int64); None for a dense model.
         compute_dtype: Dtype of matrix products, and of tokens on the wire.
     """
 
     rope: tuple[Tensor, Tensor]
-    mask_B1SS: Tensor | None
+    bias_B1SS: Tensor | None
     position_M: Tensor | None
     compute_dtype: torch.dtype
 
@@ -127,7 +127,7 @@ def _health(topk_scores_TK: Tensor) -> Health:
 def route(block: Block, around: Surroundings, h_BSD: Tensor) -> tuple[Tensor, Tensor, Routing]:
     """Return the residual stream after attention, the normed tokens x_TD, and their routing."""
     with autocast(h_BSD.device, around.compute_dtype):
-        h_BSD = block.attend(h_BSD, around.rope, around.mask_B1SS)
+        h_BSD = block.attend(h_BSD, around.rope, around.bias_B1SS)
         return h_BSD, *block.route(h_BSD)
 
 
@@ -148,7 +148,7 @@ def combined(before: Dispatch, h_BSD: Tensor, y_ND: Tensor, topk_scores_TK: Tens
 def dense_layer(block: Block, around: Surroundings, h_BSD: Tensor) -> Tensor:
     """Return the residual stream after a layer of the dense baseline."""
     with autocast(h_BSD.device, around.compute_dtype):
-        return block.dense(block.attend(h_BSD, around.rope, around.mask_B1SS))
+        return block.dense(block.attend(h_BSD, around.rope, around.bias_B1SS))
 
 
 class Segments(NamedTuple):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from router import Routing, build_router, norm_constant
 from trainer.config.recipe import Recipe
-from trainer.model.document_mask import document_mask
+from trainer.model.document_mask import as_bias, document_mask
 from trainer.model.loss import OutputProjection
 from trainer.model.segments import EAGER, Segments, Surroundings, autocast, compiled_segments, compiles
 
@@ -30,18 +30,18 @@ class Attention(nn.Module):
         self.out = nn.Linear(hidden, hidden, bias=False)
         self.heads, self.kv_heads = heads, kv_heads
 
-    def forward(self, x_BSD: Tensor, rope: tuple[Tensor, Tensor], mask_B1SS: Tensor | None = None) -> Tensor:
-        """Attend to the keys that mask_B1SS (bool) allows; if it is None, to all up to the query's position."""
+    def forward(self, x_BSD: Tensor, rope: tuple[Tensor, Tensor], bias_B1SS: Tensor | None = None) -> Tensor:
+        """Attend to all keys up to the query's position, or if there is bias_B1SS, as that allows; see `as_bias`."""
         qkv = self.qkv(x_BSD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         qk, v = qkv.split((self.heads + self.kv_heads, self.kv_heads), dim=1)
         q, k = _rotate(qk, rope).split((self.heads, self.kv_heads), dim=1)
-        if mask_B1SS is None:
+        if bias_B1SS is None:
             grouped = self.heads != self.kv_heads
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
         else:
             # On CUDA only the kernel that keeps all S x S weights takes a mask and grouped heads at once.
             k, v = (t.repeat_interleave(self.heads // self.kv_heads, dim=1) for t in (k, v))
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_B1SS)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias_B1SS)
         return self.out(y.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 
@@ -93,9 +93,9 @@ class Block(nn.Module):
                 constant,
             )
 
-    def attend(self, h_BSD: Tensor, rope: tuple[Tensor, Tensor], mask_B1SS: Tensor | None = None) -> Tensor:
+    def attend(self, h_BSD: Tensor, rope: tuple[Tensor, Tensor], bias_B1SS: Tensor | None = None) -> Tensor:
         """Return the residual stream after attention."""
-        return h_BSD + self.attention(self.attention_norm(h_BSD), rope, mask_B1SS)  # type: ignore[no-any-return]
+        return h_BSD + self.attention(self.attention_norm(h_BSD), rope, bias_B1SS)  # type: ignore[no-any-return]
 
     def route(self, h_BSD: Tensor) -> tuple[Tensor, Routing]:
         """Return the normed tokens x_TD for the experts, and their routing."""
@@ -164,8 +164,10 @@ class Trunk(nn.Module):
 
     def surroundings(self, tokens_BS: Tensor, position_M: Tensor | None) -> Surroundings:
         """Return what the segments of a micro-batch have in common."""
-        mask_B1SS = None if self.document_end is None else document_mask(tokens_BS, self.document_end)
-        return Surroundings(self.rope, mask_B1SS, position_M, self.compute_dtype)
+        bias_B1SS = None
+        if self.document_end is not None:
+            bias_B1SS = as_bias(document_mask(tokens_BS, self.document_end), self.compute_dtype)
+        return Surroundings(self.rope, bias_B1SS, position_M, self.compute_dtype)
 
     def loss(self, h_BSD: Tensor, targets_BS: Tensor) -> Tensor:
         """Return the mean cross-entropy in nats, fp32."""

@@ -99,15 +99,24 @@ def _mark_end(launch: Launch) -> None:
         Path(os.environ[DONE_FILE]).touch()
 
 
+def use_deterministic_kernels() -> None:
+    """Let torch choose kernels that give the same bits every time.
+
+    With `warn_only` flash and memory-efficient attention on CUDA would only warn, and add up gradients in any order
+    (aten/src/ATen/native/transformers/cuda/attention_backward.cu), and cuDNN's would be allowed.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs it to be deterministic
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # we write before we read
+
+
 def start(recipe: Recipe, launch: Launch, watch: FaultWatch, force: bool) -> Run:
     """Bring one rank up to the run's next step. A collective of all ranks."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs it to be deterministic
+    use_deterministic_kernels()
     if not recipe.grid.colocated:
         load_kernels_at_start()
-    torch.use_deterministic_algorithms(True, warn_only=True)
     if recipe.train.compile is False and torch.cuda.is_available():
         torch.compiler.set_stance("force_eager")
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # we write before we read
 
     # Which rank of the job is this?
     folder = RunFolder(recipe)

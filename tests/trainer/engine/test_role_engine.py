@@ -18,6 +18,7 @@ from tests.training import tiny
 from trainer.common.errors import UserError
 from trainer.config.recipe import Recipe
 from trainer.engine.ds_config import deepspeed_config, scheduled_rate
+from trainer.model.trunk import Trunk
 
 CLIP, TOTAL_NORM = 0.7, 40.0
 
@@ -92,6 +93,26 @@ def test_a_frozen_role_knows_the_rate_of_the_other(warmup: float) -> None:
     (found,) = run_ranks(1, rates, recipe)
     assert found == pytest.approx([scheduled_rate(recipe, step) for step in range(13)], rel=1e-12)
     assert len(set(found)) > 5
+
+
+def misaligned(recipe: Recipe) -> list[str]:
+    from trainer.engine.role_engine import RoleEngine
+
+    job = join(recipe)
+    engine = RoleEngine(Trunk(recipe, torch.device("cpu")), recipe, "trunk", job.role_size)
+    found = [name for name, weight in engine.module.named_parameters() if weight.data_ptr() % 16]
+    job.close()
+    return found
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_weights_stay_aligned(stage: int) -> None:
+    """The trunk is compiled before ZeRO moves its weights, and the compiler then takes them to be aligned as before.
+
+    On CUDA a kernel would fail at a norm's weight that follows the one number of a router's sigma.
+    """
+    recipe = tiny(router={"kind": "norm"}, parallel={"trunk_zero": stage})
+    assert run_ranks(1, misaligned, recipe) == [[]]
 
 
 class Wandb(ModuleType):

@@ -41,6 +41,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "sigmoid": {"router": {"kind": "sigmoid_bias", "top_k": 2}},
     "documents": {"data": {"document_mask": True}},
     "recompute": {"train": {"recompute": True}},
+    "documents, recompute": {"data": {"document_mask": True}, "train": {"recompute": True}},
     "vanilla": {"model": {"groups": 3}, "pool": {"experts": 12}},
     "one kv head each": {"model": {"kv_heads": 4}},
     "frozen": {"train": {"freeze": "trunk", "init_from": "unused"}},
@@ -143,7 +144,7 @@ def test_one_graph_of_each_segment(variant: str) -> None:
     warm_up(trunk, map_of(recipe), recipe)
     assert not gradients(trunk)
     # With recompute a segment runs in two ways, without autograd and again with it, but for the last.
-    expected = {"dense": 1, "recompute": 5}.get(variant, 3)
+    expected = {"dense": 1, "recompute": 5, "documents, recompute": 5}.get(variant, 3)
     assert backend.graphs == expected
     for number in range(2):
         assert_close(trained(trunk, recipe, number), trained(eager, recipe, number))
@@ -190,18 +191,20 @@ def test_inductor() -> None:
     assert all(torch.equal(mine, gradients(second)[name]) for name, mine in gradients(first).items())
 
 
-@pytest.mark.parametrize("variant", ["norm", "softmax"])
+@pytest.mark.parametrize("variant", ["norm", "softmax", "documents", "recompute", "documents, recompute"])
 def test_few_kernels_on_a_gpu(variant: str) -> None:
     """A segment is at most 25 kernels forward and 45 backward, as inductor fuses them for CUDA."""
     shape = {"hidden": 256, "heads": 4, "kv_heads": 2, "ffn_hidden": 64, "seq_len": 256, "vocab": 61}
-    recipe = tiny(**VARIANTS[variant] | {"model": shape, "train": {"precision": "bf16"}, "pool": {"experts": 64}})
+    train = {"precision": "bf16", "recompute": "recompute" in variant}
+    recipe = tiny(**VARIANTS[variant] | {"model": shape, "train": train, "pool": {"experts": 64}})
     counter = Counter()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         trained(trunk_of(recipe, compiled_by(counter.backend)), recipe)
     finally:
         torch.use_deterministic_algorithms(False)
-    assert len(counter.forward) == len(counter.backward) == 3
+    assert len(counter.backward) == 3
+    assert len(counter.forward) == (5 if recipe.train.recompute else 3)  # without autograd and again with it
     for forward in counter.forward:
         assert len(forward) <= 25, forward
     for backward in counter.backward:
