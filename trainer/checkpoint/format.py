@@ -45,12 +45,15 @@ class Layout(BaseModel, frozen=True):
         zero: The ZeRO stages of trunk and pool.
         freeze: The recipe's train.freeze.
         placement: Global expert ids in shard-major order; None for a dense model.
+        aligned: Whether each weight of the trunk starts at a multiple of 16 bytes in ZeRO's partitions, as at stages 1
+            and 2. Checkpoints of older versions do not have it.
     """
 
     ranks: tuple[Annotated[int, Field(ge=1)], _Count, Annotated[int, Field(ge=1)]]
     zero: tuple[_Count, _Count]
     freeze: str = "none"
     placement: tuple[_Count, ...] | None
+    aligned: bool = False
 
     @model_validator(mode="after")
     def _is_placement(self) -> Self:
@@ -208,6 +211,7 @@ def layout_of(recipe: Recipe, placement: Placement | None) -> Layout:
         zero=(p.trunk_zero, p.pool_zero if placement else 0),
         freeze=recipe.train.freeze,
         placement=tuple(placement.order) if placement else None,
+        aligned=p.trunk_zero in (1, 2),
     )
 
 
