@@ -22,7 +22,7 @@ from trainer.config.recipe import load_recipe
     show_default=True,
     help="File to write the profile to.",
 )
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Device to measure; default: cuda if available.")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Device to measure; default: parallel.device.")
 @json_option
 def bench(recipe: str, overrides: tuple[str, ...], out: Path, device: str | None, as_json: bool) -> None:
     """Measure how fast this machine computes with the shapes of RECIPE (default: quickstart), for `plan --hardware`.
@@ -41,7 +41,8 @@ def bench(recipe: str, overrides: tuple[str, ...], out: Path, device: str | None
     from trainer.bench.tables import print_profile
     from trainer.common.machine import pick_device
 
-    profile = run(checked, pick_device(device), out)
+    wanted, setting = (device, "--device") if device else (checked.parallel.device, "parallel.device =")
+    profile = run(checked, pick_device(None if wanted == "auto" else wanted, setting), out)
     if as_json:
         print(dumps(asdict(profile)))
         return

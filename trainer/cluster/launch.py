@@ -65,7 +65,7 @@ def restarts() -> int:
 
 
 def run_locally(recipe: Recipe, arguments: Sequence[str], max_restarts: int) -> int:
-    """Start one process per rank with `deepspeed` and wait for the job, restarting it after faults.
+    """Start one process per rank with DeepSpeed's launcher and wait for the job, restarting it after faults.
 
     SIGTERM and SIGUSR1 are passed on to the ranks, which save a checkpoint and end with `START_AGAIN`. SIGINT, or a
     second signal, ends every process at once.

@@ -99,10 +99,14 @@ def _mounts(process: Path) -> Iterator[tuple[PurePosixPath, Path, tuple[str, ...
         yield PurePosixPath(root), Path(mount), options
 
 
-def pick_device(name: str | None) -> torch.device:
-    """Return the device that `--device` names, or by default CUDA where it is available.
+def pick_device(name: str | None, setting: str = "--device") -> torch.device:
+    """Return the device that a setting names, or by default CUDA where it is available.
 
     A machine whose GPUs cannot be used is reported on stderr.
+
+    Args:
+        name: "cpu", "cuda", or None for the default.
+        setting: Where the name is from, for messages.
 
     Raises:
         UserError: CUDA was requested and is not available.
@@ -115,7 +119,7 @@ def pick_device(name: str | None) -> torch.device:
     if facts.gpus:
         return torch.device("cuda")
     if name == "cuda":
-        raise UserError(f"--device cuda: {why_none(facts)}; allowed here: cpu")
+        raise UserError(f"{setting} cuda: {why_none(facts)}; allowed here: cpu")
     if facts.on_machine:
         print(f"warning: on the CPU, although this machine has GPUs: {why_none(facts)}", file=sys.stderr)
     return torch.device("cpu")

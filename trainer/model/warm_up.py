@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from trainer.common.errors import UserError
+from trainer.common.errors import UserError, short_line
 from trainer.config.recipe import Recipe
 from trainer.model.micro_batch import Objective, PoolMap, train_dense_micro_batch, train_micro_batch
 from trainer.model.trunk import Trunk
@@ -37,5 +37,13 @@ def warm_up(trunk: Trunk, pool_map: PoolMap | None, recipe: Recipe) -> None:
     except StopIteration:
         trunk.zero_grad()
     except TorchDynamoException as error:
-        reason = " ".join(str(error).split("\n", 2)[:2])  # the back end's name, and what is wrong
-        raise UserError(f"train.compile: torch.compile fails ({reason}): set train.compile: false") from error
+        raise UserError(
+            f"train.compile: torch.compile fails ({compiler_error(str(error))}): set train.compile: false"
+        ) from error
+
+
+def compiler_error(message: str) -> str:
+    """Return what torch.compile says in one line: its first line, and the first error of a C++ compiler or the next."""
+    first, *others = message.splitlines() or [""]
+    causes = [line for line in others if " error: " in line] or others
+    return short_line(" ".join([first, *causes[:1]]).strip())

@@ -12,7 +12,9 @@ from click.testing import CliRunner
 from trainer.bench.measure import PRECISIONS, ROWS_PER_EXPERT, Effort, best_seconds, run
 from trainer.bench.tables import print_profile
 from trainer.cli import cli
+from trainer.common import machine
 from trainer.common.errors import UserError
+from trainer.common.gpus import GpuFacts
 from trainer.common.machine import pick_device
 from trainer.config.recipe import load_recipe
 from trainer.planning.hardware import Profile, load_profile
@@ -86,6 +88,15 @@ def test_wrong_input_is_reported_before_anything_is_measured(tmp_path: Path) -> 
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="--device cuda"):
             pick_device("cuda")
+
+
+def test_it_measures_the_device_of_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "look", lambda: GpuFacts(torch="2.13.0"))  # a build without CUDA
+    out = tmp_path / "p.json"
+    arguments = ["bench", "--set", "parallel.device=cuda", "--out", str(out)]
+    with pytest.raises(UserError, match="^parallel.device = cuda: torch 2.13.0 is built without .* allowed here: cpu"):
+        CliRunner().invoke(cli, arguments, catch_exceptions=False)
+    assert not out.exists()
 
 
 def test_help_has_an_example() -> None:

@@ -11,6 +11,7 @@ import pytest
 from tests.distributed import run_ranks
 from tests.training import assert_same, join, make_schedule, run_training, tiny, tokens
 from trainer.config.recipe import Recipe
+from trainer.model.warm_up import compiler_error
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "colocated": {"trunk_ranks": 2},
@@ -70,3 +71,15 @@ def test_ranks_meet_before_they_reduce() -> None:
     recipe = tiny(parallel={"trunk_ranks": 2, "pool_ranks": 2, "expert_parallel": 1, "trunk_zero": 1, "pool_zero": 1})
     trunk, pool = ["loss", "barrier", "reduction"], ["barrier", "reduction"]
     assert run_ranks(4, _noted, recipe) == [trunk, trunk, pool, pool]
+
+
+def test_why_the_compiler_fails_is_one_line() -> None:
+    missing = "InvalidCxxCompiler: No working C++ compiler found\n\nSet TORCHDYNAMO_VERBOSE=1 for ...\n"
+    assert compiler_error(missing) == "InvalidCxxCompiler: No working C++ compiler found"
+    header = "CppCompileError: C++ compile error\n\nCommand:\ng++ a.cpp\n\nOutput:\nIn file included from a.cpp:2:\n"
+    cause = "a.h:6:10: fatal error: Python.h: No such file or directory"
+    assert (
+        compiler_error(f"{header}{cause}\ncompilation terminated.\n") == f"CppCompileError: C++ compile error {cause}"
+    )
+    backend = "backend='inductor' raised:\nRuntimeError: No working triton\n\nSet ..."
+    assert compiler_error(backend) == "backend='inductor' raised: RuntimeError: No working triton"
