@@ -68,11 +68,11 @@ class UsageClock:
     def stepped(self) -> None:
         """End a step."""
         self._lap(optimizer=True)
-        self._read()
 
     def _lap(self, optimizer: bool) -> None:
         before, self._mark = self._mark, self._clock.now()
         self._open.append((optimizer, before, self._mark))
+        self._read()
 
     def _read(self) -> None:
         while self._open:
