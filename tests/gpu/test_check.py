@@ -33,7 +33,8 @@ def test_rehearsal(tmp_path: Path) -> None:
     assert set(found["experts"]["shapes"]) == {"unipool-182m", "unipool-978m"}
     assert all(shape["share_of_matmul"] > 0 for shape in found["experts"]["shapes"].values())
     (rank,) = found["colocated"]["ranks"]
-    assert len(rank["losses"]) == 3 and rank["peak_process"] > found["colocated"]["planned_memory"]["trunk + pool"] > 0
+    assert len(rank["losses"]) == 3
+    assert 0.5 < rank["peak_process"] / found["colocated"]["planned_memory"]["trunk + pool"] < 2
     assert found["colocated"]["tokens_per_second"] > 0
     assert (tmp_path / "out" / "colocated-rank0.png").read_bytes().startswith(b"\x89PNG")
     assert rank["profile"]["longest"] and 0 < rank["profile"]["busy"] <= 1
