@@ -18,7 +18,7 @@ import torch
 from pool.placement import Placement, imbalance
 from tests.distributed import RankFailed
 from tests.training import Outcome, assert_same, run_training, tiny
-from trainer.checkpoint.format import newest, read_load, read_placement
+from trainer.checkpoint.format import Layout, layout_of, newest, read_load, read_placement
 from trainer.checkpoint.reshard import SavedCheckpoint, convert
 from trainer.common.errors import UserError
 from trainer.config.recipe import Recipe
@@ -104,6 +104,14 @@ def test_moments_are_the_same_ones(after: str, tmp_path: Path) -> None:
         for key in ("weight", "exp_avg", "exp_avg_sq"):
             assert torch.equal(getattr(state, key), getattr(other, key)), (name, key)
         assert state.exp_avg_sq.abs().max() > 0, name
+
+
+@pytest.mark.parametrize(("stage", "same"), [(0, True), (1, False), (2, False), (3, True)])
+def test_a_trunk_that_is_not_aligned_is_another_layout(stage: int, same: bool) -> None:
+    """DeepSpeed refuses its partitions, so they are resharded."""
+    now = layout_of(recipe({"trunk_ranks": 2, "trunk_zero": stage}), None)
+    before = Layout.model_validate_json(now.model_dump_json(exclude={"aligned"}))
+    assert (before == now) == same
 
 
 class Code:
