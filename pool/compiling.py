@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
@@ -57,6 +59,7 @@ def _cache_home() -> Path:
         if os.access(home, os.W_OK | os.X_OK):
             return home
     home = Path(tempfile.mkdtemp(prefix="unipool-compiled-"))
+    atexit.register(shutil.rmtree, home, ignore_errors=True)
     logging.getLogger(__name__).warning(
         "unipool: the user's cache folder cannot be written, so what is compiled is kept in %s, for this process only; "
         "XDG_CACHE_HOME names another cache folder",
