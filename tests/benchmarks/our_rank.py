@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import sys
 
-import torch
-
 from tests.benchmarks.our_role import make_role
 from tests.benchmarks.peer_protocol import pin, serve, take_stdout
 from tests.training import optimizer_step
@@ -13,14 +11,13 @@ from trainer.cluster.process_groups import Job
 from trainer.cluster.rendezvous import read_launch, rendezvous
 from trainer.config.recipe import load_recipe
 from trainer.planning.schedule import make_schedule
+from trainer.train.loop import use_deterministic_kernels
 
 
 def main(path: str) -> None:
     """Take optimizer steps on request."""
     answer = take_stdout()
-    # As `train` does: the cost of determinism is part of a step.
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    use_deterministic_kernels()  # their cost is part of a step
     recipe = load_recipe(path)
     job = Job(recipe, rendezvous(recipe, read_launch()), make_schedule(recipe).lanes)
     role = make_role(recipe, job)

@@ -198,7 +198,7 @@ def test_few_kernels_on_a_gpu(variant: str) -> None:
     train = {"precision": "bf16", "recompute": "recompute" in variant}
     recipe = tiny(**VARIANTS[variant] | {"model": shape, "train": train, "pool": {"experts": 64}})
     counter = Counter()
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(True)
     try:
         trained(trunk_of(recipe, compiled_by(counter.backend)), recipe)
     finally:

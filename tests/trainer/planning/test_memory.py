@@ -30,15 +30,14 @@ def peak(recipe: Recipe) -> int:
 
     from trainer.data.batches import SequenceStream
     from trainer.train.agreement import agreed_placement
-    from trainer.train.loop import update
+    from trainer.train.loop import update, use_deterministic_kernels
     from trainer.train.pool_rank import PoolRank
     from trainer.train.trunk_rank import TrunkRank
 
     # Every large tensor is a mapping of its own, which goes back to the system when the tensor is freed.
     libc = ctypes.CDLL(None)
     assert libc.mallopt(M_MMAP_THRESHOLD, SMALLEST_MAPPING) and libc.mallopt(M_TRIM_THRESHOLD, SMALLEST_MAPPING)
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    use_deterministic_kernels()
     job = join(recipe)
     ids = torch.randint(recipe.model.vocab, (2 * recipe.train.global_batch, recipe.model.seq_len + 1))
     rows = SequenceStream([Dataset.from_dict({"tokens": ids.tolist()})], None)
