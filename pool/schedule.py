@@ -40,6 +40,11 @@ Slot = tuple[RequestKey, ...]
 pool computes them whenever no request is waiting."""
 
 
+SERVE = -1
+"""Instead of a lane: a rank that has both roles serves the next slot with a request for it, after sealing weight
+gradients at the empty slots before that."""
+
+
 WARM_UP_STEP = -1
 """Number of the step before the first one, which leaves nothing behind."""
 
@@ -50,7 +55,8 @@ class PoolSchedule:
 
     Attributes:
         slots: What the pool serves, in order; a pool rank skips requests of trunk ranks that it does not serve.
-        lane_order: For every trunk rank, the lane that it runs next, one entry per segment.
+        lane_order: For every trunk rank, the lane that it runs next, one entry per segment; where every rank has both
+            roles, there is also one SERVE per slot that it serves.
     """
 
     slots: tuple[Slot, ...]

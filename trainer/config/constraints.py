@@ -73,6 +73,7 @@ def _check_dense(r: Recipe) -> None:
     _require(r.train.freeze == "none", r, "train.freeze", f"must be none {with_dense}")
     _require(r.pool.experts == 0, r, "pool.experts", f"must be 0 {with_dense}")
     _require(r.parallel.pool_ranks == 0, r, "parallel.pool_ranks", f"must be 0 {with_dense}")
+    _require(r.parallel.layout in (None, "colocated"), r, "parallel.layout", f"must be left out {with_dense}")
     _require(not r.train.recompute, r, "train.recompute", f"must be false {with_dense}")
     _require(r.probe.every == 0, r, "probe.every", f"must be 0 {with_dense}, which has no routing")
 
@@ -109,20 +110,26 @@ def _check_layout(r: Recipe) -> None:
     p, micro_batch = r.parallel, r.train.micro_batch
     allowed = f"must be divisible by train.micro_batch x parallel.trunk_ranks ({micro_batch} x {p.trunk_ranks})"
     _require(r.train.global_batch % (micro_batch * p.trunk_ranks) == 0, r, "train.global_batch", allowed)
-    one_shard = p.pool_ranks > 0 or p.expert_parallel in (None, 1)
-    _require(one_shard, r, "parallel.expert_parallel", "must be 1 or left out with parallel.pool_ranks = 0")
-    allowed = "must be false with parallel.pool_ranks = 0, where nothing travels"
-    _require(p.pool_ranks > 0 or not p.check, r, "parallel.check", allowed)
+    if p.layout == "dedicated":
+        _require(p.pool_ranks > 0, r, "parallel.pool_ranks", "must be at least 1 with parallel.layout = dedicated")
+    elif p.layout is not None:
+        allowed = f"must be 0 or left out with parallel.layout = {p.layout}"
+        _require(p.pool_ranks == 0, r, "parallel.pool_ranks", allowed)
+    one_shard = not r.grid.colocated or p.expert_parallel in (None, 1)
+    _require(one_shard, r, "parallel.expert_parallel", "must be 1 or left out in the colocated layout")
+    allowed = "must be false in the colocated layout, where nothing travels"
+    _require(not r.grid.colocated or not p.check, r, "parallel.check", allowed)
     shards = r.grid.expert_parallel
-    allowed = f"must divide parallel.pool_ranks ({p.pool_ranks})"
-    _require(p.pool_ranks == 0 or p.pool_ranks % shards == 0, r, "parallel.expert_parallel", allowed)
+    ranks = "parallel.trunk_ranks" if r.grid.every_rank else "parallel.pool_ranks"
+    allowed = f"must divide {ranks} ({r.grid.pool_ranks})"
+    _require(r.grid.pool_ranks % shards == 0, r, "parallel.expert_parallel", allowed)
     allowed = f"must be divisible by the shards of the pool ({shards})"
     _require(r.pool.experts % shards == 0, r, "pool.experts", allowed)
-    in_order = p.trunk_zero < 3 or p.pool_ranks == 0 or p.trunk_ranks == 1 or (p.lanes == 1 and not p.stagger)
+    in_order = p.trunk_zero < 3 or r.grid.colocated or p.trunk_ranks == 1 or (p.lanes == 1 and not p.stagger)
     allowed = "needs parallel.lanes=1 and parallel.stagger=false, because ZeRO-3 gathers weights in program order"
     _require(in_order, r, "parallel.trunk_zero", allowed)
     allowed = "must be false or left out with parallel.trunk_zero = 3, which gathers weights while modules are called"
     _require(p.trunk_zero < 3 or not r.train.compile, r, "train.compile", allowed)
-    last_port = r.metrics.port + p.trunk_ranks + p.pool_ranks - 1
+    last_port = r.metrics.port + r.grid.world_size - 1
     allowed = f"port + rank must stay below 65536; the last would be {last_port}"
     _require(r.metrics.port == 0 or last_port <= 65535, r, "metrics.port", allowed)

@@ -69,6 +69,8 @@ class Recipe(Section):
     def grid(self) -> Topology:
         """The grid of the job's ranks."""
         p = self.parallel
+        if p.layout == "every_rank":
+            return Topology(p.trunk_ranks, p.trunk_ranks, p.expert_parallel or p.trunk_ranks, every_rank=True)
         return Topology(p.trunk_ranks, p.pool_ranks, p.expert_parallel or max(1, p.pool_ranks))
 
     @property

@@ -207,11 +207,17 @@ class Data(Section):
 class Parallel(Section):
     """The layout of the job, and what its ranks wait for."""
 
-    trunk_ranks: Positive = Field(1, description="Data-parallel ranks with attention and routers.")
-    pool_ranks: NonNegative = Field(
-        0, description="Ranks with experts; 0: colocated, the pool lives in the trunk's processes."
+    layout: Literal["dedicated", "colocated", "every_rank"] | None = Field(
+        None,
+        description="`dedicated`: ranks of their own hold the experts (`parallel.pool_ranks`); `colocated`: every "
+        "trunk rank holds the whole pool; `every_rank`: every trunk rank also holds a shard of the pool and serves it "
+        "to the others; default: dedicated with `parallel.pool_ranks` above 0, otherwise colocated.",
     )
-    expert_parallel: Positive | None = Field(None, description="Shards of the pool; default: one per pool rank.")
+    trunk_ranks: Positive = Field(1, description="Data-parallel ranks with attention and routers.")
+    pool_ranks: NonNegative = Field(0, description="Ranks that hold only experts; 0 in the layouts without such ranks.")
+    expert_parallel: Positive | None = Field(
+        None, description="Shards of the pool; default: one per rank that serves experts."
+    )
     lanes: Positive | None = Field(
         None, description="Micro-batches in flight per trunk rank; default: the fewest that the simulator finds fast."
     )
