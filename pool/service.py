@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import takewhile
 
@@ -58,6 +58,15 @@ class PoolService:
         Raises:
             WireError: See `PoolWire.receive`; also a backward without its forward, or with other counts.
         """
+        for _ in self.serving(slots, step):
+            pass
+
+    def serving(self, slots: Iterable[Slot], step: int) -> Iterator[None]:
+        """Serve like `serve`, but slot by slot: each `next` serves the next slot with a request for this rank.
+
+        Deferred weight gradients are sealed at the empty slots before that; the end of the iterator seals at those
+        that are left.
+        """
         mine = [(slot, [key for key in slot if key.trunk_rank in self._served]) for slot in slots]
         # A thread receives in the schedule's order while this one computes. The lanes bound what it holds, because what
         # has arrived is released once it has been served.
@@ -67,6 +76,7 @@ class PoolService:
                 if keys:
                     self._serve_slot(keys, coming.popleft(), step)
                     self._queue_depths.append(sum(1 for _ in takewhile(lambda arrived: arrived.future.done(), coming)))
+                    yield
                 elif not slot:
                     self.shard.deferred_dw.seal()
         except BaseException:
