@@ -2,9 +2,9 @@
 
 A trunk rank works on the lane that has been ready longest. Whenever the pool is free, it serves all waiting requests in
 one slot. Where every rank has both roles, a rank that has no lane to run opens a slot for all waiting requests, and the
-others serve it as soon as they have done the segment that they are at. A real run can follow the resulting order without
-a deadlock, because it is the order of one possible run. How long a step takes when it follows a schedule is computed by
-`pool.schedule_timing`.
+others serve it as soon as they have done the segment that they are at. A real run can follow the resulting order
+without a deadlock, because it is the order of one possible run. How long a step takes when it follows a schedule is
+computed by `pool.schedule_timing`.
 """
 
 from __future__ import annotations

@@ -83,7 +83,7 @@ def follow(schedule: PoolSchedule, topology: Topology, layers: int, micro_batche
     ranks = [Rank(number, topology, schedule, requests) for number in range(topology.world_size)]
     sent: set[RequestKey] = set()
     served: Counter[RequestKey] = Counter()
-    while any([rank.step(sent, served) for rank in ranks]):
+    while any(rank.step(sent, served) for rank in ranks):
         pass
     for rank in ranks:
         assert not rank.order, f"rank {rank.number} waits forever"
