@@ -1,8 +1,10 @@
-"""Builds the schedule of a step in simulated time, with trunk ranks on one side and the pool on the other.
+"""Builds the schedule of a step in simulated time.
 
 A trunk rank works on the lane that has been ready longest. Whenever the pool is free, it serves all waiting requests in
-one slot. A real run can follow the resulting order without a deadlock, because it is the order of one possible run. How
-long a step takes when it follows a schedule is computed by `pool.schedule_timing`.
+one slot. Where every rank has both roles, a rank that has no lane to run opens a slot for all waiting requests, and the
+others serve it as soon as they have done the segment that they are at. A real run can follow the resulting order
+without a deadlock, because it is the order of one possible run. How long a step takes when it follows a schedule is
+computed by `pool.schedule_timing`.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from pool.schedule import Kind, PoolSchedule, RequestKey, Slot
+from pool.schedule import SERVE, Kind, PoolSchedule, RequestKey, Slot
 from pool.topology import Topology
 
 
@@ -106,10 +108,14 @@ def training_segments(costs: Costs, layers: int) -> list[Segment]:
 
 
 def staggered_starts(topology: Topology, layers: int, costs: Costs) -> list[float]:
-    """When each trunk rank starts: rank t of T waits for t / T of the trunk's work on a micro-batch."""
+    """When each trunk rank starts: rank t of T waits for t / T of the trunk's work on a micro-batch.
+
+    Where every rank has both roles, the ranks of a replica are a group of their own, and T is the size of the group.
+    """
     work = sum(max(segment.cost, segment.launch) for segment in training_segments(costs, layers))
-    delay = work / topology.trunk_ranks
-    return [delay * trunk_rank for trunk_rank in range(topology.trunk_ranks)]
+    size = topology.expert_parallel if topology.every_rank else topology.trunk_ranks
+    delay = work / size
+    return [delay * (trunk_rank % size) for trunk_rank in range(topology.trunk_ranks)]
 
 
 def build_training_schedule(
@@ -147,15 +153,40 @@ def _build(
     costs: Costs,
 ) -> PoolSchedule:
     """Replicas serve different trunk ranks and are independent of each other, so each is simulated on its own."""
+    if topology.every_rank:
+        return _build_every_rank(topology, segments, micro_batches, lanes, starts_T, costs)
     slots: list[Slot] = []
     order: dict[int, tuple[int, ...]] = {}
     for replica in range(topology.replicas):
         starts = {t: starts_T[t] for t in range(replica, topology.trunk_ranks, topology.replicas)}
-        simulation = _Simulation(starts, segments, micro_batches, lanes, costs)
+        simulation = _Dedicated(starts, segments, micro_batches, lanes, costs)
         simulation.run()
         slots += simulation.slots
         order |= {t: tuple(trunk.order) for t, trunk in simulation.trunks.items()}
     return PoolSchedule(tuple(slots), tuple(order[t] for t in range(topology.trunk_ranks)))
+
+
+def _build_every_rank(
+    topology: Topology,
+    segments: list[Segment],
+    micro_batches: int,
+    lanes: int,
+    starts_T: Sequence[float],
+    costs: Costs,
+) -> PoolSchedule:
+    """All replicas do the same, so one is simulated, and a slot holds the same requests of each."""
+    size = topology.expert_parallel
+    group = _Group({t: starts_T[t] for t in range(size)}, segments, micro_batches, lanes, costs)
+    group.run()
+    slots = (
+        tuple(
+            RequestKey(first + key.trunk_rank, key.lane, key.micro_batch, key.layer, key.kind)
+            for first in range(0, topology.trunk_ranks, size)
+            for key in slot
+        )
+        for slot in group.slots
+    )
+    return PoolSchedule(tuple(slots), tuple(tuple(group.trunks[t].order) for t in range(size)) * topology.replicas)
 
 
 @dataclass
@@ -170,18 +201,17 @@ class _Trunk:
 
 
 class _Simulation:
-    """One replica of every shard, taken as one server, and the trunk ranks that it serves."""
+    """One replica of every shard, and the trunk ranks that it serves."""
 
     def __init__(self, starts: dict[int, float], segments: list[Segment], micro_batches: int, lanes: int, costs: Costs):
         self._segments, self._micro_batches, self._costs = segments, micro_batches, costs
+        self._transfer = costs.transfer
         self._now = 0.0
         self.slots: list[Slot] = []
         self._waiting: list[RequestKey] = []
         self._last_header = 0.0  # when that of the last request came
         self._deferred = 0  # backward requests since the last seal
-        self._pool = Processor(0.0)
-        self._pool_free = True
-        self._events: list[tuple[float, int, Callable[[], None]]] = []
+        self._events: list[tuple[float, bool, int, Callable[[], None]]] = []
         self._numbers = itertools.count()
         # Twice per micro-batch: each weight gradient then covers many requests, and its buffers stay bounded.
         self._seal_at = max(1, len(starts) * sum(s.kind == Kind.BACKWARD for s in segments) // 2)
@@ -190,22 +220,20 @@ class _Simulation:
         for rank, start in starts.items():
             ready = [(start, lane, lane, start) for lane in range(lanes)]
             self.trunks[rank] = _Trunk(Processor(start), ready, [0] * lanes, lanes)
-            self._at(start, partial(self._run_trunk, rank))
 
-    def _at(self, time: float, event: Callable[[], None]) -> None:
-        heapq.heappush(self._events, (time, next(self._numbers), event))
+    def _at(self, time: float, event: Callable[[], None], last: bool = False) -> None:
+        """Let something happen at a time; with `last` after everything else of that time."""
+        heapq.heappush(self._events, (time, last, next(self._numbers), event))
 
     def run(self) -> None:
         """Simulate to the end. Events at the same time happen in the order in which they were scheduled."""
         while self._events:
-            self._now, _, event = heapq.heappop(self._events)
+            self._now, _, _, event = heapq.heappop(self._events)
             event()
 
-    def _run_trunk(self, rank: int) -> None:
-        """Run a segment of the lane that has been ready longest, if the rank is free and a lane is ready."""
+    def _run_segment(self, rank: int) -> None:
+        """Run a segment of the lane that has been ready longest."""
         trunk = self.trunks[rank]
-        if self._now < trunk.processor.free_at or not trunk.ready:
-            return
         _, micro_batch, lane, header = heapq.heappop(trunk.ready)
         segment = self._segments[trunk.position[lane]]
         trunk.order.append(lane)
@@ -214,42 +242,140 @@ class _Simulation:
         free_at = trunk.processor.free_at
         if segment.kind is not None:
             key = RequestKey(rank, lane, micro_batch, segment.layer, segment.kind)
-            self._at(free_at + self._costs.transfer, partial(self._arrive, key))
+            self._at(free_at + self._transfer, partial(self._arrive, key))
         elif trunk.next_micro_batch < self._micro_batches:
             heapq.heappush(trunk.ready, (free_at, trunk.next_micro_batch, lane, self._now))
             trunk.position[lane] = 0
             trunk.next_micro_batch += 1
-        self._at(free_at, partial(self._run_trunk, rank))
 
     def _arrive(self, key: RequestKey) -> None:
         self._waiting.append(key)
         self._last_header = self._now - self._costs.payload
-        self._at(self._now, self._serve)  # after all other arrivals of this moment
 
-    def _serve(self) -> None:
-        """Serve all waiting requests in one slot if the pool is free, and seal weight gradients if there are enough."""
-        if not self._pool_free or not self._waiting:
-            return
+    def _open_slot(self) -> tuple[Slot, float, float]:
+        """Make a slot of all waiting requests, and seal weight gradients if there are enough.
+
+        Returns:
+            The slot, and the launch time and cost of serving it.
+        """
         requests, self._waiting = tuple(self._waiting), []
-        self._pool_free = False
-        c, kinds = self._costs, Counter(key.kind for key in requests)
-        cost = c.slot + sum(max(c.weights, number * c.pool_layer) for number in kinds.values())
-        self._pool.run(self._last_header, self._now, len(kinds) * c.slot_launch, cost)
-        free_at = self._pool.free_at
-        self._at(free_at, self._finish_slot)
-        for key in requests:
-            self._at(free_at + self._costs.transfer, partial(self._answer, key))
         self.slots.append(requests)
         self._deferred += sum(key.kind == Kind.BACKWARD for key in requests)
         if self._deferred >= self._seal_at:
             self.slots.append(())
             self._deferred = 0
+        c, kinds = self._costs, Counter(key.kind for key in requests)
+        cost = c.slot + sum(max(c.weights, number * c.pool_layer) for number in kinds.values())
+        return requests, len(kinds) * c.slot_launch, cost
+
+    def _answer(self, key: RequestKey) -> None:
+        ready = (self._now, key.micro_batch, key.lane, self._now - self._costs.payload)
+        heapq.heappush(self.trunks[key.trunk_rank].ready, ready)
+
+
+class _Dedicated(_Simulation):
+    """The shards are taken as one server, which is not one of the trunk ranks."""
+
+    def __init__(self, starts: dict[int, float], segments: list[Segment], micro_batches: int, lanes: int, costs: Costs):
+        super().__init__(starts, segments, micro_batches, lanes, costs)
+        self._pool = Processor(0.0)
+        self._pool_free = True
+        for rank, start in starts.items():
+            self._at(start, partial(self._run_trunk, rank))
+
+    def _run_trunk(self, rank: int) -> None:
+        """Run a segment if the rank is free and a lane is ready."""
+        trunk = self.trunks[rank]
+        if self._now >= trunk.processor.free_at and trunk.ready:
+            self._run_segment(rank)
+            self._at(trunk.processor.free_at, partial(self._run_trunk, rank))
+
+    def _arrive(self, key: RequestKey) -> None:
+        super()._arrive(key)
+        self._at(self._now, self._serve)  # after all other arrivals of this moment
+
+    def _serve(self) -> None:
+        """Serve all waiting requests in one slot if the pool is free."""
+        if not self._pool_free or not self._waiting:
+            return
+        self._pool_free = False
+        requests, launch, cost = self._open_slot()
+        self._pool.run(self._last_header, self._now, launch, cost)
+        self._at(self._pool.free_at, self._finish_slot)
+        for key in requests:
+            self._at(self._pool.free_at + self._transfer, partial(self._answer, key))
 
     def _finish_slot(self) -> None:
         self._pool_free = True
         self._serve()
 
     def _answer(self, key: RequestKey) -> None:
-        ready = (self._now, key.micro_batch, key.lane, self._now - self._costs.payload)
-        heapq.heappush(self.trunks[key.trunk_rank].ready, ready)
+        super()._answer(key)
         self._run_trunk(key.trunk_rank)
+
+
+@dataclass
+class _Slot:
+    """A slot that has been opened: which ranks have begun it, and when the last of these will be done."""
+
+    requests: Slot
+    launch: float
+    cost: float
+    header: float
+    begun: int = 0
+    done: float = 0.0
+
+
+class _Group(_Simulation):
+    """Each of the trunk ranks also serves one shard of the replica, with the same processor."""
+
+    def __init__(self, starts: dict[int, float], segments: list[Segment], micro_batches: int, lanes: int, costs: Costs):
+        super().__init__(starts, segments, micro_batches, lanes, costs)
+        self._opened: list[_Slot] = []
+        self._next = dict.fromkeys(starts, 0)  # slot that each rank serves next
+        if len(starts) == 1:
+            self._transfer = 0.0  # nothing travels
+        for rank, start in starts.items():
+            self.trunks[rank].processor = Processor(0.0)  # a rank can serve before it starts
+            self._at(start, partial(self._proceed, rank), last=True)
+
+    def _proceed(self, rank: int) -> None:
+        """If the rank is free: serve a slot that is open, else run a lane that is ready, else open a slot."""
+        trunk = self.trunks[rank]
+        if self._now < trunk.processor.free_at:
+            return
+        if self._next[rank] < len(self._opened):
+            self._serve(rank)
+        elif trunk.ready and trunk.ready[0][0] <= self._now:
+            self._run_segment(rank)
+        elif self._waiting:
+            self._opened.append(_Slot(*self._open_slot(), self._last_header))
+            self._serve(rank)
+            self._wake()
+        else:
+            return
+        self._at(trunk.processor.free_at, partial(self._proceed, rank), last=True)
+
+    def _serve(self, rank: int) -> None:
+        slot, trunk = self._opened[self._next[rank]], self.trunks[rank]
+        self._next[rank] += 1
+        trunk.order.append(SERVE)
+        trunk.processor.run(slot.header, self._now, slot.launch, slot.cost)
+        slot.begun += 1
+        slot.done = max(slot.done, trunk.processor.free_at)
+        if slot.begun == len(self.trunks):
+            for key in slot.requests:
+                self._at(slot.done + self._transfer, partial(self._answer, key))
+
+    def _wake(self) -> None:
+        for rank in self.trunks:
+            self._proceed(rank)
+
+    def _arrive(self, key: RequestKey) -> None:
+        super()._arrive(key)
+        if len(self._waiting) == 1:
+            self._at(self._now, self._wake, last=True)
+
+    def _answer(self, key: RequestKey) -> None:
+        super()._answer(key)
+        self._at(self._now, partial(self._proceed, key.trunk_rank), last=True)
