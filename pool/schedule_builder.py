@@ -1,10 +1,9 @@
 """Builds the schedule of a step in simulated time.
 
 A trunk rank works on the lane that has been ready longest. Whenever the pool is free, it serves all waiting requests in
-one slot. Where every rank has both roles, a rank that has no lane to run opens a slot for all waiting requests, and the
-others serve it as soon as they have done the segment that they are at. A real run can follow the resulting order
-without a deadlock, because it is the order of one possible run. How long a step takes when it follows a schedule is
-computed by `pool.schedule_timing`.
+one slot. Where every rank has both roles, all ranks follow the same order: they run the lanes that are ready, then they
+serve what waits. A real run can follow the resulting order without a deadlock, because it is the order of one possible
+run. How long a step takes when it follows a schedule is computed by `pool.schedule_timing`.
 """
 
 from __future__ import annotations
@@ -110,12 +109,13 @@ def training_segments(costs: Costs, layers: int) -> list[Segment]:
 def staggered_starts(topology: Topology, layers: int, costs: Costs) -> list[float]:
     """When each trunk rank starts: rank t of T waits for t / T of the trunk's work on a micro-batch.
 
-    Where every rank has both roles, the ranks of a replica are a group of their own, and T is the size of the group.
+    Where every rank has both roles, all start at 0: inside its head, which takes long, a rank serves nobody.
     """
+    if topology.every_rank:
+        return [0.0] * topology.trunk_ranks
     work = sum(max(segment.cost, segment.launch) for segment in training_segments(costs, layers))
-    size = topology.expert_parallel if topology.every_rank else topology.trunk_ranks
-    delay = work / size
-    return [delay * (trunk_rank % size) for trunk_rank in range(topology.trunk_ranks)]
+    delay = work / topology.trunk_ranks
+    return [delay * trunk_rank for trunk_rank in range(topology.trunk_ranks)]
 
 
 def build_training_schedule(
@@ -154,7 +154,7 @@ def _build(
 ) -> PoolSchedule:
     """Replicas serve different trunk ranks and are independent of each other, so each is simulated on its own."""
     if topology.every_rank:
-        return _build_every_rank(topology, segments, micro_batches, lanes, starts_T, costs)
+        return _build_every_rank(topology, segments, micro_batches, lanes, costs)
     slots: list[Slot] = []
     order: dict[int, tuple[int, ...]] = {}
     for replica in range(topology.replicas):
@@ -167,26 +167,20 @@ def _build(
 
 
 def _build_every_rank(
-    topology: Topology,
-    segments: list[Segment],
-    micro_batches: int,
-    lanes: int,
-    starts_T: Sequence[float],
-    costs: Costs,
+    topology: Topology, segments: list[Segment], micro_batches: int, lanes: int, costs: Costs
 ) -> PoolSchedule:
-    """All replicas do the same, so one is simulated, and a slot holds the same requests of each."""
-    size = topology.expert_parallel
-    group = _Group({t: starts_T[t] for t in range(size)}, segments, micro_batches, lanes, costs)
-    group.run()
+    """All ranks do the same at the same time, so one is simulated, and slots hold the same requests of all of them."""
+    simulation = _EveryRank(topology.expert_parallel, segments, micro_batches, lanes, costs)
+    simulation.run()
     slots = (
         tuple(
-            RequestKey(first + key.trunk_rank, key.lane, key.micro_batch, key.layer, key.kind)
-            for first in range(0, topology.trunk_ranks, size)
+            RequestKey(rank, key.lane, key.micro_batch, key.layer, key.kind)
             for key in slot
+            for rank in range(topology.trunk_ranks)
         )
-        for slot in group.slots
+        for slot in simulation.slots
     )
-    return PoolSchedule(tuple(slots), tuple(tuple(group.trunks[t].order) for t in range(size)) * topology.replicas)
+    return PoolSchedule(tuple(slots), (tuple(simulation.trunks[0].order),) * topology.trunk_ranks)
 
 
 @dataclass
@@ -201,7 +195,13 @@ class _Trunk:
 
 
 class _Simulation:
-    """One replica of every shard, and the trunk ranks that it serves."""
+    """One replica of every shard, and the trunk ranks that it serves.
+
+    Attributes:
+        senders: Number of ranks for which each of the simulated trunk ranks stands.
+    """
+
+    senders = 1
 
     def __init__(self, starts: dict[int, float], segments: list[Segment], micro_batches: int, lanes: int, costs: Costs):
         self._segments, self._micro_batches, self._costs = segments, micro_batches, costs
@@ -265,7 +265,7 @@ class _Simulation:
             self.slots.append(())
             self._deferred = 0
         c, kinds = self._costs, Counter(key.kind for key in requests)
-        cost = c.slot + sum(max(c.weights, number * c.pool_layer) for number in kinds.values())
+        cost = c.slot + sum(max(c.weights, self.senders * number * c.pool_layer) for number in kinds.values())
         return requests, len(kinds) * c.slot_launch, cost
 
     def _answer(self, key: RequestKey) -> None:
@@ -314,68 +314,37 @@ class _Dedicated(_Simulation):
         self._run_trunk(key.trunk_rank)
 
 
-@dataclass
-class _Slot:
-    """A slot that has been opened: which ranks have begun it, and when the last of these will be done."""
+class _EveryRank(_Simulation):
+    """One rank, which runs its lanes and serves a shard. It stands for all ranks of the replica, which do the same."""
 
-    requests: Slot
-    launch: float
-    cost: float
-    header: float
-    begun: int = 0
-    done: float = 0.0
-
-
-class _Group(_Simulation):
-    """Each of the trunk ranks also serves one shard of the replica, with the same processor."""
-
-    def __init__(self, starts: dict[int, float], segments: list[Segment], micro_batches: int, lanes: int, costs: Costs):
-        super().__init__(starts, segments, micro_batches, lanes, costs)
-        self._opened: list[_Slot] = []
-        self._next = dict.fromkeys(starts, 0)  # slot that each rank serves next
-        if len(starts) == 1:
+    def __init__(self, ranks: int, segments: list[Segment], micro_batches: int, lanes: int, costs: Costs):
+        super().__init__({0: 0.0}, segments, micro_batches, lanes, costs)
+        self.senders = ranks
+        if ranks == 1:
             self._transfer = 0.0  # nothing travels
-        for rank, start in starts.items():
-            self.trunks[rank].processor = Processor(0.0)  # a rank can serve before it starts
-            self._at(start, partial(self._proceed, rank), last=True)
+        self._at(0.0, self._proceed)
 
-    def _proceed(self, rank: int) -> None:
-        """If the rank is free: serve a slot that is open, else run a lane that is ready, else open a slot."""
-        trunk = self.trunks[rank]
+    def _proceed(self) -> None:
+        """If the rank is free, run a lane that is ready, else serve all waiting requests in one slot."""
+        trunk = self.trunks[0]
         if self._now < trunk.processor.free_at:
             return
-        if self._next[rank] < len(self._opened):
-            self._serve(rank)
-        elif trunk.ready and trunk.ready[0][0] <= self._now:
-            self._run_segment(rank)
+        if trunk.ready:
+            self._run_segment(0)
         elif self._waiting:
-            self._opened.append(_Slot(*self._open_slot(), self._last_header))
-            self._serve(rank)
-            self._wake()
+            requests, launch, cost = self._open_slot()
+            trunk.order.append(SERVE)
+            trunk.processor.run(self._last_header, self._now, launch, cost)
+            for key in requests:
+                self._at(trunk.processor.free_at + self._transfer, partial(self._answer, key))
         else:
             return
-        self._at(trunk.processor.free_at, partial(self._proceed, rank), last=True)
-
-    def _serve(self, rank: int) -> None:
-        slot, trunk = self._opened[self._next[rank]], self.trunks[rank]
-        self._next[rank] += 1
-        trunk.order.append(SERVE)
-        trunk.processor.run(slot.header, self._now, slot.launch, slot.cost)
-        slot.begun += 1
-        slot.done = max(slot.done, trunk.processor.free_at)
-        if slot.begun == len(self.trunks):
-            for key in slot.requests:
-                self._at(slot.done + self._transfer, partial(self._answer, key))
-
-    def _wake(self) -> None:
-        for rank in self.trunks:
-            self._proceed(rank)
+        self._at(trunk.processor.free_at, self._proceed, last=True)
 
     def _arrive(self, key: RequestKey) -> None:
         super()._arrive(key)
-        if len(self._waiting) == 1:
-            self._at(self._now, self._wake, last=True)
+        self._at(self._now, self._proceed, last=True)
 
     def _answer(self, key: RequestKey) -> None:
         super()._answer(key)
-        self._at(self._now, partial(self._proceed, key.trunk_rank), last=True)
+        self._at(self._now, self._proceed, last=True)

@@ -135,16 +135,23 @@ def test_another_lane_hides_the_wire() -> None:
     assert schedule.lane_order == ((0, 1, *(SERVE, SERVE, 0, 1) * 4),) * 2
 
 
-def test_replicas_do_the_same() -> None:
-    schedule = build_training_schedule(every_rank(6, 3), 2, 3, 2, True, COSTS)
-    alone = build_training_schedule(every_rank(3, 3), 2, 3, 2, True, COSTS)
-    assert schedule.lane_order == alone.lane_order * 2
-    for group in (range(3), range(3, 6)):
-        slots = [[k for k in slot if k.trunk_rank in group] for slot in schedule.slots]
-        wanted = [
-            [(k.trunk_rank + group[0], k.lane, k.micro_batch, k.layer, k.kind) for k in slot] for slot in alone.slots
-        ]
-        assert [[(k.trunk_rank, k.lane, k.micro_batch, k.layer, k.kind) for k in slot] for slot in slots] == wanted
+def test_lanes_share_a_slot_when_they_wait_together() -> None:
+    """The last lane's requests arrive while the others' are served; without a wire, all are served at once."""
+    schedule = build_training_schedule(every_rank(2, 2), 2, 3, 3, False, COSTS)
+    assert [[k.lane for k in slot] for slot in schedule.slots[:2]] == [[0, 0, 1, 1], [2, 2]]
+    schedule = build_training_schedule(every_rank(2, 2), 2, 3, 3, False, NO_WIRE)
+    assert [[k.lane for k in slot] for slot in schedule.slots[:2]] == [[0, 0, 1, 1, 2, 2]] * 2
+
+
+@pytest.mark.parametrize("lanes", [1, 3])
+def test_all_ranks_do_the_same(lanes: int) -> None:
+    """Whatever the stagger, all ranks have one program, and a slot holds the same requests of each."""
+    schedule = build_training_schedule(every_rank(6, 3), 2, 3, lanes, True, COSTS)
+    assert schedule == build_training_schedule(every_rank(6, 3), 2, 3, lanes, False, COSTS)
+    assert len(set(schedule.lane_order)) == 1
+    for slot in schedule.slots:
+        requests = {(k.lane, k.micro_batch, k.layer, k.kind) for k in slot}
+        assert set(slot) == {RequestKey(rank, *request) for rank in range(6) for request in requests}
 
 
 def test_weight_gradients_are_sealed_twice_per_micro_batch() -> None:
