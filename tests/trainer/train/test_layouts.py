@@ -18,6 +18,7 @@ from trainer.model.trunk import Trunk
 LOSSES = Path(__file__).parents[2] / "golden" / "losses.json"
 ZERO_0 = {"trunk_zero": 0, "pool_zero": 0}
 LOCK_STEP = {"lanes": 1, "stagger": False}
+EVERY = {"layout": "every_rank", "trunk_ranks": 2}
 
 
 @cache
@@ -58,6 +59,10 @@ def test_losses_are_what_they_were() -> None:
         {"pool_ranks": 1, **LOCK_STEP},
         {"trunk_ranks": 2, "pool_ranks": 1, **LOCK_STEP},
         {"trunk_ranks": 2, "pool_ranks": 2, "lanes": 3, "stagger": False},
+        EVERY,
+        {**EVERY, **LOCK_STEP},
+        {**EVERY, "expert_parallel": 1, "lanes": 2},
+        {**EVERY, "trunk_ranks": 4, "expert_parallel": 2},
     ],
     ids=lambda p: "-".join(f"{k}={v}" for k, v in p.items()),
 )
