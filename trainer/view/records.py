@@ -167,6 +167,7 @@ def facts_of(recipe: Recipe, run: Path) -> dict[str, str]:
         "experts": str(recipe.pool.experts),
         "top_k": str(recipe.router.top_k),
         "router": recipe.router.kind,
+        "layout": t.layout,
         "trunk_ranks": str(t.trunk_ranks),
         "pool_ranks": str(t.pool_ranks),
         "expert_parallel": str(t.expert_parallel),
