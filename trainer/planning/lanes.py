@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from pool.schedule_builder import Costs, build_training_schedule, staggered_starts
 from pool.schedule_timing import time_schedule
@@ -40,6 +41,8 @@ def accumulation_time(recipe: Recipe, lanes: int, costs: Costs) -> tuple[float, 
     topology, layers, micro_batches = recipe.grid, recipe.model.layers, recipe.micro_batches
     if topology.colocated:
         return _colocated_time(recipe, lanes, costs)
+    if topology.every_rank:  # all replicas do the same
+        topology = replace(topology, trunk_ranks=topology.expert_parallel, pool_ranks=topology.expert_parallel)
     stagger = recipe.parallel.stagger
     schedule = build_training_schedule(topology, layers, micro_batches, lanes, stagger, costs)
     starts_T = staggered_starts(topology, layers, costs) if stagger else None

@@ -57,7 +57,7 @@ class CostReport:
         memory: One entry per role.
         warnings: Which ranks do not fit into memory, and what would.
         trunk_to_pool: Trunk ranks per pool rank with which both are always busy; None for a dense model.
-        split: The recipe's own split; None without pool ranks.
+        split: The recipe's own split; None without ranks that hold only experts.
         recommended: The best split of the recipe's ranks; None for a dense model, or if none divides evenly.
     """
 
@@ -107,7 +107,7 @@ def make_cost_report(recipe: Recipe, hardware: Hardware | None = None) -> CostRe
         memory=estimate_memory(recipe, lanes),
         warnings=_warnings(recipe, lanes, hardware),
         trunk_to_pool=flops.trunk / flops.pool if pooled else None,
-        split=None if topology.colocated else _split(flops, topology.trunk_ranks, topology.pool_ranks),
+        split=_split(flops, topology.trunk_ranks, topology.pool_ranks) if topology.dedicated else None,
         recommended=_recommend_split(recipe, flops) if pooled else None,
     )
 

@@ -1,4 +1,4 @@
-"""Predicted times compared with arithmetic by hand; profiles; the wire; splits and lanes."""
+"""Predicted times compared with arithmetic by hand; profiles; the wire; lanes."""
 
 from __future__ import annotations
 
@@ -25,9 +25,8 @@ from trainer.planning.hardware import (
     with_link,
 )
 from trainer.planning.lanes import accumulation_time, choose_lanes
-from trainer.planning.step_time import best_splits, step_time
+from trainer.planning.step_time import step_time
 
-ONE_SHARD = "parallel.expert_parallel=1"
 H100 = DATA_SHEETS["h100"]
 PROFILE = Profile(H100, (Figure("dense product", "fp32", 67e12, "FLOP/s", 1.0, "GEMM peak"),))
 
@@ -183,33 +182,6 @@ def test_without_pool_ranks_nothing_overlaps(name: str) -> None:
     assert f.wire is None and f.pool_ranks == 0
     assert (f.trunk_busy + f.pool_busy) * f.seconds == pytest.approx(f.seconds - f.step_end)
     assert (f.pool_busy == 0) == (name == "dense-182m")
-
-
-def test_best_splits_are_valid_and_ordered() -> None:
-    recipe = at_182m()
-    best = best_splits(recipe, 8, H100)
-    assert [f.tokens_per_second for f in best] == sorted((f.tokens_per_second for f in best), reverse=True)
-    assert (best[0].trunk_ranks, best[0].pool_ranks, best[0].expert_parallel) == (4, 4, 4)
-    assert best[0].tokens_per_second >= step_time(recipe, H100).tokens_per_second
-    for f in best:
-        layout = (f"parallel.trunk_ranks={f.trunk_ranks}", f"parallel.pool_ranks={f.pool_ranks}")
-        lanes = (f"parallel.expert_parallel={f.expert_parallel}", f"parallel.lanes={f.lanes}")
-        checked = at_182m(*layout, *lanes)
-        assert f.trunk_ranks + f.pool_ranks == 8 and f.lanes <= checked.micro_batches
-        assert f == step_time(checked, H100)
-        assert f.memory <= 0.9 * H100.memory
-
-
-def test_splits_of_zero_3_run_in_order() -> None:
-    zero3 = ("parallel.trunk_zero=3", "parallel.lanes=1", "parallel.stagger=false")
-    assert all(f.lanes == 1 for f in best_splits(at_182m(*zero3), 8, H100) if f.trunk_ranks > 1)
-
-
-def test_no_split() -> None:
-    with pytest.raises(UserError, match=r"--devices 2: no split fits into 80 GB"):
-        best_splits(load_recipe("unipool-978m"), 2, H100)
-    odd = at_182m("train.global_batch=7", "train.micro_batch=1", "parallel.trunk_ranks=7", "pool.experts=97", ONE_SHARD)
-    assert all((f.trunk_ranks, f.expert_parallel) in ((1, 1), (7, 1)) for f in best_splits(odd, 8, H100))
 
 
 def test_chosen_lanes_are_the_fewest_of_the_good() -> None:
