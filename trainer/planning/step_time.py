@@ -153,14 +153,7 @@ def best_layouts(recipe: Recipe, devices: int, hardware: Hardware) -> tuple[Step
     Raises:
         UserError: There is no such layout.
     """
-    batches = recipe.train.global_batch // recipe.train.micro_batch
-    kinds = [list(layouts(recipe, devices)) for layouts in (_dedicated, _every_rank, _colocated)]
-    if not any(kinds):
-        raise UserError(
-            f"--devices {devices}: no layout divides evenly: the trunk ranks must divide the {batches} micro-batches "
-            f"of a step, and the shards must divide the pool ranks and the {recipe.pool.experts} experts"
-        )
-    fastest = [_fastest(layouts, hardware) for layouts in kinds]
+    fastest = [_fastest(layouts(recipe, devices), hardware) for layouts in (_dedicated, _every_rank, _colocated)]
     if not any(fastest):
         raise UserError(
             f"--devices {devices}: no layout fits into {hardware.memory / 1e9:.0f} GB per rank; use more devices, a "
@@ -171,7 +164,7 @@ def best_layouts(recipe: Recipe, devices: int, hardware: Hardware) -> tuple[Step
     return tuple(_sorted([*first, *others[: SHOWN - len(first)]]))
 
 
-def _fastest(layouts: Sequence[Recipe], hardware: Hardware) -> list[StepTime]:
+def _fastest(layouts: Iterable[Recipe], hardware: Hardware) -> list[StepTime]:
     """Simulate the layouts of a kind that have the smallest lower bounds, and sort them."""
     found: list[StepTime] = []
     for layout in sorted(layouts, key=lambda layout: _least_seconds(layout, hardware)):
@@ -204,9 +197,13 @@ def _dedicated(recipe: Recipe, devices: int) -> Iterator[Recipe]:
 
 
 def _every_rank(recipe: Recipe, devices: int) -> Iterator[Recipe]:
-    """The recipe with a shard on each of the devices, with every possible number of replicas."""
+    """The recipe with a shard on each of the devices, with every possible number of replicas.
+
+    With a single shard it would be the colocated layout, in which nothing has to be scheduled.
+    """
     if recipe.train.global_batch // recipe.train.micro_batch % devices == 0:
-        yield from _with_shards(_in_layout(recipe, layout="every_rank", trunk_ranks=devices, pool_ranks=0), devices)
+        both = _in_layout(recipe, layout="every_rank", trunk_ranks=devices, pool_ranks=0)
+        yield from (layout for layout in _with_shards(both, devices) if layout.grid.expert_parallel > 1)
 
 
 def _colocated(recipe: Recipe, devices: int) -> Iterator[Recipe]:
