@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 from pool.schedule_builder import Costs, build_training_schedule, staggered_starts
@@ -74,11 +75,7 @@ def runs_in_order(recipe: Recipe) -> bool:
 
 def choose_lanes(recipe: Recipe, costs: Costs, most: int = MOST_LANES) -> int:
     """Choose the fewest lanes, up to `most` and the micro-batches, with which a step is within 3 % of the fastest."""
-    if runs_in_order(recipe):
-        return 1
-    choices = range(1, min(most, recipe.micro_batches) + 1)
-    seconds = {lanes: accumulation_time(recipe, lanes, costs)[0] for lanes in choices}
-    return min(lanes for lanes in choices if seconds[lanes] <= (1 + WORTH) * min(seconds.values()))
+    return _fewest(recipe, most, lambda lanes: costs)
 
 
 def choose_fitting_lanes(recipe: Recipe, hardware: Hardware) -> int:
@@ -86,4 +83,12 @@ def choose_fitting_lanes(recipe: Recipe, hardware: Hardware) -> int:
     most = MOST_LANES
     while most and not fits(recipe, min(most, recipe.micro_batches), hardware.memory):
         most -= 1
-    return choose_lanes(recipe, costs_in_seconds(recipe, hardware), most) if most else 0
+    return _fewest(recipe, most, lambda lanes: costs_in_seconds(recipe, hardware, lanes)) if most else 0
+
+
+def _fewest(recipe: Recipe, most: int, costs: Callable[[int], Costs]) -> int:
+    if runs_in_order(recipe):
+        return 1
+    choices = range(1, min(most, recipe.micro_batches) + 1)
+    seconds = {lanes: accumulation_time(recipe, lanes, costs(lanes))[0] for lanes in choices}
+    return min(lanes for lanes in choices if seconds[lanes] <= (1 + WORTH) * min(seconds.values()))

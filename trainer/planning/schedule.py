@@ -120,7 +120,7 @@ def make_schedule(recipe: Recipe) -> ScheduleSpec:
     if p.hardware:
         hardware = find_hardware(p.hardware, "parallel.hardware =")
         lanes = p.lanes or max(1, choose_fitting_lanes(recipe, hardware))
-        return ScheduleSpec(recipe, lanes, costs_in_seconds(recipe, hardware))
+        return ScheduleSpec(recipe, lanes, costs_in_seconds(recipe, hardware, lanes))
     costs = nominal_costs(recipe)
     return ScheduleSpec(recipe, p.lanes or choose_lanes(recipe, costs, LANES_OF_UNKNOWN_MEMORY), costs)
 

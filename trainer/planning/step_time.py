@@ -103,8 +103,8 @@ class StepTime:
 def step_time(recipe: Recipe, hardware: Hardware) -> StepTime:
     """Predict the step of a recipe's own layout and lanes, at an even load."""
     topology = recipe.grid
-    costs = costs_in_seconds(recipe, hardware)
     lanes = recipe.parallel.lanes or max(1, choose_fitting_lanes(recipe, hardware))
+    costs = costs_in_seconds(recipe, hardware, lanes)
     end = step_end(recipe, hardware)
     simulated, trunk_busy, pool_busy = accumulation_time(recipe, lanes, costs)
     taken = simulated + end

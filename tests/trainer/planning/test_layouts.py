@@ -63,6 +63,15 @@ def test_only_what_fits_and_divides_is_a_layout() -> None:
     assert [f.layout for f in best_layouts(at_182m(), 1, H100)] == ["colocated"]
 
 
+def test_a_single_colocated_lane_merges_nothing() -> None:
+    """Lanes are compared by what each of them costs, so the fewest are as fast as if they had been asked for."""
+    colocated = ("parallel.pool_ranks=0", "parallel.trunk_ranks=8")
+    chosen, asked = (step_time(at_182m(*colocated, *lanes), H100) for lanes in ((), ("parallel.lanes=1",)))
+    assert chosen == asked
+    merged = costs_in_seconds(at_182m(*colocated), H100, lanes=2)
+    assert costs_in_seconds(at_182m(*colocated), H100, lanes=1).pool_layer < 0.9 * merged.pool_layer
+
+
 def test_layouts_of_zero_3_run_in_order() -> None:
     zero3 = ("parallel.trunk_zero=3", "parallel.lanes=1", "parallel.stagger=false")
     best = best_layouts(at_182m(*zero3), 8, H100)
