@@ -106,8 +106,7 @@ def training_facts(run: Path, recipe: Recipe) -> Facts:
     if recipe.grid.colocated:
         return [*facts, ("layout", f"{p.trunk_ranks} ranks, ZeRO {p.trunk_zero}")]
     if recipe.grid.every_rank:
-        t = recipe.grid
-        both = f"{t.world_size} ranks with both roles: {shards} shards x {t.replicas}"
+        both = f"{p.trunk_ranks} ranks with both roles: {shards} shards x {recipe.grid.replicas}"
         zero = f"ZeRO {p.trunk_zero} of the trunk, {p.pool_zero} of the pool"
         return [*facts, ("layout", f"{both}, {zero}"), ("lanes", known["lanes"] or "unknown")]
     return [

@@ -169,7 +169,7 @@ def facts_of(recipe: Recipe, run: Path) -> dict[str, str]:
         "router": recipe.router.kind,
         "layout": t.layout,
         "trunk_ranks": str(t.trunk_ranks),
-        "pool_ranks": str(t.pool_ranks),
+        "pool_ranks": str(t.world_size - t.trunk_ranks),
         "expert_parallel": str(t.expert_parallel),
         "lanes": lanes,
         "precision": recipe.train.precision,
