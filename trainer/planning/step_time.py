@@ -243,7 +243,7 @@ def print_step_time(own: StepTime, best: Sequence[StepTime], hardware: Hardware)
         notes = [_wire_note(own.lanes, own.wire), *notes, _WIRE_ASSUMPTION]
     if best:
         tables.append(_best_table(best))
-        notes = [_recommendation(best), *notes, _LAYOUT_ASSUMPTION]
+        notes = [recommendation(best), *notes, _LAYOUT_ASSUMPTION]
     print_tables(*tables, notes=notes)
 
 
@@ -276,7 +276,7 @@ def _best_table(best: Sequence[StepTime]) -> Table:
     return table
 
 
-def _recommendation(best: Sequence[StepTime]) -> str:
+def recommendation(best: Sequence[StepTime]) -> str:
     """Say which keys make the fastest layout, and how much faster it is than the best of the other kinds."""
     first = best[0]
     keys: dict[str, object] = {"layout": first.layout, "trunk_ranks": first.trunk_ranks, "lanes": first.lanes}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from trainer.planning.hardware import DATA_SHEETS, costs_in_seconds, request_byt
 from trainer.planning.lanes import accumulation_time
 from trainer.planning.memory import CONNECTION, CONTEXT, MEMORY_KINDS, ROLE_CHANNELS, ROLE_PEERS, estimate_memory
 from trainer.planning.model_costs import count_parameters
-from trainer.planning.step_time import best_layouts, step_time
+from trainer.planning.step_time import best_layouts, recommendation, step_time
 
 H100 = DATA_SHEETS["h100"]
 EVERY_RANK = ("parallel.layout=every_rank", "parallel.pool_ranks=0", "parallel.trunk_ranks=8")
@@ -34,7 +35,7 @@ def test_best_layouts_are_valid_and_ordered() -> None:
     best = best_layouts(at_182m(), 8, H100)
     assert [f.seconds for f in best] == sorted(f.seconds for f in best)
     assert {f.layout for f in best} == {"dedicated", "colocated", "every_rank"}
-    (dedicated,) = (f for f in best if f.layout == "dedicated")
+    dedicated = next(f for f in best if f.layout == "dedicated")
     assert (dedicated.trunk_ranks, dedicated.pool_ranks, dedicated.expert_parallel) == (4, 4, 4)
     assert dedicated.tokens_per_second >= step_time(at_182m(), H100).tokens_per_second
     for f in best:
@@ -44,6 +45,11 @@ def test_best_layouts_are_valid_and_ordered() -> None:
         assert checked.grid.world_size == 8 and f.lanes <= checked.micro_batches
         assert f == step_time(checked, H100)
         assert f.memory <= 0.9 * H100.memory
+    text = recommendation([f for f in best if f.layout != "colocated"])
+    keys = "parallel.layout=every_rank parallel.trunk_ranks=8 parallel.lanes=2 parallel.expert_parallel=8"
+    assert re.fullmatch(rf"Recommended: {keys}; 1\.\d\d times as fast as dedicated\.", text), text
+    keys = "parallel.layout=dedicated parallel.trunk_ranks=4 parallel.lanes=3 parallel.pool_ranks=4 parallel.expert_parallel=4"
+    assert recommendation([dedicated]) == f"Recommended: {keys}."
 
 
 def test_only_what_fits_and_divides_is_a_layout() -> None:
@@ -147,11 +153,11 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = " ".join(shown.output.split())
     for said in ("trunk + pool x 8", "8 every_rank, 2 lanes", "Best layouts of 8 devices", "the work of a rank alone"):
         assert said in text
-    assert "Recommended: parallel.layout=every_rank parallel.trunk_ranks=8 parallel.lanes=2 " in text
+    assert "Recommended: parallel.layout=" in text
     assert "…" not in text
     assert (tmp_path / "step.png").read_bytes().startswith(b"\x89PNG")
-    tree = json.loads(CliRunner().invoke(cli, [*arguments, "--json"]).stdout)
-    assert tree["predicted"]["layout"] == "every_rank" and tree["split"] is None
+    tree = json.loads(CliRunner().invoke(cli, [*arguments[:2], *arguments[4:], "--json"]).stdout)
+    assert tree["split"] is None
     for variant in tree["simulated"]:
         assert variant["trunk_bytes"] == variant["pool_bytes"]
         assert 1 <= variant["slowdown"] == pytest.approx(1 / (variant["trunk_busy"] + variant["pool_busy"]))
