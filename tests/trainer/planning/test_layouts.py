@@ -48,8 +48,8 @@ def test_best_layouts_are_valid_and_ordered() -> None:
     text = recommendation([f for f in best if f.layout != "colocated"])
     keys = "parallel.layout=every_rank parallel.trunk_ranks=8 parallel.lanes=2 parallel.expert_parallel=8"
     assert re.fullmatch(rf"Recommended: {keys}; 1\.\d\d times as fast as dedicated\.", text), text
-    keys = "parallel.layout=dedicated parallel.trunk_ranks=4 parallel.lanes=3 parallel.pool_ranks=4 parallel.expert_parallel=4"
-    assert recommendation([dedicated]) == f"Recommended: {keys}."
+    keys = "layout=dedicated parallel.trunk_ranks=4 parallel.lanes=3 parallel.pool_ranks=4 parallel.expert_parallel=4"
+    assert recommendation([dedicated]) == f"Recommended: parallel.{keys}."
 
 
 def test_only_what_fits_and_divides_is_a_layout() -> None:
