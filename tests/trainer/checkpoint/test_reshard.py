@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from pool.placement import Placement, imbalance
+from pool.placement import Placement, contiguous, imbalance
 from tests.distributed import RankFailed
 from tests.training import Outcome, assert_same, run_training, tiny
 from trainer.checkpoint.format import Layout, layout_of, newest, read_load, read_placement
@@ -32,11 +32,13 @@ HALF, WHOLE = 2, 4
 LOCK_STEP = {"lanes": 1, "stagger": False}
 
 COLOCATED = {"trunk_zero": 0, "pool_zero": 0}
+EVERY_RANK_4 = {"layout": "every_rank", "trunk_ranks": 4, "expert_parallel": 2}
 LAYOUTS: dict[str, dict[str, Any]] = {
     "colocated": COLOCATED,
     "colocated-zero2": {"trunk_ranks": 2, "trunk_zero": 2, "pool_zero": 1},
     "1+2": {"pool_ranks": 2, "trunk_zero": 1, "pool_zero": 0},
-    "2+1": {"trunk_ranks": 2, "pool_ranks": 1, "trunk_zero": 0, "pool_zero": 1},
+    "every-rank": {"layout": "every_rank", "trunk_ranks": 2, "trunk_zero": 0, "pool_zero": 1},
+    "every-rank-replicas": {**EVERY_RANK_4, "trunk_zero": 3, "pool_zero": 2, **LOCK_STEP},
     "2+2-replicas": {"trunk_ranks": 2, "pool_ranks": 2, "expert_parallel": 1, "trunk_zero": 1, "pool_zero": 2},
     "2+2-zero3": {"trunk_ranks": 2, "pool_ranks": 2, "trunk_zero": 3, "pool_zero": 1, **LOCK_STEP},
 }
@@ -63,11 +65,12 @@ def saved(layout: str) -> Path:
     "before, after",
     [
         ("colocated", "2+2-zero3"),
-        ("2+2-zero3", "1+2"),
+        ("2+2-zero3", "every-rank-replicas"),
+        ("every-rank-replicas", "1+2"),
         ("1+2", "colocated-zero2"),
         ("colocated-zero2", "2+2-replicas"),
-        ("2+2-replicas", "2+1"),
-        ("2+1", "colocated"),
+        ("2+2-replicas", "every-rank"),
+        ("every-rank", "colocated"),
     ],
 )
 def test_goes_on_as_if_nothing_had_changed(before: str, after: str) -> None:
@@ -112,6 +115,16 @@ def test_a_trunk_that_is_not_aligned_is_another_layout(stage: int, same: bool) -
     now = layout_of(recipe({"trunk_ranks": 2, "trunk_zero": stage}), None)
     before = Layout.model_validate_json(now.model_dump_json(exclude={"aligned"}))
     assert (before == now) == same
+
+
+def test_where_every_rank_has_both_roles_the_layout_is_its_own() -> None:
+    """Its files are those of the colocated layout if each rank holds the whole pool."""
+    halves, whole = contiguous(8, 1, 2), contiguous(8, 1, 1)
+    every_rank = {"layout": "every_rank", "trunk_ranks": 2}
+    dedicated = {"trunk_ranks": 2, "pool_ranks": 2}
+    assert layout_of(recipe(every_rank), halves) != layout_of(recipe(dedicated), halves)
+    one_shard = layout_of(recipe({**every_rank, "expert_parallel": 1}), whole)
+    assert one_shard == layout_of(recipe({"trunk_ranks": 2}), whole)
 
 
 class Code:
