@@ -26,7 +26,6 @@ ROUNDS = 8
 EXACT: dict[str, dict[str, Any]] = {
     "1+1 lanes bf16 zero 1": {"pool_ranks": 1, "lanes": 2, "trunk_zero": 1, "pool_zero": 1},
     "2+1 stagger zero 2": {"trunk_ranks": 2, "pool_ranks": 1, "lanes": 2, "trunk_zero": 2, "pool_zero": 2},
-    "every rank zero 1": {"layout": "every_rank", "trunk_ranks": 2, "lanes": 2, "trunk_zero": 1, "pool_zero": 1},
 }
 
 
