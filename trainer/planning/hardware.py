@@ -224,8 +224,10 @@ def request_bytes(recipe: Recipe) -> float:
     return tokens * recipe.router.top_k * recipe.model.hidden * compute_bytes(recipe)
 
 
-def costs_in_seconds(recipe: Recipe, hardware: Hardware) -> Costs:
+def costs_in_seconds(recipe: Recipe, hardware: Hardware, lanes: int) -> Costs:
     """Compute how long the pieces of a micro-batch take, in seconds, at an even load over the shards.
+
+    With several `lanes`, or trunk ranks that a pool rank serves, requests are merged into one launch.
 
     A transfer takes as long as the slower side needs: a trunk rank sends to all shards at once, and a pool rank's link
     is shared by the trunk ranks that it serves.
@@ -239,7 +241,7 @@ def costs_in_seconds(recipe: Recipe, hardware: Hardware) -> Costs:
     payload = 0.0 if topology.colocated else slower_side / hardware.wire_bandwidth
     compiled = kernels.is_compiled(recipe)
     layer, head = kernels.trunk_layer(recipe, compiled), kernels.head(recipe, compiled)
-    experts = kernels.experts(recipe, merged=recipe.parallel.lanes != 1 or served_trunk_ranks(recipe) > 1)
+    experts = kernels.experts(recipe, merged=min(lanes, recipe.micro_batches) * served_trunk_ranks(recipe) > 1)
     beside = rates.products_only / hardware.memory_bandwidth  # seconds for a byte that the shares do not include
 
     def piece(number: float, flops: int, share: float, work: kernels.Kernels) -> float:
