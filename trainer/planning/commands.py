@@ -77,7 +77,7 @@ def plan(
       unipool plan quickstart --simulate --loads runs/quickstart
       unipool plan unipool-182m --hardware h100 --devices 16 --interconnect 400
     """
-    from trainer.planning.hardware import find_hardware
+    from trainer.planning.hardware import find_hardware, with_link
     from trainer.planning.report import make_cost_report, print_cost_report
 
     if not simulate and (loads or timeline):
@@ -89,8 +89,10 @@ def plan(
     if hardware and simulate:
         checked = load_recipe(recipe, [*overrides, f"parallel.hardware={dumps(hardware)}"])
     named = hardware or checked.parallel.hardware
-    report = make_cost_report(checked, find_hardware(named) if named else None)
-    predicted = _predict(checked, hardware, devices, interconnect) if hardware else None
+    device = find_hardware(named) if named else None
+    linked = device if device is None or interconnect is None else with_link(device, interconnect)
+    report = make_cost_report(checked, linked)
+    predicted = (*_predict(checked, linked, devices), device) if hardware and device and linked else None
     simulated = _simulate(checked, loads, timeline) if simulate else None
     if as_json:
         tree = report.to_json() | {"simulated": [asdict(variant) for variant in simulated[1]] if simulated else []}
@@ -138,18 +140,13 @@ def _simulate(
     return spec, variants, recommend_splits(recipe, load_LM)
 
 
-def _predict(
-    recipe: Recipe, name: str, devices: int | None, interconnect: float | None
-) -> tuple[StepTime, tuple[StepTime, ...], Hardware]:
+def _predict(recipe: Recipe, hardware: Hardware, devices: int | None) -> tuple[StepTime, tuple[StepTime, ...]]:
     """Predict the recipe's own step and the best layouts.
 
     A model without a pool has no other layouts; those of a colocated recipe are compared only if --devices is given.
     """
-    from trainer.planning.hardware import find_hardware, with_link
     from trainer.planning.step_time import best_layouts, step_time
 
-    hardware = find_hardware(name)
-    linked = hardware if interconnect is None else with_link(hardware, interconnect)
     if devices is not None and recipe.model.ffn == "dense":
         raise UserError(f"--devices {devices}: model.ffn = dense: there is no pool to lay out")
     if devices is not None and devices < 1:
@@ -157,8 +154,8 @@ def _predict(
     best: tuple[StepTime, ...] = ()
     if devices is not None or not recipe.grid.colocated:
         try:
-            best = best_layouts(recipe, devices or recipe.grid.world_size, linked)
+            best = best_layouts(recipe, devices or recipe.grid.world_size, hardware)
         except UserError:
             if devices is not None:  # otherwise nobody asked for layouts, and the recipe's own step is enough
                 raise
-    return step_time(recipe, linked), best, hardware
+    return step_time(recipe, hardware), best

@@ -224,15 +224,14 @@ def request_bytes(recipe: Recipe) -> float:
     return tokens * recipe.router.top_k * recipe.model.hidden * compute_bytes(recipe)
 
 
-def costs_in_seconds(recipe: Recipe, hardware: Hardware, lanes: int | None = None) -> Costs:
+def costs_in_seconds(recipe: Recipe, hardware: Hardware, lanes: int) -> Costs:
     """Compute how long the pieces of a micro-batch take, in seconds, at an even load over the shards.
 
     A transfer takes as long as the slower side needs: a trunk rank sends to all shards at once, and a pool rank's link
     is shared by the trunk ranks that it serves. Where every rank has both roles, what is for its own shard stays.
 
     Args:
-        lanes: Micro-batches in flight; None: the recipe's, or several if it leaves them open. A single one's requests
-            need not be merged on a shard that serves no other rank.
+        lanes: Micro-batches in flight. A single one's requests need not be merged on a shard that serves no other rank.
     """
     flops, rates, topology = count_flops(recipe), hardware.rates(recipe.train.precision), recipe.grid
     tokens = recipe.train.micro_batch * recipe.model.seq_len
@@ -245,7 +244,7 @@ def costs_in_seconds(recipe: Recipe, hardware: Hardware, lanes: int | None = Non
     payload = slower_side / hardware.wire_bandwidth
     compiled = kernels.is_compiled(recipe)
     layer, head = kernels.trunk_layer(recipe, compiled), kernels.head(recipe, compiled)
-    experts = kernels.experts(recipe, merged=(lanes or recipe.parallel.lanes) != 1 or served_trunk_ranks(recipe) > 1)
+    experts = kernels.experts(recipe, merged=min(lanes, recipe.micro_batches) * served_trunk_ranks(recipe) > 1)
     beside = rates.products_only / hardware.memory_bandwidth  # seconds for a byte that the shares do not include
 
     def piece(number: float, flops: int, share: float, work: kernels.Kernels) -> float:

@@ -77,9 +77,17 @@ def runs_in_order(recipe: Recipe) -> bool:
     return p.trunk_zero == 3 and p.trunk_ranks > 1 and not recipe.grid.colocated
 
 
-def choose_lanes(recipe: Recipe, costs: Costs, most: int = MOST_LANES) -> int:
-    """Choose the fewest lanes, up to `most` and the micro-batches, with which a step is within 3 % of the fastest."""
-    return _fewest(recipe, most, lambda lanes: costs)
+def choose_lanes(recipe: Recipe, costs_of: Callable[[int], Costs], most: int = MOST_LANES) -> int:
+    """Choose the fewest lanes, up to `most` and the micro-batches, with which a step is within 3 % of the fastest.
+
+    Args:
+        costs_of: Maps a number of lanes to the costs of a micro-batch's pieces.
+    """
+    if runs_in_order(recipe):
+        return 1
+    choices = range(1, min(most, recipe.micro_batches) + 1)
+    seconds = {lanes: accumulation_time(recipe, lanes, costs_of(lanes))[0] for lanes in choices}
+    return min(lanes for lanes in choices if seconds[lanes] <= (1 + WORTH) * min(seconds.values()))
 
 
 def choose_fitting_lanes(recipe: Recipe, hardware: Hardware) -> int:
@@ -87,12 +95,9 @@ def choose_fitting_lanes(recipe: Recipe, hardware: Hardware) -> int:
     most = MOST_LANES
     while most and not fits(recipe, min(most, recipe.micro_batches), hardware.memory):
         most -= 1
-    return _fewest(recipe, most, lambda lanes: costs_in_seconds(recipe, hardware, lanes)) if most else 0
+    return choose_lanes(recipe, lambda lanes: costs_in_seconds(recipe, hardware, lanes), most) if most else 0
 
 
-def _fewest(recipe: Recipe, most: int, costs: Callable[[int], Costs]) -> int:
-    if runs_in_order(recipe):
-        return 1
-    choices = range(1, min(most, recipe.micro_batches) + 1)
-    seconds = {lanes: accumulation_time(recipe, lanes, costs(lanes))[0] for lanes in choices}
-    return min(lanes for lanes in choices if seconds[lanes] <= (1 + WORTH) * min(seconds.values()))
+def lanes_on(recipe: Recipe, hardware: Hardware) -> int:
+    """Return the recipe's own lanes; without them those chosen for the hardware, 1 if not even one fits."""
+    return recipe.parallel.lanes or max(1, choose_fitting_lanes(recipe, hardware))

@@ -11,7 +11,7 @@ from trainer.common.format import count, percent, plural, quantity, seconds, siz
 from trainer.common.tables import new_table, print_tables
 from trainer.config.recipe import Recipe
 from trainer.planning.hardware import Hardware, costs_in_seconds, request_bytes, step_end
-from trainer.planning.lanes import accumulation_time, choose_fitting_lanes, role_work, runs_in_order
+from trainer.planning.lanes import accumulation_time, choose_fitting_lanes, lanes_on, role_work, runs_in_order
 from trainer.planning.memory import fullest_rank
 from trainer.planning.model_costs import count_flops, served_trunk_ranks
 
@@ -103,7 +103,7 @@ class StepTime:
 def step_time(recipe: Recipe, hardware: Hardware) -> StepTime:
     """Predict the step of a recipe's own layout and lanes, at an even load."""
     topology = recipe.grid
-    lanes = recipe.parallel.lanes or max(1, choose_fitting_lanes(recipe, hardware))
+    lanes = lanes_on(recipe, hardware)
     costs = costs_in_seconds(recipe, hardware, lanes)
     end = step_end(recipe, hardware)
     simulated, trunk_busy, pool_busy = accumulation_time(recipe, lanes, costs)
@@ -219,9 +219,9 @@ def _with_shards(recipe: Recipe, pool_ranks: int) -> Iterator[Recipe]:
 
 
 def _least_seconds(layout: Recipe, hardware: Hardware) -> float:
-    """Lower bound: the busiest of trunk, pool and wire never waits, and a layer's requests share a launch."""
+    """Lower bound: the busiest of trunk, pool and wire never waits; a layer's requests share a launch, unmerged."""
     launches = 3 * layout.micro_batches * layout.model.layers
-    trunk, pool = role_work(layout, costs_in_seconds(layout, hardware), launches)
+    trunk, pool = role_work(layout, costs_in_seconds(layout, hardware, lanes=1), launches)
     computing = max(trunk, pool) if layout.grid.dedicated else trunk + pool
     return max(computing, _traffic(layout)[1] / hardware.wire_bandwidth) + step_end(layout, hardware)
 

@@ -88,9 +88,9 @@ def test_layouts_of_zero_3_run_in_order() -> None:
 def test_times_of_every_rank() -> None:
     """One rank computes both roles' work, sends 7/8 of its rows and of its answers, and ends both roles' steps."""
     recipe = at_182m(*EVERY_RANK, "parallel.lanes=2")
-    costs = costs_in_seconds(recipe, H100)
+    costs = costs_in_seconds(recipe, H100, lanes=2)
     assert costs.payload == pytest.approx(request_bytes(recipe) * 7 / 8 / H100.wire_bandwidth)
-    assert costs.pool_layer == costs_in_seconds(at_182m("parallel.pool_ranks=8"), H100).pool_layer
+    assert costs.pool_layer == costs_in_seconds(at_182m("parallel.pool_ranks=8"), H100, lanes=2).pool_layer
     step = step_time(recipe, H100)
     assert step.trunk_busy * step.seconds == pytest.approx(4 * 3 * (12 * costs.trunk_layer + costs.head))
     rows = 4 * 3 * 12 * 8 * costs.pool_layer
@@ -109,7 +109,7 @@ def test_times_of_every_rank() -> None:
 def test_one_rank_stands_for_all(stash: int) -> None:
     """The ranks do the same at an even load, so the time of a step is found by timing one of them."""
     recipe = at_182m(*EVERY_RANK, "parallel.expert_parallel=4", "parallel.lanes=2", f"pool.stash_bytes={stash}")
-    costs, most = costs_in_seconds(recipe, H100), deferred_requests(recipe)
+    costs, most = costs_in_seconds(recipe, H100, lanes=2), deferred_requests(recipe)
     schedule = build_training_schedule(recipe.grid, 12, 4, 2, True, costs)
     all_ranks = time_schedule(schedule, recipe.grid, 12, costs, most_deferred=most)
     seconds, trunk, pool = accumulation_time(recipe, 2, costs)

@@ -294,6 +294,17 @@ def test_predicted_step_says_whether_the_wire_limits_it(gbit: str, said: str, mo
     assert "…" not in text
 
 
+@pytest.mark.parametrize("layout", [(), ("--set", "parallel.trunk_ranks=1", "--set", "parallel.pool_ranks=0")])
+def test_memory_and_predicted_step_are_of_the_same_lanes(layout: tuple[str, ...]) -> None:
+    """Not of those that a run without `parallel.hardware` would choose; nor of those of a faster link."""
+    arguments = ("unipool-182m", *layout, "--json", "--hardware", "h100", "--interconnect", "100")
+    tree = json.loads(unipool(*arguments).output)
+    assert tree["lanes"] == tree["predicted"]["lanes"]
+    assert max(memory["total"] for memory in tree["memory"]) == tree["predicted"]["memory"]
+    others = [json.loads(unipool(*words).output)["lanes"] for words in (arguments[:-2], arguments[:-4])]
+    assert layout or tree["lanes"] not in others
+
+
 def test_predicted_step_as_json() -> None:
     tree = json.loads(unipool("unipool-182m", "--hardware", "h100", "--devices", "6", "--json").output)
     predicted = tree["predicted"]
