@@ -120,7 +120,7 @@ def test_one_rank_stands_for_all(stash: int) -> None:
 def test_one_rank_alone_sends_nothing() -> None:
     alone = at_182m("parallel.layout=every_rank", "parallel.pool_ranks=0", "parallel.trunk_ranks=1")
     assert step_time(alone, H100).wire is None
-    assert costs_in_seconds(alone, H100).transfer == nominal_costs(alone).transfer == 0
+    assert costs_in_seconds(alone, H100, lanes=1).transfer == nominal_costs(alone).transfer == 0
 
 
 def test_memory_of_every_rank_is_both_roles() -> None:
