@@ -45,7 +45,7 @@ def test_streams_of_every_kind(tmp_path: Path) -> None:
             ),
         }
     os.close(write_end)
-    found = {name: (job.communicate(timeout=60)[1].decode(), job.returncode) for name, job in jobs.items()}
+    found = {name: (job.communicate(timeout=240)[1].decode(), job.returncode) for name, job in jobs.items()}
     assert found == {
         "broken pipe": ("", 1),
         "full": ("error: no space left on device\n", 1),

@@ -236,7 +236,7 @@ def scraped(url: str) -> dict[str, list[tuple[dict[str, str], float]]]:
     """A rank's page, after its first step at the earliest."""
     deadline = time.monotonic() + TIME_LIMIT
     while True:
-        samples = parse(urllib.request.urlopen(url, timeout=10).read().decode())
+        samples = parse(urllib.request.urlopen(url, timeout=60).read().decode())
         if "unipool_steps_total" in samples:
             return samples
         assert time.monotonic() < deadline, samples
