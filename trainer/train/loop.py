@@ -106,7 +106,9 @@ def use_deterministic_kernels() -> None:
     (aten/src/ATen/native/transformers/cuda/attention_backward.cu), and cuDNN's would be allowed.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs it to be deterministic
-    torch.use_deterministic_algorithms(True)
+    # `use_deterministic_algorithms` would also import torch's compiler, which takes a second, to set its option for
+    # deterministic kernels; `pool.compiling.compiled` sets that itself.
+    torch.set_deterministic_debug_mode("error")
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # we write before we read
 
 

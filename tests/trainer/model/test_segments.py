@@ -112,7 +112,7 @@ def answered(coroutine: MicroBatch[T]) -> T:
 
 def trained(trunk: Trunk, recipe: Recipe, number: int = 0) -> MicroBatchResult:
     """One micro-batch, forward and backward."""
-    sequences_BS1 = torch.tensor(tokens(recipe)["tokens"][2 * number : 2 * number + 2])
+    sequences_BS1 = torch.from_numpy(tokens(recipe)[2 * number : 2 * number + 2])
     experts = max(1, recipe.experts_per_layer)
     coefficients_LM = torch.rand(recipe.model.layers, experts, generator=torch.Generator().manual_seed(number))
     objective = Objective(0.5, lambda load: coefficients_LM, recipe.router.z_loss, recipe.train.recompute)
