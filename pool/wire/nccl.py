@@ -39,37 +39,34 @@ class NcclCommunicator:
     """See `pool.wire.streams.Communicator`.
 
     Args:
-        group: A ProcessGroupNCCL over all ranks that has been connected eagerly.
+        group: A ProcessGroupNCCL that has been connected eagerly.
+        ranks: The world ranks in it, in the order of their ranks in the group.
     """
 
-    def __init__(self, group: Any):
+    def __init__(self, group: Any, ranks: Sequence[int]):
         self._group = group
+        self._rank_in_group = {rank: place for place, rank in enumerate(ranks)}
 
-    def connect(self, peers: Sequence[int], sends: bool, streams: Streams) -> None:
+    def connect(self, streams: Streams, sends_to: Sequence[int] = (), receives_from: Sequence[int] = ()) -> None:
         """Exchange a first message with all peers of this rank, which do the same, and wait for it.
 
         NCCL connects two ranks when the first message between them is launched, and until both have launched it, the
         host waits. A header that follows the launch would come too late.
-
-        Args:
-            sends: Whether this rank is one that sends on this communicator.
         """
-        messages = [(streams.empty(1, dtype=torch.uint8), peer) for peer in peers]
-        (self.send(messages) if sends else self.receive(messages)).wait()
+        if not (sends_to or receives_from):
+            return
+        sends, receives = (
+            [(streams.empty(1, dtype=torch.uint8), peer) for peer in peers] for peers in (sends_to, receives_from)
+        )
+        self.launch(sends, receives).wait()
         streams.record().synchronize()
 
-    def send(self, messages: Sequence[Message]) -> NcclWork:
-        """See `Communicator.send`."""
-        return self._launch(self._group.send, messages)
-
-    def receive(self, messages: Sequence[Message]) -> NcclWork:
-        """See `Communicator.receive`."""
-        return self._launch(self._group.recv, messages)
-
-    def _launch(self, operation: Any, messages: Sequence[Message]) -> NcclWork:
+    def launch(self, sends: Sequence[Message] = (), receives: Sequence[Message] = ()) -> NcclWork:
+        """See `Communicator.launch`. `torch.distributed.batch_isend_irecv` makes the same calls."""
         self._group._start_coalescing()
-        for tensor, peer in messages:
-            operation([tensor], peer, 0)
+        for operation, messages in ((self._group.send, sends), (self._group.recv, receives)):
+            for tensor, peer in messages:
+                operation([tensor], self._rank_in_group[peer], 0)
         return NcclWork(self._group._end_coalescing())
 
     def abort(self) -> None:
