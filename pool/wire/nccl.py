@@ -1,6 +1,6 @@
-"""A communicator over NCCL.
+"""Communicators over NCCL, and which ranks they connect.
 
-Its group is connected eagerly and all messages are launched as groups, so they use the group's own communicator and
+A communicator's group is connected eagerly and all messages are launched as groups, so they use the group's own communicator and
 one stream. Without either, a single message would make a communicator and a stream for its pair of ranks.
 """
 
@@ -11,10 +11,24 @@ from typing import Any
 
 import torch
 
+from pool.topology import Topology
 from pool.wire.streams import Message, Streams
 
 MAX_CTAS = 8
 """SMs that a communicator holds at most, and channels between two ranks."""
+
+
+def members(topology: Topology, rank: int) -> Sequence[int]:
+    """Return the world ranks that share the communicators of `rank`, in order: all, or those that serve each other."""
+    return topology.served_trunk_ranks(rank) if topology.every_rank else range(topology.world_size)
+
+
+def peers(topology: Topology, rank: int) -> tuple[list[int], list[int]]:
+    """Return the world ranks to which `rank` sends requests, and those from which it gets some, without itself."""
+    shards = range(topology.expert_parallel if topology.is_trunk(rank) else 0)
+    serve_it = [topology.pool_rank(shard, rank) for shard in shards]
+    served = topology.served_trunk_ranks(rank) if topology.is_pool(rank) else ()
+    return [other for other in serve_it if other != rank], [other for other in served if other != rank]
 
 
 class NcclWork:
