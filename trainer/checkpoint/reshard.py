@@ -16,7 +16,8 @@ from torch import Tensor
 from pool.shard import ExpertShard
 from trainer.checkpoint.format import read_placement
 from trainer.common.safe_read import read_tensors
-from trainer.engine.role_engine import CHECKPOINT_TAG, Engine, ParameterState, to_universal
+from trainer.engine.parameter_state import CHECKPOINT_TAG, ParameterState
+from trainer.engine.role_engine import Engine, to_universal
 
 
 class SavedRole:

@@ -66,7 +66,7 @@ def _colocated_time(recipe: Recipe, lanes: int, costs: Costs) -> tuple[float, fl
 def runs_in_order(recipe: Recipe) -> bool:
     """Whether only one lane is possible: ZeRO-3 gathers weights, so all trunk ranks must compute the same thing."""
     p = recipe.parallel
-    return p.trunk_zero == 3 and p.trunk_ranks > 1 and p.pool_ranks > 0
+    return p.trunk_zero == 3 and p.trunk_ranks > 1 and not recipe.grid.colocated
 
 
 def choose_lanes(recipe: Recipe, costs: Costs, most: int = MOST_LANES) -> int:

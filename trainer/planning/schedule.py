@@ -87,7 +87,8 @@ class ScheduleSpec:
 
     def generation(self, tokens: int) -> PoolSchedule:
         """The schedule of a generation on every trunk rank, where each token waits for the one before."""
-        return generation_schedule(self.recipe.grid.trunk_ranks, tokens, self.recipe.model.layers)
+        grid = self.recipe.grid
+        return generation_schedule(grid.trunk_ranks, tokens, self.recipe.model.layers, grid.every_rank)
 
     def to_json(self) -> str:
         """JSON text for the run's folder and for the other ranks."""
@@ -142,10 +143,12 @@ def schedule_of(recipe: Recipe, file: Path, resume: bool) -> ScheduleSpec:
 def _shape(recipe: Recipe) -> dict[str, Any]:
     """What the costs depend on."""
     p, m = recipe.parallel, recipe.model
-    return {
+    shape = {
         "model": m.model_dump(mode="json"),
         "experts": [recipe.pool.experts, recipe.router.top_k],
         "batch": [recipe.train.global_batch, recipe.train.micro_batch, recipe.train.precision],
         "ranks": [p.trunk_ranks, p.pool_ranks, recipe.grid.expert_parallel],
         "hardware": p.hardware,
     }
+    # Files of earlier versions know the other two layouts by their ranks alone.
+    return shape | {"layout": "every_rank"} if recipe.grid.every_rank else shape

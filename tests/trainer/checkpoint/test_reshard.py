@@ -23,7 +23,7 @@ from trainer.checkpoint.reshard import SavedCheckpoint, convert
 from trainer.common.errors import UserError
 from trainer.config.recipe import Recipe
 from trainer.engine import role_engine as engine
-from trainer.engine.role_engine import ParameterState
+from trainer.engine.parameter_state import ParameterState
 from trainer.model.trunk import Trunk
 
 pytestmark = pytest.mark.slow
