@@ -1,7 +1,8 @@
 """Communicators over NCCL, and which ranks they connect.
 
-A communicator's group is connected eagerly and all messages are launched as groups, so they use the group's own communicator and
-one stream. Without either, a single message would make a communicator and a stream for its pair of ranks.
+A communicator's group is connected eagerly and all messages are launched as groups, so they use the group's own
+communicator and one stream. Without either, a single message would make a communicator and a stream for its pair of
+ranks.
 """
 
 from __future__ import annotations

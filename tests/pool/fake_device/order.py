@@ -245,7 +245,10 @@ def order_of_exchanges(topology: Topology, schedule: PoolSchedule, grouped: bool
         places = [place for place, (whose, _) in enumerate(plan.slots) if whose == replica]
         batches = [(places.index(place), rs) for place, rs in plan.batches if plan.slots[place][0] == replica]
         batch_of = {r: batch for batch, (_, rs) in enumerate(batches) for r in rs}
-        requests, answers = _Exchanges(g, len(ranks), len(places), grouped), _Exchanges(g, len(ranks), len(batches), grouped)
+        requests, answers = (
+            _Exchanges(g, len(ranks), len(places), grouped),
+            _Exchanges(g, len(ranks), len(batches), grouped),
+        )
         experts = g.operations(f"replica {replica}: a rank's batch", len(ranks) * len(batches)).reshape(len(ranks), -1)
         of_slot = [[batch for batch, (slot, _) in enumerate(batches) if slot == place] for place in range(len(places))]
         for here, rank in enumerate(ranks):
