@@ -22,9 +22,8 @@ what its peer launches first: an earlier message, or the same answer together wi
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -61,8 +60,13 @@ class Header:
 
     def wait(self) -> None:
         """Wait for it. If it is late, so is a message that was launched before the wait, which may be the reason."""
-        with self.end.blaming_what_is_late(), self.end.naming(self.doing, self.exchange):
-            self.work.wait(self.end.limit)
+        since = time.monotonic()
+        try:
+            with self.end.naming(self.doing, self.exchange):
+                self.work.wait(self.end.limit)
+        except WireError as error:
+            late = self.end.watcher.late(since) if ran_out(str(error.__cause__)) else None
+            raise late or error from error.__cause__
 
 
 class DeviceEnd(End):
@@ -85,16 +89,6 @@ class DeviceEnd(End):
     def settle(self) -> None:
         """See `TrunkWire.settle`."""
         self.watcher.settle()
-
-    @contextmanager
-    def blaming_what_is_late(self) -> Iterator[None]:
-        """If a wait inside takes too long, raise the error of a message that was launched before and is late too."""
-        since = time.monotonic()
-        try:
-            yield
-        except WireError as error:
-            late = self.watcher.late(since) if ran_out(str(error.__cause__)) else None
-            raise late or error from error.__cause__
 
     def _send_header(self, exchange: Exchange, counts: Sequence[int], rows_ND: Tensor, tag: int, doing: str) -> Header:
         """Send the header of a payload."""

@@ -35,7 +35,7 @@ from pool.schedule import RequestKey
 from pool.wire.check import altered, not_conserved
 from pool.wire.contract import Exchange, WireError, WireGroups, WireSettings
 from pool.wire.device import ANSWER_TAG, REQUEST_TAG, DeviceAnswer, DeviceArrived, DeviceEnd, Header, Slot
-from pool.wire.streams import Event
+from pool.wire.streams import Event, Streams
 from pool.wire.watcher import Worker
 
 
@@ -80,6 +80,20 @@ class _Served:
     def of(self, rank: int) -> list[tuple[Exchange, Tensor, list[int]]]:
         """Return the answers to a rank."""
         return [part for part in self.parts if part[0].peer == rank]
+
+
+class _Arrived(DeviceArrived):
+    """The requests of a slot; `check` is called before a wait for them."""
+
+    def __init__(self, future: Future[Slot], streams: Streams, check: Callable[[], None]):
+        super().__init__(future, streams)
+        self._check = check
+
+    @property
+    def headers_came(self) -> float:
+        """See `Arrived.headers_came`."""
+        self._check()
+        return super().headers_came
 
 
 @dataclass(frozen=True)
@@ -128,6 +142,12 @@ class ExchangeTrunk(DeviceEnd):
         """
         promise = self._computed.pop(exchange, None)
         return promise or self._computed.setdefault(exchange, self.watcher.promise())
+
+    def check_made(self, exchanges: Sequence[Exchange]) -> None:
+        """Check that requests of this rank have been made, since nobody else could end the wait for them."""
+        for exchange in exchanges:
+            if exchange in self._computed:
+                raise WireError(f"{self.me} is to serve a request of its own that it has not made: {exchange}")
 
     def _send(self, send: Callable[[], None]) -> None:
         with self.streams.on(self._checking):
@@ -231,16 +251,16 @@ class ExchangePool(DeviceEnd):
 
     def receive(self, keys: Sequence[RequestKey], step: int) -> DeviceArrived:
         """See `PoolWire.receive`."""
-        arrived = DeviceArrived(self.watcher.promise(), self.streams)
         exchanges = [Exchange(key.trunk_rank, key, step) for key in keys]
         own = {e: self._trunk.computed(e) for e in exchanges if e.peer == self.settings.rank}
+        arrived = _Arrived(self.watcher.promise(), self.streams, partial(self._trunk.check_made, list(own)))
         self._receiver.put(_Coming(exchanges, own, arrived))
         return arrived
 
     def _exchange(self, coming: _Coming) -> None:
         """Exchange the requests of a slot, which all ranks have computed."""
         s, shard = self.settings, self.settings.topology.shard(self.settings.rank)
-        own = {exchange: self._own(exchange, promise) for exchange, promise in coming.own.items()}
+        own = {exchange: promise.result() for exchange, promise in coming.own.items()}
         headers = {
             exchange: self._get_header(exchange, REQUEST_TAG, "get a header from")
             for exchange in coming.exchanges
@@ -282,14 +302,6 @@ class ExchangePool(DeviceEnd):
         for request in own.values():
             for sent_header in request.headers:
                 sent_header.wait()  # all ranks have its slot before them, as this one had
-
-    def _own(self, exchange: Exchange, promise: Future[_Request]) -> _Request:
-        """Return a request of this rank once it has been computed."""
-        with self.blaming_what_is_late(), self.naming("get a request from", exchange):
-            try:
-                return promise.result(self.limit.total_seconds())
-            except TimeoutError as error:
-                raise RuntimeError("timed out") from error
 
     def stop(self) -> None:
         """See `PoolWire.stop`."""
