@@ -115,13 +115,27 @@ class HostAnswer:
         self.transfers: list[_Transfer] = []
         self.checked_parts: list[_CheckedPart] = []
         self.own_part: _OwnPart | None = None
+        self._future: Future[None] | None = None
 
-    def wait(self) -> Tensor:
-        """See `Answer.wait`."""
+    @property
+    def future(self) -> Future[None]:
+        """See `Answer.future`. gloo says only by a wait whether a message has come, so a thread waits."""
+        self._future = self._future or self._end.waiter.submit(self._receive)
+        return self._future
+
+    def _receive(self) -> None:
+        """Receive what comes from other ranks."""
         for transfer in self.transfers:
             transfer.wait()
         self._end.receive_checked(self.checked_parts)
         self.transfers.clear()
+
+    def wait(self) -> Tensor:
+        """See `Answer.wait`."""
+        if self._future:
+            self._future.result()
+        else:
+            self._receive()
         if self.own_part:
             own_ND = self._end.take_own(self.own_part)
             if len(own_ND) == len(self._rows_ND):
@@ -132,7 +146,15 @@ class HostAnswer:
 
 
 class HostTrunk(_HostEnd):
-    """A trunk rank's end; see `pool.wire.contract.TrunkWire`."""
+    """A trunk rank's end; see `pool.wire.contract.TrunkWire`.
+
+    Attributes:
+        waiter: Waits for answers while the computing thread has something else to do.
+    """
+
+    def __init__(self, settings: WireSettings, groups: WireGroups, loopback: Loopback | None = None):
+        super().__init__(settings, groups, loopback)
+        self.waiter = ThreadPoolExecutor(1, "waiter")
 
     def request(self, key: RequestKey, step: int, rows_ND: Tensor, tokens_per_expert_M: Tensor) -> HostAnswer:
         """See `TrunkWire.request`."""

@@ -1,4 +1,4 @@
-"""Loads a checkpoint into another layout: other ranks, replicas, ZeRO stages, placement, colocated or not.
+"""Loads a checkpoint into another layout: other ranks or roles of ranks, replicas, ZeRO stages, placement.
 
 Each role's folder is converted into DeepSpeed's universal format (at ZeRO 0 its file is read as it is), and every rank
 picks the parameters that it has now: trunk parameters by name, experts by their global id.

@@ -143,6 +143,15 @@ class SharedPool(RemotePool):
         next(self._slots)
         self.serving.waited(since)
 
+    def _wait(self, answer: Answer) -> Tensor:
+        """Wait for an answer, computing deferred weight gradients until it comes."""
+        deferred_dw = self.service.shard.deferred_dw
+        if deferred_dw.waits:
+            since = self.serving.clock.now()
+            deferred_dw.drain_until(answer.future)
+            self.serving.waited(since)
+        return super()._wait(answer)
+
 
 class LocalPool(PoolClient):
     """The colocated layout: the whole pool is in this process.

@@ -15,7 +15,7 @@ from trainer.common.errors import UserError
 from trainer.common.strict_json import dumps
 from trainer.config.recipe import Recipe
 from trainer.planning.hardware import costs_in_seconds, find_hardware
-from trainer.planning.lanes import choose_fitting_lanes, choose_lanes
+from trainer.planning.lanes import choose_lanes, lanes_on
 from trainer.planning.model_costs import count_flops
 
 LAUNCH_SHARE = 0.4
@@ -119,10 +119,10 @@ def make_schedule(recipe: Recipe) -> ScheduleSpec:
     p = recipe.parallel
     if p.hardware:
         hardware = find_hardware(p.hardware, "parallel.hardware =")
-        lanes = p.lanes or max(1, choose_fitting_lanes(recipe, hardware))
-        return ScheduleSpec(recipe, lanes, costs_in_seconds(recipe, hardware))
+        lanes = lanes_on(recipe, hardware)
+        return ScheduleSpec(recipe, lanes, costs_in_seconds(recipe, hardware, lanes))
     costs = nominal_costs(recipe)
-    return ScheduleSpec(recipe, p.lanes or choose_lanes(recipe, costs, LANES_OF_UNKNOWN_MEMORY), costs)
+    return ScheduleSpec(recipe, p.lanes or choose_lanes(recipe, lambda _: costs, LANES_OF_UNKNOWN_MEMORY), costs)
 
 
 def schedule_of(recipe: Recipe, file: Path, resume: bool) -> ScheduleSpec:

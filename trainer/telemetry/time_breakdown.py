@@ -36,10 +36,10 @@ class Usage:
         return Usage(*map(sum, zip(astuple(self), astuple(other), strict=True)))
 
 
-def shares(seconds: Sequence[float], names: Sequence[str] = ACTIVITIES) -> dict[str, float]:
-    """Convert seconds in the order of `names` into shares of their sum, by name."""
+def shares(seconds: Sequence[float]) -> dict[str, float]:
+    """Convert seconds in the order of `ACTIVITIES` into shares of their sum, by activity."""
     total = sum(seconds) or 1.0
-    return {name: spent / total for name, spent in zip(names, seconds, strict=True)}
+    return {activity: spent / total for activity, spent in zip(ACTIVITIES, seconds, strict=True)}
 
 
 @dataclass(frozen=True)

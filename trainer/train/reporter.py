@@ -75,15 +75,16 @@ class Reporter:
     def _spent(self, usage: Sequence[float]) -> dict[str, float]:
         """Return shares of the ranks' time by role and activity.
 
-        Those of a role sum to 1; where every rank has both roles, those of both do, because their time is the same.
+        A rank with both roles counts as a trunk rank, with all of its time; `serving_...` is what the pool has of that.
         """
         topology = self._job.topology
-        names = [f"{side}_{activity}" for side in ("trunk", "pool") for activity in ACTIVITIES]
+        trunk, pool = usage[: len(ACTIVITIES)], usage[len(ACTIVITIES) :]
         if topology.every_rank:
-            return shares(usage, names)
-        trunk = shares(usage[: len(ACTIVITIES)], names[: len(ACTIVITIES)])
-        pool = shares(usage[len(ACTIVITIES) :], names[len(ACTIVITIES) :])
-        return trunk if topology.colocated else trunk | pool
+            total = sum(usage) or 1.0
+            serving = {f"serving_{name}": spent / total for name, spent in zip(ACTIVITIES, pool, strict=True)}
+            del serving["serving_optimizer"]  # one optimizer step for both
+            return _named("trunk", [sum(both) for both in zip(trunk, pool, strict=True)]) | serving
+        return _named("trunk", trunk) | ({} if topology.colocated else _named("pool", pool))
 
     def evaluation(self, done: int, val_loss: float, tokens: int, load_LM: Tensor | None) -> None:
         """Report an evaluation: its loss, its tokens, and the load by layer and the experts that it sees."""
@@ -133,6 +134,10 @@ class Reporter:
             self._folder.withdraw()
 
 
+def _named(side: str, seconds: Sequence[float]) -> dict[str, float]:
+    return {f"{side}_{name}": share for name, share in shares(seconds).items()}
+
+
 def _build() -> dict[str, str]:
     versions = {name: version(name) for name in ("torch", "deepspeed")}
     return {"version": __version__, "python": platform.python_version(), **versions}
@@ -148,8 +153,9 @@ def _run(recipe: Recipe, job: Job, lanes: int) -> dict[str, object]:
         "experts": recipe.pool.experts,
         "top_k": recipe.router.top_k,
         "router": recipe.router.kind,
+        "layout": t.layout,
         "trunk_ranks": t.trunk_ranks,
-        "pool_ranks": t.pool_ranks if t.dedicated else 0,
+        "pool_ranks": t.world_size - t.trunk_ranks,
         "expert_parallel": t.expert_parallel,
         "lanes": lanes,
         "precision": recipe.train.precision,
