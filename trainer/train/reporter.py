@@ -34,7 +34,7 @@ class Reporter:
 
     def __init__(self, recipe: Recipe, job: Job, folder: RunFolder, role: TrunkRank | PoolRank, done: int, lanes: int):
         self._recipe, self._job, self._folder, self._role = recipe, job, folder, role
-        self._reported = Usage()
+        self._reported = (Usage(), Usage())
         role.metrics.info("unipool_build_info", _build() | {"device": job.devices.names[job.rank]})
         self._progress: Progress | None = None
         if job.rank:
@@ -51,10 +51,11 @@ class Reporter:
 
     def usage(self) -> list[float]:
         """Return the seconds by activity since the last call, for the sum over ranks: the trunk's, then the pool's."""
-        now = self._role.clock.total
-        seconds, nothing = list(astuple(now.since(self._reported))), [0.0] * len(ACTIVITIES)
+        clock = self._role.clock
+        now = (clock.total, clock.served) if self._job.is_trunk else (Usage(), clock.total)
+        trunk, pool = (total.since(before) for total, before in zip(now, self._reported, strict=True))
         self._reported = now
-        return seconds + nothing if self._job.is_trunk else nothing + seconds
+        return [*astuple(trunk), *astuple(pool)]
 
     def step(self, done: int, scalars: StepScalars | None, usage: Sequence[float]) -> None:
         """Report a step.
@@ -65,14 +66,24 @@ class Reporter:
         """
         if not isinstance(self._role, TrunkRank) or scalars is None:
             return
-        sides = {"trunk": usage[: len(ACTIVITIES)]}
-        if not self._job.topology.colocated:
-            sides["pool"] = usage[len(ACTIVITIES) :]
-        spent = {f"{side}_{name}": share for side, seconds in sides.items() for name, share in shares(seconds).items()}
+        spent = self._spent(usage)
         self._role.monitors.write(scalars.flat() | {f"train/{name}": share for name, share in spent.items()}, done)
         if self._progress:
             self._progress.step(done, scalars)
             self._folder.append_metrics({"step": done, **asdict(scalars), **spent})
+
+    def _spent(self, usage: Sequence[float]) -> dict[str, float]:
+        """Return shares of the ranks' time by role and activity.
+
+        Those of a role sum to 1; where every rank has both roles, those of both do, because their time is the same.
+        """
+        topology = self._job.topology
+        names = [f"{side}_{activity}" for side in ("trunk", "pool") for activity in ACTIVITIES]
+        if topology.every_rank:
+            return shares(usage, names)
+        trunk = shares(usage[: len(ACTIVITIES)], names[: len(ACTIVITIES)])
+        pool = shares(usage[len(ACTIVITIES) :], names[len(ACTIVITIES) :])
+        return trunk if topology.colocated else trunk | pool
 
     def evaluation(self, done: int, val_loss: float, tokens: int, load_LM: Tensor | None) -> None:
         """Report an evaluation: its loss, its tokens, and the load by layer and the experts that it sees."""
