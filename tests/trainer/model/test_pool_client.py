@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
+from concurrent.futures import Future
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 import torch
 
-from pool.schedule import Kind
-from pool.wire import TrunkWire, clock
+from pool.counts import Counts
+from pool.schedule import SERVE, Kind, RequestKey, Slot
+from pool.service import PoolService
+from pool.topology import Topology
+from pool.wire import PoolWire, TrunkWire, clock
 from tests.pool.shard_work import COUNTS, make_shard, make_work
 from tests.pool.test_weight_gradients import deferred_bytes_of
 from trainer.model.micro_batch import Request
-from trainer.model.pool_client import LocalPool, MicroBatch, RemotePool
+from trainer.model.pool_client import LocalPool, MicroBatch, RemotePool, SharedPool
 
 
 def micro_batch(number: int, layers: int) -> MicroBatch[int]:
@@ -71,3 +76,61 @@ def test_values_come_in_the_order_of_the_micro_batches(monkeypatch: pytest.Monke
     found = pool.run([micro_batch(0, 2), micro_batch(1, 1), micro_batch(2, 1)], (0, 1, 1, 1, 0, 1, 0, 1, 0, 1, 0), 0)
     assert found == [0, 1, 2]
     assert pool.waits.seconds_waiting == pool.waits.seconds_on_wire == 8, "one tick each"
+
+
+class Alone:
+    """Both ends of the wire of a single rank. An answer is late until there is nothing else to do."""
+
+    bytes_sent = bytes_received = 0
+    settings = SimpleNamespace(device="cpu", topology=Topology(1, 1, 1, every_rank=True), rank=0)
+
+    def __init__(self) -> None:
+        self.requests: dict[RequestKey, Any] = {}
+        self.answers: dict[RequestKey, torch.Tensor] = {}
+
+    def settle(self) -> None:
+        pass
+
+    def request(self, key: RequestKey, step: int, rows_ND: torch.Tensor, tokens_per_expert: torch.Tensor) -> Any:
+        self.requests[key] = (rows_ND, Counts.of(tokens_per_expert.tolist()))
+        return SimpleNamespace(future=Future(), wait=lambda: self.answers.pop(key))
+
+    def receive(self, keys: Sequence[RequestKey], step: int) -> Any:
+        now: Future[None] = Future()
+        now.set_result(None)
+        return SimpleNamespace(future=now, headers_came=0.0, ready=lambda: [self.requests.pop(key) for key in keys])
+
+    def answer(self, keys: Sequence[RequestKey], step: int, rows: Sequence[torch.Tensor], served: Any) -> None:
+        self.answers.update(zip(keys, rows, strict=True))
+
+    def stop(self) -> None:
+        pass
+
+
+def shared(slots: list[Slot], lane_order: list[int]) -> PoolService:
+    """One micro-batch of two layers on a rank that serves itself."""
+    wire = Alone()
+    service = PoolService(make_shard(), cast(PoolWire, wire), 2)
+    pool = SharedPool(cast(TrunkWire, wire), 0, service)
+    assert pool.run([micro_batch(0, 2)], lane_order, 0, slots) == [0]
+    return service
+
+
+def slots_of(*kinds_and_layers: tuple[Kind, int]) -> list[Slot]:
+    return [(RequestKey(0, 0, 0, layer, kind),) for kind, layer in kinds_and_layers]
+
+
+FOUR = slots_of((Kind.FORWARD, 0), (Kind.FORWARD, 1), (Kind.BACKWARD, 0), (Kind.BACKWARD, 1))
+ORDER = [0, SERVE] * 4 + [0]
+
+
+def test_a_shared_pool_computes_weight_gradients_while_an_answer_is_late() -> None:
+    """What is sealed before the last two answers is done when the last one is used; the rest is done by nobody yet."""
+    service = shared([*FOUR[:3], (), FOUR[3]], ORDER)
+    assert not service.shard.deferred_dw.waits
+    assert service.shard.w2_eDF.grad is not None, "that of one request"
+    assert shared(FOUR, ORDER).shard.w2_eDF.grad is None, "nothing is sealed"
+
+
+def test_a_shared_pool_seals_after_its_last_slot() -> None:
+    assert shared([*FOUR, ()], ORDER).shard.deferred_dw.waits
