@@ -65,14 +65,21 @@ class PoolService:
     def serving(self, slots: Iterable[Slot], step: int) -> Generator[None]:
         """Serve like `serve`, but slot by slot: each `next` serves the next slot with a request for this rank.
 
-        Deferred weight gradients are sealed at the empty slots before that; the end of the iterator seals at those
-        that are left.
+        Receiving starts with this call. Deferred weight gradients are sealed at the empty slots before a slot; the end
+        of the iterator seals at those that are left.
         """
+        serving = self._serving(slots, step)
+        next(serving)
+        return serving
+
+    def _serving(self, slots: Iterable[Slot], step: int) -> Generator[None]:
+        """See `serving`; the first `next` starts to receive."""
         mine = [(slot, [key for key in slot if key.trunk_rank in self._served]) for slot in slots]
         # A thread receives in the schedule's order while this one computes. The lanes bound what it holds, because what
         # has arrived is released once it has been served.
         coming = deque(self.wire.receive(keys, step) for _, keys in mine if keys)
         try:
+            yield
             for slot, keys in mine:
                 if keys:
                     self._serve_slot(keys, coming.popleft(), step)

@@ -8,6 +8,7 @@ shard without tokens gets a header only. No other package passes tokens to proce
 There is one contract (`pool.wire.contract`) and two transports: `pool.wire.host` for payloads in host memory, and
 `pool.wire.device` for payloads on GPUs. `trunk_wire`, `pool_wire` and, for a rank that has both roles, `both_ends`
 choose by the groups that they are given. What a rank sends to itself stays in the process (`pool.wire.loopback`).
+Where ranks have both roles, GPUs exchange the messages of a slot together (`pool.wire.exchange`).
 
 Every wait has a time limit, and every error names the ranks, the lane, the layer and the micro-batch. With
 `WireSettings.check` both ends also check every message, and every answer has a header too (see `pool.wire.check`).
@@ -26,6 +27,7 @@ from pool.wire.contract import (
     WireSettings,
 )
 from pool.wire.device import DevicePool, DeviceTrunk
+from pool.wire.exchange import ExchangePool, ExchangeTrunk
 from pool.wire.host import HostPool, HostTrunk
 from pool.wire.loopback import Loopback
 
@@ -56,6 +58,8 @@ def pool_wire(settings: WireSettings, groups: WireGroups) -> PoolWire:
 
 def both_ends(settings: WireSettings, groups: WireGroups) -> tuple[TrunkWire, PoolWire]:
     """Return both ends of the wire, for a rank that has both roles and uses them from one thread."""
-    assert not groups.device, "on GPUs a rank cannot have both roles yet"
+    if groups.device:
+        trunk = ExchangeTrunk(settings, groups)
+        return trunk, ExchangePool(settings, groups, trunk)
     loopback = Loopback()
     return HostTrunk(settings, groups, loopback), HostPool(settings, groups, loopback)

@@ -22,7 +22,7 @@ what its peer launches first: an earlier message, or the same answer together wi
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
@@ -39,17 +39,20 @@ from pool.wire.reasons import ran_out
 from pool.wire.streams import Communicator, Event, Streams, Work
 from pool.wire.watcher import Watcher, Worker
 
-_REQUEST_TAG, _ANSWER_TAG = 0, 1
+REQUEST_TAG, ANSWER_TAG = 0, 1
 _GROUP = 8
 """Messages in a group: NCCL runs no more than these at the same time on a channel, and more would wait for each other
 in an order of its own."""
 
+Parts = Sequence[tuple[Exchange, Tensor]]
+"""Payloads to or from peers."""
+
 
 @dataclass(frozen=True)
-class _Header:
+class Header:
     """A header on its way. It keeps its message alive, and names the exchange in errors."""
 
-    end: _DeviceEnd
+    end: DeviceEnd
     work: Any
     message: Tensor
     doing: str
@@ -66,67 +69,86 @@ class _Header:
             raise late or error from error.__cause__
 
 
-class _DeviceEnd(End):
-    """What both ends share: groups, streams, the watcher, headers."""
+class DeviceEnd(End):
+    """What all ends share: groups, streams, the watcher, headers.
 
-    def __init__(self, settings: WireSettings, groups: WireGroups):
+    Args:
+        watcher: None makes one for this end.
+    """
+
+    def __init__(self, settings: WireSettings, groups: WireGroups, watcher: Watcher | None = None):
         super().__init__(settings)
         assert groups.device is not None
         self._host = groups.host
         self._requests, self._answers = groups.device.requests, groups.device.answers
         self.streams: Streams = groups.device.streams
         communicators = [self._requests, self._answers]
-        self.watcher = Watcher(lambda: self.limit, communicators, groups.device.lost, self.streams.enter)
-        self._sending, self._receiving = self.streams.new(), self.streams.new()
+        lost, enter = groups.device.lost, self.streams.enter
+        self.watcher = watcher or Watcher(lambda: self.limit, communicators, lost, enter)
 
     def settle(self) -> None:
         """See `TrunkWire.settle`."""
         self.watcher.settle()
 
-    def _send_header(self, exchange: Exchange, counts: Sequence[int], rows_ND: Tensor, tag: int, doing: str) -> _Header:
-        """Send the header of a payload whose send has been launched."""
-        extra = fingerprint(rows_ND) if self.settings.check else []
-        message = torch.tensor([*exchange.fields, *counts, *extra])
+    def _send_header(self, exchange: Exchange, counts: Sequence[int], rows_ND: Tensor, tag: int, doing: str) -> Header:
+        """Send the header of a payload."""
+        return self._send_message(self._header(exchange, counts, rows_ND), exchange, tag, doing)
+
+    def _header(self, exchange: Exchange, counts: Sequence[int], rows_ND: Tensor) -> list[int]:
+        """Return the header of a payload, whose bytes are taken to be sent with it."""
+        self.bytes_sent += rows_ND.nbytes
+        return [*exchange.fields, *counts, *(fingerprint(rows_ND) if self.settings.check else [])]
+
+    def _send_message(self, values: Sequence[int], exchange: Exchange, tag: int, doing: str) -> Header:
+        message = torch.tensor(values)
         with self.naming(doing, exchange):
-            header = _Header(self, self._host.send([message], exchange.peer, tag), message, doing, exchange)
-        self.bytes_sent += message.nbytes + rows_ND.nbytes
+            header = Header(self, self._host.send([message], exchange.peer, tag), message, doing, exchange)
+        self.bytes_sent += message.nbytes
         return header
 
-    def _get_header(self, exchange: Exchange, tag: int, doing: str) -> _Header:
-        """Start to receive a header."""
-        message = self.header_buffer()
+    def _get_header(self, exchange: Exchange, tag: int, doing: str, count: int = 1) -> Header:
+        """Start to receive a header, or several in one message."""
+        message = torch.cat([self.header_buffer() for _ in range(count)])
         with self.naming(doing, exchange):
-            return _Header(self, self._host.recv([message], exchange.peer, tag), message, doing, exchange)
+            return Header(self, self._host.recv([message], exchange.peer, tag), message, doing, exchange)
 
-    def _launch(
-        self,
-        communicator: Communicator,
-        launch: Callable[[Sequence[tuple[Tensor, int]]], Work],
-        parts: Sequence[tuple[Exchange, Tensor]],
-        doing: str,
-    ) -> list[Work]:
-        """Launch sends or receives in groups; parts without rows are left out."""
-        parts = [(exchange, rows_ND) for exchange, rows_ND in parts if len(rows_ND)]
-        works = []
-        for start in range(0, len(parts), _GROUP):
-            group = parts[start : start + _GROUP]
-            failed = partial(self._group_failed, doing, [exchange for exchange, _ in group])
-            try:
-                work = launch([(rows_ND, exchange.peer) for exchange, rows_ND in group])
-            except RuntimeError as error:
-                raise failed(error) from error
-            self.watcher.launched(communicator, work, [rows_ND for _, rows_ND in group], failed)
-            works.append(work)
-        return works
+    def _launch(self, communicator: Communicator, sends: Parts, receives: Parts, doing: str) -> list[Work]:
+        """Launch messages as one group, if any has rows; the list is empty if none has."""
+        sends, receives = (
+            [(exchange, rows_ND) for exchange, rows_ND in parts if len(rows_ND)] for parts in (sends, receives)
+        )
+        parts = [*sends, *receives]
+        if not parts:
+            return []
+        failed = partial(self._group_failed, doing, [exchange for exchange, _ in parts])
+        to, of = ([(rows_ND, exchange.peer) for exchange, rows_ND in some] for some in (sends, receives))
+        try:
+            work = communicator.launch(to, of)
+        except RuntimeError as error:
+            raise failed(error) from error
+        self.watcher.launched(communicator, work, [rows_ND for _, rows_ND in parts], failed)
+        return [work]
 
     def _group_failed(self, doing: str, exchanges: Sequence[Exchange], error: BaseException) -> WireError:
         """Return the error of a group, any of whose peers may be the cause."""
         peers = " or ".join(dict.fromkeys(self.name(exchange.peer) for exchange in exchanges))
         return self.failed(doing, exchanges[0], error, peers)
 
+    def copy(self, into_ND: Tensor, rows_ND: Tensor) -> None:
+        """Launch a copy of rows, which belong to another stream, on the current one."""
+        if len(rows_ND):
+            self.streams.copy(into_ND, rows_ND)
+            self.streams.used(rows_ND)
+
     def _check_finite(self, rows_ND: Tensor, payload: str, exchange: Exchange) -> None:
         if self.settings.check and (wrong := not_finite(rows_ND)):
             self.refuse(payload, wrong, exchange)
+
+
+def _groups(parts: Parts) -> list[Parts]:
+    """Divide messages of one direction into groups; those without rows are left out, since they are not sent."""
+    parts = [(exchange, rows_ND) for exchange, rows_ND in parts if len(rows_ND)]
+    return [parts[start : start + _GROUP] for start in range(0, len(parts), _GROUP)]
 
 
 class DeviceAnswer:
@@ -164,15 +186,16 @@ class _Request:
         return Exchange(peer, self.key, self.step)
 
 
-class DeviceTrunk(_DeviceEnd):
+class DeviceTrunk(DeviceEnd):
     """A trunk rank's end; see `pool.wire.contract.TrunkWire`."""
 
     def __init__(self, settings: WireSettings, groups: WireGroups):
         super().__init__(settings, groups)
+        self._sending, self._receiving = self.streams.new(), self.streams.new()
         topology = settings.topology
         self._shards = [topology.pool_rank(shard, settings.rank) for shard in range(topology.expert_parallel)]
         self._open: dict[tuple[int, ...], _Request] = {}  # requests that have been sent, by the fields of their headers
-        self._sent_headers: dict[int, list[_Header]] = {}  # the last ones, by lane
+        self._sent_headers: dict[int, list[Header]] = {}  # the last ones, by lane
         self._sender: Worker[_Request] = Worker("sender", self._send, self.watcher)
         self._receiver: Worker[int] = Worker("receiver", self._receive, self.watcher)
 
@@ -198,12 +221,13 @@ class DeviceTrunk(_DeviceEnd):
             parts = list(zip(exchanges, rows_ND.split(sizes), strict=True))
             for exchange, rows in parts:
                 self._check_finite(rows, "the tokens to", exchange)
-            self._launch(self._requests, self._requests.send, parts, "send tokens to")
+            for group in _groups(parts):
+                self._launch(self._requests, group, (), "send tokens to")
             self._open[tuple(exchanges[0].fields)] = request
             for header in self._sent_headers.pop(request.key.lane, ()):
                 header.wait()  # it has come, since the lane makes its next request
             self._sent_headers[request.key.lane] = [
-                self._send_header(exchange, counts, rows, _REQUEST_TAG, "send a header to")
+                self._send_header(exchange, counts, rows, REQUEST_TAG, "send a header to")
                 for counts, (exchange, rows) in zip(request.counts_se, parts, strict=True)
             ]
         self._receiver.put(len(sizes))
@@ -212,7 +236,7 @@ class DeviceTrunk(_DeviceEnd):
         """Receive the next answer, of whichever request it is, once the headers of all shards have come."""
         expected = list(self._open.values())[0]  # noqa: RUF015  # an iterator would not let the sender add to it
         doing = "get the answer's header of"
-        headers = [self._get_header(expected.exchange(peer), _ANSWER_TAG, doing) for peer in self._shards]
+        headers = [self._get_header(expected.exchange(peer), ANSWER_TAG, doing) for peer in self._shards]
         splits = []
         for header in headers:
             header.wait()
@@ -232,8 +256,9 @@ class DeviceTrunk(_DeviceEnd):
         with self.streams.on(self._receiving):
             rows_ND = self.streams.empty(sum(sizes), self.settings.hidden, dtype=self.settings.dtype)
             parts = list(zip(exchanges, rows_ND.split(sizes), strict=True))
-            for work in self._launch(self._answers, self._answers.receive, parts, "get the answer of"):
-                work.wait()
+            for group in _groups(parts):
+                for work in self._launch(self._answers, (), group, "get the answer of"):
+                    work.wait()
             came = self.streams.record()
             if self.settings.check:
                 came.synchronize()
@@ -245,7 +270,7 @@ class DeviceTrunk(_DeviceEnd):
 
 
 @dataclass(frozen=True)
-class _Slot:
+class Slot:
     """What has come of a slot; `came` is behind all of it."""
 
     requests: list[tuple[Tensor, Counts]]
@@ -256,7 +281,7 @@ class _Slot:
 class DeviceArrived:
     """The requests of a slot; see `Arrived`. They are done when their receives have been launched."""
 
-    def __init__(self, future: Future[_Slot], streams: Streams):
+    def __init__(self, future: Future[Slot], streams: Streams):
         self.future, self._streams = future, streams
 
     @property
@@ -291,12 +316,13 @@ class _Answers:
     ready: Event
 
 
-class DevicePool(_DeviceEnd):
+class DevicePool(DeviceEnd):
     """A pool rank's end; see `pool.wire.contract.PoolWire`."""
 
     def __init__(self, settings: WireSettings, groups: WireGroups):
         super().__init__(settings, groups)
-        self._sent_headers: dict[tuple[int, int], _Header] = {}  # the last one, by trunk rank and lane
+        self._sending, self._receiving = self.streams.new(), self.streams.new()
+        self._sent_headers: dict[tuple[int, int], Header] = {}  # the last one, by trunk rank and lane
         self._sender: Worker[_Answers] = Worker("sender", self._send, self.watcher)
         self._receiver: Worker[_Coming] = Worker("receiver", self._receive, self.watcher)
 
@@ -308,7 +334,7 @@ class DevicePool(_DeviceEnd):
 
     def _receive(self, coming: _Coming) -> None:
         """Launch the receive of each request of a slot when its header has come."""
-        headers = [self._get_header(exchange, _REQUEST_TAG, "get a header from") for exchange in coming.exchanges]
+        headers = [self._get_header(exchange, REQUEST_TAG, "get a header from") for exchange in coming.exchanges]
         requests = []
         with self.streams.on(self._receiving):
             for header in headers:
@@ -316,8 +342,7 @@ class DevicePool(_DeviceEnd):
                 exchange = header.exchange
                 counts, sent = self.check_request(header.message, exchange)
                 rows_ND = self.streams.empty(sum(counts), self.settings.hidden, dtype=self.settings.dtype)
-                part = [(exchange, rows_ND)]
-                for work in self._launch(self._requests, self._requests.receive, part, "get tokens from"):
+                for work in self._launch(self._requests, (), [(exchange, rows_ND)], "get tokens from"):
                     work.wait()
                 requests.append((rows_ND, Counts(self.streams.to_device(counts), counts)))
                 self.bytes_received += header.message.nbytes + rows_ND.nbytes
@@ -325,7 +350,7 @@ class DevicePool(_DeviceEnd):
                     self.streams.record().synchronize()
                     if wrong := altered(rows_ND, sent):
                         self.refuse("the tokens of", wrong, exchange)
-            slot = _Slot(requests, self.streams.record(), time.perf_counter())
+            slot = Slot(requests, self.streams.record(), time.perf_counter())
         self.watcher.keep_promise(coming.arrived.future, slot)
 
     def stop(self) -> None:
@@ -349,11 +374,11 @@ class DevicePool(_DeviceEnd):
                 parts = answers.parts[start : start + _GROUP]
                 for exchange, rows_ND in parts:
                     self._check_finite(rows_ND, "the answer to", exchange)
-                self._launch(self._answers, self._answers.send, parts, "send an answer to")
+                self._launch(self._answers, parts, (), "send an answer to")
                 for (exchange, rows_ND), counts in zip(parts, answers.served[start:], strict=False):
                     place = exchange.peer, exchange.key.lane
                     if place in self._sent_headers:
                         self._sent_headers[place].wait()  # it has come, since the lane has made its next request
                     self._sent_headers[place] = self._send_header(
-                        exchange, counts, rows_ND, _ANSWER_TAG, "send an answer to"
+                        exchange, counts, rows_ND, ANSWER_TAG, "send an answer to"
                     )

@@ -54,6 +54,9 @@ class Streams(Protocol):
     def to_device(self, values: Sequence[int]) -> Tensor:
         """Launch a copy of int64 values to the device, by way of pinned memory."""
 
+    def copy(self, into: Tensor, source: Tensor) -> None:
+        """Launch a copy on the device."""
+
 
 class CudaStreams:
     """The streams of a GPU; see `Streams`."""
@@ -99,9 +102,13 @@ class CudaStreams:
         """See `Streams.to_device`. torch keeps pinned memory from being reused before the copy is done."""
         return torch.tensor(values, dtype=torch.int64, pin_memory=True).to(self._device, non_blocking=True)
 
+    def copy(self, into: Tensor, source: Tensor) -> None:
+        """See `Streams.copy`."""
+        into.copy_(source, non_blocking=True)
+
 
 class Work(Protocol):
-    """Sends or receives that have been launched in one group."""
+    """Sends and receives that have been launched in one group."""
 
     def wait(self) -> None:
         """Make the current stream, not the host, wait for them."""
@@ -119,18 +126,16 @@ Message = tuple[Tensor, int]
 
 
 class Communicator(Protocol):
-    """Point-to-point messages over all ranks, in one direction, on one stream of each device.
+    """Point-to-point messages between some ranks, on one stream of each device.
 
-    A rank uses a communicator from one thread. Messages between two ranks match in the order of their launch. A launch
-    returns at once. Messages of a group progress independently of each other, except that those of one pair are in
-    order; a group begins when the group before it on this rank is done, and not before what the current stream held.
+    A rank uses a communicator from one thread. Messages from one rank to another match in the order of their launch. A
+    launch returns at once. Messages of a group progress independently of each other, except that those from one rank to
+    another are in order; a group begins when the group before it on this rank is done, and not before what the current
+    stream held.
     """
 
-    def send(self, messages: Sequence[Message]) -> Work:
-        """Launch sends as one group."""
-
-    def receive(self, messages: Sequence[Message]) -> Work:
-        """Launch receives as one group."""
+    def launch(self, sends: Sequence[Message] = (), receives: Sequence[Message] = ()) -> Work:
+        """Launch messages as one group. There must be at least one."""
 
     def abort(self) -> None:
         """End all operations, whatever they wait for. May be called from any thread; may block."""

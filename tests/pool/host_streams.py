@@ -53,6 +53,9 @@ class HostStreams:
     def to_device(self, values: Sequence[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64)
 
+    def copy(self, into: Tensor, source: Tensor) -> None:
+        into.copy_(source)
+
 
 class HostWork:
     """Messages under way, which a thread waits for; gloo's own works do not say whether they are done."""
@@ -84,11 +87,9 @@ class HostCommunicator:
     def __init__(self, group: Any):
         self.group = group
 
-    def send(self, messages: Sequence[Message]) -> HostWork:
-        return HostWork([self.group.send([tensor], peer, 0) for tensor, peer in messages])
-
-    def receive(self, messages: Sequence[Message]) -> HostWork:
-        return HostWork([self.group.recv([tensor], peer, 0) for tensor, peer in messages])
+    def launch(self, sends: Sequence[Message] = (), receives: Sequence[Message] = ()) -> HostWork:
+        works = [self.group.send([tensor], peer, 0) for tensor, peer in sends]
+        return HostWork(works + [self.group.recv([tensor], peer, 0) for tensor, peer in receives])
 
     def abort(self) -> None:
         pass

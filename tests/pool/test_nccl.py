@@ -52,16 +52,17 @@ class Group:
 
 def test_messages_are_launched_in_groups() -> None:
     group = Group()
-    communicator = NcclCommunicator(group)
-    communicator.send([(torch.ones(2), 5), (torch.ones(3), 7)])
-    communicator.receive([(torch.ones(4), 6)])
-    assert group.calls == ["start", ("send", 2, 5), ("send", 3, 7), "end", "start", ("recv", 4, 6), "end"]
+    communicator = NcclCommunicator(group, range(8, 16))
+    communicator.launch([(torch.ones(2), 13), (torch.ones(3), 15)], [(torch.ones(4), 14)])
+    communicator.launch(receives=[(torch.ones(4), 8)])
+    sends = [("send", 2, 5), ("send", 3, 7)]
+    assert group.calls == ["start", *sends, ("recv", 4, 6), "end", "start", ("recv", 4, 0), "end"]
 
 
 def test_a_failed_work_is_not_taken_for_a_completed_one() -> None:
     """torch's works are completed when they have failed, too."""
     group = Group()
-    work = NcclCommunicator(group).send([(torch.ones(2), 5)])
+    work = NcclCommunicator(group, range(8)).launch([(torch.ones(2), 5)])
     assert not work.is_completed()
     group.work.error = RuntimeError("NCCL error: remote process exited or there was a network error")
     with pytest.raises(RuntimeError, match="remote process exited"):

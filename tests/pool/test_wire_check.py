@@ -62,9 +62,9 @@ class NoisyCommunicator(HostCommunicator):
         super().__init__(group)
         self._alter = alter
 
-    def send(self, messages: Sequence[Message]) -> HostWork:
-        self._altered = [(self._alter(tensor), peer) for tensor, peer in messages]
-        return super().send(self._altered)
+    def launch(self, sends: Sequence[Message] = (), receives: Sequence[Message] = ()) -> HostWork:
+        self._altered = [(self._alter(tensor), peer) for tensor, peer in sends]
+        return super().launch(self._altered, receives)
 
 
 def with_noise(joined: WireGroups, noise: Callable[[Tensor], Tensor]) -> WireGroups:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from pool.topology import Topology
 from pool.wire import DeviceGroups, WireGroups
-from pool.wire.nccl import MAX_CTAS, NcclCommunicator
+from pool.wire.nccl import MAX_CTAS, NcclCommunicator, members, peers
 from pool.wire.streams import CudaStreams
 from trainer.cluster.liveness import PeerLost
 from trainer.cluster.rendezvous import Member
@@ -95,22 +95,22 @@ class Job:
 
     def _device_groups(self) -> DeviceGroups:
         """Create the wire's communicators and connect every trunk rank with the pool ranks that serve it."""
-        streams, t = CudaStreams(self.payload_device), self.topology
-        shards = [t.pool_rank(shard, self.rank) for shard in range(t.expert_parallel)]
-        peers = shards if self.is_trunk else t.served_trunk_ranks(self.rank)
+        streams = CudaStreams(self.payload_device)
         requests, answers = self._communicator("requests"), self._communicator("answers")
-        requests.connect(peers, self.is_trunk, streams)
-        answers.connect(peers, not self.is_trunk, streams)
+        shards, trunk_ranks = peers(self.topology, self.rank)
+        requests.connect(streams, sends_to=shards, receives_from=trunk_ranks)
+        answers.connect(streams, sends_to=trunk_ranks, receives_from=shards)
         return DeviceGroups(requests, answers, streams, lambda: self.liveness.describe(self.liveness.dead()))
 
     def _communicator(self, name: str) -> NcclCommunicator:
         options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
         options.config.max_ctas = MAX_CTAS
         options._timeout = _WATCHDOG_LIMITS * self.timeout
-        store = dist.PrefixStore(name, self._store)
-        group = dist.ProcessGroupNCCL(store, self.rank, self.topology.world_size, options)
+        ranks = members(self.topology, self.rank)
+        store = dist.PrefixStore(f"{name}{ranks[0]}", self._store)
+        group = dist.ProcessGroupNCCL(store, ranks.index(self.rank), len(ranks), options)
         group.eager_connect_single_device(self.payload_device)
-        self._communicators.append(NcclCommunicator(group))
+        self._communicators.append(NcclCommunicator(group, ranks))
         return self._communicators[-1]
 
     def sum_over_ranks(self, values: Sequence[float]) -> list[float]:

@@ -56,13 +56,19 @@ class FakeWork:
 
 
 class FakeNccl:
-    """`ProcessGroupNCCL` over all ranks, connected eagerly: one communicator, on one stream of each device.
+    """`ProcessGroupNCCL`, connected eagerly: one communicator, on one stream of each device.
 
     The first message between two ranks, in each direction, blocks their hosts until both have launched it.
+
+    Args:
+        ranks: Those in the group; None for all.
     """
 
-    def __init__(self, device: Device, name: str, meeting: Meeting, ctas: int = CTAS):
+    def __init__(
+        self, device: Device, name: str, meeting: Meeting, ctas: int = CTAS, ranks: Sequence[int] | None = None
+    ):
         self._device, self._name, self._meeting, self._ctas = device, name, meeting, ctas
+        self._ranks = range(device.world.ranks) if ranks is None else ranks
         self._stream = device.new_stream(name)
         self._parts: list[Part] | None = None
         self._open: list[Operation] = []
@@ -70,7 +76,7 @@ class FakeNccl:
         self._maker = current()
         self._user: Actor | None = None
         self._aborted = False
-        meeting.join([name], device.rank, device.world.ranks)
+        meeting.join([name], device.rank, len(self._ranks))
 
     def _start_coalescing(self) -> None:
         self._device.use()
@@ -82,10 +88,10 @@ class FakeNccl:
         self._parts = []
 
     def send(self, tensors: list[Tensor], peer: int, tag: int) -> None:
-        self._add(True, tensors[0], peer)
+        self._add(True, tensors[0], self._ranks[peer])
 
     def recv(self, tensors: list[Tensor], peer: int, tag: int) -> None:
-        self._add(False, tensors[0], peer)
+        self._add(False, tensors[0], self._ranks[peer])
 
     def _add(self, sends: bool, tensor: Tensor, peer: int) -> None:
         assert self._parts is not None, "a single message makes a communicator for its pair of ranks"

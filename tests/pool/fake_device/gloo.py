@@ -29,6 +29,7 @@ class Mail:
         self.world = world
         self.boxes: dict[tuple[int, int, int], Box] = {}
         self.lose: Callable[[int, int, Tensor], bool] = lambda source, target, message: False
+        self.tag = 0  # of the message that is being sent, for `lose`
 
 
 class GlooWork:
@@ -79,6 +80,7 @@ class FakeGloo:
         box = self._box(self.rank, peer, tag, peer)
         number = box.count_sent
         world = self.mail.world
+        self.mail.tag = tag
         if not self.mail.lose(self.rank, peer, tensors[0]):
             box.count_sent += 1
             box.sent.append((tensors[0].clone(), world.races.stamp(current()) if world.races else {}))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from types import SimpleNamespace
@@ -24,8 +24,8 @@ from pool.counts import Counts
 from pool.schedule import Kind
 from pool.service import PoolService
 from pool.wire.clock import StreamClock
-from pool.wire.contract import DeviceGroups, WireGroups, WireSettings
-from pool.wire.nccl import MAX_CTAS, NcclCommunicator
+from pool.wire.contract import DeviceGroups, PoolWire, WireGroups, WireSettings
+from pool.wire.nccl import MAX_CTAS, NcclCommunicator, members, peers
 from tests.pool.fake_device.communicators import FakeNccl, Meeting
 from tests.pool.fake_device.devices import Device
 from tests.pool.fake_device.gloo import FakeGloo, Mail
@@ -34,7 +34,7 @@ from tests.pool.fake_device.streams import FakeStreams, TimedEvent
 from tests.pool.fake_device.threads import installed
 from tests.pool.fake_device.world import Policy, World
 from trainer.model.micro_batch import Request
-from trainer.model.pool_client import RemotePool
+from trainer.model.pool_client import RemotePool, SharedPool
 
 D = 3
 EXPERTS = 2
@@ -169,7 +169,7 @@ class Step:
 
     def attempt(self) -> list[Any]:
         """Run it until all ranks have ended in one way or another; return their threads."""
-        roles = {rank: self._trunk if self.topology.is_trunk(rank) else self._pool for rank in range(len(self.devices))}
+        roles = {rank: self._role(rank) for rank in range(len(self.devices))}
         wires = [module for name, module in sys.modules.items() if name.startswith("pool.wire")]
         modules = [*wires, pool.service, trainer.model.pool_client]
         with installed(*modules, ExpertServer=Server, clock_of=lambda device: StreamClock(TimedEvent)):
@@ -188,13 +188,15 @@ class Step:
         if not isinstance(on, OnDevice):
             return WireGroups(host, [FakeGloo(mail, rank) for mail in self._lanes])
         t, device = self.topology, self.devices[rank]
-        peers: Sequence[int] = [t.pool_rank(shard, rank) for shard in range(t.expert_parallel)]
-        peers = peers if t.is_trunk(rank) else t.served_trunk_ranks(rank)
-        names = ("requests", "answers")
-        requests, answers = (NcclCommunicator(FakeNccl(device, name, self._meeting, self.ctas)) for name in names)
+        ranks = members(t, rank)
+        names = (f"requests{ranks[0]}", f"answers{ranks[0]}") if t.replicas > 1 else ("requests", "answers")
+        requests, answers = (
+            NcclCommunicator(FakeNccl(device, name, self._meeting, self.ctas, ranks), ranks) for name in names
+        )
         if self.connects:
-            requests.connect(peers, t.is_trunk(rank), on.streams)
-            answers.connect(peers, not t.is_trunk(rank), on.streams)
+            shards, trunks = peers(t, rank)
+            requests.connect(on.streams, shards, trunks)
+            answers.connect(on.streams, trunks, shards)
         return WireGroups(host, device=DeviceGroups(requests, answers, on.streams, self._lost))
 
     def _lost(self) -> str:
@@ -203,16 +205,36 @@ class Step:
     def _on(self, rank: int) -> OnDevice | OnHost:
         return OnDevice(self.devices[rank]) if self.on_device else OnHost()
 
+    def _role(self, rank: int) -> Callable[[int], list[Tensor]]:
+        if self.topology.every_rank:
+            return self._both
+        return self._trunk if self.topology.is_trunk(rank) else self._pool
+
     def _trunk(self, rank: int) -> list[Tensor]:
         on = self._on(rank)
         wire = pool.wire.trunk_wire(self._settings(rank), self._groups(rank, on))
-        micro_batches = (self._micro_batch(on, rank, number) for number in range(self.case.micro_batches))
-        values = RemotePool(wire, rank).run(micro_batches, self.schedule.lane_order[rank], STEP)
+        values = RemotePool(wire, rank).run(self._micro_batches(on, rank), self.schedule.lane_order[rank], STEP)
         wire.settle()
         return [on.read(value) for value in values]
 
     def _pool(self, rank: int) -> list[Tensor]:
         on = self._on(rank)
+        wire = pool.wire.pool_wire(self._settings(rank), self._groups(rank, on))
+        service, gradients_e = self._service(on, rank, wire)
+        service.serve(self.schedule.slots, STEP)
+        wire.settle()
+        return [on.read(gradients_e)]
+
+    def _both(self, rank: int) -> list[Tensor]:
+        on = self._on(rank)
+        trunk, wire = pool.wire.both_ends(self._settings(rank), self._groups(rank, on))
+        service, gradients_e = self._service(on, rank, wire)
+        client = SharedPool(trunk, rank, service)
+        s = self.schedule
+        values = client.run(self._micro_batches(on, rank), s.lane_order[rank], STEP, s.slots)
+        return [on.read(value) for value in [*values, gradients_e]]
+
+    def _service(self, on: OnDevice | OnHost, rank: int, wire: PoolWire) -> tuple[PoolService, Tensor]:
         scales_e = on.empty(EXPERTS, dtype=torch.float32)
         gradients_e = on.empty(EXPERTS, dtype=torch.float32)
         values = [1 + 0.1 * expert - 0.01 * self.topology.shard(rank) for expert in range(EXPERTS)]
@@ -221,10 +243,10 @@ class Step:
             on=on, scales_e=scales_e, gradients_e=gradients_e, expert_ids=range(EXPERTS), deferred_dw=NothingDeferred()
         )
         shard.w2_eDF = scales_e
-        wire = pool.wire.pool_wire(self._settings(rank), self._groups(rank, on))
-        PoolService(shard, wire, self.case.layers).serve(self.schedule.slots, STEP)  # type: ignore[arg-type]
-        wire.settle()
-        return [on.read(gradients_e)]
+        return PoolService(shard, wire, self.case.layers), gradients_e  # type: ignore[arg-type]
+
+    def _micro_batches(self, on: OnDevice | OnHost, rank: int) -> Iterator[Generator[Request, Tensor, Tensor]]:
+        return (self._micro_batch(on, rank, number) for number in range(self.case.micro_batches))
 
     def _micro_batch(self, on: OnDevice | OnHost, rank: int, number: int) -> Generator[Request, Tensor, Tensor]:
         """Forward and backward of a micro-batch, whose state is a row that every segment adds to."""

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import connected_components
 
-from pool.schedule import Kind, PoolSchedule, RequestKey
+from pool.schedule import SERVE, Kind, PoolSchedule, RequestKey
 from pool.topology import Topology
 
 Nodes = NDArray[np.int64]
@@ -117,7 +117,7 @@ class Plan:
         self.slots: list[tuple[int, list[int]]] = []
         for slot in schedule.slots:
             for replica in range(topology.replicas):
-                mine = [number[key] for key in slot if key.trunk_rank % topology.replicas == replica]
+                mine = [number[key] for key in slot if topology.replica_for(key.trunk_rank) == replica]
                 self.slots += [(replica, mine)] if mine else []
         self.batches: list[tuple[int, list[int]]] = []
         for place, (_, requests) in enumerate(self.slots):
@@ -131,6 +131,7 @@ class Plan:
         return [r for r in requests if self.requests[r].trunk_rank == rank]
 
     def _segments(self, rank: int, lane_order: Sequence[int]) -> Segments:
+        lane_order = [lane for lane in lane_order if lane != SERVE]
         coming: dict[int, list[int]] = {lane: [] for lane in lane_order}
         for r in self.of_trunk(rank, range(len(self.requests))):
             coming[self.requests[r].lane].append(r)
@@ -228,6 +229,104 @@ def order_of_device_wire(topology: Topology, schedule: PoolSchedule, group: int 
         g.need(experts, comes[part][last_of_slot])  # the main thread waits for the launch of a slot's receives
         g.need(experts + START, comes[part][last_of_slot] + END)  # and its stream for their end
     return g
+
+
+def order_of_exchanges(topology: Topology, schedule: PoolSchedule, grouped: bool = True) -> Graph:
+    """The order of `pool.wire.exchange`, in which nothing depends on NCCL's running the messages of a group at once.
+
+    Args:
+        grouped: Whether a rank's messages of a slot run in NCCL's order, in rounds: in round d it sends to the rank
+            that is d ranks ahead, and receives from the one that is d ranks behind. Else all its sends run before all
+            its receives.
+    """
+    g, plan = Graph(), Plan(topology, schedule)
+    for replica in range(topology.replicas):
+        ranks = [rank for rank in range(topology.trunk_ranks) if topology.replica_for(rank) == replica]
+        places = [place for place, (whose, _) in enumerate(plan.slots) if whose == replica]
+        batches = [(places.index(place), rs) for place, rs in plan.batches if plan.slots[place][0] == replica]
+        batch_of = {r: batch for batch, (_, rs) in enumerate(batches) for r in rs}
+        requests, answers = (
+            _Exchanges(g, len(ranks), len(places), grouped),
+            _Exchanges(g, len(ranks), len(batches), grouped),
+        )
+        experts = g.operations(f"replica {replica}: a rank's batch", len(ranks) * len(batches)).reshape(len(ranks), -1)
+        of_slot = [[batch for batch, (slot, _) in enumerate(batches) if slot == place] for place in range(len(places))]
+        for here, rank in enumerate(ranks):
+            segments = plan.segments[rank]
+            computes = g.operations(f"rank {rank}: segment", len(segments.lanes))
+            did: list[int] = []  # by the main thread, and on its stream
+            headers: list[int] = []
+            segment, slot = 0, 0
+            for lane in schedule.lane_order[rank]:
+                if lane == SERVE:
+                    for batch in of_slot[slot]:
+                        did.append(experts[here, batch])
+                        requests.done(experts[here, batch], here, slot)
+                        headers.append(answers.part(here, batch, experts[here, batch]))
+                    slot += 1
+                    continue
+                did.append(computes[segment])
+                if segments.answers[segment] >= 0:
+                    answers.done(computes[segment], here, batch_of[segments.answers[segment]])
+                if segments.makes[segment] >= 0:
+                    made = batches[batch_of[segments.makes[segment]]][0]
+                    headers.append(requests.part(here, made, computes[segment]))
+                segment += 1
+            assert slot == len(places), "the schedule has slots that a rank does not serve"
+            g.thread(np.array(did))
+            g.stream(np.array(did))
+            g.thread(np.array(headers))
+        requests.connect()
+        answers.connect()
+    return g
+
+
+class _Exchanges:
+    """The exchanges of a communicator, one after the other on each of its ranks."""
+
+    def __init__(self, graph: Graph, ranks: int, count: int, grouped: bool):
+        self._g, self._ranks, self._count, self._grouped = graph, ranks, count, grouped
+        steps = max(ranks - 1, 1) if grouped else 2
+        self._expects, self._launches, self._waits = (
+            graph.operations(f"a rank's {what} exchange", ranks * count).reshape(ranks, count)
+            for what in ("thread at", "launch of", "thread after")
+        )
+        parts = graph.operations("a rank's step of exchange", ranks * count * steps)
+        self._parts = parts.reshape(ranks, count, steps)
+        self._headers: dict[int, list[int]] = {}
+
+    def part(self, rank: int, exchange: int, computed: int) -> int:
+        """Return the sending of headers of a payload of an exchange."""
+        (header,) = self._g.operations(f"rank {rank}'s header for exchange {exchange}", 1)
+        self._g.need(header, computed + END)
+        self._headers.setdefault(exchange, []).append(header)
+        self._g.need(self._waits[rank, exchange], self._expects[:, exchange])  # they have taken the header
+        return int(header)
+
+    def done(self, work: int, rank: int, exchange: int) -> None:
+        """Some work needs an exchange: its host waits for the launch, its stream for the end."""
+        self._g.need(work, self._launches[rank, exchange])
+        self._g.need(work + START, self._parts[rank, exchange] + END)
+
+    def connect(self) -> None:
+        """Add what an exchange needs, once all headers are known."""
+        g = self._g
+        for exchange in range(self._count):
+            for header in self._headers[exchange]:
+                g.need(self._launches[:, exchange], np.array(header))
+        g.need(self._parts, self._launches[:, :, None])
+        for rank in range(self._ranks):
+            g.thread(np.stack([self._expects[rank], self._launches[rank], self._waits[rank]], 1).ravel())
+            g.stream(self._parts[rank].ravel())
+            for step in range(self._parts.shape[2] if self._ranks > 1 else 0):
+                if self._grouped:
+                    others = [(rank + step + 1) % self._ranks, (rank - step - 1) % self._ranks]
+                    meets = self._parts[others, :, step]
+                else:  # a send meets a receive
+                    others = [other for other in range(self._ranks) if other != rank]
+                    meets = self._parts[others, :, 1 - step]
+                for met in meets:
+                    g.need(self._parts[rank, :, step] + END, met + START)
 
 
 def order_of_specimen(topology: Topology, schedule: PoolSchedule, lanes_apart: int, enough_sms: bool = True) -> Graph:

@@ -58,6 +58,13 @@ def reduced(name: str, hardware: str | None, layers: int = 3, shards: int = 2) -
     return Case(topology, schedule, layers, micro_batches)
 
 
+def every_rank(ranks: int, shards: int, lanes: int, stagger: bool, costs: Costs, layers: int = 2) -> Case:
+    """A step in which every rank has both roles."""
+    topology, micro_batches = Topology(ranks, ranks, shards, every_rank=True), lanes + 1
+    schedule = build_training_schedule(topology, layers, micro_batches, lanes, stagger, costs)
+    return Case(topology, schedule, layers, micro_batches)
+
+
 def old(name: str, micro_batches: int = 8) -> Case:
     """The step of unipool-182m or 978m on H100s as it was planned when payloads travelled as in the specimen."""
     if name == "unipool-182m":

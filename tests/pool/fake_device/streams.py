@@ -90,15 +90,15 @@ class FakeStreams:
 
     def to_host(self, tensor: Tensor) -> Tensor:
         pinned = self._empty(tuple(tensor.shape), tensor.dtype, None)
-        self._copy(pinned, tensor)
+        self.copy(pinned, tensor)
         return pinned
 
     def to_device(self, values: Sequence[int]) -> Tensor:
         tensor = self.empty(len(values), dtype=torch.int64)
-        self._copy(tensor, torch.tensor(values))
+        self.copy(tensor, torch.tensor(values))
         return tensor
 
-    def _copy(self, into: Tensor, source: Tensor) -> None:
+    def copy(self, into: Tensor, source: Tensor) -> None:
         inside, outside = self.device.inside(into), self.device.inside(source)
         run = lambda: inside.copy_(outside)  # noqa: E731
         self.device.launch("copy", run=run, reads=[outside], writes=[inside])  # type: ignore[arg-type]

@@ -5,6 +5,7 @@ Each way of breaking the wire or its seam below is one that no number would have
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,8 +14,10 @@ import pytest
 from pool.wire.watcher import Watcher
 from tests.pool.fake_device.communicators import FakeWork
 from tests.pool.fake_device.job import Step, step
-from tests.pool.fake_device.plans import reduced
+from tests.pool.fake_device.plans import Case, every_rank, plan, reduced
 from tests.pool.fake_device.streams import FakeEvent, FakeStreams
+
+BOTH = "every rank"
 
 WAYS: list[dict[str, Any]] = [
     {"policy": "host"},
@@ -24,9 +27,14 @@ WAYS: list[dict[str, Any]] = [
 ]
 
 
+def case_of(name: str) -> Case:
+    """A recipe, or three ranks with both roles."""
+    return every_rank(3, 3, 2, True, plan("quickstart", "h100").costs) if name == BOTH else reduced(name, "h100", 2)
+
+
 def runs(name: str, ways: list[dict[str, Any]]) -> Iterator[Step]:
     for way in ways:
-        run = step(reduced(name, "h100", layers=2), races=True, **way)
+        run = step(case_of(name), races=True, **way)
         try:
             run.run()
         except Exception:  # numbers that nobody has written yet can be anything
@@ -34,7 +42,7 @@ def runs(name: str, ways: list[dict[str, Any]]) -> Iterator[Step]:
         yield run
 
 
-@pytest.mark.parametrize("name", ["quickstart", "unipool-182m"])
+@pytest.mark.parametrize("name", ["quickstart", "unipool-182m", BOTH])
 def test_all_accesses_are_ordered(name: str) -> None:
     for run in runs(name, WAYS):
         races = run.world.races
@@ -44,8 +52,8 @@ def test_all_accesses_are_ordered(name: str) -> None:
         assert races.accesses > 10 * requests and races.frees > 3 * requests
 
 
-def found() -> list[list[str]]:
-    return [run.world.races.found for run in runs("quickstart", WAYS[1:3]) if run.world.races]
+def found(name: str = "quickstart", ways: list[dict[str, Any]] = WAYS[1:3]) -> list[list[str]]:
+    return [run.world.races.found for run in runs(name, ways) if run.world.races]
 
 
 def test_a_stream_that_does_not_wait_for_an_event(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,3 +87,16 @@ def test_memory_of_one_stream_that_another_uses(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(FakeStreams, "used", lambda self, tensor: None)
     for races in found():
         assert any("[experts' backward]" in race and "free" in race for race in races)
+
+
+def test_exchanges_that_break_the_same_rules(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers are kept until they are sent, and a rank's own rows until the exchange's stream has copied them."""
+    launched, used = Watcher.launched, FakeStreams.used
+    monkeypatch.setattr(Watcher, "launched", lambda self, on, work, keep, failed: launched(self, on, work, [], failed))
+    for races in found(BOTH, WAYS[:1]):
+        assert any("[send answers 1->0" in race and "free" in race for race in races)
+    monkeypatch.setattr(Watcher, "launched", launched)
+    own = lambda self, tensor: None if sys._getframe(1).f_code.co_name == "copy" else used(self, tensor)  # noqa: E731
+    monkeypatch.setattr(FakeStreams, "used", own)
+    for races in found(BOTH, WAYS[:1]):
+        assert any("[copy] on stream" in race and "free" in race for race in races)
