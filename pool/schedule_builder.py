@@ -205,7 +205,6 @@ class _Simulation:
 
     def __init__(self, starts: dict[int, float], segments: list[Segment], micro_batches: int, lanes: int, costs: Costs):
         self._segments, self._micro_batches, self._costs = segments, micro_batches, costs
-        self._transfer = costs.transfer
         self._now = 0.0
         self.slots: list[Slot] = []
         self._waiting: list[RequestKey] = []
@@ -242,7 +241,7 @@ class _Simulation:
         free_at = trunk.processor.free_at
         if segment.kind is not None:
             key = RequestKey(rank, lane, micro_batch, segment.layer, segment.kind)
-            self._at(free_at + self._transfer, partial(self._arrive, key))
+            self._at(free_at + self._costs.transfer, partial(self._arrive, key))
         elif trunk.next_micro_batch < self._micro_batches:
             heapq.heappush(trunk.ready, (free_at, trunk.next_micro_batch, lane, self._now))
             trunk.position[lane] = 0
@@ -303,7 +302,7 @@ class _Dedicated(_Simulation):
         self._pool.run(self._last_header, self._now, launch, cost)
         self._at(self._pool.free_at, self._finish_slot)
         for key in requests:
-            self._at(self._pool.free_at + self._transfer, partial(self._answer, key))
+            self._at(self._pool.free_at + self._costs.transfer, partial(self._answer, key))
 
     def _finish_slot(self) -> None:
         self._pool_free = True
@@ -320,8 +319,6 @@ class _EveryRank(_Simulation):
     def __init__(self, ranks: int, segments: list[Segment], micro_batches: int, lanes: int, costs: Costs):
         super().__init__({0: 0.0}, segments, micro_batches, lanes, costs)
         self.senders = ranks
-        if ranks == 1:
-            self._transfer = 0.0  # nothing travels
         self._at(0.0, self._proceed)
 
     def _proceed(self) -> None:
@@ -336,7 +333,7 @@ class _EveryRank(_Simulation):
             trunk.order.append(SERVE)
             trunk.processor.run(self._last_header, self._now, launch, cost)
             for key in requests:
-                self._at(trunk.processor.free_at + self._transfer, partial(self._answer, key))
+                self._at(trunk.processor.free_at + self._costs.transfer, partial(self._answer, key))
         else:
             return
         self._at(trunk.processor.free_at, self._proceed, last=True)

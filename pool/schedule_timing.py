@@ -135,7 +135,6 @@ def time_schedule(
         processor = _SharedProcessor(replicas[replica_T[t]], topology.shard(t)) if both else Processor(starts_T[t])
         trunks.append(_Trunk(t, order, segments, processor, costs.payload, log))
     members = [[trunk for trunk, r in zip(trunks, replica_T, strict=True) if r == n] for n in range(len(replicas))]
-    transfer = 0.0 if topology.every_rank and shards == 1 else costs.transfer
     for trunk in trunks:
         trunk.advance()
     for slot in schedule.slots:
@@ -146,8 +145,8 @@ def time_schedule(
         for key in slot:
             parts.setdefault(replica_T[key.trunk_rank], []).append(key)
         for r, keys in parts.items():
-            arrival = max([trunks[key.trunk_rank].take(key) for key in keys]) + transfer
-            answer = replicas[r].serve(keys, arrival) + transfer
+            arrival = max([trunks[key.trunk_rank].take(key) for key in keys]) + costs.transfer
+            answer = replicas[r].serve(keys, arrival) + costs.transfer
             replicas[r].make_room()
             for key in keys:
                 trunks[key.trunk_rank].answer(key.lane, answer)

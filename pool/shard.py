@@ -281,12 +281,16 @@ class ExpertShard(nn.Module):
         self._kernels().add_weight_gradients(*self.gradients(), work, experts)
 
     def gradients(self) -> list[Tensor]:
-        """Return the weights' `.grad`, zeros at first. Its memory is reused, because new memory is slow to touch."""
+        """Return the weights' `.grad`, zeros at first. Its memory is reused, because new memory is slow to touch.
+
+        ZeRO 1 and 2 move gradients into a buffer of the reduction, by `grad.data = ...` (stage_1_and_2.py). They are
+        therefore second tensors on our memory, which does not move with them and keeps no such buffer alive.
+        """
         for place, weight in enumerate((self.w13_e2FD, self.w2_eDF)):
             if weight.grad is None:
                 if place == len(self._gradients):
                     self._gradients.append(torch.empty_like(weight))
-                weight.grad = self._gradients[place].zero_()
+                weight.grad = self._gradients[place].zero_().detach()
         return [weight.grad for weight in (self.w13_e2FD, self.w2_eDF) if weight.grad is not None]
 
     def scale_gradients(self, factor: float) -> None:

@@ -11,6 +11,10 @@ FIRST = (
     "trainer/train/test_faults.py",
     "trainer/checkpoint/test_reshard.py",
     "trainer/train/test_layouts.py",
+    "gpu/test_check.py",
+    "trainer/model/test_segments.py",
+    "trainer/checkpoint/test_resume.py",
+    "trainer/planning/test_memory.py",
     "trainer/checkpoint/test_save.py",
     "deploy/test_scrape.py",
 )

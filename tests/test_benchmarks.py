@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.benchmarks import contenders, peers, report
+from tests.benchmarks import contenders, peers, report, step_forms
 from tests.benchmarks.contenders import Contender, ContenderFailed
 from tests.benchmarks.experts import SHAPES, DenseFFN, Shape, Work, experts_ratios, make_work
 from tests.benchmarks.saving import saving_results
 from tests.benchmarks.startup import startup_results
-from tests.benchmarks.step import LAYOUTS, MODEL_OF, Layout, recipe, step_ratios
+from tests.benchmarks.step import choose, step_ratios
+from tests.benchmarks.step_forms import CONTENDERS, MODEL_OF, Form, KnownForms, recipe
 
 RANK = """
 import os, sys
@@ -56,21 +58,75 @@ def test_experts_ratios_are_the_peers_seconds_over_ours() -> None:
     }
 
 
+SECONDS = {
+    "one_plus_one": [2.0, 2.0],
+    "colocated": [4.0, 5.0],
+    "every_rank": [1.0, 4.0],
+    "vanilla": [3.0, 5.0],
+    "dense": [1.0, 3.0],
+    "hugging_face": [6.0, 9.0],
+    "deepspeed_moe": [7.0, 8.0],
+}
+
+
 def test_step_ratios_take_the_better_peer_of_every_round() -> None:
-    seconds = {
-        "one_plus_one": [2.0, 2.0],
-        "colocated": [4.0, 5.0],
-        "vanilla": [3.0, 5.0],
-        "dense": [1.0, 3.0],
-        "hugging_face": [6.0, 9.0],
-        "deepspeed_moe": [7.0, 8.0],
-    }
-    assert seconds.keys() == LAYOUTS.keys()
-    assert step_ratios(seconds, "bf16") == {
+    assert SECONDS.keys() == CONTENDERS.keys()
+    assert step_ratios(SECONDS, "bf16") == {
         "colocated_over_vanilla_bf16": [0.75, 1.0],
+        "colocated_over_dense_bf16": [0.25, 0.6],
+        "vanilla_over_dense_bf16": [1 / 3, 0.6],
         "one_plus_one_over_best_peer_bf16": [3.0, 4.0],
         "one_plus_one_over_dense_bf16": [0.5, 1.5],
+        "every_rank_over_best_peer_bf16": [6.0, 2.0],
+        "best_layout_over_best_peer_bf16": [6.0, 4.0],
     }
+
+
+def test_step_ratios_leave_out_what_was_not_measured() -> None:
+    measured = {name: SECONDS[name] for name in ("colocated", "dense", "hugging_face", "deepspeed_moe")}
+    assert step_ratios(measured, "fp32").keys() == {"colocated_over_dense_fp32"}
+
+
+def test_step_keeps_the_fastest_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A form that fails is named; every other one that is not kept is ended."""
+    one, two, three = Form(2, 1), Form(1, 2), Form(1, 2, compiled=True)
+    forms = {one: FakeContender(3.0), two: FakeContender(None), three: FakeContender(2.0)}
+    with ExitStack() as stack:
+        kept = choose(list(forms.items()), stack)  # type: ignore[arg-type]
+        assert kept.form == three and kept.contender is forms[three]
+        assert kept.slower == {one: "0.67 times as fast", two: "failed: no compiler"}
+        assert [form.ended for form in forms.values()] == [True, True, False]
+    assert forms[three].ended
+    with pytest.raises(ContenderFailed, match="runs in no form: failed: no compiler"):
+        choose([(two, FakeContender(None))], stack)  # type: ignore[list-item]
+
+
+class FakeContender:
+    """A contender whose steps take `seconds`, or which fails."""
+
+    def __init__(self, seconds: float | None):
+        self.name, self.seconds, self.ended = "fake", seconds, False
+
+    def __enter__(self) -> FakeContender:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.ended = True
+
+    def run(self, steps: int) -> float:
+        if self.seconds is None:
+            raise ContenderFailed("fake, rank 0, ended:\nno compiler\n")
+        return self.seconds
+
+
+def test_step_remembers_forms(tmp_path: Path) -> None:
+    path = tmp_path / "forms.json"
+    first = KnownForms(path)
+    assert first.to_try("dense", "small", "fp32") == CONTENDERS["dense"]
+    first.keep("dense", "small", "fp32", Form(1, 2, compiled=True))
+    again = KnownForms(path)
+    assert again.to_try("dense", "small", "fp32") == (Form(1, 2, compiled=True),)
+    assert again.to_try("dense", "small", "bf16") == CONTENDERS["dense"]
 
 
 def test_startup_reports_seconds() -> None:
@@ -90,20 +146,23 @@ def test_saving_reports_longer_steps_and_seconds() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(MODEL_OF))
-def test_every_layout_has_the_same_step(name: str, tmp_path: Path) -> None:
-    """A step has equally many tokens in every layout, and a token can reach equally many experts over all layers."""
-    for layout in LAYOUTS[name]:
-        made = recipe(MODEL_OF[name], layout, "fp32", tmp_path)
-        assert made.grid.world_size == layout.ranks
+@pytest.mark.parametrize("shape", step_forms.SHAPES)
+def test_every_form_has_the_same_step(name: str, shape: str, tmp_path: Path) -> None:
+    """A step has equally many tokens in every form, and a token can reach equally many experts over all layers."""
+    s = step_forms.SHAPES[shape]
+    for form in CONTENDERS[name]:
+        made = recipe(MODEL_OF[name], form, s, "fp32", tmp_path)
+        assert made.grid.world_size == form.ranks
         assert made.micro_batches * made.parallel.trunk_ranks == 4
-        assert made.train.micro_batch * made.model.seq_len == 2048
-        assert made.pool.experts == (0 if name == "dense" else 64)
-        assert made.experts_per_layer == {"dense": 0, "vanilla": 8}.get(name, 64)
+        assert made.train.global_batch * made.model.seq_len == s.tokens
+        assert made.pool.experts == (0 if name == "dense" else s.experts)
+        assert made.experts_per_layer == {"dense": 0, "vanilla": s.experts // s.layers}.get(name, s.experts)
+        assert made.train.compile == form.compiled
 
 
-def test_layouts_fill_two_cores() -> None:
-    assert all(x.ranks * x.threads == 2 for layouts in LAYOUTS.values() for x in layouts)
-    assert str(Layout(2, 1, pool_ranks=1)) == "1 trunk + 1 pool rank"
+def test_forms_fill_two_cores() -> None:
+    assert all(x.ranks * x.threads == 2 for forms in CONTENDERS.values() for x in forms)
+    assert str(Form(2, 1, "dedicated", compiled=True)) == "1 trunk + 1 pool rank, compiled"
 
 
 def test_work_has_every_token_once_a_layer_unevenly() -> None:

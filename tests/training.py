@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tests.distributed import join, run_ranks
@@ -250,13 +252,11 @@ def _by_expert(module: Any, values: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def tokens(recipe: Recipe) -> Any:
-    """24 sequences of random tokens, with a skewed distribution, as a dataset of the trainer's form."""
-    from datasets import Dataset
-
+def tokens(recipe: Recipe) -> NDArray[np.int64]:
+    """24 sequences of random tokens, with a skewed distribution."""
     generator = torch.Generator().manual_seed(7)
     ids = torch.randint(0, recipe.model.vocab, (24, recipe.model.seq_len + 1), generator=generator)
-    return Dataset.from_dict({"tokens": (ids * ids // recipe.model.vocab).tolist()})
+    return (ids * ids // recipe.model.vocab).numpy()
 
 
 def assert_same(a: Outcome, b: Outcome, tolerance: float = 1e-5) -> None:

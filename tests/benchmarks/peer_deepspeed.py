@@ -1,6 +1,7 @@
 """Peer: a transformer with DeepSpeed's own MoE layer, without dropped tokens. It runs in the peers' environment.
 
-It uses two gloo ranks, ZeRO 0, experts split over both ranks (ep_size 2), and torch's AdamW. The rest of the block is
+It uses ZeRO 0, experts split over all ranks (`ep_size`), which talk over gloo, torch's AdamW, and with `compile`
+DeepSpeed's own call of torch.compile. The rest of the block is
 standard: RMSNorm, rotary attention by scaled_dot_product_attention, SwiGLU experts. bf16 is autocast over fp32
 parameters.
 """
@@ -117,7 +118,10 @@ def training_step(s: dict[str, Any]) -> Callable[..., None]:
             "zero_optimization": {"stage": 0},
         },
     )
-    pin(rank)
+    if s["compile"]:
+        engine.compile()
+    if ranks > 1:
+        pin(rank)
     torch.manual_seed(1 + rank)
 
     def step(steps: int) -> None:

@@ -1,6 +1,7 @@
 """Peer: Hugging Face transformers' Qwen3-MoE with random weights. It runs in the peers' environment.
 
-`kind: step` trains the whole model with AdamW, gradient accumulation and clipping, and with DDP over gloo on two ranks.
+`kind: step` trains the whole model with AdamW, gradient accumulation and clipping, and with DDP over gloo on two ranks;
+with `compile` by torch.compile.
 `kind: experts` only runs the sparse blocks of 8 layers: 8 separate blocks, or one block called 8 times.
 
 Experts use grouped_mm, because on a CPU transformers' own loop makes a gradient of the whole stack for every expert. In
@@ -58,6 +59,8 @@ def training_step(s: dict[str, Any]) -> Callable[..., None]:
         dist.init_process_group("gloo", timeout=timedelta(minutes=10))
         model = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
         pin(rank)
+    if s["compile"]:
+        model.compile()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     micro_batches = s["micro_batches"] // ranks
     torch.manual_seed(1 + rank)

@@ -51,7 +51,7 @@ def print_report(
         as_json: Whether to end with one JSON object.
     """
     print(f"{title}\n{datetime.now(UTC):%Y-%m-%d}, commit {commit()}, {machine()}\n{command}\n")
-    width = max(map(len, results))
+    width = max(map(len, results), default=0)
     print(f"{'name':<{width}}  median    min    max  rounds")
     for name, values in results.items():
         median = statistics.median(values)

@@ -55,13 +55,13 @@ def can_isolate() -> bool:
 
 def _works(*command: str) -> bool:
     try:
-        return subprocess.run(command, capture_output=True, check=False, timeout=60).returncode == 0
+        return subprocess.run(command, capture_output=True, check=False, timeout=LIMIT).returncode == 0
     except FileNotFoundError:
         return False
 
 
 def _ip(*arguments: str) -> None:
-    subprocess.run(("ip", *arguments), check=True, timeout=60)
+    subprocess.run(("ip", *arguments), check=True, timeout=LIMIT)
 
 
 class Pod:
@@ -129,13 +129,13 @@ class Pod:
         """Exit status of a probe, run in the container."""
         command = self._container[name]["exec"]["command"]
         entered = ["nsenter", "--target", str(self._first.pid), "--mount", "--pid", *command]
-        return subprocess.run(entered, check=False, timeout=60).returncode
+        return subprocess.run(entered, check=False, timeout=LIMIT).returncode
 
     def read(self, url: str) -> str:
         """A page, read as the cluster's Prometheus would: by the pod's address, from another namespace."""
-        code = f"import urllib.request as u; print(u.urlopen({url!r}, timeout=30).read().decode())"
+        code = f"import urllib.request as u; print(u.urlopen({url!r}, timeout=60).read().decode())"
         command = ["ip", "netns", "exec", self._cluster.switch, sys.executable, "-c", code]
-        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=LIMIT).stdout
 
     def wait_for(self, text: str, limit: float = LIMIT) -> None:
         """Until `text` stands in the log, at most `limit` seconds."""
@@ -151,7 +151,7 @@ class Pod:
     def kill(self) -> None:
         """The pod's node is gone: all its processes at once."""
         self._process.kill()  # unshare takes its children along
-        self._process.wait(20)
+        self._process.wait(LIMIT)
 
 
 class Cluster:
@@ -189,7 +189,7 @@ class Cluster:
                 pod.kill()
         finally:
             for namespace in self._namespaces:
-                subprocess.run(("ip", "netns", "del", namespace), check=False, timeout=60)
+                subprocess.run(("ip", "netns", "del", namespace), check=False, timeout=LIMIT)
 
     def start(self, manifests: list[dict[str, Any]], arguments: list[str], names_known: bool = True) -> dict[str, Pod]:
         """Start every pod of the JobSet among `manifests`; returns them by host name.

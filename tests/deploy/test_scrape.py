@@ -40,7 +40,7 @@ class Server:
 
     def ask(self, path: str, **parameters: Any) -> Any:
         url = f"http://127.0.0.1:{self.port}/api/v1/{path}?{urllib.parse.urlencode(parameters, doseq=True)}"
-        with urllib.request.urlopen(url, timeout=30) as answer:
+        with urllib.request.urlopen(url, timeout=60) as answer:
             return json.load(answer)["data"]
 
     def values(self, expression: str) -> list[float]:
@@ -84,7 +84,7 @@ def prometheus(folder: Path, targets: Path) -> Iterator[Server]:
 def ready(port: int) -> bool:
     """Whether Prometheus answers queries: it listens earlier."""
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/-/ready", timeout=30):
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/-/ready", timeout=60):
             return True
     except OSError:
         return False

@@ -12,26 +12,30 @@ from click.testing import CliRunner
 
 from tests.gpu import check
 from tests.gpu.check import LIMITS, TWO_GPUS, run_part
-from tests.gpu.parts import PARTS
+from tests.gpu.parts import PARTS, Part, experts, machine
 from tests.gpu.timeline import busy, kind_of
 
 
 @pytest.mark.slow
 def test_rehearsal(tmp_path: Path) -> None:
-    """Every part but those that are another with other numbers."""
-    parts = ("machine", "quickstart", "experts", "colocated", "lanes_4_one_connection")
+    """Every part but those that are another with other numbers, and two that need no processes of their own."""
+    for part in (machine, experts):
+        part(Part(part.__name__, tmp_path, rehearse=True))
+    missing = json.loads((tmp_path / "machine.json").read_text())["missing"]
+    assert missing == []
+    shapes = json.loads((tmp_path / "experts.json").read_text())["shapes"]
+    assert set(shapes) == {"unipool-182m", "unipool-978m"}
+    assert all(shape["share_of_matmul"] > 0 for shape in shapes.values())
+    parts = ("quickstart", "colocated", "lanes_4_one_connection")
     options = [word for name in parts for word in ("--only", name)]
     done = CliRunner().invoke(check.main, ["--rehearse", "--out", str(tmp_path / "out"), *options])
     assert done.exit_code == 0, done.output
     report = json.loads((tmp_path / "out" / "check.json").read_text())
     assert report["rehearsal"] and list(report["parts"]) == list(parts)
     found = report["parts"]
-    assert found["machine"]["missing"] == []
     assert found["quickstart"]["devices"] == "devices: CPU (parallel.device = cpu)"
     assert len(found["quickstart"]["losses"]["checked"]) == 2
     assert found["quickstart"]["largest_relative_difference"] == 0
-    assert set(found["experts"]["shapes"]) == {"unipool-182m", "unipool-978m"}
-    assert all(shape["share_of_matmul"] > 0 for shape in found["experts"]["shapes"].values())
     (rank,) = found["colocated"]["ranks"]
     assert len(rank["losses"]) == 3
     assert 0.5 < rank["peak_process"] / found["colocated"]["planned_memory"]["trunk + pool"] < 2

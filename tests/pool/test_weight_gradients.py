@@ -86,6 +86,18 @@ def test_a_drain_leaves_no_work() -> None:
     assert any(grad.any() for grad in once)
 
 
+def test_gradients_that_a_reduction_moves_leave_our_memory() -> None:
+    """As DeepSpeed does; the next step's gradients are where the first step's were."""
+    shard, reduced = make_shard(), torch.ones(10_000)
+    first = [gradient.data_ptr() for gradient in shard.gradients()]
+    for weight in shard.parameters():
+        assert weight.grad is not None
+        weight.grad.data = reduced[: weight.numel()].view_as(weight)
+        weight.grad = None
+    assert [gradient.data_ptr() for gradient in shard.gradients()] == first
+    assert not any(gradient.any() for gradient in shard.gradients())
+
+
 def test_scale_gradients() -> None:
     shard = make_shard()
     run_one_by_one(shard, several())

@@ -21,7 +21,7 @@ _MODEL_KEYS = {f"model.{key}" for key in ("layers", "hidden", "heads", "kv_heads
 _MODEL_KEYS |= {"model.groups", "pool.experts", "router.kind"}
 """Keys that determine what the weights are: a checkpoint with other values cannot be loaded."""
 
-_FREE_SECTIONS = {"run", "parallel", "topology", "eval", "probe", "checkpoint", "metrics"}
+_FREE_SECTIONS = {"run", "parallel", "topology", "eval", "probe", "profile", "checkpoint", "metrics"}
 _FREE_KEYS = {"pool.recompute", "pool.stash_bytes", "pool.placement", "train.recompute", "train.max_skipped_steps"}
 _FREE_KEYS |= {"train.micro_batch", "train.compile", "train.loss_chunk", "data.dir", "data.max_bad_share"}
 """Keys that do not affect the numbers, apart from rounding."""

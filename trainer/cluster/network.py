@@ -1,4 +1,4 @@
-"""The network interface on which this rank's gloo listens.
+"""How this rank reaches others: the host of the job's store, and the interface on which its gloo listens.
 
 gloo takes the address of the host's name, which Debian and many containers resolve to a loopback address. Other
 machines cannot reach that.
@@ -9,7 +9,9 @@ from __future__ import annotations
 import ipaddress
 import os
 import socket
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 
 import psutil
 
@@ -17,6 +19,8 @@ INTERFACE = "GLOO_SOCKET_IFNAME"
 """Environment variable: the interface that gloo uses."""
 
 _ANY_PORT = 9  # nothing is sent
+
+_LOOK_SECONDS = 0.05
 
 
 def address_towards(host: str) -> str:
@@ -28,6 +32,19 @@ def address_towards(host: str) -> str:
             return str(s.getsockname()[0])
     except OSError:
         return ""
+
+
+def wait_for_listener(host: str, port: int, limit: float) -> None:
+    """Wait until somebody listens on a port, or for `limit` seconds.
+
+    torch's store does so too, but looks again only after 0.25 to 0.75 s, and then more and more rarely
+    (torch/csrc/distributed/c10d/TCPStore.cpp, Backoff.cpp).
+    """
+    deadline = time.monotonic() + limit
+    while time.monotonic() < deadline:
+        with suppress(OSError), socket.create_connection((host, port), timeout=limit):
+            return
+        time.sleep(_LOOK_SECONDS)
 
 
 def choose_gloo_interface(own: str, others: Sequence[str]) -> None:

@@ -18,7 +18,7 @@ from pool.topology import Topology
 from trainer.cluster.devices import Devices, assign_devices, sight, tell_deepspeed
 from trainer.cluster.launch import free_port
 from trainer.cluster.liveness import Arrival, Liveness, reach
-from trainer.cluster.network import address_towards, choose_gloo_interface
+from trainer.cluster.network import address_towards, choose_gloo_interface, wait_for_listener
 from trainer.cluster.rank_assignment import (
     ROLE,
     assign_ranks,
@@ -242,6 +242,8 @@ def _attempt() -> str:
 def _open_stores(launch: Launch, timeout: timedelta) -> tuple[dist.TCPStore, dist.TCPStore]:
     """Open two connections to the job's store, which launcher rank 0 hosts unless the launcher's agent does."""
     agent_hosts_it = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if launch.rank:
+        wait_for_listener(launch.master_addr, launch.master_port, timeout.total_seconds())
     store = dist.TCPStore(
         launch.master_addr,
         launch.master_port,

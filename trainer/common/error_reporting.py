@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
 import os
 import signal
@@ -44,6 +45,22 @@ def report_errors() -> Iterator[None]:
         _discard_stdout()
         where = "" if error.filename is None else f"{error.filename}: "
         _exit(f"{where}{os_reason(error)}", 2 if where and error.errno in _PATH_ERRORS else 1)
+
+
+def end_process(status: int) -> NoReturn:
+    """End a rank of a job as `sys.exit` would, but without taking the interpreter apart.
+
+    Threads of torch's process groups outlive the groups. One that drops the last reference to a tensor needs the GIL,
+    and if the interpreter is being taken apart by then, the process ends with SIGABRT instead of its status.
+    """
+    atexit._run_exitfuncs()
+    mpi = sys.modules.get("mpi4py.MPI")
+    if mpi is not None and not mpi.Is_finalized():  # which it would do in what is left out here
+        mpi.Finalize()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # closed, or on a full disk
+            stream.flush()
+    os._exit(status)
 
 
 def _exit(line: str, status: int) -> NoReturn:

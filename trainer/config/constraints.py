@@ -23,6 +23,7 @@ def check_constraints(recipe: Recipe) -> None:
         _check_pool(recipe)
     _check_balance(recipe)
     _check_probe(recipe)
+    _check_profile(recipe)
     _check_layout(recipe)
 
 
@@ -104,6 +105,13 @@ def _check_probe(r: Recipe) -> None:
         holds = bool(layers) and max(layers) < r.model.layers and len(set(layers)) == len(layers)
         allowed = f"must be different numbers from 0 to {r.model.layers - 1} (model.layers - 1)"
         _require(holds, r, "probe.layers", allowed)
+
+
+def _check_profile(r: Recipe) -> None:
+    if r.profile.steps:
+        first, last = r.profile.steps
+        allowed = f"must be a first and a last step, from 1 to {r.train.steps} (train.steps)"
+        _require(first <= last <= r.train.steps, r, "profile.steps", allowed)
 
 
 def _check_layout(r: Recipe) -> None:

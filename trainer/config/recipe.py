@@ -32,6 +32,7 @@ from trainer.config.sections import (
     Parallel,
     Pool,
     Probe,
+    Profile,
     Roles,
     Router,
     Run,
@@ -57,6 +58,7 @@ class Recipe(Section):
     topology: Roles = Roles()
     eval: Eval = Eval()
     probe: Probe = Probe()
+    profile: Profile = Profile()
     checkpoint: Checkpoint = Checkpoint()
     metrics: Metrics = Metrics()
 

@@ -279,6 +279,18 @@ class Probe(Section):
     batches: Positive = Field(1, description="Global batches of held-out text per probe.")
 
 
+class Profile(Section):
+    """Which optimizer steps are recorded by torch's profiler."""
+
+    steps: tuple[Positive, Positive] | None = Field(
+        None,
+        strict=False,
+        description="First and last step to record, both included, as the progress line counts them: `[11, 12]`. Each "
+        "rank writes a trace, and the first rank of each role a table of the largest costs, into profile/ of "
+        "`run.dir`; default: none.",
+    )
+
+
 class Checkpoint(Section):
     """When checkpoints are saved and which are kept."""
 

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-
 Place = tuple[int, int]
 """A sequence: the number of its data set, and its row there."""
+
+
+class Rows(Protocol):
+    """A data set: rows of S+1 tokens. An array is one."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: list[int], /) -> NDArray[Any]: ...
 
 
 def permutation(rows: int, seed: int, epoch: int, source: int = 0) -> NDArray[np.uint32]:
@@ -71,8 +76,8 @@ class SequenceStream:
         rows: The number of sequences until the first data set has been read once.
     """
 
-    def __init__(self, datasets: Sequence[Dataset], seed: int | None, shares: Sequence[float] = (1.0,)):
-        self._tokens = [dataset.with_format("numpy") for dataset in datasets]
+    def __init__(self, datasets: Sequence[Rows], seed: int | None, shares: Sequence[float] = (1.0,)):
+        self._datasets = datasets
         self._lengths = [len(dataset) for dataset in datasets]
         self._shares = np.array(shares)
         self._seed = seed
@@ -106,7 +111,7 @@ class SequenceStream:
     def name(self, place: Place) -> str:
         """Return a place for people to read: the row, after the number of the data set if there are several."""
         source, row = place
-        return str(row) if len(self._tokens) == 1 else f"{source}:{row}"
+        return str(row) if len(self._datasets) == 1 else f"{source}:{row}"
 
     def _place(self, source: int, number: int) -> Place:
         epoch, index = divmod(number, self._lengths[source])
@@ -115,8 +120,8 @@ class SequenceStream:
     def _read(self, places: list[Place]) -> NDArray[np.int64]:
         (first, _), rows = places[0], [row for _, row in places]
         if all(source == first for source, _ in places):
-            return self._tokens[first][rows]["tokens"].astype(np.int64)  # type: ignore[no-any-return]
-        return np.stack([self._tokens[source][row]["tokens"] for source, row in places]).astype(np.int64)
+            return self._datasets[first][rows].astype(np.int64)
+        return np.concatenate([self._datasets[source][[row]] for source, row in places]).astype(np.int64)
 
     def _order_of_epoch(self, source: int, epoch: int) -> NDArray[np.uint32]:
         assert self._seed is not None

@@ -1,8 +1,9 @@
-"""Packs the tokens of a split, document after document, into rows of an Arrow file."""
+"""Packs the tokens of a split, document after document, into rows of an Arrow file, and reads these rows."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,3 +133,26 @@ class SplitWriter:
         column = pa.FixedSizeListArray.from_arrays(pa.array(rows_RS1.reshape(-1)), self.seq_len + 1)
         self.file.write(pa.record_batch([column], schema=self.schema).serialize())
         self.sequences += rows
+
+
+class SplitRows:
+    """The rows that a `SplitWriter` wrote, memory-mapped.
+
+    `datasets` could read them too, but importing it takes as long as a step.
+    """
+
+    def __init__(self, path: Path):
+        import pyarrow as pa
+
+        with pa.ipc.open_stream(pa.memory_map(str(path))) as stream:
+            parts = stream.read_all()["tokens"].chunks
+        self._parts = [part.flatten().to_numpy(zero_copy_only=True).reshape(len(part), -1) for part in parts]
+        self._ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def __getitem__(self, rows: Sequence[int]) -> NDArray[Any]:
+        """Return a copy of these rows, (len(rows), S+1)."""
+        parts = np.searchsorted(self._ends, rows, side="right")
+        return np.stack([self._parts[part][row - self._ends[part]] for part, row in zip(parts, rows, strict=True)])

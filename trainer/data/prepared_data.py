@@ -11,12 +11,11 @@ import numpy as np
 
 from trainer.common.errors import UserError
 from trainer.common.strict_json import dumps, loads
-from trainer.data.packing import SplitFacts, unigram_entropy
+from trainer.data.packing import SplitFacts, SplitRows, unigram_entropy
 from trainer.data.splitting import SPLITS
 from trainer.data.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from tokenizers import Tokenizer
 
     from trainer.data.batches import SequenceStream
@@ -70,11 +69,9 @@ class PreparedSource:
         facts: SplitFacts = getattr(self, split)
         return facts
 
-    def dataset(self, split: str) -> Dataset:
-        """Return one of `SPLITS`, memory-mapped: a column `tokens` with rows of seq_len + 1 ids."""
-        from datasets import Dataset
-
-        return Dataset.from_file(str(self.path / f"{split}.arrow"))
+    def rows(self, split: str) -> SplitRows:
+        """Return the rows of one of `SPLITS`, seq_len + 1 ids each."""
+        return SplitRows(self.path / f"{split}.arrow")
 
     def tokenizer(self) -> Tokenizer:
         """Return the tokenizer that produced the tokens."""
@@ -132,7 +129,7 @@ class PreparedData:
         from trainer.data.batches import SequenceStream
 
         sources = self.sources(split)
-        return SequenceStream([source.dataset(split) for source, _ in sources], seed, [share for _, share in sources])
+        return SequenceStream([source.rows(split) for source, _ in sources], seed, [share for _, share in sources])
 
     def files(self, split: str) -> str:
         """Return the paths of the sequences of "train" or "validation", for a message."""

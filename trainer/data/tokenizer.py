@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.common.errors import UserError, short_line
 from trainer.common.strict_json import dumps, loads
+from trainer.data.reading.hub import can_connect
 from trainer.data.reading.sources import shown
 
 if TYPE_CHECKING:
@@ -87,9 +88,10 @@ def load_tokenizer(name_or_path: str, end_of_document: str | None = None) -> Tok
     except Exception as error:  # tokenizers raises plain Exceptions
         if path:
             raise UserError(f"{where}: not a tokenizer.json of `tokenizers` ({short_line(error)})") from error
+        why = f"did not provide it ({type(error).__name__})" if can_connect() else "cannot be reached"
         raise UserError(
-            f"{where}: there is no such file, and the hub did not provide it ({type(error).__name__}); set it to the "
-            f'path of a tokenizer.json, or to "train"'
+            f'{where}: there is no such file, and the hub {why}; set it to the path of a tokenizer.json, or to "train" '
+            "(HF_HUB_OFFLINE=1 asks the hub's cache only)"
         ) from error
     if not tokenizer.get_vocab_size():
         raise UserError(f"{where}: has no tokens; choose another one")
@@ -177,13 +179,16 @@ def _conversion(names: Iterable[str]) -> str:
 
 
 def _from_hub(name: str) -> Tokenizer:
+    from huggingface_hub import hf_hub_download
     from huggingface_hub.utils import logging
     from tokenizers import Tokenizer
 
     level = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)  # it would log every attempt; the exception says why it failed
     try:
-        return Tokenizer.from_pretrained(name)
+        if can_connect():
+            return Tokenizer.from_pretrained(name)
+        return Tokenizer.from_file(hf_hub_download(name, "tokenizer.json", local_files_only=True))
     finally:
         logging.set_verbosity(level)
 
@@ -233,7 +238,7 @@ def _beside(path: Path | None, name: str, file: str) -> dict[str, Any]:
         from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
         try:
-            beside = Path(hf_hub_download(name, file))
+            beside = Path(hf_hub_download(name, file, local_files_only=not can_connect()))
         except (EntryNotFoundError, LocalEntryNotFoundError):  # offline, its cache has what was fetched before
             return {}
         except Exception as error:  # raised by the HTTP client, which differs between versions

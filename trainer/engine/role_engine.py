@@ -46,7 +46,8 @@ def _import_deepspeed() -> Any:
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # No extension may be used; finding out which could be would start a compiler.
+    deepspeed.ops.__compatible_ops__ = {}
     _import_muon()
     # DeepSpeed would execute what checkpoint files contain. torch refuses that, except for these types.
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"

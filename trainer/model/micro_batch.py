@@ -84,7 +84,8 @@ class PoolMap:
     @cached_property
     def _firsts(self) -> tuple[Tensor, ...]:
         firsts = torch.arange(0, self.position_M.numel(), self.experts_per_layer, device=self.position_M.device)
-        return firsts.unbind()
+        # Each of its own memory: compiled segments would copy a part of a tensor that is not aligned at every call.
+        return tuple(first.clone() for first in firsts)
 
 
 @dataclass(frozen=True)

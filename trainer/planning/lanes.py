@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from pool.schedule_builder import Costs, build_training_schedule, staggered_starts
 from pool.schedule_timing import time_schedule
+from pool.topology import Topology
 from trainer.config.recipe import Recipe
 from trainer.planning.fit import fits
 from trainer.planning.hardware import Hardware, costs_in_seconds
@@ -42,12 +43,15 @@ def accumulation_time(recipe: Recipe, lanes: int, costs: Costs) -> tuple[float, 
     topology, layers, micro_batches = recipe.grid, recipe.model.layers, recipe.micro_batches
     if topology.colocated:
         return _colocated_time(recipe, lanes, costs)
-    if topology.every_rank:  # all replicas do the same
-        topology = replace(topology, trunk_ranks=topology.expert_parallel, pool_ranks=topology.expert_parallel)
+    most_deferred = deferred_requests(recipe)
+    if topology.every_rank:  # all ranks do the same, so one stands for those whose requests it serves
+        ranks = topology.expert_parallel
+        topology = Topology(1, 1, 1, every_rank=True)
+        costs, most_deferred = replace(costs, pool_layer=ranks * costs.pool_layer), most_deferred / ranks
     stagger = recipe.parallel.stagger
     schedule = build_training_schedule(topology, layers, micro_batches, lanes, stagger, costs)
     starts_T = staggered_starts(topology, layers, costs) if stagger else None
-    step = time_schedule(schedule, topology, layers, costs, starts_T=starts_T, most_deferred=deferred_requests(recipe))
+    step = time_schedule(schedule, topology, layers, costs, starts_T=starts_T, most_deferred=most_deferred)
     return step.seconds, float(step.trunk_busy_T.mean()), float(step.pool_busy_P.mean())
 
 

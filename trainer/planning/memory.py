@@ -232,9 +232,6 @@ def _pool_memory(recipe: Recipe, in_flight: int, freed: int) -> Memory:
     D, F = m.hidden, m.ffn_hidden
     parameters = count_parameters(recipe).pool // grid.expert_parallel
     state = _state(parameters, parameters * 2 // 3, recipe.parallel.pool_zero, grid.replicas)  # W1 and W3 are one
-    if recipe.parallel.pool_zero and grid.replicas > 1:
-        # The shard reuses its gradients, which have become parts of the reduction's buffer and so keep it alive.
-        state["gradients"] += FP32 * min(parameters, BUCKET)
     assignments = served_trunk_ranks(recipe) * recipe.train.micro_batch * m.seq_len * recipe.router.top_k
     launch = in_flight * -(-assignments // grid.expert_parallel)  # rows, if every lane asks at once
     kept, deferred = pool_row_bytes(recipe)

@@ -37,7 +37,7 @@ def nominal_costs(recipe: Recipe) -> Costs:
         head=flops.head,
         pool_layer=pool_layer,
         slot=LAUNCH_SHARE * pool_layer,
-        transfer=TRANSFER_SHARE * trunk_layer,
+        transfer=TRANSFER_SHARE * trunk_layer if recipe.grid.dedicated or recipe.grid.expert_parallel > 1 else 0.0,
     )
 
 

@@ -279,11 +279,13 @@ def _best_table(best: Sequence[StepTime]) -> Table:
 def recommendation(best: Sequence[StepTime]) -> str:
     """Say which keys make the fastest layout, and how much faster it is than the best of the other kinds."""
     first = best[0]
-    keys: dict[str, object] = {"layout": first.layout, "trunk_ranks": first.trunk_ranks, "lanes": first.lanes}
-    if first.layout == "dedicated":
-        keys["pool_ranks"] = first.pool_ranks
-    if first.layout != "colocated":
-        keys["expert_parallel"] = first.expert_parallel
+    keys = {
+        "layout": first.layout,
+        "trunk_ranks": first.trunk_ranks,
+        "pool_ranks": first.pool_ranks if first.layout == "dedicated" else 0,
+        "expert_parallel": first.expert_parallel,
+        "lanes": first.lanes,
+    }
     others = {step.layout: step.seconds for step in reversed(best) if step.layout != first.layout}
     faster = [f"{taken / first.seconds:.2f} times as fast as {layout}" for layout, taken in others.items()]
     said = f"Recommended: {' '.join(f'parallel.{key}={value}' for key, value in keys.items())}"

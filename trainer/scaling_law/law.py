@@ -75,7 +75,8 @@ def fit(u_nK: Floats, losses_nB: Floats, runs_n: Floats, forms: Forms) -> list[C
     def design(exponents: Floats) -> Floats:
         """One design for each point of a grid, or that of a single point."""
         columns = _basis(u_nK, for_all(power, exponents)[..., None, :])[..., used]
-        return weights_n1 * np.concatenate([np.ones((*columns.shape[:-1], 1)), columns], axis=-1)
+        with_constant: Floats = np.concatenate([np.ones((*columns.shape[:-1], 1)), columns], axis=-1)
+        return weights_n1 * with_constant
 
     def residuals(exponents: Floats, targets: Floats) -> Floats:
         q, _ = np.linalg.qr(design(exponents))

@@ -77,9 +77,10 @@ def train(
     set_allocator()
     if launched():
         from trainer.cluster.rendezvous import read_launch
+        from trainer.common.error_reporting import end_process
         from trainer.train.loop import train as train_rank
 
-        sys.exit(train_rank(checked, read_launch(), force))
+        end_process(train_rank(checked, read_launch(), force))
     from trainer.checkpoint.resume import early_check
     from trainer.cluster.devices import check_machine
     from trainer.cluster.hostfile import find_node

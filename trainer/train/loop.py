@@ -34,6 +34,7 @@ from trainer.telemetry.step_scalars import StepScalars
 from trainer.train.agreement import agreed_data, agreed_placement, agreed_schedule
 from trainer.train.memory_check import warn_of_memory
 from trainer.train.pool_rank import PoolRank
+from trainer.train.profile import StepProfile
 from trainer.train.reporter import Reporter
 from trainer.train.summary import write_summary
 from trainer.train.trunk_rank import TrunkRank
@@ -62,6 +63,7 @@ class Run:
     role: TrunkRank | PoolRank
     saver: Saver
     reporter: Reporter
+    profile: StepProfile
     watch: FaultWatch
     start: int
     held_out_rows: int
@@ -106,7 +108,9 @@ def use_deterministic_kernels() -> None:
     (aten/src/ATen/native/transformers/cuda/attention_backward.cu), and cuDNN's would be allowed.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs it to be deterministic
-    torch.use_deterministic_algorithms(True)
+    # `use_deterministic_algorithms` would also import torch's compiler, which takes a second, to set its option for
+    # deterministic kernels; `pool.compiling.compiled` sets that itself.
+    torch.set_deterministic_debug_mode("error")
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # we write before we read
 
 
@@ -183,7 +187,8 @@ def start(recipe: Recipe, launch: Launch, watch: FaultWatch, force: bool) -> Run
         saver.clean()
     job.barrier()  # loading may take longer on one rank than a step may wait
     reporter = Reporter(recipe, job, folder, role, done, schedule.lanes)
-    return Run(recipe, job, folder, prepared, role, saver, reporter, watch, done, held_out_rows)
+    profile = StepProfile(recipe, job, folder, isinstance(role, TrunkRank) and role.trunk.compiled)
+    return Run(recipe, job, folder, prepared, role, saver, reporter, profile, watch, done, held_out_rows)
 
 
 @dataclass(frozen=True)
@@ -231,9 +236,11 @@ class Loop:
         if r.start:
             self._measure(r.start)  # the checkpoint was saved before
         for step in range(r.start, last):
-            stop = self._step(step)
+            with r.profile.step(step + 1):
+                stop = self._step(step)
             done = step + 1
             if stop and done < last:
+                r.profile.finish()
                 return self._stop(done)
             if done == last or _due(done, r.recipe.checkpoint.every):
                 r.watch.phase = f"the checkpoint after step {done}"

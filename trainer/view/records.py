@@ -31,6 +31,10 @@ CHECKPOINTS = "checkpoints"
 SCALARS = [field for field in fields(StepScalars) if not field.metadata["each"]]
 """Fields of a step's record that are single numbers, besides the shares of time."""
 
+_LARGEST = float(np.finfo(np.float32).max)
+"""No metric is larger; sums of larger numbers would overflow."""
+_LAST_STEP = 2**53
+
 RECENT = 20
 """Number of last steps over which values are averaged."""
 
@@ -96,6 +100,8 @@ class Records:
             step = int(record["step"])
         except (ValueError, TypeError, KeyError, OverflowError):
             return
+        if not 0 <= step <= _LAST_STEP:
+            return
         for name in self._rare.keys() & record.keys():
             steps, values = self._rare[name]
             steps.append(step)
@@ -104,7 +110,8 @@ class Records:
             self.steps.append(step)
             for name, column in self.columns.items():
                 number = record.get(name)
-                column.append(number if type(number) is float else _number(number))  # the short way for most values
+                usual = type(number) is float and -_LARGEST <= number <= _LARGEST
+                column.append(number if usual else _number(number))  # the short way for most values
 
     def series(self, name: str) -> tuple[Numbers, Numbers]:
         """Return steps and values of a column, of `val_loss`, or of `random_routing`."""
@@ -178,4 +185,9 @@ def facts_of(recipe: Recipe, run: Path) -> dict[str, str]:
 
 
 def _number(value: Any) -> float:
-    return float(value) if isinstance(value, int | float) else math.nan
+    """Convert what a record holds: infinite beyond fp32, NaN if it is no number."""
+    if not isinstance(value, int | float):
+        return math.nan
+    if abs(value) > _LARGEST:
+        return math.inf if value > 0 else -math.inf
+    return float(value)

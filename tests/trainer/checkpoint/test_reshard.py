@@ -59,6 +59,11 @@ def saved(layout: str) -> Path:
     return folder
 
 
+@cache
+def saved_states(layout: str) -> dict[str, ParameterState]:
+    return states(saved(layout))
+
+
 @pytest.mark.parametrize(
     "before, after",
     [
@@ -99,8 +104,9 @@ def test_experts_move_to_where_the_recorded_load_wants_them(tmp_path: Path) -> N
 def test_moments_are_the_same_ones(after: str, tmp_path: Path) -> None:
     """Loaded into another layout and saved from there at once, every weight and moment is bit for bit what it was."""
     run_training(recipe(LAYOUTS[after]), HALF, save_to=tmp_path, resume_from=saved("1+2"))
-    for name, state in states(saved("1+2")).items():
-        other = states(tmp_path)[name]
+    others = states(tmp_path)
+    for name, state in saved_states("1+2").items():
+        other = others[name]
         for key in ("weight", "exp_avg", "exp_avg_sq"):
             assert torch.equal(getattr(state, key), getattr(other, key)), (name, key)
         assert state.exp_avg_sq.abs().max() > 0, name

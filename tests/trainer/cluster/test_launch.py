@@ -162,7 +162,7 @@ def test_restarts(
 def test_restarts_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(RESTARTS, "2")
     server = MetricsServer(Metrics(), "trunk", 0, 0)
-    page = urllib.request.urlopen(f"http://{server.address}/metrics", timeout=10).read().decode()
+    page = urllib.request.urlopen(f"http://{server.address}/metrics", timeout=60).read().decode()
     assert 'unipool_restarts_total{rank="0",role="trunk"} 2.0' in page.splitlines()
 
 
@@ -236,6 +236,6 @@ def test_the_launcher_of_a_node_reads_no_hostfile() -> None:
 def test_a_launcher_that_is_killed_is_no_success() -> None:
     command = [sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]
     user = [sys.executable, "-c", USER, *command]
-    done = subprocess.run(user, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(user, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 128 + 9
     assert done.stderr == "unipool: the job ended because its launcher was killed\n"

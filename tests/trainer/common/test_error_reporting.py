@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -44,7 +45,7 @@ def test_streams_of_every_kind(tmp_path: Path) -> None:
             ),
         }
     os.close(write_end)
-    found = {name: (job.communicate(timeout=60)[1].decode(), job.returncode) for name, job in jobs.items()}
+    found = {name: (job.communicate(timeout=240)[1].decode(), job.returncode) for name, job in jobs.items()}
     assert found == {
         "broken pipe": ("", 1),
         "full": ("error: no space left on device\n", 1),
@@ -167,3 +168,32 @@ def test_paths_that_cannot_be(
     assert ended(monkeypatch, *(word.replace("PATH", path) for word in words)) == 2
     lines = [line for line in capfd.readouterr().err.splitlines() if not line.startswith("warning: ")]
     assert len(lines) == 1 and lines[0].startswith("error: "), lines
+
+
+ENDS = """
+import atexit, os, sys
+from types import SimpleNamespace
+from trainer.common.error_reporting import end_process
+class Aborts:
+    def __del__(self):
+        os.abort()
+left = Aborts()
+atexit.register(print, "clean-up")
+if sys.argv[1] == "mpi":
+    finalize = lambda: print("MPI")
+    sys.modules["mpi4py.MPI"] = SimpleNamespace(Is_finalized=lambda: False, Finalize=finalize)
+{end}(75)
+"""
+
+
+def test_a_rank_ends_without_taking_the_interpreter_apart() -> None:
+    """What would abort it then does not run; what is to be cleaned up is, and what was printed is there."""
+
+    def run(end: str, mpi: str = "") -> tuple[int, str]:
+        code = ENDS.format(end=end)
+        done = subprocess.run([sys.executable, "-c", code, mpi], cwd=ROOT, capture_output=True, text=True, timeout=120)
+        return done.returncode, done.stdout
+
+    assert run("end_process") == (75, "clean-up\n")
+    assert run("end_process", "mpi") == (75, "clean-up\nMPI\n")
+    assert run("sys.exit")[0] == -signal.SIGABRT, "as it would"

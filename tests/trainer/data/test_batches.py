@@ -1,25 +1,24 @@
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
 
 from trainer.data.batches import SequenceStream, evaluation_steps, mixed, permutation
-from trainer.data.packing import SplitWriter
+from trainer.data.packing import SplitRows, SplitWriter
 
 ROWS, SEQ_LEN = 23, 4
 
 
 @pytest.fixture(scope="module")
-def dataset(tmp_path_factory) -> Dataset:
+def dataset(tmp_path_factory) -> SplitRows:
     """Row r holds the tokens 4r ... 4r+4."""
     return counting(tmp_path_factory.mktemp("batches") / "split.arrow", ROWS, 0)
 
 
-def counting(path, rows: int, first: int) -> Dataset:
+def counting(path, rows: int, first: int) -> SplitRows:
     writer = SplitWriter(path, SEQ_LEN, vocab=1000)
     writer.add(np.arange(first, first + rows * SEQ_LEN + 1), text_bytes=0)
     writer.close()
-    return Dataset.from_file(str(path))
+    return SplitRows(path)
 
 
 def rows_of(batches) -> list[int]:

@@ -4,13 +4,14 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer.data import packing
-from trainer.data.packing import SplitWriter
+from trainer.data.packing import SplitRows, SplitWriter
 
 DOCUMENTS = st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=30), max_size=20)
 
@@ -28,7 +29,11 @@ def pack(documents, seq_len, vocab, restart=None):
                 writer = SplitWriter(path, seq_len, vocab, saved)
             writer.add(np.array(ids), text_bytes=3)
         facts = writer.close()
-        return Dataset.from_file(str(Path(folder) / "split.arrow"), in_memory=True), facts
+        dataset, rows = Dataset.from_file(str(path), in_memory=True), SplitRows(path)
+        if len(rows):
+            assert rows[range(len(rows))].tolist() == dataset["tokens"][:]
+        assert len(rows) == len(dataset)
+        return dataset, facts
 
 
 @given(documents=DOCUMENTS, seq_len=st.integers(1, 12), rows_per_write=st.integers(1, 5), restart=st.integers(0, 20))
@@ -57,3 +62,15 @@ def test_ids_at_the_edge_of_their_type(vocab, dtype):
     dataset, _ = pack([[0, vocab - 1, 5]], 2, vocab)
     assert dataset.features["tokens"].feature.dtype == dtype
     assert dataset["tokens"][:] == [[0, vocab - 1, 5]]
+
+
+def test_rows_stay_on_disk(tmp_path):
+    writer = SplitWriter(tmp_path / "split.arrow", 4, 1000)
+    for first in range(0, 30_000, 10_000):
+        writer.add(np.arange(first, first + 10_000) % 1000, text_bytes=0)
+    writer.close()
+    before = pa.total_allocated_bytes()
+    rows = SplitRows(tmp_path / "split.arrow")
+    assert len(rows) == (30_000 - 1) // 4 and pa.total_allocated_bytes() == before
+    chosen = [7498, 0, 5000, 2500]
+    assert rows[chosen].tolist() == [[(4 * row + i) % 1000 for i in range(5)] for row in chosen]

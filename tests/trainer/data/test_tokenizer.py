@@ -1,10 +1,13 @@
 import json
 import logging
+import shutil
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from trainer.common.errors import UserError
+from trainer.data import tokenizer as tokenizer_module
+from trainer.data.reading import hub
 from trainer.data.tokenizer import (
     END_OF_DOCUMENT_NAMES,
     end_of_document_id,
@@ -253,10 +256,39 @@ def test_hub_out_of_reach(monkeypatch, caplog):
         logging.getLogger("huggingface_hub.utils").warning("retrying")  # as the hub's library does
         raise ConnectionError("no route")
 
+    monkeypatch.setattr(tokenizer_module, "can_connect", lambda: True)
     monkeypatch.setattr("tokenizers.Tokenizer", type("Unreachable", (), {"from_pretrained": from_pretrained}))
     for name in ("gpt2", "x" * 5000, "a\0b", "~nobody-here/tokenizer.json"):
         assert "there is no such file, and the hub did not provide it" in message_of(name)
     assert not caplog.records, "our line is the only one"
+
+
+def test_without_a_network_only_the_hub_s_cache_is_asked(monkeypatch, tmp_path_factory, folder):
+    """At once: the hub's library would try again and again, for each file. What is slow is tried as ever."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import httpx
+
+    cache, tried, failure = tmp_path_factory.mktemp("cache"), [], httpx.ConnectError("no such name")
+
+    def head(self, url):
+        tried.append(url)
+        raise failure
+
+    monkeypatch.setattr(httpx.Client, "head", head)
+    monkeypatch.setattr(hub, "_PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(Tokenizer, "from_pretrained", None, raising=False)
+    monkeypatch.setattr(tokenizer_module, "can_connect", hub.can_connect.__wrapped__)
+    assert "no such file, and the hub cannot be reached; set it to the path of" in message_of("gpt2")
+    assert set(tried) == {constants.ENDPOINT}
+    cached = cache / "models--owner--name"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(folder(special_tokens_map={"eos_token": "</s>"}), cached / "snapshots" / ("0" * 40))
+    assert end_of(load_tokenizer("owner/name")) == "</s>"
+    assert not hub.can_connect.__wrapped__()
+    failure = httpx.ConnectTimeout("slow")
+    assert hub.can_connect.__wrapped__()
 
 
 def test_the_hub_s_own_end(monkeypatch, folder):
@@ -267,7 +299,8 @@ def test_the_hub_s_own_end(monkeypatch, folder):
     path = folder(special_tokens_map={"eos_token": "</s>"})
     asked = []
 
-    def hf_hub_download(name, file):
+    def hf_hub_download(name, file, local_files_only):
+        assert not local_files_only
         asked.append((name, file))
         if not (path / file).is_file():
             raise EntryNotFoundError("404")
@@ -276,12 +309,13 @@ def test_the_hub_s_own_end(monkeypatch, folder):
     def from_pretrained(name):
         return Tokenizer.from_file(str(path / "tokenizer.json"))
 
+    monkeypatch.setattr(tokenizer_module, "can_connect", lambda: True)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", hf_hub_download)
     monkeypatch.setattr(Tokenizer, "from_pretrained", from_pretrained, raising=False)
     assert end_of(load_tokenizer("owner/name")) == "</s>"
     assert asked == [("owner/name", "tokenizer_config.json"), ("owner/name", "special_tokens_map.json")]
 
-    def refuse(name, file):
+    def refuse(name, file, local_files_only):
         raise ConnectionError("no route")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)

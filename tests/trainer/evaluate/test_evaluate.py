@@ -82,7 +82,7 @@ def refused(*arguments: str) -> str:
 
 def test_the_loss_of_training_in_bf16(home: Path, run: tuple[Path, float]) -> None:
     """The default precision is that of the run, and the loss is that of training up to rounding."""
-    rows = torch.tensor(tokens(recipe_of(home))["tokens"][:8])
+    rows = torch.from_numpy(tokens(recipe_of(home))[:8])
     for precision, dtype in ((None, torch.bfloat16), ("fp32", torch.float32)):
         subject = load_model(run[0], "cpu", precision, as_trained=True)
         dtypes = set()
@@ -100,7 +100,7 @@ def test_documents_are_masked_as_in_training(home: Path, tmp_path: Path) -> None
     recipe = recipe.model_copy(update={**masked, "train": recipe.train.model_copy(update={"precision": "fp32"})})
     trained = run_training(recipe, 1, save_to=tmp_path / "checkpoints").val_loss
     subject = load_model(tmp_path, "cpu", None, as_trained=True)
-    rows = torch.tensor(tokens(recipe)["tokens"][:8])
+    rows = torch.from_numpy(tokens(recipe)[:8])
     losses = {}
     for end in (END, None):
         nats, count = total_loss(subject, rows, len(rows), 3, end)

@@ -65,7 +65,7 @@ def trained(recipe: Recipe, batches: list[tuple[Tensor, float]], end: int | None
 def test_a_packed_row_is_its_documents_one_by_one(model: str) -> None:
     """Loss and every gradient; also a row that begins with an end, and two ends in a row (an empty document)."""
     recipe = tiny(**MODELS[model], balance={"pool": 0.0})
-    rows_BS1 = torch.tensor(tokens(recipe)["tokens"][:5])
+    rows_BS1 = torch.from_numpy(tokens(recipe)[:5])
     rows_BS1[0, 0] = rows_BS1[1, 3] = rows_BS1[1, 4] = END
     length = rows_BS1.shape[1] - 1
     alone = [

@@ -34,16 +34,24 @@ from trainer.model.warm_up import warm_up
 
 T = TypeVar("T")
 CPU = torch.device("cpu")
+# Every router, and attention with and without document masks, kept and recomputed; each compilation takes seconds.
 VARIANTS: dict[str, dict[str, Any]] = {
-    "norm": {"router": {"kind": "norm", "top_k": 1}},
-    "norm, two experts": {"router": {"top_k": 2, "z_loss": 0.03}, "balance": {"scores": "normalized"}},
-    "softmax": {"router": {"kind": "softmax", "top_k": 2, "z_loss": 0.03}},
-    "sigmoid": {"router": {"kind": "sigmoid_bias", "top_k": 2}},
-    "documents": {"data": {"document_mask": True}},
-    "recompute": {"train": {"recompute": True}},
-    "documents, recompute": {"data": {"document_mask": True}, "train": {"recompute": True}},
-    "vanilla": {"model": {"groups": 3}, "pool": {"experts": 12}},
-    "one kv head each": {"model": {"kv_heads": 4}},
+    "norm, sub-pools, one kv head each": {
+        "router": {"kind": "norm", "top_k": 1},
+        "model": {"groups": 3, "kv_heads": 4},
+        "pool": {"experts": 12},
+    },
+    "norm, documents, recompute": {
+        "router": {"kind": "norm", "top_k": 2, "z_loss": 0.03},
+        "balance": {"scores": "normalized"},
+        "data": {"document_mask": True},
+        "train": {"recompute": True},
+    },
+    "softmax, documents": {
+        "router": {"kind": "softmax", "top_k": 2, "z_loss": 0.03},
+        "data": {"document_mask": True},
+    },
+    "sigmoid, recompute": {"router": {"kind": "sigmoid_bias", "top_k": 2}, "train": {"recompute": True}},
     "frozen": {"train": {"freeze": "trunk", "init_from": "unused"}},
     "dense": {"model": {"ffn": "dense"}, "pool": {"experts": 0}, "balance": {"pool": 0.0}},
 }
@@ -104,7 +112,7 @@ def answered(coroutine: MicroBatch[T]) -> T:
 
 def trained(trunk: Trunk, recipe: Recipe, number: int = 0) -> MicroBatchResult:
     """One micro-batch, forward and backward."""
-    sequences_BS1 = torch.tensor(tokens(recipe)["tokens"][2 * number : 2 * number + 2])
+    sequences_BS1 = torch.from_numpy(tokens(recipe)[2 * number : 2 * number + 2])
     experts = max(1, recipe.experts_per_layer)
     coefficients_LM = torch.rand(recipe.model.layers, experts, generator=torch.Generator().manual_seed(number))
     objective = Objective(0.5, lambda load: coefficients_LM, recipe.router.z_loss, recipe.train.recompute)
@@ -131,7 +139,8 @@ def assert_gradients_close(found: Trunk, expected: Trunk) -> None:
     theirs = gradients(expected)
     assert gradients(found).keys() == theirs.keys()
     for name, value in gradients(found).items():
-        atol = 1e-6 * float(theirs[name].abs().max())
+        # That of sigma is a single sum, whose parts nearly cancel where scores are normalised.
+        atol = (1e-4 if "sigma" in name else 1e-6) * float(theirs[name].abs().max())
         torch.testing.assert_close(value, theirs[name], rtol=0, atol=atol, msg=name)
 
 
@@ -144,7 +153,7 @@ def test_one_graph_of_each_segment(variant: str) -> None:
     warm_up(trunk, map_of(recipe), recipe)
     assert not gradients(trunk)
     # With recompute a segment runs in two ways, without autograd and again with it, but for the last.
-    expected = {"dense": 1, "recompute": 5, "documents, recompute": 5}.get(variant, 3)
+    expected = 1 if variant == "dense" else 5 if recipe.train.recompute else 3
     assert backend.graphs == expected
     for number in range(2):
         assert_close(trained(trunk, recipe, number), trained(eager, recipe, number))
@@ -153,6 +162,13 @@ def test_one_graph_of_each_segment(variant: str) -> None:
     for length in (3, 5):
         answered(hidden_states(trunk, map_of(recipe), torch.ones(1, length, dtype=torch.int64), 0))
     assert backend.graphs == expected
+
+
+def test_segments_of_every_sub_pool_get_aligned_tensors() -> None:
+    """Inductor's code for GPUs assumes that all inputs are aligned as those of the first call, or copies them."""
+    pool_map = map_of(tiny(**VARIANTS["norm, sub-pools, one kv head each"]))
+    assert pool_map and [int(pool_map.first_of(layer)) for layer in range(3)] == [0, 4, 8]
+    assert [pool_map.first_of(layer).storage_offset() for layer in range(3)] == [0, 0, 0]
 
 
 def test_in_bf16() -> None:
@@ -191,7 +207,7 @@ def test_inductor() -> None:
     assert all(torch.equal(mine, gradients(second)[name]) for name, mine in gradients(first).items())
 
 
-@pytest.mark.parametrize("variant", ["norm", "softmax", "documents", "recompute", "documents, recompute"])
+@pytest.mark.parametrize("variant", ["norm, documents, recompute", "softmax, documents"])
 def test_few_kernels_on_a_gpu(variant: str) -> None:
     """A segment is at most 25 kernels forward and 45 backward, as inductor fuses them for CUDA."""
     shape = {"hidden": 256, "heads": 4, "kv_heads": 2, "ffn_hidden": 64, "seq_len": 256, "vocab": 61}

@@ -29,25 +29,27 @@ NORMS_ON_A_CPU = 2 * ((28 - 8) + (92 - 20))
 
 
 class Traffic(TorchDispatchMode):
-    """Counts the bytes that operations read and write, by their names."""
+    """Counts operations, and the bytes that they read and write, by their names."""
 
     def __init__(self) -> None:
         super().__init__()
         self.bytes: Counter[str] = Counter()
+        self.kernels = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
         if not func.is_view and name not in PRODUCTS and not name.startswith(("empty", "new_empty", "zeros", "detach")):
             tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)]
+            self.kernels += 1
             self.bytes[name] += sum(t.untyped_storage().nbytes() if 0 in t.stride() else t.nbytes for t in tensors)
         return out
 
 
-def recipe_of(seq_len: int) -> Recipe:
+def recipe_of(seq_len: int, **train: Any) -> Recipe:
     model = {"hidden": D, "heads": 4, "kv_heads": 2, "ffn_hidden": F, "seq_len": seq_len, "vocab": 61}
     router = {"kind": "norm", "top_k": K}
-    return tiny(model=model, router=router, pool={"experts": M}, train={"precision": "bf16"})
+    return tiny(model=model, router=router, pool={"experts": M}, train={"precision": "bf16", **train})
 
 
 def trunk_traffic(seq_len: int) -> int:
@@ -86,6 +88,20 @@ def pool_traffic(rows: int) -> Counter[str]:
             server.backward(keys, [x_ND, x_ND])
         shard.deferred_dw.drain()
     return traffic.bytes
+
+
+def test_swiglu_that_is_not_compiled() -> None:
+    recipe, eager = recipe_of(64), recipe_of(64, compile=False)
+    h_N2F, dact_NF = torch.ones(4, 2 * F, dtype=torch.bfloat16), torch.ones(4, F, dtype=torch.bfloat16)
+    with Traffic() as forward:
+        grouped_experts.swiglu(h_N2F)
+    with Traffic() as backward:
+        grouped_experts.swiglu_backward(h_N2F, dact_NF)
+    for merged in (False, True):
+        compiled, assumed = kernels.experts(recipe, merged), kernels.experts(eager, merged)
+        per_row = (sum(forward.bytes.values()) + sum(backward.bytes.values())) / 4
+        assert 3 * (assumed.bytes - compiled.bytes) == pytest.approx(per_row - 18 * F)
+        assert assumed.launches - compiled.launches == (forward.kernels + backward.kernels - 2) / 2
 
 
 def test_merging_and_flushes_of_experts(monkeypatch: pytest.MonkeyPatch) -> None:

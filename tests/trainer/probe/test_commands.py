@@ -11,7 +11,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
@@ -113,13 +112,13 @@ def test_a_run_is_probed_on_its_held_out_text() -> None:
     """The loss of a checkpoint is that of training, and the default text is the validation split."""
     folder, outcome = run()
     model = load(folder, own_text=True)
-    batch = np.array(tokens(recipe())["tokens"][: recipe().train.global_batch])
+    batch = tokens(recipe())[: recipe().train.global_batch]
     loss = mean_loss(model, Text("the same", torch.from_numpy(batch)))
     assert loss == pytest.approx(outcome.val_loss, rel=1e-5)
     rows_NS1 = read_text(model.loaded, None, 100).rows_NS1
-    held_out = prepare_for(recipe()).training[0][0].dataset("validation")["tokens"]
-    assert rows_NS1.tolist() == held_out[:4]
-    assert read_text(model.loaded, None, 10**9).rows_NS1.tolist() == held_out[:]
+    held_out = prepare_for(recipe()).training[0][0].rows("validation")
+    assert rows_NS1.tolist() == held_out[range(4)].tolist()
+    assert read_text(model.loaded, None, 10**9).rows_NS1.tolist() == held_out[range(len(held_out))].tolist()
     found = json.loads(invoke("reuse", f"{folder}/checkpoints/step_00000001", "--tokens", "100", "--json").stdout)
     assert (found["text"], found["tokens"], found["layers"]) == ("held-out text", 96, 3)
 

@@ -45,7 +45,7 @@ def scalars(**values: Any) -> StepScalars:
 
 def page_of(server: MetricsServer, host: str = "") -> str:
     address = server.address if not host else f"{host}:{server.address.rsplit(':', 1)[1]}"
-    return str(urllib.request.urlopen(f"http://{address}/metrics", timeout=10).read().decode())
+    return str(urllib.request.urlopen(f"http://{address}/metrics", timeout=60).read().decode())
 
 
 def full(load: ExpertLoad, steps: int) -> MetricsServer:

@@ -165,11 +165,11 @@ def test_no_credential_of_the_environment_is_kept(reference: subprocess.Complete
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun", "mpirun"])
+@pytest.mark.parametrize("launcher", ["torchrun", "mpirun"])
 @pytest.mark.usefixtures("reference")
 def test_every_launcher_runs_the_same_job(launcher: str, recipe: str, folder: Path) -> None:
+    """Beside DeepSpeed's launcher of a node, which `reference` starts, and its runner, below."""
     prefix = {
-        "deepspeed": ["deepspeed", "--num_accelerators", "2", "--master_port", str(free_port()), "--module"],
         "torchrun": ["torchrun", "--nproc-per-node", "2", "--master-port", str(free_port()), "-m"],
         "mpirun": ["mpirun", "-np", "2", "--oversubscribe", sys.executable, "-m"],
     }[launcher]
@@ -240,7 +240,7 @@ def scraped(url: str) -> dict[str, list[tuple[dict[str, str], float]]]:
     """A rank's page, after its first step at the earliest."""
     deadline = time.monotonic() + TIME_LIMIT
     while True:
-        samples = parse(urllib.request.urlopen(url, timeout=10).read().decode())
+        samples = parse(urllib.request.urlopen(url, timeout=60).read().decode())
         if "unipool_steps_total" in samples:
             return samples
         assert time.monotonic() < deadline, samples
@@ -276,15 +276,16 @@ def test_metrics_of_every_rank(recipe: str, folder: Path) -> None:
     assert sum(tokens for _, tokens in served) % tokens_of_a_step == 0
 
 
-@pytest.mark.slow
 def test_a_port_that_is_taken(recipe: str, folder: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        done = unipool("train", recipe, "--set", f"metrics.port={port - 1}", "--set", f"run.dir={folder / 'port'}")
-    assert done.returncode == 2
-    assert f"error: metrics.port: rank 1 cannot listen on port {port}" in done.stderr
+        sets = [f"metrics.port={port - 1}", f"run.dir={folder / 'port'}"]
+        command = ["train", recipe, *(word for value in sets for word in ("--set", value))]
+        job = ForkedJob(load_recipe(recipe, sets), folder, command=command)
+        assert job.end(TIME_LIMIT)[1] == 2, job.log(1)
+    assert f"error: metrics.port: rank 1 cannot listen on port {port}" in job.log(1)
 
 
 def test_bad_input_is_one_line_and_starts_nothing(recipe: str, folder: Path) -> None:

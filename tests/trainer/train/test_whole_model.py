@@ -69,7 +69,6 @@ def _follow(recipe: Recipe, case: str, double: bool) -> dict[str, Numbers]:
 
 
 def _follow_here(recipe: Recipe, case: str) -> dict[str, Numbers]:
-    from datasets import Dataset
 
     from trainer.data.batches import SequenceStream
     from trainer.model import trunk as trunk_module
@@ -93,7 +92,7 @@ def _follow_here(recipe: Recipe, case: str) -> dict[str, Numbers]:
     found: dict[str, Numbers] = {"steps": {}}
     role: trunk_rank.TrunkRank | PoolRank
     if job.is_trunk:
-        stream = SequenceStream([Dataset.from_dict({"tokens": golden["tokens"].tolist()})], None)
+        stream = SequenceStream([golden["tokens"].numpy()], None)
         role = trunk_rank.TrunkRank(recipe, job, schedule, placement, stream, stream)
         if job.rank == 0:
             logits: list[Tensor] = []

@@ -240,6 +240,24 @@ def test_wrong_sources(tmp_path: Path) -> None:
     assert "has not begun" in invoke(str(tmp_path)).output
 
 
+@pytest.mark.parametrize("value", [1e308, -1e308, 1e39, 10**400])
+def test_absurd_numbers_are_shown_as_infinite(value: float, tmp_path: Path) -> None:
+    """In every field of the last records; and a step that no run reaches is none."""
+    run = write_run(tmp_path / "run", 40)
+    *lines, _ = (run / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    for record in records[20:]:
+        record |= {name: value for name in record if name != "step"}
+    text = "\n".join(map(json.dumps, [*records, records[-1] | {"step": value}]))
+    (run / "metrics.jsonl").write_text(text + "\n")
+    shown = invoke(str(run), "--once")
+    assert shown.exit_code == 0, shown.exception
+    assert f"loss {'-' if value < 0 else ''}inf" in shown.output
+    assert max(map(len, shown.output.splitlines())) <= 80
+    assert invoke(str(run), "--json").exit_code == 0
+    assert CliRunner().invoke(cli, ["report", str(run)]).exit_code == 0
+
+
 def test_records_are_read_as_they_grow(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", 10)
     file = run / "metrics.jsonl"

@@ -1,9 +1,11 @@
-"""The records of a data set on the Hugging Face hub, streamed."""
+"""The Hugging Face hub: whether it can be reached, and the records of a data set on it, streamed."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 from trainer.common.errors import UserError, short_line
@@ -11,6 +13,28 @@ from trainer.data.reading.records import Found, text_of
 from trainer.data.reading.sources import HUB_PREFIX, shown
 
 _SNAPSHOT_RECORDS = 1000
+_PAUSE_SECONDS = 1.0
+
+
+@cache
+def can_connect() -> bool:
+    """Return whether a connection to the hub can be made; without one its library would try for 23 s for each file.
+
+    A connection that is slow is one. With HF_HUB_OFFLINE no request is made, and the library knows that too.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session, httpx
+
+    for pause in (_PAUSE_SECONDS, 0.0):
+        try:
+            get_session().head(constants.ENDPOINT)
+        except httpx.ConnectError:  # refused, no route, no such name; a time-out is another class
+            time.sleep(pause)
+        except Exception:
+            return True  # the library's own request will say why
+        else:
+            return True
+    return False
 
 
 def read_hub(source: str, text_field: str, at: list[Any] | None) -> Found:

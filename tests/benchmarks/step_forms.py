@@ -1,0 +1,196 @@
+"""What the benchmark of a whole step compares: shapes, contenders, and the forms in which each may run on two cores."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.benchmarks.contenders import Contender
+from trainer.config.recipe import Recipe, save_recipe
+
+MICRO_BATCHES = 4
+"""Micro-batches of a step, over all ranks."""
+
+SEQ_LEN = 256
+VOCAB = 2048
+PRECISIONS = {"fp32": "float32", "bf16": "bfloat16"}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What all contenders have in common.
+
+    Attributes:
+        experts: Experts of one UniPool pool, or of all layers of another MoE together.
+        sequences: Sequences of a micro-batch, SEQ_LEN tokens each.
+    """
+
+    layers: int
+    hidden: int
+    heads: int
+    ffn_hidden: int
+    experts: int
+    sequences: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a step."""
+        return MICRO_BATCHES * self.sequences * SEQ_LEN
+
+    @property
+    def model(self) -> dict[str, int]:
+        """The model, by the names of a recipe's keys."""
+        own = {"layers": self.layers, "hidden": self.hidden, "heads": self.heads, "kv_heads": self.heads}
+        return own | {"ffn_hidden": self.ffn_hidden, "vocab": VOCAB, "seq_len": SEQ_LEN}
+
+
+SHAPES = {
+    "small": Shape(layers=8, hidden=256, heads=4, ffn_hidden=512, experts=64, sequences=8),
+    "182m": Shape(layers=12, hidden=768, heads=12, ffn_hidden=3072, experts=24, sequences=2),
+}
+"""`182m` has that recipe's proportions; experts and tokens are as many as fit into 24 GB."""
+
+MODELS: dict[str, dict[str, Any]] = {
+    "unipool": {"balance": {"pool": 1e-2, "scores": "normalized"}},
+    "vanilla": {"router": {"kind": "softmax"}, "balance": {"layer": 1e-2}},
+    "dense": {"model": {"ffn": "dense"}},
+}
+"""How our recipes differ, besides their experts."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a contender runs on the two cores.
+
+    Attributes:
+        ranks, threads: Processes, and threads of each.
+        layout: Layout of UniPool, as in `parallel.layout`.
+        compiled: Whether torch.compile compiles what it can: our trunk, or the whole model of a peer.
+    """
+
+    ranks: int
+    threads: int
+    layout: str = "colocated"
+    compiled: bool = False
+
+    def __str__(self) -> str:
+        ranks = {
+            "dedicated": "1 trunk + 1 pool rank",
+            "every_rank": "two ranks, each trunk and pool",
+            "colocated": "two ranks of one thread" if self.ranks == 2 else "one rank of two threads",
+        }[self.layout]
+        return f"{ranks}, compiled" if self.compiled else ranks
+
+
+def _forms(*layouts: Form) -> tuple[Form, ...]:
+    return tuple(Form(f.ranks, f.threads, f.layout, compiled) for f in layouts for compiled in (False, True))
+
+
+EITHER = _forms(Form(2, 1), Form(1, 2))
+CONTENDERS = {
+    "one_plus_one": _forms(Form(2, 1, "dedicated")),
+    "colocated": EITHER,
+    "every_rank": _forms(Form(2, 1, "every_rank")),
+    "vanilla": EITHER,
+    "dense": EITHER,
+    "hugging_face": EITHER,
+    "deepspeed_moe": EITHER,
+}
+"""Contenders, and the forms in which each is tried."""
+
+MODEL_OF = {
+    "one_plus_one": "unipool",
+    "colocated": "unipool",
+    "every_rank": "unipool",
+    "vanilla": "vanilla",
+    "dense": "dense",
+}
+PEERS = {"hugging_face": "peer_hf.py", "deepspeed_moe": "peer_deepspeed.py"}
+
+
+def recipe(model: str, form: Form, shape: Shape, precision: str, folder: Path) -> Recipe:
+    """Make the recipe of one of our models in a form, with as many lanes as a rank has micro-batches."""
+    pool_ranks = int(form.layout == "dedicated")
+    trunk_ranks = form.ranks - pool_ranks
+    sections: dict[str, Any] = {
+        "run": {"dir": str(folder)},
+        "model": shape.model,
+        "train": {
+            "steps": 100_000,
+            "global_batch": shape.sequences * MICRO_BATCHES,
+            "micro_batch": shape.sequences,
+            "lr": 1e-4,
+            "min_lr": 1e-5,
+            "precision": precision,
+            "compile": form.compiled,
+        },
+        "data": {"source": "unused", "tokenizer": "unused"},
+        "parallel": {
+            "layout": form.layout,
+            "trunk_ranks": trunk_ranks,
+            "pool_ranks": pool_ranks,
+            "lanes": MICRO_BATCHES // trunk_ranks,
+            "trunk_zero": 0,
+            "pool_zero": 0,
+            "timeout_seconds": 300.0,
+        },
+    }
+    if model != "dense":
+        sections["pool"] = {"experts": shape.experts}
+    if model == "vanilla":
+        sections["model"] |= {"groups": shape.layers}
+    for name, keys in MODELS[model].items():
+        sections[name] = {**sections.get(name, {}), **keys}
+    return Recipe.model_validate(sections)
+
+
+def contender(name: str, form: Form, shape: Shape, precision: str, python: str, folder: Path) -> Contender:
+    """Make a contender in a form, without starting it.
+
+    Args:
+        python: The peers' interpreter.
+        folder: For logs and recipes.
+    """
+    label = f"{name} {precision} {form}".replace(",", "")
+    if name in MODEL_OF:
+        own = folder / label.replace(" ", "_")
+        own.mkdir()
+        save_recipe(recipe(MODEL_OF[name], form, shape, precision, own), own / "recipe.yaml")
+        command = [sys.executable, "-m", "tests.benchmarks.our_rank", str(own / "recipe.yaml")]
+    else:
+        settings = shape.model | {
+            "kind": "step",
+            "dtype": PRECISIONS[precision],
+            "experts": shape.experts // shape.layers,
+            "sequences": shape.sequences,
+            "micro_batches": MICRO_BATCHES,
+            "compile": form.compiled,
+        }
+        command = [python, str(Path(__file__).with_name(PEERS[name])), json.dumps(settings)]
+    return Contender(label, command, form.ranks, form.threads, folder)
+
+
+class KnownForms:
+    """The forms that were kept before, in a file, so that a later call need not try all of them again.
+
+    Args:
+        path: The file, which need not exist; None remembers nothing.
+    """
+
+    def __init__(self, path: Path | None):
+        self._path = path
+        self._known: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path and path.exists() else {}
+
+    def to_try(self, name: str, shape: str, precision: str) -> tuple[Form, ...]:
+        """Return the form that was kept before, or else all of a contender's forms."""
+        known = self._known.get(f"{shape} {precision} {name}")
+        return (Form(**known),) if known else CONTENDERS[name]
+
+    def keep(self, name: str, shape: str, precision: str, form: Form) -> None:
+        """Write down which form was kept."""
+        self._known[f"{shape} {precision} {name}"] = asdict(form)
+        if self._path:
+            self._path.write_text(json.dumps(self._known, indent=1) + "\n")
