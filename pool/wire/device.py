@@ -134,11 +134,12 @@ class DeviceEnd(End):
         peers = " or ".join(dict.fromkeys(self.name(exchange.peer) for exchange in exchanges))
         return self.failed(doing, exchanges[0], error, peers)
 
-    def copy(self, into_ND: Tensor, rows_ND: Tensor) -> None:
-        """Launch a copy of rows, which belong to another stream, on the current one."""
-        if len(rows_ND):
-            self.streams.copy(into_ND, rows_ND)
-            self.streams.used(rows_ND)
+    def _copy(self, copies: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Launch copies (into, from) of rows that belong to another stream, on the current one."""
+        for into_ND, rows_ND in copies:
+            if len(rows_ND):
+                self.streams.copy(into_ND, rows_ND)
+                self.streams.used(rows_ND)
 
     def _check_finite(self, rows_ND: Tensor, payload: str, exchange: Exchange) -> None:
         if self.settings.check and (wrong := not_finite(rows_ND)):

@@ -22,7 +22,7 @@ waits for the rank's own part and for the headers of all others, and launches th
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -37,6 +37,19 @@ from pool.wire.contract import Exchange, WireError, WireGroups, WireSettings
 from pool.wire.device import ANSWER_TAG, REQUEST_TAG, DeviceAnswer, DeviceArrived, DeviceEnd, Header, Slot
 from pool.wire.streams import Event, Streams
 from pool.wire.watcher import Worker
+
+
+class _Answer(DeviceAnswer):
+    """An answer in progress; `check` is called before a wait for it."""
+
+    def __init__(self, future: Future[tuple[Tensor, Event]], streams: Streams, check: Callable[[], None]):
+        super().__init__(future, streams)
+        self._check = check
+
+    def wait(self) -> Tensor:
+        """See `Answer.wait`."""
+        self._check()
+        return super().wait()
 
 
 @dataclass
@@ -122,17 +135,20 @@ class ExchangeTrunk(DeviceEnd):
         self.others = [rank for rank in self.ranks if rank != settings.rank]
         self._checking, self._stream = self.streams.new(), self.streams.new()
         self._computed: dict[Exchange, Future[_Request]] = {}
+        self._not_served: set[Exchange] = set()
         self._open: dict[RequestKey, _Request] = {}  # those that have no answer yet
         self.sender: Worker[Callable[[], None]] = Worker("sender", self._send, self.watcher)
         self.answers: Worker[_Served] = Worker("answers", self._exchange, self.watcher)
 
     def request(self, key: RequestKey, step: int, rows_ND: Tensor, tokens_per_expert_M: Tensor) -> DeviceAnswer:
         """See `TrunkWire.request`."""
-        answer = DeviceAnswer(self.watcher.promise(), self.streams)
+        own = Exchange(self.settings.rank, key, step)
+        answer = _Answer(self.watcher.promise(), self.streams, partial(self._check_served, own))
         sent_ND = rows_ND.to(self.settings.dtype).contiguous()
         counts_M = self.streams.to_host(tokens_per_expert_M)
         request = _Request(key, step, sent_ND, counts_M, self.streams.record(), answer)
-        self.sender.put(partial(self._send_request, request, self.computed(request.exchange(self.settings.rank))))
+        self._not_served.add(own)
+        self.sender.put(partial(self._send_request, request, self.computed(own)))
         return answer
 
     def computed(self, exchange: Exchange) -> Future[_Request]:
@@ -144,10 +160,19 @@ class ExchangeTrunk(DeviceEnd):
         return promise or self._computed.setdefault(exchange, self.watcher.promise())
 
     def check_made(self, exchanges: Sequence[Exchange]) -> None:
-        """Check that requests of this rank have been made, since nobody else could end the wait for them."""
+        """Check that requests of this rank have been made: a wait for those that have not would not end."""
         for exchange in exchanges:
             if exchange in self._computed:
                 raise WireError(f"{self.me} is to serve a request of its own that it has not made: {exchange}")
+
+    def serves(self, exchanges: Iterable[Exchange]) -> None:
+        """Note that this rank has served requests."""
+        self._not_served.difference_update(exchanges)
+
+    def _check_served(self, own: Exchange) -> None:
+        """Check that this rank has served its part of a request: a wait for the answer would not end."""
+        if own in self._not_served:
+            raise WireError(f"{self.me} needs the answer to a request of its own that it has not served: {own}")
 
     def _send(self, send: Callable[[], None]) -> None:
         with self.streams.on(self._checking):
@@ -185,6 +210,7 @@ class ExchangeTrunk(DeviceEnd):
         returned = {rank: self._check_headers(header, expected) for rank, header in headers.items()}
         sends = [(exchange, rows_ND) for exchange, rows_ND, _ in served.parts if exchange.peer != s.rank]
         receives: list[tuple[Exchange, Tensor]] = []
+        copies: list[tuple[Tensor, Tensor]] = []
         answers: list[tuple[_Request, Tensor]] = []
         with self.streams.on(self._stream):
             for place, (exchange, own_ND, own_counts) in enumerate(served.of(s.rank)):
@@ -195,14 +221,16 @@ class ExchangeTrunk(DeviceEnd):
                     from_rank = replace(exchange, peer=rank)
                     if rank == s.rank:
                         self._conserved(from_rank, sent, own_counts, len(own_ND))
-                        self.copy(rows, own_ND)
+                        copies.append((rows, own_ND))
                         continue
                     counts, fingerprint = returned[rank][place]
                     self._conserved(from_rank, sent, counts, *fingerprint[:1])
                     receives.append((from_rank, rows))
                 answers.append((request, rows_ND))
                 self.bytes_received += rows_ND.nbytes - own_ND.nbytes
-            for work in self._launch(self._answers, sends, receives, "exchange answers with"):
+            works = self._launch(self._answers, sends, receives, "exchange answers with")
+            self._copy(copies)  # meanwhile
+            for work in works:
                 work.wait()
             came = self.streams.record()
             if s.check:
@@ -266,8 +294,11 @@ class ExchangePool(DeviceEnd):
             for exchange in coming.exchanges
             if exchange not in own
         }
-        sends, receives, fingerprints = [], [], []
+        sends: list[tuple[Exchange, Tensor]] = []
+        receives: list[tuple[Exchange, Tensor]] = []
+        copies: list[tuple[Tensor, Tensor]] = []
         requests: list[tuple[Tensor, Counts]] = []
+        fingerprints: list[list[int]] = []
         for header in headers.values():
             header.wait()
         with self.streams.on(self._stream):
@@ -280,7 +311,7 @@ class ExchangePool(DeviceEnd):
                 requests.append((rows_ND, Counts(self.streams.to_device(counts), counts)))
                 if exchange in own:
                     rows, own[exchange].rows = own[exchange].rows, ()  # from here on the watcher keeps them
-                    self.copy(rows_ND, rows[shard])
+                    copies.append((rows_ND, rows[shard]))
                     sends += [
                         (replace(exchange, peer=rank), part)
                         for rank, part in zip(self._trunk.ranks, rows, strict=True)
@@ -290,7 +321,9 @@ class ExchangePool(DeviceEnd):
                     receives.append((exchange, rows_ND))
                     fingerprints.append(sent)
                     self.bytes_received += headers[exchange].message.nbytes + rows_ND.nbytes
-            for work in self._launch(self._requests, sends, receives, "exchange tokens with"):
+            works = self._launch(self._requests, sends, receives, "exchange tokens with")
+            self._copy(copies)  # meanwhile
+            for work in works:
                 work.wait()
             slot = Slot(requests, self.streams.record(), time.perf_counter())
             if s.check:
@@ -313,6 +346,7 @@ class ExchangePool(DeviceEnd):
         """See `PoolWire.answer`."""
         self.watcher.check()
         exchanges = [Exchange(key.trunk_rank, key, step) for key in keys]
+        self._trunk.serves(exchanges)
         parts = list(zip(exchanges, (rows_ND.contiguous() for rows_ND in rows), map(list, served), strict=True))
         self._trunk.sender.put(partial(self._send, _Served(parts, self.streams.record())))
 

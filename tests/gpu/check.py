@@ -32,11 +32,13 @@ from trainer.common.strict_json import dumps, loads
 
 ROOT = Path(__file__).parents[2]
 LIMITS = {
-    "machine": 90,
+    "machine": 60,
     "quickstart": 120,
     "experts": 90,
-    "colocated": 180,
+    "colocated": 150,
+    "every_rank": 60,
     "nccl_quickstart": 90,
+    "every_rank_two": 60,
     "lanes_2": 60,
     "lanes_4": 60,
     "lanes_4_one_connection": 60,
@@ -44,7 +46,7 @@ LIMITS = {
 }
 """The parts in their order, and the seconds that each may take."""
 
-TWO_GPUS = ("nccl_quickstart", "lanes_2", "lanes_4", "lanes_4_one_connection", "lanes_4_two_channels")
+TWO_GPUS = ("nccl_quickstart", "every_rank_two", "lanes_2", "lanes_4", "lanes_4_one_connection", "lanes_4_two_channels")
 
 REHEARSAL = 5.0
 """A rehearsal may take this many times as long: it measures nothing, and CPUs are slow and busy."""

@@ -221,6 +221,24 @@ def colocated(part: Part) -> None:
         part.write(peak_over_planned=peak / sum(planned.values()))
 
 
+def every_rank(part: Part) -> None:
+    """The 182M recipe on one rank that has both roles: it serves itself, with the threads and streams of the wire."""
+    _both_roles(part, 1)
+
+
+def every_rank_two(part: Part) -> None:
+    """The same on two GPUs, which exchange tokens by NCCL."""
+    _both_roles(part, 2)
+
+
+def _both_roles(part: Part, ranks: int) -> None:
+    grid = ("parallel.layout=every_rank", f"parallel.trunk_ranks={ranks}", "parallel.pool_ranks=0", "parallel.lanes=2")
+    sets = part.sets("unipool-182m", *grid, f"train.steps={3 if part.rehearse else 10}")
+    _take_steps(
+        part, "unipool-182m", sets if part.rehearse else [*sets, "train.global_batch=64", "train.micro_batch=8"]
+    )
+
+
 def lanes_2(part: Part) -> None:
     """The 182M recipe with a GPU for each role, joined by NCCL."""
     _dedicated(part, 2)
@@ -291,7 +309,7 @@ def _speed(recipe: Recipe, seconds: Sequence[float]) -> dict[str, float]:
 
 
 PARTS = (
-    *(machine, quickstart, experts, colocated, nccl_quickstart),
+    *(machine, quickstart, experts, colocated, every_rank, nccl_quickstart, every_rank_two),
     *(lanes_2, lanes_4, lanes_4_one_connection, lanes_4_two_channels),
 )
 

@@ -42,6 +42,8 @@ def test_rehearsal(tmp_path: Path) -> None:
     assert found["colocated"]["tokens_per_second"] > 0
     assert (tmp_path / "out" / "colocated-rank0.png").read_bytes().startswith(b"\x89PNG")
     assert rank["profile"]["longest"] and 0 < rank["profile"]["busy"] <= 1
+    (both,) = found["every_rank"]["ranks"]
+    assert both["losses"] == pytest.approx(rank["losses"], rel=1e-4)
     trunk, pool = found["lanes_4_one_connection"]["ranks"]
     assert trunk["losses"] == pytest.approx(rank["losses"], rel=1e-4)
     assert pool["losses"] == [None] * 3

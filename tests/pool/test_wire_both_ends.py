@@ -36,10 +36,10 @@ from tests.pool.wire_job import (
 )
 
 
-def round_trip(topology: Topology, lanes: int, dtype: torch.dtype, check: bool) -> Any:
+def round_trip(topology: Topology, lanes: int, dtype: torch.dtype, check: bool, on_device: bool) -> Any:
     """A step and an evaluation: in every slot a rank makes its requests, serves, and waits for its answers."""
     store = connect()
-    joined = groups(store, "job", topology, lanes)
+    joined = groups(store, "job", topology, lanes, on_device)
     trunk, pool = both_ends(replace(settings(topology, dtype, LONG), check=check), joined)
     service = make_service(topology, pool, dtype)
     answers: dict[RequestKey, Tensor] = {}
@@ -53,6 +53,8 @@ def round_trip(topology: Topology, lanes: int, dtype: torch.dtype, check: bool) 
             answers.update((key, answer.wait()) for key, answer in zip(keys, sent, strict=True))
         assert next(serving, "the end") == "the end"
     service.shard.deferred_dw.drain()
+    trunk.settle()
+    pool.settle()
     barrier(store, "end")
     gradients = [service.shard.w13_e2FD.grad, service.shard.w2_eDF.grad]
     traffic = [trunk.bytes_sent, trunk.bytes_received, pool.bytes_sent, pool.bytes_received]
@@ -60,16 +62,17 @@ def round_trip(topology: Topology, lanes: int, dtype: torch.dtype, check: bool) 
 
 
 @pytest.mark.parametrize(
-    "topology, lanes, dtype, check",
+    "topology, lanes, dtype, check, on_device",
     [
-        (Topology(2, 2, 2, every_rank=True), 2, torch.float32, True),
-        (Topology(4, 4, 2, every_rank=True), 1, torch.bfloat16, False),
+        (Topology(2, 2, 2, every_rank=True), 2, torch.float32, True, False),
+        (Topology(4, 4, 2, every_rank=True), 1, torch.bfloat16, False, False),
+        (Topology(4, 4, 2, every_rank=True), 2, torch.float32, True, True),
     ],
-    ids=["EP2-lanes2-check", "EP2-replicas2-bf16"],
+    ids=["EP2-lanes2-check", "EP2-replicas2-bf16", "EP2-replicas2-lanes2-check-device"],
 )
-def test_round_trip(topology: Topology, lanes: int, dtype: torch.dtype, check: bool) -> None:
+def test_round_trip(topology: Topology, lanes: int, dtype: torch.dtype, check: bool, on_device: bool) -> None:
     """The numbers of a local server; what a rank sends to itself is not counted as traffic."""
-    values = run_ranks(topology.world_size, round_trip, topology, lanes, dtype, check)
+    values = run_ranks(topology.world_size, round_trip, topology, lanes, dtype, check, on_device)
     answers, shard, load_LM = local(topology, lanes, dtype)
     tolerance = 1e-5 if dtype == torch.float32 else 3e-2
     got: dict[RequestKey, Tensor] = {}
@@ -90,7 +93,7 @@ def test_round_trip(topology: Topology, lanes: int, dtype: torch.dtype, check: b
     trunk_sent, trunk_received, pool_sent, pool_received = torch.tensor([v[3] for v in values]).sum(0).tolist()
     headers = len(answers) * (5 + M // 2 + 2 * check) * 8
     assert trunk_sent == pool_received == to_others + headers
-    assert trunk_received == pool_sent == to_others + headers * check
+    assert trunk_received == pool_sent == to_others + headers * (check or on_device)
 
 
 ALONE = Topology(1, 1, 1, every_rank=True)

@@ -34,6 +34,7 @@ class Monitors:
         board = self._monitor.tb_monitor
         if self._monitor.enabled and board is not None:
             self._on_disk(lambda: board.summary_writer.add_image(name, draw(), step, dataformats="HWC"))
+            self._on_disk(board.summary_writer.flush)  # the process may end before its thread does so
 
     def _write(self, events: list[tuple[str, float, int]]) -> None:
         self._on_disk(lambda: self._write_events(events))

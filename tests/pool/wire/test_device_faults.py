@@ -203,3 +203,9 @@ def test_a_slot_before_its_request() -> None:
     order = tuple((SERVE, *ranks) for ranks in BOTH.schedule.lane_order)
     said = errors(step(replace(BOTH, schedule=replace(BOTH.schedule, lane_order=order))), could_not="is to serve")
     assert "is to serve a request of its own that it has not made: FORWARD, lane 0, layer 0, micro-batch 0" in said[0]
+
+
+def test_an_answer_before_its_request_is_served() -> None:
+    order = tuple(tuple(lane for lane in ranks if lane != SERVE) for ranks in BOTH.schedule.lane_order)
+    said = errors(step(replace(BOTH, schedule=replace(BOTH.schedule, lane_order=order))), could_not="needs the answer")
+    assert " to a request of its own that it has not served: FORWARD, lane 0, layer 0, micro-batch 0" in said[0]

@@ -93,10 +93,10 @@ def test_exchanges_that_break_the_same_rules(monkeypatch: pytest.MonkeyPatch) ->
     """Answers are kept until they are sent, and a rank's own rows until the exchange's stream has copied them."""
     launched, used = Watcher.launched, FakeStreams.used
     monkeypatch.setattr(Watcher, "launched", lambda self, on, work, keep, failed: launched(self, on, work, [], failed))
-    for races in found(BOTH, WAYS[:1]):
-        assert any("[send answers 1->0" in race and "free" in race for race in races)
+    for races in found(BOTH, WAYS[2:]):
+        assert any("[send answers " in race and "free" in race for race in races)
     monkeypatch.setattr(Watcher, "launched", launched)
-    own = lambda self, tensor: None if sys._getframe(1).f_code.co_name == "copy" else used(self, tensor)  # noqa: E731
+    own = lambda self, tensor: None if sys._getframe(1).f_code.co_name == "_copy" else used(self, tensor)  # noqa: E731
     monkeypatch.setattr(FakeStreams, "used", own)
-    for races in found(BOTH, WAYS[:1]):
+    for races in found(BOTH, WAYS[2:]):
         assert any("[copy] on stream" in race and "free" in race for race in races)

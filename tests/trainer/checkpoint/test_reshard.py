@@ -32,11 +32,13 @@ HALF, WHOLE = 2, 4
 LOCK_STEP = {"lanes": 1, "stagger": False}
 
 COLOCATED = {"trunk_zero": 0, "pool_zero": 0}
+EVERY_RANK_4 = {"layout": "every_rank", "trunk_ranks": 4, "expert_parallel": 2}
 LAYOUTS: dict[str, dict[str, Any]] = {
     "colocated": COLOCATED,
     "colocated-zero2": {"trunk_ranks": 2, "trunk_zero": 2, "pool_zero": 1},
     "1+2": {"pool_ranks": 2, "trunk_zero": 1, "pool_zero": 0},
-    "2+1": {"trunk_ranks": 2, "pool_ranks": 1, "trunk_zero": 0, "pool_zero": 1},
+    "every-rank": {"layout": "every_rank", "trunk_ranks": 2, "trunk_zero": 0, "pool_zero": 1},
+    "every-rank-replicas": {**EVERY_RANK_4, "trunk_zero": 3, "pool_zero": 2, **LOCK_STEP},
     "2+2-replicas": {"trunk_ranks": 2, "pool_ranks": 2, "expert_parallel": 1, "trunk_zero": 1, "pool_zero": 2},
     "2+2-zero3": {"trunk_ranks": 2, "pool_ranks": 2, "trunk_zero": 3, "pool_zero": 1, **LOCK_STEP},
 }
@@ -68,11 +70,12 @@ def saved_states(layout: str) -> dict[str, ParameterState]:
     "before, after",
     [
         ("colocated", "2+2-zero3"),
-        ("2+2-zero3", "1+2"),
+        ("2+2-zero3", "every-rank-replicas"),
+        ("every-rank-replicas", "1+2"),
         ("1+2", "colocated-zero2"),
         ("colocated-zero2", "2+2-replicas"),
-        ("2+2-replicas", "2+1"),
-        ("2+1", "colocated"),
+        ("2+2-replicas", "every-rank"),
+        ("every-rank", "colocated"),
     ],
 )
 def test_goes_on_as_if_nothing_had_changed(before: str, after: str) -> None:

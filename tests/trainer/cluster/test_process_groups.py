@@ -13,12 +13,13 @@ import torch.distributed as dist
 
 from pool.placement import contiguous
 from pool.schedule import Kind, RequestKey
-from pool.wire import pool_wire, trunk_wire
+from pool.wire import both_ends, pool_wire, trunk_wire
 from pool.wire.nccl import MAX_CTAS
 from tests.distributed import join, run_ranks
 from tests.pool.host_streams import HostStreams, HostWork
 from tests.training import tiny
 from trainer.config.recipe import Recipe
+from trainer.engine.experts import wire_settings
 
 
 def test_a_barrier_waits_longer_than_a_step() -> None:
@@ -80,15 +81,19 @@ class Nccl:
         self.log.append("aborted")
 
 
-def _on_gpus(recipe: Recipe) -> Any:
-    """A job whose ranks would have GPUs: a request and its answer, and how NCCL is used."""
+def _join_on_gpus(recipe: Recipe) -> Any:
+    """Join a job whose ranks would have GPUs."""
     from trainer.cluster import process_groups
     from trainer.cluster.rendezvous import read_launch, rendezvous
-    from trainer.engine.experts import wire_settings
 
     dist.ProcessGroupNCCL, process_groups.CudaStreams = Nccl, lambda device: HostStreams()  # type: ignore
     member = replace(rendezvous(recipe, read_launch()), payload_device=torch.device("cuda", 3))
-    job = process_groups.Job(recipe, member, lanes=2)
+    return process_groups.Job(recipe, member, lanes=2)
+
+
+def _on_gpus(recipe: Recipe) -> Any:
+    """A request and its answer, and how NCCL is used."""
+    job = _join_on_gpus(recipe)
     ends = wire_settings(recipe, job, contiguous(8, 1, 2))
     key = RequestKey(0, 1, 0, 2, Kind.FORWARD)
     same = None
@@ -105,6 +110,41 @@ def _on_gpus(recipe: Recipe) -> Any:
     job.close()
     limits = [(g.options.config.max_ctas, g.options.is_high_priority_stream, g.options._timeout) for g in Nccl.made]
     return same, limits, [g.log for g in Nccl.made]
+
+
+def _exchange_on_gpus(recipe: Recipe) -> Any:
+    """The same where every rank has both roles: each makes a request and serves those of its group."""
+    job = _join_on_gpus(recipe)
+    ends = wire_settings(recipe, job, contiguous(8, 1, 2))
+    trunk, pool = both_ends(ends, job.wire_groups)
+    keys = [RequestKey(rank, 0, 0, 2, Kind.FORWARD) for rank in job.topology.served_trunk_ranks(job.rank)]
+    arrived = pool.receive(keys, 0)
+    rows_ND = torch.randn(6, ends.hidden)
+    counts_M = torch.tensor([1, 0, 2, 0, 0, 3, 0, 0])
+    (own,) = [key for key in keys if key.trunk_rank == job.rank]
+    answer = trunk.request(own, 0, rows_ND, counts_M)
+    rows, counts = zip(*arrived.ready(), strict=True)
+    pool.answer(keys, 0, rows, [served.listed for served in counts])
+    same = answer.wait().equal(rows_ND)
+    trunk.settle()
+    job.close()
+    traffic = trunk.bytes_sent, trunk.bytes_received, pool.bytes_sent, pool.bytes_received
+    return same, traffic, [g.log for g in Nccl.made]
+
+
+def test_the_wire_of_gpus_with_both_roles() -> None:
+    """Communicators join the ranks of a replica, by their ranks there; what a rank sends to itself does not travel."""
+    grid = {"layout": "every_rank", "trunk_ranks": 4, "pool_ranks": 0, "expert_parallel": 2, "timeout_seconds": 20.0}
+    recipe = tiny(parallel=grid)
+    row = 4 * recipe.model.hidden  # bytes
+    header = 8 * (5 + 4)
+    for rank, (same, traffic, logs) in enumerate(run_ranks(4, _exchange_on_gpus, recipe)):
+        assert same
+        own, other = 3, 3  # rows for each of the two shards
+        assert traffic == (other * row + header, other * row + header, own * row + header, own * row + header)
+        peer = 1 - rank % 2
+        step = [f"send to {peer}", f"receive from {peer}"]
+        assert logs == [["made", "connected cuda:3", *step, *step, "aborted"]] * 2
 
 
 def test_the_wire_of_gpus() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.distributed import run_ranks
@@ -96,3 +97,12 @@ def test_monitors_end_alone(capsys: pytest.CaptureFixture[str]) -> None:
     Monitors(monitor).write({"loss": 1.0}, 1)
     assert not monitor.enabled
     assert "monitors are off until the next start (No space left on device)" in capsys.readouterr().err
+
+
+def test_a_picture_is_written_at_once() -> None:
+    """Its run may end without another record, and without TensorBoard's thread."""
+    done: list[str] = []
+    writer = SimpleNamespace(add_image=lambda *_, **__: done.append("add"), flush=lambda: done.append("flush"))
+    monitor = SimpleNamespace(write_events=None, enabled=True, tb_monitor=SimpleNamespace(summary_writer=writer))
+    Monitors(monitor).write_image("load", lambda: np.zeros((1, 1, 3), np.uint8), 1)
+    assert done == ["add", "flush"]
