@@ -62,7 +62,8 @@ class DeviceGroups:
     """What carries payloads between GPUs.
 
     Attributes:
-        requests: A communicator over all ranks on which trunk ranks send and pool ranks receive.
+        requests: A communicator on which trunk ranks send and pool ranks receive, over all ranks or, where every rank
+            has both roles, over those that serve each other.
         answers: The same for the other direction.
         streams: The device's streams.
         lost: Says which peers are known to be gone; "" if none.
@@ -76,7 +77,7 @@ class DeviceGroups:
 
 @dataclass(frozen=True)
 class WireGroups:
-    """The process groups of the wire, each over all ranks.
+    """The process groups of the wire, over all ranks.
 
     Attributes:
         host: A gloo group for headers.
