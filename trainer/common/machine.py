@@ -6,6 +6,7 @@ Threads in excess of a CPU limit are paused for the rest of each period, and so 
 from __future__ import annotations
 
 import os
+import resource
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
@@ -52,6 +53,11 @@ def usable_memory(process: Path = _SELF) -> int:
             with suppress(OSError, ValueError):  # "max" is no limit
                 limits.append(int((folder / name).read_text()))
     return min(limits)
+
+
+def peak_resident_memory() -> int:
+    """Return the most bytes of memory that this process has had resident."""
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _quota(folder: Path) -> float | None:

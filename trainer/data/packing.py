@@ -138,7 +138,8 @@ class SplitWriter:
 class SplitRows:
     """The rows that a `SplitWriter` wrote, memory-mapped.
 
-    `datasets` could read them too, but importing it takes as long as a step.
+    `datasets` could read them too, but importing it takes as long as a step, and so does pandas, which `to_numpy` of
+    pyarrow would import.
     """
 
     def __init__(self, path: Path):
@@ -146,7 +147,7 @@ class SplitRows:
 
         with pa.ipc.open_stream(pa.memory_map(str(path))) as stream:
             parts = stream.read_all()["tokens"].chunks
-        self._parts = [part.flatten().to_numpy(zero_copy_only=True).reshape(len(part), -1) for part in parts]
+        self._parts = [_view(part.flatten()).reshape(len(part), -1) for part in parts]
         self._ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
 
     def __len__(self) -> int:
@@ -156,3 +157,9 @@ class SplitRows:
         """Return a copy of these rows, (len(rows), S+1)."""
         parts = np.searchsorted(self._ends, rows, side="right")
         return np.stack([self._parts[part][row - self._ends[part]] for part, row in zip(parts, rows, strict=True)])
+
+
+def _view(tokens: Any) -> NDArray[Any]:
+    """Return the numbers of an Arrow array, where they are."""
+    dtype = np.dtype(str(tokens.type))
+    return np.frombuffer(tokens.buffers()[1], dtype, len(tokens), tokens.offset * dtype.itemsize)

@@ -9,11 +9,13 @@ and the experts may compute in bf16 nevertheless.
 from __future__ import annotations
 
 import argparse
+import inspect
 import logging
 import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,16 +62,15 @@ def _import_deepspeed() -> Any:
 def _import_muon() -> None:
     """Import DeepSpeed's Muon, which every engine imports and ours never use, without loading torch's compiler.
 
-    Muon compiles a function on import, and loading the compiler for it takes more than a second.
+    Muon compiles a function on import. `torch.compile` loads the compiler, which takes a second, even if that is turned
+    off (TORCHDYNAMO_DISABLE).
     """
-    before = os.environ.get("TORCHDYNAMO_DISABLE")
-    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    original = torch.compile
+    torch.compile = lambda function: function  # type: ignore[assignment, misc]
     try:
         import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
     finally:
-        del os.environ["TORCHDYNAMO_DISABLE"]
-        if before is not None:
-            os.environ["TORCHDYNAMO_DISABLE"] = before
+        torch.compile = original
 
 
 class RoleEngine:
@@ -139,6 +140,10 @@ class RoleEngine:
         self._replace(files, "load", lambda path, map_location=None: read_tensors(path, map_location))
         self._replace(files, "makedirs", lambda path, exist_ok=False: None)  # the writer creates folders
         self._replace(files, "save", self._save_file)
+        # torch's step also loads the compiler, which takes a second, to tell it where a graph ends.
+        optimizer = self._optimizer if self.stage == 0 else self._optimizer.optimizer
+        step = torch.no_grad()(inspect.unwrap(type(optimizer).step))
+        self._replace(optimizer, "step", partial(step, optimizer))
         # It would copy DeepSpeed's scripts at once, and fail on a full disk; `export` does what they are for.
         self._replace(self._engine, "_copy_recovery_script", lambda path: None)
 

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from trainer.common.format import plural
 from trainer.config.recipe import Recipe
-from trainer.telemetry.step_scalars import StepScalars
+from trainer.telemetry.step_scalars import Efficiency, StepScalars
 
 LOG_SECONDS = 10.0
 """Least time between two lines when stderr is not a terminal."""
@@ -46,9 +46,9 @@ class Progress:
             dynamic_ncols=True,
         )
 
-    def step(self, done: int, scalars: StepScalars) -> None:
+    def step(self, done: int, scalars: StepScalars, efficiency: Efficiency) -> None:
         """Show a step."""
-        text = scalars.console()
+        text = f"{scalars.console()}, {efficiency.console()}"
         if not scalars.applied:
             say(f"step {done}: skipped because gradients are not finite")
         self._bar.set_postfix_str(text, refresh=False)

@@ -6,6 +6,7 @@ The training thread only stores numbers. The server's thread renders a page from
 from __future__ import annotations
 
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,8 +23,9 @@ from prometheus_client.registry import Collector
 
 from trainer.cluster.launch import restarts
 from trainer.common.errors import UserError
+from trainer.common.machine import peak_resident_memory
 from trainer.config.recipe import Metrics
-from trainer.telemetry.step_scalars import STEP_METRICS, StepScalars, counter, gauge, padded
+from trainer.telemetry.step_scalars import STEP_METRICS, Efficiency, StepScalars, counter, gauge, padded
 from trainer.telemetry.time_breakdown import Usage
 
 if TYPE_CHECKING:
@@ -38,6 +40,7 @@ CATALOGUE = (
     counter("activity_seconds", "Time of training steps by what the rank did.", "activity"),
     counter("wire_sent_bytes", "Headers and payloads sent to the other role."),
     counter("wire_received_bytes", "Headers and payloads received from the other role."),
+    gauge("peak_memory_bytes", "Most memory so far: resident on the host, allocated on the GPU.", "where"),
     # every trunk rank
     counter("tokens", "Tokens that this rank has trained on."),
     gauge("pool_wait_ratio", "Share of the last step spent waiting for the pool."),
@@ -167,6 +170,7 @@ class MetricsServer(Collector):
             }
             if self.expert_load:
                 values |= self.expert_load.families()
+        values["unipool_peak_memory_bytes"] = [((where,), size) for where, size in peak_memory().items()]
         for metric in CATALOGUE:
             if metric.name in values:
                 own = ("role", "rank") if metric.by_rank else ()
@@ -189,6 +193,11 @@ class MetricsServer(Collector):
         """Serve a trunk rank's step: its own tokens, and its share of time spent waiting for the pool."""
         self.add("unipool_tokens", tokens)
         self.set("unipool_pool_wait_ratio", pool_wait)
+
+    def efficiency(self, efficiency: Efficiency) -> None:
+        """Serve how well the last step has used the machines. Rank 0 calls it."""
+        for metric, value in efficiency.metrics():
+            self.set(metric.name, value)
 
     def step(self, scalars: StepScalars, steps_done: int, has_pool: bool) -> None:
         """Serve what is the same on all trunk ranks. Rank 0 calls it."""
@@ -242,6 +251,15 @@ def parse(page: str) -> dict[str, list[tuple[dict[str, str], float]]]:
         for sample in family.samples:
             samples.setdefault(sample.name, []).append((sample.labels, sample.value))
     return samples
+
+
+def peak_memory() -> dict[str, int]:
+    """Return the most bytes that this process has had so far: on the "host", and on the "gpu" if it uses one."""
+    torch = sys.modules.get("torch")
+    peak = {"host": peak_resident_memory()}
+    if torch and torch.cuda.is_initialized():
+        peak["gpu"] = torch.cuda.max_memory_allocated()
+    return peak
 
 
 def _reachable(host: str) -> str:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 from numpy.typing import NDArray
 
 from trainer.common.atomic import atomic_write
@@ -20,6 +22,9 @@ from trainer.config.recipe import Recipe, save_recipe
 from trainer.telemetry.console import say
 
 TOKENIZER_FILE = "tokenizer.json"
+
+STARTED = "started"
+"""Key of plan.json: Unix time at which the run was started for the first time."""
 
 
 class RunFolder:
@@ -43,6 +48,7 @@ class RunFolder:
             self.targets_files.append(Path(recipe.metrics.targets_dir) / f"{self.path.name}.json")
         self._warned = False
         self._created = False
+        self._started = self._counted = 0.0
         try:  # nothing is created yet
             self.checkpoints.lstat()
         except FileNotFoundError:
@@ -81,6 +87,8 @@ class RunFolder:
     def begin(self, recipe: Recipe, schedule: str, devices: str, tokenizer: str, done_steps: int) -> None:
         """Save the resolved recipe, the schedule and the tokenizer, and drop metrics of later steps than `done_steps`.
 
+        plan.json also keeps when the run was started for the first time, which `goodput` needs.
+
         The evaluation and the probe after these steps are dropped too, because the checkpoint was saved before them.
 
         Args:
@@ -88,12 +96,27 @@ class RunFolder:
             devices: The devices of the run's ranks, which plan.json names too.
             tokenizer: The text of tokenizer.json.
         """
-        plan = dumps(loads(schedule) | {"devices": devices})
+        started = self._first_start()
+        self._started = psutil.Process().create_time() if started is None else started
+        plan = dumps(loads(schedule) | {"devices": devices, STARTED: self._started})
         atomic_write(self.plan_file, lambda path: path.write_text(plan))
         atomic_write(self.path / TOKENIZER_FILE, lambda path: path.write_text(tokenizer, encoding="utf-8"))
         atomic_write(self.recipe_file, lambda path: save_recipe(recipe, path))
         kept = [line for line in self._lines() if _is_before(line, done_steps)]
         atomic_write(self.metrics_file, lambda path: path.write_text("".join(kept), encoding="utf-8"))
+        self._counted = 0.0 if started is None else sum(map(_counted_seconds, kept))
+
+    def _first_start(self) -> float | None:
+        """Return the Unix time at which the run was started for the first time, if plan.json knows it."""
+        try:
+            return float(loads(self.plan_file.read_text())[STARTED])
+        except (OSError, ValueError, TypeError, LookupError):
+            return None
+
+    def goodput(self, seconds: float) -> float:
+        """Count a step of `seconds`, 0 if it was skipped; return the goodput, as docs/operations/monitoring.md says."""
+        self._counted += seconds
+        return self._counted / max(time.time() - self._started, self._counted)
 
     def _lines(self) -> list[str]:
         if not self.metrics_file.exists():
@@ -145,6 +168,13 @@ class RunFolder:
 
         with suppress(OSError):
             atomic_write(self.load_file, write)
+
+
+def _counted_seconds(line: str) -> float:
+    """Return the duration of a record's step, 0 if it is the record of something else or of a step that was skipped."""
+    record = loads(line)
+    seconds = record.get("seconds")
+    return float(seconds) if record.get("applied") and isinstance(seconds, int | float) else 0.0
 
 
 def _is_before(line: str, done_steps: int) -> bool:

@@ -1,15 +1,18 @@
-"""The scalars of an optimizer step: one table, from which every output follows.
+"""The scalars of an optimizer step: two tables, from which every output follows.
 
-A field of `StepScalars` is a key of metrics.jsonl and a scalar of TensorBoard, CSV and Weights & Biases. Its metadata
-names its Prometheus metric and its place in the progress line. A scalar that each micro-batch computes also needs an
-entry in `trainer.model.micro_batch.MicroBatchResult.scalars`; all others are computed in `trainer.train.step_results`.
+A field of `StepScalars` or `Efficiency` is a key of metrics.jsonl and a scalar of TensorBoard, CSV and Weights &
+Biases. Its metadata names its Prometheus metric and its place in the progress line. A scalar that each micro-batch
+computes also needs an entry in `trainer.model.micro_batch.MicroBatchResult.scalars`; all others of `StepScalars` are
+computed in `trainer.train.step_results`, and those of `Efficiency` in `trainer.train.reporter`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterator
+from dataclasses import Field, dataclass, field, fields
 from typing import Any, Literal
+
+from trainer.common.format import percent, quantity, size
 
 
 @dataclass(frozen=True)
@@ -50,19 +53,53 @@ def _by_layer(name: str, text: str) -> Metric:
     return Metric(f"unipool_{name}", "gauge", text, ("layer",), by_rank=False, needs_pool=True)
 
 
-def _scalar(metric: Metric | None = None, console: str = "", each: str = "") -> Any:
-    """Describe a field of `StepScalars`.
+def _scalar(metric: Metric | None = None, console: str | Callable[[Any], str] = "", each: str = "") -> Any:
+    """Describe a field of a table of scalars.
 
     Args:
         metric: Its Prometheus metric, which rank 0 serves.
-        console: Its part of the progress line, as a format.
+        console: Its part of the progress line, as a format or a function of the value.
         each: Prefix of its TensorBoard names, for a field with one value per layer.
     """
-    return field(metadata={"metric": metric, "console": console, "each": each})
+    show = console.format if isinstance(console, str) and console else console or None
+    return field(metadata={"metric": metric, "console": show, "each": each})
+
+
+class Scalars:
+    """A table of scalars, a frozen dataclass. A field that is None does not apply to the run, and is left out."""
+
+    def metrics(self) -> Iterator[tuple[Metric, Any]]:
+        """Yield the Prometheus metrics and their values; those by layer have a tuple."""
+        for f, value in self._known():
+            if f.metadata["metric"]:
+                yield f.metadata["metric"], value
+
+    def flat(self) -> dict[str, float]:
+        """Return the scalars for TensorBoard and the other monitors: "train/loss", "layer_gate/07", ..."""
+        flat: dict[str, float] = {}
+        for f, value in self._known():
+            if each := f.metadata["each"]:
+                flat |= {f"{each}/{padded(layer, len(value))}": own for layer, own in enumerate(value)}
+            else:
+                flat[f"train/{f.name}"] = float(value)
+        return flat
+
+    def record(self) -> dict[str, Any]:
+        """Return the scalars for metrics.jsonl."""
+        return {f.name: value for f, value in self._known()}
+
+    def console(self) -> str:
+        """Return the table's part of the progress line."""
+        return ", ".join(f.metadata["console"](value) for f, value in self._known() if f.metadata["console"])
+
+    def _known(self) -> Iterator[tuple[Field[Any], Any]]:
+        for f in fields(self):  # type: ignore[arg-type]  # a subclass is a dataclass
+            if (value := getattr(self, f.name)) is not None:
+                yield f, value
 
 
 @dataclass(frozen=True)
-class StepScalars:
+class StepScalars(Scalars):
     """What a trunk rank knows about an optimizer step. The metrics' texts say what each scalar is.
 
     Attributes:
@@ -121,30 +158,37 @@ class StepScalars:
     pool_wait: float = _scalar()
     applied: bool = _scalar()
 
-    def metrics(self) -> Iterator[tuple[Metric, Any]]:
-        """Yield the Prometheus metrics and their values; those by layer have a tuple."""
-        for f in fields(self):
-            if f.metadata["metric"]:
-                yield f.metadata["metric"], getattr(self, f.name)
 
-    def flat(self) -> dict[str, float]:
-        """Return the scalars for TensorBoard and the other monitors: "train/loss", "layer_gate/07", ..."""
-        flat: dict[str, float] = {}
-        for f in fields(self):
-            value, each = getattr(self, f.name), f.metadata["each"]
-            if each:
-                flat |= {f"{each}/{padded(layer, len(value))}": own for layer, own in enumerate(value)}
-            else:
-                flat[f"train/{f.name}"] = float(value)
-        return flat
+@dataclass(frozen=True)
+class Efficiency(Scalars):
+    """How well a step has used the machines, and the run its time. `docs/operations/monitoring.md` defines the values.
 
-    def console(self) -> str:
-        """Return the step's part of the progress line."""
-        shown = [(f.metadata["console"], getattr(self, f.name)) for f in fields(self) if f.metadata["console"]]
-        return ", ".join(form.format(value) for form, value in shown)
+    Attributes:
+        mfu: None if the peak of the ranks' arithmetic is not known.
+        trunk_memory, pool_memory: The role's rank with the most. None where no rank has the role alone.
+    """
+
+    flops_per_second: float = _scalar(
+        gauge(
+            "rank_flops_per_second", "FLOP/s of the model that a rank has done in the last step, mean over the ranks."
+        ),
+        lambda flops: f"{quantity(flops, 'FLOP/s')} per rank",
+    )
+    mfu: float | None = _scalar(
+        gauge("model_flops_utilisation_ratio", "These FLOP/s as a share of a rank's peak."),
+        lambda share: f"MFU {share:.1%}",
+    )
+    trunk_memory: float = _scalar(console=size)
+    pool_memory: float | None = _scalar(console=lambda size_: f"{size(size_)} (pool)")
+    goodput: float = _scalar(
+        gauge("goodput_ratio", "Share of the time since the run's first start that went into steps that count."),
+        lambda share: f"goodput {percent(share)}",
+    )
 
 
-STEP_METRICS = tuple(f.metadata["metric"] for f in fields(StepScalars) if f.metadata["metric"])
+STEP_METRICS = tuple(
+    f.metadata["metric"] for table in (StepScalars, Efficiency) for f in fields(table) if f.metadata["metric"]
+)
 
 
 def padded(number: int, total: int) -> str:

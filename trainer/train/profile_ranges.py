@@ -38,7 +38,7 @@ def named_ranges(layers: int, compiled: bool) -> Iterator[None]:
         compiled: Whether the trunk's segments are compiled. A router is then part of its segment's graph, and has no
             range of its own.
     """
-    wrapped: list[tuple[Any, str, Any]] = [(owner, name, _ranged(owner, name, text)) for owner, name, text in _WORK]
+    wrapped: list[tuple[Any, str, Any]] = [(owner, name, _ranged(owner, name, text)) for owner, name, text in WORK]
     if not compiled:
         wrapped.append((Router, "forward", _ranged(Router, "forward", _always("router"))))
     wrapped += [
@@ -108,7 +108,7 @@ def _with_named_segments(run: Callable[..., list[Any]], layers: int) -> Callable
 def _ranged(owner: Any, name: str, text: Name) -> Any:
     """Return a method or property of a class, in a range."""
     original = getattr(owner, name)
-    function = original.fget if isinstance(original, property) else original
+    function: Callable[..., Any] = getattr(original, "fget", original)  # of a property, or the method itself
 
     @wraps(function)
     def run(*args: Any, **options: Any) -> Any:
@@ -137,7 +137,7 @@ def _list(what: str, numbers: Sequence[int]) -> str:
     return f" {what} {','.join(map(str, numbers))}" if numbers else ""
 
 
-_WORK: tuple[tuple[Any, str, Name], ...] = (
+WORK: tuple[tuple[Any, str, Name], ...] = (
     (HostTrunk, "request", _always("send request")),
     (DeviceTrunk, "request", _always("send request")),
     (HostAnswer, "wait", _always("wait for pool")),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, astuple
+from dataclasses import astuple
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
@@ -16,9 +16,12 @@ from torch import Tensor
 from trainer import __version__
 from trainer.cluster.process_groups import Job
 from trainer.config.recipe import Recipe
+from trainer.planning.hardware import find_hardware
+from trainer.planning.model_costs import count_flops
 from trainer.telemetry.console import Progress
+from trainer.telemetry.prometheus import peak_memory
 from trainer.telemetry.run_folder import RunFolder
-from trainer.telemetry.step_scalars import StepScalars, padded
+from trainer.telemetry.step_scalars import Efficiency, StepScalars, padded
 from trainer.telemetry.time_breakdown import ACTIVITIES, Usage, shares
 from trainer.train.pool_rank import PoolRank
 from trainer.train.trunk_rank import TrunkRank
@@ -35,10 +38,12 @@ class Reporter:
     def __init__(self, recipe: Recipe, job: Job, folder: RunFolder, role: TrunkRank | PoolRank, done: int, lanes: int):
         self._recipe, self._job, self._folder, self._role = recipe, job, folder, role
         self._reported = (Usage(), Usage())
+        self._peak: float | None = None
         role.metrics.info("unipool_build_info", _build() | {"device": job.devices.names[job.rank]})
         self._progress: Progress | None = None
         if job.rank:
             return
+        self._peak = _peak(recipe)
         addresses = job.shared.gather("metrics")
         folder.announce(addresses)
         names = [job.topology.describe(rank) for rank in range(job.topology.world_size)]
@@ -50,12 +55,21 @@ class Reporter:
         role.metrics.checkpoints_from(done, recipe.checkpoint.every)
 
     def usage(self) -> list[float]:
-        """Return the seconds by activity since the last call, for the sum over ranks: the trunk's, then the pool's."""
+        """Return numbers for the sum over ranks.
+
+        These are the seconds by activity since the last call, the trunk's, then the pool's, and each rank's memory.
+        """
         clock = self._role.clock
         now = (clock.total, clock.served) if self._job.is_trunk else (Usage(), clock.total)
         trunk, pool = (total.since(before) for total, before in zip(now, self._reported, strict=True))
         self._reported = now
-        return [*astuple(trunk), *astuple(pool)]
+        return [*astuple(trunk), *astuple(pool), *self._memory()]
+
+    def _memory(self) -> list[float]:
+        """Return the peak of this rank's memory, where it computes, in its place among all ranks."""
+        peak, everywhere = peak_memory(), [0.0] * self._job.topology.world_size
+        everywhere[self._job.rank] = peak.get("gpu", peak["host"])
+        return everywhere
 
     def step(self, done: int, scalars: StepScalars | None, usage: Sequence[float]) -> None:
         """Report a step.
@@ -66,11 +80,31 @@ class Reporter:
         """
         if not isinstance(self._role, TrunkRank) or scalars is None:
             return
-        spent = self._spent(usage)
-        self._role.monitors.write(scalars.flat() | {f"train/{name}": share for name, share in spent.items()}, done)
+        activities = 2 * len(ACTIVITIES)
+        spent = self._spent(usage[:activities])
+        efficiency = self._efficiency(scalars, usage[activities:])
+        shown = scalars.flat() | efficiency.flat() | {f"train/{name}": share for name, share in spent.items()}
+        self._role.monitors.write(shown, done)
         if self._progress:
-            self._progress.step(done, scalars)
-            self._folder.append_metrics({"step": done, **asdict(scalars), **spent})
+            self._role.metrics.efficiency(efficiency)
+            self._progress.step(done, scalars, efficiency)
+            self._folder.append_metrics({"step": done, **scalars.record(), **efficiency.record(), **spent})
+
+    def _efficiency(self, scalars: StepScalars, memory: Sequence[float]) -> Efficiency:
+        """Return the efficiency of a step. Only rank 0 knows the peak of its hardware and the goodput.
+
+        Args:
+            memory: The peak memory of each rank.
+        """
+        topology = self._job.topology
+        flops = count_flops(self._recipe).training * scalars.tokens_per_second / topology.world_size
+        return Efficiency(
+            flops_per_second=flops,
+            mfu=flops / self._peak if self._peak else None,
+            trunk_memory=max(memory[: topology.trunk_ranks]),
+            pool_memory=max(memory[topology.trunk_ranks :], default=None),
+            goodput=self._folder.goodput(scalars.seconds if scalars.applied else 0.0),
+        )
 
     def _spent(self, usage: Sequence[float]) -> dict[str, float]:
         """Return shares of the ranks' time by role and activity.
@@ -136,6 +170,14 @@ class Reporter:
 
 def _named(side: str, seconds: Sequence[float]) -> dict[str, float]:
     return {f"{side}_{name}": share for name, share in shares(seconds).items()}
+
+
+def _peak(recipe: Recipe) -> float | None:
+    """Return the peak of a rank's arithmetic in FLOP/s, if the recipe says what hardware it has."""
+    if recipe.parallel.hardware is None:
+        return None
+    hardware = find_hardware(recipe.parallel.hardware, "parallel.hardware =")
+    return hardware.rates(recipe.train.precision).flops
 
 
 def _build() -> dict[str, str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from trainer.checkpoint import format as checkpoint
-from trainer.common.format import ABSENT, count, duration, loss, number, percent, perplexity
+from trainer.common.format import ABSENT, count, duration, loss, number, percent, perplexity, quantity, size
 from trainer.config.recipe import Recipe
 from trainer.config.sections import source_names
 from trainer.planning.model_costs import count_parameters
@@ -56,6 +56,15 @@ def outcome(run: Path, records: Records) -> Facts:
         waiting = records.shares(role).get("waiting")
         if waiting is not None and total:
             facts.append((f"waiting time of a {role} rank", f"{duration(waiting * total)}, {percent(waiting, 1)}"))
+    if len(flops := records.finite("flops_per_second")):
+        facts.append(("FLOP/s per rank, median step", quantity(float(np.median(flops)), "FLOP/s")))
+    if len(mfu := records.finite("mfu")):
+        facts.append(("MFU, median step", percent(float(np.median(mfu)), 1)))
+    for role in ROLES:
+        if len(memory := records.finite(f"{role}_memory")):
+            facts.append((f"peak memory of a {role} rank", size(float(memory.max()))))
+    if len(goodput := records.finite("goodput")):
+        facts.append(("goodput", percent(float(goodput[-1]))))
     skipped = seconds[np.array(records.columns["applied"]) == 0]
     lost = f"{len(skipped):,}, {duration(skipped.sum())}" if len(skipped) else "none"
     saved = [f"{checkpoint.steps_of(folder):,}" for folder in checkpoint.complete(run / CHECKPOINTS)]

@@ -11,7 +11,7 @@ import numpy as np
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
-from trainer.common.format import duration
+from trainer.common.format import duration, percent, quantity, size
 from trainer.telemetry.step_scalars import padded
 from trainer.telemetry.time_breakdown import ACTIVITIES
 from trainer.view.bars import GROUP, Grid, column, gauge, grid, spark
@@ -114,6 +114,7 @@ def _facts(s: Mapping[str, float]) -> list[Cell]:
         ("lr", "lr", ".3g", "bold"),
         ("grad norm", "grad_norm", ".3g", "bold"),
     )
+    facts += _quantities(s)
     age = duration(s["checkpoint_age"]) if "checkpoint_age" in s else ""
     if s.get("checkpoint_step"):
         facts.append(("checkpoint", f"step {s['checkpoint_step']:,.0f}" + (f", {age} old" if age else ""), ""))
@@ -125,6 +126,18 @@ def _facts(s: Mapping[str, float]) -> list[Cell]:
         ("failed saves", "checkpoint_failures", ",.0f", "yellow"),
         ("restarts", "restarts", ",.0f", "yellow"),
     )
+
+
+def _quantities(s: Mapping[str, float]) -> list[Cell]:
+    """Format the efficiency of the last step."""
+    shown = {
+        "per rank": ("flops_per_second", lambda n: quantity(n, "FLOP/s")),
+        "MFU": ("mfu", lambda n: percent(n, 1)),
+        "memory": ("trunk_memory", size),
+        "pool memory": ("pool_memory", size),
+        "goodput": ("goodput", percent),
+    }
+    return [(name, show(s[key]), "") for name, (key, show) in shown.items() if math.isfinite(s.get(key, math.nan))]
 
 
 def _cells(scalars: Mapping[str, float], *facts: tuple[str, str, str, str]) -> list[Cell]:

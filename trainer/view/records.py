@@ -17,7 +17,7 @@ from trainer.common.errors import UserError
 from trainer.common.safe_read import read_array
 from trainer.common.strict_json import loads
 from trainer.config.recipe import Recipe, load_recipe
-from trainer.telemetry.step_scalars import StepScalars
+from trainer.telemetry.step_scalars import Efficiency, StepScalars
 from trainer.telemetry.time_breakdown import ACTIVITIES
 from trainer.view.pages import TARGETS_FILE
 from trainer.view.rates import ROLES, Shares, known_shares
@@ -28,7 +28,7 @@ METRICS_FILE = "metrics.jsonl"
 RECIPE_FILE = "recipe.yaml"
 CHECKPOINTS = "checkpoints"
 
-SCALARS = [field for field in fields(StepScalars) if not field.metadata["each"]]
+SCALARS = [field for table in (StepScalars, Efficiency) for field in fields(table) if not field.metadata["each"]]
 """Fields of a step's record that are single numbers, besides the shares of time."""
 
 _LARGEST = float(np.finfo(np.float32).max)

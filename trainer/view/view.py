@@ -6,7 +6,7 @@ import math
 import re
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -125,7 +125,7 @@ class Follower:
         windows = [self._windows[url] for url in answered]
         first = next((page for page in answered.values() if "unipool_step" in page.samples), None)
         layers = first.samples.get("unipool_layer_load_imbalance_ratio", ()) if first else ()
-        scalars = self._scalars(first) if first else {}
+        scalars = self._scalars(first) | _memory(answered.values()) if first else {}
         ranks = sorted(map(_use, windows), key=lambda use: (ROLES.index(use.role), use.rank))
         covered = step_text(self._windows[first.url] if first else windows[0]) if windows else ""
         return View(
@@ -213,6 +213,17 @@ def recorded_view(run: Path, records: Records, state: str, notes: Sequence[str] 
         load_window="as last saved",
         notes=tuple(notes),
     )
+
+
+def _memory(pages: Iterable[Page]) -> dict[str, float]:
+    """Return the peak memory of each role's fullest rank: of its GPU, or of the host if it computes there."""
+    most: dict[str, float] = {}
+    for page in pages:
+        samples = page.samples.get("unipool_peak_memory_bytes", ())
+        by_place = {labels.get("where", ""): (f"{labels.get('role')}_memory", size) for labels, size in samples}
+        if found := by_place.get("gpu") or by_place.get("host"):
+            most[found[0]] = max(found[1], most.get(found[0], 0.0))
+    return most
 
 
 def _use(window: Window) -> RankUse:

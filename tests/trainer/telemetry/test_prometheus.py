@@ -16,8 +16,10 @@ from pool.service import Served
 from pool.wire.clock import HostClock, Waits
 from trainer.cluster.launch import free_port
 from trainer.common.errors import UserError
+from trainer.common.machine import usable_memory
 from trainer.config.sections import Metrics
 from trainer.telemetry.prometheus import CATALOGUE, ExpertLoad, MetricsServer, StepScalars, parse
+from trainer.telemetry.step_scalars import Efficiency
 from trainer.telemetry.time_breakdown import Serving, Usage, UsageClock, shares
 
 LAYERS, EXPERTS = 48, 384
@@ -120,6 +122,24 @@ def test_a_dense_model_has_no_pool() -> None:
     samples = parse(page_of(server))
     assert samples["unipool_step"][0][1] == 5
     assert not [name for name in samples if "expert" in name or "balance" in name or "gate" in name]
+
+
+def test_efficiency() -> None:
+    """What is not known is left out; memory is this process's own, on the host."""
+    known = Efficiency(1.5e12, 0.25, 3e9, None, 0.875)
+    assert known.console() == "1.5 TFLOP/s per rank, MFU 25.0%, 3 GB, goodput 88%"
+    unknown = Efficiency(1.5e12, None, 3e9, 2e9, 1.0)
+    assert unknown.console() == "1.5 TFLOP/s per rank, 3 GB, 2 GB (pool), goodput 100%"
+    assert unknown.record() == {"flops_per_second": 1.5e12, "trunk_memory": 3e9, "pool_memory": 2e9, "goodput": 1.0}
+    assert unknown.flat().keys() == {f"train/{name}" for name in unknown.record()}
+    server = MetricsServer(Metrics(), "trunk", 0, 0)
+    server.efficiency(unknown)
+    samples = parse(page_of(server))
+    assert samples["unipool_rank_flops_per_second"][0][1] == 1.5e12 and samples["unipool_goodput_ratio"][0][1] == 1
+    assert "unipool_model_flops_utilisation_ratio" not in samples
+    ((labels, peak),) = samples["unipool_peak_memory_bytes"]
+    assert labels == {"role": "trunk", "rank": "0", "where": "host"}
+    assert samples["process_resident_memory_bytes"][0][1] * 0.5 < peak < usable_memory()
 
 
 def test_only_this_machine_reads_unless_asked() -> None:

@@ -16,6 +16,7 @@ import pytest
 from tests.distributed import run_ranks
 from tests.training import tiny
 from trainer.engine.monitors import Monitors
+from trainer.telemetry import run_folder
 from trainer.telemetry.run_folder import RunFolder
 
 
@@ -85,8 +86,35 @@ def test_a_resumed_run_cuts_what_came_after_its_checkpoint(tmp_path: Path) -> No
     with run.metrics_file.open("a") as file:
         file.write('{"step": 4, "lo')  # a killed run's last line
     run.begin(tiny(), '{"lanes": 1}', "CPU", "{}", done_steps=2)
-    assert json.loads(run.plan_file.read_text()) == {"lanes": 1, "devices": "CPU"}
+    plan = json.loads(run.plan_file.read_text())
+    assert plan == {"lanes": 1, "devices": "CPU", "started": plan["started"]}
     assert [json.loads(line) for line in run.metrics_file.read_text().splitlines()] == records[:3]
+
+
+def test_goodput_counts_each_step_once_over_all_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps that were lost, skipped steps, and all other time since the first start are in the denominator alone."""
+
+    def start(done: int, now: float) -> RunFolder:
+        monkeypatch.setattr(run_folder.psutil, "Process", lambda: SimpleNamespace(create_time=lambda: now))
+        run = RunFolder(tiny(run={"dir": str(tmp_path)}))
+        run.make()
+        run.begin(tiny(), '{"lanes": 1}', "CPU", "{}", done_steps=done)
+        return run
+
+    def step(run: RunFolder, number: int, now: float, applied: bool = True) -> float:
+        monkeypatch.setattr(run_folder.time, "time", lambda: now)
+        run.append_metrics({"step": number, "loss": 1.0, "seconds": 10.0, "applied": applied})
+        return run.goodput(10.0 * applied)
+
+    first = start(0, 1000.0)
+    assert step(first, 1, 1020.0) == 10 / 20
+    assert step(first, 2, 1030.0, applied=False) == 10 / 30
+    assert step(first, 3, 1040.0) == 20 / 40
+    first.append_metrics({"step": 3, "val_loss": 1.0})
+    again = start(2, 1090.0)  # step 3 was lost
+    assert step(again, 3, 1100.0) == 20 / 100
+    (tmp_path / "plan.json").write_text('{"lanes": 1, "devices": "CPU"}')  # of an earlier version
+    assert step(start(3, 2000.0), 4, 2020.0) == 10 / 20
 
 
 def test_monitors_end_alone(capsys: pytest.CaptureFixture[str]) -> None:

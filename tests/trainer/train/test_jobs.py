@@ -66,7 +66,8 @@ def test_train_shows_and_leaves_what_it_promises(
     reference: subprocess.CompletedProcess[str], recipe: str, folder: Path
 ) -> None:
     run_dir = folder / "run"
-    assert re.search(r"step 1/4: loss \d\.\d+, [\d,]+ tokens/s, load imbalance \d\.\d\d, ETA", reference.stderr)
+    assert re.search(r"step 1/4: loss \d\.\d+, [\d,]+ tokens/s, load imbalance \d\.\d\d, .*ETA", reference.stderr)
+    assert re.search(r"step 1/4: .* [kMG]FLOP/s per rank, .*\bgoodput \d+%, ETA", reference.stderr)
     assert "step 2: validation loss" in reference.stderr
     for line in (
         r"validation loss   \d\.\d{4} nats per token, perplexity",
