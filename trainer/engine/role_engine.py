@@ -66,7 +66,7 @@ def _import_muon() -> None:
     off (TORCHDYNAMO_DISABLE).
     """
     original = torch.compile
-    torch.compile = lambda function: function  # type: ignore[assignment, misc]
+    torch.compile = lambda function: function  # type: ignore[assignment]
     try:
         import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
     finally:
