@@ -9,13 +9,11 @@ and the experts may compute in bf16 nevertheless.
 from __future__ import annotations
 
 import argparse
-import inspect
 import logging
 import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -140,10 +138,6 @@ class RoleEngine:
         self._replace(files, "load", lambda path, map_location=None: read_tensors(path, map_location))
         self._replace(files, "makedirs", lambda path, exist_ok=False: None)  # the writer creates folders
         self._replace(files, "save", self._save_file)
-        # torch's step also loads the compiler, which takes a second, to tell it where a graph ends.
-        optimizer = self._optimizer if self.stage == 0 else self._optimizer.optimizer
-        step = torch.no_grad()(inspect.unwrap(type(optimizer).step))
-        self._replace(optimizer, "step", partial(step, optimizer))
         # It would copy DeepSpeed's scripts at once, and fail on a full disk; `export` does what they are for.
         self._replace(self._engine, "_copy_recovery_script", lambda path: None)
 
