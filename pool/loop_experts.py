@@ -40,12 +40,13 @@ def forward(
     counts = _totals(batches)
     y_ND = torch.empty_like(x_ND)
     hidden: list[Hidden] = [[] for _ in batches]
-    rows = zip(_by_expert(batches), x_ND.split(counts), y_ND.split(counts), w13_e2FD, w2_eDF, strict=True)
+    rows = zip(_by_expert(batches), _rounded(x_ND, counts), y_ND.split(counts), w13_e2FD, w2_eDF, strict=True)
     for parts, x, y, w13, w2 in rows:
         h = _linear(x, w13)
         if len(x):
             a, b = h.chunk(2, dim=1)
-            y.copy_(_linear(F.silu(a).mul_(b), w2))
+            y.copy_(_linear(F.silu(a).mul_(b), w2)[: len(y)])
+        h = h[: len(y)]
         for mine, part in zip(hidden, h.split(parts) if len(parts) > 1 else (h,), strict=True):
             mine.append(part)
     return y_ND, hidden
@@ -68,17 +69,18 @@ def backward(
     counts = _totals(batches)
     dx_ND = torch.empty_like(x_ND)
     for_weights: ForWeights = ([], [])
-    rows = zip(x_ND.split(counts), dy_ND.split(counts), dx_ND.split(counts), w13_e2FD, w2_eDF, strict=True)
+    rows = zip(x_ND.split(counts), _rounded(dy_ND, counts), dx_ND.split(counts), w13_e2FD, w2_eDF, strict=True)
     for expert, (x, dy, dx, w13, w2) in enumerate(rows):
         h = _linear(x, w13) if hidden is None else _joined([parts[expert] for parts in hidden])
         a, b = h.chunk(2, dim=1)
-        dh, silu = torch.empty_like(h), F.silu(a)
+        rounded_dh, silu = h.new_empty(len(dy), h.shape[1]), F.silu(a)
+        dh = rounded_dh[: len(x)]
         if len(x):
             da, db = dh.chunk(2, dim=1)
-            dact = _linear(dy, w2.t())
+            dact = _linear(dy, w2.t())[: len(x)]
             torch.mul(dact, silu, out=db)
             _silu_backward(dact.mul_(b), a, grad_input=da)
-            dx.copy_(_linear(dh, w13.t()))
+            dx.copy_(_linear(rounded_dh, w13.t())[: len(x)])
         act = silu.mul_(b)
         for kept, tensor in zip(for_weights, (dh, act), strict=True):
             kept.append(tensor)
@@ -110,7 +112,7 @@ def add_weight_gradients(
                 grad13.addmm_(dh.t(), x)
                 grad2.addmm_(dy.t(), act)
         else:
-            dh, x, dy, act = (rows[0] if len(rows) == 1 else torch.cat(rows) for rows in zip(*mine, strict=True))
+            dh, x, dy, act = map(_with_zeros, zip(*mine, strict=True))
             grad13 += dh.t() @ x
             grad2 += dy.t() @ act
 
@@ -123,6 +125,32 @@ def packed(weight_eOI: Tensor) -> Sequence[Tensor]:
     if weight_eOI.dtype != torch.bfloat16 or not _by_onednn(weight_eOI):
         return weight_eOI.unbind()
     return [torch.ops.mkldnn._reorder_linear_weight(weight) for weight in weight_eOI]
+
+
+def _rounded(x_ND: Tensor, counts: Sequence[int]) -> Iterator[Tensor]:
+    """Return the rows of each expert, and rows of later experts behind them so that few different numbers occur.
+
+    oneDNN compiles a kernel for every number of rows and keeps the latest 1,024. The last experts' rows may lack others
+    behind them.
+    """
+    end, round_up = 0, _by_onednn(x_ND)
+    for count in counts:
+        more = _missing(count) if round_up and end + count + _missing(count) <= len(x_ND) else 0
+        yield x_ND[end : end + count + more]
+        end += count
+
+
+def _with_zeros(rows: Sequence[Tensor]) -> Tensor:
+    """Concatenate rows, and add rows of zeros so that few different numbers occur; one tensor stays as it is."""
+    if len(rows) == 1:
+        return rows[0]
+    missing = _missing(sum(map(len, rows))) if _by_onednn(rows[0]) else 0
+    return torch.cat([*rows, rows[0].new_zeros(missing, rows[0].shape[1])])
+
+
+def _missing(count: int) -> int:
+    """Return how many rows to add so that of the next numbers up to twice the count at most 16 occur."""
+    return -count % (1 << max(0, count.bit_length() - 5))
 
 
 def _linear(x_nI: Tensor, weight_OI: Tensor) -> Tensor:
