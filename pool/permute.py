@@ -5,7 +5,6 @@ Letters: T tokens, K experts per token, D hidden, M experts in the pool, N = T *
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,21 +97,6 @@ def combine(y_ND: Tensor, topk_scores_TK: Tensor, p: Permutation) -> Tensor:
     """Sum the expert outputs over K, weighted by their gate values: sum_i g_i(x) e_i(x). Returns y_TD, fp32."""
     y_TKD = _Unpermute.apply(y_ND, p.order_N, p.inverse_N).float().unflatten(0, topk_scores_TK.shape)
     return (y_TKD * topk_scores_TK.unsqueeze(-1)).sum(1)  # type: ignore[no-any-return]
-
-
-def merge(parts: Sequence[Tensor], rows_be: Sequence[Sequence[int]]) -> Tensor:
-    """Merge several expert-major batches into one, where the host knows the rows of each expert in every batch.
-
-    Within an expert the batches keep their order.
-    """
-    pieces = (part.split(rows) for part, rows in zip(parts, rows_be, strict=True))  # type: ignore[arg-type]
-    return torch.cat([piece for of_expert in zip(*pieces, strict=True) for piece in of_expert])
-
-
-def divide(merged_N: Tensor, rows_be: Sequence[Sequence[int]]) -> list[Tensor]:
-    """Undo `merge`."""
-    pieces = merged_N.split([rows for of_expert in zip(*rows_be, strict=True) for rows in of_expert])
-    return [torch.cat(pieces[batch :: len(rows_be)]) for batch in range(len(rows_be))]
 
 
 def merge_order(counts_be: Tensor, rows: int) -> tuple[Tensor, Tensor]:

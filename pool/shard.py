@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from pool import grouped_experts, loop_experts
 from pool.counts import Counts, total
-from pool.permute import divide, merge, merge_order
+from pool.permute import merge_order
 
+Orders = tuple[Tensor, Tensor]
 Hidden = Any
 """What a back end keeps of a request's forward; see `loop_experts` and `grouped_experts`."""
 
@@ -39,56 +40,20 @@ PAUSE = 1e-4
 """Seconds after which `drain_until` looks again whether a GPU has done a piece."""
 
 
-class _Merging:
-    """How several requests become one, and one becomes several again.
+@dataclass(frozen=True)
+class Saved:
+    """What the backward of a request needs: its tokens, and the hidden activations unless they are recomputed.
 
-    Args:
-        counts: Rows of each expert, of every request.
-        sizes: Rows of every request.
-        by_pieces: Whether to copy the pieces of each expert, by the counts on the host, or to gather rows.
+    Attributes:
+        together: The keys of the requests merged with it in the forward.
+        orders: How they were merged.
     """
 
-    def __init__(self, counts: Sequence[Counts], sizes: list[int], by_pieces: bool):
-        self._sizes, self._orders = sizes, None
-        self._rows_be = [c.listed for c in counts] if by_pieces else None
-        if not by_pieces and len(counts) > 1:
-            self._orders = merge_order(torch.stack([c.rows_e for c in counts]), sum(sizes))
-
-    def merge(self, parts: Sequence[Tensor]) -> Tensor:
-        """Return the rows of all requests, expert-major; within an expert the requests keep their order."""
-        if len(parts) == 1:
-            return parts[0]
-        if self._rows_be is not None:
-            return merge(parts, self._rows_be)
-        assert self._orders is not None
-        return torch.cat([*parts]).index_select(0, self._orders[0])
-
-    def divide(self, merged_N: Tensor) -> list[Tensor]:
-        """Undo `merge`."""
-        if len(self._sizes) == 1:
-            return [merged_N]
-        if self._rows_be is not None:
-            return divide(merged_N, self._rows_be)
-        assert self._orders is not None
-        return list(merged_N.index_select(0, self._orders[1]).split(self._sizes))
-
-
-@dataclass(frozen=True, eq=False)
-class _Launch:
-    """The requests of a forward, by their keys, and their merged tokens."""
-
-    keys: tuple[object, ...]
-    merging: _Merging
     x_ND: Tensor
-
-
-@dataclass(frozen=True)
-class _Saved:
-    """What the backward of a request needs: its forward, and the hidden activations unless they are recomputed."""
-
-    launch: _Launch
     hidden: Hidden | None
     counts: Counts
+    together: tuple[object, ...]
+    orders: Orders | None
 
 
 @dataclass
@@ -238,7 +203,6 @@ class ExpertShard(nn.Module):
         self.deferred_dw = DeferredWeightGradients(self, deferred_bytes)
         self._gradients: list[Tensor] = []
         self._compute_weights: tuple[Tensor, Tensor] | None = None
-        self._packed_weights: list[Sequence[Tensor]] | None = None
 
     def reset_parameters(self, std: float, output_std: float, seed: int) -> None:
         """Draw W1 and W3 from N(0, std), W2 from N(0, output_std).
@@ -254,7 +218,7 @@ class ExpertShard(nn.Module):
 
     def weights_changed(self) -> None:
         """Drop the copies in compute dtype. Call it after an optimizer step or a load."""
-        self._compute_weights = self._packed_weights = None
+        self._compute_weights = None
 
     @property
     def frozen(self) -> bool:
@@ -268,11 +232,6 @@ class ExpertShard(nn.Module):
                 self.w2_eDF.detach().to(self.compute_dtype),
             )
         return self._compute_weights
-
-    @property
-    def by_pieces(self) -> bool:
-        """Whether requests are merged by pieces, because the host computes and knows the counts."""
-        return self.w2_eDF.device.type == "cpu" and self._kernels() is loop_experts
 
     def _kernels(self) -> ModuleType:
         """The faster back end for this shard's device and dtype."""
@@ -289,13 +248,7 @@ class ExpertShard(nn.Module):
         Returns:
             y_ND in compute dtype, and the hidden activations [W1 x, W3 x] of every request.
         """
-        kernels, weights = self._kernels(), self._weights()
-        if kernels is loop_experts:
-            if self._packed_weights is None:
-                self._packed_weights = [loop_experts.packed(weight) for weight in weights]
-            y_ND, hidden = loop_experts.forward(x_ND, *self._packed_weights, batches)
-        else:
-            y_ND, hidden = kernels.forward(x_ND, *weights, batches)
+        y_ND, hidden = self._kernels().forward(x_ND, *self._weights(), batches)
         return y_ND, hidden
 
     @torch.no_grad()
@@ -345,21 +298,21 @@ class ExpertServer:
 
     def __init__(self, shard: ExpertShard):
         self.shard = shard
-        self._saved: dict[object, _Saved] = {}
+        self._saved: dict[object, Saved] = {}
 
     def forward(
         self, keys: Sequence[object], batches: Sequence[tuple[Tensor, Counts]], keep_for_backward: bool
     ) -> list[Tensor]:
         """Return the outputs y_ND of every batch (x_ND, rows of each expert), in the batch's own order."""
         counts = [c for _, c in batches]
-        merging = self._merging(counts, [len(x) for x, _ in batches])
-        launch = _Launch(tuple(keys), merging, merging.merge([x for x, _ in batches]))
-        y_ND, hidden = self.shard.forward_rows(launch.x_ND, counts)
+        orders = _orders(counts, sum(len(x) for x, _ in batches))
+        x_ND = _merged([x for x, _ in batches], orders)
+        y_ND, hidden = self.shard.forward_rows(x_ND, counts)
         if keep_for_backward:
-            for key, c, h in zip(keys, counts, hidden, strict=True):
+            for key, (x, c), h in zip(keys, batches, hidden, strict=True):
                 assert key not in self._saved, f"two forwards of {key} without a backward in between"
-                self._saved[key] = _Saved(launch, None if self.shard.recompute else h, c)
-        return merging.divide(y_ND)
+                self._saved[key] = Saved(x, None if self.shard.recompute else h, c, tuple(keys), orders)
+        return _split(y_ND, orders, [x.shape[0] for x, _ in batches])
 
     def backward(self, keys: Sequence[object], dys: list[Tensor]) -> list[Tensor]:
         """Return the gradients dx_ND of the tokens of earlier forwards.
@@ -371,21 +324,14 @@ class ExpertServer:
         Raises:
             KeyError: A key has no open forward.
         """
-        saved = {key: self._saved.pop(key) for key in keys}
-        counts = [s.counts for s in saved.values()]
-        first = next(iter(saved.values())).launch
-        if first.keys == tuple(keys):
-            merging, x_ND = first.merging, first.x_ND
-        else:
-            launches = {s.launch: None for s in saved.values()}
-            x_by_key = {k: x for one in launches for k, x in zip(one.keys, one.merging.divide(one.x_ND), strict=True)}
-            merging = self._merging(counts, list(map(len, dys)))
-            x_ND = merging.merge([x_by_key[key] for key in keys])
-        hidden = None if self.shard.recompute else [s.hidden for s in saved.values()]
-        return merging.divide(self.shard.backward_rows(x_ND, hidden, merging.merge(dys), counts))
-
-    def _merging(self, counts: Sequence[Counts], sizes: list[int]) -> _Merging:
-        return _Merging(counts, sizes, self.shard.by_pieces)
+        saved = [self._saved.pop(key) for key in keys]
+        counts = [s.counts for s in saved]
+        as_before = saved[0].together == tuple(keys)
+        orders = saved[0].orders if as_before else _orders(counts, sum(map(len, dys)))
+        x_ND, dy_ND = _merged([s.x_ND for s in saved], orders), _merged(dys, orders)
+        hidden = None if self.shard.recompute else [s.hidden for s in saved]
+        dx_ND = self.shard.backward_rows(x_ND, hidden, dy_ND, counts)
+        return _split(dx_ND, orders, [s.x_ND.shape[0] for s in saved])
 
     def counts(self, key: object) -> Counts | None:
         """Return the rows of each expert in the open forward `key`, or None if there is none."""
@@ -395,3 +341,18 @@ class ExpertServer:
     def open_forwards(self) -> int:
         """Forwards whose backward has not come yet: 0 at the end of a step."""
         return len(self._saved)
+
+
+def _orders(counts: Sequence[Counts], rows: int) -> Orders | None:
+    """Return the orders of `merge_order`; None for a single request."""
+    return merge_order(torch.stack([c.rows_e for c in counts]), rows) if len(counts) > 1 else None
+
+
+def _merged(parts: Sequence[Tensor], orders: Orders | None) -> Tensor:
+    """Return the expert-major rows of all parts."""
+    return parts[0] if orders is None else torch.cat([*parts]).index_select(0, orders[0])
+
+
+def _split(merged_N: Tensor, orders: Orders | None, sizes: list[int]) -> list[Tensor]:
+    """Undo `_merged`."""
+    return [merged_N] if orders is None else list(merged_N.index_select(0, orders[1]).split(sizes))

@@ -71,7 +71,7 @@ def experts(recipe: Recipe, merged: bool) -> Kernels:
         return Kernels(0, 0)
     D, F = recipe.model.hidden, recipe.model.ffn_hidden
     alone = 6 * F + 12 * F + 8 * (2 * D + 3 * F)
-    return Kernels(30, (alone + 16 * D + 24 * F) / 3) if merged else Kernels(8, alone / 3)
+    return Kernels(30, (alone + 24 * D + 24 * F) / 3) if merged else Kernels(8, alone / 3)
 
 
 def flush_bytes(weights: float) -> float:
