@@ -63,18 +63,31 @@ class PoolSchedule:
     lane_order: tuple[tuple[int, ...], ...]
 
 
-def lockstep_schedule(trunk_ranks: int, micro_batches: int, layers: int) -> PoolSchedule:
-    """An optimizer step in which all trunk ranks do one micro-batch after the other, layer by layer, together."""
+def lockstep_schedule(trunk_ranks: int, micro_batches: int, layers: int, every_rank: bool = False) -> PoolSchedule:
+    """An optimizer step in which all trunk ranks do one micro-batch after the other, layer by layer, together.
+
+    Args:
+        every_rank: Whether each rank has both roles, and so serves each slot itself (`Topology.every_rank`).
+    """
     micro_batch = [(layer, Kind.FORWARD) for layer in range(layers)]
     micro_batch += [(layer, Kind.BACKWARD) for layer in reversed(range(layers))]
     slots = tuple(_slot(trunk_ranks, number, *request) for number in range(micro_batches) for request in micro_batch)
-    return PoolSchedule(slots, ((0,) * ((2 * layers + 1) * micro_batches),) * trunk_ranks)
+    return PoolSchedule(slots, (_one_lane(2 * layers, every_rank) * micro_batches,) * trunk_ranks)
 
 
-def generation_schedule(trunk_ranks: int, tokens: int, layers: int) -> PoolSchedule:
-    """A generation: each token is a micro-batch that waits for the one before; `lane_order` is that of one token."""
+def generation_schedule(trunk_ranks: int, tokens: int, layers: int, every_rank: bool = False) -> PoolSchedule:
+    """A generation: each token is a micro-batch that waits for the one before; `lane_order` is that of one token.
+
+    Args:
+        every_rank: See `lockstep_schedule`.
+    """
     slots = (_slot(trunk_ranks, token, layer, Kind.FORWARD_ONLY) for token in range(tokens) for layer in range(layers))
-    return PoolSchedule(tuple(slots), ((0,) * (layers + 1),) * trunk_ranks)
+    return PoolSchedule(tuple(slots), (_one_lane(layers, every_rank),) * trunk_ranks)
+
+
+def _one_lane(requests: int, every_rank: bool) -> tuple[int, ...]:
+    """The lane order of one micro-batch that makes so many requests."""
+    return ((0, SERVE) if every_rank else (0,)) * requests + (0,)
 
 
 def _slot(trunk_ranks: int, micro_batch: int, layer: int, kind: Kind) -> Slot:

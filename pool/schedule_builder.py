@@ -1,8 +1,9 @@
-"""Builds the schedule of a step in simulated time, with trunk ranks on one side and the pool on the other.
+"""Builds the schedule of a step in simulated time.
 
 A trunk rank works on the lane that has been ready longest. Whenever the pool is free, it serves all waiting requests in
-one slot. A real run can follow the resulting order without a deadlock, because it is the order of one possible run. How
-long a step takes when it follows a schedule is computed by `pool.schedule_timing`.
+one slot. Where every rank has both roles, all ranks follow the same order: they run the lanes that are ready, then they
+serve what waits. A real run can follow the resulting order without a deadlock, because it is the order of one possible
+run. How long a step takes when it follows a schedule is computed by `pool.schedule_timing`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from pool.schedule import Kind, PoolSchedule, RequestKey, Slot
+from pool.schedule import SERVE, Kind, PoolSchedule, RequestKey, Slot
 from pool.topology import Topology
 
 
@@ -106,7 +107,12 @@ def training_segments(costs: Costs, layers: int) -> list[Segment]:
 
 
 def staggered_starts(topology: Topology, layers: int, costs: Costs) -> list[float]:
-    """When each trunk rank starts: rank t of T waits for t / T of the trunk's work on a micro-batch."""
+    """When each trunk rank starts: rank t of T waits for t / T of the trunk's work on a micro-batch.
+
+    Where every rank has both roles, all start at 0: inside its head, which takes long, a rank serves nobody.
+    """
+    if topology.every_rank:
+        return [0.0] * topology.trunk_ranks
     work = sum(max(segment.cost, segment.launch) for segment in training_segments(costs, layers))
     delay = work / topology.trunk_ranks
     return [delay * trunk_rank for trunk_rank in range(topology.trunk_ranks)]
@@ -147,15 +153,34 @@ def _build(
     costs: Costs,
 ) -> PoolSchedule:
     """Replicas serve different trunk ranks and are independent of each other, so each is simulated on its own."""
+    if topology.every_rank:
+        return _build_every_rank(topology, segments, micro_batches, lanes, costs)
     slots: list[Slot] = []
     order: dict[int, tuple[int, ...]] = {}
     for replica in range(topology.replicas):
         starts = {t: starts_T[t] for t in range(replica, topology.trunk_ranks, topology.replicas)}
-        simulation = _Simulation(starts, segments, micro_batches, lanes, costs)
+        simulation = _Dedicated(starts, segments, micro_batches, lanes, costs)
         simulation.run()
         slots += simulation.slots
         order |= {t: tuple(trunk.order) for t, trunk in simulation.trunks.items()}
     return PoolSchedule(tuple(slots), tuple(order[t] for t in range(topology.trunk_ranks)))
+
+
+def _build_every_rank(
+    topology: Topology, segments: list[Segment], micro_batches: int, lanes: int, costs: Costs
+) -> PoolSchedule:
+    """All ranks do the same at the same time, so one is simulated, and slots hold the same requests of all of them."""
+    simulation = _EveryRank(topology.expert_parallel, segments, micro_batches, lanes, costs)
+    simulation.run()
+    slots = (
+        tuple(
+            RequestKey(rank, key.lane, key.micro_batch, key.layer, key.kind)
+            for key in slot
+            for rank in range(topology.trunk_ranks)
+        )
+        for slot in simulation.slots
+    )
+    return PoolSchedule(tuple(slots), (tuple(simulation.trunks[0].order),) * topology.trunk_ranks)
 
 
 @dataclass
@@ -170,18 +195,23 @@ class _Trunk:
 
 
 class _Simulation:
-    """One replica of every shard, taken as one server, and the trunk ranks that it serves."""
+    """One replica of every shard, and the trunk ranks that it serves.
+
+    Attributes:
+        senders: Number of ranks for which each of the simulated trunk ranks stands.
+    """
+
+    senders = 1
 
     def __init__(self, starts: dict[int, float], segments: list[Segment], micro_batches: int, lanes: int, costs: Costs):
         self._segments, self._micro_batches, self._costs = segments, micro_batches, costs
+        self._transfer = costs.transfer
         self._now = 0.0
         self.slots: list[Slot] = []
         self._waiting: list[RequestKey] = []
         self._last_header = 0.0  # when that of the last request came
         self._deferred = 0  # backward requests since the last seal
-        self._pool = Processor(0.0)
-        self._pool_free = True
-        self._events: list[tuple[float, int, Callable[[], None]]] = []
+        self._events: list[tuple[float, bool, int, Callable[[], None]]] = []
         self._numbers = itertools.count()
         # Twice per micro-batch: each weight gradient then covers many requests, and its buffers stay bounded.
         self._seal_at = max(1, len(starts) * sum(s.kind == Kind.BACKWARD for s in segments) // 2)
@@ -190,22 +220,20 @@ class _Simulation:
         for rank, start in starts.items():
             ready = [(start, lane, lane, start) for lane in range(lanes)]
             self.trunks[rank] = _Trunk(Processor(start), ready, [0] * lanes, lanes)
-            self._at(start, partial(self._run_trunk, rank))
 
-    def _at(self, time: float, event: Callable[[], None]) -> None:
-        heapq.heappush(self._events, (time, next(self._numbers), event))
+    def _at(self, time: float, event: Callable[[], None], last: bool = False) -> None:
+        """Let something happen at a time; with `last` after everything else of that time."""
+        heapq.heappush(self._events, (time, last, next(self._numbers), event))
 
     def run(self) -> None:
         """Simulate to the end. Events at the same time happen in the order in which they were scheduled."""
         while self._events:
-            self._now, _, event = heapq.heappop(self._events)
+            self._now, _, _, event = heapq.heappop(self._events)
             event()
 
-    def _run_trunk(self, rank: int) -> None:
-        """Run a segment of the lane that has been ready longest, if the rank is free and a lane is ready."""
+    def _run_segment(self, rank: int) -> None:
+        """Run a segment of the lane that has been ready longest."""
         trunk = self.trunks[rank]
-        if self._now < trunk.processor.free_at or not trunk.ready:
-            return
         _, micro_batch, lane, header = heapq.heappop(trunk.ready)
         segment = self._segments[trunk.position[lane]]
         trunk.order.append(lane)
@@ -214,42 +242,109 @@ class _Simulation:
         free_at = trunk.processor.free_at
         if segment.kind is not None:
             key = RequestKey(rank, lane, micro_batch, segment.layer, segment.kind)
-            self._at(free_at + self._costs.transfer, partial(self._arrive, key))
+            self._at(free_at + self._transfer, partial(self._arrive, key))
         elif trunk.next_micro_batch < self._micro_batches:
             heapq.heappush(trunk.ready, (free_at, trunk.next_micro_batch, lane, self._now))
             trunk.position[lane] = 0
             trunk.next_micro_batch += 1
-        self._at(free_at, partial(self._run_trunk, rank))
 
     def _arrive(self, key: RequestKey) -> None:
         self._waiting.append(key)
         self._last_header = self._now - self._costs.payload
-        self._at(self._now, self._serve)  # after all other arrivals of this moment
 
-    def _serve(self) -> None:
-        """Serve all waiting requests in one slot if the pool is free, and seal weight gradients if there are enough."""
-        if not self._pool_free or not self._waiting:
-            return
+    def _open_slot(self) -> tuple[Slot, float, float]:
+        """Make a slot of all waiting requests, and seal weight gradients if there are enough.
+
+        Returns:
+            The slot, and the launch time and cost of serving it.
+        """
         requests, self._waiting = tuple(self._waiting), []
-        self._pool_free = False
-        c, kinds = self._costs, Counter(key.kind for key in requests)
-        cost = c.slot + sum(max(c.weights, number * c.pool_layer) for number in kinds.values())
-        self._pool.run(self._last_header, self._now, len(kinds) * c.slot_launch, cost)
-        free_at = self._pool.free_at
-        self._at(free_at, self._finish_slot)
-        for key in requests:
-            self._at(free_at + self._costs.transfer, partial(self._answer, key))
         self.slots.append(requests)
         self._deferred += sum(key.kind == Kind.BACKWARD for key in requests)
         if self._deferred >= self._seal_at:
             self.slots.append(())
             self._deferred = 0
+        c, kinds = self._costs, Counter(key.kind for key in requests)
+        cost = c.slot + sum(max(c.weights, self.senders * number * c.pool_layer) for number in kinds.values())
+        return requests, len(kinds) * c.slot_launch, cost
+
+    def _answer(self, key: RequestKey) -> None:
+        ready = (self._now, key.micro_batch, key.lane, self._now - self._costs.payload)
+        heapq.heappush(self.trunks[key.trunk_rank].ready, ready)
+
+
+class _Dedicated(_Simulation):
+    """The shards are taken as one server, which is not one of the trunk ranks."""
+
+    def __init__(self, starts: dict[int, float], segments: list[Segment], micro_batches: int, lanes: int, costs: Costs):
+        super().__init__(starts, segments, micro_batches, lanes, costs)
+        self._pool = Processor(0.0)
+        self._pool_free = True
+        for rank, start in starts.items():
+            self._at(start, partial(self._run_trunk, rank))
+
+    def _run_trunk(self, rank: int) -> None:
+        """Run a segment if the rank is free and a lane is ready."""
+        trunk = self.trunks[rank]
+        if self._now >= trunk.processor.free_at and trunk.ready:
+            self._run_segment(rank)
+            self._at(trunk.processor.free_at, partial(self._run_trunk, rank))
+
+    def _arrive(self, key: RequestKey) -> None:
+        super()._arrive(key)
+        self._at(self._now, self._serve)  # after all other arrivals of this moment
+
+    def _serve(self) -> None:
+        """Serve all waiting requests in one slot if the pool is free."""
+        if not self._pool_free or not self._waiting:
+            return
+        self._pool_free = False
+        requests, launch, cost = self._open_slot()
+        self._pool.run(self._last_header, self._now, launch, cost)
+        self._at(self._pool.free_at, self._finish_slot)
+        for key in requests:
+            self._at(self._pool.free_at + self._transfer, partial(self._answer, key))
 
     def _finish_slot(self) -> None:
         self._pool_free = True
         self._serve()
 
     def _answer(self, key: RequestKey) -> None:
-        ready = (self._now, key.micro_batch, key.lane, self._now - self._costs.payload)
-        heapq.heappush(self.trunks[key.trunk_rank].ready, ready)
+        super()._answer(key)
         self._run_trunk(key.trunk_rank)
+
+
+class _EveryRank(_Simulation):
+    """One rank, which runs its lanes and serves a shard. It stands for all ranks of the replica, which do the same."""
+
+    def __init__(self, ranks: int, segments: list[Segment], micro_batches: int, lanes: int, costs: Costs):
+        super().__init__({0: 0.0}, segments, micro_batches, lanes, costs)
+        self.senders = ranks
+        if ranks == 1:
+            self._transfer = 0.0  # nothing travels
+        self._at(0.0, self._proceed)
+
+    def _proceed(self) -> None:
+        """If the rank is free, run a lane that is ready, else serve all waiting requests in one slot."""
+        trunk = self.trunks[0]
+        if self._now < trunk.processor.free_at:
+            return
+        if trunk.ready:
+            self._run_segment(0)
+        elif self._waiting:
+            requests, launch, cost = self._open_slot()
+            trunk.order.append(SERVE)
+            trunk.processor.run(self._last_header, self._now, launch, cost)
+            for key in requests:
+                self._at(trunk.processor.free_at + self._transfer, partial(self._answer, key))
+        else:
+            return
+        self._at(trunk.processor.free_at, self._proceed, last=True)
+
+    def _arrive(self, key: RequestKey) -> None:
+        super()._arrive(key)
+        self._at(self._now, self._proceed, last=True)
+
+    def _answer(self, key: RequestKey) -> None:
+        super()._answer(key)
+        self._at(self._now, self._proceed, last=True)

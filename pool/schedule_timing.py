@@ -2,7 +2,7 @@
 
 Each pool rank serves its slots in order at its own pace, an answer is complete when the last shard has answered, and a
 trunk rank waits for the lane that is next. The times of a step can therefore be computed slot by slot, over all shards
-of a replica at once.
+of a replica at once. Where every rank has both roles, its trunk and its shard take turns on one processor.
 
 Letters: L layers, M experts in the pool, S shards, T trunk ranks, P pool ranks, I intervals.
 """
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from pool.schedule import Kind, PoolSchedule, RequestKey
+from pool.schedule import SERVE, Kind, PoolSchedule, RequestKey
 from pool.schedule_builder import Costs, Processor, Segment, training_segments
 from pool.topology import Topology
 
@@ -61,7 +61,7 @@ class StepTiming:
 
     Attributes:
         seconds: Time until the last trunk rank and the last weight gradients are done, in the unit of the costs.
-        trunk_busy_T, pool_busy_P: Share of the step during which each rank works.
+        trunk_busy_T, pool_busy_P: Share of the step during which each rank works in each of its roles.
         imbalance: Rows of the pool rank that gets most, over the mean of all pool ranks.
         peak_open_T: Most micro-batches that each trunk rank has in flight at a time.
         peak_kept_P: Most rows of forwards that each pool rank keeps for their backward.
@@ -115,7 +115,7 @@ def time_schedule(
         topology: A layout with pool ranks.
         load_LS: Share of each layer's assignments that goes to each shard (L, S), rows sum to 1; None means even.
         record: Whether to return the intervals.
-        starts_T: When each trunk rank starts; None means that all start at 0.
+        starts_T: When each trunk rank starts; None means that all start at 0, as all do that have both roles.
         most_deferred: Rows whose weight gradients a shard defers at most, in requests at an even load.
     """
     shards = topology.expert_parallel
@@ -124,11 +124,18 @@ def time_schedule(
     log: _Log | None = [] if record else None
     segments = training_segments(costs, layers)
     starts_T = starts_T or [0.0] * topology.trunk_ranks
-    trunks = [_Trunk(t, order, segments, starts_T[t], costs, log) for t, order in enumerate(schedule.lane_order)]
     replicas = [
-        _Replica(topology.pool_rank(0, r), rows_LS, costs, most_deferred, log) for r in range(topology.replicas)
+        _Replica(topology.first_pool_rank + r * shards, rows_LS, costs, most_deferred, log)
+        for r in range(topology.replicas)
     ]
-    replica_T = [topology.replica(topology.pool_rank(0, t)) for t in range(topology.trunk_ranks)]
+    replica_T = [topology.replica_for(t) for t in range(topology.trunk_ranks)]
+    trunks: list[_Trunk] = []
+    for t, order in enumerate(schedule.lane_order):
+        both = topology.every_rank
+        processor = _SharedProcessor(replicas[replica_T[t]], topology.shard(t)) if both else Processor(starts_T[t])
+        trunks.append(_Trunk(t, order, segments, processor, costs.payload, log))
+    members = [[trunk for trunk, r in zip(trunks, replica_T, strict=True) if r == n] for n in range(len(replicas))]
+    transfer = 0.0 if topology.every_rank and shards == 1 else costs.transfer
     for trunk in trunks:
         trunk.advance()
     for slot in schedule.slots:
@@ -139,11 +146,13 @@ def time_schedule(
         for key in slot:
             parts.setdefault(replica_T[key.trunk_rank], []).append(key)
         for r, keys in parts.items():
-            arrival = max([trunks[key.trunk_rank].take(key) for key in keys]) + costs.transfer
-            answer = replicas[r].serve(keys, arrival) + costs.transfer
+            arrival = max([trunks[key.trunk_rank].take(key) for key in keys]) + transfer
+            answer = replicas[r].serve(keys, arrival) + transfer
+            replicas[r].make_room()
             for key in keys:
                 trunks[key.trunk_rank].answer(key.lane, answer)
-            replicas[r].make_room()
+            for trunk in members[r] if topology.every_rank else [trunks[key.trunk_rank] for key in keys]:
+                trunk.advance(served=topology.every_rank)
     for replica in replicas:
         replica.finish()
     assert all(trunk.ended for trunk in trunks), "the schedule's slots end before its lane orders"
@@ -187,13 +196,12 @@ class _Trunk:
         rank: int,
         lane_order: Sequence[int],
         segments: Sequence[Segment],
-        start: float,
-        costs: Costs,
+        processor: Processor | _SharedProcessor,
+        payload: float,
         log: _Log | None,
     ):
         self._rank, self._lane_order, self._segments, self._log = rank, lane_order, segments, log
-        self._payload = costs.payload
-        self._processor = Processor(start)
+        self._processor, self._payload = processor, payload
         self._ran = 0  # entries of the lane order
         self._begun = 0  # micro-batches
         self._in_flight: dict[int, _MicroBatch] = {}  # by lane
@@ -217,16 +225,24 @@ class _Trunk:
         return micro_batch.time
 
     def answer(self, lane: int, time: float) -> None:
-        """Receive the answer for a lane, and continue."""
+        """Receive the answer for a lane."""
         micro_batch = self._in_flight[lane]
         micro_batch.time, micro_batch.answered = time, True
-        self.advance()
 
-    def advance(self) -> None:
-        """Run segments in the lane order, up to the first that has to wait for an unknown answer."""
+    def advance(self, served: bool = False) -> None:
+        """Run segments in the lane order, up to the first that has to wait for an unknown answer, or to a slot.
+
+        Args:
+            served: Whether the rank has just served the slot that is next.
+        """
+        if served:
+            assert self._lane_order[self._ran] == SERVE, f"rank {self._rank} serves a slot out of turn"
+            self._ran += 1
         head = len(self._segments) // 2
         while not self.ended:
             lane = self._lane_order[self._ran]
+            if lane == SERVE:
+                return
             micro_batch = self._in_flight.get(lane)
             if micro_batch is None:
                 micro_batch = self._in_flight[lane] = _MicroBatch(self._begun)
@@ -255,7 +271,7 @@ class _Replica:
         shards = rows_LS.shape[1]
         self._first_rank, self._rows_LS, self._costs, self._log = first_rank, rows_LS, costs, log
         self._most_deferred = most_deferred
-        self._launched_at = 0.0  # when the hosts, which launch the same work, have launched everything
+        self.launched_S = np.zeros(shards)  # when the hosts have launched everything
         self.free_S, self.busy_S = np.zeros(shards), np.zeros(shards)
         self.served_S, self._kept_S, self._deferred_S = np.zeros(shards), np.zeros(shards), np.zeros(shards)
         self.peak_kept_S, self.peak_deferred_S = np.zeros(shards), np.zeros(shards)
@@ -299,6 +315,13 @@ class _Replica:
         self.seal()
         self._compute_now(np.ones_like(self._open_S))
 
+    def wait(self, shard: int, until: float) -> None:
+        """Compute sealed weight gradients on a shard whose rank has nothing else to do until a time."""
+        if until > self.free_S[shard] and self._backlog_S[shard]:
+            limit_S = np.zeros_like(self.free_S)
+            limit_S[shard] = until - self.free_S[shard]
+            self._compute_weight_gradients(limit_S)
+
     def _held_S(self) -> Floats:
         """Rows whose weight gradients are still to be computed."""
         return self._deferred_S + self._sealed_S
@@ -314,12 +337,12 @@ class _Replica:
         self.free_S = self.free_S + self._compute_weight_gradients(np.where(chosen_S, self._backlog_S, 0.0))
 
     def _work(self, arrival: float, fixed: float, rows_S: Floats, work: Work) -> None:
-        begun = max(self._launched_at, arrival - self._costs.payload)
-        self._launched_at = begun + self._costs.slot_launch
-        start_S = np.maximum(self.free_S, max(arrival, begun))
+        begun_S = np.maximum(self.launched_S, arrival - self._costs.payload)
+        self.launched_S = begun_S + self._costs.slot_launch
+        start_S = np.maximum(self.free_S, np.maximum(arrival, begun_S))
         self._compute_weight_gradients(start_S - self.free_S)
         cost_S = fixed + np.maximum(self._costs.weights, rows_S * self._costs.pool_layer)
-        seconds_S = np.maximum(cost_S, self._launched_at - start_S)
+        seconds_S = np.maximum(cost_S, self.launched_S - start_S)
         self.free_S = start_S + seconds_S
         self._record(start_S, seconds_S, work)
 
@@ -336,3 +359,25 @@ class _Replica:
         if self._log is not None:
             for shard, (start, end) in enumerate(zip(start_S, start_S + seconds_S, strict=True)):
                 self._log.append((self._first_rank + shard, start, end, work))
+
+
+class _SharedProcessor:
+    """What `Processor` is, for the trunk of a rank that also holds a shard."""
+
+    def __init__(self, replica: _Replica, shard: int):
+        self._replica, self._shard = replica, shard
+
+    @property
+    def free_at(self) -> float:
+        return float(self._replica.free_S[self._shard])
+
+    def run(self, header: float, payload: float, launch: float, cost: float) -> tuple[float, float]:
+        """See `Processor.run`; while the rank waits it computes weight gradients."""
+        replica, shard = self._replica, self._shard
+        begun = max(float(replica.launched_S[shard]), header)
+        launched = begun + launch
+        start = max(self.free_at, payload, begun)
+        replica.wait(shard, start)
+        taken = max(cost, launched - start)
+        replica.launched_S[shard], replica.free_S[shard] = launched, start + taken
+        return start, taken

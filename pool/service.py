@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 from itertools import takewhile
 
@@ -38,13 +38,14 @@ class PoolService:
     """Serves the slots of a schedule: receive, one merged launch, answer; weight gradients while no request waits.
 
     Attributes:
+        wire: The wire's end that brings the requests.
         waits: Time spent waiting for requests, and for payloads of requests whose headers have come.
     """
 
     def __init__(self, shard: ExpertShard, wire: PoolWire, layers: int):
         self.shard = shard
         self._server = ExpertServer(shard)
-        self._wire = wire
+        self.wire = wire
         self._tokens_Le = torch.zeros(layers, len(shard.expert_ids), dtype=torch.int64)
         self._gradients_e = torch.zeros(len(shard.expert_ids), dtype=torch.int64)
         self.waits = Waits(clock_of(shard.w2_eDF.device))
@@ -58,19 +59,29 @@ class PoolService:
         Raises:
             WireError: See `PoolWire.receive`; also a backward without its forward, or with other counts.
         """
+        for _ in self.serving(slots, step):
+            pass
+
+    def serving(self, slots: Iterable[Slot], step: int) -> Generator[None]:
+        """Serve like `serve`, but slot by slot: each `next` serves the next slot with a request for this rank.
+
+        Deferred weight gradients are sealed at the empty slots before that; the end of the iterator seals at those
+        that are left.
+        """
         mine = [(slot, [key for key in slot if key.trunk_rank in self._served]) for slot in slots]
         # A thread receives in the schedule's order while this one computes. The lanes bound what it holds, because what
         # has arrived is released once it has been served.
-        coming = deque(self._wire.receive(keys, step) for _, keys in mine if keys)
+        coming = deque(self.wire.receive(keys, step) for _, keys in mine if keys)
         try:
             for slot, keys in mine:
                 if keys:
                     self._serve_slot(keys, coming.popleft(), step)
                     self._queue_depths.append(sum(1 for _ in takewhile(lambda arrived: arrived.future.done(), coming)))
+                    yield
                 elif not slot:
                     self.shard.deferred_dw.seal()
         except BaseException:
-            self._wire.stop()
+            self.wire.stop()
             raise
         assert self._server.open_forwards == 0, "the schedule leaves forwards without a backward"
 
@@ -102,7 +113,7 @@ class PoolService:
             elif kind == Kind.BACKWARD:
                 self._gradients_e += torch.tensor(counts.listed)
         since = self.waits.clock.now()
-        self._wire.answer(keys, step, answers, [served.listed for _, served in batches])
+        self.wire.answer(keys, step, answers, [served.listed for _, served in batches])
         self.waits.sent(since)
 
     def _backward(self, keys: list[RequestKey], batches: list[tuple[Tensor, Counts]]) -> list[Tensor]:
@@ -110,7 +121,7 @@ class PoolService:
             forward = self._server.counts(key.forward)
             if forward is None or forward.listed != counts.listed:
                 what = "a backward without its forward" if forward is None else "a backward with other token counts"
-                me = self._wire.settings.topology.describe(self._wire.settings.rank)
+                me = self.wire.settings.topology.describe(self.wire.settings.rank)
                 raise WireError(
                     f"{me} got {what}: trunk rank {key.trunk_rank}, lane {key.lane}, layer {key.layer}, "
                     f"micro-batch {key.micro_batch}"

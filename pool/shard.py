@@ -97,6 +97,11 @@ class DeferredWeightGradients:
     def _sealed_bytes(self) -> int:
         return sum(batch.bytes for batch in self._sealed)
 
+    @property
+    def waits(self) -> bool:
+        """Whether there is sealed work, so that idle time can be used."""
+        return bool(self._sealed)
+
     def add(self, work: Any, size: int) -> None:
         """Defer the work of one backward, `size` bytes."""
         self._open.work.append(work)

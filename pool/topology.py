@@ -12,6 +12,7 @@ World ranks are numbered with the trunk ranks first. There are three layouts:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,10 @@ class Topology:
     @property
     def dedicated(self) -> bool:
         return self.pool_ranks > 0 and not self.every_rank
+
+    @property
+    def layout(self) -> Literal["dedicated", "colocated", "every_rank"]:
+        return "colocated" if self.colocated else "every_rank" if self.every_rank else "dedicated"
 
     @property
     def world_size(self) -> int:

@@ -222,7 +222,7 @@ def of_all(role: Any, function: Callable[[Any], dict[str, Tensor]]) -> dict[str,
 def set_weights(role: Any, weights: dict[str, Tensor]) -> None:
     """Give a role its weights and buffers, named as in `Outcome.weights`, and moments of zeros."""
     from pool.shard import ExpertShard
-    from trainer.engine.role_engine import ParameterState
+    from trainer.engine.parameter_state import ParameterState
 
     for engine in role.engines.values():
 

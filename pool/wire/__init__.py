@@ -6,7 +6,8 @@ receive buffers are sized without touching the device. Payloads travel in the co
 shard without tokens gets a header only. No other package passes tokens to process groups.
 
 There is one contract (`pool.wire.contract`) and two transports: `pool.wire.host` for payloads in host memory, and
-`pool.wire.device` for payloads on GPUs. `trunk_wire` and `pool_wire` choose by the groups that they are given.
+`pool.wire.device` for payloads on GPUs. `trunk_wire`, `pool_wire` and, for a rank that has both roles, `both_ends`
+choose by the groups that they are given. What a rank sends to itself stays in the process (`pool.wire.loopback`).
 
 Every wait has a time limit, and every error names the ranks, the lane, the layer and the micro-batch. With
 `WireSettings.check` both ends also check every message, and every answer has a header too (see `pool.wire.check`).
@@ -26,6 +27,7 @@ from pool.wire.contract import (
 )
 from pool.wire.device import DevicePool, DeviceTrunk
 from pool.wire.host import HostPool, HostTrunk
+from pool.wire.loopback import Loopback
 
 __all__ = [
     "Answer",
@@ -36,6 +38,7 @@ __all__ = [
     "WireError",
     "WireGroups",
     "WireSettings",
+    "both_ends",
     "pool_wire",
     "trunk_wire",
 ]
@@ -49,3 +52,10 @@ def trunk_wire(settings: WireSettings, groups: WireGroups) -> TrunkWire:
 def pool_wire(settings: WireSettings, groups: WireGroups) -> PoolWire:
     """Return a pool rank's end of the wire."""
     return DevicePool(settings, groups) if groups.device else HostPool(settings, groups)
+
+
+def both_ends(settings: WireSettings, groups: WireGroups) -> tuple[TrunkWire, PoolWire]:
+    """Return both ends of the wire, for a rank that has both roles and uses them from one thread."""
+    assert not groups.device, "on GPUs a rank cannot have both roles yet"
+    loopback = Loopback()
+    return HostTrunk(settings, groups, loopback), HostPool(settings, groups, loopback)

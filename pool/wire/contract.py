@@ -110,6 +110,10 @@ class Exchange:
 class Answer(Protocol):
     """An answer in progress."""
 
+    @property
+    def future(self) -> Future[Any]:
+        """What is done when `wait` returns without waiting on the host."""
+
     def wait(self) -> Tensor:
         """Return the answer's rows (N, D), in the order of the request's, ready for use on the current stream."""
 

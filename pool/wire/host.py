@@ -1,7 +1,8 @@
 """Payloads in host memory: the transport over gloo, with a group per lane.
 
 The receive of an answer is posted together with its request, so that its rows need no header. The peer's socket holds
-what it has not received yet.
+what it has not received yet. Where ranks have both roles, a pair of them uses the same groups in both directions:
+requests and answers have tags of their own. What such a rank sends to itself goes through a `Loopback`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pool.counts import Counts
 from pool.schedule import RequestKey
 from pool.wire.check import altered, fingerprint, not_conserved, not_finite
 from pool.wire.contract import End, Exchange, WireGroups, WireSettings
+from pool.wire.loopback import Loopback, Message
 
 # Tags of payloads in a lane's own group. A request's header has its lane as tag, an answer's adds the number of lanes.
 _REQUEST_TAG, _ANSWER_TAG = 1, 2
@@ -40,11 +42,19 @@ class _Transfer:
 
 
 class _HostEnd(End):
-    """What both ends share: the groups and buffers."""
+    """What both ends share: the groups and buffers.
 
-    def __init__(self, settings: WireSettings, groups: WireGroups):
+    Args:
+        loopback: What this rank sends to itself; the same for both ends of a rank that has both.
+    """
+
+    def __init__(self, settings: WireSettings, groups: WireGroups, loopback: Loopback | None = None):
         super().__init__(settings)
         self._host, self._lanes = groups.host, groups.lanes
+        self._loopback = loopback or Loopback()
+
+    def _is_own(self, exchange: Exchange) -> bool:
+        return exchange.peer == self.settings.rank
 
     def _start(
         self,
@@ -88,6 +98,15 @@ class _CheckedPart:
     rows_ND: Tensor
 
 
+@dataclass(frozen=True)
+class _OwnPart:
+    """The part of an answer that comes from this rank's own shard, and where it goes."""
+
+    exchange: Exchange
+    sent_header: Tensor
+    rows_ND: Tensor
+
+
 class HostAnswer:
     """An answer in progress, which keeps all buffers until `wait`."""
 
@@ -95,18 +114,47 @@ class HostAnswer:
         self._rows_ND, self._end = rows_ND, end
         self.transfers: list[_Transfer] = []
         self.checked_parts: list[_CheckedPart] = []
+        self.own_part: _OwnPart | None = None
+        self._future: Future[None] | None = None
 
-    def wait(self) -> Tensor:
-        """See `Answer.wait`."""
+    @property
+    def future(self) -> Future[None]:
+        """See `Answer.future`. gloo says only by a wait whether a message has come, so a thread waits."""
+        self._future = self._future or self._end.waiter.submit(self._receive)
+        return self._future
+
+    def _receive(self) -> None:
+        """Receive what comes from other ranks."""
         for transfer in self.transfers:
             transfer.wait()
         self._end.receive_checked(self.checked_parts)
         self.transfers.clear()
+
+    def wait(self) -> Tensor:
+        """See `Answer.wait`."""
+        if self._future:
+            self._future.result()
+        else:
+            self._receive()
+        if self.own_part:
+            own_ND = self._end.take_own(self.own_part)
+            if len(own_ND) == len(self._rows_ND):
+                self._rows_ND = own_ND  # nothing comes from elsewhere
+            else:
+                self.own_part.rows_ND.copy_(own_ND)
         return self._rows_ND.to(self._end.settings.device)
 
 
 class HostTrunk(_HostEnd):
-    """A trunk rank's end; see `pool.wire.contract.TrunkWire`."""
+    """A trunk rank's end; see `pool.wire.contract.TrunkWire`.
+
+    Attributes:
+        waiter: Waits for answers while the computing thread has something else to do.
+    """
+
+    def __init__(self, settings: WireSettings, groups: WireGroups, loopback: Loopback | None = None):
+        super().__init__(settings, groups, loopback)
+        self.waiter = ThreadPoolExecutor(1, "waiter")
 
     def request(self, key: RequestKey, step: int, rows_ND: Tensor, tokens_per_expert_M: Tensor) -> HostAnswer:
         """See `TrunkWire.request`."""
@@ -123,6 +171,12 @@ class HostTrunk(_HostEnd):
         for shard, (counts_e, rows, answer_rows) in enumerate(shards):
             exchange = Exchange(s.topology.pool_rank(shard, key.trunk_rank), key, step)
             header = self._header(exchange, counts_e, rows, "the tokens to")
+            if self._is_own(exchange):
+                # The pool keeps these rows until the backward; a view would keep all of the request's.
+                kept_ND = rows if len(rows) == len(sent_ND) else rows.clone()
+                self._loopback.put_request(exchange, Message(header, kept_ND))
+                answer.own_part = _OwnPart(exchange, header, answer_rows)
+                continue
             messages = [(self._host.send, header, key.lane, "send a header to")]
             if len(rows):
                 messages.append((lane.send, rows, _REQUEST_TAG, "send tokens to"))
@@ -137,15 +191,29 @@ class HostTrunk(_HostEnd):
             answer.transfers += [self._start(*message, exchange) for message in messages]
         return answer
 
+    def take_own(self, part: _OwnPart) -> Tensor:
+        """Return the part of an answer that this rank has served, after the same checks as of other parts."""
+        answer = self._loopback.take_answer(part.exchange, self)
+        if answer.header is not None:
+            returned = self._check_conserved(answer.header, part.sent_header, part.exchange)
+            if wrong := altered(answer.rows_ND, returned):
+                self.refuse("the answer of", wrong, part.exchange)
+        return answer.rows_ND
+
+    def _check_conserved(self, header: Tensor, sent_header: Tensor, exchange: Exchange) -> list[int]:
+        """Check the header of an answer against that of its request; return the fingerprint of its payload."""
+        fields, served_e, returned = self.split(header)
+        _, sent_e, sent = self.split(sent_header)
+        self.check_fields(fields, "an answer", exchange)
+        if wrong := not_conserved(sent_e, sent[0], served_e, returned[0]):
+            self.refuse("the answer of", wrong, exchange)
+        return returned
+
     def receive_checked(self, parts: Sequence[_CheckedPart]) -> None:
         """Check the headers of an answer's parts, which have arrived, then receive the parts and check them too."""
         receiving = []
         for part in parts:
-            fields, served_e, returned = self.split(part.header)
-            _, sent_e, sent = self.split(part.sent_header)
-            self.check_fields(fields, "an answer", part.exchange)
-            if wrong := not_conserved(sent_e, sent[0], served_e, returned[0]):
-                self.refuse("the answer of", wrong, part.exchange)
+            returned = self._check_conserved(part.header, part.sent_header, part.exchange)
             if len(part.rows_ND):
                 receive = self._lanes[part.exchange.key.lane].recv
                 transfer = self._start(receive, part.rows_ND, _ANSWER_TAG, "get the answer of", part.exchange)
@@ -158,17 +226,17 @@ class HostTrunk(_HostEnd):
 
 @dataclass(frozen=True)
 class _Slot:
-    """The requests of a slot, which have arrived."""
+    """The requests of a slot that have arrived, without this rank's own."""
 
-    requests: list[tuple[Tensor, Counts]]
+    requests: dict[Exchange, tuple[Tensor, Counts]]
     headers_came: float
 
 
 class HostArrived:
     """The requests of a slot; see `Arrived`."""
 
-    def __init__(self, future: Future[_Slot]):
-        self.future = future
+    def __init__(self, exchanges: Sequence[Exchange], future: Future[_Slot], end: HostPool):
+        self._exchanges, self.future, self._end = exchanges, future, end
 
     @property
     def headers_came(self) -> float:
@@ -177,34 +245,45 @@ class HostArrived:
 
     def ready(self) -> list[tuple[Tensor, Counts]]:
         """See `Arrived.ready`."""
-        return self.future.result().requests
+        came = self.future.result().requests
+        return [came[e] if e in came else self._end.take_own(e) for e in self._exchanges]
 
 
 class HostPool(_HostEnd):
     """A pool rank's end; see `pool.wire.contract.PoolWire`."""
 
-    def __init__(self, settings: WireSettings, groups: WireGroups):
-        super().__init__(settings, groups)
+    def __init__(self, settings: WireSettings, groups: WireGroups, loopback: Loopback | None = None):
+        super().__init__(settings, groups, loopback)
         self._receiver = ThreadPoolExecutor(1, "receiver")
         self._sending: dict[tuple[int, int], list[_Transfer]] = {}
 
     def receive(self, keys: Sequence[RequestKey], step: int) -> HostArrived:
         """See `PoolWire.receive`."""
-        return HostArrived(self._receiver.submit(self._receive, keys, step))
-
-    def _receive(self, keys: Sequence[RequestKey], step: int) -> _Slot:
         exchanges = [Exchange(key.trunk_rank, key, step) for key in keys]
+        coming = [exchange for exchange in exchanges if not self._is_own(exchange)]
+        return HostArrived(exchanges, self._receiver.submit(self._receive, coming), self)
+
+    def take_own(self, exchange: Exchange) -> tuple[Tensor, Counts]:
+        """Return a request of this rank itself, after the same checks as of other requests."""
+        request = self._loopback.take_request(exchange, self)
+        assert request.header is not None
+        counts, sent = self.check_request(request.header, exchange)
+        if sent and (wrong := altered(request.rows_ND, sent)):
+            self.refuse("the tokens of", wrong, exchange)
+        return request.rows_ND.to(self.settings.device), Counts.of(counts, self.settings.device)
+
+    def _receive(self, exchanges: Sequence[Exchange]) -> _Slot:
         headers = [
             self._start(self._host.recv, self.header_buffer(), e.key.lane, "get a header from", e) for e in exchanges
         ]
-        received: list[tuple[Tensor, Counts]] = []
+        received: dict[Exchange, tuple[Tensor, Counts]] = {}
         receiving: list[tuple[_Transfer, list[int]]] = []
         for header in headers:
             header.wait()
             counts, sent = self.check_request(header.message, header.exchange)
             rows_ND = self._payload_buffer(sum(counts))
             self.bytes_received += header.message.nbytes + rows_ND.nbytes
-            received.append((rows_ND, Counts.of(counts, self.settings.device)))
+            received[header.exchange] = (rows_ND, Counts.of(counts, self.settings.device))
             if len(rows_ND):
                 receive = self._lanes[header.exchange.key.lane].recv
                 transfer = self._start(receive, rows_ND, _REQUEST_TAG, "get tokens from", header.exchange)
@@ -214,7 +293,8 @@ class HostPool(_HostEnd):
             transfer.wait()
             if sent and (wrong := altered(transfer.message, sent)):
                 self.refuse("the tokens of", wrong, transfer.exchange)
-        return _Slot([(rows_ND.to(self.settings.device), counts) for rows_ND, counts in received], headers_came)
+        on_device = {e: (rows_ND.to(self.settings.device), counts) for e, (rows_ND, counts) in received.items()}
+        return _Slot(on_device, headers_came)
 
     def stop(self) -> None:
         """See `PoolWire.stop`. The thread is not waited for: its message may never arrive."""
@@ -237,9 +317,13 @@ class HostPool(_HostEnd):
             transfer.wait()
         exchange = Exchange(key.trunk_rank, key, step)
         rows_ND = rows_ND.to(self.settings.payload_device).contiguous()
-        messages = []
+        messages, header = [], None
         if self.settings.check:
             header = self._header(exchange, torch.tensor(served_e), rows_ND, "the answer to")
+        if self._is_own(exchange):
+            self._loopback.put_answer(exchange, Message(header, rows_ND))
+            return
+        if header is not None:
             messages.append((self._host.send, header, self._answer_tag(key)))
         if len(rows_ND):
             messages.append((self._lanes[key.lane].send, rows_ND, _ANSWER_TAG))

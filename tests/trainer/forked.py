@@ -26,6 +26,10 @@ NAMES = ("rank 0 (trunk 0)", "rank 1 (pool 0, shard 0)")
 TRUNK, POOL = 0, 1
 """The ranks of `saving_recipe`, and what they are called."""
 
+BOTH_ROLES = {"parallel__layout": "every_rank", "parallel__trunk_ranks": 2, "parallel__pool_ranks": 0}
+BOTH_NAMES = ("rank 0 (trunk 0, shard 0)", "rank 1 (trunk 1, shard 1)")
+"""Keys for `saving_recipe` with which each of its two ranks has both roles, and what these are called."""
+
 
 def saving_recipe(recipe_file: str, run_dir: Path, **keys: Any) -> Recipe:
     """The recipe of `write_recipe` with a checkpoint every other step, and with some keys set: `train__steps=9`."""

@@ -57,7 +57,14 @@ def page(
 def job_gauges(step: int, experts: int, loss: float = 3.25, pool_ranks: int = 1, layers: int = 8) -> str:
     """What rank 0 says of the whole job."""
     info = {"run": "made-up", "model": "unipool", "layers": layers, "experts": experts, "top_k": 1, "router": "norm"}
-    info |= {"trunk_ranks": 2, "pool_ranks": pool_ranks, "expert_parallel": pool_ranks, "lanes": 4, "precision": "bf16"}
+    info |= {
+        "layout": "dedicated",
+        "trunk_ranks": 2,
+        "pool_ranks": pool_ranks,
+        "expert_parallel": pool_ranks,
+        "lanes": 4,
+        "precision": "bf16",
+    }
     own = 'role="trunk",rank="0"'
     labels = ",".join(f'{name}="{value}"' for name, value in info.items())
     lines = [f"unipool_run_info{{{own},{labels}}} 1"]

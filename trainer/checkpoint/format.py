@@ -41,7 +41,7 @@ class Layout(BaseModel, frozen=True):
     """How a checkpoint is divided among ranks. A run of an equal layout loads it as it is.
 
     Attributes:
-        ranks: The number of trunk ranks, of pool ranks and of shards of the pool.
+        ranks: The number of trunk ranks, of ranks that hold only experts, and of shards of the pool.
         zero: The ZeRO stages of trunk and pool.
         freeze: The recipe's train.freeze.
         placement: Global expert ids in shard-major order; None for a dense model.

@@ -1,4 +1,4 @@
-"""Loads a checkpoint into another layout: other ranks, replicas, ZeRO stages, placement, colocated or not.
+"""Loads a checkpoint into another layout: other ranks or roles of ranks, replicas, ZeRO stages, placement.
 
 Each role's folder is converted into DeepSpeed's universal format (at ZeRO 0 its file is read as it is), and every rank
 picks the parameters that it has now: trunk parameters by name, experts by their global id.
@@ -16,7 +16,8 @@ from torch import Tensor
 from pool.shard import ExpertShard
 from trainer.checkpoint.format import read_placement
 from trainer.common.safe_read import read_tensors
-from trainer.engine.role_engine import CHECKPOINT_TAG, Engine, ParameterState, to_universal
+from trainer.engine.parameter_state import CHECKPOINT_TAG, ParameterState
+from trainer.engine.role_engine import Engine, to_universal
 
 
 class SavedRole:

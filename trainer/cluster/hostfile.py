@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer.cluster.rank_assignment import ROLE, ranks_by_order
+from trainer.cluster.rank_assignment import ROLE, number_of_ranks, ranks_by_order
 from trainer.common.errors import UserError
 from trainer.common.safe_read import Unreadable, read_text
 from trainer.config.recipe import Recipe
@@ -51,8 +51,7 @@ def find_node(
     if total != grid.world_size:
         raise UserError(
             f"--hostfile {hostfile}: the slots are {' + '.join(map(str, slots.values()))} = {total}, but "
-            f"parallel.trunk_ranks + parallel.pool_ranks = {grid.trunk_ranks} + {grid.pool_ranks} = {grid.world_size}: "
-            "make them equal"
+            f"{number_of_ranks(grid)}: make them equal"
         )
     first = sum(list(slots.values())[:node_rank])
     mine = ranks_by_order(grid, recipe.topology.order)[first : first + list(slots.values())[node_rank]]

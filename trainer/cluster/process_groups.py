@@ -27,12 +27,14 @@ class Job:
     """This rank's place in the job, and the groups that join the roles.
 
     The default group of torch.distributed, which DeepSpeed uses, is local to the role: all trunk ranks, or all replicas
-    of one shard. Groups across the roles span all ranks and are built by hand: `control` (gloo) and those of the wire.
+    of one shard. Where every rank has both roles, it is that of the trunk, and the replicas of a shard form a subgroup.
+    Groups across the roles span all ranks and are built by hand: `control` (gloo) and those of the wire.
 
     Args:
         lanes: Micro-batches in flight on each trunk rank.
 
     Attributes:
+        shard_group: The replicas of this rank's shard, where every rank has both roles; otherwise None.
         wire_groups: The groups that carry tokens, unless the layout is colocated.
 
     Raises:
@@ -66,6 +68,7 @@ class Job:
             world_size=self.role_size,
             timeout=self.timeout,
         )
+        self.shard_group = self._new_shard_group() if self.topology.every_rank else None
         self._cross_groups: list[Any] = []
         self._communicators: list[NcclCommunicator] = []
         self._control = self._cross_group("control")
@@ -75,6 +78,13 @@ class Job:
                 self.wire_groups = WireGroups(host, device=self._device_groups())
             else:
                 self.wire_groups = WireGroups(host, [self._cross_group(f"lane{lane}") for lane in range(lanes)])
+
+    def _new_shard_group(self) -> Any:
+        """Create the groups of all shards, in the same order on all ranks, and return this rank's."""
+        t = self.topology
+        ranks_of = [[r for r in range(t.world_size) if t.shard(r) == shard] for shard in range(t.expert_parallel)]
+        groups = [dist.new_group(ranks, timeout=self.timeout) for ranks in ranks_of]
+        return groups[t.shard(self.rank)]
 
     def _cross_group(self, name: str) -> Any:
         group = dist.ProcessGroupGloo(

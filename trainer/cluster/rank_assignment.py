@@ -2,8 +2,8 @@
 
 The job uses the rank numbers of `pool.topology`, trunk ranks first. The launcher numbers its processes node by node.
 `topology.order`, or `UNIPOOL_ROLE` in the environment of every rank, decides which of them are trunk ranks and which
-are pool ranks; within a role the numbers follow the launcher's. Nothing else uses launcher ranks, so losses,
-checkpoints and the schedule do not depend on them.
+are pool ranks; within a role the numbers follow the launcher's, and so they do where every rank has both roles. Nothing
+else uses launcher ranks, so losses, checkpoints and the schedule do not depend on them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def ranks_by_order(grid: Topology, order: Order) -> list[int]:
     nodes with equal slots holds both roles if there are at least n ranks of each. Launcher rank 0 is a trunk rank.
     """
     world = grid.world_size
-    if order == "pool_last":
+    if order == "pool_last" or not grid.dedicated:
         return list(range(world))
     return _number(grid, [(r + 1) * grid.pool_ranks // world > r * grid.pool_ranks // world for r in range(world)])
 
@@ -44,6 +44,11 @@ def assign_ranks(grid: Topology, order: Order, roles: Sequence[str]) -> list[int
     """
     if not any(roles):
         return ranks_by_order(grid, order)
+    if grid.every_rank:
+        raise SharedUserError(
+            f"{ROLE} is set on launcher rank {spans(r for r, role in enumerate(roles) if role)}, but with "
+            "parallel.layout = every_rank each rank has both roles: do not set it"
+        )
     if without := [r for r, role in enumerate(roles) if not role]:
         raise SharedUserError(
             f"{ROLE} is set on {len(roles) - len(without)} of {len(roles)} ranks, but not on launcher rank "
@@ -59,6 +64,14 @@ def assign_ranks(grid: Topology, order: Order, roles: Sequence[str]) -> list[int
             f"parallel.pool_ranks are {grid.trunk_ranks} and {grid.pool_ranks}: make them equal"
         )
     return _number(grid, [role == "pool" for role in roles])
+
+
+def number_of_ranks(grid: Topology) -> str:
+    """Say which recipe keys ask for how many ranks: "parallel.trunk_ranks + parallel.pool_ranks = 4 + 4 = 8"."""
+    if grid.every_rank:
+        return f"parallel.trunk_ranks = {grid.trunk_ranks}"
+    total = f"{grid.trunk_ranks} + {grid.pool_ranks} = {grid.world_size}"
+    return f"parallel.trunk_ranks + parallel.pool_ranks = {total}"
 
 
 def _number(grid: Topology, is_pool: Sequence[bool]) -> list[int]:
@@ -81,10 +94,11 @@ def payload_device(grid: Topology, devices: Sequence[str], wire: Literal["auto",
     for rank, device in enumerate(devices):
         other = first.setdefault(grid.role_world(rank)[0], rank)
         if device != devices[other]:
+            which = "all ranks" if grid.every_rank else "all trunk ranks, and all pool ranks of a shard,"
             raise SharedUserError(
-                f"{grid.describe(other)} uses {devices[other]}, but {grid.describe(rank)} uses {device}: all trunk "
-                "ranks, and all pool ranks of a shard, need the same device type (parallel.device=cpu, or "
-                "DS_ACCELERATOR=cpu in a rank's environment, chooses the CPU)"
+                f"{grid.describe(other)} uses {devices[other]}, but {grid.describe(rank)} uses {device}: {which} need "
+                "the same device type (parallel.device=cpu, or DS_ACCELERATOR=cpu in a rank's environment, chooses the "
+                "CPU)"
             )
     return "cuda" if wire == "auto" and set(devices) == {"cuda"} and not shared else "cpu"
 
@@ -92,12 +106,15 @@ def payload_device(grid: Topology, devices: Sequence[str], wire: Literal["auto",
 def roster(grid: Topology, hosts: Sequence[str], devices: Sequence[str]) -> str:
     """Return one line that says which ranks run where: "a: trunk 0-1, pool 0-1; b: trunk 2-3, pool 2-3".
 
+    Where every rank has both roles it is "a: rank 0-1; b: rank 2-3".
+
     Args:
         hosts, devices: Host name and device type of each job rank; the types are shown if they differ.
     """
     found: dict[str, dict[str, list[int]]] = {}
     for rank, (host, device) in enumerate(zip(hosts, devices, strict=True)):
         role, number = ("trunk", rank) if grid.is_trunk(rank) else ("pool", rank - grid.trunk_ranks)
+        role = "rank" if grid.every_rank else role
         suffix = f" on {device}" if len(set(devices)) > 1 else ""
         found.setdefault(host, {}).setdefault(f"{role} {{}}{suffix}", []).append(number)
     return "; ".join(

@@ -19,7 +19,14 @@ from trainer.cluster.devices import Devices, assign_devices, sight, tell_deepspe
 from trainer.cluster.launch import free_port
 from trainer.cluster.liveness import Arrival, Liveness, reach
 from trainer.cluster.network import address_towards, choose_gloo_interface
-from trainer.cluster.rank_assignment import ROLE, assign_ranks, payload_device, ranks_by_order, roster
+from trainer.cluster.rank_assignment import (
+    ROLE,
+    assign_ranks,
+    number_of_ranks,
+    payload_device,
+    ranks_by_order,
+    roster,
+)
 from trainer.common.errors import SharedUserError, UserError
 from trainer.common.machine import limit_threads
 from trainer.config.recipe import Recipe
@@ -177,8 +184,7 @@ def rendezvous(recipe: Recipe, launch: Launch) -> Member:
     grid, order = recipe.grid, recipe.topology.order
     if grid.world_size != launch.world_size:
         raise SharedUserError(
-            f"the launcher started {launch.world_size} ranks, but parallel.trunk_ranks + parallel.pool_ranks = "
-            f"{grid.trunk_ranks} + {grid.pool_ranks} = {grid.world_size}: make them equal"
+            f"the launcher started {launch.world_size} ranks, but {number_of_ranks(grid)}: make them equal"
         )
     limit = timedelta(seconds=recipe.parallel.start_timeout_seconds)
     names = provisional_names(recipe, launch.world_size)

@@ -125,8 +125,10 @@ def _check_layout(r: Recipe) -> None:
     _require(r.grid.pool_ranks % shards == 0, r, "parallel.expert_parallel", allowed)
     allowed = f"must be divisible by the shards of the pool ({shards})"
     _require(r.pool.experts % shards == 0, r, "pool.experts", allowed)
-    in_order = p.trunk_zero < 3 or r.grid.colocated or p.trunk_ranks == 1 or (p.lanes == 1 and not p.stagger)
-    allowed = "needs parallel.lanes=1 and parallel.stagger=false, because ZeRO-3 gathers weights in program order"
+    lockstep = p.lanes == 1 and (r.grid.every_rank or not p.stagger)
+    in_order = p.trunk_zero < 3 or r.grid.colocated or p.trunk_ranks == 1 or lockstep
+    needed = "parallel.lanes=1" if r.grid.every_rank else "parallel.lanes=1 and parallel.stagger=false"
+    allowed = f"needs {needed}, because ZeRO-3 gathers weights in program order"
     _require(in_order, r, "parallel.trunk_zero", allowed)
     allowed = "must be false or left out with parallel.trunk_zero = 3, which gathers weights while modules are called"
     _require(p.trunk_zero < 3 or not r.train.compile, r, "train.compile", allowed)

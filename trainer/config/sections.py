@@ -221,7 +221,11 @@ class Parallel(Section):
     lanes: Positive | None = Field(
         None, description="Micro-batches in flight per trunk rank; default: the fewest that the simulator finds fast."
     )
-    stagger: bool = Field(True, description="Start trunk rank t of T later, by t/T of a micro-batch.")
+    stagger: bool = Field(
+        True,
+        description="Start trunk rank t of T later, by t/T of a micro-batch; no effect with `parallel.layout: "
+        "every_rank`.",
+    )
     trunk_zero: Literal[0, 1, 2, 3] = Field(1, description="ZeRO stage of the trunk.")
     pool_zero: Literal[0, 1, 2] = Field(1, description="ZeRO stage of the pool.")
     hardware: str | None = Field(

@@ -1,8 +1,9 @@
 """What DeepSpeed does for a role: engine, ZeRO, optimizer, schedule, clipping, monitors, checkpoint files.
 
 Only this file imports deepspeed. Each role is a DeepSpeed job of its own in its role's process group, with one
-reduction of gradients per step. The engine is fp32 at every ZeRO stage: parameters are the fp32 master weights, and
-`.grad` is the fp32 accumulator. The trunk (by autocast) and the experts may compute in bf16 nevertheless.
+reduction of gradients per step; a rank with both roles has two engines with different groups. The engine is fp32 at
+every ZeRO stage: parameters are the fp32 master weights, and `.grad` is the fp32 accumulator. The trunk (by autocast)
+and the experts may compute in bf16 nevertheless.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,12 @@ from torch import Tensor, nn
 
 from trainer.common.safe_read import read_tensors
 from trainer.config.recipe import Recipe
-from trainer.engine.ds_config import deepspeed_config, scheduled_rate
+from trainer.engine.ds_config import deepspeed_config
+from trainer.engine.frozen_role import FrozenRole
 from trainer.engine.monitors import Monitors
+from trainer.engine.parameter_state import CHECKPOINT_TAG, ParameterState
+from trainer.engine.replica_group import ReplicaGroup
 from trainer.model.trunk import parameter_groups
-
-CHECKPOINT_TAG = "state"
-"""Name of DeepSpeed's folder inside the role's folder of a checkpoint."""
 
 
 def _import_deepspeed() -> Any:
@@ -71,15 +71,6 @@ def _import_muon() -> None:
             os.environ["TORCHDYNAMO_DISABLE"] = before
 
 
-@dataclass(frozen=True)
-class ParameterState:
-    """A whole parameter and its AdamW moments, fp32, each in the parameter's shape."""
-
-    weight: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-
-
 class RoleEngine:
     """The module of a role in its DeepSpeed engine.
 
@@ -90,24 +81,43 @@ class RoleEngine:
         module: The role's module, with fp32 parameters on their device.
         role: "trunk" or "pool".
         role_size: Number of ranks of the role's group.
+        group: The role's group, a torch process group, if it is not the default one. Not at ZeRO stage 3.
     """
 
-    def __init__(self, module: nn.Module, recipe: Recipe, role: str, role_size: int):
+    def __init__(self, module: nn.Module, recipe: Recipe, role: str, role_size: int, group: Any = None):
         deepspeed = _import_deepspeed()
         self.module = module
         self.stage = recipe.parallel.trunk_zero if role == "trunk" else recipe.parallel.pool_zero
         self._clip = recipe.train.clip
-        self._engine, self._optimizer, _, self._schedule = deepspeed.initialize(
-            model=module,
-            model_parameters=parameter_groups(module, recipe.train.weight_decay),
-            config=deepspeed_config(recipe, role, role_size, sum(p.numel() for p in module.parameters())),
-            dist_init_required=False,
-        )
+        self._group = ReplicaGroup(group) if group is not None else None
+        assert self._group is None or self.stage < 3, "ZeRO-3 broadcasts from rank 0 of the default group"
+        with self._in_group():
+            self._engine, self._optimizer, _, self._schedule = deepspeed.initialize(
+                model=module,
+                model_parameters=parameter_groups(module, recipe.train.weight_decay),
+                config=deepspeed_config(recipe, role, role_size, sum(p.numel() for p in module.parameters())),
+                mpu=self._group,
+                dist_init_required=False,
+            )
         self.monitors = Monitors(self._engine.monitor)
         self._total_norm = math.nan
         self._replace_internals()
         # DeepSpeed leaves the schedule before its first step, where the learning rate is 0.
         self._schedule.step()
+
+    @contextmanager
+    def _in_group(self) -> Iterator[None]:
+        """Let DeepSpeed find this engine's group, which it looks up in a global variable.
+
+        It does so while it builds an engine, and whenever it reduces gradients without ZeRO.
+        """
+        from deepspeed.utils import groups
+
+        before, groups.mpu = groups.mpu, self._group
+        try:
+            yield
+        finally:
+            groups.mpu = before
 
     def _replace_internals(self) -> None:
         """Replace what DeepSpeed offers no interface for. `tests/trainer/engine/test_role_engine.py` checks all of it.
@@ -144,7 +154,8 @@ class RoleEngine:
         if self.stage == 0:
             yield
             self._fill_missing_gradients()
-            self._engine.allreduce_gradients()
+            with self._in_group():
+                self._engine.allreduce_gradients()
             return
         with self._engine.coalesce_grad_reduction():
             yield
@@ -210,7 +221,8 @@ class RoleEngine:
     def save(self, folder: Path, write: Callable[[Path, Any], None]) -> None:
         """Pass this rank's files of the role's checkpoint, copied to the host, to `write(path, state)`.
 
-        A collective of the role's ranks.
+        A collective of all ranks of the default group: DeepSpeed waits for all of them even if the role's group is
+        another one.
         """
         self._write = write
         self._engine.save_checkpoint(str(folder), tag=CHECKPOINT_TAG, save_latest=False)
@@ -283,74 +295,6 @@ class RoleEngine:
             parameter.copy_(state.weight)
 
 
-class FrozenRole:
-    """A role whose weights are frozen: a `RoleEngine` without gradients or optimizer.
-
-    Attributes:
-        updates: See `RoleEngine.updates`.
-    """
-
-    def __init__(self, module: nn.Module, recipe: Recipe, role: str, role_size: int):
-        deepspeed = _import_deepspeed()
-        from deepspeed.monitor.config import get_monitor_config
-        from deepspeed.monitor.monitor import MonitorMaster
-
-        self.module = module.requires_grad_(False)
-        self.stage = 0
-        self.updates = 0
-        self._recipe = recipe
-        deepspeed.init_distributed(dist_init_required=False)
-        self.monitors = Monitors(MonitorMaster(get_monitor_config(deepspeed_config(recipe, role, role_size, 1))))
-
-    @contextmanager
-    def accumulating(self) -> Iterator[None]:
-        """Accumulate nothing."""
-        yield
-
-    def grad_norm(self) -> Tensor:
-        """Return 0, because there are no gradients."""
-        return torch.zeros((), device=next(self.module.parameters()).device)
-
-    def step(self, total_norm: float) -> bool:
-        """Count the step if the other role applies it."""
-        applied = math.isfinite(total_norm)
-        self.updates += applied
-        return applied
-
-    @property
-    def learning_rate(self) -> float:
-        """Learning rate of the other role's next step."""
-        return scheduled_rate(self._recipe, self.updates)
-
-    def save(self, folder: Path, write: Callable[[Path, Any], None]) -> None:
-        """Write one file for the role, in the format that DeepSpeed uses without ZeRO."""
-        if torch.distributed.get_rank() == 0:
-            state = {
-                "module": {name: value.cpu().clone() for name, value in self.module.state_dict().items()},
-                "buffer_names": [name for name, _ in self.module.named_buffers()],
-                "optimizer": None,
-                "lr_scheduler": {"last_batch_iteration": self.updates},
-            }
-            write(folder / CHECKPOINT_TAG / "mp_rank_00_model_states.pt", state)
-
-    def load(self, folder: Path) -> None:
-        """Load what `save` wrote."""
-        state = read_tensors(folder / CHECKPOINT_TAG / "mp_rank_00_model_states.pt")
-        self.module.load_state_dict(state["module"])
-        self.updates = state["lr_scheduler"]["last_batch_iteration"]
-
-    @torch.no_grad()
-    def load_resharded(
-        self, read: Callable[[str], ParameterState], buffers: dict[str, Tensor], updates: int, fresh: bool = False
-    ) -> None:
-        """Load a state that was saved in another layout, without its moments; see `RoleEngine.load_resharded`."""
-        for name, buffer in self.module.named_buffers():
-            buffer.copy_(buffers[name])
-        for name, parameter in self.module.named_parameters():
-            parameter.copy_(read(name).weight)
-        self.updates = updates
-
-
 Engine = RoleEngine | FrozenRole
 
 
@@ -360,10 +304,17 @@ def squared_norm(norm: float) -> float:
     return norm * norm if norm >= 0 and math.isfinite(norm) else math.inf
 
 
-def build_engine(module: nn.Module, recipe: Recipe, role: str, role_size: int) -> Engine:
+def build_engine(module: nn.Module, recipe: Recipe, role: str, role_size: int, group: Any = None) -> Engine:
     """Return the engine of a role; see `RoleEngine` for the arguments."""
-    frozen = recipe.train.freeze == role
-    return FrozenRole(module, recipe, role, role_size) if frozen else RoleEngine(module, recipe, role, role_size)
+    if recipe.train.freeze != role:
+        return RoleEngine(module, recipe, role, role_size, group)
+    deepspeed = _import_deepspeed()
+    from deepspeed.monitor.config import get_monitor_config
+    from deepspeed.monitor.monitor import MonitorMaster
+
+    deepspeed.init_distributed(dist_init_required=False)
+    monitors = Monitors(MonitorMaster(get_monitor_config(deepspeed_config(recipe, role, role_size, 1))))
+    return FrozenRole(module, recipe, monitors, writes=torch.distributed.get_rank(group) == 0)
 
 
 def _partition_of(value: Tensor, parameter: Any) -> Tensor:

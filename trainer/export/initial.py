@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from trainer.checkpoint.format import Role
-    from trainer.engine.role_engine import Engine, ParameterState
+    from trainer.engine.parameter_state import ParameterState
+    from trainer.engine.role_engine import Engine
 
 _MAY_DIFFER = {"max_position_embeddings", "initializer_range"}
 _ONLY_OF_A_POOL = {"num_experts", "num_expert_groups", "num_experts_per_tok", "router", "router_constant_factor"}
@@ -89,7 +90,7 @@ class ExportedWeights:
 def _fresh(weight: Tensor) -> ParameterState:
     import torch
 
-    from trainer.engine.role_engine import ParameterState
+    from trainer.engine.parameter_state import ParameterState
 
     return ParameterState(weight, torch.zeros_like(weight), torch.zeros_like(weight))
 

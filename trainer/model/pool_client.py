@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from itertools import islice
 from typing import TypeVar
 
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor
 
 from pool.counts import Counts
-from pool.schedule import Kind, RequestKey
+from pool.schedule import SERVE, Kind, RequestKey, Slot
+from pool.service import PoolService
 from pool.shard import ExpertServer, ExpertShard
 from pool.wire import Answer, TrunkWire
 from pool.wire.clock import Waits, clock_of
@@ -36,11 +38,14 @@ class PoolClient:
     def __init__(self, device: torch.device | str = "cpu"):
         self.waits = Waits(clock_of(torch.device(device)))
 
-    def run(self, micro_batches: Iterable[MicroBatch[T]], lane_order: Sequence[int], step: int) -> list[T]:
+    def run(
+        self, micro_batches: Iterable[MicroBatch[T]], lane_order: Sequence[int], step: int, slots: Sequence[Slot] = ()
+    ) -> list[T]:
         """Run micro-batches to completion in lanes, and return their values in the given order.
 
         Args:
             lane_order: Which lane runs next, one entry per segment (`PoolSchedule.lane_order` of this trunk rank).
+            slots: What a rank that has both roles serves meanwhile (`PoolSchedule.slots`).
         """
         values = [_resume(micro_batch, None) for micro_batch in micro_batches]
         assert not any(isinstance(value, Request) for value in values), "a dense model made a request"
@@ -63,11 +68,16 @@ class RemotePool(PoolClient):
         self._wire = wire
         self._trunk_rank = trunk_rank
 
-    def run(self, micro_batches: Iterable[MicroBatch[T]], lane_order: Sequence[int], step: int) -> list[T]:
+    def run(
+        self, micro_batches: Iterable[MicroBatch[T]], lane_order: Sequence[int], step: int, slots: Sequence[Slot] = ()
+    ) -> list[T]:
         fresh = enumerate(micro_batches)
         lanes: dict[int, tuple[int, MicroBatch[T], Answer]] = {}
         values: dict[int, T] = {}
         for lane in lane_order:
+            if lane == SERVE:
+                self._serve()
+                continue
             rows_ND = None
             if lane in lanes:
                 number, micro_batch, answer = lanes.pop(lane)
@@ -84,6 +94,9 @@ class RemotePool(PoolClient):
         self.bytes_sent, self.bytes_received = self._wire.bytes_sent, self._wire.bytes_received
         return [values[number] for number in sorted(values)]
 
+    def _serve(self) -> None:
+        raise AssertionError("only a rank that has both roles serves")
+
     def _request(self, request: Request, lane: int, step: int) -> Answer:
         key = RequestKey(self._trunk_rank, lane, request.micro_batch, request.layer, request.kind)
         since = self.waits.clock.now()
@@ -98,6 +111,48 @@ class RemotePool(PoolClient):
         return rows_ND
 
 
+class SharedPool(RemotePool):
+    """The layout in which every rank has both roles: between its own segments this one serves its shard.
+
+    Attributes:
+        service: What serves the shard.
+        serving: Time spent serving, as waits. `service.waits` are within it, but not in `waits`.
+    """
+
+    def __init__(self, wire: TrunkWire, trunk_rank: int, service: PoolService):
+        super().__init__(wire, trunk_rank)
+        self.service = service
+        self.serving = Waits(self.waits.clock)
+        self._slots: Iterator[None] = iter(())
+
+    def run(
+        self, micro_batches: Iterable[MicroBatch[T]], lane_order: Sequence[int], step: int, slots: Sequence[Slot] = ()
+    ) -> list[T]:
+        with closing(self.service.serving(slots, step)) as self._slots:
+            values = super().run(micro_batches, lane_order, step)
+            for _ in self._slots:
+                raise AssertionError("the schedule leaves slots that this rank does not serve")
+        pool = self.service.wire
+        pool.settle()
+        self.bytes_sent += pool.bytes_sent
+        self.bytes_received += pool.bytes_received
+        return values
+
+    def _serve(self) -> None:
+        since = self.serving.clock.now()
+        next(self._slots)
+        self.serving.waited(since)
+
+    def _wait(self, answer: Answer) -> Tensor:
+        """Wait for an answer, computing deferred weight gradients until it comes."""
+        deferred_dw = self.service.shard.deferred_dw
+        if deferred_dw.waits:
+            since = self.serving.clock.now()
+            deferred_dw.drain_until(answer.future)
+            self.serving.waited(since)
+        return super()._wait(answer)
+
+
 class LocalPool(PoolClient):
     """The colocated layout: the whole pool is in this process.
 
@@ -109,7 +164,9 @@ class LocalPool(PoolClient):
         self._shard = shard
         self._server = ExpertServer(shard)
 
-    def run(self, micro_batches: Iterable[MicroBatch[T]], lane_order: Sequence[int], step: int) -> list[T]:
+    def run(
+        self, micro_batches: Iterable[MicroBatch[T]], lane_order: Sequence[int], step: int, slots: Sequence[Slot] = ()
+    ) -> list[T]:
         lanes = max(lane_order) + 1
         fresh = iter(micro_batches)
         values: list[T] = []

@@ -46,7 +46,9 @@ if TYPE_CHECKING:
     metavar="NAME|FILE",
     help="Predict the time of a step on h100, h200, a100, or on a profile made by `bench`.",
 )
-@click.option("--devices", type=int, help="Number of devices to split; default: the recipe's ranks.  [with --hardware]")
+@click.option(
+    "--devices", type=int, help="Number of devices to lay out; default: the recipe's ranks.  [with --hardware]"
+)
 @click.option(
     "--interconnect",
     type=float,
@@ -66,7 +68,7 @@ def plan(
 ) -> None:
     """Print parameters, memory, tokens, FLOPs and the best trunk:pool split of RECIPE, and warn where it does not fit.
 
-    With --hardware, also predict how long a step takes, whether the wire limits it, and which splits are fastest.
+    With --hardware, also predict how long a step takes, whether the wire limits it, and which layouts are fastest.
 
     \b
     Examples:
@@ -75,7 +77,7 @@ def plan(
       unipool plan quickstart --simulate --loads runs/quickstart
       unipool plan unipool-182m --hardware h100 --devices 16 --interconnect 400
     """
-    from trainer.planning.hardware import find_hardware
+    from trainer.planning.hardware import find_hardware, with_link
     from trainer.planning.report import make_cost_report, print_cost_report
 
     if not simulate and (loads or timeline):
@@ -87,14 +89,16 @@ def plan(
     if hardware and simulate:
         checked = load_recipe(recipe, [*overrides, f"parallel.hardware={dumps(hardware)}"])
     named = hardware or checked.parallel.hardware
-    report = make_cost_report(checked, find_hardware(named) if named else None)
-    predicted = _predict(checked, hardware, devices, interconnect) if hardware else None
+    device = find_hardware(named) if named else None
+    linked = device if device is None or interconnect is None else with_link(device, interconnect)
+    report = make_cost_report(checked, linked)
+    predicted = (*_predict(checked, linked, devices), device) if hardware and device and linked else None
     simulated = _simulate(checked, loads, timeline) if simulate else None
     if as_json:
         tree = report.to_json() | {"simulated": [asdict(variant) for variant in simulated[1]] if simulated else []}
         if predicted:
             own, best, device = predicted
-            tree["predicted"] = asdict(own) | {"hardware": asdict(device), "splits": [asdict(split) for split in best]}
+            tree["predicted"] = asdict(own) | {"hardware": asdict(device), "layouts": [asdict(step) for step in best]}
         print(dumps(tree))
         return
     print_cost_report(report)
@@ -117,7 +121,7 @@ def _simulate(
 ) -> tuple[ScheduleSpec, list[Variant], list[ShardSplit]]:
     """Compare schedules, and draw the timeline of the recipe's own."""
     if recipe.grid.colocated:
-        raise UserError("--simulate: parallel.pool_ranks = 0: a colocated pool has no ranks to overlap with the trunk")
+        raise UserError("--simulate: a colocated pool has neither ranks nor messages that could overlap with the trunk")
     from trainer.planning.schedule import make_schedule
     from trainer.planning.what_if import read_loads, recommend_splits, record_own_step, what_if
 
@@ -136,27 +140,22 @@ def _simulate(
     return spec, variants, recommend_splits(recipe, load_LM)
 
 
-def _predict(
-    recipe: Recipe, name: str, devices: int | None, interconnect: float | None
-) -> tuple[StepTime, tuple[StepTime, ...], Hardware]:
-    """Predict the recipe's own step and the best splits.
+def _predict(recipe: Recipe, hardware: Hardware, devices: int | None) -> tuple[StepTime, tuple[StepTime, ...]]:
+    """Predict the recipe's own step and the best layouts.
 
-    A model without a pool has no splits; a colocated recipe has splits only if --devices is given.
+    A model without a pool has no other layouts; those of a colocated recipe are compared only if --devices is given.
     """
-    from trainer.planning.hardware import find_hardware, with_link
-    from trainer.planning.step_time import best_splits, step_time
+    from trainer.planning.step_time import best_layouts, step_time
 
-    hardware = find_hardware(name)
-    linked = hardware if interconnect is None else with_link(hardware, interconnect)
     if devices is not None and recipe.model.ffn == "dense":
-        raise UserError(f"--devices {devices}: model.ffn = dense: there is no pool to split from the trunk")
-    if devices is not None and devices < 2:
-        raise UserError(f"--devices {devices}: must be at least 2, for a trunk rank and a pool rank")
+        raise UserError(f"--devices {devices}: model.ffn = dense: there is no pool to lay out")
+    if devices is not None and devices < 1:
+        raise UserError(f"--devices {devices}: must be at least 1")
     best: tuple[StepTime, ...] = ()
     if devices is not None or not recipe.grid.colocated:
         try:
-            best = best_splits(recipe, devices or recipe.grid.world_size, linked)
+            best = best_layouts(recipe, devices or recipe.grid.world_size, hardware)
         except UserError:
-            if devices is not None:  # otherwise nobody asked for splits, and the recipe's own step is enough
+            if devices is not None:  # otherwise nobody asked for layouts, and the recipe's own step is enough
                 raise
-    return step_time(recipe, linked), best, hardware
+    return step_time(recipe, hardware), best

@@ -40,7 +40,8 @@ def _remedy(recipe: Recipe, lanes: int, memory: Memory, available: float) -> str
         needed = max(m.total for m in estimate_memory(changed, in_flight) if m.role in memory.role)
         if needed <= FILLED * available:
             return f"{change} needs {size(needed)}"
-    return "use more pool ranks, and train.recompute=true with a smaller train.micro_batch"
+    more = "pool ranks" if recipe.grid.dedicated else "ranks"
+    return f"use more {more}, and train.recompute=true with a smaller train.micro_batch"
 
 
 def _changes(recipe: Recipe, lanes: int) -> Iterator[tuple[str, Recipe, int]]:
@@ -59,9 +60,14 @@ def _changes(recipe: Recipe, lanes: int) -> Iterator[tuple[str, Recipe, int]]:
     if experts:
         yield "pool.recompute=true", _with(recipe, "pool", recompute=True), lanes
         yield "train.recompute=true", _with(recipe, "train", recompute=True), lanes
+    if experts and recipe.grid.expert_parallel < p.trunk_ranks and not recipe.grid.dedicated:
+        shared = _with(recipe, "parallel", layout="every_rank", expert_parallel=None)
+        if experts % p.trunk_ranks == 0:
+            yield "parallel.layout=every_rank with a shard on each rank", shared, lanes
+    if experts and not recipe.grid.every_rank:
         more = max(p.trunk_ranks, 2 * p.pool_ranks)
         while more <= experts and experts % more == 0:
-            layout = _with(recipe, "parallel", pool_ranks=more, expert_parallel=None)
+            layout = _with(recipe, "parallel", layout="dedicated", pool_ranks=more, expert_parallel=None)
             yield f"parallel.pool_ranks={more}", layout, lanes
             if lanes > 1:
                 yield f"parallel.pool_ranks={more} with parallel.lanes=1", layout, 1

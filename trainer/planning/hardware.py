@@ -224,11 +224,14 @@ def request_bytes(recipe: Recipe) -> float:
     return tokens * recipe.router.top_k * recipe.model.hidden * compute_bytes(recipe)
 
 
-def costs_in_seconds(recipe: Recipe, hardware: Hardware) -> Costs:
+def costs_in_seconds(recipe: Recipe, hardware: Hardware, lanes: int) -> Costs:
     """Compute how long the pieces of a micro-batch take, in seconds, at an even load over the shards.
 
     A transfer takes as long as the slower side needs: a trunk rank sends to all shards at once, and a pool rank's link
-    is shared by the trunk ranks that it serves.
+    is shared by the trunk ranks that it serves. Where every rank has both roles, what is for its own shard stays.
+
+    Args:
+        lanes: Micro-batches in flight. A single one's requests need not be merged on a shard that serves no other rank.
     """
     flops, rates, topology = count_flops(recipe), hardware.rates(recipe.train.precision), recipe.grid
     tokens = recipe.train.micro_batch * recipe.model.seq_len
@@ -236,10 +239,12 @@ def costs_in_seconds(recipe: Recipe, hardware: Hardware) -> Costs:
     shard = count_parameters(recipe).pool / topology.expert_parallel
     sent = request_bytes(recipe)
     slower_side = max(sent, sent / topology.expert_parallel * served_trunk_ranks(recipe))
-    payload = 0.0 if topology.colocated else slower_side / hardware.wire_bandwidth
+    if not topology.dedicated:
+        slower_side = sent * (topology.expert_parallel - 1) / topology.expert_parallel
+    payload = slower_side / hardware.wire_bandwidth
     compiled = kernels.is_compiled(recipe)
     layer, head = kernels.trunk_layer(recipe, compiled), kernels.head(recipe, compiled)
-    experts = kernels.experts(recipe, merged=recipe.parallel.lanes != 1 or served_trunk_ranks(recipe) > 1)
+    experts = kernels.experts(recipe, merged=min(lanes, recipe.micro_batches) * served_trunk_ranks(recipe) > 1)
     beside = rates.products_only / hardware.memory_bandwidth  # seconds for a byte that the shares do not include
 
     def piece(number: float, flops: int, share: float, work: kernels.Kernels) -> float:
@@ -253,7 +258,7 @@ def costs_in_seconds(recipe: Recipe, hardware: Hardware) -> Costs:
         head=piece(tokens, flops.head, rates.head, head),
         pool_layer=piece(rows, flops.expert, rates.experts, replace(experts, launches=0)),
         slot=slot if shard else 0.0,
-        transfer=0.0 if topology.colocated else hardware.wire_latency + payload,
+        transfer=hardware.wire_latency + payload if payload else 0.0,
         payload=payload,
         weights=weights if hardware.launch else 0.0,
         flush=kernels.flush_bytes(shard) * beside,
@@ -264,7 +269,7 @@ def costs_in_seconds(recipe: Recipe, hardware: Hardware) -> Costs:
 
 
 def step_end(recipe: Recipe, hardware: Hardware) -> float:
-    """Compute the seconds from the last gradient to the new weights, on the slower role.
+    """Compute the seconds from the last gradient to the new weights, on the slower role or for one after the other.
 
     A ring over a role's n ranks sends 2 (n - 1) / n of the fp32 gradients. AdamW reads the weight, the gradient and two
     moments and writes all but the gradient; with ZeRO 1 and above each rank updates its part.
@@ -277,4 +282,4 @@ def step_end(recipe: Recipe, hardware: Hardware) -> float:
 
     trunk = role(parameters.trunk, topology.trunk_ranks, p.trunk_zero)
     pool = role(parameters.pool / topology.expert_parallel, topology.replicas, p.pool_zero)
-    return trunk + pool if topology.colocated else max(trunk, pool)
+    return max(trunk, pool) if topology.dedicated else trunk + pool

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
 
 from pool.schedule_builder import Costs, build_training_schedule, staggered_starts
 from pool.schedule_timing import time_schedule
@@ -40,6 +42,8 @@ def accumulation_time(recipe: Recipe, lanes: int, costs: Costs) -> tuple[float, 
     topology, layers, micro_batches = recipe.grid, recipe.model.layers, recipe.micro_batches
     if topology.colocated:
         return _colocated_time(recipe, lanes, costs)
+    if topology.every_rank:  # all replicas do the same
+        topology = replace(topology, trunk_ranks=topology.expert_parallel, pool_ranks=topology.expert_parallel)
     stagger = recipe.parallel.stagger
     schedule = build_training_schedule(topology, layers, micro_batches, lanes, stagger, costs)
     starts_T = staggered_starts(topology, layers, costs) if stagger else None
@@ -66,15 +70,19 @@ def _colocated_time(recipe: Recipe, lanes: int, costs: Costs) -> tuple[float, fl
 def runs_in_order(recipe: Recipe) -> bool:
     """Whether only one lane is possible: ZeRO-3 gathers weights, so all trunk ranks must compute the same thing."""
     p = recipe.parallel
-    return p.trunk_zero == 3 and p.trunk_ranks > 1 and p.pool_ranks > 0
+    return p.trunk_zero == 3 and p.trunk_ranks > 1 and not recipe.grid.colocated
 
 
-def choose_lanes(recipe: Recipe, costs: Costs, most: int = MOST_LANES) -> int:
-    """Choose the fewest lanes, up to `most` and the micro-batches, with which a step is within 3 % of the fastest."""
+def choose_lanes(recipe: Recipe, costs_of: Callable[[int], Costs], most: int = MOST_LANES) -> int:
+    """Choose the fewest lanes, up to `most` and the micro-batches, with which a step is within 3 % of the fastest.
+
+    Args:
+        costs_of: Maps a number of lanes to the costs of a micro-batch's pieces.
+    """
     if runs_in_order(recipe):
         return 1
     choices = range(1, min(most, recipe.micro_batches) + 1)
-    seconds = {lanes: accumulation_time(recipe, lanes, costs)[0] for lanes in choices}
+    seconds = {lanes: accumulation_time(recipe, lanes, costs_of(lanes))[0] for lanes in choices}
     return min(lanes for lanes in choices if seconds[lanes] <= (1 + WORTH) * min(seconds.values()))
 
 
@@ -83,4 +91,9 @@ def choose_fitting_lanes(recipe: Recipe, hardware: Hardware) -> int:
     most = MOST_LANES
     while most and not fits(recipe, min(most, recipe.micro_batches), hardware.memory):
         most -= 1
-    return choose_lanes(recipe, costs_in_seconds(recipe, hardware), most) if most else 0
+    return choose_lanes(recipe, lambda lanes: costs_in_seconds(recipe, hardware, lanes), most) if most else 0
+
+
+def lanes_on(recipe: Recipe, hardware: Hardware) -> int:
+    """Return the recipe's own lanes; without them those chosen for the hardware, 1 if not even one fits."""
+    return recipe.parallel.lanes or max(1, choose_fitting_lanes(recipe, hardware))

@@ -43,7 +43,7 @@ class Memory:
     """Bytes on one rank of a role.
 
     Attributes:
-        role: "trunk", "pool", or "trunk + pool" (colocated).
+        role: "trunk", "pool", or "trunk + pool" (a rank with both).
         ranks: Number of ranks with this role.
         parameters: Number of parameters that such a rank computes with.
         host: Memory of the host, not of the device: the copy of the state while a checkpoint is written.
@@ -110,10 +110,14 @@ def estimate_memory(recipe: Recipe, lanes: int) -> tuple[Memory, ...]:
         return (trunk,)
     freed = trunk.activations if recipe.grid.colocated else 0
     pool = _without_frozen(recipe, _pool_memory(recipe, in_flight, freed))
-    if not recipe.grid.colocated:
+    if recipe.grid.dedicated:
         return trunk, pool
     both = {kind: getattr(trunk, kind) + getattr(pool, kind) for kind in ("parameters", "host", *MEMORY_KINDS)}
-    both |= {"device": trunk.device, "step_end": max(trunk.step_end, pool.step_end)}  # one role after the other
+    both["step_end"] = max(trunk.step_end, pool.step_end)  # one role after the other
+    if recipe.grid.colocated:
+        both["device"] = _device_memory((trunk.ranks,), wire_peers=0)
+    else:
+        both["device"] = _device_memory((trunk.ranks, recipe.grid.replicas), recipe.grid.expert_parallel - 1)
     return (Memory(role="trunk + pool", ranks=trunk.ranks, **both),)
 
 
@@ -175,7 +179,7 @@ def _trunk_memory(recipe: Recipe, in_flight: int) -> Memory:
         logits=_loss_bytes(recipe),
         messages=in_flight * tokens * between,
         working=tokens * layer,
-        device=_device_memory(recipe, p.trunk_ranks, recipe.grid.expert_parallel),
+        device=_device_memory((p.trunk_ranks,), recipe.grid.expert_parallel),
         **_state(parameters, head, p.trunk_zero, p.trunk_ranks),
     )
 
@@ -257,13 +261,17 @@ def _pool_memory(recipe: Recipe, in_flight: int, freed: int) -> Memory:
         expert_activations=keeping,
         stash=stash,
         working=working,
-        device=_device_memory(recipe, grid.replicas, served_trunk_ranks(recipe)),
+        device=_device_memory((grid.replicas,), served_trunk_ranks(recipe)),
         **state,
     )
 
 
-def _device_memory(recipe: Recipe, role_ranks: int, wire_peers: int) -> int:
-    """Bytes that a rank's GPU needs for its context, its role's communicator, and the wire's two."""
-    role = ROLE_CHANNELS * ROLE_PEERS * CONNECTION if role_ranks > 1 else 0
-    wire = 0 if recipe.grid.colocated else 2 * WIRE_CHANNELS * wire_peers * CONNECTION
-    return CONTEXT + role + wire
+def _device_memory(role_ranks: tuple[int, ...], wire_peers: int) -> int:
+    """Bytes that a rank's GPU needs for its context, its roles' communicators, and the wire's two.
+
+    Args:
+        role_ranks: Number of ranks in each of these communicators; one with a single rank is never made.
+        wire_peers: Ranks to which this one sends tokens.
+    """
+    roles = sum(ROLE_CHANNELS * ROLE_PEERS * CONNECTION for ranks in role_ranks if ranks > 1)
+    return CONTEXT + roles + 2 * WIRE_CHANNELS * wire_peers * CONNECTION

@@ -10,6 +10,7 @@ from trainer.common.tables import new_table, print_tables
 from trainer.config.recipe import Recipe
 from trainer.planning.fit import memory_warnings
 from trainer.planning.hardware import DATA_SHEETS, Hardware
+from trainer.planning.lanes import lanes_on
 from trainer.planning.memory import ACCUMULATING, KIND_NAMES, MEMORY_KINDS, Memory, estimate_memory
 from trainer.planning.model_costs import Flops, Parameters, count_flops, count_parameters
 from trainer.planning.schedule import make_schedule
@@ -57,7 +58,7 @@ class CostReport:
         memory: One entry per role.
         warnings: Which ranks do not fit into memory, and what would.
         trunk_to_pool: Trunk ranks per pool rank with which both are always busy; None for a dense model.
-        split: The recipe's own split; None without pool ranks.
+        split: The recipe's own split; None without ranks that hold only experts.
         recommended: The best split of the recipe's ranks; None for a dense model, or if none divides evenly.
     """
 
@@ -88,9 +89,11 @@ def make_cost_report(recipe: Recipe, hardware: Hardware | None = None) -> CostRe
     """Compute what a recipe costs.
 
     Args:
-        hardware: Whose memory the ranks must fit into; default: an H100's.
+        hardware: What lanes are chosen for, and whose memory the ranks must fit into. Without it lanes are those of a
+            run, and the memory is an H100's.
     """
-    flops, lanes = count_flops(recipe), make_schedule(recipe).lanes
+    flops = count_flops(recipe)
+    lanes = lanes_on(recipe, hardware) if hardware else make_schedule(recipe).lanes
     tokens_per_step = recipe.train.global_batch * recipe.model.seq_len
     tokens = tokens_per_step * recipe.train.steps
     topology, pooled = recipe.grid, recipe.model.ffn == "pool"
@@ -107,7 +110,7 @@ def make_cost_report(recipe: Recipe, hardware: Hardware | None = None) -> CostRe
         memory=estimate_memory(recipe, lanes),
         warnings=_warnings(recipe, lanes, hardware),
         trunk_to_pool=flops.trunk / flops.pool if pooled else None,
-        split=None if topology.colocated else _split(flops, topology.trunk_ranks, topology.pool_ranks),
+        split=_split(flops, topology.trunk_ranks, topology.pool_ranks) if topology.dedicated else None,
         recommended=_recommend_split(recipe, flops) if pooled else None,
     )
 

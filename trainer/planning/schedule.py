@@ -15,7 +15,7 @@ from trainer.common.errors import UserError
 from trainer.common.strict_json import dumps
 from trainer.config.recipe import Recipe
 from trainer.planning.hardware import costs_in_seconds, find_hardware
-from trainer.planning.lanes import choose_fitting_lanes, choose_lanes
+from trainer.planning.lanes import choose_lanes, lanes_on
 from trainer.planning.model_costs import count_flops
 
 LAUNCH_SHARE = 0.4
@@ -87,7 +87,8 @@ class ScheduleSpec:
 
     def generation(self, tokens: int) -> PoolSchedule:
         """The schedule of a generation on every trunk rank, where each token waits for the one before."""
-        return generation_schedule(self.recipe.grid.trunk_ranks, tokens, self.recipe.model.layers)
+        grid = self.recipe.grid
+        return generation_schedule(grid.trunk_ranks, tokens, self.recipe.model.layers, grid.every_rank)
 
     def to_json(self) -> str:
         """JSON text for the run's folder and for the other ranks."""
@@ -118,10 +119,10 @@ def make_schedule(recipe: Recipe) -> ScheduleSpec:
     p = recipe.parallel
     if p.hardware:
         hardware = find_hardware(p.hardware, "parallel.hardware =")
-        lanes = p.lanes or max(1, choose_fitting_lanes(recipe, hardware))
-        return ScheduleSpec(recipe, lanes, costs_in_seconds(recipe, hardware))
+        lanes = lanes_on(recipe, hardware)
+        return ScheduleSpec(recipe, lanes, costs_in_seconds(recipe, hardware, lanes))
     costs = nominal_costs(recipe)
-    return ScheduleSpec(recipe, p.lanes or choose_lanes(recipe, costs, LANES_OF_UNKNOWN_MEMORY), costs)
+    return ScheduleSpec(recipe, p.lanes or choose_lanes(recipe, lambda _: costs, LANES_OF_UNKNOWN_MEMORY), costs)
 
 
 def schedule_of(recipe: Recipe, file: Path, resume: bool) -> ScheduleSpec:
@@ -142,10 +143,12 @@ def schedule_of(recipe: Recipe, file: Path, resume: bool) -> ScheduleSpec:
 def _shape(recipe: Recipe) -> dict[str, Any]:
     """What the costs depend on."""
     p, m = recipe.parallel, recipe.model
-    return {
+    shape = {
         "model": m.model_dump(mode="json"),
         "experts": [recipe.pool.experts, recipe.router.top_k],
         "batch": [recipe.train.global_batch, recipe.train.micro_batch, recipe.train.precision],
         "ranks": [p.trunk_ranks, p.pool_ranks, recipe.grid.expert_parallel],
         "hardware": p.hardware,
     }
+    # Files of earlier versions know the other two layouts by their ranks alone.
+    return shape | {"layout": "every_rank"} if recipe.grid.every_rank else shape

@@ -1,26 +1,28 @@
-"""How long a step takes on some hardware, what limits it, and which split of the devices is fastest. No torch here."""
+"""How long a step takes on some hardware, what limits it, and which layout of the devices is fastest. No torch here."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from trainer.common.errors import UserError
-from trainer.common.format import count, percent, plural, quantity, seconds
+from trainer.common.format import count, percent, plural, quantity, seconds, size
 from trainer.common.tables import new_table, print_tables
 from trainer.config.recipe import Recipe
 from trainer.planning.hardware import Hardware, costs_in_seconds, request_bytes, step_end
-from trainer.planning.lanes import accumulation_time, choose_fitting_lanes, role_work, runs_in_order
+from trainer.planning.lanes import accumulation_time, choose_fitting_lanes, lanes_on, role_work, runs_in_order
 from trainer.planning.memory import fullest_rank
 from trainer.planning.model_costs import count_flops, served_trunk_ranks
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+Layout = Literal["dedicated", "colocated", "every_rank"]
+
 SHOWN = 6
 SIMULATED = 12
-"""Layouts whose steps are simulated: those with the smallest lower bound."""
+"""Layouts of a kind whose steps are simulated: those with the smallest lower bound."""
 REQUESTS_SIMULATED = 500_000
 """Requests over all layouts and lanes, which take some seconds to simulate."""
 
@@ -29,8 +31,9 @@ _ASSUMPTION = "The step is simulated at an even load; after the last gradient co
 _WIRE_ASSUMPTION = (
     "Transfers are delays that do not queue, but a step lasts at least as long as the busiest link needs for its bytes."
 )
-_SPLIT_ASSUMPTION = (
-    "The best splits divide batch and experts evenly, and fill at most 90% of a rank's memory by the estimate."
+_LAYOUT_ASSUMPTION = (
+    "The best layouts divide batch and experts evenly, and fill at most 90% of a rank's memory by the estimate. "
+    "busy: of trunk, pool; both are shares of the same time where a rank has both roles."
 )
 
 
@@ -39,16 +42,21 @@ class WireUse:
     """How the link of the busiest ranks is used.
 
     Attributes:
-        role: The role of the ranks that send and receive most.
+        role: The role of the ranks that send and receive most; "" where every rank has both.
         needed: Bytes/s each way up to a step's last gradient, if nothing ever waited for the wire.
         available: Bytes/s each way.
         slowdown: The step's time over its time without the wire's delays and limits.
     """
 
-    role: Literal["trunk", "pool"]
+    role: Literal["trunk", "pool", ""]
     needed: float
     available: float
     slowdown: float
+
+    @property
+    def rank(self) -> str:
+        """What texts call one of the ranks."""
+        return f"{self.role} rank".strip()
 
     @property
     def binds(self) -> bool:
@@ -61,15 +69,16 @@ class StepTime:
     """A step of one layout. Transfers are delays that do not queue, and a step lasts as long as the busiest link needs.
 
     Attributes:
-        pool_ranks: 0 for a colocated layout or a dense model.
+        pool_ranks: 0 in the colocated layout or for a dense model; the trunk ranks themselves in `every_rank`.
         seconds: Time of a step, with the reduction of gradients and the optimizer.
         step_end: The part of it after the last gradient.
         mfu: The model's FLOPs over the peak of all ranks.
         trunk_busy, pool_busy: Shares of the step during which each role computes.
         memory: Estimated bytes on the fullest rank.
-        wire: None without pool ranks.
+        wire: None where nothing travels.
     """
 
+    layout: Layout
     trunk_ranks: int
     pool_ranks: int
     expert_parallel: int
@@ -83,25 +92,33 @@ class StepTime:
     memory: int
     wire: WireUse | None
 
+    @property
+    def ranks(self) -> str:
+        """The layout and its ranks, for tables."""
+        if self.layout == "dedicated":
+            return f"{self.trunk_ranks} + {self.pool_ranks} dedicated"
+        return f"{self.trunk_ranks} {self.layout}"
+
 
 def step_time(recipe: Recipe, hardware: Hardware) -> StepTime:
     """Predict the step of a recipe's own layout and lanes, at an even load."""
     topology = recipe.grid
-    costs = costs_in_seconds(recipe, hardware)
-    lanes = recipe.parallel.lanes or max(1, choose_fitting_lanes(recipe, hardware))
+    lanes = lanes_on(recipe, hardware)
+    costs = costs_in_seconds(recipe, hardware, lanes)
     end = step_end(recipe, hardware)
     simulated, trunk_busy, pool_busy = accumulation_time(recipe, lanes, costs)
     taken = simulated + end
     wire = None
-    if not topology.colocated:
+    role, traffic = _traffic(recipe)
+    if traffic:
         free = accumulation_time(recipe, lanes, replace(costs, transfer=0.0))[0]
         available = hardware.wire_bandwidth
-        role, traffic = _traffic(recipe)
         taken = max(simulated, traffic / available) + end
         wire = WireUse(role, traffic / free, available, taken / (free + end))
     tokens = recipe.train.global_batch * recipe.model.seq_len
     peak = topology.world_size * hardware.rates(recipe.train.precision).flops
     return StepTime(
+        topology.layout,
         topology.trunk_ranks,
         topology.pool_ranks,
         topology.expert_parallel,
@@ -117,74 +134,102 @@ def step_time(recipe: Recipe, hardware: Hardware) -> StepTime:
     )
 
 
-def _traffic(recipe: Recipe) -> tuple[Literal["trunk", "pool"], float]:
+def _traffic(recipe: Recipe) -> tuple[Literal["trunk", "pool", ""], float]:
     """The role of the busiest ranks, and the bytes that each of them sends, and also receives, in a step."""
+    topology = recipe.grid
     trunk = 2 * recipe.model.layers * recipe.micro_batches * request_bytes(recipe)  # one forward, one backward
-    pool = trunk / recipe.grid.expert_parallel * served_trunk_ranks(recipe)
+    if not topology.dedicated:  # requests and answers, but for those of the rank's own shard
+        return "", 2 * trunk * (topology.expert_parallel - 1) / topology.expert_parallel
+    pool = trunk / topology.expert_parallel * served_trunk_ranks(recipe)
     return ("trunk", trunk) if trunk > pool else ("pool", pool)
 
 
-def best_splits(recipe: Recipe, devices: int, hardware: Hardware) -> tuple[StepTime, ...]:
+def best_layouts(recipe: Recipe, devices: int, hardware: Hardware) -> tuple[StepTime, ...]:
     """Find the fastest layouts of `devices` ranks that divide evenly and fit into memory, fastest first.
 
-    Each has the fewest lanes that are within 3 % of its best. A lower bound ranks all layouts, and the steps of the
-    best of them are simulated.
+    Each has the fewest lanes that are within 3 % of its best. A lower bound ranks all layouts of a kind, and the steps
+    of the best of them are simulated. The best of each kind is among the result.
 
     Raises:
         UserError: There is no such layout.
     """
-    ranked = sorted(_layouts(recipe, devices), key=lambda layout: _least_seconds(layout, hardware))
-    batches = recipe.train.global_batch // recipe.train.micro_batch
-    if not ranked:
+    fastest = [_fastest(layouts(recipe, devices), hardware) for layouts in (_dedicated, _every_rank, _colocated)]
+    if not any(fastest):
         raise UserError(
-            f"--devices {devices}: no split divides evenly: the trunk ranks must divide the {batches} micro-batches of "
-            f"a step, and the shards must divide the pool ranks and the {recipe.pool.experts} experts"
+            f"--devices {devices}: no layout fits into {hardware.memory / 1e9:.0f} GB per rank; use more devices, a "
+            f"smaller train.micro_batch or train.recompute=true"
         )
-    requests = 10 * 2 * recipe.model.layers * batches
+    first = [steps[0] for steps in fastest if steps]
+    others = _sorted(step for steps in fastest for step in steps[1:])
+    return tuple(_sorted([*first, *others[: SHOWN - len(first)]]))
+
+
+def _fastest(layouts: Iterable[Recipe], hardware: Hardware) -> list[StepTime]:
+    """Simulate the layouts of a kind that have the smallest lower bounds, and sort them."""
     found: list[StepTime] = []
-    for layout in ranked:
+    for layout in sorted(layouts, key=lambda layout: _least_seconds(layout, hardware)):
+        requests = 10 * 2 * layout.model.layers * layout.train.global_batch // layout.train.micro_batch
         lanes = choose_fitting_lanes(layout, hardware)
         if lanes:
             found.append(step_time(_in_layout(layout, lanes=lanes), hardware))
         if len(found) >= max(3, min(SIMULATED, REQUESTS_SIMULATED // requests)):
             break
-    if not found:
-        raise UserError(
-            f"--devices {devices}: no split fits into {hardware.memory / 1e9:.0f} GB per rank; use more devices, a "
-            f"smaller train.micro_batch or train.recompute=true"
-        )
-    return tuple(sorted(found, key=lambda step: (-step.tokens_per_second, step.lanes))[:SHOWN])
+    return _sorted(found)
 
 
-def _in_layout(recipe: Recipe, **parallel: int | bool) -> Recipe:
+def _sorted(steps: Iterable[StepTime]) -> list[StepTime]:
+    return sorted(steps, key=lambda step: (-step.tokens_per_second, step.lanes))
+
+
+def _in_layout(recipe: Recipe, **parallel: Any) -> Recipe:
     return recipe.model_copy(update={"parallel": recipe.parallel.model_copy(update=parallel)})
 
 
-def _layouts(recipe: Recipe, devices: int) -> Iterator[Recipe]:
+def _dedicated(recipe: Recipe, devices: int) -> Iterator[Recipe]:
     """The recipe in every split of the devices that divides evenly, with every possible number of replicas."""
     batches = recipe.train.global_batch // recipe.train.micro_batch
     for trunk_ranks in range(1, devices):
-        pool_ranks = devices - trunk_ranks
         if batches % trunk_ranks:
             continue
-        for shards in range(1, pool_ranks + 1):
-            if pool_ranks % shards == 0 and recipe.pool.experts % shards == 0:
-                layout = _in_layout(recipe, trunk_ranks=trunk_ranks, pool_ranks=pool_ranks, expert_parallel=shards)
-                yield _in_layout(layout, stagger=False) if runs_in_order(layout) else layout
+        split = _in_layout(recipe, layout="dedicated", trunk_ranks=trunk_ranks, pool_ranks=devices - trunk_ranks)
+        for layout in _with_shards(split, devices - trunk_ranks):
+            yield _in_layout(layout, stagger=False) if runs_in_order(layout) else layout
+
+
+def _every_rank(recipe: Recipe, devices: int) -> Iterator[Recipe]:
+    """The recipe with a shard on each of the devices, with every possible number of replicas.
+
+    With a single shard it would be the colocated layout, in which nothing has to be scheduled.
+    """
+    if recipe.train.global_batch // recipe.train.micro_batch % devices == 0:
+        both = _in_layout(recipe, layout="every_rank", trunk_ranks=devices, pool_ranks=0)
+        yield from (layout for layout in _with_shards(both, devices) if layout.grid.expert_parallel > 1)
+
+
+def _colocated(recipe: Recipe, devices: int) -> Iterator[Recipe]:
+    """The recipe with the whole pool on each of the devices."""
+    if recipe.train.global_batch // recipe.train.micro_batch % devices == 0:
+        yield _in_layout(recipe, layout="colocated", trunk_ranks=devices, pool_ranks=0, expert_parallel=1)
+
+
+def _with_shards(recipe: Recipe, pool_ranks: int) -> Iterator[Recipe]:
+    for shards in range(1, pool_ranks + 1):
+        if pool_ranks % shards == 0 and recipe.pool.experts % shards == 0:
+            yield _in_layout(recipe, expert_parallel=shards)
 
 
 def _least_seconds(layout: Recipe, hardware: Hardware) -> float:
-    """Lower bound: the busiest of trunk, pool and wire never waits, and a layer's requests share a launch."""
+    """Lower bound: the busiest of trunk, pool and wire never waits; a layer's requests share a launch, unmerged."""
     launches = 3 * layout.micro_batches * layout.model.layers
-    trunk, pool = role_work(layout, costs_in_seconds(layout, hardware), launches)
-    wire = _traffic(layout)[1] / hardware.wire_bandwidth
-    return max(trunk, pool, wire) + step_end(layout, hardware)
+    trunk, pool = role_work(layout, costs_in_seconds(layout, hardware, lanes=1), launches)
+    computing = max(trunk, pool) if layout.grid.dedicated else trunk + pool
+    return max(computing, _traffic(layout)[1] / hardware.wire_bandwidth) + step_end(layout, hardware)
 
 
 def print_step_time(own: StepTime, best: Sequence[StepTime], hardware: Hardware) -> None:
-    """Print the recipe's own step on some hardware, and the best splits of the devices, as tables."""
-    where = f"{own.trunk_ranks} trunk + {own.pool_ranks} pool ranks, {plural(own.lanes, 'lane')}"
-    table = new_table("Predicted step", hardware.name, where if own.pool_ranks else plural(own.trunk_ranks, "rank"))
+    """Print the recipe's own step on some hardware, and the best layouts of the devices, as tables."""
+    where = f"{own.ranks}, {plural(own.lanes, 'lane')}" if own.pool_ranks else plural(own.trunk_ranks, "rank")
+    table = new_table("Predicted step", hardware.name, where)
     table.add_row("step", seconds(own.seconds))
     table.add_row("part of it after the last gradient", seconds(own.step_end))
     table.add_row("tokens/s", count(own.tokens_per_second))
@@ -194,17 +239,17 @@ def print_step_time(own: StepTime, best: Sequence[StepTime], hardware: Hardware)
     table.add_row("estimated memory of the fullest rank", percent(own.memory / hardware.memory))
     tables, notes = [table], [*hardware.assumptions, _ASSUMPTION]
     if own.wire:
-        table.add_row(f"use of a {own.wire.role} rank's link, each way", percent(own.wire.needed / own.wire.available))
+        table.add_row(f"use of a {own.wire.rank}'s link, each way", percent(own.wire.needed / own.wire.available))
         notes = [_wire_note(own.lanes, own.wire), *notes, _WIRE_ASSUMPTION]
     if best:
         tables.append(_best_table(best))
-        notes.append(_SPLIT_ASSUMPTION)
+        notes = [recommendation(best), *notes, _LAYOUT_ASSUMPTION]
     print_tables(*tables, notes=notes)
 
 
 def _wire_note(lanes: int, wire: WireUse) -> str:
     needed, available = (quantity(rate, "B/s") for rate in (wire.needed, wire.available))
-    rates = f"a {wire.role} rank needs {needed} each way and has {available}"
+    rates = f"a {wire.rank} needs {needed} each way and has {available}"
     slower = f"waiting for it makes the step {wire.slowdown:.2f} times as long"
     if wire.binds:
         return f"The wire limits the step: {rates}; {slower}."
@@ -214,19 +259,32 @@ def _wire_note(lanes: int, wire: WireUse) -> str:
 
 
 def _best_table(best: Sequence[StepTime]) -> Table:
-    devices = best[0].trunk_ranks + best[0].pool_ranks
-    columns = ("trunk + pool", "shards", "lanes", "step", "tokens/s", "MFU", "busy", "link")
-    table = new_table(f"Best splits of {devices} devices", *columns)
+    devices = best[0].trunk_ranks + (best[0].pool_ranks if best[0].layout == "dedicated" else 0)
+    columns = ("ranks", "shards", "lanes", "step", "MFU", "busy", "link", "memory")
+    table = new_table(f"Best layouts of {plural(devices, 'device')}", *columns)
     for step in best:
-        assert step.wire is not None
         table.add_row(
-            f"{step.trunk_ranks} + {step.pool_ranks}",
+            step.ranks,
             str(step.expert_parallel),
             str(step.lanes),
             seconds(step.seconds),
-            count(step.tokens_per_second),
             percent(step.mfu, 1),
             f"{percent(step.trunk_busy)}, {percent(step.pool_busy)}",
-            percent(step.wire.needed / step.wire.available),
+            percent(step.wire.needed / step.wire.available) if step.wire else "",
+            size(step.memory),
         )
     return table
+
+
+def recommendation(best: Sequence[StepTime]) -> str:
+    """Say which keys make the fastest layout, and how much faster it is than the best of the other kinds."""
+    first = best[0]
+    keys: dict[str, object] = {"layout": first.layout, "trunk_ranks": first.trunk_ranks, "lanes": first.lanes}
+    if first.layout == "dedicated":
+        keys["pool_ranks"] = first.pool_ranks
+    if first.layout != "colocated":
+        keys["expert_parallel"] = first.expert_parallel
+    others = {step.layout: step.seconds for step in reversed(best) if step.layout != first.layout}
+    faster = [f"{taken / first.seconds:.2f} times as fast as {layout}" for layout, taken in others.items()]
+    said = f"Recommended: {' '.join(f'parallel.{key}={value}' for key, value in keys.items())}"
+    return f"{said}; {' and '.join(faster)}." if faster else f"{said}."

@@ -35,11 +35,11 @@ class Variant:
         way: "lock step", or the number of lanes.
         placed: Whether the experts are placed for the load.
         seconds: Time of a step up to its last gradient, in the unit of the costs.
-        slowdown: That time over the work of the busier role alone.
+        slowdown: That time over the work of the busier role alone, or of both where every rank has both.
         trunk_busy, pool_busy: Shares of the step during which each role works, as means over its ranks.
         imbalance: Work of the busiest pool rank over the mean.
         requests_a_slot: Mean number of requests that the pool serves in one launch.
-        trunk_bytes, pool_bytes: Estimated memory of the fullest rank of each role.
+        trunk_bytes, pool_bytes: Estimated memory of the fullest rank of each role; equal where every rank has both.
     """
 
     way: str
@@ -95,7 +95,8 @@ def what_if(spec: ScheduleSpec, load_LM: Counts | None) -> list[Variant]:
     """
     recipe, topology = spec.recipe, spec.recipe.grid
     lanes = {n for n in LANES if n <= recipe.micro_batches and not runs_in_order(recipe)} | {spec.lanes}
-    schedules = {"lock step": lockstep_schedule(topology.trunk_ranks, recipe.micro_batches, recipe.model.layers)}
+    shape = topology.trunk_ranks, recipe.micro_batches, recipe.model.layers
+    schedules = {"lock step": lockstep_schedule(*shape, every_rank=topology.every_rank)}
     schedules |= {plural(n, "lane"): replace(spec, lanes=n).step for n in sorted(lanes)}
     return [
         _variant(recipe, way, bool(placed), schedule, _time(spec, schedule, load_LM, placement))
@@ -147,28 +148,31 @@ def _time(
 def _variant(recipe: Recipe, way: str, placed: bool, schedule: PoolSchedule, step: StepTiming) -> Variant:
     trunk_busy, pool_busy = float(step.trunk_busy_T.mean()), float(step.pool_busy_P.mean())
     served = [len(slot) for slot in schedule.slots if slot]
-    trunk, pool = estimate_memory(recipe, int(step.peak_open_T.max()))
+    trunk, pool = (estimate_memory(recipe, int(step.peak_open_T.max())) * 2)[:2]
     kept_bytes, deferred_bytes = pool_row_bytes(recipe)
     rows = recipe.train.micro_batch * recipe.model.seq_len * recipe.router.top_k / recipe.grid.expert_parallel
     kept = rows * kept_bytes * float(step.peak_kept_P.max())
     deferred = min(pool.stash, rows * deferred_bytes * float(step.peak_deferred_P.max()))
+    pool = replace(pool, expert_activations=round(kept), stash=round(deferred))
+    both = recipe.grid.every_rank
     return Variant(
         way=way,
         placed=placed,
         seconds=step.seconds,
-        slowdown=1 / max(trunk_busy, pool_busy),
+        slowdown=1 / (trunk_busy + pool_busy if both else max(trunk_busy, pool_busy)),
         trunk_busy=trunk_busy,
         pool_busy=pool_busy,
         imbalance=step.imbalance,
         requests_a_slot=sum(served) / len(served),
-        trunk_bytes=trunk.total,
-        pool_bytes=replace(pool, expert_activations=round(kept), stash=round(deferred)).total,
+        trunk_bytes=pool.total if both else trunk.total,
+        pool_bytes=pool.total,
     )
 
 
 def print_what_if(spec: ScheduleSpec, variants: list[Variant], splits: list[ShardSplit]) -> None:
     """Print the variants, and the imbalance of other numbers of shards, as tables."""
     in_seconds, lockstep = spec.recipe.parallel.hardware is not None, variants[0]
+    both = spec.recipe.grid.every_rank
     time = ["time"] if in_seconds else []
     table = new_table("Simulated step", "", *time, "speed", "over ideal", "busy", "max/mean", "per launch", "GB")
     for v in variants:
@@ -180,7 +184,7 @@ def print_what_if(spec: ScheduleSpec, variants: list[Variant], splits: list[Shar
             f"{percent(v.trunk_busy)}, {percent(v.pool_busy)}",
             f"{v.imbalance:.2f}",
             f"{v.requests_a_slot:.1f}",
-            f"{v.trunk_bytes / 1e9:.1f}, {v.pool_bytes / 1e9:.1f}",
+            f"{v.pool_bytes / 1e9:.1f}" if both else f"{v.trunk_bytes / 1e9:.1f}, {v.pool_bytes / 1e9:.1f}",
         )
     tables = [table]
     if splits:
@@ -195,8 +199,9 @@ def print_what_if(spec: ScheduleSpec, variants: list[Variant], splits: list[Shar
         *tables,
         notes=(
             f"{unit}; the load is {load}. This recipe uses {plural(spec.lanes, 'lane')}.",
-            "speed: relative to lock step. over ideal: time of the step over the work of the busier role alone.",
-            "busy and GB: of trunk, pool. GB is the estimated memory of the fullest rank.",
-            "max/mean: work of the busiest pool rank over the mean. per launch: requests that the pool serves at once.",
+            "speed: relative to lock step. over ideal: time of the step over the work of "
+            + ("a rank alone." if both else "the busier role alone."),
+            f"busy{'' if both else ' and GB'}: of trunk, pool. GB is the estimated memory of the fullest rank.",
+            "max/mean: work of the busiest shard over the mean. per launch: requests that the pool serves at once.",
         ),
     )

@@ -67,23 +67,27 @@ def fit(u_nK: Floats, losses_nB: Floats, runs_n: Floats, forms: Forms) -> list[C
     power = [k for k, form in enumerate(forms) if form == "power"]
 
     def for_all(factors: Sequence[int], values: Floats | Sequence[float]) -> Floats:
-        values_K = np.zeros(len(forms))
-        values_K[factors] = values
+        values = np.asarray(values, dtype=np.float64)
+        values_K = np.zeros((*values.shape[:-1], len(forms)))
+        values_K[..., factors] = values
         return values_K
 
-    def design(exponents: Floats | Sequence[float]) -> Floats:
-        columns = _basis(u_nK, for_all(power, exponents))[:, used]
-        return weights_n1 * np.column_stack([np.ones(len(u_nK)), columns])
+    def design(exponents: Floats) -> Floats:
+        """One design for each point of a grid, or that of a single point."""
+        columns = _basis(u_nK, for_all(power, exponents)[..., None, :])[..., used]
+        return weights_n1 * np.concatenate([np.ones((*columns.shape[:-1], 1)), columns], axis=-1)
 
-    def residuals(exponents: Floats | Sequence[float], targets: Floats) -> Floats:
+    def residuals(exponents: Floats, targets: Floats) -> Floats:
         q, _ = np.linalg.qr(design(exponents))
         return np.asarray(targets - q @ (q.T @ targets))
 
-    grid = list(itertools.product(_STARTS, repeat=len(power)))
-    errors_GB = np.array([np.sum(residuals(point, targets_nB) ** 2, axis=0) for point in grid])
+    grid_GP = np.array(list(itertools.product(_STARTS, repeat=len(power))))
+    # The less of the losses a design explains, the larger its error.
+    q_Gnk, _ = np.linalg.qr(design(grid_GP))
+    explained_GB = np.sum((q_Gnk.swapaxes(1, 2) @ targets_nB) ** 2, axis=1)
     curves = []
-    for target_n, start in zip(targets_nB.T, np.argmin(errors_GB, axis=0), strict=True):
-        exponents = np.array(grid[start])
+    for target_n, start in zip(targets_nB.T, np.argmax(explained_GB, axis=0), strict=True):
+        exponents = grid_GP[start]
         if power:
             settings = {"xtol": 1e-6, "ftol": 1e-8, "max_nfev": 50}
             exponents = least_squares(residuals, exponents, bounds=EXPONENTS, args=(target_n,), **settings).x

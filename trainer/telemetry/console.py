@@ -82,5 +82,9 @@ def describe(recipe: Recipe) -> str:
         model = f"{m.layers} layers share {recipe.pool.experts} experts"
     else:
         model = f"{m.groups} groups of {m.layers // m.groups} layers with {recipe.experts_per_layer} experts each"
-    pool = "colocated" if t.colocated else plural(t.pool_ranks, "pool rank")
-    return f"{recipe.run.dir}: {model}; {plural(t.trunk_ranks, 'trunk rank')}, {pool}; {recipe.train.precision}"
+    if t.every_rank:
+        ranks = f"{plural(t.world_size, 'rank')}, each with a part of the pool"
+    else:
+        pool = "colocated" if t.colocated else plural(t.pool_ranks, "pool rank")
+        ranks = f"{plural(t.trunk_ranks, 'trunk rank')}, {pool}"
+    return f"{recipe.run.dir}: {model}; {ranks}; {recipe.train.precision}"

@@ -46,7 +46,7 @@ CATALOGUE = (
         "run_info",
         "What is trained; always 1.",
         *("run", "model", "layers", "experts", "top_k", "router"),
-        *("trunk_ranks", "pool_ranks", "expert_parallel", "lanes", "precision", "devices"),
+        *("layout", "trunk_ranks", "pool_ranks", "expert_parallel", "lanes", "precision", "devices"),
     ),
     gauge("step", "Optimizer steps done, over all starts of the run."),
     gauge("target_steps", "Optimizer steps of the whole run."),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import astuple, dataclass
 
 from pool.wire.clock import Moment, Waits
 
@@ -31,11 +31,28 @@ class Usage:
         """Return the difference to an earlier total."""
         return Usage(*(now - then for now, then in zip(astuple(self), astuple(before), strict=True)))
 
+    def plus(self, other: Usage) -> Usage:
+        """Return the sum."""
+        return Usage(*map(sum, zip(astuple(self), astuple(other), strict=True)))
+
 
 def shares(seconds: Sequence[float]) -> dict[str, float]:
     """Convert seconds in the order of `ACTIVITIES` into shares of their sum, by activity."""
     total = sum(seconds) or 1.0
     return {activity: spent / total for activity, spent in zip(ACTIVITIES, seconds, strict=True)}
+
+
+@dataclass(frozen=True)
+class Serving:
+    """The pool's side of a rank that has both roles.
+
+    Attributes:
+        spans: The time that it takes altogether, as waits.
+        waits: The waits within it.
+    """
+
+    spans: Waits
+    waits: Waits
 
 
 class UsageClock:
@@ -44,22 +61,35 @@ class UsageClock:
     Call `begin`, then `computed` once the gradients are complete, then `stepped`. On a GPU it never waits: what the
     stream has not come to by `stepped`, which is the optimizer at least, is added one step later.
 
+    Args:
+        waits: The waits of the rank's role, or of the trunk's side of a rank that has both.
+        serving: The pool's side of a rank that has both roles.
+
     Attributes:
-        total: Usage since the start.
+        total: Usage since the start, without the pool's side of a rank that has both roles.
+        served: That of the pool's side.
     """
 
-    def __init__(self, waits: Waits):
-        self._waits, self._clock = waits, waits.clock
-        self.total = Usage()
+    def __init__(self, waits: Waits, serving: Serving | None = None):
+        self._waits, self._clock, self._serving = waits, waits.clock, serving
+        self.total = self.served = Usage()
         self._mark: Moment = self._clock.now()
-        self._waited = (0.0, 0.0)
+        self._waited = self._read_waits()
         self._open: deque[tuple[bool, Moment, Moment]] = deque()  # whether it is an optimizer's, and from when to when
 
     def begin(self) -> None:
         """Start a step."""
         self._read()
         self._mark = self._clock.now()
-        self._waited = (self._waits.seconds_waiting, self._waits.seconds_on_wire)
+        self._waited = self._read_waits()
+
+    def _read_waits(self) -> tuple[float, ...]:
+        """Return the seconds so far: waiting and on the wire, and on the pool's side serving, waiting, on the wire."""
+        own = (self._waits.seconds_waiting, self._waits.seconds_on_wire)
+        if self._serving is None:
+            return (*own, 0.0, 0.0, 0.0)
+        within = self._serving.waits
+        return (*own, self._serving.spans.seconds_waiting, within.seconds_waiting, within.seconds_on_wire)
 
     def computed(self) -> None:
         """End the forward and backward of a step."""
@@ -82,13 +112,10 @@ class UsageClock:
                 return
             self._open.popleft()
             if optimizer:
-                self._add(optimizer=seconds)
+                self.total = self.total.plus(Usage(optimizer=seconds))
                 continue
-            waited = (self._waits.seconds_waiting, self._waits.seconds_on_wire)
-            waiting, wire = (now - then for now, then in zip(waited, self._waited, strict=True))
+            waited = self._read_waits()
+            waiting, wire, serving, *within = (now - then for now, then in zip(waited, self._waited, strict=True))
             self._waited = waited
-            self._add(computing=seconds - waiting - wire, waiting=waiting, wire=wire)
-
-    def _add(self, **seconds: float) -> None:
-        totals = asdict(self.total)
-        self.total = Usage(**{name: total + seconds.get(name, 0.0) for name, total in totals.items()})
+            self.total = self.total.plus(Usage(seconds - waiting - wire - serving, waiting, wire))
+            self.served = self.served.plus(Usage(serving - sum(within), *within))

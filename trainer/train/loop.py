@@ -207,11 +207,10 @@ def update(
     """Update the weights, clipping by the norm over both roles.
 
     Args:
-        squared_norm: The squared norm of this rank's reduced gradients.
+        squared_norm: What this rank contributes to the squared norm of the reduced gradients.
         votes: Numbers to sum over the ranks in the same collective.
     """
-    # All ranks of a role (of a shard) know the same norm, so one rank of each contributes it.
-    total, *sums = job.sum_over_ranks([squared_norm if job.role_rank == 0 else 0.0, *votes])
+    total, *sums = job.sum_over_ranks([squared_norm, *votes])
     norm = math.sqrt(total)
     return StepOutcome(role.step(step, norm), math.isfinite(norm), sums)
 

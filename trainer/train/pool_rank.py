@@ -58,7 +58,11 @@ class PoolRank:
         self._wire.limit = self._wire.settings.timeout
 
     def accumulate(self, step: int) -> float:
-        """Serve an optimizer step up to its reduced gradients, and return the square of their norm."""
+        """Serve an optimizer step up to its reduced gradients.
+
+        Returns:
+            The square of their norm from the shard's replica 0, and 0 from the others, which know the same one.
+        """
         self.clock.begin()
         with self._engine.accumulating():
             self._service.serve(self.plan.slots, step)
@@ -66,7 +70,7 @@ class PoolRank:
             self.clock.computed()
         norm = float(self._engine.grad_norm())
         self._wire.settle()
-        return squared_norm(norm)
+        return 0.0 if self._job.role_rank else squared_norm(norm)
 
     def step(self, step: int, total_norm: float) -> None:
         """Update the weights, clipping by the norm over both roles."""

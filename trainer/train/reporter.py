@@ -34,7 +34,7 @@ class Reporter:
 
     def __init__(self, recipe: Recipe, job: Job, folder: RunFolder, role: TrunkRank | PoolRank, done: int, lanes: int):
         self._recipe, self._job, self._folder, self._role = recipe, job, folder, role
-        self._reported = Usage()
+        self._reported = (Usage(), Usage())
         role.metrics.info("unipool_build_info", _build() | {"device": job.devices.names[job.rank]})
         self._progress: Progress | None = None
         if job.rank:
@@ -51,10 +51,11 @@ class Reporter:
 
     def usage(self) -> list[float]:
         """Return the seconds by activity since the last call, for the sum over ranks: the trunk's, then the pool's."""
-        now = self._role.clock.total
-        seconds, nothing = list(astuple(now.since(self._reported))), [0.0] * len(ACTIVITIES)
+        clock = self._role.clock
+        now = (clock.total, clock.served) if self._job.is_trunk else (Usage(), clock.total)
+        trunk, pool = (total.since(before) for total, before in zip(now, self._reported, strict=True))
         self._reported = now
-        return seconds + nothing if self._job.is_trunk else nothing + seconds
+        return [*astuple(trunk), *astuple(pool)]
 
     def step(self, done: int, scalars: StepScalars | None, usage: Sequence[float]) -> None:
         """Report a step.
@@ -65,14 +66,25 @@ class Reporter:
         """
         if not isinstance(self._role, TrunkRank) or scalars is None:
             return
-        sides = {"trunk": usage[: len(ACTIVITIES)]}
-        if not self._job.topology.colocated:
-            sides["pool"] = usage[len(ACTIVITIES) :]
-        spent = {f"{side}_{name}": share for side, seconds in sides.items() for name, share in shares(seconds).items()}
+        spent = self._spent(usage)
         self._role.monitors.write(scalars.flat() | {f"train/{name}": share for name, share in spent.items()}, done)
         if self._progress:
             self._progress.step(done, scalars)
             self._folder.append_metrics({"step": done, **asdict(scalars), **spent})
+
+    def _spent(self, usage: Sequence[float]) -> dict[str, float]:
+        """Return shares of the ranks' time by role and activity.
+
+        A rank with both roles counts as a trunk rank, with all of its time; `serving_...` is what the pool has of that.
+        """
+        topology = self._job.topology
+        trunk, pool = usage[: len(ACTIVITIES)], usage[len(ACTIVITIES) :]
+        if topology.every_rank:
+            total = sum(usage) or 1.0
+            serving = {f"serving_{name}": spent / total for name, spent in zip(ACTIVITIES, pool, strict=True)}
+            del serving["serving_optimizer"]  # one optimizer step for both
+            return _named("trunk", [sum(both) for both in zip(trunk, pool, strict=True)]) | serving
+        return _named("trunk", trunk) | ({} if topology.colocated else _named("pool", pool))
 
     def evaluation(self, done: int, val_loss: float, tokens: int, load_LM: Tensor | None) -> None:
         """Report an evaluation: its loss, its tokens, and the load by layer and the experts that it sees."""
@@ -122,6 +134,10 @@ class Reporter:
             self._folder.withdraw()
 
 
+def _named(side: str, seconds: Sequence[float]) -> dict[str, float]:
+    return {f"{side}_{name}": share for name, share in shares(seconds).items()}
+
+
 def _build() -> dict[str, str]:
     versions = {name: version(name) for name in ("torch", "deepspeed")}
     return {"version": __version__, "python": platform.python_version(), **versions}
@@ -137,8 +153,9 @@ def _run(recipe: Recipe, job: Job, lanes: int) -> dict[str, object]:
         "experts": recipe.pool.experts,
         "top_k": recipe.router.top_k,
         "router": recipe.router.kind,
+        "layout": t.layout,
         "trunk_ranks": t.trunk_ranks,
-        "pool_ranks": t.pool_ranks,
+        "pool_ranks": t.world_size - t.trunk_ranks,
         "expert_parallel": t.expert_parallel,
         "lanes": lanes,
         "precision": recipe.train.precision,

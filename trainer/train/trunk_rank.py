@@ -1,4 +1,4 @@
-"""A trunk rank: runs its micro-batches through the trunk and the pool. Colocated, it holds the whole pool too."""
+"""A trunk rank: runs its micro-batches through the trunk and the pool, of which it may hold a part itself."""
 
 from __future__ import annotations
 
@@ -16,13 +16,10 @@ from torch import Tensor
 
 from pool.placement import Placement
 from pool.schedule import WARM_UP_STEP, lockstep_schedule
-from pool.shard import ExpertShard
-from pool.wire import TrunkWire, trunk_wire
 from router import LoadStatistics, SigmoidBiasRouter, balance_coefficients
 from trainer.cluster.process_groups import Job
 from trainer.config.recipe import Recipe
 from trainer.data.batches import SequenceStream
-from trainer.engine.experts import build_shard, reduce_expert_gradients, wire_settings
 from trainer.engine.monitors import Monitors
 from trainer.engine.role_engine import build_engine, squared_norm
 from trainer.model.micro_batch import (
@@ -34,15 +31,16 @@ from trainer.model.micro_batch import (
     train_dense_micro_batch,
     train_micro_batch,
 )
-from trainer.model.pool_client import LocalPool, MicroBatch, PoolClient, RemotePool
+from trainer.model.pool_client import MicroBatch
 from trainer.model.random_routing import random_routing
 from trainer.model.trunk import Trunk
 from trainer.model.warm_up import warm_up
 from trainer.planning.schedule import ScheduleSpec
 from trainer.telemetry.console import say
-from trainer.telemetry.prometheus import ExpertLoad, MetricsServer
+from trainer.telemetry.prometheus import MetricsServer
 from trainer.telemetry.step_scalars import StepScalars
 from trainer.telemetry.time_breakdown import UsageClock
+from trainer.train.pool_side import PoolSide
 from trainer.train.step_results import StepResults, over_all_experts, reduce_results, step_scalars
 
 LOAD_STEPS = 100
@@ -62,6 +60,8 @@ def _pool_map(recipe: Recipe, placement: Placement, device: torch.device) -> Poo
 
 class TrunkRank:
     """Computes attention, routers and head, requests the experts from the pool, and knows the step's scalars.
+
+    Where every rank has both roles, it serves its shard of the pool meanwhile.
 
     Args:
         document_end: See `Trunk`.
@@ -89,14 +89,13 @@ class TrunkRank:
         self.trunk = Trunk(recipe, job.device, document_end).requires_grad_(recipe.train.freeze != "trunk")
         self._pool_map = _pool_map(recipe, placement, job.device) if placement else None
         self._compile()
-        self.engines = {"trunk": build_engine(self.trunk, recipe, "trunk", job.role_size)}
-        self._shard: ExpertShard | None = None
-        self._wire: TrunkWire | None = None
-        self._pool = PoolClient(job.device)
-        if placement:
-            self._join_pool(placement)
-        self.metrics = MetricsServer(recipe.metrics, "trunk", job.rank, job.local_rank, self._expert_load())
-        self.clock = UsageClock(self._pool.waits)
+        trunk_engine = build_engine(self.trunk, recipe, "trunk", job.role_size)
+        self._pool_side = PoolSide(recipe, job, placement)
+        self._pool = self._pool_side.client
+        self.engines = {"trunk": trunk_engine, **self._pool_side.engines}
+        load = self._pool_side.expert_load()
+        self.metrics = MetricsServer(recipe.metrics, "trunk", job.rank, job.local_rank, load)
+        self.clock = UsageClock(self._pool.waits, self._pool_side.serving)
         layers, experts = recipe.model.layers, max(1, recipe.experts_per_layer)
         self._statistics = LoadStatistics(recipe.balance.scope, recipe.balance.delay, layers, experts)
         self.load_LM = torch.zeros(layers, experts, dtype=torch.int64)
@@ -115,24 +114,6 @@ class TrunkRank:
         elif job.rank == 0 and job.device.type == "cuda" and recipe.train.compile is None:
             say("unipool: the trunk is not compiled (train.compile), because parallel.trunk_zero is 3")
 
-    def _join_pool(self, placement: Placement) -> None:
-        recipe, job = self._recipe, self._job
-        if job.topology.colocated:
-            self._shard = build_shard(recipe, placement, 0, job.device)
-            self.engines["pool/shard_0"] = build_engine(self._shard, recipe, "pool", job.role_size)
-            self._pool = LocalPool(self._shard)
-        else:
-            self._wire = trunk_wire(wire_settings(recipe, job, placement), job.wire_groups)
-            self._pool = RemotePool(self._wire, job.rank)
-
-    def _expert_load(self) -> ExpertLoad | None:
-        """Return the load to serve as metrics: of all experts, if no pool rank serves it."""
-        recipe = self._recipe
-        if self._shard is None or self._job.rank:
-            return None
-        layers = recipe.model.layers if recipe.metrics.per_layer_experts else 0
-        return ExpertLoad(range(recipe.pool.experts), recipe.pool.experts, layers, backward=False)
-
     def warm_up(self, limit: timedelta) -> None:
         """Run a micro-batch forward and backward, with the pool, and leave nothing behind.
 
@@ -144,32 +125,32 @@ class TrunkRank:
         """
         recipe, rank = self._recipe, self._job.rank
         assert self._pool_map is not None
-        order = lockstep_schedule(recipe.grid.trunk_ranks, 1, recipe.model.layers).lane_order[rank]
+        grid = recipe.grid
+        plan = lockstep_schedule(grid.trunk_ranks, 1, recipe.model.layers, grid.every_rank)
         objective = Objective(1.0, lambda load_LM: 0.0 * load_LM, recipe.router.z_loss, recipe.train.recompute)
         sequences_BS1 = next(self._sequences(self._training, 0))
-        if self._wire:
-            self._wire.limit = limit
+        self._pool_side.limit(limit)
         with ExitStack() as stack:
             for engine in self.engines.values():
                 stack.enter_context(engine.accumulating())
             micro_batch = train_micro_batch(self.trunk, self._pool_map, sequences_BS1, 0, objective)
-            self._pool.run([micro_batch], order, WARM_UP_STEP)
+            self._pool.run([micro_batch], plan.lane_order[rank], WARM_UP_STEP, plan.slots)
             self._job.barrier()  # some ranks may have compiled for longer than a reduction waits
-            if self._shard is not None:
-                reduce_expert_gradients(self._shard, recipe)
+            self._pool_side.reduce_gradients()
         for engine in self.engines.values():
             engine.grad_norm()
             engine.step(math.inf)
-        if self._shard is not None:
-            self._shard.weights_changed()
-        if self._wire:
-            self._wire.limit = self._wire.settings.timeout
+        self._pool_side.weights_changed()
+        if self._pool_side.service:
+            self._pool_side.service.take_served()
+        self._pool_side.limit()
 
     def accumulate(self, step: int) -> float:
         """Run forward and backward of this rank's share of the global batch.
 
         Returns:
-            The squared norm of the reduced gradients; infinite if a router had logits that are not finite.
+            What this rank contributes to the squared norm of the reduced gradients: that of the trunk from rank 0, that
+            of its shard from the shard's replica 0. Infinite if a router had logits that are not finite.
         """
         self._started = time.perf_counter()
         self._waited = self._pool.waits.seconds_waiting
@@ -177,15 +158,20 @@ class TrunkRank:
         with ExitStack() as stack:
             for engine in self.engines.values():
                 stack.enter_context(engine.accumulating())
-            results = self._pool.run(self._micro_batches(step), self.plan.lane_order[self._job.rank], step)
-            if self._shard is not None:
-                reduce_expert_gradients(self._shard, self._recipe)
+            order = self.plan.lane_order[self._job.rank]
+            results = self._pool.run(self._micro_batches(step), order, step, self.plan.slots)
+            self._pool_side.reduce_gradients()
             self.clock.computed()
         norms = [engine.grad_norm() for engine in self.engines.values()]
         self._results = reduce_results(results, norms, self._job)
         self.load_LM = self._results.load_LM
         # Gradients may be finite nevertheless, as those of a sigmoid at infinity are; the step is skipped all the same.
-        return math.inf if self._results.nonfinite_router_tokens else sum(map(squared_norm, self._results.norms))
+        if self._results.nonfinite_router_tokens:
+            return math.inf
+        first = (self._job.rank == 0, self._pool_side.replica == 0)  # all ranks of an engine's group know its norm
+        return sum(
+            squared_norm(norm) for norm, contributes in zip(self._results.norms, first, strict=False) if contributes
+        )
 
     def _micro_batches(self, step: int) -> Iterator[MicroBatch[MicroBatchResult]]:
         for index, sequences_BS1 in enumerate(self._sequences(self._training, step)):
@@ -222,8 +208,7 @@ class TrunkRank:
         """Update the weights, clipping by the norm over both roles; return the step's scalars."""
         lr = self.engines["trunk"].learning_rate
         outcomes = [engine.step(total_norm) for engine in self.engines.values()]
-        if self._shard is not None:
-            self._shard.weights_changed()
+        self._pool_side.weights_changed()
         scalars = step_scalars(
             self._recipe,
             self.placement,
@@ -252,11 +237,13 @@ class TrunkRank:
 
     def _serve_metrics(self, scalars: StepScalars, done: int) -> None:
         metrics = self.metrics
-        metrics.used(self.clock.total, self._pool.bytes_sent, self._pool.bytes_received)
+        metrics.used(self.clock.total.plus(self.clock.served), self._pool.bytes_sent, self._pool.bytes_received)
         metrics.trained(scalars.tokens // self._job.role_size, scalars.pool_wait)
         if self._job.rank == 0:
             metrics.step(scalars, done, has_pool=self._pool_map is not None)
-        if metrics.expert_load:
+        if self._pool_side.service:
+            metrics.served(self._pool_side.service.take_served())
+        elif metrics.expert_load:
             load_LM = over_all_experts(self.load_LM, self._recipe.model.groups).numpy()
             metrics.count_load(load_LM, load_LM.sum(0))
 
@@ -285,7 +272,7 @@ class TrunkRank:
         """
         plan = self._schedule.evaluation(batches * self._recipe.micro_batches)
         micro_batches = self._held_out(batches, random_layer)
-        results = self._pool.run(micro_batches, plan.lane_order[self._job.rank], step)
+        results = self._pool.run(micro_batches, plan.lane_order[self._job.rank], step, plan.slots)
         total = torch.stack([loss for loss, _ in results]).double().sum().cpu()
         loads = [load_LM for _, load_LM in results if load_LM is not None]
         held_out_LM = torch.stack(loads).sum(0).cpu() if loads else torch.zeros_like(self.load_LM)
@@ -321,12 +308,14 @@ class TrunkRank:
             The tokens, or None if logits were not finite; the pool receives as many requests in either case.
         """
         generator = torch.Generator().manual_seed(self._recipe.run.seed)
-        lane_order = self._schedule.generation(tokens).lane_order[self._job.rank]
+        plan, layers = self._schedule.generation(tokens), self._recipe.model.layers
+        lane_order = plan.lane_order[self._job.rank]
         ids, finite = list(prompt), True
         for index in range(tokens):
             context_1S = torch.tensor([ids[-self._recipe.model.seq_len :]], device=self._job.device)
             coroutine = hidden_states(self.trunk, self._pool_map, context_1S, index)
-            ((h_1SD, _),) = self._pool.run([coroutine], lane_order, step)
+            slots = plan.slots[index * layers : (index + 1) * layers]
+            ((h_1SD, _),) = self._pool.run([coroutine], lane_order, step, slots)
             with self.trunk.autocast():
                 logits_V = self.trunk.head(h_1SD[:, -1]).float().cpu()[0]
             finite = finite and bool(logits_V.isfinite().all())
@@ -362,8 +351,7 @@ class TrunkRank:
             self._statistics.begin_at(steps if by_step else steps * self._recipe.micro_batches)
         self._recent_load_LM = state["recent_load_LM"].cpu()
         torch.set_rng_state(state["rng"].cpu())
-        if self._shard is not None:
-            self._shard.weights_changed()
+        self._pool_side.weights_changed()
 
     def recorded_load(self) -> NDArray[np.int64] | None:
         """Return the assignments per step by layer and global expert (L, M), averaged over recent steps."""

@@ -105,6 +105,10 @@ def training_facts(run: Path, recipe: Recipe) -> Facts:
     ]
     if recipe.grid.colocated:
         return [*facts, ("layout", f"{p.trunk_ranks} ranks, ZeRO {p.trunk_zero}")]
+    if recipe.grid.every_rank:
+        both = f"{p.trunk_ranks} ranks with both roles: {shards} shards x {recipe.grid.replicas}"
+        zero = f"ZeRO {p.trunk_zero} of the trunk, {p.pool_zero} of the pool"
+        return [*facts, ("layout", f"{both}, {zero}"), ("lanes", known["lanes"] or "unknown")]
     return [
         *facts,
         ("trunk ranks", f"{p.trunk_ranks}, ZeRO {p.trunk_zero}"),

@@ -84,6 +84,8 @@ def _title(view: View) -> Text:
     if i.keys() >= _TITLE:
         experts = "" if i["experts"] == "0" else f", {i['experts']} experts, top-{i['top_k']} {i['router']}"
         ranks = "colocated" if i["pool_ranks"] == "0" else f"trunk + {i['pool_ranks']} pool"
+        if i.get("layout") == "every_rank":
+            ranks = "ranks with both roles"
         lanes = f" · {i['lanes']} lanes" if i.get("lanes") else ""
         title.append(f" · {i['layers']} layers{experts} · {i['trunk_ranks']} {ranks}{lanes} · {i['precision']}", "dim")
     return title
@@ -249,12 +251,14 @@ def _bar(tokens: float, mean: float, full: float, height: int) -> tuple[str, str
 
 
 def _shards(view: View, width: int) -> list[Text]:
-    """Return each pool rank's share of the assignments."""
-    served = {use.rank: use.served for use in view.ranks if use.role == "pool" and not math.isnan(use.served)}
+    """Return the share of the assignments of each rank that serves them."""
+    both = view.info.get("layout") == "every_rank"
+    serving = (use for use in view.ranks if both or use.role == "pool")
+    served = {use.rank: use.served for use in serving if not math.isnan(use.served)}
     total = sum(served.values())
     if len(served) < 2 or not total:
         return []
-    name = "pool ranks' share"
+    name = "ranks' share" if both else "pool ranks' share"
     text = "   ".join(f"{rank}: {tokens / total:.0%}" for rank, tokens in served.items())
     if len(name) + 3 + len(text) > width:
         busiest = max(served, key=lambda rank: served[rank])

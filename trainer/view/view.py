@@ -80,6 +80,10 @@ class View:
 
 def who_waits(roles: Mapping[str, Shares], info: Mapping[str, str]) -> str:
     """Say in a sentence which role waits for which; empty if it is not known."""
+    if info.get("layout") == "every_rank":
+        if not roles.get("trunk"):
+            return ""
+        return f"Every rank has both roles, and waits {roles['trunk']['waiting']:.0%} of its time for others."
     if info.get("pool_ranks") == "0":
         return "All ranks have the same role, so none waits for another role."
     if not roles.get("trunk") or not roles.get("pool"):

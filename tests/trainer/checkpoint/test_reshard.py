@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from pool.placement import Placement, imbalance
+from pool.placement import Placement, contiguous, imbalance
 from tests.distributed import RankFailed
 from tests.training import Outcome, assert_same, run_training, tiny
 from trainer.checkpoint.format import Layout, layout_of, newest, read_load, read_placement
@@ -23,7 +23,7 @@ from trainer.checkpoint.reshard import SavedCheckpoint, convert
 from trainer.common.errors import UserError
 from trainer.config.recipe import Recipe
 from trainer.engine import role_engine as engine
-from trainer.engine.role_engine import ParameterState
+from trainer.engine.parameter_state import ParameterState
 from trainer.model.trunk import Trunk
 
 pytestmark = pytest.mark.slow
@@ -112,6 +112,16 @@ def test_a_trunk_that_is_not_aligned_is_another_layout(stage: int, same: bool) -
     now = layout_of(recipe({"trunk_ranks": 2, "trunk_zero": stage}), None)
     before = Layout.model_validate_json(now.model_dump_json(exclude={"aligned"}))
     assert (before == now) == same
+
+
+def test_where_every_rank_has_both_roles_the_layout_is_its_own() -> None:
+    """Its files are those of the colocated layout if each rank holds the whole pool."""
+    halves, whole = contiguous(8, 1, 2), contiguous(8, 1, 1)
+    every_rank = {"layout": "every_rank", "trunk_ranks": 2}
+    dedicated = {"trunk_ranks": 2, "pool_ranks": 2}
+    assert layout_of(recipe(every_rank), halves) != layout_of(recipe(dedicated), halves)
+    one_shard = layout_of(recipe({**every_rank, "expert_parallel": 1}), whole)
+    assert one_shard == layout_of(recipe({"trunk_ranks": 2}), whole)
 
 
 class Code:

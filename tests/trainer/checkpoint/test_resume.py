@@ -41,7 +41,7 @@ def test_keys_that_affect_results() -> None:
         assert affects_results(key, recipe), key
     for key in ("parallel.trunk_ranks", "train.micro_batch", "eval.every", "run.dir", "pool.placement", "data.dir"):
         assert not affects_results(key, recipe), key
-    for key in ("topology.order", "metrics.port"):
+    for key in ("topology.order", "metrics.port", "parallel.layout"):
         assert not affects_results(key, recipe), key
     own = tiny(balance={"scope": "micro_batch", "delay": 0})
     assert affects_results("train.micro_batch", own)
@@ -54,6 +54,8 @@ def test_a_changed_recipe_says_what_differs(checkpoints: Path) -> None:
     assert check(tiny(**RECIPE), folder, force=False) == []
     allowed = tiny(parallel={"pool_ranks": 1, "trunk_ranks": 2}, eval={"every": 3})
     assert check(allowed, folder, force=False) == ["parallel.trunk_ranks 1 -> 2", "eval.every 0 -> 3"]
+    layout = check(tiny(parallel={"layout": "every_rank", "trunk_ranks": 2}), folder, force=False)
+    assert layout[0] == 'parallel.layout null -> "every_rank"'
     changed = tiny(**RECIPE, train={"lr": 1e-2, "betas": (0.8, 0.9)})
     with pytest.raises(UserError, match=r"different settings: train.lr 0.003 -> 0.01, train.betas .* pass --force"):
         check(changed, folder, force=False)

@@ -103,6 +103,14 @@ def test_launchers_that_show_each_rank_one_gpu() -> None:
     assert not devices.shared and devices.summary == f"4 x {NAME}"
 
 
+def test_each_rank_with_both_roles_needs_a_gpu_of_its_own() -> None:
+    grid = Topology(2, 2, 2, every_rank=True)
+    sights = [Sight("a", rank, (gpu(0), gpu(1))) for rank in range(2)]
+    assert assign_devices(grid, sights, "auto").ordinals == (0, 1)
+    with pytest.raises(UserError, match=r"\(trunk 0, shard 0\) .*would share a GPU .*lower parallel.trunk_ranks,"):
+        assign_devices(grid, [Sight("a", rank, (gpu(0),)) for rank in range(2)], "auto")
+
+
 def test_masks_that_overlap() -> None:
     """A rank that sees little chooses before one that sees much."""
     sights = [Sight("a", 0, (gpu(0), gpu(1))), Sight("a", 1, (gpu(0),))]

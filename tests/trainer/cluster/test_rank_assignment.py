@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 
 from pool.topology import Topology
-from trainer.cluster.rank_assignment import assign_ranks, payload_device, ranks_by_order, roster, spans
+from trainer.cluster.rank_assignment import (
+    assign_ranks,
+    number_of_ranks,
+    payload_device,
+    ranks_by_order,
+    roster,
+    spans,
+)
 from trainer.common.errors import UserError
 
 GRIDS = [Topology(trunk, pool, max(1, pool)) for trunk in range(1, 10) for pool in range(18)]
@@ -122,3 +129,23 @@ def test_the_roster_names_ranks_by_host_and_devices_where_they_differ() -> None:
         "a: trunk 0-1 on cuda; b: pool 0,2 on cpu; c: pool 1 on cpu"
     )
     assert spans([0, 1, 2, 5, 7, 8]) == "0-2,5,7-8"
+
+
+EVERY_RANK = Topology(4, 4, 2, every_rank=True)
+
+
+def test_ranks_with_both_roles_are_numbered_as_the_launcher_does() -> None:
+    for order in ("pool_last", "interleaved"):
+        assert assign_ranks(EVERY_RANK, order, [""] * 4) == [0, 1, 2, 3]
+    with pytest.raises(UserError, match=r"UNIPOOL_ROLE is set on launcher rank 1,3, but .*every_rank") as caught:
+        assign_ranks(EVERY_RANK, "pool_last", ["", "pool", "", "trunk"])
+    assert "\n" not in str(caught.value)
+    assert number_of_ranks(EVERY_RANK) == "parallel.trunk_ranks = 4"
+    assert number_of_ranks(Topology(2, 4, 2)) == "parallel.trunk_ranks + parallel.pool_ranks = 2 + 4 = 6"
+
+
+def test_ranks_with_both_roles_in_the_roster_and_on_devices() -> None:
+    assert roster(EVERY_RANK, ["a", "a", "b", "b"], ["cpu"] * 4) == "a: rank 0-1; b: rank 2-3"
+    assert payload_device(EVERY_RANK, ["cuda"] * 4, "auto", False) == "cuda"
+    with pytest.raises(UserError, match=r"rank 2 \(trunk 2, shard 0\) uses cpu: all ranks need the same device type"):
+        payload_device(EVERY_RANK, ["cuda", "cuda", "cpu", "cpu"], "auto", False)

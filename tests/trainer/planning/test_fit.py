@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 from click.testing import CliRunner
@@ -68,11 +69,12 @@ def test_plan_warns_in_a_line_and_in_json() -> None:
 
 def test_lanes_are_the_fewest_good_ones_of_those_that_fit() -> None:
     recipe = load_recipe("unipool-978m")
-    free, costs = choose_lanes(recipe, costs_in_seconds(recipe, H100)), costs_in_seconds(recipe, H100)
+    costs_of = partial(costs_in_seconds, recipe, H100)
+    free = choose_lanes(recipe, costs_of)
     assert free > 2 and choose_fitting_lanes(recipe, replace(H100, memory=1e12)) == free
     for lanes in range(free):
         small = replace(H100, memory=fullest_rank(recipe, lanes + 1) / FILLED - 1)
-        assert choose_fitting_lanes(recipe, small) == (choose_lanes(recipe, costs, lanes) if lanes else 0)
+        assert choose_fitting_lanes(recipe, small) == (choose_lanes(recipe, costs_of, lanes) if lanes else 0)
 
 
 def test_every_part_is_counted() -> None:

@@ -1,4 +1,4 @@
-"""Predicted times compared with arithmetic by hand; profiles; the wire; splits and lanes."""
+"""Predicted times compared with arithmetic by hand; profiles; the wire; lanes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -25,9 +26,8 @@ from trainer.planning.hardware import (
     with_link,
 )
 from trainer.planning.lanes import accumulation_time, choose_lanes
-from trainer.planning.step_time import best_splits, step_time
+from trainer.planning.step_time import step_time
 
-ONE_SHARD = "parallel.expert_parallel=1"
 H100 = DATA_SHEETS["h100"]
 PROFILE = Profile(H100, (Figure("dense product", "fp32", 67e12, "FLOP/s", 1.0, "GEMM peak"),))
 
@@ -56,7 +56,7 @@ def at_182m(*overrides: str) -> Recipe:
 
 def test_costs_at_182m_by_hand() -> None:
     """A layer of 4.72 + 0.147 MFLOP, head 78.6, expert 14.16 over 4 shards; half and 0.7 of 989 TFLOP/s."""
-    costs = costs_in_seconds(at_182m(), with_link(MEASURED, 400))
+    costs = costs_in_seconds(at_182m(), with_link(MEASURED, 400), lanes=2)
     assert costs.trunk_layer == pytest.approx(16384 * 4.866e6 / 494.5e12, rel=1e-3)
     assert costs.head == pytest.approx(16384 * 78.64e6 / 494.5e12, rel=1e-3)
     assert costs.pool_layer == pytest.approx(16384 * 14.156e6 / 4 / 692.3e12, rel=1e-3)
@@ -68,7 +68,7 @@ def test_costs_at_182m_by_hand() -> None:
 
 def test_costs_of_a_data_sheet_by_hand() -> None:
     """At 0.6 of 989 TFLOP/s, with bytes at 0.85 of 3.35 TB/s; a kernel takes 5 us to launch and 2 us to run."""
-    costs = costs_in_seconds(at_182m(), H100)
+    costs = costs_in_seconds(at_182m(), H100, lanes=2)
     layer, head, experts = (92800 / 3, 644096 / 3, 233472 / 3)  # bytes of a token or a row beside the products
     assert costs.trunk_layer == pytest.approx(16384 * (4.866e6 / 593.4e12 + layer / MEMORY) + 70 / 3 * 2e-6, rel=1e-3)
     assert costs.head == pytest.approx(16384 * (78.64e6 / 593.4e12 + head / MEMORY) + 44 / 3 * 2e-6, rel=1e-3)
@@ -80,7 +80,7 @@ def test_costs_of_a_data_sheet_by_hand() -> None:
     assert (costs.transfer, costs.payload) == pytest.approx((100e-6 + 16384 * 1536 / 450e9, 16384 * 1536 / 450e9))
     launches = (costs.trunk_launch, costs.head_launch, costs.slot_launch)
     assert launches == pytest.approx((70 / 3 * 5e-6, 44 / 3 * 5e-6, 30 * 5e-6))
-    eager = costs_in_seconds(at_182m("train.compile=false"), H100)
+    eager = costs_in_seconds(at_182m("train.compile=false"), H100, lanes=2)
     assert eager.trunk_layer > 2 * costs.trunk_layer and eager.trunk_launch > 2 * costs.trunk_launch
 
 
@@ -88,7 +88,7 @@ def test_transfer_goes_at_the_slower_side() -> None:
     sent = 16384 * 768 * 2
     for trunk_ranks, pool_ranks, shards, slower in ((8, 4, 4, 2), (4, 8, 4, 1), (8, 4, 2, 2), (2, 4, 4, 1)):
         layout = (f"parallel.trunk_ranks={trunk_ranks}", f"parallel.pool_ranks={pool_ranks}")
-        costs = costs_in_seconds(at_182m(*layout, f"parallel.expert_parallel={shards}"), H100)
+        costs = costs_in_seconds(at_182m(*layout, f"parallel.expert_parallel={shards}"), H100, lanes=2)
         assert costs.transfer == pytest.approx(100e-6 + slower * sent / 450e9), (trunk_ranks, pool_ranks, shards)
 
 
@@ -138,7 +138,7 @@ def test_step_time_adds_up() -> None:
     f = step_time(recipe, H100)
     assert f.tokens_per_second * f.seconds == pytest.approx(512 * 1024)
     assert f.mfu == pytest.approx(3 * (137.04e6 + 169.87e6) * f.tokens_per_second / (8 * 989e12), rel=1e-3)
-    costs = costs_in_seconds(recipe, H100)
+    costs = costs_in_seconds(recipe, H100, f.lanes)
     assert f.trunk_busy * f.seconds == pytest.approx(8 * 3 * (12 * costs.trunk_layer + costs.head))
 
 
@@ -185,52 +185,33 @@ def test_without_pool_ranks_nothing_overlaps(name: str) -> None:
     assert (f.pool_busy == 0) == (name == "dense-182m")
 
 
-def test_best_splits_are_valid_and_ordered() -> None:
-    recipe = at_182m()
-    best = best_splits(recipe, 8, H100)
-    assert [f.tokens_per_second for f in best] == sorted((f.tokens_per_second for f in best), reverse=True)
-    assert (best[0].trunk_ranks, best[0].pool_ranks, best[0].expert_parallel) == (4, 4, 4)
-    assert best[0].tokens_per_second >= step_time(recipe, H100).tokens_per_second
-    for f in best:
-        layout = (f"parallel.trunk_ranks={f.trunk_ranks}", f"parallel.pool_ranks={f.pool_ranks}")
-        lanes = (f"parallel.expert_parallel={f.expert_parallel}", f"parallel.lanes={f.lanes}")
-        checked = at_182m(*layout, *lanes)
-        assert f.trunk_ranks + f.pool_ranks == 8 and f.lanes <= checked.micro_batches
-        assert f == step_time(checked, H100)
-        assert f.memory <= 0.9 * H100.memory
-
-
-def test_splits_of_zero_3_run_in_order() -> None:
-    zero3 = ("parallel.trunk_zero=3", "parallel.lanes=1", "parallel.stagger=false")
-    assert all(f.lanes == 1 for f in best_splits(at_182m(*zero3), 8, H100) if f.trunk_ranks > 1)
-
-
-def test_no_split() -> None:
-    with pytest.raises(UserError, match=r"--devices 2: no split fits into 80 GB"):
-        best_splits(load_recipe("unipool-978m"), 2, H100)
-    odd = at_182m("train.global_batch=7", "train.micro_batch=1", "parallel.trunk_ranks=7", "pool.experts=97", ONE_SHARD)
-    assert all((f.trunk_ranks, f.expert_parallel) in ((1, 1), (7, 1)) for f in best_splits(odd, 8, H100))
-
-
 def test_chosen_lanes_are_the_fewest_of_the_good() -> None:
     recipe = at_182m()
     hardware = (with_link(H100, 400), H100)
     for device in hardware:
-        costs = costs_in_seconds(recipe, device)
-        taken = [accumulation_time(recipe, lanes, costs)[0] for lanes in range(1, 9)]
-        chosen = choose_lanes(recipe, costs)
+        costs_of = partial(costs_in_seconds, recipe, device)
+        taken = [accumulation_time(recipe, lanes, costs_of(lanes))[0] for lanes in range(1, 9)]
+        chosen = choose_lanes(recipe, costs_of)
         assert taken[chosen - 1] <= 1.03 * min(taken)
         assert all(seconds > 1.03 * min(taken) for seconds in taken[: chosen - 1])
-    slow, fast = (choose_lanes(recipe, costs_in_seconds(recipe, device)) for device in hardware)
+    slow, fast = (choose_lanes(recipe, partial(costs_in_seconds, recipe, device)) for device in hardware)
     assert slow > fast > 1
+
+
+def test_one_lane_without_merging_may_be_fastest() -> None:
+    """Where one trunk rank's requests need not be merged, one lane has fewer launches and moves fewer bytes."""
+    colocated = ("parallel.trunk_ranks=1", "parallel.pool_ranks=0")
+    seconds = [step_time(at_182m(*colocated, f"parallel.lanes={lanes}"), H100).seconds for lanes in (1, 2, 3, 4)]
+    assert min(seconds) == seconds[0] < seconds[1]
+    assert step_time(at_182m(*colocated), H100) == step_time(at_182m(*colocated, "parallel.lanes=1"), H100)
 
 
 def test_lanes_are_at_most_the_micro_batches() -> None:
     recipe = at_182m("train.global_batch=128")
     assert recipe.micro_batches == 2
-    assert choose_lanes(recipe, costs_in_seconds(recipe, H100)) <= 2
+    assert choose_lanes(recipe, partial(costs_in_seconds, recipe, H100)) <= 2
     dense = load_recipe("dense-182m")
-    assert choose_lanes(dense, costs_in_seconds(dense, H100)) == 1
+    assert choose_lanes(dense, partial(costs_in_seconds, dense, H100)) == 1
 
 
 def test_profile_comes_back_equal(tmp_path: Path) -> None:
@@ -316,7 +297,7 @@ def test_a_host_that_launches_slowly_is_exposed() -> None:
     """Where a launch takes longer than the kernel, the step takes the host's time, colocated as well."""
     slow = replace(H100, launch=1e-3)
     colocated = at_182m("parallel.pool_ranks=0", "parallel.lanes=1")
-    costs = costs_in_seconds(colocated, slow)
+    costs = costs_in_seconds(colocated, slow, lanes=1)
     launching = 3 * 8 * (12 * costs.trunk_launch + costs.head_launch) + 2 * 12 * 8 * costs.slot_launch
     assert launching < step_time(colocated, slow).seconds < 1.1 * launching
     assert step_time(at_182m("parallel.lanes=1"), slow).seconds > 3 * 8 * (12 * 70 / 3 + 44 / 3) * 1e-3

@@ -290,22 +290,34 @@ def test_predicted_step_says_whether_the_wire_limits_it(gbit: str, said: str, mo
     monkeypatch.setenv("COLUMNS", "80")
     text = unipool("unipool-182m", "--hardware", "h100", "--interconnect", gbit).output
     assert said in " ".join(text.split())
-    assert "Predicted step" in text and "Best splits of 8 devices" in text and "Assumed, not measured" in text
+    assert "Predicted step" in text and "Best layouts of 8 devices" in text and "Assumed, not measured" in text
     assert "…" not in text
+
+
+@pytest.mark.parametrize("layout", [(), ("--set", "parallel.trunk_ranks=1", "--set", "parallel.pool_ranks=0")])
+def test_memory_and_predicted_step_are_of_the_same_lanes(layout: tuple[str, ...]) -> None:
+    """Not of those that a run without `parallel.hardware` would choose; nor of those of a faster link."""
+    arguments = ("unipool-182m", *layout, "--json", "--hardware", "h100", "--interconnect", "100")
+    tree = json.loads(unipool(*arguments).output)
+    assert tree["lanes"] == tree["predicted"]["lanes"]
+    assert max(memory["total"] for memory in tree["memory"]) == tree["predicted"]["memory"]
+    others = [json.loads(unipool(*words).output)["lanes"] for words in (arguments[:-2], arguments[:-4])]
+    assert layout or tree["lanes"] not in others
 
 
 def test_predicted_step_as_json() -> None:
     tree = json.loads(unipool("unipool-182m", "--hardware", "h100", "--devices", "6", "--json").output)
     predicted = tree["predicted"]
     assert predicted["trunk_ranks"] == 4 and predicted["hardware"]["name"] == "h100"
-    assert all(split["trunk_ranks"] + split["pool_ranks"] == 6 for split in predicted["splits"])
+    dedicated = [step for step in predicted["layouts"] if step["layout"] == "dedicated"]
+    assert dedicated and all(step["trunk_ranks"] + step["pool_ranks"] == 6 for step in dedicated)
     assert "predicted" not in json.loads(unipool("unipool-182m", "--json").output)
 
 
 @pytest.mark.parametrize("arguments", [("dense-182m",), ("unipool-182m", "--set", "parallel.pool_ranks=0")])
 def test_predicted_step_without_pool_ranks(arguments: tuple[str, ...]) -> None:
     text = unipool(*arguments, "--hardware", "a100").output
-    assert "Predicted step" in text and "Best splits" not in text and "wire" not in text
+    assert "Predicted step" in text and "Best layouts" not in text and "wire" not in text
 
 
 @pytest.mark.parametrize(
@@ -313,7 +325,7 @@ def test_predicted_step_without_pool_ranks(arguments: tuple[str, ...]) -> None:
     [
         (("unipool-182m", "--devices", "4"), "--devices 4: needs --hardware"),
         (("unipool-182m", "--interconnect", "4"), "--interconnect 4: needs --hardware"),
-        (("unipool-182m", "--hardware", "h100", "--devices", "1"), "--devices 1: must be at least 2"),
+        (("unipool-182m", "--hardware", "h100", "--devices", "0"), "--devices 0: must be at least 1"),
         (("unipool-182m", "--hardware", "h100", "--interconnect", "-1"), "--interconnect -1: must be"),
         (("unipool-182m", "--hardware", "h10"), "--hardware h10: neither"),
         (("dense-182m", "--hardware", "h100", "--devices", "4"), "there is no pool"),

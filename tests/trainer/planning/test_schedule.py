@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from pool.schedule import SERVE
 from tests.training import tiny
 from trainer.common.errors import UserError
-from trainer.config.recipe import load_recipe
+from trainer.config.recipe import Recipe, load_recipe
 from trainer.planning.lanes import accumulation_time
 from trainer.planning.schedule import ScheduleSpec, make_schedule, nominal_costs, schedule_of
 
@@ -50,6 +51,29 @@ def test_a_saved_schedule_serves_the_same_shape_only() -> None:
     assert ScheduleSpec.from_json(load_recipe("unipool-182m", ["train.lr=1e-3"]), text) is not None
     for other in ("parallel.pool_ranks=8", "train.micro_batch=8", "parallel.lanes=7", "parallel.hardware=h100"):
         assert ScheduleSpec.from_json(load_recipe("unipool-182m", [other]), text) is None, other
+
+
+def test_a_saved_schedule_of_every_rank_is_that_of_no_other_layout() -> None:
+    def recipe(*keys: str) -> Recipe:
+        return load_recipe("unipool-182m", [f"parallel.{key}" for key in ("trunk_ranks=4", "pool_ranks=0", *keys)])
+
+    both = recipe("layout=every_rank", "expert_parallel=1")
+    spec = make_schedule(both)
+    assert ScheduleSpec.from_json(both, spec.to_json()) == spec
+    for other in (
+        recipe("expert_parallel=1"),
+        recipe("pool_ranks=4", "expert_parallel=1"),
+        recipe("layout=every_rank", "expert_parallel=2"),
+    ):
+        assert ScheduleSpec.from_json(other, spec.to_json()) is None
+        assert ScheduleSpec.from_json(both, make_schedule(other).to_json()) is None
+
+
+def test_each_rank_of_every_rank_serves_all_slots() -> None:
+    spec = make_schedule(load_recipe("unipool-182m", ["parallel.layout=every_rank", "parallel.pool_ranks=0"]))
+    for schedule in (spec.step, spec.evaluation(2), spec.generation(1)):
+        slots = sum(1 for slot in schedule.slots if slot)
+        assert [order.count(SERVE) for order in schedule.lane_order] == [slots] * 4
 
 
 OLD_FILE = """{"shape": {"model": {"layers": 8, "hidden": 128, "heads": 4, "kv_heads": 4, "ffn_hidden": 256,

@@ -43,7 +43,16 @@ def test_shown_ranks_are_of_both_roles_and_evenly_spaced(
         assert not steps.size or (steps.min() > 0 and steps.max() - steps.min() <= 1)
 
 
-@pytest.mark.parametrize("grid", [(1, 1, 1), (4, 5, 5), (30, 40, 4)])
+def test_shown_ranks_with_both_roles_are_evenly_spaced() -> None:
+    assert shown_ranks(Topology(8, 8, 4, every_rank=True)) == tuple(range(8))
+    ranks = shown_ranks(Topology(70, 70, 7, every_rank=True))
+    assert len(ranks) == 24 and (ranks[0], ranks[-1]) == (0, 69) and set(np.diff(ranks)) == {3}
+
+
+EVERY_RANK = (6, 6, 3, True)
+
+
+@pytest.mark.parametrize("grid", [(1, 1, 1), (4, 5, 5), (30, 40, 4), EVERY_RANK])
 def test_file_appears_whole(grid: tuple[int, int, int], tmp_path: Path) -> None:
     topology = Topology(*grid)
     path = tmp_path / "timeline.png"
@@ -78,3 +87,11 @@ def test_a_row_is_coloured_by_its_busy_share(tmp_path: Path) -> None:
     row = np.flatnonzero(weight_gradients.any(axis=1))[5]
     inside = slice(np.flatnonzero(idle[row])[0], np.flatnonzero(weight_gradients[row])[-1] + 1)
     assert 1 - idle[row, inside].mean() == pytest.approx(step.pool_busy_P[0], abs=0.02)
+
+
+def test_experts_have_colours_of_their_own_on_ranks_with_both_roles(tmp_path: Path) -> None:
+    topology = Topology(*EVERY_RANK)
+    draw_timeline(timed(topology), topology, tmp_path / "step.png", "a step", in_seconds=False)
+    picture = imread(tmp_path / "step.png")[..., :3]
+    for colour in ("#31688e", "#e08a3c", "#35a06b", "#440154", "#9ec3dd", "#f2c9a0"):
+        assert (np.abs(picture - to_rgb(colour)).max(axis=2) < 0.01).sum() > 200, colour

@@ -18,7 +18,7 @@ from trainer.cluster.launch import free_port
 from trainer.common.errors import UserError
 from trainer.config.sections import Metrics
 from trainer.telemetry.prometheus import CATALOGUE, ExpertLoad, MetricsServer, StepScalars, parse
-from trainer.telemetry.time_breakdown import Usage, UsageClock, shares
+from trainer.telemetry.time_breakdown import Serving, Usage, UsageClock, shares
 
 LAYERS, EXPERTS = 48, 384
 """Of unipool-830m."""
@@ -166,6 +166,22 @@ def test_usage_adds_up_to_the_time_of_the_steps(monkeypatch: pytest.MonkeyPatch)
     clock.computed()
     clock.stepped()
     assert clock.total.since(first) == Usage(computing=3.0, waiting=1.0, wire=0.0, optimizer=0.5)
+
+
+def test_usage_of_a_rank_with_both_roles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 10 s it serves for 4: 1 of these it waits, half a second is the wire's. As a trunk rank it waits for 2."""
+    now = iter([0.0, 100.0, 102.0, 104.0, 106.0, 110.0, 113.0])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(now))
+    waits, serving = Waits(HostClock()), Serving(Waits(HostClock()), Waits(HostClock()))
+    clock = UsageClock(waits, serving)
+    clock.begin()
+    waits.waited(since=100.0)
+    serving.waits.waited(since=102.5, headers=103.5)
+    serving.spans.waited(since=102.0)
+    clock.computed()
+    clock.stepped()
+    assert clock.total == Usage(computing=4.0, waiting=2.0, wire=0.0, optimizer=3.0)
+    assert clock.served == Usage(computing=2.5, waiting=1.0, wire=0.5)
 
 
 def test_shares() -> None:

@@ -11,7 +11,20 @@ from typing import Any
 import pytest
 
 from pool.schedule import Kind, RequestKey
-from tests.trainer.forked import NAMES, POOL, TRUNK, Fault, ForkedJob, Place, fail, kill, saving_recipe, stop
+from tests.trainer.forked import (
+    BOTH_NAMES,
+    BOTH_ROLES,
+    NAMES,
+    POOL,
+    TRUNK,
+    Fault,
+    ForkedJob,
+    Place,
+    fail,
+    kill,
+    saving_recipe,
+    stop,
+)
 from tests.trainer.job import write_recipe
 from trainer.checkpoint.format import newest
 from trainer.config.recipe import Recipe
@@ -80,9 +93,9 @@ PLACES = {
 """Where a fault happens: the phase in which the other rank then is, and the place on a trunk and on a pool rank."""
 
 
-def assert_named(log: str, phase: str, victim: int, fate: str) -> None:
+def assert_named(log: str, phase: str, victim: int, fate: str, names: tuple[str, str] = NAMES) -> None:
     """The rank that wrote `log` says in which phase it stopped, and why."""
-    wanted = rf"^unipool: rank {1 - victim}.* (stopped|failed) during {phase}.*: .*{re.escape(NAMES[victim])}.*{fate}"
+    wanted = rf"^unipool: rank {1 - victim}.* (stopped|failed) during {phase}.*: .*{re.escape(names[victim])}.*{fate}"
     assert re.search(wanted, log, re.M), f"no {wanted!r} in:\n{log}"
 
 
@@ -96,6 +109,17 @@ def test_a_killed_rank_is_named(phase: str, victim: int, recipe: Callable[..., R
     assert statuses[victim] == -9
     assert statuses[1 - victim] == 1, job.log(1 - victim)
     assert_named(job.log(1 - victim), others_phase, victim, "died")
+
+
+@pytest.mark.parametrize(("phase", "side"), [("forward", POOL), ("backward", TRUNK)])
+def test_a_killed_rank_with_both_roles_is_named(
+    phase: str, side: int, recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    """It dies while it serves, or while it asks."""
+    others_phase, places = PLACES[phase]
+    job = ForkedJob(recipe(tmp_path / "run", **BOTH_ROLES), tmp_path, Fault(1, places[side], kill))
+    assert job.end(GRACE) == [1, -9], job.log(0)
+    assert_named(job.log(0), others_phase, 1, "died", BOTH_NAMES)
 
 
 @pytest.mark.parametrize("victim", [TRUNK, POOL])
@@ -152,6 +176,8 @@ STOPS = {
     "evaluation": (POOL, PLACES["evaluation"][0], PLACES["evaluation"][1][POOL], LIMIT, "does not respond"),
     "last save": (TRUNK, "the last checkpoint", LAST_SAVE, SAVE_LIMIT, "does not respond"),
 }
+STOPPED_WITH_BOTH_ROLES = "forward"
+"""The one of them in which every rank has both roles."""
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +186,9 @@ def stopped(recipe: Callable[..., Recipe], tmp_path_factory: pytest.TempPathFact
     jobs = {}
     for name, (victim, _, place, limit, _) in STOPS.items():
         folder = tmp_path_factory.mktemp("stopped")
-        limits = {"parallel__timeout_seconds": LIMIT}
+        limits: dict[str, Any] = {"parallel__timeout_seconds": LIMIT}
+        if name == STOPPED_WITH_BOTH_ROLES:
+            limits |= BOTH_ROLES
         if limit != LIMIT:
             limits["parallel__start_timeout_seconds"] = limit
         jobs[name] = ForkedJob(recipe(folder / "run", **limits), folder, Fault(victim, place, stop))
@@ -175,7 +203,8 @@ def test_a_stopped_rank_is_named(name: str, stopped: dict[str, ForkedJob]) -> No
     statuses = job.end(limit + GRACE, without=victim)
     assert statuses[victim] is None
     assert statuses[1 - victim] == 1, job.log(1 - victim)
-    assert_named(job.log(1 - victim), phase, victim, fate)
+    names = BOTH_NAMES if name == STOPPED_WITH_BOTH_ROLES else NAMES
+    assert_named(job.log(1 - victim), phase, victim, fate, names)
 
 
 def test_too_many_skipped_steps_end_the_job_and_name_their_data(recipe: Callable[..., Recipe], tmp_path: Path) -> None:

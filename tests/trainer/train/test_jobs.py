@@ -221,13 +221,17 @@ def test_resume_in_another_layout_and_placement(recipe: str, folder: Path) -> No
     """Steps 3 and 4 in another layout come to the same losses, and nothing of the reshaping is left behind."""
     run_dir = copy_at_step_2(folder, "reshaped")
     before = steps(run_dir)
-    sets = ("checkpoint.every=2", f"run.dir={run_dir}", "parallel.pool_ranks=2", "pool.placement=auto")
+    layout = ("parallel.layout=every_rank", "parallel.trunk_ranks=2", "parallel.pool_ranks=0")
+    sets = ("checkpoint.every=2", f"run.dir={run_dir}", *layout, "pool.placement=auto")
     status, told = train_as_forked(folder, recipe, *sets)
     assert status == 0, told
     assert "checkpoint step_00000002 has another layout: resharding it" in told
     for record, undisturbed in zip(steps(run_dir), before, strict=True):
         name = next(name for name in ("loss", "val_loss", "probe_loss") if name in record)
         assert record[name] == pytest.approx(undisturbed[name], rel=1e-5)
+        if "loss" in record and record["step"] > 2:
+            assert math.fsum(record[f"trunk_{activity}"] for activity in ACTIVITIES) == pytest.approx(1)
+            assert 0 < record["serving_computing"] < record["trunk_computing"]
     assert "the recipe differs from that of step_00000002: pool.placement" in told
     assert {path.name for path in (run_dir / "checkpoints").iterdir()} == {"step_00000002", "step_00000004"}
 

@@ -18,6 +18,7 @@ from trainer.model.trunk import Trunk
 LOSSES = Path(__file__).parents[2] / "golden" / "losses.json"
 ZERO_0 = {"trunk_zero": 0, "pool_zero": 0}
 LOCK_STEP = {"lanes": 1, "stagger": False}
+EVERY = {"layout": "every_rank", "trunk_ranks": 2}
 
 
 @cache
@@ -58,6 +59,10 @@ def test_losses_are_what_they_were() -> None:
         {"pool_ranks": 1, **LOCK_STEP},
         {"trunk_ranks": 2, "pool_ranks": 1, **LOCK_STEP},
         {"trunk_ranks": 2, "pool_ranks": 2, "lanes": 3, "stagger": False},
+        EVERY,
+        {**EVERY, **LOCK_STEP},
+        {**EVERY, "expert_parallel": 1, "lanes": 2},
+        {**EVERY, "trunk_ranks": 4, "expert_parallel": 2},
     ],
     ids=lambda p: "-".join(f"{k}={v}" for k, v in p.items()),
 )
@@ -78,10 +83,11 @@ def test_split_of_the_global_batch(trunk_ranks: int, micro_batch: int) -> None:
         (1, 2, {"trunk_ranks": 2}),
         (0, 1, {"pool_ranks": 2, "expert_parallel": 1}),
         (1, 0, {"trunk_ranks": 2, "pool_ranks": 2}),
-        (2, 1, {"trunk_ranks": 2, "pool_ranks": 2, "expert_parallel": 1}),
         (2, 2, {"trunk_ranks": 2, "pool_ranks": 2, "expert_parallel": 1}),
+        (2, 1, {**EVERY, "expert_parallel": 1}),
         (3, 1, {"trunk_ranks": 2, "pool_ranks": 1, **LOCK_STEP}),
         (3, 2, {"trunk_ranks": 2}),
+        (3, 0, {**EVERY, **LOCK_STEP}),
     ],
 )
 def test_zero_stages(trunk_zero: int, pool_zero: int, parallel: dict[str, Any]) -> None:
@@ -95,6 +101,15 @@ def test_recompute_is_exact(sections: dict[str, Any]) -> None:
     assert_same(colocated(), run_training(tiny(parallel=parallel, **sections)), tolerance=0.0)
 
 
+def test_every_rank_recomputes_masks_checks_and_warms_up() -> None:
+    """All that is done differently there, at once."""
+    sections = {"pool": {"recompute": True}, "train": {"recompute": True}, "data": {"document_mask": True}}
+    sections["data"] |= {"source": "unused", "tokenizer": "unused"}
+    masked = run_training(tiny(parallel=ZERO_0, data=sections["data"]))
+    every = tiny(parallel={**ZERO_0, **EVERY, "lanes": 2, "check": True}, **sections)
+    assert_same(masked, run_training(every, warm_up=True))
+
+
 def test_gates_begin_with_the_constant_factor() -> None:
     """Those of layer 0: it sees the same tokens."""
     half = run_training(tiny(parallel=ZERO_0, router={"constant_factor": 0.5}), steps=1)
@@ -102,8 +117,9 @@ def test_gates_begin_with_the_constant_factor() -> None:
     assert paper > 0.5 and ours == pytest.approx(0.5 * paper)
 
 
-def test_same_command_twice_is_bit_for_bit_the_same() -> None:
-    recipe = tiny(parallel={"trunk_ranks": 2, "pool_ranks": 2, "lanes": 3})
+@pytest.mark.parametrize("parallel", [{"trunk_ranks": 2, "pool_ranks": 2}, EVERY], ids=["dedicated", "every_rank"])
+def test_same_command_twice_is_bit_for_bit_the_same(parallel: dict[str, Any]) -> None:
+    recipe = tiny(parallel={**parallel, "lanes": 3})
     assert_same(run_training(recipe), run_training(recipe), tolerance=0.0)
 
 
@@ -174,11 +190,11 @@ def test_bf16_tracks_fp32() -> None:
         assert next(hidden_states(trunk, pool_map, ids_BS, 0)).rows_ND.dtype == dtype
 
 
-@pytest.mark.parametrize("pool_ranks", [0, 1])
-def test_bf16_experts_compute_with_the_weights_of_the_last_step(pool_ranks: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("parallel", [{}, {"pool_ranks": 1}, EVERY], ids=["colocated", "dedicated", "every_rank"])
+def test_bf16_experts_compute_with_the_weights_of_the_last_step(parallel: dict[str, Any], tmp_path: Path) -> None:
     """An evaluation after a step is that of a process that has just read the step's checkpoint."""
     sections = {"model": {"ffn_hidden": 24}, "train": {"precision": "bf16", "lr": 0.1, "min_lr": 0.1}}
-    recipe = tiny(parallel={**ZERO_0, "pool_ranks": pool_ranks}, **sections)
+    recipe = tiny(parallel={**ZERO_0, **parallel}, **sections)
     trained = run_training(recipe, 1, save_to=tmp_path)
     loaded = run_training(recipe, 1, resume_from=tmp_path)
     assert (trained.val_loss, trained.random_loss) == (loaded.val_loss, loaded.random_loss)

@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[3]
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "colocated": {"trunk_zero": 1, "pool_zero": 1},
-    "colocated zero 0": {"trunk_zero": 0, "pool_zero": 0},
+    "every rank, zero 0": {"layout": "every_rank", "trunk_ranks": 2, "trunk_zero": 0, "pool_zero": 0},
     "1+1": {"pool_ranks": 1, "lanes": 2},
     "2+1": {"trunk_ranks": 2, "pool_ranks": 1, "trunk_zero": 2},
 }
@@ -60,11 +60,13 @@ def broken_routers(recipe: Recipe) -> dict[str, Any] | None:
     router = role.trunk.blocks[-1].router
     if job.rank == recipe.parallel.trunk_ranks - 1:
         router.forward = _infinite_first_token(router.forward)
-    before = {name: value.clone() for name, value in role.trunk.state_dict().items()}
+    modules = [engine.module for engine in role.engines.values()]
+    before = [{name: value.clone() for name, value in module.state_dict().items()} for module in modules]
     scalars = optimizer_step(job, role, 0)
     assert scalars
-    for name, value in role.trunk.state_dict().items():
-        assert value.equal(before[name]), name
+    for module, values in zip(modules, before, strict=True):
+        for name, value in module.state_dict().items():
+            assert value.equal(values[name]), name
     found = {"loss": scalars.loss, "applied": scalars.applied, "tokens": scalars.nonfinite_router_tokens}
     found["val_loss"], _ = role.evaluate(1, 1)
     found["random_loss"], _ = role.evaluate(1, 1, random_layer=1)
@@ -85,7 +87,7 @@ def _infinite_first_token(forward: Any) -> Any:
     ("kind", "layout"),
     [
         ("norm", "colocated"),
-        ("sigmoid_bias", "colocated zero 0"),
+        ("sigmoid_bias", "every rank, zero 0"),
         ("softmax", "1+1"),
         ("sigmoid_bias", "1+1"),
         ("norm", "2+1"),

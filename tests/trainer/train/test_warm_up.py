@@ -18,6 +18,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "dedicated": {"trunk_ranks": 2, "pool_ranks": 2, "lanes": 2, "trunk_zero": 0, "pool_zero": 0},
     "dedicated-zero": {"pool_ranks": 2, "trunk_ranks": 2, "expert_parallel": 1, "trunk_zero": 2, "pool_zero": 1},
     "zero-3": {"pool_ranks": 1, "trunk_zero": 3},
+    "every-rank": {"layout": "every_rank", "trunk_ranks": 2, "lanes": 2},
 }
 
 
