@@ -128,5 +128,5 @@ def steps(folder: Path) -> list[dict[str, float]]:
     """What metrics.jsonl says of steps and evaluations, without what depends on the clock."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     timed = {"seconds", "tokens_per_second", "pool_wait"}
-    timed |= {f"{side}_{activity}" for side in ("trunk", "pool") for activity in ACTIVITIES}
+    timed |= {f"{side}_{activity}" for side in ("trunk", "pool", "serving") for activity in ACTIVITIES}
     return [{key: value for key, value in line.items() if key not in timed} for line in lines]
