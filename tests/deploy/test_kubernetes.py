@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 import yaml
 
+from pool.topology import Topology
 from tests.deploy.pods import Cluster
 from tests.deploy.schemas import check
 from tests.tools import need
 from tests.trainer.job import ROOT
-from trainer.config.recipe import load_recipe
+from trainer.config.recipe import Recipe, load_recipe
 from trainer.telemetry.prometheus import parse
 
 KUBERNETES = ROOT / "deploy/kubernetes"
@@ -81,7 +82,7 @@ def test_a_misspelt_field_is_found(what: str) -> None:
         check(manifest)
 
 
-def split_overlay(tmp_path: Path, overlay: str, **numbers: int) -> list[dict[str, Any]]:
+def split_overlay(tmp_path: Path, overlay: str, **numbers: int | str) -> list[dict[str, Any]]:
     """An overlay with other numbers in its split.env, edited as the runbook says."""
     for part in (f"overlays/{overlay}", "base", "components"):
         for source in (KUBERNETES / part).rglob("*"):
@@ -124,10 +125,9 @@ echo "$@"
 """
 
 
-@pytest.mark.parametrize("overlay", ["one-gpu-node", "many-nodes", "cpu-smoke"])
-def test_what_start_sh_makes_of_the_numbers_is_a_job(overlay: str, tmp_path: Path) -> None:
-    """For every pod: its line of the hostfile is its own name, and with the ranks it sets the recipe is right."""
-    manifests = render(KUBERNETES / "overlays" / overlay)
+def started(manifests: list[dict[str, Any]], tmp_path: Path, *edits: str) -> list[Recipe]:
+    """The recipe that each pod trains, edited by hand; its line of the hostfile is its own name, and all ranks fit."""
+    recipes = []
     maps = {m["metadata"]["name"].split("-")[1]: m["data"] for m in manifests if m["kind"] == "ConfigMap"}
     script, recipe, stand_in = tmp_path / "start.sh", tmp_path / "recipe.yaml", tmp_path / "python"
     stand_in.write_text(STAND_IN)
@@ -146,10 +146,29 @@ def test_what_start_sh_makes_of_the_numbers_is_a_job(overlay: str, tmp_path: Pat
             assert hosts[node].startswith(f"unipool-{group['name']}-0-{index}.unipool slots=")
             assert words[words.index("--master-addr") + 1] == hosts[0].split()[0]
             sets = [value for flag, value in pairwise(words) if flag == "--set"]
-            made = load_recipe(str(recipe), sets)
-            assert made.grid.world_size == sum(int(line.partition("=")[2]) for line in hosts)
-            if overlay == "many-nodes":
-                assert (made.parallel.trunk_ranks, made.parallel.pool_ranks) == (16, 16)
+            recipes.append(load_recipe(str(recipe), [*edits, *sets]))
+            assert recipes[-1].grid.world_size == sum(int(line.partition("=")[2]) for line in hosts)
+    return recipes
+
+
+@pytest.mark.parametrize(
+    ("overlay", "pods", "ranks"), [("one-gpu-node", 1, (4, 4)), ("many-nodes", 4, (16, 16)), ("cpu-smoke", 4, (2, 2))]
+)
+def test_what_start_sh_makes_of_the_numbers_is_a_job(
+    overlay: str, pods: int, ranks: tuple[int, int], tmp_path: Path
+) -> None:
+    recipes = started(render(KUBERNETES / "overlays" / overlay), tmp_path)
+    assert [(made.parallel.trunk_ranks, made.parallel.pool_ranks) for made in recipes] == pods * [ranks]
+
+
+@pytest.mark.parametrize("pods", [1, 2])
+def test_ranks_of_both_roles(pods: int, tmp_path: Path) -> None:
+    """What docs/operations/launching.md says of them."""
+    numbers = {"TRUNK_PODS": pods, "TRUNK_SLOTS": 8, "TRUNK_RANKS": "", "POOL_PODS": 0, "POOL_SLOTS": 0}
+    manifests = split_overlay(tmp_path, "one-gpu-node", **numbers)
+    for made in (recipes := started(manifests, tmp_path, "parallel.layout=every_rank")):
+        assert made.grid == Topology(8 * pods, 8 * pods, 8 * pods, every_rank=True)
+    assert len(recipes) == pods
 
 
 @pytest.mark.slow

@@ -30,7 +30,10 @@ TIME_LIMIT = 240.0
 LAYOUT = ("parallel.trunk_ranks=2", "parallel.pool_ranks=2", "train.steps=1000000", "metrics.per_layer_experts=true")
 OFTEN = ("eval.every=5", "checkpoint.every=5", "checkpoint.keep=1", "router.z_loss=1e-3")
 
-NO_DATA = {'ALERTS{alertname=~"Unipool.+", alertstate="firing", run=~"$run"}': "nothing is wrong with this run"}
+NO_DATA = {
+    'ALERTS{alertname=~"Unipool.+", alertstate="firing", run=~"$run"}': "nothing is wrong with this run",
+    'unipool_model_flops_utilisation_ratio{run=~"$run"}': "the run does not say on which hardware it is",
+}
 """Expressions of dashboards that find nothing, and why."""
 
 
