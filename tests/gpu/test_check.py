@@ -26,7 +26,7 @@ def test_rehearsal(tmp_path: Path) -> None:
     shapes = json.loads((tmp_path / "experts.json").read_text())["shapes"]
     assert set(shapes) == {"unipool-182m", "unipool-978m"}
     assert all(shape["share_of_matmul"] > 0 for shape in shapes.values())
-    parts = ("quickstart", "colocated", "lanes_4_one_connection")
+    parts = ("quickstart", "colocated", "every_rank", "lanes_4_one_connection")
     options = [word for name in parts for word in ("--only", name)]
     done = CliRunner().invoke(check.main, ["--rehearse", "--out", str(tmp_path / "out"), *options])
     assert done.exit_code == 0, done.output

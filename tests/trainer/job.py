@@ -10,10 +10,12 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 
 import psutil
 
+from trainer.telemetry.step_scalars import Efficiency
 from trainer.telemetry.time_breakdown import ACTIVITIES
 
 ROOT = Path(__file__).parents[2]
@@ -125,8 +127,8 @@ def rank_process(mark: str, rank: int) -> psutil.Process:
 
 
 def steps(folder: Path) -> list[dict[str, float]]:
-    """What metrics.jsonl says of steps and evaluations, without what depends on the clock."""
+    """What metrics.jsonl says of steps and evaluations, without what depends on the clock or the memory."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    timed = {"seconds", "tokens_per_second", "pool_wait"}
-    timed |= {f"{side}_{activity}" for side in ("trunk", "pool") for activity in ACTIVITIES}
+    timed = {"seconds", "tokens_per_second", "pool_wait", *(f.name for f in fields(Efficiency))}
+    timed |= {f"{side}_{activity}" for side in ("trunk", "pool", "serving") for activity in ACTIVITIES}
     return [{key: value for key, value in line.items() if key not in timed} for line in lines]

@@ -21,6 +21,7 @@ INTERFACE = "GLOO_SOCKET_IFNAME"
 _ANY_PORT = 9  # nothing is sent
 
 _LOOK_SECONDS = 0.05
+_LOOKING_SECONDS = 5.0
 
 
 def address_towards(host: str) -> str:
@@ -34,15 +35,15 @@ def address_towards(host: str) -> str:
         return ""
 
 
-def wait_for_listener(host: str, port: int, limit: float) -> None:
-    """Wait until somebody listens on a port, or for `limit` seconds.
+def wait_for_listener(host: str, port: int) -> None:
+    """Wait until somebody listens on a port, or for a few seconds.
 
-    torch's store does so too, but looks again only after 0.25 to 0.75 s, and then more and more rarely
-    (torch/csrc/distributed/c10d/TCPStore.cpp, Backoff.cpp).
+    torch's store waits as long as it takes, and says why, but looks again only after 0.25 to 0.75 s, and then more and
+    more rarely (torch/csrc/distributed/c10d/TCPStore.cpp, Backoff.cpp).
     """
-    deadline = time.monotonic() + limit
+    deadline = time.monotonic() + _LOOKING_SECONDS
     while time.monotonic() < deadline:
-        with suppress(OSError), socket.create_connection((host, port), timeout=limit):
+        with suppress(OSError), socket.create_connection((host, port), timeout=_LOOKING_SECONDS):
             return
         time.sleep(_LOOK_SECONDS)
 

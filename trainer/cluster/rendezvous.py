@@ -243,7 +243,7 @@ def _open_stores(launch: Launch, timeout: timedelta) -> tuple[dist.TCPStore, dis
     """Open two connections to the job's store, which launcher rank 0 hosts unless the launcher's agent does."""
     agent_hosts_it = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if launch.rank:
-        wait_for_listener(launch.master_addr, launch.master_port, timeout.total_seconds())
+        wait_for_listener(launch.master_addr, launch.master_port)
     store = dist.TCPStore(
         launch.master_addr,
         launch.master_port,
