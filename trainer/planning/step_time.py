@@ -282,7 +282,7 @@ def _best_table(best: Sequence[StepTime]) -> Table:
 def recommendation(best: Sequence[StepTime]) -> str:
     """Say which keys make the fastest layout, and how much faster it is than the best of the other kinds."""
     first = best[0]
-    keys = {
+    keys: dict[str, object] = {
         "layout": first.layout,
         "trunk_ranks": first.trunk_ranks,
         "pool_ranks": first.pool_ranks if first.layout == "dedicated" else 0,
