@@ -1,7 +1,7 @@
 """What a recipe's model costs: parameters and FLOPs per token.
 
 Everything is computed from the recipe; torch and a device are not needed. A GEMM of I x O costs 2 I O FLOPs per token,
-and a backward pass costs twice its forward.
+and a backward pass costs twice its forward, or once if the weights are frozen (`train.freeze`).
 
 Letters: T tokens, D hidden, F expert width, V vocabulary, L layers, M experts that a layer sees, K top-k, S sequence.
 """
@@ -94,14 +94,15 @@ def count_flops(recipe: Recipe) -> Flops:
     """Count FLOPs per token. Causal attention costs 2 S D per layer, half of what it would cost without the mask."""
     m = recipe.model
     dense = m.ffn == "dense"
-    ffn = 2 * ffn_weights(recipe)
-    layer = 2 * attention_weights(recipe) + 2 * m.seq_len * m.hidden + (ffn if dense else 0)
+    ffn, attention = 2 * ffn_weights(recipe), 2 * m.seq_len * m.hidden
+    layer = 2 * attention_weights(recipe) + attention + (ffn if dense else 0)
     router = 2 * recipe.experts_per_layer * m.hidden
     head = 2 * m.vocab * m.hidden
     trunk = m.layers * (layer + router) + head
     pool = 0 if dense else m.layers * recipe.router.top_k * ffn
     forward = trunk + pool
-    return Flops(layer, router, 0 if dense else ffn, head, trunk, pool, forward, 3 * forward)
+    frozen = {"none": 0, "trunk": trunk - m.layers * attention, "pool": pool}[recipe.train.freeze]
+    return Flops(layer, router, 0 if dense else ffn, head, trunk, pool, forward, 3 * forward - frozen)
 
 
 def served_trunk_ranks(recipe: Recipe) -> int:

@@ -76,6 +76,7 @@ class StepTime:
         trunk_busy, pool_busy: Shares of the step during which each role computes.
         memory: Estimated bytes on the fullest rank.
         wire: None where nothing travels.
+        stagger: `parallel.stagger`, which only the dedicated layout uses.
     """
 
     layout: Layout
@@ -91,6 +92,7 @@ class StepTime:
     pool_busy: float
     memory: int
     wire: WireUse | None
+    stagger: bool
 
     @property
     def ranks(self) -> str:
@@ -131,6 +133,7 @@ def step_time(recipe: Recipe, hardware: Hardware) -> StepTime:
         pool_busy=pool_busy * simulated / taken,
         memory=fullest_rank(recipe, lanes),
         wire=wire,
+        stagger=recipe.parallel.stagger,
     )
 
 
@@ -279,13 +282,15 @@ def _best_table(best: Sequence[StepTime]) -> Table:
 def recommendation(best: Sequence[StepTime]) -> str:
     """Say which keys make the fastest layout, and how much faster it is than the best of the other kinds."""
     first = best[0]
-    keys = {
+    keys: dict[str, object] = {
         "layout": first.layout,
         "trunk_ranks": first.trunk_ranks,
         "pool_ranks": first.pool_ranks if first.layout == "dedicated" else 0,
         "expert_parallel": first.expert_parallel,
         "lanes": first.lanes,
     }
+    if first.layout == "dedicated" and not first.stagger:  # as ZeRO-3 needs it
+        keys["stagger"] = "false"
     others = {step.layout: step.seconds for step in reversed(best) if step.layout != first.layout}
     faster = [f"{taken / first.seconds:.2f} times as fast as {layout}" for layout, taken in others.items()]
     said = f"Recommended: {' '.join(f'parallel.{key}={value}' for key, value in keys.items())}"

@@ -9,6 +9,7 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ class StepProfile:
             _write(trace, lambda path: _export(profiler, path))
             if job.rank in (0, job.topology.first_pool_rank):
                 title = f"{self._recipe.run.dir}, {job.name}, optimizer {steps.replace('_', ' ')}"
-                text = costs(profiler.key_averages(), title, len(self._recorded), job.device.type == "cuda")
+                text = costs(averages(profiler.events()), title, len(self._recorded), job.device.type == "cuda")
                 _write(table, lambda path: path.write_text(text))
                 say(f"profile: {table} lists the largest costs; traces of all ranks are beside it")
         except OSError as error:
@@ -111,11 +112,32 @@ def _export(profiler: Any, path: Path) -> None:
             shutil.copyfileobj(source, target)
 
 
+def averages(events: Sequence[Any]) -> list[Any]:
+    """Add up events of the same name, without what the host did between two steps, such as an evaluation.
+
+    A GPU's own events are all kept: it may still be busy with a step when the host has ended it.
+
+    Args:
+        events: `torch.profiler.profile.events()`.
+    """
+    from torch.autograd.profiler_util import FunctionEventAvg
+
+    host = [event for event in events if event.device_type == torch.autograd.DeviceType.CPU]
+    steps = sorted((event.time_range.start, event.time_range.end) for event in host if _kind(event.key) == "step")
+    between = [(end, start) for (_, end), (start, _) in pairwise(steps)]
+    left_out = {id(e) for e in host if any(since < e.time_range.start < until for since, until in between)}
+    found: dict[tuple[Any, ...], Any] = defaultdict(FunctionEventAvg)
+    for event in events:
+        if id(event) not in left_out:
+            found[event.key, event.device_type, event.is_user_annotation].add(event)
+    return list(found.values())
+
+
 def costs(events: Sequence[Any], title: str, steps: int, on_gpu: bool) -> str:
     """Return the tables of a recording: its ranges by kind, its ranges, and its operations, largest first.
 
     Args:
-        events: `torch.profiler.profile.key_averages()`.
+        events: What `averages` returned.
         steps: Number of steps recorded.
         on_gpu: Whether to sort by the time of kernels rather than the host's.
     """

@@ -85,6 +85,16 @@ def test_layouts_of_zero_3_run_in_order() -> None:
     assert all(f.lanes == 1 for f in best if f.trunk_ranks > 1 and f.layout != "colocated")
 
 
+def test_recommended_keys_are_accepted() -> None:
+    """Also where the recipe's own layout does not need what ZeRO-3 needs in others."""
+    own = ("parallel.layout=colocated", "parallel.pool_ranks=0", "parallel.trunk_ranks=8", "parallel.trunk_zero=3")
+    best = best_layouts(at_182m(*own), 4, H100)
+    assert any(f.layout == "dedicated" and f.trunk_ranks > 1 for f in best)
+    for f in best:
+        keys = re.findall(r"parallel\.\w+=\w+", recommendation([f]))
+        assert step_time(at_182m(*own, *keys), H100) == f
+
+
 def test_times_of_every_rank() -> None:
     """One rank computes both roles' work, sends 7/8 of its rows and of its answers, and ends both roles' steps."""
     recipe = at_182m(*EVERY_RANK, "parallel.lanes=2")

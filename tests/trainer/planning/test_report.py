@@ -96,6 +96,17 @@ def test_flops_at_182m() -> None:
     assert flops.training == 3 * (flops.trunk + flops.pool)
 
 
+def test_frozen_weights_have_no_gradients() -> None:
+    """Only products with weights have two products in their backward; attention's own are between activations."""
+    started = ("train.init_from=elsewhere", "train.freeze=")
+    pool, trunk = (
+        count_flops(load_recipe("unipool-182m", (started[0], started[1] + role))) for role in ("pool", "trunk")
+    )
+    assert pool.training == 3 * pool.trunk + 2 * pool.pool
+    attention = 12 * 2 * 1024 * 768
+    assert trunk.training == 2 * (trunk.trunk - attention) + 3 * attention + 3 * trunk.pool
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_flops_are_torchs_count(variant: str) -> None:
     # torch counts neither fused attention nor products in place: hence plain attention, and bf16.
