@@ -66,11 +66,12 @@ def _changes(recipe: Recipe, lanes: int) -> Iterator[tuple[str, Recipe, int]]:
             yield "parallel.layout=every_rank with a shard on each rank", shared, lanes
     if experts and not recipe.grid.every_rank:
         more = max(p.trunk_ranks, 2 * p.pool_ranks)
+        named = "parallel.layout=dedicated " if p.layout == "colocated" else ""
         while more <= experts and experts % more == 0:
             layout = _with(recipe, "parallel", layout="dedicated", pool_ranks=more, expert_parallel=None)
-            yield f"parallel.pool_ranks={more}", layout, lanes
+            yield f"{named}parallel.pool_ranks={more}", layout, lanes
             if lanes > 1:
-                yield f"parallel.pool_ranks={more} with parallel.lanes=1", layout, 1
+                yield f"{named}parallel.pool_ranks={more} with parallel.lanes=1", layout, 1
             more *= 2
 
 
