@@ -51,7 +51,9 @@ def test_a_colocated_pool_gets_ranks_of_its_own_and_fewer_lanes_if_need_be() -> 
     recipe = load_recipe("unipool-469m", ("parallel.pool_ranks=0", "parallel.trunk_ranks=8"))
     (warning,) = memory_warnings(recipe, 4, H100.memory, "h100")
     assert ": parallel.pool_ranks=8 with parallel.lanes=1 needs " in warning
-    named = load_recipe("unipool-469m", ("parallel.pool_ranks=0", "parallel.trunk_ranks=8", "parallel.layout=colocated"))
+    named = load_recipe(
+        "unipool-469m", ("parallel.pool_ranks=0", "parallel.trunk_ranks=8", "parallel.layout=colocated")
+    )
     (warning,) = memory_warnings(named, 4, H100.memory, "h100")
     assert ": parallel.layout=dedicated parallel.pool_ranks=8 with parallel.lanes=1 needs " in warning
     apart = load_recipe("unipool-469m", ("parallel.trunk_ranks=8", "parallel.pool_ranks=8"))
