@@ -85,7 +85,7 @@ class _HostEnd(End):
         return len(self._lanes) + key.lane
 
     def settle(self) -> None:
-        """See `TrunkWire.settle`. Here every message is waited for where it is used."""
+        """See `TrunkWire.settle`. Every message that this end receives is waited for where it is used."""
 
 
 @dataclass(frozen=True)
@@ -295,6 +295,16 @@ class HostPool(_HostEnd):
                 self.refuse("the tokens of", wrong, transfer.exchange)
         on_device = {e: (rows_ND.to(self.settings.device), counts) for e, (rows_ND, counts) in received.items()}
         return _Slot(on_device, headers_came)
+
+    def settle(self) -> None:
+        """See `PoolWire.settle`. Wait for the last answers to be sent; the trunk ranks need nothing more to take them.
+
+        When a send is waited for, c10d marks the end of its event in torch's profiler (Work.cpp). If the profiler has
+        stopped meanwhile, that writes into memory which has been freed.
+        """
+        for transfer in (transfer for transfers in self._sending.values() for transfer in transfers):
+            transfer.wait()
+        self._sending.clear()
 
     def stop(self) -> None:
         """See `PoolWire.stop`. The thread is not waited for: its message may never arrive."""

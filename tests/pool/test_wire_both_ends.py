@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any, cast
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -167,3 +168,15 @@ def test_a_schedule_in_another_order_than_the_requests() -> None:
     assert wrong == f"{ME} is to serve a request of its own that it has not made: {where}"
     wrong = error_of(trunk.request(KEY, STEP, torch.ones(5, D), torch.tensor(COUNTS)).wait)
     assert wrong == f"{ME} needs the answer to a request of its own that it has not served: {where}"
+
+
+def test_nothing_is_on_its_way_after_the_end_of_a_step() -> None:
+    """torch's profiler must not stop before the events of all messages have ended."""
+    group = Mock()
+    cpu, together = torch.device("cpu"), Topology(2, 2, 2, every_rank=True)
+    ends = WireSettings(together, 0, M // 2, D, torch.float32, cpu, cpu, timedelta(seconds=LONG), check=True)
+    _, pool = both_ends(ends, WireGroups(group, [group]))
+    pool.answer([RequestKey(1, 0, 1, 1, Kind.FORWARD)], STEP, [torch.ones(5, D)], [[2, 0, 3]])
+    assert group.send.call_count == 2 and not group.send.return_value.wait.called
+    pool.settle()
+    assert group.send.return_value.wait.call_count == 2

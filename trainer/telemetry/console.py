@@ -83,7 +83,8 @@ def describe(recipe: Recipe) -> str:
     else:
         model = f"{m.groups} groups of {m.layers // m.groups} layers with {recipe.experts_per_layer} experts each"
     if t.every_rank:
-        ranks = f"{plural(t.world_size, 'rank')}, each with a part of the pool"
+        part = "the whole pool" if t.expert_parallel == 1 else "a part of the pool"
+        ranks = f"{plural(t.world_size, 'rank')}, each with {part}"
     else:
         pool = "colocated" if t.colocated else plural(t.pool_ranks, "pool rank")
         ranks = f"{plural(t.trunk_ranks, 'trunk rank')}, {pool}"

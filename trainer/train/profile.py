@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import re
 import shutil
@@ -108,6 +109,8 @@ def _export(profiler: Any, path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         raw = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(raw))
+        if not raw.exists():  # Kineto only logs that it could not write
+            raise OSError(errno.EIO, "torch could not write the trace; the disk may be full")
         with raw.open("rb") as source, gzip.open(path, "wb", compresslevel=3) as target:
             shutil.copyfileobj(source, target)
 

@@ -111,6 +111,22 @@ def test_a_run_that_stops_early_keeps_what_it_has_recorded(tmp_path: Path) -> No
     assert not (elsewhere / "profile").exists()
 
 
+def record_on_a_full_disk(recipe: Recipe) -> list[str]:
+    """Kineto then writes nothing and raises nothing. Return what is said."""
+    said: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.profiler.profile.export_chrome_trace", lambda profiler, path: None)
+        patch.setattr("trainer.train.profile.say", said.append)
+        record(recipe, 1)
+    return said
+
+
+def test_a_full_disk_is_named_and_leaves_no_files(tmp_path: Path) -> None:
+    ((line,),) = run_ranks(1, record_on_a_full_disk, tiny(run={"dir": str(tmp_path)}, profile={"steps": (1, 1)}))
+    assert line.endswith("cannot be written (torch could not write the trace; the disk may be full)")
+    assert not any((tmp_path / "profile").iterdir())
+
+
 @pytest.mark.parametrize("steps", [[3, 2], [1, 5], [0, 1], [1], 3])
 def test_steps_that_are_not_of_the_run_are_refused(steps: Any) -> None:
     tree = tiny().model_dump(mode="json")

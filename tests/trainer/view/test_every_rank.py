@@ -33,3 +33,5 @@ def test_facts_and_the_first_line() -> None:
     facts = dict(training_facts(Path("nowhere"), RECIPE))
     assert facts["layout"].startswith("2 ranks with both roles: 2 shards x 1, ZeRO ") and "pool ranks" not in facts
     assert "; 2 ranks, each with a part of the pool; " in describe(RECIPE)
+    whole = load_recipe("quickstart", ["parallel={layout: every_rank, trunk_ranks: 2, expert_parallel: 1}"])
+    assert "; 2 ranks, each with the whole pool; " in describe(whole)
