@@ -52,6 +52,7 @@ class PoolService:
         self._queue_depths: list[int] = []
         topology, rank = wire.settings.topology, wire.settings.rank
         self._served = frozenset(topology.served_trunk_ranks(rank))
+        self._receives = self._served != {rank}  # a rank that serves itself only receives nothing
 
     def serve(self, slots: Iterable[Slot], step: int) -> None:
         """Serve every request of `slots` that comes from one of this rank's trunk ranks.
@@ -83,7 +84,9 @@ class PoolService:
             for slot, keys in mine:
                 if keys:
                     self._serve_slot(keys, coming.popleft(), step)
-                    self._queue_depths.append(sum(1 for _ in takewhile(lambda arrived: arrived.future.done(), coming)))
+                    if self._receives:
+                        done = takewhile(lambda arrived: arrived.future.done(), coming)
+                        self._queue_depths.append(sum(1 for _ in done))
                     yield
                 elif not slot:
                     self.shard.deferred_dw.seal()

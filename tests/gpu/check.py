@@ -41,12 +41,12 @@ LIMITS = {
     "every_rank_two": 60,
     "lanes_2": 60,
     "lanes_4": 60,
-    "lanes_4_one_connection": 60,
+    "lanes_4_eight_queues": 60,
     "lanes_4_two_channels": 60,
 }
 """The parts in their order, and the seconds that each may take."""
 
-TWO_GPUS = ("nccl_quickstart", "every_rank_two", "lanes_2", "lanes_4", "lanes_4_one_connection", "lanes_4_two_channels")
+TWO_GPUS = ("nccl_quickstart", "every_rank_two", "lanes_2", "lanes_4", "lanes_4_eight_queues", "lanes_4_two_channels")
 
 REHEARSAL = 5.0
 """A rehearsal may take this many times as long: it measures nothing, and CPUs are slow and busy."""

@@ -26,7 +26,7 @@ def test_rehearsal(tmp_path: Path) -> None:
     shapes = json.loads((tmp_path / "experts.json").read_text())["shapes"]
     assert set(shapes) == {"unipool-182m", "unipool-978m"}
     assert all(shape["share_of_matmul"] > 0 for shape in shapes.values())
-    parts = ("quickstart", "colocated", "every_rank", "lanes_4_one_connection")
+    parts = ("quickstart", "colocated", "every_rank", "lanes_4_eight_queues")
     options = [word for name in parts for word in ("--only", name)]
     done = CliRunner().invoke(check.main, ["--rehearse", "--out", str(tmp_path / "out"), *options])
     assert done.exit_code == 0, done.output
@@ -44,7 +44,7 @@ def test_rehearsal(tmp_path: Path) -> None:
     assert rank["profile"]["longest"] and 0 < rank["profile"]["busy"] <= 1
     (both,) = found["every_rank"]["ranks"]
     assert both["losses"] == pytest.approx(rank["losses"], rel=1e-4)
-    trunk, pool = found["lanes_4_one_connection"]["ranks"]
+    trunk, pool = found["lanes_4_eight_queues"]["ranks"]
     assert trunk["losses"] == pytest.approx(rank["losses"], rel=1e-4)
     assert pool["losses"] == [None] * 3
 

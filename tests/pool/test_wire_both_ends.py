@@ -132,6 +132,21 @@ def test_nothing_is_copied_where_nothing_travels() -> None:
     assert not any((trunk.bytes_sent, trunk.bytes_received, pool.bytes_sent, pool.bytes_received))
 
 
+def test_nothing_is_queued_where_nothing_is_received(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    trunk, pool = alone()
+    service = make_service(ALONE, pool, torch.float32)
+    requests = list(evaluation_plan(1))
+    serving = service.serving(slots(requests), STEP)
+    pool.receive([], STEP).headers_came  # noqa: B018  # waits for the thread that receives
+    for (key,) in requests:
+        answer = trunk.request(key, STEP, rows_of(key, torch.float32), counts_of(key))
+        next(serving)
+        answer.wait()
+    assert next(serving, "the end") == "the end"
+    assert service.take_served().queue_depth == 0
+
+
 def test_what_a_rank_sends_to_itself_is_checked() -> None:
     where = "FORWARD, lane 0, layer 1, micro-batch 1, step 7"
     wrong = error_of(lambda: served(lambda rows_ND: rows_ND + 1))

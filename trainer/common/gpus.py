@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.common.errors import short_line
+from trainer.common.errors import UserError, short_line
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 
@@ -20,6 +20,11 @@ _DEVICES = Path("/dev")
 
 _ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 """Environment variables that configure torch's allocator, the newer one first."""
+
+_QUEUES = "CUDA_DEVICE_MAX_CONNECTIONS"
+"""Environment variable with the number of a process's hardware queues: 1 to 32, by default 8."""
+
+_FEWEST_QUEUES, _MOST_QUEUES = 8, 32
 
 
 @dataclass(frozen=True)
@@ -138,6 +143,29 @@ def load_kernels_at_start() -> None:
     exchange messages both ways and load kernels at the same time would wait for each other.
     """
     os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
+
+
+def use_many_queues() -> None:
+    """Let CUDA have as many hardware queues as it can, unless the user configures it. Call it as the function above.
+
+    Streams in excess of them share queues. What waits for a message in a queue then holds up other messages behind it,
+    and two ranks that launch messages in different orders would wait for each other.
+    """
+    os.environ.setdefault(_QUEUES, str(_MOST_QUEUES))
+
+
+def check_queues() -> None:
+    """Check that there are enough hardware queues for messages between GPUs.
+
+    Raises:
+        UserError: The environment limits them to fewer than there are streams.
+    """
+    queues = os.environ.get(_QUEUES, "")
+    if queues.isdecimal() and int(queues) < _FEWEST_QUEUES:
+        raise UserError(
+            f"{_QUEUES}={queues} in the environment: ranks whose GPUs exchange tokens may wait for each other "
+            f"with fewer than {_FEWEST_QUEUES} queues: leave it out, or set parallel.wire=gloo"
+        )
 
 
 def why_none(facts: GpuFacts) -> str:

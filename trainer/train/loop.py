@@ -21,7 +21,7 @@ from trainer.cluster.launch import DONE_FILE
 from trainer.cluster.process_groups import Job
 from trainer.cluster.rendezvous import Launch, provisional_names, rendezvous
 from trainer.common.errors import DIVERGED, START_AGAIN, JobError
-from trainer.common.gpus import load_kernels_at_start
+from trainer.common.gpus import check_queues, load_kernels_at_start, use_many_queues
 from trainer.config.recipe import Recipe
 from trainer.data.batches import evaluation_steps
 from trainer.data.prepare import prepare_for
@@ -119,6 +119,7 @@ def start(recipe: Recipe, launch: Launch, watch: FaultWatch, force: bool) -> Run
     use_deterministic_kernels()
     if not recipe.grid.colocated:
         load_kernels_at_start()
+        use_many_queues()
     if recipe.train.compile is False and torch.cuda.is_available():
         torch.compiler.set_stance("force_eager")
 
@@ -127,6 +128,8 @@ def start(recipe: Recipe, launch: Launch, watch: FaultWatch, force: bool) -> Run
     resume = early_check(recipe, folder.checkpoints, force)
     member = rendezvous(recipe, launch)
     watch.joined_as(member)
+    if not recipe.grid.colocated and member.payload_device.type == "cuda":
+        check_queues()
     if member.rank == 0:
         folder.make()
         for line in (f"ranks by host: {member.roster}", *member.devices.lines):

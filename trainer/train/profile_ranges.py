@@ -18,6 +18,7 @@ from torch.profiler import record_function
 from pool.schedule import SERVE, Kind, RequestKey
 from pool.shard import ExpertServer, ExpertShard
 from pool.wire.device import DeviceAnswer, DeviceArrived, DevicePool, DeviceTrunk
+from pool.wire.exchange import ExchangePool, ExchangeTrunk
 from pool.wire.host import HostAnswer, HostArrived, HostPool, HostTrunk
 from router.routers import Router
 from trainer.cluster.process_groups import Job
@@ -140,6 +141,7 @@ def _list(what: str, numbers: Sequence[int]) -> str:
 WORK: tuple[tuple[Any, str, Name], ...] = (
     (HostTrunk, "request", _always("send request")),
     (DeviceTrunk, "request", _always("send request")),
+    (ExchangeTrunk, "request", _always("send request")),
     (HostAnswer, "wait", _always("wait for pool")),
     (DeviceAnswer, "wait", _always("wait for pool")),
     (HostArrived, "headers_came", _always("wait for requests")),
@@ -148,6 +150,7 @@ WORK: tuple[tuple[Any, str, Name], ...] = (
     (DeviceArrived, "ready", _always("wait for requests")),
     (HostPool, "answer", _always("send answers")),
     (DevicePool, "answer", _always("send answers")),
+    (ExchangePool, "answer", _always("send answers")),
     (ExpertServer, "forward", _serve("FORWARD")),
     (ExpertServer, "backward", _serve("BACKWARD")),
     (ExpertShard, "add_weight_gradients", _always("weight gradients")),

@@ -62,6 +62,15 @@ def test_checked_messages() -> None:
     assert equal(step(one, "random", check=True).run(), step(one, on_device=False).run())
 
 
+def test_streams_that_share_a_hardware_queue_deadlock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What waits for an exchange holds up the next one, which is why `check_queues` asks for as many as streams."""
+    monkeypatch.setattr(watcher, "_ASK_SECONDS", 1.0)
+    monkeypatch.setattr(watcher, "_TIME_SECONDS", 1.0)
+    run = step(every_rank(2, 2, 4, True, COSTS), "random", queues=1)
+    with pytest.raises(WireError, match="could not exchange tokens with rank .*timed out"):
+        run.run()
+
+
 def test_sends_and_receives_one_after_the_other_deadlock(monkeypatch: pytest.MonkeyPatch) -> None:
     """The obvious protocol, in which each rank sends to the others before it receives from them."""
     launch = DeviceEnd._launch

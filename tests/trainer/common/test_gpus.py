@@ -17,7 +17,17 @@ import torch
 from tests.trainer.job import ROOT
 from trainer.common import machine
 from trainer.common.errors import UserError
-from trainer.common.gpus import Gpu, GpuFacts, boot_id, load_kernels_at_start, look, share_of_gpus, why_none
+from trainer.common.gpus import (
+    Gpu,
+    GpuFacts,
+    boot_id,
+    check_queues,
+    load_kernels_at_start,
+    look,
+    share_of_gpus,
+    use_many_queues,
+    why_none,
+)
 
 NONE = GpuFacts((), "2.13.0+cu130", "13.0", 13000, on_machine=2)
 """A machine with GPUs, a driver and a torch for CUDA 13.0, none of which is to blame."""
@@ -154,6 +164,23 @@ def test_kernels_are_loaded_at_the_start(monkeypatch: pytest.MonkeyPatch) -> Non
             monkeypatch.delenv("CUDA_MODULE_LOADING")
         load_kernels_at_start()
         assert os.environ["CUDA_MODULE_LOADING"] == told
+
+
+def test_streams_have_queues_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless the user says otherwise, but not fewer than are needed."""
+    name = "CUDA_DEVICE_MAX_CONNECTIONS"
+    monkeypatch.setenv(name, "1")
+    use_many_queues()
+    with pytest.raises(UserError, match=r"CUDA_DEVICE_MAX_CONNECTIONS=1 in the environment: .* parallel\.wire=gloo"):
+        check_queues()
+    monkeypatch.setenv(name, "8")
+    use_many_queues()
+    check_queues()
+    assert os.environ[name] == "8"
+    monkeypatch.delenv(name)
+    use_many_queues()
+    check_queues()
+    assert os.environ[name] == "32"
 
 
 @pytest.mark.parametrize(

@@ -14,13 +14,14 @@ import pytest
 import torch
 
 from pool.schedule import SERVE, Kind
+from pool.wire.contract import End
 from tests.distributed import join, run_ranks
 from tests.training import optimizer_step, tiny
 from trainer.common.errors import UserError
 from trainer.config.recipe import Recipe, check_recipe
 from trainer.model.micro_batch import Request
 from trainer.train.profile import costs
-from trainer.train.profile_ranges import lanes_of, named_segments
+from trainer.train.profile_ranges import WORK, lanes_of, named_segments
 
 LAYERS = 3
 
@@ -113,6 +114,15 @@ def test_steps_that_are_not_of_the_run_are_refused(steps: Any) -> None:
     tree = tiny().model_dump(mode="json")
     with pytest.raises(UserError, match=r"profile\.steps"):
         check_recipe(tree, [("profile.steps", steps)], "recipe")
+
+
+def test_messages_of_all_transports_have_ranges() -> None:
+    named = {(owner, name) for owner, name, _ in WORK}
+    ends = [End, *End.__subclasses__()]
+    for end in ends:
+        ends += [sub for sub in end.__subclasses__() if sub not in ends]
+    sending = {(end, name) for end in ends for name in ("request", "answer") if name in vars(end)}
+    assert len(sending) == 6 and sending <= named
 
 
 def test_lanes_of_micro_batches() -> None:
