@@ -35,6 +35,7 @@ def first_line(error: ValidationError, root: type[BaseModel]) -> str:
         line = f"{key}: missing"
     else:
         message = re.sub(r"^\w+ should (be|have)", r"must \1", first["msg"])
+        message = message.replace("a valid tuple", "a list").replace(" after validation", "")
         line = f"{key} = {show(first['input'])}: {message[0].lower()}{message[1:]}"
     return line + (f" (and {len(more)} more)" if more else "")
 

@@ -31,6 +31,8 @@ WRONG = {
     "parallel.expert_parallel=2": "parallel.expert_parallel = 2: must divide parallel.pool_ranks (1)",
     "parallel.trunk_zero=4": "parallel.trunk_zero = 4: must be 0, 1, 2 or 3",
     "train.compile=auto": "train.compile = 'auto': must be a valid boolean",
+    "profile.steps=3": "profile.steps = 3: must be a list",
+    "profile.steps=[3, 4, 5]": "profile.steps = [3, 4, 5]: must have at most 2 items, not 3",
     "parallel.pool_zero=3": "parallel.pool_zero = 3: must be 0, 1 or 2",
     "parallel={trunk_ranks: 2, pool_ranks: 1, trunk_zero: 3}": "parallel.trunk_zero = 3: needs parallel.lanes=1",
     "model.ffn=dense": "pool.experts = 64: must be 0 with model.ffn = dense",
