@@ -44,7 +44,7 @@ RATIOS = {
     "every_rank_over_best_peer": (("every_rank",), ("hugging_face", "deepspeed_moe")),
     "best_layout_over_best_peer": (OUR_LAYOUTS, ("hugging_face", "deepspeed_moe")),
 }
-"""Ratios of speeds: the fastest of the first in a round, over the fastest of the second."""
+"""Ratios of speeds: the fastest of the first, by its median over the rounds, over the fastest of the second."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def step_ratios(seconds: Mapping[str, Sequence[float]], precision: str) -> dict[
     results = {}
     for name, (ours, theirs) in RATIOS.items():
         if seconds.keys() >= {*ours, *theirs}:
-            fastest = [list(map(min, zip(*(seconds[one] for one in group), strict=True))) for group in (theirs, ours)]
+            fastest = (min((seconds[one] for one in group), key=statistics.median) for group in (theirs, ours))
             results[f"{name}_{precision}"] = ratios(*fastest)
     return results
 

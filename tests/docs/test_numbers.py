@@ -80,10 +80,13 @@ def slower(name: str) -> str:
     ("first", "benchmark"),
     [
         (
-            "UniPool, 1 trunk + 1 pool rank, and the best peer (Hugging Face Qwen3-MoE, DeepSpeed MoE)",
-            "one_plus_one_over_best_peer",
+            "UniPool, two ranks with both roles, and the best peer (Hugging Face Qwen3-MoE, DeepSpeed MoE)",
+            "every_rank_over_best_peer",
         ),
+        ("UniPool, 1 trunk + 1 pool rank, and the best peer", "one_plus_one_over_best_peer"),
         ("UniPool, 1 trunk + 1 pool rank, and our dense model", "one_plus_one_over_dense"),
+        ("UniPool colocated, and our dense model", "colocated_over_dense"),
+        ("our vanilla MoE, and our dense model", "vanilla_over_dense"),
         ("UniPool colocated, and our vanilla MoE", "colocated_over_vanilla"),
         ("two lanes, compared with lock step", "lanes2_over_lockstep"),
         ("four lanes, compared with lock step", "lanes4_over_lockstep"),
@@ -100,7 +103,7 @@ def test_loads(layout: str) -> None:
 
 
 def test_the_front_page() -> None:
-    peer, peer_bf16 = slower("one_plus_one_over_best_peer_fp32"), slower("one_plus_one_over_best_peer_bf16")
+    peer, peer_bf16 = slower("every_rank_over_best_peer_fp32"), slower("every_rank_over_best_peer_bf16")
     assert f"{peer} than the best peer ({peer_bf16.partition(' ')[0]} in bf16)" in README
     assert f"{slower('lanes4_over_lockstep_fp32')} than lock step with four lanes" in README
     r = results_of("small-reproduction")["unipool"]
