@@ -120,7 +120,8 @@ def _draw_role(
             axes.broken_barh(bars, (row - 0.4, 0.8), facecolors=colours[work], linewidth=0, snap=False)
         place = axes.get_yaxis_transform()
         axes.text(1.005, row, percent(busy[rank]), transform=place, va="center", fontsize=8, color=INK)
-    heading = f"{role}: {len(ranks)} of {len(busy)} ranks" if len(ranks) < len(busy) else f"{role}: all ranks"
+    shown = f"{len(ranks)} of {len(busy)} ranks" if len(ranks) < len(busy) else "all ranks"
+    heading = f"{'both roles' if role == 'rank' else role}: {shown}"
     heading += f", busy {percent(busy.mean())}"
     if busy.max() - busy.min() > 0.005:
         heading += f" on average ({percent(busy.min())} to {percent(busy.max())})"
