@@ -49,10 +49,8 @@ def find_node(
         raise UserError(f"{given}: must be 0 to {len(slots) - 1}, because {hostfile} has {len(slots)} hosts")
     total, grid = sum(slots.values()), recipe.grid
     if total != grid.world_size:
-        raise UserError(
-            f"--hostfile {hostfile}: the slots are {' + '.join(map(str, slots.values()))} = {total}, but "
-            f"{number_of_ranks(grid)}: make them equal"
-        )
+        added = f"{' + '.join(map(str, slots.values()))} = {total}" if len(slots) > 1 else str(total)
+        raise UserError(f"--hostfile {hostfile}: the slots are {added}, but {number_of_ranks(grid)}: make them equal")
     first = sum(list(slots.values())[:node_rank])
     mine = ranks_by_order(grid, recipe.topology.order)[first : first + list(slots.values())[node_rank]]
     role = os.environ.get(ROLE)

@@ -61,7 +61,7 @@ def _import_muon() -> None:
     """Import DeepSpeed's Muon, which every engine imports and ours never use, without loading torch's compiler.
 
     Muon compiles a function on import. `torch.compile` loads the compiler, which takes a second, even if that is turned
-    off (TORCHDYNAMO_DISABLE).
+    off (TORCHDYNAMO_DISABLE). As yet nothing is gained, because torch's optimizers load it too.
     """
     original = torch.compile
     torch.compile = lambda function: function  # type: ignore[assignment]

@@ -38,8 +38,8 @@ CATALOGUE = (
     counter("restarts", "Restarts of the job after a fault."),
     counter("steps", "Optimizer steps of this process."),
     counter("activity_seconds", "Time of training steps by what the rank did.", "activity"),
-    counter("wire_sent_bytes", "Headers and payloads sent to the other role."),
-    counter("wire_received_bytes", "Headers and payloads received from the other role."),
+    counter("wire_sent_bytes", "Headers and payloads sent to other ranks."),
+    counter("wire_received_bytes", "Headers and payloads received from other ranks."),
     gauge("peak_memory_bytes", "Most memory so far: resident on the host, allocated on the GPU.", "where"),
     # every trunk rank
     counter("tokens", "Tokens that this rank has trained on."),

@@ -108,8 +108,8 @@ def use_deterministic_kernels() -> None:
     (aten/src/ATen/native/transformers/cuda/attention_backward.cu), and cuDNN's would be allowed.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs it to be deterministic
-    # `use_deterministic_algorithms` would also import torch's compiler, which takes a second, to set its option for
-    # deterministic kernels; `pool.compiling.compiled` sets that itself.
+    # `use_deterministic_algorithms` would also import torch's compiler, before the ranks meet, to set its option for
+    # deterministic kernels; `pool.compiling.compiled` sets that itself. Torch's optimizers import it later.
     torch.set_deterministic_debug_mode("error")
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # we write before we read
 
