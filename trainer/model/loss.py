@@ -24,7 +24,7 @@ class OutputProjection(nn.Linear):
     Args:
         loss_chunk: The maximum number of tokens whose logits exist at once while the loss is computed.
         compute_dtype: The type of matrix products.
-        compiled: Whether to compile what lies between the products, in training.
+        compiled: Whether to compile the logits' product and their loss, in training.
     """
 
     def __init__(self, hidden: int, vocab: int, loss_chunk: int, compute_dtype: torch.dtype, compiled: bool):
@@ -48,7 +48,7 @@ def mean_cross_entropy(
     Args:
         chunk: The maximum number of tokens whose logits exist at once. If there are no more tokens, autograd
             differentiates the whole; otherwise the forward pass computes the gradients too, chunk by chunk.
-        compiled: Whether to do the latter in any case, and to compile what lies between the products.
+        compiled: Whether to do the latter in any case, and to compile a chunk's logits and loss.
     """
     targets_T = targets_BS.flatten()
     if len(targets_T) <= chunk and not compiled:
@@ -112,7 +112,7 @@ def losses_and_gradients(
     w_VD = weight_VD.to(compute_dtype)
     dw_VD = torch.zeros_like(weight_VD) if wanted[1] else None
     for x_CD, t_C in _chunks(x_TD.to(compute_dtype), targets_T, chunk):
-        loss_C, dlogits_CV = of_chunk(F.linear(x_CD, w_VD), t_C)
+        loss_C, dlogits_CV = of_chunk(x_CD, w_VD, t_C)
         losses.append(loss_C)
         if wanted[0]:
             dx.append(dlogits_CV @ w_VD)
@@ -124,14 +124,17 @@ def losses_and_gradients(
     return torch.cat(losses), torch.cat(dx).to(x_TD.dtype) if wanted[0] else None, dw_VD
 
 
-def cross_entropy_with_gradient(logits_CV: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the cross-entropy of each token (C,), fp32, and the gradient softmax - one_hot in the logits' type."""
-    dtype, log_p_CV = logits_CV.dtype, logits_CV.float()
-    del logits_CV  # no more than two fp32 tensors of this size exist at once
+def cross_entropy_with_gradient(x_CD: Tensor, w_VD: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the cross-entropy of each token (C,), fp32, and the gradient softmax - one_hot by the logits x_CD @ w_VD.T.
+
+    No more than two fp32 tensors of the logits' size exist at once. They are made here, because a caller
+    would keep those that it passes alive until the call ends.
+    """
+    log_p_CV = F.linear(x_CD, w_VD).float()
     log_p_CV = torch.log_softmax(log_p_CV, dim=-1)
     loss_C = -log_p_CV.gather(1, targets_C.unsqueeze(1)).squeeze(1)
-    dlogits_CV = log_p_CV.exp_().to(dtype)
-    of_target_C = torch.expm1(-loss_C).to(dtype)
+    dlogits_CV = log_p_CV.exp_().to(x_CD.dtype)
+    of_target_C = torch.expm1(-loss_C).to(x_CD.dtype)
     if torch.compiler.is_compiling():  # one kernel writes all
         columns_V = torch.arange(dlogits_CV.shape[1], device=targets_C.device)
         return loss_C, torch.where(columns_V == targets_C.unsqueeze(1), of_target_C.unsqueeze(1), dlogits_CV)

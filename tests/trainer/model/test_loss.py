@@ -134,7 +134,7 @@ def test_a_second_backward_pass_is_refused() -> None:
 
 
 def test_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What lies between the products is one graph, and the numbers are the same, also of a single chunk."""
+    """Logits and loss are one graph, and the numbers are the same, also of a single chunk."""
     for compiler in ("TORCHINDUCTOR", "TRITON"):
         monkeypatch.setenv(f"{compiler}_CACHE_DIR", str(tmp_path))
     expected = run(in_chunks(8, torch.bfloat16), torch.float32)
@@ -197,10 +197,13 @@ def test_memory_is_bounded(chunk: int, size: int, compute_dtype: torch.dtype) ->
     tokens, hidden, vocab = 256, 16, 4000
     module = OutputProjection(hidden, vocab, chunk, compute_dtype, compiled=False)
     x_1TD, targets_1T = torch.randn(1, tokens, hidden, requires_grad=True), torch.randint(vocab, (1, tokens))
-    with Watch() as watch:
-        module(x_1TD, targets_1T).backward()
     others = (4 if compute_dtype == torch.float32 else 6) * (tokens + vocab) * hidden
-    assert watch.peak == pytest.approx(8 * size * vocab + others, rel=0.05)
+    # Where torch's compiler watches calls, a caller keeps references that Python would otherwise hand over.
+    for calls in (nullcontext(), torch.compiler.set_stance("force_eager")):
+        x_1TD.grad = module.weight.grad = None
+        with calls, Watch() as watch:
+            module(x_1TD, targets_1T).backward()
+        assert watch.peak == pytest.approx(8 * size * vocab + others, rel=0.05)
     with Watch() as watch, torch.no_grad():
         module(x_1TD, targets_1T)
     assert watch.largest <= max(size, hidden) * vocab
