@@ -17,6 +17,8 @@ from router.norm import broken_rows, norm_route, replace_broken
 RouterKind = Literal["norm", "softmax", "sigmoid_bias"]
 Scores = Literal["raw", "normalized"]
 
+SIGMOID_EPS = 1e-20  # of Eq. M10, for gate values that are all nearly 0
+
 
 class Routing(NamedTuple):
     """What a router decides for T tokens. Expert ids count from 0 to M - 1 within the experts of the layer.
@@ -164,6 +166,8 @@ class SoftmaxRouter(Router):
 class SigmoidBiasRouter(Router):
     """Sigmoid gate values, and an expert bias for the selection only (Eq. M10 and M11; arXiv:2408.15664).
 
+    With K > 1 a token's gate values are divided by their sum, as in the paper's released code.
+
     Autograd computes its backward pass, because the matrix of scores is needed anyway.
     """
 
@@ -182,7 +186,12 @@ class SigmoidBiasRouter(Router):
     def decide(self, logits_TM: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         scores_TM = logits_TM.sigmoid()
         preference_TM = scores_TM + self.expert_bias_M
-        return _decide(scores_TM, preference_TM, broken_rows(logits_TM), self.top_k, self.normalized)
+        gates_TK, ids_TK, mean_scores_M = _decide(
+            scores_TM, preference_TM, broken_rows(logits_TM), self.top_k, self.normalized
+        )
+        if self.top_k > 1:
+            gates_TK = gates_TK / (gates_TK.sum(dim=-1, keepdim=True) + SIGMOID_EPS)
+        return gates_TK, ids_TK, mean_scores_M
 
     @torch.no_grad()
     def update_bias(self, tokens_per_expert_M: Tensor, rate: float) -> None:

@@ -58,7 +58,8 @@ def loop_routing(
         s = loop_scores(kind, z, sigma)
         order = sorted(range(M), key=lambda i: ((s[i] + bias[i]).item(), z[i].item()), reverse=True)
         all_ids.append(order[: router.top_k])
-        all_gates.append([s[i] for i in all_ids[-1]])
+        chosen = sum(s[i] for i in all_ids[-1]) if kind == "sigmoid_bias" and router.top_k > 1 else 1.0
+        all_gates.append([s[i] / chosen for i in all_ids[-1]])
         total = sum(s)
         for i in range(M):
             share = s[i] / total if router.normalized and total > 0 else s[i]
