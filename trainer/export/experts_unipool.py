@@ -15,6 +15,7 @@ from transformers.core_model_loading import Concatenate, MergeModulelist, Weight
 from .configuration_unipool import UniPoolConfig
 
 EPS = 1e-8  # of Eq. 7 of the paper
+SIGMOID_EPS = 1e-20  # for sigmoid gate values that are all nearly 0
 
 # Up to this many rows, weights are copied for each row, so that the host need not wait for the chosen experts.
 _FEW_ROWS = 64
@@ -165,4 +166,7 @@ class UniPoolRouter(nn.Module):
                 scores_TM = logits_TM.sigmoid()
                 preference_TM = scores_TM + self.expert_bias.float()
             ids_TK = preference_TM.topk(self.top_k, dim=-1).indices
-            return logits_TM, scores_TM.gather(-1, ids_TK), ids_TK
+            scores_TK = scores_TM.gather(-1, ids_TK)
+            if self.kind == "sigmoid_bias" and self.top_k > 1:
+                scores_TK = scores_TK / (scores_TK.sum(dim=-1, keepdim=True) + SIGMOID_EPS)
+            return logits_TM, scores_TK, ids_TK
