@@ -116,6 +116,9 @@ class Train(Section):
     micro_batch: Positive = Field(description="Sequences per micro-batch of one trunk rank.")
     lr: PositiveFloat = Field(description="Peak learning rate.")
     min_lr: NonNegativeFloat = Field(description="Learning rate at the end of the cosine schedule.")
+    pool_lr_factor: PositiveFloat = Field(
+        1.0, description="Factor of the experts' learning rate, beside that of everything else."
+    )
     warmup_fraction: Share = Field(0.01, description="Share of the steps in which the learning rate rises.")
     weight_decay: NonNegativeFloat = Field(0.1, description="AdamW's weight decay of matrices.")
     betas: tuple[Beta, Beta] = Field((0.9, 0.95), strict=False, description="AdamW's decay rates of its moments.")
