@@ -1,6 +1,6 @@
 """Routers, balance losses and load statistics: pure functions that know no process groups."""
 
-from router.balance import LoadStatistics, balance_coefficients
+from router.balance import LoadStatistics, balance_coefficients, load_of_groups
 from router.calibration import norm_constant
 from router.load import (
     dead_experts,
@@ -12,6 +12,8 @@ from router.load import (
     specialisation,
 )
 from router.routers import (
+    BiasedRouter,
+    NormBiasRouter,
     NormRouter,
     Router,
     Routing,
@@ -22,7 +24,9 @@ from router.routers import (
 )
 
 __all__ = [
+    "BiasedRouter",
     "LoadStatistics",
+    "NormBiasRouter",
     "NormRouter",
     "Router",
     "Routing",
@@ -36,6 +40,7 @@ __all__ = [
     "effective_experts",
     "layer_divergence",
     "load_imbalance",
+    "load_of_groups",
     "norm_constant",
     "select_experts",
     "specialisation",

@@ -15,7 +15,12 @@ EPS = 1e-8  # of Eq. M7
 
 
 def norm_route(
-    logits_TM: Tensor, sigma: Tensor, constant: float, top_k: int, normalized: bool
+    logits_TM: Tensor,
+    sigma: Tensor,
+    constant: float,
+    top_k: int,
+    normalized: bool,
+    chosen_TK: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute gate values, experts and mean scores of Eq. M7 and M14 without the (T, M) matrix of scores.
 
@@ -28,13 +33,29 @@ def norm_route(
         constant: The constant c from `norm_constant`.
         top_k: K.
         normalized: Divide each token's scores by their sum before taking the mean; sigma and the norm then cancel.
+        chosen_TK: The experts, if not those of the K largest logits; distinct within a row.
 
     Returns:
         (topk_scores_TK, topk_expert_ids_TK, mean_scores_M). The scores can be differentiated once; a row without a
         positive logit has gradient 0, never NaN. For rows with logits that are not finite see `broken_rows`.
     """
-    topk_scores_TK, ids_TK, mean_scores_M = _NormRoute.apply(logits_TM, sigma, constant, top_k, normalized)
+    topk_scores_TK, ids_TK, mean_scores_M = _NormRoute.apply(logits_TM, sigma, constant, top_k, normalized, chosen_TK)
     return topk_scores_TK, ids_TK, mean_scores_M
+
+
+@torch.no_grad()
+def biased_choice(logits_TM: Tensor, sigma: Tensor, constant: float, top_k: int, bias_M: Tensor) -> Tensor:
+    """Choose the K experts with the largest sum of score and bias among those whose score is positive.
+
+    Where a token has fewer positive scores than K, those of its largest other logits follow, as without a bias: an
+    expert that contributes nothing is not chosen for its bias.
+
+    Returns:
+        Expert ids (T, K), int64, distinct within a row.
+    """
+    norm_T1 = torch.linalg.vector_norm(logits_TM, dim=-1, keepdim=True)
+    raised_TM = logits_TM * (sigma * constant / (norm_T1 + EPS)) + (bias_M - bias_M.min())
+    return torch.where(logits_TM > 0, raised_TM, logits_TM).topk(top_k, dim=-1).indices
 
 
 def broken_rows(logits_TM: Tensor) -> Tensor:
@@ -64,9 +85,18 @@ class _NormRoute(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits_TM: Tensor, sigma: Tensor, constant: float, top_k: int, normalized: bool
+        ctx: Any,
+        logits_TM: Tensor,
+        sigma: Tensor,
+        constant: float,
+        top_k: int,
+        normalized: bool,
+        chosen_TK: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        winners_TK, ids_TK = logits_TM.topk(top_k, dim=-1)
+        if chosen_TK is None:
+            winners_TK, ids_TK = logits_TM.topk(top_k, dim=-1)
+        else:
+            winners_TK, ids_TK = logits_TM.gather(-1, chosen_TK), chosen_TK
         broken_T1 = broken_rows(logits_TM)
         ids_TK = replace_broken(ids_TK, broken_T1)
         winners_TK = winners_TK.relu_().masked_fill_(broken_T1, float("nan"))
@@ -115,7 +145,7 @@ class _NormRoute(torch.autograd.Function):
         along_T1 = torch.where(norm_T1 == 0, 0.0, d_gain_T1 / norm_T1) * inverse_T1 * gain_T1
         d_logits_TM.addcmul_(logits_TM, along_T1, value=-1)
         d_sigma = ctx.constant * (d_gain_T1 * inverse_T1).sum(dim=0)
-        return d_logits_TM, d_sigma, None, None, None
+        return d_logits_TM, d_sigma, None, None, None, None
 
 
 def _add_to_winners(d_logits_TM: Tensor, ids_TK: Tensor, d_winners_TK: Tensor) -> None:
