@@ -130,7 +130,7 @@ def _damage_reported(folder: Path) -> Iterator[None]:
 def model_config(recipe: Recipe) -> UniPoolConfig:
     """Return the configuration of a recipe's model."""
     constant = 1.0
-    if recipe.model.ffn == "pool" and recipe.router.kind == "norm":
+    if recipe.model.ffn == "pool" and recipe.router.has_norm:
         constant = norm_constant(recipe.experts_per_layer, recipe.router.top_k)
     return UniPoolConfig(**config_fields(recipe), router_constant=constant)
 
