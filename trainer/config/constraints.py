@@ -92,7 +92,7 @@ def _check_pool(r: Recipe) -> None:
     allowed = f"must be at most the experts a layer sees ({r.experts_per_layer})"
     _require(r.router.top_k <= r.experts_per_layer, r, "router.top_k", allowed)
     allowed = f"must be 1 with router.kind = {r.router.kind}; only NormRouter has a constant"
-    _require(r.router.kind == "norm" or r.router.constant_factor == 1, r, "router.constant_factor", allowed)
+    _require(r.router.has_norm or r.router.constant_factor == 1, r, "router.constant_factor", allowed)
 
 
 def _check_balance(r: Recipe) -> None:

@@ -62,19 +62,27 @@ class Model(Section):
 class Router(Section):
     """How each layer chooses experts."""
 
-    kind: Literal["norm", "softmax", "sigmoid_bias"] = Field(
+    kind: Literal["norm", "norm_bias", "softmax", "sigmoid_bias"] = Field(
         "norm",
-        description="`norm`: NormRouter; `softmax`: vanilla's router; `sigmoid_bias`: sigmoid scores, balanced by a "
-        "bias of the selection.",
+        description="`norm`: NormRouter; `norm_bias`: NormRouter, balanced by a bias of the selection that the layers "
+        "of a group share; `softmax`: vanilla's router; `sigmoid_bias`: sigmoid scores, balanced by a bias of the "
+        "selection in each layer.",
     )
     top_k: Positive = Field(1, description="Experts per token and layer.")
     z_loss: NonNegativeFloat = Field(0.0, description="Coefficient of the router z-loss.")
-    bias_rate: NonNegativeFloat = Field(1e-3, description="Step size of the expert bias (`sigmoid_bias` only).")
+    bias_rate: NonNegativeFloat = Field(
+        1e-3, description="Step size of the expert bias (`norm_bias` and `sigmoid_bias` only)."
+    )
     constant_factor: PositiveFloat = Field(
         1.0,
-        description="Factor of NormRouter's constant c (`norm` only): about the 2-norm with which a token's gate "
-        "values begin.",
+        description="Factor of NormRouter's constant c (`norm` and `norm_bias` only): about the 2-norm with which a "
+        "token's gate values begin.",
     )
+
+    @property
+    def has_norm(self) -> bool:
+        """Whether the scores are NormRouter's."""
+        return self.kind in ("norm", "norm_bias")
 
 
 class Pool(Section):

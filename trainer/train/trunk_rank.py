@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pool.placement import Placement
 from pool.schedule import WARM_UP_STEP, lockstep_schedule
-from router import LoadStatistics, SigmoidBiasRouter, balance_coefficients
+from router import BiasedRouter, LoadStatistics, balance_coefficients, load_of_groups
 from trainer.cluster.process_groups import Job
 from trainer.config.recipe import Recipe
 from trainer.data.batches import SequenceStream
@@ -231,8 +231,10 @@ class TrunkRank:
         return scalars
 
     def _move_expert_bias(self, load_LM: Tensor) -> None:
+        if self._recipe.router.kind == "norm_bias":
+            load_LM = load_of_groups(load_LM, self._recipe.model.groups)
         for load_M, block in zip(load_LM, self.trunk.blocks, strict=True):
-            if isinstance(block.router, SigmoidBiasRouter):
+            if isinstance(block.router, BiasedRouter):
                 block.router.update_bias(load_M, self._recipe.router.bias_rate)
 
     def _serve_metrics(self, scalars: StepScalars, done: int) -> None:
