@@ -11,6 +11,7 @@ from router.load import (
     load_imbalance,
     specialisation,
 )
+from router.ownership import Ownership, assign, random_ownership
 from router.routers import (
     NormRouter,
     Router,
@@ -24,10 +25,12 @@ from router.routers import (
 __all__ = [
     "LoadStatistics",
     "NormRouter",
+    "Ownership",
     "Router",
     "Routing",
     "SigmoidBiasRouter",
     "SoftmaxRouter",
+    "assign",
     "balance_coefficients",
     "build_router",
     "dead_experts",
@@ -37,6 +40,7 @@ __all__ = [
     "layer_divergence",
     "load_imbalance",
     "norm_constant",
+    "random_ownership",
     "select_experts",
     "specialisation",
 ]
