@@ -13,6 +13,7 @@ from router.load import (
     specialisation,
 )
 from router.norm import Faded, Owned, Reach, owned
+from router.ownership import Ownership, assign, random_ownership
 from router.routers import (
     NormRouter,
     Router,
@@ -28,11 +29,13 @@ __all__ = [
     "LoadStatistics",
     "NormRouter",
     "Owned",
+    "Ownership",
     "Reach",
     "Router",
     "Routing",
     "SigmoidBiasRouter",
     "SoftmaxRouter",
+    "assign",
     "balance_coefficients",
     "build_router",
     "dead_experts",
@@ -44,6 +47,7 @@ __all__ = [
     "load_imbalance",
     "norm_constant",
     "owned",
+    "random_ownership",
     "select_experts",
     "specialisation",
 ]
