@@ -43,6 +43,15 @@ DATA = {
 SHAPE = {"kv_heads": 4, "vocab": 51_200, "seq_len": 1024, "init_std": 0.01, "rope_base": 1e6, "norm_eps": 1e-5}
 ROUTER = {"top_k": 1, "z_loss": 0.0, "constant_factor": 1.0}
 NO_BALANCE = {"layer": 0.0, "pool": 0.0, "scores": "raw"}
+LOCK = {
+    "allocation": "learned",
+    "full_fraction": 1 / 60,
+    "anneal_fraction": 1 / 60,
+    "entropy": 5e-3,
+    "coverage": 0.95,
+    "evaluations": 5,
+    "stop_above": 0.05,
+}
 EVAL_BATCHES = 100
 
 
@@ -59,7 +68,8 @@ def numbers(kind: str, scale: str) -> dict[str, dict[str, Any]]:
     else:
         model, router, pool = {"ffn": "pool", "groups": 1}, ROUTER | {"kind": "norm"}, experts
         balance = NO_BALANCE | {"pool": coefficient, "scope": "micro_batch", "delay": 1}
-    return {
+    expected = {"lock": LOCK} if kind == "unipool-lock" else {}
+    return expected | {
         "model": shape | model,
         "router": router,
         "pool": {"experts": pool},
@@ -82,11 +92,17 @@ def test_loads_and_writes_to_its_own_folder(name: str) -> None:
     assert load_recipe(name).run.dir == f"runs/{name}"
 
 
-@pytest.mark.parametrize("kind", ["dense", "vanilla", "unipool"])
-@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize(
+    ("kind", "scale"),
+    [
+        *((kind, scale) for kind in ("dense", "vanilla", "unipool") for scale in SCALES),
+        *(("unipool-lock", scale) for scale in SCALES if scale != "978m"),
+    ],
+)
 def test_every_number_is_the_papers(kind: str, scale: str) -> None:
-    expected = numbers(kind, scale)
-    assert keys_of(load_recipe(f"{kind}-{scale}"), expected) == expected
+    expected, recipe = numbers(kind, scale), load_recipe(f"{kind}-{scale}")
+    assert keys_of(recipe, expected) == expected
+    assert (recipe.lock is not None) == (kind == "unipool-lock")
 
 
 def differing(name: str, other: str) -> dict[str, Any]:
