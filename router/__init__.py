@@ -2,6 +2,7 @@
 
 from router.balance import LoadStatistics, balance_coefficients
 from router.calibration import norm_constant
+from router.concentration import entropy_loss
 from router.load import (
     dead_experts,
     distinct_experts,
@@ -11,6 +12,7 @@ from router.load import (
     load_imbalance,
     specialisation,
 )
+from router.norm import Faded, Owned, Reach, owned
 from router.ownership import Ownership, assign, random_ownership
 from router.routers import (
     NormRouter,
@@ -23,9 +25,12 @@ from router.routers import (
 )
 
 __all__ = [
+    "Faded",
     "LoadStatistics",
     "NormRouter",
+    "Owned",
     "Ownership",
+    "Reach",
     "Router",
     "Routing",
     "SigmoidBiasRouter",
@@ -37,9 +42,11 @@ __all__ = [
     "distinct_experts",
     "distinct_experts_by_token",
     "effective_experts",
+    "entropy_loss",
     "layer_divergence",
     "load_imbalance",
     "norm_constant",
+    "owned",
     "random_ownership",
     "select_experts",
     "specialisation",

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from router.norm import broken_rows, norm_route, replace_broken
+from router.norm import Reach, broken_rows, norm_route, replace_broken
 
 RouterKind = Literal["norm", "softmax", "sigmoid_bias"]
 Scores = Literal["raw", "normalized"]
@@ -100,17 +100,23 @@ class Router(nn.Module):
         """Return (topk_scores_TK, topk_expert_ids_TK, mean_scores_M) of `Routing`, from fp32 logits."""
         raise NotImplementedError
 
-    def forward(self, h_TD: Tensor) -> Routing:
+    def decide_within(self, logits_TM: Tensor, reach: Reach) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what `decide` does, for a layer that reaches only a part of its experts, or some of them less."""
+        raise NotImplementedError(f"{type(self).__name__} has no locked form")
+
+    def forward(self, h_TD: Tensor, reach: Reach | None = None) -> Routing:
         """Route T >= 1 tokens.
 
         Leave autocast before the backward pass; within it, torch would compute the weight's gradient in bf16.
 
         Args:
             h_TD: Hidden states, any float dtype.
+            reach: What the layer reaches, in a run with a lock.
         """
         with torch.autocast(h_TD.device.type, enabled=False):
             logits_TM = F.linear(h_TD.float(), self.weight_MD.float())
-            topk_scores_TK, ids_TK, mean_scores_M = self.decide(logits_TM)
+            decided = self.decide(logits_TM) if reach is None else self.decide_within(logits_TM, reach)
+            topk_scores_TK, ids_TK, mean_scores_M = decided
             return Routing(
                 topk_scores_TK=topk_scores_TK,
                 topk_expert_ids_TK=ids_TK,
@@ -148,6 +154,9 @@ class NormRouter(Router):
 
     def decide(self, logits_TM: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return norm_route(logits_TM, self.sigma.float(), self.constant, self.top_k, self.normalized)
+
+    def decide_within(self, logits_TM: Tensor, reach: Reach) -> tuple[Tensor, Tensor, Tensor]:
+        return norm_route(logits_TM, self.sigma.float(), self.constant, self.top_k, self.normalized, reach)
 
 
 class SoftmaxRouter(Router):

@@ -24,6 +24,7 @@ _MODEL_KEYS |= {"model.groups", "pool.experts", "router.kind"}
 _FREE_SECTIONS = {"run", "parallel", "topology", "eval", "probe", "profile", "checkpoint", "metrics"}
 _FREE_KEYS = {"pool.recompute", "pool.stash_bytes", "pool.placement", "train.recompute", "train.max_skipped_steps"}
 _FREE_KEYS |= {"train.micro_batch", "train.compile", "train.loss_chunk", "data.dir", "data.max_bad_share"}
+_FREE_KEYS |= {"lock.stop_above"}
 """Keys that do not affect the numbers, apart from rounding."""
 
 
@@ -33,8 +34,8 @@ def differences(saved: Recipe, recipe: Recipe) -> dict[str, tuple[Any, Any]]:
     return {key: (before.get(key), now.get(key)) for key in {**before, **now} if before.get(key) != now.get(key)}
 
 
-def _flat(tree: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    return {f"{section}.{key}": value for section, keys in tree.items() for key, value in keys.items()}
+def _flat(tree: dict[str, dict[str, Any] | None]) -> dict[str, Any]:
+    return {f"{section}.{key}": value for section, keys in tree.items() for key, value in (keys or {}).items()}
 
 
 def affects_results(key: str, recipe: Recipe) -> bool:

@@ -22,6 +22,8 @@ def check_constraints(recipe: Recipe) -> None:
     else:
         _check_pool(recipe)
     _check_balance(recipe)
+    if recipe.lock is not None:
+        _check_lock(recipe)
     _check_probe(recipe)
     _check_profile(recipe)
     _check_layout(recipe)
@@ -97,6 +99,21 @@ def _check_pool(r: Recipe) -> None:
 def _check_balance(r: Recipe) -> None:
     allowed = "must be at least 1 with balance.scope = global_batch"
     _require(r.balance.scope != "global_batch" or r.balance.delay > 0, r, "balance.delay", allowed)
+
+
+def _check_lock(r: Recipe) -> None:
+    assert r.lock
+    m, with_lock = r.model, "with a section lock"
+    _require(m.ffn == "pool", r, "model.ffn", f"must be pool {with_lock}, which gives experts to layers")
+    _require(m.groups == 1, r, "model.groups", f"must be 1 {with_lock}: layers choose from the whole pool first")
+    allowed = f"must be norm {with_lock}; the other routers have no locked form"
+    _require(r.router.kind == "norm", r, "router.kind", allowed)
+    allowed = f"must be a multiple of model.layers ({m.layers}) {with_lock}, so that every layer owns equally many"
+    _require(r.pool.experts % m.layers == 0, r, "pool.experts", allowed)
+    allowed = f"must be at most the experts that a layer owns {with_lock} ({r.pool.experts // m.layers})"
+    _require(r.router.top_k <= r.pool.experts // m.layers, r, "router.top_k", allowed)
+    fits = r.lock.full_fraction + r.lock.anneal_fraction <= 1
+    _require(fits, r, "lock.anneal_fraction", f"must be at most 1 - lock.full_fraction ({1 - r.lock.full_fraction:g})")
 
 
 def _check_probe(r: Recipe) -> None:

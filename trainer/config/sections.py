@@ -108,6 +108,39 @@ class Balance(Section):
     )
 
 
+class Lock(Section):
+    """UniPool-lock: early in training every expert is assigned to one layer, which from then on uses only its own."""
+
+    allocation: Literal["learned", "random"] = Field(
+        "learned",
+        description="`learned`: by the routing of held-out text at the end of the full stage; `random`: at random by "
+        "`run.seed`, and locked from the first step.",
+    )
+    full_fraction: Annotated[float, Field(gt=0, le=1)] = Field(
+        1 / 60,
+        description="Share of the steps in which all layers use the whole pool, at the start; at least one step.",
+    )
+    anneal_fraction: Share = Field(
+        1 / 60, description="Share of the steps in which the scores of a layer's foreign experts then fall to 0."
+    )
+    entropy: NonNegativeFloat = Field(
+        5e-3,
+        description="Coefficient of the entropy loss, which concentrates each layer on as many experts as it will own; "
+        "it rises linearly during the full stage.",
+    )
+    coverage: Share = Field(
+        0.95, description="Share of each layer's routed tokens that its own experts should have at the assignment."
+    )
+    evaluations: Positive = Field(
+        5, description="Most evaluations whose load decides the assignment; each weighs half as much as the next one."
+    )
+    stop_above: NonNegativeFloat = Field(
+        0.05,
+        description="Nats by which the validation loss may exceed that at the assignment; two evaluations in a row "
+        "above that end the run.",
+    )
+
+
 class Train(Section):
     """Steps, optimizer and precision."""
 

@@ -25,6 +25,10 @@ WRONG = {
     "pool.experts=0": "pool.experts = 0: must be at least 1 with model.ffn = pool",
     "router.top_k=65": "router.top_k = 65: must be at most the experts a layer sees (64)",
     "router={kind: softmax, constant_factor: 2}": "router.constant_factor = 2.0: must be 1 with router.kind = softmax",
+    "lock={alocation: random}": "lock.alocation: unknown key; did you mean allocation?",
+    "lock.full_fraction=0": "lock.full_fraction = 0: must be greater than 0",
+    "lock={anneal_fraction: 0.99}": "lock.anneal_fraction = 0.99: must be at most 1 - lock.full_fraction (0.983333)",
+    "lock=random": "lock = 'random': must be a valid dictionary",
     "balance.delay=0": "balance.delay = 0: must be at least 1 with balance.scope = global_batch",
     "train.global_batch=12": "train.global_batch = 12: must be divisible by train.micro_batch x parallel.trunk_ranks",
     "parallel.pool_ranks=3": "pool.experts = 64: must be divisible by the shards of the pool (3)",
@@ -72,6 +76,31 @@ def test_unknown_recipe_suggests_names() -> None:
 def test_zero_3_is_never_compiled() -> None:
     with pytest.raises(UserError, match="train.compile = True: must be false or left out with parallel.trunk_zero = 3"):
         load_recipe("quickstart", ["parallel.trunk_zero=3", "train.compile=true"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["router.kind=softmax"], "router.kind = 'softmax': must be norm with a section lock"),
+        (["model.groups=2"], "model.groups = 2: must be 1 with a section lock"),
+        (["pool.experts=60"], "pool.experts = 60: must be a multiple of model.layers (8) with a section lock"),
+        (["router.top_k=9"], "router.top_k = 9: must be at most the experts that a layer owns with a section lock (8)"),
+        (["model.ffn=dense", "pool.experts=0", "parallel.pool_ranks=0"], "model.ffn = 'dense': must be pool with a"),
+    ],
+)
+def test_what_a_lock_needs(overrides: list[str], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_recipe("quickstart", ["lock={}", *overrides])
+    assert message in str(caught.value)
+
+
+def test_a_lock_is_switched_on_and_off(tmp_path: Path) -> None:
+    """Also in the resolved recipe of a run without one, which says `lock: null`."""
+    save_recipe(load_recipe("quickstart"), tmp_path / "recipe.yaml")
+    locked = load_recipe(str(tmp_path / "recipe.yaml"), ["lock.allocation=random"])
+    assert locked.lock and locked.lock.coverage == 0.95
+    save_recipe(locked, tmp_path / "recipe.yaml")
+    assert load_recipe(str(tmp_path / "recipe.yaml"), ["lock=null"]) == load_recipe("quickstart")
 
 
 def test_probed_layers() -> None:
