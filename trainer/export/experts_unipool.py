@@ -138,8 +138,9 @@ class UniPoolRouter(nn.Module):
     """Chooses K experts for each token, and computes their gate values in fp32."""
 
     expert_bias: Tensor
+    foreign_M: Tensor | None
 
-    def __init__(self, config: UniPoolConfig):
+    def __init__(self, config: UniPoolConfig, layer_idx: int):
         super().__init__()
         self.kind, self.top_k = config.router, config.num_experts_per_tok
         self.constant = config.router_constant * config.router_constant_factor
@@ -149,13 +150,27 @@ class UniPoolRouter(nn.Module):
             self.sigma = nn.Parameter(torch.ones(1))
         elif self.kind == "sigmoid_bias":
             self.register_buffer("expert_bias", torch.zeros(experts))
+        # True for experts that other layers own. It is not stored; `config.json` names the owners.
+        self.owned_elsewhere = [owner != layer_idx for owner in config.expert_owners or ()]
+        self.foreign_factor = config.foreign_expert_factor
+        marks_M = torch.tensor(self.owned_elsewhere) if self.owned_elsewhere else None
+        self.register_buffer("foreign_M", marks_M, persistent=False)
+
+    def preference(self, logits_TM: Tensor) -> Tensor:
+        """Return what NormRouter's top-k compares, which also makes the scores: the logits of experts in reach."""
+        if self.foreign_M is None:
+            return logits_TM
+        if self.foreign_factor == 0:
+            return logits_TM.masked_fill(self.foreign_M, -torch.inf)
+        faded_TM = torch.minimum(logits_TM, logits_TM * self.foreign_factor)
+        return torch.where(self.foreign_M, faded_TM, logits_TM)
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return (logits_TM, topk_scores_TK, topk_expert_ids_TK); ids count from the layer's first expert."""
         with torch.autocast(x_TD.device.type, enabled=False):
             logits_TM = F.linear(x_TD.float(), self.weight.float())
             if self.kind == "norm":  # Eq. 7; neither the norm nor the scale changes the order of a token's experts
-                winners_TK, ids_TK = logits_TM.topk(self.top_k, dim=-1)
+                winners_TK, ids_TK = self.preference(logits_TM).topk(self.top_k, dim=-1)
                 norm_T1 = torch.linalg.vector_norm(logits_TM, dim=-1, keepdim=True)
                 scores_TK = winners_TK.relu() * (self.sigma.float() * self.constant / (norm_T1 + EPS))
                 return logits_TM, scores_TK, ids_TK
