@@ -11,6 +11,7 @@ from trainer.checkpoint import format as checkpoint
 from trainer.common.errors import SharedUserError, UserError
 from trainer.common.safe_read import read_tensors
 from trainer.common.strict_json import dumps, loads
+from trainer.config.lock import OWNERSHIP_FILE, assigned_after
 from trainer.config.recipe import Recipe, load_recipe
 from trainer.config.sections import source_names
 
@@ -71,6 +72,11 @@ def check(recipe: Recipe, folder: Path, force: bool) -> list[str]:
     if other := [line for key, line in lines.items() if key in _MODEL_KEYS]:
         raise SharedUserError(
             f"{where} belongs to another model: {', '.join(other)}; restore these settings, or use another run.dir"
+        )
+    if recipe.lock and checkpoint.steps_of(folder) > assigned_after(recipe) and not (folder / OWNERSHIP_FILE).is_file():
+        raise SharedUserError(
+            f"{where} has no experts assigned to layers, and the recipe's lock would have assigned them after step "
+            f"{assigned_after(recipe)}: restore the keys of lock, or use another run.dir"
         )
     changed = [line for key, line in lines.items() if affects_results(key, recipe)]
     if changed and not force:
