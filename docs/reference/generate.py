@@ -27,7 +27,8 @@ def recipe_reference() -> str:
     schema = Recipe.model_json_schema()
     lines = ["# Recipe keys", GENERATED, ABOUT_RECIPES]
     for section, reference in schema["properties"].items():
-        found = reference.get("$ref") or reference["allOf"][0]["$ref"]
+        options = reference.get("allOf") or reference.get("anyOf") or [reference]  # a section may be left out
+        found = next(option["$ref"] for option in options if "$ref" in option)
         lines += _section(section, schema["$defs"][found.rsplit("/", 1)[1]])
         if section == "data":
             lines += _section("data.source[]", Source.model_json_schema())

@@ -10,7 +10,7 @@ import math
 import os
 import random
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -43,7 +43,8 @@ def user_error(act: Callable[[], Any]) -> str | None:
     return None
 
 
-KEYS = [f"{section}.{key}" for section, model in Recipe.model_fields.items() for key in model.annotation.model_fields]
+SECTIONS = [(name, get_args(field.annotation) or [field.annotation]) for name, field in Recipe.model_fields.items()]
+KEYS = [f"{name}.{key}" for name, (section, *_) in SECTIONS for key in section.model_fields]
 _ODD = [
     "",
     " ",

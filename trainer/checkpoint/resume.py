@@ -11,6 +11,7 @@ from trainer.checkpoint import format as checkpoint
 from trainer.common.errors import SharedUserError, UserError
 from trainer.common.safe_read import read_tensors
 from trainer.common.strict_json import dumps, loads
+from trainer.config.lock import OWNERSHIP_FILE, assigned_after
 from trainer.config.recipe import Recipe, load_recipe
 from trainer.config.sections import source_names
 
@@ -24,6 +25,7 @@ _MODEL_KEYS |= {"model.groups", "pool.experts", "router.kind"}
 _FREE_SECTIONS = {"run", "parallel", "topology", "eval", "probe", "profile", "checkpoint", "metrics"}
 _FREE_KEYS = {"pool.recompute", "pool.stash_bytes", "pool.placement", "train.recompute", "train.max_skipped_steps"}
 _FREE_KEYS |= {"train.micro_batch", "train.compile", "train.loss_chunk", "data.dir", "data.max_bad_share"}
+_FREE_KEYS |= {"lock.stop_above"}
 """Keys that do not affect the numbers, apart from rounding."""
 
 
@@ -33,8 +35,8 @@ def differences(saved: Recipe, recipe: Recipe) -> dict[str, tuple[Any, Any]]:
     return {key: (before.get(key), now.get(key)) for key in {**before, **now} if before.get(key) != now.get(key)}
 
 
-def _flat(tree: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    return {f"{section}.{key}": value for section, keys in tree.items() for key, value in keys.items()}
+def _flat(tree: dict[str, dict[str, Any] | None]) -> dict[str, Any]:
+    return {f"{section}.{key}": value for section, keys in tree.items() for key, value in (keys or {}).items()}
 
 
 def affects_results(key: str, recipe: Recipe) -> bool:
@@ -70,6 +72,11 @@ def check(recipe: Recipe, folder: Path, force: bool) -> list[str]:
     if other := [line for key, line in lines.items() if key in _MODEL_KEYS]:
         raise SharedUserError(
             f"{where} belongs to another model: {', '.join(other)}; restore these settings, or use another run.dir"
+        )
+    if recipe.lock and checkpoint.steps_of(folder) > assigned_after(recipe) and not (folder / OWNERSHIP_FILE).is_file():
+        raise SharedUserError(
+            f"{where} has no experts assigned to layers, and the recipe's lock would have assigned them after step "
+            f"{assigned_after(recipe)}: restore the keys of lock, or use another run.dir"
         )
     changed = [line for key, line in lines.items() if affects_results(key, recipe)]
     if changed and not force:

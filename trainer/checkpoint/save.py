@@ -26,6 +26,7 @@ from trainer.checkpoint import format as checkpoint
 from trainer.cluster.process_groups import Job
 from trainer.common.atomic import fsync
 from trainer.common.strict_json import dumps, loads
+from trainer.config.lock import OWNERSHIP_FILE
 from trainer.config.recipe import Recipe, recipe_text
 from trainer.telemetry.console import say
 
@@ -174,6 +175,8 @@ class Saver:
             "micro_batches": self._recipe.micro_batches,
         }
         texts = {checkpoint.RECIPE_FILE: recipe_text(self._recipe), checkpoint.LAYOUT_FILE: dumps(info)}
+        if self._role.ownership:
+            texts[OWNERSHIP_FILE] = dumps(self._role.ownership.model_dump())
         for name, text in texts.items():
             pending.files[name] = self._thread.submit(_write_text, pending.folder / name, text)
         load_LM = self._role.recorded_load()

@@ -22,6 +22,8 @@ def check_constraints(recipe: Recipe) -> None:
     else:
         _check_pool(recipe)
     _check_balance(recipe)
+    if recipe.lock is not None:
+        _check_lock(recipe)
     _check_probe(recipe)
     _check_profile(recipe)
     _check_layout(recipe)
@@ -72,6 +74,7 @@ def _check_data(r: Recipe) -> None:
 def _check_dense(r: Recipe) -> None:
     with_dense = "with model.ffn = dense"
     _require(r.train.freeze == "none", r, "train.freeze", f"must be none {with_dense}")
+    _require(r.train.pool_lr_factor == 1, r, "train.pool_lr_factor", f"must be 1 {with_dense}, which has no pool")
     _require(r.pool.experts == 0, r, "pool.experts", f"must be 0 {with_dense}")
     _require(r.parallel.pool_ranks == 0, r, "parallel.pool_ranks", f"must be 0 {with_dense}")
     _require(r.parallel.layout in (None, "colocated"), r, "parallel.layout", f"must be left out {with_dense}")
@@ -91,12 +94,27 @@ def _check_pool(r: Recipe) -> None:
     allowed = f"must be at most the experts a layer sees ({r.experts_per_layer})"
     _require(r.router.top_k <= r.experts_per_layer, r, "router.top_k", allowed)
     allowed = f"must be 1 with router.kind = {r.router.kind}; only NormRouter has a constant"
-    _require(r.router.kind == "norm" or r.router.constant_factor == 1, r, "router.constant_factor", allowed)
+    _require(r.router.has_norm or r.router.constant_factor == 1, r, "router.constant_factor", allowed)
 
 
 def _check_balance(r: Recipe) -> None:
     allowed = "must be at least 1 with balance.scope = global_batch"
     _require(r.balance.scope != "global_batch" or r.balance.delay > 0, r, "balance.delay", allowed)
+
+
+def _check_lock(r: Recipe) -> None:
+    assert r.lock
+    m, with_lock = r.model, "with a section lock"
+    _require(m.ffn == "pool", r, "model.ffn", f"must be pool {with_lock}, which gives experts to layers")
+    _require(m.groups == 1, r, "model.groups", f"must be 1 {with_lock}: layers choose from the whole pool first")
+    allowed = f"must be norm {with_lock}; the other routers have no locked form"
+    _require(r.router.kind == "norm", r, "router.kind", allowed)
+    allowed = f"must be a multiple of model.layers ({m.layers}) {with_lock}, so that every layer owns equally many"
+    _require(r.pool.experts % m.layers == 0, r, "pool.experts", allowed)
+    allowed = f"must be at most the experts that a layer owns {with_lock} ({r.pool.experts // m.layers})"
+    _require(r.router.top_k <= r.pool.experts // m.layers, r, "router.top_k", allowed)
+    fits = r.lock.full_fraction + r.lock.anneal_fraction <= 1
+    _require(fits, r, "lock.anneal_fraction", f"must be at most 1 - lock.full_fraction ({1 - r.lock.full_fraction:g})")
 
 
 def _check_probe(r: Recipe) -> None:

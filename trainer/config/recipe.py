@@ -27,6 +27,7 @@ from trainer.config.sections import (
     Checkpoint,
     Data,
     Eval,
+    Lock,
     Metrics,
     Model,
     Parallel,
@@ -52,6 +53,7 @@ class Recipe(Section):
     router: Router = Router()
     pool: Pool = Pool()
     balance: Balance = Balance()
+    lock: Lock | None = None
     train: Train
     data: Data
     parallel: Parallel = Parallel()
@@ -218,7 +220,9 @@ def _put(tree: dict[str, Any], key: str, value: Any, what: str) -> None:
     *sections, leaf = key.split(".")
     node = tree
     for section in sections:
-        node = node.setdefault(section, {})
+        if node.get(section) is None:  # missing, or a section that the recipe switches off
+            node[section] = {}
+        node = node[section]
         if not isinstance(node, dict):
             raise UserError(f"{what}: {key} cannot be set: {section} is a value, not a section")
     node[leaf] = value

@@ -62,19 +62,27 @@ class Model(Section):
 class Router(Section):
     """How each layer chooses experts."""
 
-    kind: Literal["norm", "softmax", "sigmoid_bias"] = Field(
+    kind: Literal["norm", "norm_bias", "softmax", "sigmoid_bias"] = Field(
         "norm",
-        description="`norm`: NormRouter; `softmax`: vanilla's router; `sigmoid_bias`: sigmoid scores, balanced by a "
-        "bias of the selection.",
+        description="`norm`: NormRouter; `norm_bias`: NormRouter, balanced by a bias of the selection that the layers "
+        "of a group share; `softmax`: vanilla's router; `sigmoid_bias`: sigmoid scores, balanced by a bias of the "
+        "selection in each layer.",
     )
     top_k: Positive = Field(1, description="Experts per token and layer.")
     z_loss: NonNegativeFloat = Field(0.0, description="Coefficient of the router z-loss.")
-    bias_rate: NonNegativeFloat = Field(1e-3, description="Step size of the expert bias (`sigmoid_bias` only).")
+    bias_rate: NonNegativeFloat = Field(
+        1e-3, description="Step size of the expert bias (`norm_bias` and `sigmoid_bias` only)."
+    )
     constant_factor: PositiveFloat = Field(
         1.0,
-        description="Factor of NormRouter's constant c (`norm` only): about the 2-norm with which a token's gate "
-        "values begin.",
+        description="Factor of NormRouter's constant c (`norm` and `norm_bias` only): about the 2-norm with which a "
+        "token's gate values begin.",
     )
+
+    @property
+    def has_norm(self) -> bool:
+        """Whether the scores are NormRouter's."""
+        return self.kind in ("norm", "norm_bias")
 
 
 class Pool(Section):
@@ -108,6 +116,39 @@ class Balance(Section):
     )
 
 
+class Lock(Section):
+    """UniPool-lock: early in training every expert is assigned to one layer, which from then on uses only its own."""
+
+    allocation: Literal["learned", "random"] = Field(
+        "learned",
+        description="`learned`: by the routing of held-out text at the end of the full stage; `random`: at random by "
+        "`run.seed`, and locked from the first step.",
+    )
+    full_fraction: Annotated[float, Field(gt=0, le=1)] = Field(
+        1 / 60,
+        description="Share of the steps in which all layers use the whole pool, at the start; at least one step.",
+    )
+    anneal_fraction: Share = Field(
+        1 / 60, description="Share of the steps in which the scores of a layer's foreign experts then fall to 0."
+    )
+    entropy: NonNegativeFloat = Field(
+        5e-3,
+        description="Coefficient of the entropy loss, which concentrates each layer on as many experts as it will own; "
+        "it rises linearly during the full stage.",
+    )
+    coverage: Share = Field(
+        0.95, description="Share of each layer's routed tokens that its own experts should have at the assignment."
+    )
+    evaluations: Positive = Field(
+        5, description="Most evaluations whose load decides the assignment; each weighs half as much as the next one."
+    )
+    stop_above: NonNegativeFloat = Field(
+        0.05,
+        description="Nats by which the validation loss may exceed that at the assignment; two evaluations in a row "
+        "above that end the run.",
+    )
+
+
 class Train(Section):
     """Steps, optimizer and precision."""
 
@@ -116,6 +157,9 @@ class Train(Section):
     micro_batch: Positive = Field(description="Sequences per micro-batch of one trunk rank.")
     lr: PositiveFloat = Field(description="Peak learning rate.")
     min_lr: NonNegativeFloat = Field(description="Learning rate at the end of the cosine schedule.")
+    pool_lr_factor: PositiveFloat = Field(
+        1.0, description="Factor of the experts' learning rate, beside that of everything else."
+    )
     warmup_fraction: Share = Field(0.01, description="Share of the steps in which the learning rate rises.")
     weight_decay: NonNegativeFloat = Field(0.1, description="AdamW's weight decay of matrices.")
     betas: tuple[Beta, Beta] = Field((0.9, 0.95), strict=False, description="AdamW's decay rates of its moments.")

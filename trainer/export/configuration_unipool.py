@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from transformers import PretrainedConfig
 
@@ -20,13 +20,20 @@ class UniPoolConfig(PretrainedConfig):
         num_expert_groups: 1 is UniPool. With G groups, num_hidden_layers / G adjacent layers share num_experts / G
             experts; G = num_hidden_layers is a vanilla mixture of experts.
         num_experts_per_tok: Number of experts per token, K.
-        router: "norm" (Eq. 7 of the paper), "softmax", or "sigmoid_bias" (arXiv:2408.15664).
+        router: "norm" (Eq. 7 of the paper), "norm_bias" (the same with a bias of the selection), "softmax", or
+            "sigmoid_bias" (arXiv:2408.15664).
         router_constant: The constant c of Eq. 7.
         router_constant_factor: Factor of c; 1 in the paper.
+        expert_owners: The layer that owns each expert (UniPool-lock): each layer chooses only from its own, but their
+            scores are still divided by the norm over all logits. None if all layers use the whole pool.
+        foreign_expert_factor: Factor of the scores of experts that a layer does not own, which it can still choose;
+            above 0 only in a model that was saved while its lock was being annealed.
     """
 
     model_type = "unipool"
     keys_to_ignore_at_inference: ClassVar = ["past_key_values", "cache"]
+    expert_owners = cast("list[int] | None", None)  # config.json names them for a locked model only
+    foreign_expert_factor = 0.0
 
     def __init__(
         self,
@@ -46,6 +53,8 @@ class UniPoolConfig(PretrainedConfig):
         router: str = "norm",
         router_constant: float = 1.0,
         router_constant_factor: float = 1.0,
+        expert_owners: list[int] | None = None,
+        foreign_expert_factor: float = 0.0,
         initializer_range: float = 0.01,
         output_router_logits: bool = False,
         use_cache: bool = True,
@@ -68,6 +77,9 @@ class UniPoolConfig(PretrainedConfig):
         self.router = router
         self.router_constant = router_constant
         self.router_constant_factor = router_constant_factor
+        if expert_owners is not None:
+            self.expert_owners = expert_owners
+            self.foreign_expert_factor = foreign_expert_factor
         self.initializer_range = initializer_range
         self.output_router_logits = output_router_logits
         self.use_cache = use_cache
@@ -82,8 +94,8 @@ class UniPoolConfig(PretrainedConfig):
         """Raise ValueError if no model can have this configuration."""
         if self.ffn not in ("pool", "dense"):
             raise ValueError(f"ffn is {self.ffn!r}: it must be pool or dense")
-        if self.router not in ("norm", "softmax", "sigmoid_bias"):
-            raise ValueError(f"router is {self.router!r}: it must be norm, softmax or sigmoid_bias")
+        if self.router not in ("norm", "norm_bias", "softmax", "sigmoid_bias"):
+            raise ValueError(f"router is {self.router!r}: it must be norm, norm_bias, softmax or sigmoid_bias")
         counts = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
         counts += ["num_key_value_heads", "max_position_embeddings"]
         multiples = [("hidden_size", "num_attention_heads"), ("num_attention_heads", "num_key_value_heads")]
@@ -104,5 +116,26 @@ class UniPoolConfig(PretrainedConfig):
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be a multiple of {divisor}")
         if self.ffn == "pool" and self.num_experts_per_tok > self.num_experts // self.num_expert_groups:
             raise ValueError(f"num_experts_per_tok is {self.num_experts_per_tok}: a layer has fewer experts")
+        if self.expert_owners is not None:
+            self._check_owners()
         if self.hidden_size // self.num_attention_heads % 2:
             raise ValueError("hidden_size / num_attention_heads must be even")
+
+    def _check_owners(self) -> None:
+        """Raise ValueError if the layers cannot own their experts."""
+        layers, experts, owners = self.num_hidden_layers, self.num_experts, self.expert_owners
+        for name, value, needed in (
+            ("ffn", self.ffn, "pool"),
+            ("router", self.router, "norm"),
+            ("num_expert_groups", self.num_expert_groups, 1),
+        ):
+            if value != needed:
+                raise ValueError(f"{name} is {value!r}: it must be {needed} with expert_owners")
+        equally = [layer for layer in range(layers) for _ in range(experts // layers)]
+        if not isinstance(owners, list) or {type(owner) for owner in owners} != {int} or sorted(owners) != equally:
+            raise ValueError(f"expert_owners must name each of the {layers} layers for equally many experts")
+        if self.num_experts_per_tok > experts // layers:
+            raise ValueError(f"num_experts_per_tok is {self.num_experts_per_tok}: a layer owns fewer experts")
+        factor = self.foreign_expert_factor
+        if type(factor) not in (int, float) or not 0 <= factor <= 1:
+            raise ValueError(f"foreign_expert_factor is {factor!r}: it must be from 0 to 1")

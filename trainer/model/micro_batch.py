@@ -16,7 +16,7 @@ Letters: B batch, S sequence, T tokens, D hidden, K top-k, N = T * K assignments
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Generic, TypeVar
@@ -25,11 +25,12 @@ import torch
 from torch import Tensor
 
 from pool.schedule import Kind
-from router import Routing, distinct_experts
+from router import Reach, Routing, distinct_experts
 from trainer.model.segments import (
     Dispatch,
     Opened,
     Roots,
+    Seen,
     Surroundings,
     combined,
     dense_layer,
@@ -67,11 +68,13 @@ class PoolMap:
         position_M: Position of every global expert in shard-major order (int64, on the compute device).
         experts_per_layer: Number of experts that a layer sees.
         layers_per_group: Number of adjacent layers that share a sub-pool.
+        reaches: What each layer reaches of its experts, in a run with a lock; None: all.
     """
 
     position_M: Tensor
     experts_per_layer: int
     layers_per_group: int
+    reaches: Sequence[Reach] | None = None
 
     def first_expert(self, layer: int) -> int:
         """Return the global id of the layer's expert 0."""
@@ -80,6 +83,10 @@ class PoolMap:
     def first_of(self, layer: int) -> Tensor:
         """Return the same as a scalar on the device, for compiled segments: a number would be part of the graph."""
         return self._firsts[layer // self.layers_per_group]
+
+    def seen_by(self, layer: int) -> Seen:
+        """Return what the layer sees of the pool."""
+        return Seen(self.first_of(layer), self.reaches[layer] if self.reaches else None)
 
     @cached_property
     def _firsts(self) -> tuple[Tensor, ...]:
@@ -170,12 +177,15 @@ class Objective:
             to None while there is no balance loss. Called once, between forward and backward.
         z_loss: Coefficient of the router z-loss; with 0 the routers do not compute it.
         recompute: Whether to run the segments again in backward instead of keeping their activations.
+        entropy: Maps the micro-batch's own mean scores (L, M) to the entropy loss and its gradient
+            (`router.entropy_loss`), in a run with a lock.
     """
 
     scale: float
     coefficients: Callable[[Tensor], Tensor | None]
     z_loss: float
     recompute: bool
+    entropy: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
 
 
 def train_micro_batch(
@@ -210,11 +220,15 @@ def train_micro_batch(
     dispatches = [segment.found.dispatch for segment in layers]
     load_LM = torch.stack([dispatch.tokens_per_expert_M for dispatch in dispatches])
     coefficients_LM = objective.coefficients(load_LM)
+    d_means_LM, entropies = coefficients_LM, {}
+    if objective.entropy:
+        entropies["entropy_loss"], d_entropy_LM = objective.entropy(torch.stack(scores))
+        d_means_LM = d_entropy_LM if coefficients_LM is None else coefficients_LM + d_entropy_LM
 
     scale = torch.full((), objective.scale, device=loss.device)
     dz = scale * objective.z_loss if objective.z_loss else None
     dh, dy, dscores = last.backward((scale,))
-    dmeans = [None] * len(layers) if coefficients_LM is None else (coefficients_LM * scale).unbind()
+    dmeans = [None] * len(layers) if d_means_LM is None else (d_means_LM * scale).unbind()
     for layer, segment in reversed(list(enumerate(layers))):
         dx = yield _request(Kind.BACKWARD, index, layer, dy, segment.found.dispatch)
         gradients = segment.backward((dh, dx, dscores, dmeans[layer], dz))
@@ -225,7 +239,7 @@ def train_micro_batch(
         balance_loss = (coefficients_LM * torch.stack(scores)).sum()
     distinct = distinct_experts(torch.stack([dispatch.expert_ids_TK for dispatch in dispatches]))
     z_loss = objective.z_loss * torch.stack(z_losses).sum() if z_losses else torch.zeros_like(loss)
-    scalars = {"loss": loss, "balance_loss": balance_loss, "z_loss": z_loss, "distinct_experts": distinct}
+    scalars = {"loss": loss, "balance_loss": balance_loss, "z_loss": z_loss, "distinct_experts": distinct, **entropies}
     gates, nonfinite = zip(*(segment.found.health for segment in layers), strict=True)
     return MicroBatchResult(scalars, torch.stack(gates), torch.stack(nonfinite).sum(), load_LM)
 
@@ -264,10 +278,11 @@ def hidden_states(
     h_BSD = trunk.embedding(tokens_BS)
     loads: list[Tensor] = []
     for layer, block in enumerate(trunk.blocks):
-        h_BSD, x_TD, routing = route(block, around, h_BSD)  # type: ignore[arg-type]
+        seen = pool_map.seen_by(layer)
+        h_BSD, x_TD, routing = route(block, around, seen, h_BSD)  # type: ignore[arg-type]
         if reroute:
             routing = reroute(layer, routing)
-        rows_ND, dispatch = dispatched(around, pool_map.first_of(layer), x_TD, routing)
+        rows_ND, dispatch = dispatched(around, seen, x_TD, routing)
         y_ND = yield _request(Kind.FORWARD_ONLY, index, layer, rows_ND, dispatch)
         h_BSD = combined(dispatch, h_BSD, y_ND, routing.topk_scores_TK)
         loads.append(dispatch.tokens_per_expert_M)
@@ -290,12 +305,12 @@ def _to_request(
     before: Dispatch | None,
 ) -> Callable[..., tuple[Roots, Opened]]:
     """Return segment `layer`: from the previous layer's answer (or the tokens) to this layer's request."""
-    block, first_expert = trunk.blocks[layer], pool_map.first_of(layer)
+    block, seen = trunk.blocks[layer], pool_map.seen_by(layer)
 
     def run(again: bool, *leaves: Tensor) -> tuple[Roots, Opened]:
         if before is None:
-            return trunk.segments.embed_to_request(trunk.embedding, block, around, first_expert, again, tokens_BS)
-        return trunk.segments.combine_to_request(block, around, first_expert, again, before, *leaves)
+            return trunk.segments.embed_to_request(trunk.embedding, block, around, seen, again, tokens_BS)
+        return trunk.segments.combine_to_request(block, around, seen, again, before, *leaves)
 
     return run
 

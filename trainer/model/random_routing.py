@@ -8,12 +8,14 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from router import Routing, select_experts
+from router import Owned, Reach, Routing, select_experts
 from trainer.model.micro_batch import Reroute
 
 
-def random_routing(layer: int, experts: int, seed: int, sequences: range) -> Reroute:
+def random_routing(layer: int, experts: int, seed: int, sequences: range, reach: Reach | None = None) -> Reroute:
     """Replace the experts of each token of `layer` by K random ones, distinct and uniform; gate values stay.
+
+    They are drawn from all experts that the layer sees, or from its own if it is locked.
 
     The experts of a sequence depend only on the seed, the layer and the sequence's number. They are the same in every
     layout, on every device and after every step, so two probes differ only by what was learned in between.
@@ -21,15 +23,17 @@ def random_routing(layer: int, experts: int, seed: int, sequences: range) -> Rer
     Args:
         experts: Number of experts that the layer sees.
         sequences: Numbers of the micro-batch's sequences.
+        reach: What the layer reaches, in a run with a lock.
     """
+    own_E = reach.expert_ids_E.cpu() if isinstance(reach, Owned) else torch.arange(experts)
 
     def reroute(at: int, routing: Routing) -> Routing:
         if at != layer:
             return routing
         tokens, top_k = routing.topk_expert_ids_TK.shape
         length = tokens // len(sequences)
-        drawn = [torch.rand(length, experts, generator=seeded(seed, layer, number)) for number in sequences]
-        ids_TK = select_experts(torch.cat(drawn), top_k)
+        drawn = [torch.rand(length, len(own_E), generator=seeded(seed, layer, number)) for number in sequences]
+        ids_TK = own_E[select_experts(torch.cat(drawn), top_k)]
         tokens_per_expert_M = torch.bincount(ids_TK.flatten(), minlength=experts)
         device = routing.topk_expert_ids_TK.device
         return routing._replace(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pool.compiling import compiled
 from pool.permute import Permutation, combine, permutation, permute
-from router import Routing
+from router import Reach, Routing
 
 if TYPE_CHECKING:
     from trainer.config.recipe import Recipe
@@ -37,6 +37,18 @@ class Surroundings(NamedTuple):
     bias_B1SS: Tensor | None
     position_M: Tensor | None
     compute_dtype: torch.dtype
+
+
+class Seen(NamedTuple):
+    """What a layer sees of the pool, as inputs of the graph that all layers share.
+
+    Attributes:
+        first_expert: Global id of the layer's expert 0: a scalar on the device.
+        reach: Which of its experts the layer reaches, in a run with a lock; None: all.
+    """
+
+    first_expert: Tensor
+    reach: Reach | None
 
 
 class Dispatch(NamedTuple):
@@ -83,16 +95,16 @@ def autocast(device: torch.device, compute_dtype: torch.dtype) -> torch.autocast
 
 
 def embed_to_request(
-    embedding: nn.Embedding, block: Block, around: Surroundings, first_expert: Tensor, again: bool, tokens_BS: Tensor
+    embedding: nn.Embedding, block: Block, around: Surroundings, seen: Seen, again: bool, tokens_BS: Tensor
 ) -> tuple[Roots, Opened]:
     """Run the first segment: from the tokens to layer 0's request; see `combine_to_request`."""
-    return _to_request(block, around, first_expert, again, embedding(tokens_BS))
+    return _to_request(block, around, seen, again, embedding(tokens_BS))
 
 
 def combine_to_request(
     block: Block,
     around: Surroundings,
-    first_expert: Tensor,
+    seen: Seen,
     again: bool,
     before: Dispatch,
     h_BSD: Tensor,
@@ -102,18 +114,15 @@ def combine_to_request(
     """Run a segment in the middle: from the previous layer's answer to this layer's request.
 
     Args:
-        first_expert: Global id of the layer's expert 0: a scalar on the device, so that it is an input of the graph.
         again: Whether the segment runs again in backward.
         before: How the previous layer's tokens were dispatched.
     """
-    return _to_request(block, around, first_expert, again, combined(before, h_BSD, y_ND, topk_scores_TK))
+    return _to_request(block, around, seen, again, combined(before, h_BSD, y_ND, topk_scores_TK))
 
 
-def _to_request(
-    block: Block, around: Surroundings, first_expert: Tensor, again: bool, h_BSD: Tensor
-) -> tuple[Roots, Opened]:
-    h_BSD, x_TD, routing = route(block, around, h_BSD)
-    rows_ND, dispatch = dispatched(around, first_expert, x_TD, routing)
+def _to_request(block: Block, around: Surroundings, seen: Seen, again: bool, h_BSD: Tensor) -> tuple[Roots, Opened]:
+    h_BSD, x_TD, routing = route(block, around, seen, h_BSD)
+    rows_ND, dispatch = dispatched(around, seen, x_TD, routing)
     z_loss = routing.z_loss if block.router.has_z_loss else None
     roots = (h_BSD, rows_ND, routing.topk_scores_TK, routing.mean_scores_M, z_loss)
     return roots, Opened(dispatch, None if again else _health(routing.topk_scores_TK.detach()))
@@ -124,17 +133,17 @@ def _health(topk_scores_TK: Tensor) -> Health:
     return Health(gates_T.mean(), gates_T.isfinite().logical_not_().sum())
 
 
-def route(block: Block, around: Surroundings, h_BSD: Tensor) -> tuple[Tensor, Tensor, Routing]:
+def route(block: Block, around: Surroundings, seen: Seen, h_BSD: Tensor) -> tuple[Tensor, Tensor, Routing]:
     """Return the residual stream after attention, the normed tokens x_TD, and their routing."""
     with autocast(h_BSD.device, around.compute_dtype):
         h_BSD = block.attend(h_BSD, around.rope, around.bias_B1SS)
-        return h_BSD, *block.route(h_BSD)
+        return h_BSD, *block.route(h_BSD, seen.reach)
 
 
-def dispatched(around: Surroundings, first_expert: Tensor, x_TD: Tensor, routing: Routing) -> tuple[Tensor, Dispatch]:
+def dispatched(around: Surroundings, seen: Seen, x_TD: Tensor, routing: Routing) -> tuple[Tensor, Dispatch]:
     """Return the rows for the pool, and how they were dispatched."""
     assert around.position_M is not None, "a dense model dispatches nothing"
-    expert_ids_TK = routing.topk_expert_ids_TK + first_expert
+    expert_ids_TK = routing.topk_expert_ids_TK + seen.first_expert
     p = permutation(expert_ids_TK, around.position_M)
     rows_ND = permute(x_TD.to(around.compute_dtype), p)
     return rows_ND, Dispatch(p, expert_ids_TK, routing.tokens_per_expert_M)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from router import Routing, build_router, norm_constant
+from router import Reach, Routing, build_router, norm_constant
 from trainer.config.recipe import Recipe
 from trainer.model.document_mask import as_bias, document_mask
 from trainer.model.loss import OutputProjection
@@ -97,10 +97,10 @@ class Block(nn.Module):
         """Return the residual stream after attention."""
         return h_BSD + self.attention(self.attention_norm(h_BSD), rope, bias_B1SS)  # type: ignore[no-any-return]
 
-    def route(self, h_BSD: Tensor) -> tuple[Tensor, Routing]:
+    def route(self, h_BSD: Tensor, reach: Reach | None = None) -> tuple[Tensor, Routing]:
         """Return the normed tokens x_TD for the experts, and their routing."""
         x_TD = self.ffn_norm(h_BSD).flatten(0, 1)
-        return x_TD, self.router(x_TD)
+        return x_TD, self.router(x_TD, reach=reach)  # by name: ZeRO-3's hooks would wrap its tensors otherwise
 
     def dense(self, h_BSD: Tensor) -> Tensor:
         """Return the residual stream after the dense FFN."""
@@ -139,7 +139,7 @@ class Trunk(nn.Module):
         m = recipe.model
         self.compute_dtype = compute_dtype(recipe)
         constant = 1.0
-        if m.ffn == "pool" and recipe.router.kind == "norm":
+        if m.ffn == "pool" and recipe.router.has_norm:
             constant = norm_constant(recipe.experts_per_layer, recipe.router.top_k) * recipe.router.constant_factor
         self.embedding = nn.Embedding(m.vocab, m.hidden)
         self.blocks = nn.ModuleList(Block(recipe, constant) for _ in range(m.layers))

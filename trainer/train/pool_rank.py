@@ -17,6 +17,7 @@ from trainer.engine.role_engine import build_engine, squared_norm
 from trainer.planning.schedule import ScheduleSpec
 from trainer.telemetry.prometheus import ExpertLoad, MetricsServer
 from trainer.telemetry.time_breakdown import UsageClock
+from trainer.train.lock import RunLock
 
 
 class PoolRank:
@@ -25,7 +26,10 @@ class PoolRank:
     Attributes:
         plan: Schedule of an optimizer step.
         clock: Measures what its training steps are spent on.
+        lock: None: only trunk ranks know which layer owns which expert.
     """
+
+    lock: RunLock | None = None
 
     def __init__(self, recipe: Recipe, job: Job, schedule: ScheduleSpec, placement: Placement):
         self._recipe, self._job, self._schedule = recipe, job, schedule
@@ -98,6 +102,11 @@ class PoolRank:
     def restore(self, state: dict[str, Any], steps: int, shift: int) -> None:
         """Use the weights that the engine has loaded."""
         self._shard.weights_changed()
+
+    @property
+    def ownership(self) -> None:
+        """Nothing, as `lock`."""
+        return
 
     def recorded_load(self) -> None:
         """Return nothing: only trunk ranks know the load of each layer."""

@@ -40,7 +40,7 @@ def test_trees_of_recipes(settings: list[tuple[str, Any]], whole: bool) -> None:
         text = yaml.safe_dump(checked[0].model_dump(mode="json"))
         assert Recipe.model_validate(yaml.safe_load(text)) == checked[0]
         assert all(
-            math.isfinite(v) for s in checked[0].model_dump().values() for v in s.values() if isinstance(v, float)
+            math.isfinite(v) for s in checked[0].model_dump().values() if s for v in s.values() if isinstance(v, float)
         )
     elif not whole:
         assert user_error(check)

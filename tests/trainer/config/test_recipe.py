@@ -25,6 +25,10 @@ WRONG = {
     "pool.experts=0": "pool.experts = 0: must be at least 1 with model.ffn = pool",
     "router.top_k=65": "router.top_k = 65: must be at most the experts a layer sees (64)",
     "router={kind: softmax, constant_factor: 2}": "router.constant_factor = 2.0: must be 1 with router.kind = softmax",
+    "lock={alocation: random}": "lock.alocation: unknown key; did you mean allocation?",
+    "lock.full_fraction=0": "lock.full_fraction = 0: must be greater than 0",
+    "lock={anneal_fraction: 0.99}": "lock.anneal_fraction = 0.99: must be at most 1 - lock.full_fraction (0.983333)",
+    "lock=random": "lock = 'random': must be a valid dictionary",
     "balance.delay=0": "balance.delay = 0: must be at least 1 with balance.scope = global_batch",
     "train.global_batch=12": "train.global_batch = 12: must be divisible by train.micro_batch x parallel.trunk_ranks",
     "parallel.pool_ranks=3": "pool.experts = 64: must be divisible by the shards of the pool (3)",
@@ -39,6 +43,7 @@ WRONG = {
     "probe={every: 5, layers: [7, 8]}": "probe.layers = [7, 8]: must be different numbers from 0 to 7",
     "probe.layers=[]": "probe.layers = []: must have at least 1 item",
     "topology.order=pool_first": "topology.order = 'pool_first': must be 'pool_last' or 'interleaved'",
+    "train.pool_lr_factor=0": "train.pool_lr_factor = 0: must be greater than 0",
     "train.min_lr=1": "train.min_lr = 1.0: must be at most train.lr (0.002)",
     "data.split=[0, 1, 1]": "data.split = [0, 1, 1]: the first part (training) must be above 0",
     "data.split=[3, 0, 1]": "data.split = [3, 0, 1]: the second part (validation) must be above 0, or data.validation",
@@ -74,6 +79,31 @@ def test_zero_3_is_never_compiled() -> None:
         load_recipe("quickstart", ["parallel.trunk_zero=3", "train.compile=true"])
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["router.kind=softmax"], "router.kind = 'softmax': must be norm with a section lock"),
+        (["model.groups=2"], "model.groups = 2: must be 1 with a section lock"),
+        (["pool.experts=60"], "pool.experts = 60: must be a multiple of model.layers (8) with a section lock"),
+        (["router.top_k=9"], "router.top_k = 9: must be at most the experts that a layer owns with a section lock (8)"),
+        (["model.ffn=dense", "pool.experts=0", "parallel.pool_ranks=0"], "model.ffn = 'dense': must be pool with a"),
+    ],
+)
+def test_what_a_lock_needs(overrides: list[str], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_recipe("quickstart", ["lock={}", *overrides])
+    assert message in str(caught.value)
+
+
+def test_a_lock_is_switched_on_and_off(tmp_path: Path) -> None:
+    """Also in the resolved recipe of a run without one, which says `lock: null`."""
+    save_recipe(load_recipe("quickstart"), tmp_path / "recipe.yaml")
+    locked = load_recipe(str(tmp_path / "recipe.yaml"), ["lock.allocation=random"])
+    assert locked.lock and locked.lock.coverage == 0.95
+    save_recipe(locked, tmp_path / "recipe.yaml")
+    assert load_recipe(str(tmp_path / "recipe.yaml"), ["lock=null"]) == load_recipe("quickstart")
+
+
 def test_probed_layers() -> None:
     """The deep half, or those that are named; a dense model has no routing to probe."""
     assert load_recipe("quickstart").probed_layers == (4, 5, 6, 7)
@@ -81,6 +111,11 @@ def test_probed_layers() -> None:
     assert load_recipe("quickstart", ["probe={every: 1, layers: [0, 2]}"]).probed_layers == (0, 2)
     with pytest.raises(UserError, match="probe.every = 5: must be 0 with model.ffn = dense"):
         load_recipe("dense-182m", ["probe.every=5"])
+
+
+def test_a_dense_model_has_no_rate_of_its_experts() -> None:
+    with pytest.raises(UserError, match="train.pool_lr_factor = 0.5: must be 1 with model.ffn = dense"):
+        load_recipe("dense-182m", ["train.pool_lr_factor=0.5"])
 
 
 def test_sources(tmp_path: Path) -> None:

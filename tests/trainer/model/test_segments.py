@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import pytest
@@ -14,11 +14,13 @@ import torch._dynamo
 from torch import Tensor
 
 from pool.placement import contiguous
+from router import Reach
 from tests.trainer.model.fused_for_cuda import Counter
 from tests.training import END, tiny, tokens
 from trainer.common.errors import UserError
 from trainer.config.recipe import Recipe
 from trainer.model import segments
+from trainer.model.lock import Reaches
 from trainer.model.micro_batch import (
     MicroBatchResult,
     Objective,
@@ -51,6 +53,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "data": {"document_mask": True},
     },
     "sigmoid, recompute": {"router": {"kind": "sigmoid_bias", "top_k": 2}, "train": {"recompute": True}},
+    "norm_bias": {"router": {"kind": "norm_bias", "top_k": 2}},
     "frozen": {"train": {"freeze": "trunk", "init_from": "unused"}},
     "dense": {"model": {"ffn": "dense"}, "pool": {"experts": 0}, "balance": {"pool": 0.0}},
 }
@@ -109,7 +112,7 @@ def answered(coroutine: MicroBatch[T]) -> T:
         rows_ND = rows_ND * torch.linspace(0.5, 1.5, rows_ND.shape[1]).to(rows_ND.dtype)
 
 
-def trained(trunk: Trunk, recipe: Recipe, number: int = 0) -> MicroBatchResult:
+def trained(trunk: Trunk, recipe: Recipe, number: int = 0, reaches: Sequence[Reach] | None = None) -> MicroBatchResult:
     """One micro-batch, forward and backward."""
     sequences_BS1 = torch.from_numpy(tokens(recipe)[2 * number : 2 * number + 2])
     experts = max(1, recipe.experts_per_layer)
@@ -118,7 +121,8 @@ def trained(trunk: Trunk, recipe: Recipe, number: int = 0) -> MicroBatchResult:
     pool_map = map_of(recipe)
     if pool_map is None:
         return answered(train_dense_micro_batch(trunk, sequences_BS1, objective))
-    return answered(train_micro_batch(trunk, pool_map, sequences_BS1, number, objective))
+    seen = replace(pool_map, reaches=reaches)
+    return answered(train_micro_batch(trunk, seen, sequences_BS1, number, objective))
 
 
 def gradients(trunk: Trunk) -> dict[str, Tensor]:
@@ -159,6 +163,30 @@ def test_one_graph_of_each_segment(variant: str) -> None:
     assert bool(gradients(trunk)) == (variant != "frozen")
     for length in (3, 5):
         answered(hidden_states(trunk, map_of(recipe), torch.ones(1, length, dtype=torch.int64), 0))
+    assert backend.graphs == expected
+
+
+@pytest.mark.parametrize("allocation", ["learned", "random"])
+def test_one_graph_for_each_kind_of_reach(allocation: str) -> None:
+    """The pool and the ramp share one, and all are compiled before the first step, within which they change."""
+    lock = {"full_fraction": 0.25, "anneal_fraction": 0.5, "allocation": allocation}
+    recipe, backend = tiny(pool={"experts": 12}, lock=lock), Backend()
+    trunk, eager = trunk_of(recipe, backend.segments), trunk_of(recipe)
+    trunk.compiled = True
+    warm_up(trunk, map_of(recipe), recipe)
+    expected = 5 if allocation == "learned" else 3
+    assert backend.graphs == expected and not gradients(trunk)
+    reaches = Reaches(recipe, CPU)
+    for step in range(1, 5):
+        if step > 1 or allocation == "random":
+            reaches.assign([2, 0, 1] * 4)
+        at = reaches.at(step)
+        assert {reach[0].storage_offset() for reach in at} == {0}
+        found = [trained(t, recipe, step, at) for t in (trunk, eager)]
+        assert_close(*found)
+    assert_gradients_close(trunk, eager)
+    load_LM = found[0].tokens_per_expert_LM
+    assert [int(load_LM[layer, first::3].sum()) for layer, first in enumerate((1, 2, 0))] == [36] * 3
     assert backend.graphs == expected
 
 
