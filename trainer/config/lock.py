@@ -26,7 +26,7 @@ class Stage:
     Attributes:
         name: `full`: every layer uses the whole pool; `anneal`: the scores of experts that a layer does not own are
             reduced; `locked`: a layer uses its own experts only.
-        alpha: By how much these scores are reduced: 0 in the full stage, 1 when locked (Eq. M35).
+        alpha: By how much these scores are reduced: 0 in the full stage, 1 when locked (Eq. M36).
         entropy: Coefficient of the entropy loss (Eq. M33).
     """
 

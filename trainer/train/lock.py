@@ -1,6 +1,6 @@
 """UniPool-lock in a run: which layer owns which experts, decided once by held-out routing; and when the run is to end.
 
-"Eq. M34" and the like are equations of docs/method.md.
+"Eq. M35" and the like are equations of docs/method.md.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class RunLock:
         self._loads = [load_LM, *self._loads][: self._keys.evaluations]
 
     def choose(self, done: int, val_loss: float) -> OwnershipRecord:
-        """Assign experts by the loads of the last evaluations (Eq. M34).
+        """Assign experts by the loads of the last evaluations (Eq. M35).
 
         Args:
             done: Optimizer steps done.
