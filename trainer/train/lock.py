@@ -5,18 +5,21 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from router import assign, random_ownership
+from router import assign, entropy_loss, random_ownership
 from trainer.checkpoint.format import OwnershipRecord
 from trainer.cluster.process_groups import Job
 from trainer.common.errors import DIVERGED
 from trainer.common.strict_json import dumps
-from trainer.config.lock import assigned_after
+from trainer.config.lock import assigned_after, stage_of
 from trainer.config.recipe import Recipe
 from trainer.model.lock import Reaches
 
@@ -45,6 +48,13 @@ class RunLock:
         if self._keys.allocation == "random":
             ownership = random_ownership(recipe.model.layers, recipe.pool.experts, recipe.run.seed)
             self._use(OwnershipRecord(**asdict(ownership), step=0))
+
+    def entropy(self, step: int) -> Callable[[Tensor], tuple[Tensor, Tensor]] | None:
+        """Return `Objective.entropy` for a step."""
+        if not self._keys.entropy:
+            return None
+        target = math.log(self._recipe.pool.experts / self._recipe.model.layers)
+        return partial(entropy_loss, coefficient=stage_of(self._recipe, step).entropy, target=target)
 
     def keep(self, load_LM: Tensor) -> None:
         """Remember the load of an evaluation before the assignment, (L, M)."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from trainer.checkpoint import format as checkpoint
+from trainer.checkpoint.reshard import move_experts
 from trainer.checkpoint.resume import check_data, choose, early_check, load_checkpoint
 from trainer.checkpoint.save import Saver
 from trainer.cluster.fault_watch import FaultWatch
@@ -26,12 +27,13 @@ from trainer.config.recipe import Recipe
 from trainer.data.batches import evaluation_steps
 from trainer.data.prepare import prepare_for
 from trainer.data.prepared_data import PreparedData
+from trainer.engine.deterministic import use_deterministic_kernels
 from trainer.export.initial import load_initial
 from trainer.model.document_mask import document_end
 from trainer.telemetry.console import say
 from trainer.telemetry.run_folder import RunFolder
 from trainer.telemetry.step_scalars import StepScalars
-from trainer.train.agreement import agreed_data, agreed_placement, agreed_schedule
+from trainer.train.agreement import agreed_data, agreed_move, agreed_placement, agreed_schedule
 from trainer.train.lock import after_evaluation, assigns
 from trainer.train.pool_rank import PoolRank
 from trainer.train.profile import StepProfile
@@ -99,19 +101,6 @@ def _mark_end(launch: Launch) -> None:
     """Tell `trainer.cluster.launch` that all steps are done."""
     if launch.local_rank == 0 and DONE_FILE in os.environ:
         Path(os.environ[DONE_FILE]).touch()
-
-
-def use_deterministic_kernels() -> None:
-    """Let torch choose kernels that give the same bits every time.
-
-    With `warn_only` flash and memory-efficient attention on CUDA would only warn, and add up gradients in any order
-    (aten/src/ATen/native/transformers/cuda/attention_backward.cu), and cuDNN's would be allowed.
-    """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs it to be deterministic
-    # `use_deterministic_algorithms` would also import torch's compiler, before the ranks meet, to set its option for
-    # deterministic kernels; `pool.compiling.compiled` sets that itself. Torch's optimizers import it later.
-    torch.set_deterministic_debug_mode("error")
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # we write before we read
 
 
 def start(recipe: Recipe, launch: Launch, watch: FaultWatch, force: bool) -> Run:
@@ -249,6 +238,9 @@ class Loop:
             if save:
                 r.watch.phase = f"the checkpoint after step {done}"
                 r.saver.start(done)
+                if done < last:
+                    r.watch.phase = f"moving the experts after step {done}"
+                    move_experts(r.job, r.saver, r.role, agreed_move(r.job, r.recipe, r.role, done), done)
             if self._measure(done) and done < last:
                 return self._end(done, save)
         r.watch.phase = "the last checkpoint"

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from datetime import timedelta
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,10 +17,9 @@ from torch import Tensor
 
 from pool.placement import Placement
 from pool.schedule import WARM_UP_STEP, lockstep_schedule
-from router import LoadStatistics, SigmoidBiasRouter, balance_coefficients, entropy_loss
+from router import LoadStatistics, SigmoidBiasRouter, balance_coefficients
 from trainer.checkpoint.format import OwnershipRecord
 from trainer.cluster.process_groups import Job
-from trainer.config.lock import stage_of
 from trainer.config.recipe import Recipe
 from trainer.data.batches import SequenceStream
 from trainer.engine.monitors import Monitors
@@ -216,10 +214,7 @@ class TrunkRank:
             b = recipe.balance
             return balance_coefficients(fractions_LM, b.layer, b.pool, recipe.model.groups)
 
-        entropy = None
-        if recipe.lock and recipe.lock.entropy:
-            target = math.log(recipe.pool.experts / recipe.model.layers)
-            entropy = partial(entropy_loss, coefficient=stage_of(recipe, step).entropy, target=target)
+        entropy = self.lock.entropy(step) if self.lock else None
         return Objective(1 / recipe.micro_batches, coefficients, recipe.router.z_loss, recipe.train.recompute, entropy)
 
     def step(self, step: int, total_norm: float) -> StepScalars:
@@ -389,3 +384,14 @@ class TrunkRank:
         if self._pool_map is None:
             return None
         return over_all_experts(self._recent_load_LM.round(), self._recipe.model.groups).long().numpy()
+
+    def move_to(self, placement: Placement) -> None:
+        """See `trainer.checkpoint.format.Role.move_to`."""
+        self.placement = placement
+        self._pool_map = _pool_map(self._recipe, placement, self._job.device)
+        self._pool_side.move_to(placement)
+        self.metrics.expert_load = self._pool_side.expert_load()
+
+    def weights_changed(self) -> None:
+        """See `trainer.checkpoint.format.Role.weights_changed`."""
+        self._pool_side.weights_changed()
