@@ -49,6 +49,11 @@ def locked_after(recipe: Recipe) -> int:
     return _full_steps(recipe) + round(recipe.lock.anneal_fraction * recipe.train.steps)
 
 
+def placed_by_load(recipe: Recipe, done: int) -> bool:
+    """Return whether the experts are placed by the recorded load after `done` steps: also where layers are locked."""
+    return recipe.pool.placement == "auto" or (recipe.lock is not None and done > locked_after(recipe))
+
+
 def stage_of(recipe: Recipe, step: int) -> Stage:
     """Return the stage of optimizer step `step`, counted from 0. An evaluation after n steps has that of step n."""
     assert recipe.lock

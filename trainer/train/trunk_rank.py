@@ -20,6 +20,7 @@ from pool.schedule import WARM_UP_STEP, lockstep_schedule
 from router import LoadStatistics, SigmoidBiasRouter, balance_coefficients
 from trainer.checkpoint.format import OwnershipRecord
 from trainer.cluster.process_groups import Job
+from trainer.config.lock import STAGES, locked_after
 from trainer.config.recipe import Recipe
 from trainer.data.batches import SequenceStream
 from trainer.engine.monitors import Monitors
@@ -237,7 +238,8 @@ class TrunkRank:
             load_LM = to_device(self.load_LM, self._job.device)
             self._statistics.record_step(step, load_LM)
             if not self._results.nonfinite_router_tokens:  # such tokens are sent to arbitrary experts
-                self._recent_load_LM.lerp_(self.load_LM.double(), 1 / min(step + 1, LOAD_STEPS))
+                first = locked_after(self._recipe) if scalars.lock_stage == STAGES.index("locked") else 0
+                self._recent_load_LM.lerp_(self.load_LM.double(), 1 / min(step + 1 - first, LOAD_STEPS))
             if scalars.applied and self._recipe.train.freeze != "trunk":
                 self._move_expert_bias(load_LM)
         self.clock.stepped()
