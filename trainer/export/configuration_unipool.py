@@ -20,7 +20,8 @@ class UniPoolConfig(PretrainedConfig):
         num_expert_groups: 1 is UniPool. With G groups, num_hidden_layers / G adjacent layers share num_experts / G
             experts; G = num_hidden_layers is a vanilla mixture of experts.
         num_experts_per_tok: Number of experts per token, K.
-        router: "norm" (Eq. 7 of the paper), "softmax", or "sigmoid_bias" (arXiv:2408.15664).
+        router: "norm" (Eq. 7 of the paper), "norm_bias" (the same with a bias of the selection), "softmax", or
+            "sigmoid_bias" (arXiv:2408.15664).
         router_constant: The constant c of Eq. 7.
         router_constant_factor: Factor of c; 1 in the paper.
         expert_owners: The layer that owns each expert (UniPool-lock): each layer chooses only from its own, but their
@@ -93,8 +94,8 @@ class UniPoolConfig(PretrainedConfig):
         """Raise ValueError if no model can have this configuration."""
         if self.ffn not in ("pool", "dense"):
             raise ValueError(f"ffn is {self.ffn!r}: it must be pool or dense")
-        if self.router not in ("norm", "softmax", "sigmoid_bias"):
-            raise ValueError(f"router is {self.router!r}: it must be norm, softmax or sigmoid_bias")
+        if self.router not in ("norm", "norm_bias", "softmax", "sigmoid_bias"):
+            raise ValueError(f"router is {self.router!r}: it must be norm, norm_bias, softmax or sigmoid_bias")
         counts = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
         counts += ["num_key_value_heads", "max_position_embeddings"]
         multiples = [("hidden_size", "num_attention_heads"), ("num_attention_heads", "num_key_value_heads")]

@@ -6,7 +6,7 @@ and the names of its tensors are LLaMA's, and a dense model is a LLaMA. Files st
     model.embed_tokens.weight  model.norm.weight  lm_head.weight
     model.layers.L.{input_layernorm, post_attention_layernorm}.weight
     model.layers.L.self_attn.{q_proj, k_proj, v_proj, o_proj}.weight
-    model.layers.L.router.weight              and .sigma (norm) or .expert_bias (sigmoid_bias)
+    model.layers.L.router.weight              and .sigma (norm, norm_bias), .expert_bias (norm_bias, sigmoid_bias)
     model.experts.I.{gate_proj, up_proj, down_proj}.weight      I: the expert's number in the whole pool
     model.layers.L.mlp.{gate_proj, up_proj, down_proj}.weight   the FFN of a dense model
 
@@ -207,9 +207,9 @@ class UniPoolPreTrainedModel(PreTrainedModel):
             init.normal_(module.down_proj, std=std)
         if isinstance(module, UniPoolRouter):
             init.normal_(module.weight, std=std)
-            if module.kind == "norm":
+            if module.kind in ("norm", "norm_bias"):
                 init.ones_(module.sigma)
-            if module.kind == "sigmoid_bias":
+            if module.kind in ("norm_bias", "sigmoid_bias"):
                 init.zeros_(module.expert_bias)
             if module.foreign_M is not None:
                 init.copy_(module.foreign_M, torch.tensor(module.owned_elsewhere))

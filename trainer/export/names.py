@@ -64,9 +64,9 @@ def trunk_names(recipe: Recipe) -> dict[str, Parts]:
             names |= {f"{ours}.ffn.w13.weight": gate_up, f"{ours}.ffn.w2.weight": down}
             continue
         names[f"{ours}.router.weight_MD"] = {f"{name}.router.weight": (recipe.experts_per_layer, D)}
-        if recipe.router.kind == "norm":
+        if recipe.router.has_norm:
             names[f"{ours}.router.sigma"] = {f"{name}.router.sigma": (1,)}
-        if recipe.router.kind == "sigmoid_bias":
+        if recipe.router.kind.endswith("_bias"):
             names[f"{ours}.router.expert_bias_M"] = {f"{name}.router.expert_bias": (recipe.experts_per_layer,)}
     return names
 

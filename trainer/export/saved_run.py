@@ -131,7 +131,7 @@ def _damage_reported(folder: Path) -> Iterator[None]:
 def model_config(recipe: Recipe, **locked: Any) -> UniPoolConfig:
     """Return the configuration of a recipe's model; `locked` are the arguments that a lock adds."""
     constant = 1.0
-    if recipe.model.ffn == "pool" and recipe.router.kind == "norm":
+    if recipe.model.ffn == "pool" and recipe.router.has_norm:
         constant = norm_constant(recipe.experts_per_layer, recipe.router.top_k)
     return UniPoolConfig(**config_fields(recipe), **locked, router_constant=constant)
 

@@ -139,7 +139,7 @@ class Trunk(nn.Module):
         m = recipe.model
         self.compute_dtype = compute_dtype(recipe)
         constant = 1.0
-        if m.ffn == "pool" and recipe.router.kind == "norm":
+        if m.ffn == "pool" and recipe.router.has_norm:
             constant = norm_constant(recipe.experts_per_layer, recipe.router.top_k) * recipe.router.constant_factor
         self.embedding = nn.Embedding(m.vocab, m.hidden)
         self.blocks = nn.ModuleList(Block(recipe, constant) for _ in range(m.layers))

@@ -210,7 +210,7 @@ def _layer_activations(recipe: Recipe) -> int:
     if m.ffn == "dense":
         # the input, both halves of the hidden layer, silu of one, their product
         return attention + norms + compute * (D + 4 * F)
-    scores = 1 if recipe.router.kind == "norm" else 3
+    scores = 1 if recipe.router.has_norm else 3
     # the router's input and (T, M) tensors; dispatched rows; the answer, and in fp32 for the gate's gradient
     return attention + norms + FP32 * (D + scores * M) + K * D * (2 * compute + FP32)
 

@@ -83,7 +83,7 @@ def count_parameters(recipe: Recipe) -> Parameters:
     if m.ffn == "dense":
         dense = backbone + m.layers * ffn_weights(recipe)
         return Parameters(total=dense, active=dense, trunk=dense, pool=0, routers=0)
-    sigma = 1 if recipe.router.kind == "norm" else 0
+    sigma = 1 if recipe.router.has_norm else 0
     routers = m.layers * (recipe.experts_per_layer * m.hidden + sigma)
     pool = recipe.pool.experts * ffn_weights(recipe)
     active = backbone + m.layers * recipe.router.top_k * ffn_weights(recipe)

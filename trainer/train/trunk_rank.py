@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pool.placement import Placement
 from pool.schedule import WARM_UP_STEP, lockstep_schedule
-from router import LoadStatistics, SigmoidBiasRouter, balance_coefficients, entropy_loss
+from router import BiasedRouter, LoadStatistics, balance_coefficients, entropy_loss, load_of_groups
 from trainer.checkpoint.format import OwnershipRecord
 from trainer.cluster.process_groups import Job
 from trainer.config.lock import stage_of
@@ -250,8 +250,10 @@ class TrunkRank:
         return scalars
 
     def _move_expert_bias(self, load_LM: Tensor) -> None:
+        if self._recipe.router.kind == "norm_bias":
+            load_LM = load_of_groups(load_LM, self._recipe.model.groups)
         for load_M, block in zip(load_LM, self.trunk.blocks, strict=True):
-            if isinstance(block.router, SigmoidBiasRouter):
+            if isinstance(block.router, BiasedRouter):
                 block.router.update_bias(load_M, self._recipe.router.bias_rate)
 
     def _serve_metrics(self, scalars: StepScalars, done: int) -> None:
@@ -389,3 +391,14 @@ class TrunkRank:
         if self._pool_map is None:
             return None
         return over_all_experts(self._recent_load_LM.round(), self._recipe.model.groups).long().numpy()
+
+    def move_to(self, placement: Placement) -> None:
+        """See `trainer.checkpoint.format.Role.move_to`."""
+        self.placement = placement
+        self._pool_map = _pool_map(self._recipe, placement, self._job.device)
+        self._pool_side.move_to(placement)
+        self.metrics.expert_load = self._pool_side.expert_load()
+
+    def weights_changed(self) -> None:
+        """See `trainer.checkpoint.format.Role.weights_changed`."""
+        self._pool_side.weights_changed()

@@ -69,7 +69,17 @@ def test_shipped_sweeps_say_what_the_paper_has() -> None:
         assert smallest in pools
         vanilla, *_, full = load_sweep(f"figure-2a-{scale}").cells
         assert full.recipe.pool.experts == vanilla.recipe.pool.experts == 8 * full.recipe.model.layers
+    assert {cell.recipe.pool.experts for cell in load_sweep("figure-2a-650m").cells} >= {96, 128, 144, 192, 240, 288}
     table_5 = {cell.name: cell.recipe for cell in load_sweep("table-5").cells}
+    # A loss per layer uses a micro-batch's own load, the pool loss that of the one before.
+    loads = {name: (r.balance.layer > 0, r.balance.scope, r.balance.delay) for name, r in table_5.items()}
+    own, before = (True, "micro_batch", 0), (False, "micro_batch", 1)
+    assert {name for name, load in loads.items() if load == own} == {
+        "vanilla",
+        "vanilla-norm",
+        "shared-layer-loss-softmax",
+    }
+    assert all(load == before for name, load in loads.items() if load[0] is False and "sigmoid" not in name)
     assert {name: recipe.model.groups for name, recipe in table_5.items() if "groups" in name} == {
         "groups-6": 6,
         "groups-4": 4,

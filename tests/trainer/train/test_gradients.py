@@ -119,7 +119,9 @@ class Reference:
             preference_TM = s_TM + layer.router.expert_bias if layer.router.kind == "sigmoid_bias" else z_TM
             chosen_TK = preference_TM.topk(self.recipe.router.top_k).indices
             chosen_experts.append(chosen_TK + number // layers_of_a_group * z_TM.shape[1])
-            scalars[f"gate {number}"] = s_TM.gather(1, chosen_TK).sum(1).mean()
+            gates_T = s_TM.gather(1, chosen_TK).sum(1)
+            shares = layer.router.kind == "sigmoid_bias" and self.recipe.router.top_k > 1  # of a sum of 1
+            scalars[f"gate {number}"] = (gates_T / gates_T if shares else gates_T).mean()
             if self.recipe.balance.scores == "normalized":
                 s_TM = s_TM / s_TM.sum(1, keepdim=True).clamp(min=1e-300)
             means.append(s_TM.mean(0))
