@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from pool.placement import contiguous, more_even
+from router import random_ownership
 from tests.training import Outcome, assert_same, run_training, tiny
-from trainer.checkpoint.format import read_ownership
+from trainer.checkpoint.format import read_load, read_ownership, read_placement
 
 ZERO_0 = {"trunk_zero": 0, "pool_zero": 0}
 LOCK_STEP = {"lanes": 1, "stagger": False}
@@ -67,10 +71,44 @@ def test_resume_is_exact_on_either_side_of_each_boundary(after: int, tmp_path: P
     assert_same(_rest(whole, after), resumed, tolerance=0.0)
 
 
+def test_experts_move_when_layers_are_locked(tmp_path: Path) -> None:
+    """By the load of the locked steps alone, at their first checkpoint; a resume decides the same."""
+    recipe = locked(parallel={**ZERO_0, "pool_ranks": 2})
+    moved = run_training(recipe, save_to=tmp_path, save_after=5)
+    folder = next(tmp_path.glob("step_*"))
+    placement, load_LM, record = read_placement(folder), torch.from_numpy(read_load(folder)), read_ownership(folder)
+    assert placement == contiguous(12, 1, 2) and record
+    own_LM = torch.tensor(record.owners) == torch.arange(3)[:, None]
+    assert load_LM[own_LM].sum() == load_LM.sum() > 0
+    assert placement.order != more_even(load_LM, placement).order, "nothing has moved"
+    assert_same(reference(), moved)
+    assert_same(_rest(moved, 5), run_training(recipe, resume_from=tmp_path), tolerance=0.0)
+
+
+@pytest.mark.parametrize(("before", "after"), [("1+1", "every rank"), ("zero 3", "1+1")])
+def test_a_checkpoint_of_another_layout(before: str, after: str, tmp_path: Path) -> None:
+    """Before the assignment, so that the evaluations that were kept count, and after it."""
+    layouts = {"1+1": {"pool_ranks": 1}, "every rank": EVERY, "zero 3": {"trunk_ranks": 2, "trunk_zero": 3}}
+    steps = 1 if before == "1+1" else 3
+    run_training(locked(parallel=layouts[before]), steps, save_to=tmp_path)
+    rest = run_training(locked(parallel=layouts[after]), resume_from=tmp_path)
+    whole = _rest(reference(), steps)
+    assert_same(whole, rest)
+
+
+def test_a_random_allocation_is_locked_from_the_first_step(tmp_path: Path) -> None:
+    """It depends on the seed alone, and nothing is asked of its loss."""
+    recipe = locked(lock={"allocation": "random"}, parallel={"pool_ranks": 1})
+    found = run_training(recipe, steps=2, save_to=tmp_path)
+    assert [scalars["lock_stage"] for scalars in found.scalars] == [2, 2]
+    assert [scalars["foreign_assignments"] for scalars in found.scalars] == [0, 0]
+    record = read_ownership(next(tmp_path.glob("step_*")))
+    assert record and record.owners == found.owners == random_ownership(3, 12, recipe.run.seed).owners
+    assert (record.step, record.val_loss) == (0, None)
+
+
 def _rest(whole: Outcome, after: int) -> Outcome:
     """What a run that resumes after some steps still sees."""
-    from dataclasses import replace
-
     return replace(
         whole,
         scalars=whole.scalars[after:],
