@@ -106,6 +106,15 @@ def test_the_reproduction_has_equal_active_parameters() -> None:
     assert b["unipool-normalized"] == (0.0, 1e-2, "normalized", "norm")
 
 
+def test_additions_are_compared_at_equal_numbers_of_parameters() -> None:
+    recipes = {cell.name: cell.recipe for cell in load_sweep("small-beyond").cells}
+    counted = {name: count_parameters(recipe) for name, recipe in recipes.items()}
+    assert len({parameters.active for parameters in counted.values()}) == 1
+    # Routers see different numbers of experts; everything else is equal.
+    assert len({parameters.total - parameters.routers for parameters in counted.values()}) == 1
+    assert recipes["slower-experts"].train.pool_lr_factor == pytest.approx(8**-0.5, abs=0.005)
+
+
 def test_axes_multiply_and_cells_find_their_baseline(tmp_path: Path) -> None:
     """vanilla sets balance.pool itself: that axis is not its own, train.lr is."""
     experiment = load_sweep(write(tmp_path), folder=tmp_path / "runs")
