@@ -48,6 +48,9 @@ TINY: dict[str, Any] = {
     "metrics": {"tensorboard": False},
 }
 
+OF_LOCK = ("entropy_loss", "lock_stage", "own_share", "foreign_assignments")
+"""Scalars of a run with a lock."""
+
 END = 0
 """Ends a document; about every eighth of `tokens`."""
 
@@ -69,6 +72,8 @@ class Outcome:
         val_loss: of an evaluation at the end.
         load_LM: tokens per expert of the last step.
         random_loss: of the evaluation with random experts in layer 1.
+        val_losses: of a run with a lock, of the evaluation after each step, and before the first of a resumed run.
+        owners: the layer that owns each expert, in a run with a lock.
     """
 
     scalars: list[dict[str, float]]
@@ -77,6 +82,8 @@ class Outcome:
     val_loss: float
     load_LM: Tensor
     random_loss: float
+    val_losses: list[float]
+    owners: tuple[int, ...] | None
 
 
 def run_training(
@@ -92,7 +99,8 @@ def run_training(
     Args:
         steps: where to stop; default at the recipe's end.
         save_to: folder for a checkpoint.
-        save_after: steps after which it is saved, while training continues; default: at the end.
+        save_after: steps after which it is saved, while training continues, and the experts move if the recipe says so;
+            default: at the end.
         resume_from: folder whose newest checkpoint to begin with.
         warm_up: whether to warm up before the first step, as on GPUs.
     """
@@ -104,7 +112,9 @@ def run_training(
     gradients = [together(parts) for parts in zip(*(rank["gradients"] for rank in ranks), strict=True)]
     weights = together([rank["weights"] for rank in ranks])
     trunk = ranks[0]
-    return Outcome(trunk["scalars"], gradients, weights, trunk["val_loss"], trunk["load_LM"], trunk["random_loss"])
+    assert len({rank["owners"] for rank in ranks[: recipe.grid.trunk_ranks]}) == 1
+    of_trunk = {name: trunk[name] for name in ("val_loss", "load_LM", "random_loss", "val_losses", "owners")}
+    return Outcome(trunk["scalars"], gradients, weights, **of_trunk)
 
 
 def together(parts: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -129,13 +139,21 @@ def _train(
     recipe: Recipe, steps: int, save_to: Path | None, resume_from: Path | None, save_after: int, warm_up: bool
 ) -> dict[str, Any]:
     from trainer.checkpoint import format as checkpoint
+    from trainer.checkpoint.reshard import move_experts
     from trainer.checkpoint.resume import load_checkpoint
     from trainer.checkpoint.save import Saver
     from trainer.data.batches import SequenceStream
     from trainer.export.initial import load_initial
-    from trainer.train.agreement import agreed_placement
+    from trainer.train.agreement import agreed_move, agreed_placement
+    from trainer.train.lock import after_evaluation
     from trainer.train.pool_rank import PoolRank
     from trainer.train.trunk_rank import TrunkRank
+
+    def evaluate(done: int) -> None:
+        if recipe.lock:
+            loss, load_LM = role.evaluate(1, done)
+            after_evaluation(job, recipe, role, done, loss, load_LM)
+            result["val_losses"].append(loss)
 
     job = join(recipe)
     data = tokens(recipe)
@@ -149,7 +167,7 @@ def _train(
     else:
         assert placement
         role = PoolRank(recipe, job, make_schedule(recipe), placement)
-    result: dict[str, Any] = {"scalars": [], "gradients": [], "val_loss": 0.0, "load_LM": None, "random_loss": 0.0}
+    result: dict[str, Any] = {"scalars": [], "gradients": [], "val_losses": [], "load_LM": None, "owners": None}
     if warm_up:
         role.warm_up(job.start_timeout)
     if saved:
@@ -159,6 +177,8 @@ def _train(
     saver = Saver(job, recipe, save_to, role) if save_to else None
     if saver and start == save_after:
         saver.start(start)
+    if start:
+        evaluate(start)
     for step in range(start, steps):
         before_update(role, lambda: result["gradients"].append(of_all(role, full_gradients)))
         scalars = optimizer_step(job, role, step)
@@ -174,14 +194,19 @@ def _train(
                 "applied",
             )
             gates = {f"gate of layer {layer}": gate for layer, gate in enumerate(scalars.layer_gates)}
-            result["scalars"].append({name: float(getattr(scalars, name)) for name in names} | gates)
+            lock = {name: float(getattr(scalars, name)) for name in OF_LOCK if getattr(scalars, name) is not None}
+            result["scalars"].append({name: float(getattr(scalars, name)) for name in names} | gates | lock)
         if saver and step + 1 == save_after:
             saver.start(save_after)
+            if save_after < steps:
+                move_experts(job, saver, role, agreed_move(job, recipe, role, save_after), save_after)
+        evaluate(step + 1)
     assert saver is None or saver.finish()
     result["val_loss"], _ = role.evaluate(1, steps)
     result["random_loss"], _ = role.evaluate(1, steps, random_layer=1)
     if isinstance(role, TrunkRank):
         result["load_LM"] = role.load_LM
+        result["owners"] = role.ownership.owners if role.ownership else None
     result["weights"] = of_all(role, full_parameters)
     job.close()
     return result
@@ -265,9 +290,10 @@ def assert_same(a: Outcome, b: Outcome, tolerance: float = 1e-5) -> None:
         assert mine.keys() == other.keys()
         for name, value in mine.items():
             assert abs(value - other[name]) <= tolerance * max(abs(value), 1e-3), (step, name, value, other[name])
-    for name in ("val_loss", "random_loss"):
-        mine, other = getattr(a, name), getattr(b, name)
-        assert abs(mine - other) <= tolerance * abs(mine), (name, mine, other)
+    assert a.owners == b.owners
+    pairs = [(a.val_loss, b.val_loss), (a.random_loss, b.random_loss), *zip(a.val_losses, b.val_losses, strict=True)]
+    for mine, other in pairs:
+        assert abs(mine - other) <= tolerance * abs(mine), (mine, other)
     _assert_tensors_same(a.weights, b.weights, tolerance)
     assert len(a.gradients) == len(b.gradients)
     # Later ones are of weights that differ by rounding, and where a gradient is a sum that cancels, it shows.

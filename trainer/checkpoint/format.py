@@ -2,6 +2,8 @@
 
     checkpoints/step_00000160/trunk/...  pool/shard_0/...  recipe.yaml  layout.json  load.npy  manifest.json  COMPLETE
 
+and with a lock, after the assignment, ownership.json.
+
 The manifest has the size and the SHA-256 of every other file; COMPLETE, written last, has the manifest's. A checkpoint
 is written (trainer/checkpoint/save.py) under a name that starts with a dot, and renamed when it is complete.
 """
@@ -18,6 +20,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from trainer.common.errors import UserError, one_line, os_reason
 from trainer.common.safe_read import read_array
+from trainer.config.lock import OWNERSHIP_FILE
 from trainer.config.recipe import Recipe
 from trainer.config.sections import LARGEST
 
@@ -82,6 +85,35 @@ class CheckpointInfo(BaseModel, frozen=True):
     micro_batches: Annotated[int, Field(ge=1)]
 
 
+class OwnershipRecord(BaseModel, frozen=True):
+    """What ownership.json says: the experts of each layer in a run with a lock, and how they were found.
+
+    Attributes:
+        owners: The layer that owns each expert.
+        shares: The share of each layer's routed tokens that its own experts had.
+        shortfalls: By how much less than `lock.coverage` that is, by layer.
+        feasible: Whether no layer falls short.
+        step: Optimizer steps done at the assignment.
+        val_loss: The validation loss then, in nats; None if there was none, or it was not finite.
+    """
+
+    owners: tuple[_Count, ...]
+    shares: tuple[float, ...]
+    shortfalls: tuple[float, ...]
+    feasible: bool
+    step: _Count
+    val_loss: float | None = None
+
+    @model_validator(mode="after")
+    def _is_partition(self) -> Self:
+        """Check that every layer owns equally many experts."""
+        layers, experts = len(self.shares), len(self.owners)
+        each = experts // max(1, layers)
+        if not each or sorted(self.owners) != [layer for layer in range(layers) for _ in range(each)]:
+            raise ValueError("not a partition of the experts into equal parts")
+        return self
+
+
 class _File(BaseModel):
     bytes: _Count
     sha256: str
@@ -113,8 +145,21 @@ class Role(Protocol):
         """Restore what `state_dict` returned, after the engines have been loaded."""
         ...
 
+    @property
+    def ownership(self) -> OwnershipRecord | None:
+        """The experts of each layer, if this rank knows them, in a run with a lock after the assignment."""
+        ...
+
     def recorded_load(self) -> NDArray[np.int64] | None:
         """Return the load to save, (L, M), if this rank knows it."""
+        ...
+
+    def move_to(self, placement: Placement) -> None:
+        """Use another placement with as many shards from here on; the weights of the experts are loaded afterwards."""
+        ...
+
+    def weights_changed(self) -> None:
+        """Use new weights of the experts from here on."""
         ...
 
 
@@ -216,17 +261,28 @@ def layout_of(recipe: Recipe, placement: Placement | None) -> Layout:
 
 
 def choose_placement(recipe: Recipe, folder: Path | None) -> Placement | None:
-    """Return where the experts will be: placed by the load that checkpoint `folder` recorded, if the recipe says so."""
+    """Return where the experts are at the start of a run; None for a dense model.
+
+    Args:
+        folder: The checkpoint from which it resumes. They stay where they are in it if that has as many shards, unless
+            the recipe wants them placed by the load that it recorded.
+    """
     import torch
 
-    from pool.placement import balanced, contiguous
+    from pool.placement import contiguous, more_even
 
     if recipe.model.ffn == "dense":
         return None
     shards, groups = recipe.grid.expert_parallel, recipe.model.groups
-    if recipe.pool.placement == "auto" and folder is not None:
-        return balanced(torch.from_numpy(read_load(folder)), shards, groups)
-    return contiguous(recipe.pool.experts, groups, shards)
+    placement = contiguous(recipe.pool.experts, groups, shards)
+    if folder is None:
+        return placement
+    saved = read_placement(folder)
+    if saved and saved.shards == shards:
+        placement = saved
+    if recipe.pool.placement == "auto":
+        return more_even(torch.from_numpy(read_load(folder)), placement, groups)
+    return placement
 
 
 def read_placement(folder: Path) -> Placement | None:
@@ -252,6 +308,20 @@ def read_load(folder: Path) -> NDArray[np.int64]:
         return load_LM.astype(np.int64)
     except (OSError, ValueError) as error:
         raise UserError(f"{folder / LOAD_FILE}: missing or damaged ({error}); use another checkpoint") from None
+
+
+def read_ownership(folder: Path) -> OwnershipRecord | None:
+    """Return the experts of each layer that the folder of a run or of a checkpoint records; None without a lock.
+
+    Raises:
+        UserError: The file is damaged.
+    """
+    try:
+        return OwnershipRecord.model_validate_json((folder / OWNERSHIP_FILE).read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError):
+        raise UserError(f"{folder / OWNERSHIP_FILE}: damaged; use another checkpoint of this run") from None
 
 
 def state_file(folder: Path, trunk_rank: int) -> Path:

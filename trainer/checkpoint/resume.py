@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ from trainer.checkpoint import format as checkpoint
 from trainer.common.errors import SharedUserError, UserError
 from trainer.common.safe_read import read_tensors
 from trainer.common.strict_json import dumps, loads
+from trainer.config.lock import OWNERSHIP_FILE, assigned_after
 from trainer.config.recipe import Recipe, load_recipe
 from trainer.config.sections import source_names
 
@@ -71,6 +71,11 @@ def check(recipe: Recipe, folder: Path, force: bool) -> list[str]:
     if other := [line for key, line in lines.items() if key in _MODEL_KEYS]:
         raise SharedUserError(
             f"{where} belongs to another model: {', '.join(other)}; restore these settings, or use another run.dir"
+        )
+    if recipe.lock and checkpoint.steps_of(folder) > assigned_after(recipe) and not (folder / OWNERSHIP_FILE).is_file():
+        raise SharedUserError(
+            f"{where} has no experts assigned to layers, and the recipe's lock would have assigned them after step "
+            f"{assigned_after(recipe)}: restore the keys of lock, or use another run.dir"
         )
     changed = [line for key, line in lines.items() if affects_results(key, recipe)]
     if changed and not force:
@@ -181,25 +186,13 @@ def load_checkpoint(job: Job, recipe: Recipe, folder: Path, role: checkpoint.Rol
         for name, engine in role.engines.items():
             engine.load(folder / name)
     else:
-        _reshard(job, folder, role)
+        from trainer.checkpoint.reshard import reshard
+
+        if job.rank == 0:
+            print(f"checkpoint {folder.name} has another layout: resharding it", file=sys.stderr)
+        reshard(job, folder, role.engines)
     state: dict[str, Any] = {}
     if job.is_trunk:
         saved_ranks = info.layout.ranks[0]
         state = read_tensors(checkpoint.state_file(folder, job.rank % saved_ranks), job.device)
     role.restore(state, info.steps, info.steps * (recipe.micro_batches - info.micro_batches))
-
-
-def _reshard(job: Job, folder: Path, role: checkpoint.Role) -> None:
-    from trainer.checkpoint.reshard import SavedCheckpoint, convert
-
-    work = folder.parent / ".reshape"
-    if job.rank == 0:
-        print(f"checkpoint {folder.name} has another layout: resharding it", file=sys.stderr)
-    convert(folder, work, job.rank, job.topology.world_size)
-    job.barrier()
-    saved = SavedCheckpoint(folder, work)
-    for name, engine in role.engines.items():
-        saved.load_resharded(name, engine)
-    job.barrier()
-    if job.rank == 0:
-        shutil.rmtree(work, ignore_errors=True)

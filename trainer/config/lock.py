@@ -7,10 +7,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 if TYPE_CHECKING:
     from trainer.config.recipe import Recipe
+
+OWNERSHIP_FILE = "ownership.json"
+"""File in a run's folder and in its checkpoints: which layer owns which expert."""
+
+StageName = Literal["full", "anneal", "locked"]
+STAGES: tuple[StageName, ...] = get_args(StageName)
 
 
 @dataclass(frozen=True)
@@ -24,7 +30,7 @@ class Stage:
         entropy: Coefficient of the entropy loss (Eq. M33).
     """
 
-    name: Literal["full", "anneal", "locked"]
+    name: StageName
     alpha: float
     entropy: float
 

@@ -51,6 +51,9 @@ def filled_model(config: UniPoolConfig, read: Callable[[str], Tensor], dtype: to
             layer.router.float()
     model.to_empty(device="cpu")
     with torch.no_grad():
+        if config.expert_owners is not None:
+            for layer in model.model.layers:
+                layer.router.foreign_M.copy_(torch.tensor(layer.router.owned_elsewhere))
         for name, tensor in stored_tensors(model).items():
             tensor.copy_(read(name))
     return model

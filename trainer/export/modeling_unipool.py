@@ -171,7 +171,7 @@ class UniPoolDecoderLayer(GradientCheckpointingLayer):
             self.private = config.private_intermediate_size > 0
             if self.private:
                 self.mlp = UniPoolMLP(config.hidden_size, config.private_intermediate_size)
-            self.router = UniPoolRouter(config)
+            self.router = UniPoolRouter(config, layer_idx)
             group = layer_idx * config.num_expert_groups // config.num_hidden_layers
             self.first_expert = group * (config.num_experts // config.num_expert_groups)
 
@@ -216,6 +216,8 @@ class UniPoolPreTrainedModel(PreTrainedModel):
                 init.ones_(module.sigma)
             if module.kind in ("norm_bias", "sigmoid_bias"):
                 init.zeros_(module.expert_bias)
+            if module.foreign_M is not None:
+                init.copy_(module.foreign_M, torch.tensor(module.owned_elsewhere))
 
 
 class UniPoolModel(UniPoolPreTrainedModel):

@@ -57,6 +57,12 @@ CATALOGUE = (
     counter("skipped_steps", "Steps skipped because gradients were not finite."),
     gauge("validation_loss_nats", "Mean cross-entropy of the last evaluation."),
     gauge("random_routing_loss_nats", "Held-out loss that random experts in a layer add.", "layer", by_rank=False),
+    gauge(
+        "ownership_shortfall_ratio",
+        "How much less than lock.coverage of a layer's tokens its own experts had at the assignment.",
+        "layer",
+        by_rank=False,
+    ),
     gauge("checkpoint_step", "Optimizer steps in the newest checkpoint."),
     gauge("checkpoint_timestamp_seconds", "Unix time of the newest checkpoint, or of the start."),
     gauge("checkpoint_duration_seconds", "Time from the start of the last save until it was complete."),

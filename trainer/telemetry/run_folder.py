@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from trainer.common.atomic import atomic_write
 from trainer.common.errors import UserError
 from trainer.common.strict_json import dumps, loads, name_not_finite
+from trainer.config.lock import OWNERSHIP_FILE
 from trainer.config.recipe import Recipe, save_recipe
 from trainer.telemetry.console import say
 
@@ -168,6 +169,11 @@ class RunFolder:
 
         with suppress(OSError):
             atomic_write(self.load_file, write)
+
+    def save_ownership(self, text: str) -> None:
+        """Save which layer owns which expert, as JSON. A full or missing disk does not end training."""
+        with suppress(OSError):
+            atomic_write(self.path / OWNERSHIP_FILE, lambda path: path.write_text(text))
 
 
 def _counted_seconds(line: str) -> float:

@@ -65,6 +65,11 @@ def _scalar(metric: Metric | None = None, console: str | Callable[[Any], str] = 
     return field(metadata={"metric": metric, "console": show, "each": each})
 
 
+def _optional(metric: Metric | None = None, each: str = "") -> Any:
+    """Describe a field that is None unless it applies to the run."""
+    return field(default=None, metadata=_scalar(metric, each=each).metadata)
+
+
 class Scalars:
     """A table of scalars, a frozen dataclass. A field that is None does not apply to the run, and is left out."""
 
@@ -108,6 +113,9 @@ class StepScalars(Scalars):
         layer_gate, smallest_gate: Mean and minimum of `layer_gates`.
         pool_wait: Share of the step spent waiting for the pool.
         applied: Whether the optimizer step was applied rather than skipped.
+        entropy_loss, lock_stage: In a run with a lock.
+        own_share, layer_own_shares: After the assignment; the first is the mean of the second.
+        foreign_assignments: Once locked.
     """
 
     loss: float = _scalar(gauge("loss_nats", "Mean cross-entropy of the last global batch."), "loss {:.4f}")
@@ -157,6 +165,18 @@ class StepScalars(Scalars):
     )
     pool_wait: float = _scalar()
     applied: bool = _scalar()
+    entropy_loss: float | None = _optional(_of_pool("entropy_loss", "Entropy loss of the last global batch."))
+    lock_stage: int | None = _optional(
+        _of_pool("lock_stage", "Stage of the lock in the last step: 0 the whole pool, 1 annealing, 2 locked.")
+    )
+    own_share: float | None = _optional()
+    layer_own_shares: tuple[float, ...] | None = _optional(
+        _by_layer("layer_own_share_ratio", "Share of a layer's load of the last step on experts that it owns."),
+        each="layer_own_share",
+    )
+    foreign_assignments: int | None = _optional(
+        _of_pool("foreign_assignments", "Assignments of the last step to experts of other layers, once locked: 0.")
+    )
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from trainer.checkpoint import format as checkpoint
+from trainer.checkpoint.reshard import move_experts
 from trainer.checkpoint.resume import check_data, choose, early_check, load_checkpoint
 from trainer.checkpoint.save import Saver
 from trainer.cluster.fault_watch import FaultWatch
@@ -31,11 +32,11 @@ from trainer.model.document_mask import document_end
 from trainer.telemetry.console import say
 from trainer.telemetry.run_folder import RunFolder
 from trainer.telemetry.step_scalars import StepScalars
-from trainer.train.agreement import agreed_data, agreed_placement, agreed_schedule
-from trainer.train.memory_check import warn_of_memory
+from trainer.train.agreement import agreed_data, agreed_move, agreed_placement, agreed_schedule
+from trainer.train.lock import after_evaluation, assigns
 from trainer.train.pool_rank import PoolRank
 from trainer.train.profile import StepProfile
-from trainer.train.reporter import Reporter
+from trainer.train.reporter import Reporter, warn_of_memory
 from trainer.train.summary import write_summary
 from trainer.train.trunk_rank import TrunkRank
 
@@ -236,8 +237,8 @@ class Loop:
         """Train to the end, or until a signal asks for a stop; return the exit status."""
         r, last = self._r, self._r.recipe.train.steps
         r.watch.may_stop = True
-        if r.start:
-            self._measure(r.start)  # the checkpoint was saved before
+        if r.start and self._measure(r.start):  # the checkpoint was saved before
+            return self._end(r.start, True)
         for step in range(r.start, last):
             with r.profile.step(step + 1):
                 stop = self._step(step)
@@ -245,10 +246,15 @@ class Loop:
             if stop and done < last:
                 r.profile.finish()
                 return self._stop(done)
-            if done == last or _due(done, r.recipe.checkpoint.every):
+            save = done == last or _due(done, r.recipe.checkpoint.every)
+            if save:
                 r.watch.phase = f"the checkpoint after step {done}"
                 r.saver.start(done)
-            self._measure(done)
+                if done < last:
+                    r.watch.phase = f"moving the experts after step {done}"
+                    move_experts(r.job, r.saver, r.role, agreed_move(r.job, r.recipe, r.role, done), done)
+            if self._measure(done) and done < last:
+                return self._end(done, save)
         r.watch.phase = "the last checkpoint"
         self._finish_saving(last)
         r.watch.may_stop = False
@@ -279,19 +285,23 @@ class Loop:
             self._give_up(step)
         return stop > 0
 
-    def _measure(self, done: int) -> None:
-        """Evaluate and probe if they are due after `done` steps."""
-        r, recipe = self._r, self._r.recipe
-        if done >= recipe.train.steps or _due(done, recipe.eval.every):
+    def _measure(self, done: int) -> bool:
+        """Evaluate and probe if they are due after `done` steps; return whether the lock is to end the run."""
+        r, recipe, worse = self._r, self._r.recipe, False
+        if done >= recipe.train.steps or _due(done, recipe.eval.every) or assigns(recipe, done):
             r.watch.phase = f"the evaluation after step {done}"
             self._val_loss, self._held_out_LM, tokens = self._held_out(recipe.eval.batches, done)
             r.reporter.evaluation(done, self._val_loss, tokens, self._held_out_LM)
+            if recipe.lock:
+                worse = after_evaluation(r.job, recipe, r.role, done, self._val_loss, self._held_out_LM)
+                r.reporter.assigned(done)
         if _due(done, recipe.probe.every):
             r.watch.phase = f"the probe after step {done}"
             batches = recipe.probe.batches
             loss, _, tokens = self._held_out(batches, done)
             random = {layer: self._held_out(batches, done, layer)[0] for layer in recipe.probed_layers}
             r.reporter.probe(done, loss, random, tokens)
+        return worse
 
     def _held_out(self, batches: int, done: int, random_layer: int | None = None) -> tuple[float, Tensor | None, int]:
         """Evaluate on at most `batches` global batches of held-out text.
@@ -318,6 +328,16 @@ class Loop:
         if r.job.rank == 0:
             say(f"unipool: asked to stop: the checkpoint after step {done} is saved; run the same command to resume")
         return START_AGAIN
+
+    def _end(self, done: int, saved: bool) -> int:
+        """End the run because of the lock, and save a checkpoint unless `saved`; return the exit status."""
+        r = self._r
+        r.watch.phase = f"the checkpoint after step {done}, before the end"
+        kept = r.saver.finish() if saved else r.saver.save(done)
+        r.reporter.close()
+        if r.job.rank == 0 and isinstance(r.role, TrunkRank) and r.role.lock:
+            say(r.role.lock.why_it_ends(done, self._val_loss, kept))
+        return DIVERGED
 
     def _give_up(self, step: int) -> NoReturn:
         """End the job because too many steps in a row were skipped, and say on which data."""

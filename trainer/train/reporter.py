@@ -10,15 +10,20 @@ from pathlib import Path
 from statistics import fmean
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from trainer import __version__
+from trainer.checkpoint.format import OwnershipRecord
 from trainer.cluster.process_groups import Job
+from trainer.common.strict_json import dumps
 from trainer.config.recipe import Recipe
+from trainer.planning.fit import memory_warnings
 from trainer.planning.hardware import find_hardware
+from trainer.planning.memory import CONTEXT
 from trainer.planning.model_costs import count_flops
-from trainer.telemetry.console import Progress
+from trainer.telemetry.console import Progress, say
 from trainer.telemetry.prometheus import peak_memory
 from trainer.telemetry.run_folder import RunFolder
 from trainer.telemetry.step_scalars import Efficiency, StepScalars, padded
@@ -50,6 +55,8 @@ class Reporter:
         where = [f"{name}: http://{address}/metrics" for name, address in zip(names, addresses, strict=True)]
         self._progress = Progress(recipe, done, where)
         role.metrics.info("unipool_run_info", _run(recipe, job, lanes))
+        if role.ownership:
+            self._owned(role.ownership)
         role.metrics.set("unipool_step", done)
         role.metrics.set("unipool_target_steps", recipe.train.steps)
         role.metrics.checkpoints_from(done, recipe.checkpoint.every)
@@ -144,6 +151,29 @@ class Reporter:
 
         role.monitors.write_image("load", draw, done)
 
+    def assigned(self, done: int) -> None:
+        """Report which layer owns which expert, if they have been assigned after `done` steps."""
+        record = self._role.ownership
+        if not self._progress or not record or record.step != done:
+            return
+        self._owned(record)
+        worst = min(range(len(record.shares)), key=record.shares.__getitem__)
+        say(
+            f"unipool: after step {record.step} every layer owns {len(record.owners) // len(record.shares)} experts, with "
+            f"{fmean(record.shares):.1%} of its routed tokens in the mean and {record.shares[worst]:.1%} in layer {worst}"
+        )
+        if not record.feasible:
+            short = [f"{layer} by {share:.1%}" for layer, share in enumerate(record.shortfalls) if share]
+            say(
+                f"warning: no assignment gives every layer lock.coverage of its tokens; short are layers {', '.join(short)}"
+            )
+
+    def _owned(self, record: OwnershipRecord) -> None:
+        self._folder.save_ownership(dumps(record.model_dump()))
+        layers = len(record.shares)
+        for layer, shortfall in enumerate(record.shortfalls):
+            self._role.metrics.set("unipool_ownership_shortfall_ratio", shortfall, padded(layer, layers))
+
     def probe(self, done: int, loss: float, random_losses: Mapping[int, float], tokens: int) -> None:
         """Report a probe of the routing: the held-out loss, and with random experts in a layer, by layer."""
         role, layers = self._role, self._recipe.model.layers
@@ -166,6 +196,20 @@ class Reporter:
         if self._progress:
             self._progress.close()
             self._folder.withdraw()
+
+
+def warn_of_memory(job: Job, recipe: Recipe, lanes: int) -> None:
+    """Say so on the first rank of each role if it needs, by the estimate, more than its GPU has.
+
+    It is no error: the estimate is of a CPU's kernels, and a refusal that is wrong would be worse than one that comes
+    from the GPU a little later.
+    """
+    if job.device.type != "cuda" or job.rank not in (0, job.topology.trunk_ranks):
+        return
+    free, _ = torch.cuda.mem_get_info(job.device)  # other processes may use the GPU too; this one's context exists
+    role = "trunk" if job.is_trunk else "pool"
+    for warning in memory_warnings(recipe, lanes, free + CONTEXT, f"{job.name}'s GPU", role):
+        say(f"warning: {warning}")
 
 
 def _named(side: str, seconds: Sequence[float]) -> dict[str, float]:

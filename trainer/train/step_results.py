@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +14,7 @@ from torch import Tensor
 from pool.placement import Placement
 from router import dead_experts, effective_experts, load_imbalance, specialisation
 from trainer.cluster.process_groups import Job
+from trainer.config.lock import STAGES, stage_of
 from trainer.config.recipe import Recipe
 from trainer.model.micro_batch import MicroBatchResult
 from trainer.telemetry.step_scalars import StepScalars
@@ -83,6 +86,23 @@ def over_all_experts(load_LM: Tensor, groups: int) -> Tensor:
     return torch.block_diag(*load_LM.chunk(groups))  # type: ignore[no-any-return]
 
 
+def lock_scalars(recipe: Recipe, step: int, load_LM: Tensor, owners_M: Tensor | None) -> dict[str, Any]:
+    """Compute the scalars of a step that only a run with a lock has.
+
+    Args:
+        owners_M: The layer that owns each expert; None before the assignment.
+    """
+    stage = stage_of(recipe, step)
+    scalars: dict[str, Any] = {"lock_stage": STAGES.index(stage.name)}
+    if owners_M is not None:
+        own_LM = load_LM * (owners_M == torch.arange(len(load_LM)).unsqueeze(-1))
+        own_shares_L = own_LM.sum(1) / load_LM.sum(1).clamp(min=1)
+        scalars |= {"own_share": float(own_shares_L.mean()), "layer_own_shares": tuple(own_shares_L.tolist())}
+        if stage.name == "locked":
+            scalars["foreign_assignments"] = int((load_LM - own_LM).sum())
+    return scalars
+
+
 def step_scalars(
     recipe: Recipe,
     placement: Placement | None,
@@ -93,15 +113,20 @@ def step_scalars(
     seconds: float,
     seconds_waiting: float,
     applied: bool,
+    lock: Mapping[str, Any] = MappingProxyType({}),
 ) -> StepScalars:
-    """Compute the scalars of a step."""
+    """Compute the scalars of a step.
+
+    Args:
+        lock: What `lock_scalars` returned, in a run with a lock.
+    """
     tokens = recipe.train.global_batch * recipe.model.seq_len
     everywhere_LM = over_all_experts(results.load_LM, recipe.model.groups)
     load_M = everywhere_LM.sum(0)
     shard_load_s = load_M[torch.tensor(placement.order)].view(placement.shards, -1).sum(1) if placement else load_M
     layer_imbalance_L = load_imbalance(results.load_LM)
     return StepScalars(
-        **results.means,
+        **results.means,  # type: ignore[arg-type]  # floats, under the names of float fields
         grad_norm=grad_norm,
         lr=lr,
         tokens=tokens,
@@ -120,4 +145,5 @@ def step_scalars(
         nonfinite_router_tokens=results.nonfinite_router_tokens,
         pool_wait=seconds_waiting / seconds,
         applied=applied,
+        **lock,
     )

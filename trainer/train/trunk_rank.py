@@ -6,7 +6,9 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,8 +18,10 @@ from torch import Tensor
 
 from pool.placement import Placement
 from pool.schedule import WARM_UP_STEP, lockstep_schedule
-from router import BiasedRouter, LoadStatistics, balance_coefficients, load_of_groups
+from router import BiasedRouter, LoadStatistics, balance_coefficients, entropy_loss, load_of_groups
+from trainer.checkpoint.format import OwnershipRecord
 from trainer.cluster.process_groups import Job
+from trainer.config.lock import stage_of
 from trainer.config.recipe import Recipe
 from trainer.data.batches import SequenceStream
 from trainer.engine.monitors import Monitors
@@ -40,8 +44,9 @@ from trainer.telemetry.console import say
 from trainer.telemetry.prometheus import MetricsServer
 from trainer.telemetry.step_scalars import StepScalars
 from trainer.telemetry.time_breakdown import UsageClock
+from trainer.train.lock import RunLock
 from trainer.train.pool_side import PoolSide
-from trainer.train.step_results import StepResults, over_all_experts, reduce_results, step_scalars
+from trainer.train.step_results import StepResults, lock_scalars, over_all_experts, reduce_results, step_scalars
 
 LOAD_STEPS = 100
 """Number of recent steps over which the recorded load is averaged, roughly."""
@@ -69,6 +74,7 @@ class TrunkRank:
     Attributes:
         plan: Schedule of an optimizer step.
         clock: Measures what its training steps are spent on.
+        lock: Which experts the layers own; None in a run without a lock.
         load_LM: Assignments of the last step by layer and the experts that it sees, over all trunk ranks.
     """
 
@@ -88,6 +94,7 @@ class TrunkRank:
         self._training, self._validation = training, validation
         self.trunk = Trunk(recipe, job.device, document_end).requires_grad_(recipe.train.freeze != "trunk")
         self._pool_map = _pool_map(recipe, placement, job.device) if placement else None
+        self.lock = RunLock(recipe, job.device) if recipe.lock else None
         self._compile()
         trunk_engine = build_engine(self.trunk, recipe, "trunk", job.role_size)
         self._pool_side = PoolSide(recipe, job, placement)
@@ -173,13 +180,20 @@ class TrunkRank:
             squared_norm(norm) for norm, contributes in zip(self._results.norms, first, strict=False) if contributes
         )
 
+    def _map_at(self, step: int) -> PoolMap | None:
+        """Return where the experts are, and which of them the layers reach in `step`."""
+        if self._pool_map is None or self.lock is None:
+            return self._pool_map
+        return replace(self._pool_map, reaches=self.lock.reaches.at(step))
+
     def _micro_batches(self, step: int) -> Iterator[MicroBatch[MicroBatchResult]]:
+        pool_map = self._map_at(step)
         for index, sequences_BS1 in enumerate(self._sequences(self._training, step)):
             objective = self._objective(step, index)
-            if self._pool_map is None:
+            if pool_map is None:
                 yield train_dense_micro_batch(self.trunk, sequences_BS1, objective)
             else:
-                yield train_micro_batch(self.trunk, self._pool_map, sequences_BS1, index, objective)
+                yield train_micro_batch(self.trunk, pool_map, sequences_BS1, index, objective)
 
     def _sequences(self, stream: SequenceStream, step: int) -> Iterator[Tensor]:
         """Yield this rank's micro-batches of a global batch, on the device."""
@@ -202,7 +216,11 @@ class TrunkRank:
             b = recipe.balance
             return balance_coefficients(fractions_LM, b.layer, b.pool, recipe.model.groups)
 
-        return Objective(1 / recipe.micro_batches, coefficients, recipe.router.z_loss, recipe.train.recompute)
+        entropy = None
+        if recipe.lock and recipe.lock.entropy:
+            target = math.log(recipe.pool.experts / recipe.model.layers)
+            entropy = partial(entropy_loss, coefficient=stage_of(recipe, step).entropy, target=target)
+        return Objective(1 / recipe.micro_batches, coefficients, recipe.router.z_loss, recipe.train.recompute, entropy)
 
     def step(self, step: int, total_norm: float) -> StepScalars:
         """Update the weights, clipping by the norm over both roles; return the step's scalars."""
@@ -218,6 +236,7 @@ class TrunkRank:
             seconds=time.perf_counter() - self._started,
             seconds_waiting=self._pool.waits.seconds_waiting - self._waited,
             applied=all(outcomes),
+            lock=lock_scalars(self._recipe, step, self.load_LM, self.lock.reaches.owners_M) if self.lock else {},
         )
         if self._pool_map is not None:
             load_LM = to_device(self.load_LM, self._job.device)
@@ -267,13 +286,14 @@ class TrunkRank:
         """Evaluate on `batches` global batches of held-out text, the same on every trunk rank.
 
         Args:
+            step: Optimizer steps done.
             random_layer: A layer that uses random experts instead of those that its router chooses.
 
         Returns:
             The mean cross-entropy in nats, and the load by layer and the experts that it sees.
         """
         plan = self._schedule.evaluation(batches * self._recipe.micro_batches)
-        micro_batches = self._held_out(batches, random_layer)
+        micro_batches = self._held_out(batches, step, random_layer)
         results = self._pool.run(micro_batches, plan.lane_order[self._job.rank], step, plan.slots)
         total = torch.stack([loss for loss, _ in results]).double().sum().cpu()
         loads = [load_LM for _, load_LM in results if load_LM is not None]
@@ -282,8 +302,10 @@ class TrunkRank:
         self._job.sum_over_role(held_out_LM)
         return float(total) / (len(results) * self._job.role_size), held_out_LM
 
-    def _held_out(self, batches: int, random_layer: int | None) -> Iterator[MicroBatch[tuple[Tensor, Tensor | None]]]:
-        recipe, index = self._recipe, 0
+    def _held_out(
+        self, batches: int, step: int, random_layer: int | None
+    ) -> Iterator[MicroBatch[tuple[Tensor, Tensor | None]]]:
+        recipe, index, pool_map = self._recipe, 0, self._map_at(step)
         share = recipe.train.global_batch // self._job.role_size
         for batch in range(batches):
             first = batch * recipe.train.global_batch + self._job.rank * share
@@ -291,14 +313,15 @@ class TrunkRank:
                 reroute = None
                 if random_layer is not None:
                     numbers = range(first, first + len(sequences_BS1))
-                    reroute = random_routing(random_layer, recipe.experts_per_layer, recipe.run.seed, numbers)
-                yield self._evaluate_micro_batch(sequences_BS1, index, reroute)
+                    reach = pool_map.seen_by(random_layer).reach if pool_map else None
+                    reroute = random_routing(random_layer, recipe.experts_per_layer, recipe.run.seed, numbers, reach)
+                yield self._evaluate_micro_batch(pool_map, sequences_BS1, index, reroute)
                 first, index = first + len(sequences_BS1), index + 1
 
     def _evaluate_micro_batch(
-        self, sequences_BS1: Tensor, index: int, reroute: Reroute | None
+        self, pool_map: PoolMap | None, sequences_BS1: Tensor, index: int, reroute: Reroute | None
     ) -> MicroBatch[tuple[Tensor, Tensor | None]]:
-        h_BSD, load_LM = yield from hidden_states(self.trunk, self._pool_map, sequences_BS1[:, :-1], index, reroute)
+        h_BSD, load_LM = yield from hidden_states(self.trunk, pool_map, sequences_BS1[:, :-1], index, reroute)
         with self.trunk.autocast():
             return self.trunk.loss(h_BSD, sequences_BS1[:, 1:]), load_LM
 
@@ -312,10 +335,10 @@ class TrunkRank:
         generator = torch.Generator().manual_seed(self._recipe.run.seed)
         plan, layers = self._schedule.generation(tokens), self._recipe.model.layers
         lane_order = plan.lane_order[self._job.rank]
-        ids, finite = list(prompt), True
+        ids, finite, pool_map = list(prompt), True, self._map_at(step)
         for index in range(tokens):
             context_1S = torch.tensor([ids[-self._recipe.model.seq_len :]], device=self._job.device)
-            coroutine = hidden_states(self.trunk, self._pool_map, context_1S, index)
+            coroutine = hidden_states(self.trunk, pool_map, context_1S, index)
             slots = plan.slots[index * layers : (index + 1) * layers]
             ((h_1SD, _),) = self._pool.run([coroutine], lane_order, step, slots)
             with self.trunk.autocast():
@@ -336,6 +359,7 @@ class TrunkRank:
             "statistics": self._statistics.state_dict(),
             "recent_load_LM": self._recent_load_LM.clone(),
             "rng": torch.get_rng_state(),
+            **({"lock": self.lock.state_dict()} if self.lock else {}),
         }
 
     def restore(self, state: dict[str, Any], steps: int, shift: int) -> None:
@@ -353,10 +377,28 @@ class TrunkRank:
             self._statistics.begin_at(steps if by_step else steps * self._recipe.micro_batches)
         self._recent_load_LM = state["recent_load_LM"].cpu()
         torch.set_rng_state(state["rng"].cpu())
+        if self.lock and "lock" in state:
+            self.lock.restore(state["lock"])
         self._pool_side.weights_changed()
+
+    @property
+    def ownership(self) -> OwnershipRecord | None:
+        """The experts of each layer, in a run with a lock after the assignment."""
+        return self.lock.record if self.lock else None
 
     def recorded_load(self) -> NDArray[np.int64] | None:
         """Return the assignments per step by layer and global expert (L, M), averaged over recent steps."""
         if self._pool_map is None:
             return None
         return over_all_experts(self._recent_load_LM.round(), self._recipe.model.groups).long().numpy()
+
+    def move_to(self, placement: Placement) -> None:
+        """See `trainer.checkpoint.format.Role.move_to`."""
+        self.placement = placement
+        self._pool_map = _pool_map(self._recipe, placement, self._job.device)
+        self._pool_side.move_to(placement)
+        self.metrics.expert_load = self._pool_side.expert_load()
+
+    def weights_changed(self) -> None:
+        """See `trainer.checkpoint.format.Role.weights_changed`."""
+        self._pool_side.weights_changed()

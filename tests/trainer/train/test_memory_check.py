@@ -11,7 +11,7 @@ import torch
 
 from pool.topology import Topology
 from trainer.config.recipe import load_recipe
-from trainer.train.memory_check import warn_of_memory
+from trainer.train.reporter import warn_of_memory
 
 
 def job_on(device: str, rank: int) -> Any:
