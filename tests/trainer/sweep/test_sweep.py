@@ -74,11 +74,8 @@ def test_shipped_sweeps_say_what_the_paper_has() -> None:
     # A loss per layer uses a micro-batch's own load, the pool loss that of the one before.
     loads = {name: (r.balance.layer > 0, r.balance.scope, r.balance.delay) for name, r in table_5.items()}
     own, before = (True, "micro_batch", 0), (False, "micro_batch", 1)
-    assert {name for name, load in loads.items() if load == own} == {
-        "vanilla",
-        "vanilla-norm",
-        "shared-layer-loss-softmax",
-    }
+    of_layers = {"vanilla", "vanilla-norm", "shared-layer-loss-softmax"}
+    assert {name for name, load in loads.items() if load == own} == of_layers
     assert all(load == before for name, load in loads.items() if load[0] is False and "sigmoid" not in name)
     assert {name: recipe.model.groups for name, recipe in table_5.items() if "groups" in name} == {
         "groups-6": 6,
