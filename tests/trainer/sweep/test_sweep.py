@@ -58,7 +58,7 @@ def test_shipped_sweeps_have_valid_recipes(name: str) -> None:
     assert len({run.folder for run in experiment.runs}) == len(experiment.runs)
     small = name.startswith("small-")
     assert small == (experiment.cells[0].recipe.data.source == "python-stdlib")
-    assert len(experiment.sweep.seeds) >= 3
+    assert len(experiment.sweep.seeds) >= 3 or name == "mid-learning-rate"  # which only chooses a rate
 
 
 def test_shipped_sweeps_say_what_the_paper_has() -> None:
