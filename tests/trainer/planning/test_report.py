@@ -41,6 +41,7 @@ ODD = (
 VARIANTS = {
     "unipool": ("pool.experts=15",),
     "top2": ("pool.experts=15", "router.top_k=2"),
+    "private": ("pool.experts=15", "model.private_ffn=24"),
     "vanilla": ("pool.experts=15", "model.groups=3", "router.kind=softmax"),
     "dense": ("pool.experts=0", "model.ffn=dense", "parallel.pool_ranks=0"),
 }
