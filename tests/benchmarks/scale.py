@@ -9,10 +9,11 @@ With `every_rank` a replica of the pool fills a node; with dedicated ranks 8 tru
 another. The lanes are those that `plan` chooses for 16 ranks.
 
 **Load.** FILE holds counts by micro-batch, layer and expert of a trained quickstart (`tests.benchmarks.record`), which
-has 8 layers and 64 experts. Layer l of L takes those of its layer l * 8 // L, and expert e of M those of its expert e * 64 // M. One
-half of the micro-batches places the experts. From the other half each replica draws its own, at random, and the step
-waits for the slowest replica: the time is the mean of the largest of as many draws as there are replicas. A recorded
-micro-batch has 2,048 tokens, fewer than one of the model, which exaggerates the differences between replicas.
+has 8 layers and 64 experts. Layer l of L takes those of its layer l * 8 // L, and expert e of M those of its expert
+e * 64 // M. One half of the micro-batches places the experts. From the other half each replica draws its own, at
+random, and the step waits for the slowest replica: the time is the mean of the largest of as many draws as there are
+replicas. A recorded micro-batch has 2,048 tokens, fewer than one of the model, which exaggerates the differences
+between replicas.
 
 **Shards.** 1,024 ranks with both roles, at an even load, with replicas that reach over several nodes.
 
@@ -33,12 +34,13 @@ import torch
 from numpy.typing import NDArray
 
 from pool.placement import Placement, balanced, contiguous
-from pool.schedule_timing import Floats, shard_loads
+from pool.schedule_builder import build_training_schedule, staggered_starts
+from pool.schedule_timing import Floats, shard_loads, time_schedule
 from tests.benchmarks.report import commit
 from trainer.config.recipe import Recipe, load_recipe
 from trainer.planning.fit import fits
 from trainer.planning.hardware import DATA_SHEETS, Hardware, costs_in_seconds
-from trainer.planning.lanes import accumulation_time, lanes_on
+from trainer.planning.lanes import accumulation_time, deferred_requests, lanes_on
 from trainer.planning.network.step_end import step_end
 from trainer.planning.step_time import StepTime, step_time
 
@@ -49,7 +51,7 @@ LAYOUTS = ("every_rank", "dedicated")
 RANKS = (16, 32, 64, 128, 256, 512, 1024)
 NODE = 8
 SEQUENCES = 64  # of a device in a step
-DRAWS = 64  # of a replica's micro-batches
+DRAWS = 32  # of a replica's micro-batches
 ROUTING = Path(__file__).parent / "results" / "2026-11-29-routing.npy"
 
 SHARDS = (8, 16, 32, 64)
@@ -85,13 +87,17 @@ def draw_times(recipe: Recipe, hardware: Hardware, load_NLM: Counts, placed: boo
     if placed:
         placement = balanced(torch.from_numpy(load_NLM[:half].sum(0)), shards, groups)
     costs, random = costs_in_seconds(recipe, hardware, lanes_of(recipe)), np.random.default_rng(0)
-    served = recipe.grid.trunk_ranks // recipe.grid.replicas * recipe.micro_batches
-    times = []
-    for _ in range(DRAWS):
-        drawn_LM = load_NLM[half + random.integers(len(load_NLM) - half, size=served)].sum(0)
-        load_LS = shard_loads(drawn_LM, placement)
-        times.append(accumulation_time(recipe, lanes_of(recipe), costs, load_LS)[0])
-    return np.sort(times)
+    grid, layers, micro_batches = recipe.grid, recipe.model.layers, recipe.micro_batches
+    assert grid.replicas == 1
+    schedule = build_training_schedule(grid, layers, micro_batches, lanes_of(recipe), recipe.parallel.stagger, costs)
+    starts_T, most = staggered_starts(grid, layers, costs), deferred_requests(recipe)
+
+    def time(load_LM: Counts) -> float:
+        load_LS = shard_loads(load_LM, placement)
+        return time_schedule(schedule, grid, layers, costs, load_LS, starts_T=starts_T, most_deferred=most).seconds
+
+    others, served = load_NLM[half:], grid.trunk_ranks * micro_batches
+    return np.sort([time(others[random.integers(len(others), size=served)].sum(0)) for _ in range(DRAWS)])
 
 
 def lanes_of(recipe: Recipe) -> int:
@@ -288,6 +294,13 @@ def growth_rows() -> Iterator[list[str]]:
             yield [key, f"{value:,}", str(parts.shards), f"{1000 * parts.seconds:,.0f} ms", *shares]
 
 
+def _kept(results: list[Scaling], found: Iterable[Scaling]) -> Iterator[Scaling]:
+    """Pass results on, and keep them."""
+    for result in found:
+        results.append(result)
+        yield result
+
+
 def print_table(rows: Iterable[Sequence[str]]) -> None:
     """Print rows in Markdown."""
     for place, row in enumerate(rows):
@@ -307,8 +320,8 @@ def main(figure: Path | None, routing: Path, hardware: tuple[str, ...]) -> None:
     load_NLM = np.load(routing).astype(np.int64)
     print(f"commit {commit()}; {len(load_NLM)} recorded micro-batches\n")
     cases = [(model, layout, DATA_SHEETS[name]) for name in hardware for layout in LAYOUTS for model in MODELS]
-    results = [weak_scaling(*case, load_NLM) for case in cases]
-    print_table(scaling_rows(results))
+    results: list[Scaling] = []
+    print_table(scaling_rows(_kept(results, (weak_scaling(*case, load_NLM) for case in cases))))
     print()
     print_table(shards_rows(DATA_SHEETS[hardware[0]]))
     print()
