@@ -127,6 +127,18 @@ def balanced(load_LM: Tensor, shards: int, groups: int = 1) -> Placement:
     return best
 
 
+WORTH_A_MOVE = 0.02
+"""Part of lockstep + mixed of `Imbalance` that a move must save; less changes by the text of the last steps alone."""
+
+
+def more_even(load_LM: Tensor, placement: Placement, groups: int = 1) -> Placement:
+    """Return `balanced` for the same number of shards if that is worth a move, otherwise `placement` itself."""
+    found = balanced(load_LM, placement.shards, groups)
+    before, after = (imbalance(load_LM, p) for p in (placement, found))
+    saved = before.lockstep + before.mixed - after.lockstep - after.mixed
+    return found if saved > WORTH_A_MOVE * (before.lockstep + before.mixed) else placement
+
+
 @dataclass(frozen=True)
 class ShardSplit:
     """Pool ranks as shards x replicas, and the imbalance that `balanced` reaches with that number of shards."""

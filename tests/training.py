@@ -99,7 +99,8 @@ def run_training(
     Args:
         steps: where to stop; default at the recipe's end.
         save_to: folder for a checkpoint.
-        save_after: steps after which it is saved, while training continues; default: at the end.
+        save_after: steps after which it is saved, while training continues, and the experts move if the recipe says so;
+            default: at the end.
         resume_from: folder whose newest checkpoint to begin with.
         warm_up: whether to warm up before the first step, as on GPUs.
     """
@@ -138,11 +139,12 @@ def _train(
     recipe: Recipe, steps: int, save_to: Path | None, resume_from: Path | None, save_after: int, warm_up: bool
 ) -> dict[str, Any]:
     from trainer.checkpoint import format as checkpoint
+    from trainer.checkpoint.reshard import move_experts
     from trainer.checkpoint.resume import load_checkpoint
     from trainer.checkpoint.save import Saver
     from trainer.data.batches import SequenceStream
     from trainer.export.initial import load_initial
-    from trainer.train.agreement import agreed_placement
+    from trainer.train.agreement import agreed_move, agreed_placement
     from trainer.train.lock import after_evaluation
     from trainer.train.pool_rank import PoolRank
     from trainer.train.trunk_rank import TrunkRank
@@ -196,6 +198,8 @@ def _train(
             result["scalars"].append({name: float(getattr(scalars, name)) for name in names} | gates | lock)
         if saver and step + 1 == save_after:
             saver.start(save_after)
+            if save_after < steps:
+                move_experts(job, saver, role, agreed_move(job, recipe, role, save_after), save_after)
         evaluate(step + 1)
     assert saver is None or saver.finish()
     result["val_loss"], _ = role.evaluate(1, steps)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pool.placement import Imbalance, Placement, balanced, contiguous, imbalance, recommend_shards
+from pool.placement import Imbalance, Placement, balanced, contiguous, imbalance, more_even, recommend_shards
 
 GRIDS = [
     (experts, groups, shards)
@@ -168,6 +168,19 @@ def test_balanced_evens_the_total() -> None:
     load_LM = torch.tensor([[8, 7, 6, 5, 4, 3, 2, 1]])
     assert imbalance(load_LM, contiguous(8, 1, 2)).mixed == 26 / 18
     assert imbalance(load_LM, balanced(load_LM, 2)) == Imbalance(1.0, 1.0)
+
+
+def test_a_move_must_be_worth_it() -> None:
+    """From contiguous it is; from where it leads it is not, even if other text changes the load a little."""
+    load_LM = skewed(6, 24, seed=3)
+    moved = more_even(load_LM, contiguous(24, 1, 4))
+    assert moved == balanced(load_LM, 4) != contiguous(24, 1, 4)
+    noise_LM = torch.randint(0, 3, load_LM.shape, generator=torch.Generator().manual_seed(0))
+    later_LM = load_LM + noise_LM
+    assert balanced(later_LM, 4) != moved, "the noise is too small to test anything"
+    assert more_even(load_LM, moved) is moved and more_even(later_LM, moved) is moved
+    other = more_even(load_LM.flip(1), moved)
+    assert objective(load_LM.flip(1), other) < 0.98 * objective(load_LM.flip(1), moved)
 
 
 @pytest.mark.parametrize("shards", [1, 2, 3, 4, 6, 12])

@@ -154,6 +154,14 @@ class Role(Protocol):
         """Return the load to save, (L, M), if this rank knows it."""
         ...
 
+    def move_to(self, placement: Placement) -> None:
+        """Use another placement with as many shards from here on; the weights of the experts are loaded afterwards."""
+        ...
+
+    def weights_changed(self) -> None:
+        """Use new weights of the experts from here on."""
+        ...
+
 
 def folder_of(checkpoints: Path, steps: int) -> Path:
     """Return the folder of the checkpoint after `steps` steps."""
@@ -253,17 +261,28 @@ def layout_of(recipe: Recipe, placement: Placement | None) -> Layout:
 
 
 def choose_placement(recipe: Recipe, folder: Path | None) -> Placement | None:
-    """Return where the experts will be: placed by the load that checkpoint `folder` recorded, if the recipe says so."""
+    """Return where the experts are at the start of a run; None for a dense model.
+
+    Args:
+        folder: The checkpoint from which it resumes. They stay where they are in it if that has as many shards, unless
+            the recipe wants them placed by the load that it recorded.
+    """
     import torch
 
-    from pool.placement import balanced, contiguous
+    from pool.placement import contiguous, more_even
 
     if recipe.model.ffn == "dense":
         return None
     shards, groups = recipe.grid.expert_parallel, recipe.model.groups
-    if recipe.pool.placement == "auto" and folder is not None:
-        return balanced(torch.from_numpy(read_load(folder)), shards, groups)
-    return contiguous(recipe.pool.experts, groups, shards)
+    placement = contiguous(recipe.pool.experts, groups, shards)
+    if folder is None:
+        return placement
+    saved = read_placement(folder)
+    if saved and saved.shards == shards:
+        placement = saved
+    if recipe.pool.placement == "auto":
+        return more_even(torch.from_numpy(read_load(folder)), placement, groups)
+    return placement
 
 
 def read_placement(folder: Path) -> Placement | None:

@@ -1,20 +1,25 @@
 """Loads a checkpoint into another layout: other ranks or roles of ranks, replicas, ZeRO stages, placement.
 
 Each role's folder is converted into DeepSpeed's universal format (at ZeRO 0 its file is read as it is), and every rank
-picks the parameters that it has now: trunk parameters by name, experts by their global id.
+picks the parameters that it has now: trunk parameters by name, experts by their global id. So a run can resume in
+another layout, and its experts can move to other shards while it goes on.
 """
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pool.placement import Placement
 from pool.shard import ExpertShard
-from trainer.checkpoint.format import read_placement
+from trainer.checkpoint.format import Role, folder_of, read_placement
+from trainer.checkpoint.save import Saver
+from trainer.cluster.process_groups import Job
 from trainer.common.safe_read import read_tensors
 from trainer.engine.parameter_state import CHECKPOINT_TAG, ParameterState
 from trainer.engine.role_engine import Engine, to_universal
@@ -130,16 +135,53 @@ class SavedCheckpoint:
         return divmod(int(self._placement.position_M[expert]), self._placement.num_local_experts)
 
 
-def convert(folder: Path, work: Path, part: int = 0, parts: int = 1) -> None:
+def convert(folder: Path, work: Path, part: int = 0, parts: int = 1, trunk: bool = True) -> None:
     """Convert the partitioned role folders of a checkpoint.
 
     Args:
         work: The folder to write to.
         part, parts: Convert every `parts`-th folder, beginning with the `part`-th, so that ranks can share the work.
+        trunk: Whether to convert the trunk's folder too.
     """
-    roles = [folder / "trunk", *sorted((folder / "pool").glob("shard_*"))]
+    roles = [*([folder / "trunk"] if trunk else []), *sorted((folder / "pool").glob("shard_*"))]
     for role in roles[part::parts]:
         if is_partitioned(role):
             target = work / role.relative_to(folder)
             shutil.rmtree(target, ignore_errors=True)
             to_universal(role, target)
+
+
+def reshard(job: Job, folder: Path, engines: Mapping[str, Engine], trunk: bool = True) -> None:
+    """Load this rank's part of a checkpoint that has another layout. A collective of all ranks.
+
+    Args:
+        engines: The engines to load, by their names in a checkpoint.
+        trunk: Whether that of the trunk is one of them, on the trunk ranks.
+    """
+    work = folder.parent / ".reshape"
+    convert(folder, work, job.rank, job.topology.world_size, trunk)
+    job.barrier()
+    saved = SavedCheckpoint(folder, work)
+    for name, engine in engines.items():
+        saved.load_resharded(name, engine)
+    job.barrier()
+    if job.rank == 0:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def move_experts(job: Job, saver: Saver, role: Role, placement: Placement | None, steps: int) -> None:
+    """Move the experts of a running job to another placement with as many shards. A collective of all ranks.
+
+    Each rank loads the experts that it gets from the checkpoint after `steps` steps, which are the steps done, once it
+    is complete. If it could not be saved, all experts stay where they are.
+
+    Args:
+        saver: What is saving that checkpoint, or has just saved it.
+        placement: The same on all ranks; None moves nothing.
+    """
+    if placement is None or not saver.finish():
+        return
+    role.move_to(placement)
+    engines = {name: engine for name, engine in role.engines.items() if name != "trunk"}
+    reshard(job, folder_of(saver.checkpoints, steps), engines, trunk=False)
+    role.weights_changed()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -187,25 +186,13 @@ def load_checkpoint(job: Job, recipe: Recipe, folder: Path, role: checkpoint.Rol
         for name, engine in role.engines.items():
             engine.load(folder / name)
     else:
-        _reshard(job, folder, role)
+        from trainer.checkpoint.reshard import reshard
+
+        if job.rank == 0:
+            print(f"checkpoint {folder.name} has another layout: resharding it", file=sys.stderr)
+        reshard(job, folder, role.engines)
     state: dict[str, Any] = {}
     if job.is_trunk:
         saved_ranks = info.layout.ranks[0]
         state = read_tensors(checkpoint.state_file(folder, job.rank % saved_ranks), job.device)
     role.restore(state, info.steps, info.steps * (recipe.micro_batches - info.micro_batches))
-
-
-def _reshard(job: Job, folder: Path, role: checkpoint.Role) -> None:
-    from trainer.checkpoint.reshard import SavedCheckpoint, convert
-
-    work = folder.parent / ".reshape"
-    if job.rank == 0:
-        print(f"checkpoint {folder.name} has another layout: resharding it", file=sys.stderr)
-    convert(folder, work, job.rank, job.topology.world_size)
-    job.barrier()
-    saved = SavedCheckpoint(folder, work)
-    for name, engine in role.engines.items():
-        saved.load_resharded(name, engine)
-    job.barrier()
-    if job.rank == 0:
-        shutil.rmtree(work, ignore_errors=True)

@@ -106,11 +106,11 @@ class Saver:
     """Saves checkpoints of a run. All ranks create one and call it in the same order.
 
     Args:
-        checkpoints: The folder of the run's checkpoints.
         data: What identifies the prepared data.
         metrics: Where rank 0 counts and times the checkpoints.
 
     Attributes:
+        checkpoints: The folder of the run's checkpoints.
         error: On rank 0, why the last save failed.
     """
 
@@ -123,7 +123,7 @@ class Saver:
         data: str = "",
         metrics: MetricsServer | None = None,
     ):
-        self._job, self._recipe, self._checkpoints, self._role, self._data = job, recipe, checkpoints, role, data
+        self._job, self._recipe, self.checkpoints, self._role, self._data = job, recipe, checkpoints, role, data
         self._metrics = metrics if job.rank == 0 else None
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: _Pending | None = None
@@ -131,15 +131,15 @@ class Saver:
 
     def clean(self) -> None:
         """Remove what interrupted saves have left. Called by rank 0 before the first save."""
-        for leftover in self._checkpoints.glob(".step_*"):
+        for leftover in self.checkpoints.glob(".step_*"):
             shutil.rmtree(leftover, ignore_errors=True)
 
     def start(self, steps: int) -> None:
         """Copy the state and begin to write it, after waiting for an unfinished save. All ranks call this together."""
         asked = time.perf_counter()
         self.finish()
-        job, final = self._job, checkpoint.folder_of(self._checkpoints, steps)
-        pending = _Pending(steps, self._checkpoints / f".{final.name}.partial", time.perf_counter())
+        job, final = self._job, checkpoint.folder_of(self.checkpoints, steps)
+        pending = _Pending(steps, self.checkpoints / f".{final.name}.partial", time.perf_counter())
         problem = self._make(pending.folder) if job.rank == 0 else None
         job.barrier()  # a slow disk gets more time than a step
         (failed,) = job.sum_over_ranks([float(problem is not None)])
@@ -290,11 +290,11 @@ class Saver:
             fsync(inner)
         _write_text(folder / checkpoint.MARKER_FILE, facts["sha256"])
         fsync(folder)
-        final = checkpoint.folder_of(self._checkpoints, pending.steps)
+        final = checkpoint.folder_of(self.checkpoints, pending.steps)
         if final.exists():
             self._remove(final)
         folder.rename(final)
-        fsync(self._checkpoints)
+        fsync(self.checkpoints)
 
     def _report_failure(self, steps: int, problem: str) -> None:
         self.error = problem
@@ -311,9 +311,9 @@ class Saver:
         While steps are skipped nothing is learned: such checkpoints count as one, and the newest of them is kept.
         """
         c = self._recipe.checkpoint
-        newest = {checkpoint.weights_of(folder): folder for folder in checkpoint.complete(self._checkpoints)}
+        newest = {checkpoint.weights_of(folder): folder for folder in checkpoint.complete(self.checkpoints)}
         kept = list(newest.values())[-c.keep :]
-        for old in checkpoint.complete(self._checkpoints):
+        for old in checkpoint.complete(self.checkpoints):
             if old not in kept and not (c.keep_every and checkpoint.steps_of(old) % c.keep_every == 0):
                 self._remove(old)
 

@@ -96,7 +96,9 @@ class Pool(Section):
         "1 GiB, and with `precision: bf16` at least room for 2048 rows of every expert.",
     )
     placement: Literal["contiguous", "auto"] = Field(
-        "contiguous", description="`auto`: a resumed run spreads each layer's recorded load evenly over the shards."
+        "contiguous",
+        description="`auto`: at a checkpoint and at a resume the experts move, if that spreads the recorded load more "
+        "evenly over the shards; `contiguous`: they stay in the order of their numbers.",
     )
 
 

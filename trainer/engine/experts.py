@@ -10,6 +10,7 @@ from pool.wire import WireSettings
 from trainer.cluster.process_groups import Job
 from trainer.config.recipe import Recipe
 from trainer.model.trunk import compute_dtype, init_stds
+from trainer.telemetry.prometheus import ExpertLoad
 
 
 def build_shard(recipe: Recipe, placement: Placement, shard: int, device: torch.device) -> ExpertShard:
@@ -39,6 +40,12 @@ def wire_settings(recipe: Recipe, job: Job, placement: Placement) -> WireSetting
         timeout=job.timeout,
         check=recipe.parallel.check,
     )
+
+
+def load_of(shard: ExpertShard, recipe: Recipe) -> ExpertLoad:
+    """Return the load to serve as metrics by a rank that serves a shard to others."""
+    layers = recipe.model.layers if recipe.metrics.per_layer_experts else 0
+    return ExpertLoad(shard.expert_ids, recipe.pool.experts, layers)
 
 
 def reduce_expert_gradients(shard: ExpertShard, recipe: Recipe) -> None:

@@ -265,7 +265,10 @@ class RoleEngine:
         self._schedule.step(updates)
 
     def _make_moments(self, updates: int) -> None:
-        """Create moments of zeros, which AdamW itself creates in its first step only."""
+        """Create moments of zeros, which AdamW itself creates in its first step only; those that exist are kept.
+
+        At ZeRO 1 and 2 DeepSpeed links each parameter with its part of them once.
+        """
         optimizer = self._optimizer
         if self.stage == 0:
             base, flats = optimizer, list(self.module.parameters())
@@ -275,6 +278,9 @@ class RoleEngine:
                 optimizer.fp32_partitioned_groups_flat if self.stage == 3 else optimizer.single_partition_of_fp32_groups
             )
         for flat in flats:
+            if flat in base.state:
+                base.state[flat]["step"].fill_(updates)
+                continue
             step = torch.tensor(float(updates), device=flat.device)
             base.state[flat] = {"step": step, "exp_avg": torch.zeros_like(flat), "exp_avg_sq": torch.zeros_like(flat)}
         if self.stage in (1, 2):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from trainer.checkpoint import format as checkpoint
+from trainer.checkpoint.reshard import move_experts
 from trainer.checkpoint.resume import check_data, choose, early_check, load_checkpoint
 from trainer.checkpoint.save import Saver
 from trainer.cluster.fault_watch import FaultWatch
@@ -31,7 +32,7 @@ from trainer.model.document_mask import document_end
 from trainer.telemetry.console import say
 from trainer.telemetry.run_folder import RunFolder
 from trainer.telemetry.step_scalars import StepScalars
-from trainer.train.agreement import agreed_data, agreed_placement, agreed_schedule
+from trainer.train.agreement import agreed_data, agreed_move, agreed_placement, agreed_schedule
 from trainer.train.lock import after_evaluation, assigns
 from trainer.train.pool_rank import PoolRank
 from trainer.train.profile import StepProfile
@@ -249,6 +250,9 @@ class Loop:
             if save:
                 r.watch.phase = f"the checkpoint after step {done}"
                 r.saver.start(done)
+                if done < last:
+                    r.watch.phase = f"moving the experts after step {done}"
+                    move_experts(r.job, r.saver, r.role, agreed_move(r.job, r.recipe, r.role, done), done)
             if self._measure(done) and done < last:
                 return self._end(done, save)
         r.watch.phase = "the last checkpoint"

@@ -12,10 +12,10 @@ from pool.service import PoolService
 from pool.wire import pool_wire
 from trainer.cluster.process_groups import Job
 from trainer.config.recipe import Recipe
-from trainer.engine.experts import build_shard, reduce_expert_gradients, wire_settings
+from trainer.engine.experts import build_shard, load_of, reduce_expert_gradients, wire_settings
 from trainer.engine.role_engine import build_engine, squared_norm
 from trainer.planning.schedule import ScheduleSpec
-from trainer.telemetry.prometheus import ExpertLoad, MetricsServer
+from trainer.telemetry.prometheus import MetricsServer
 from trainer.telemetry.time_breakdown import UsageClock
 from trainer.train.lock import RunLock
 
@@ -42,9 +42,7 @@ class PoolRank:
         self._wire = pool_wire(wire_settings(recipe, job, placement), job.wire_groups)
         self._service = PoolService(self._shard, self._wire, recipe.model.layers)
         self.clock = UsageClock(self._service.waits)
-        layers = recipe.model.layers if recipe.metrics.per_layer_experts else 0
-        load = ExpertLoad(self._shard.expert_ids, recipe.pool.experts, layers)
-        self.metrics = MetricsServer(recipe.metrics, "pool", job.rank, job.local_rank, load)
+        self.metrics = MetricsServer(recipe.metrics, "pool", job.rank, job.local_rank, load_of(self._shard, recipe))
 
     def warm_up(self, limit: timedelta) -> None:
         """See `TrunkRank.warm_up`: serve its requests."""
@@ -57,7 +55,7 @@ class PoolRank:
         self._engine.grad_norm()
         self._wire.settle()
         self._engine.step(math.inf)
-        self._shard.weights_changed()
+        self.weights_changed()
         self._service.take_served()
         self._wire.limit = self._wire.settings.timeout
 
@@ -79,7 +77,7 @@ class PoolRank:
     def step(self, step: int, total_norm: float) -> None:
         """Update the weights, clipping by the norm over both roles."""
         self._engine.step(total_norm)
-        self._shard.weights_changed()
+        self.weights_changed()
         self.clock.stepped()
         self.metrics.served(self._service.take_served())
         self.metrics.used(self.clock.total, self._wire.bytes_sent, self._wire.bytes_received)
@@ -101,7 +99,7 @@ class PoolRank:
 
     def restore(self, state: dict[str, Any], steps: int, shift: int) -> None:
         """Use the weights that the engine has loaded."""
-        self._shard.weights_changed()
+        self.weights_changed()
 
     @property
     def ownership(self) -> None:
@@ -111,3 +109,13 @@ class PoolRank:
     def recorded_load(self) -> None:
         """Return nothing: only trunk ranks know the load of each layer."""
         return
+
+    def move_to(self, placement: Placement) -> None:
+        """See `trainer.checkpoint.format.Role.move_to`."""
+        self.placement = placement
+        self._shard.expert_ids = placement.experts_of(self._job.topology.shard(self._job.rank))
+        self.metrics.expert_load = load_of(self._shard, self._recipe)
+
+    def weights_changed(self) -> None:
+        """See `trainer.checkpoint.format.Role.weights_changed`."""
+        self._shard.weights_changed()

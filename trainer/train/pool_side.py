@@ -11,7 +11,7 @@ from pool.shard import ExpertShard
 from pool.wire import PoolWire, TrunkWire, both_ends, trunk_wire
 from trainer.cluster.process_groups import Job
 from trainer.config.recipe import Recipe
-from trainer.engine.experts import build_shard, reduce_expert_gradients, wire_settings
+from trainer.engine.experts import build_shard, load_of, reduce_expert_gradients, wire_settings
 from trainer.engine.role_engine import Engine, build_engine
 from trainer.model.pool_client import LocalPool, PoolClient, RemotePool, SharedPool
 from trainer.telemetry.prometheus import ExpertLoad
@@ -33,7 +33,7 @@ class PoolSide:
     """
 
     def __init__(self, recipe: Recipe, job: Job, placement: Placement | None):
-        self._recipe, topology = recipe, job.topology
+        self._recipe, self._job, topology = recipe, job, job.topology
         self.client = PoolClient(job.device)
         self.shard: ExpertShard | None = None
         self.service: PoolService | None = None
@@ -80,12 +80,18 @@ class PoolSide:
         if self.shard is not None:
             self.shard.weights_changed()
 
+    def move_to(self, placement: Placement) -> None:
+        """Hold the experts of another placement from here on, whose weights are loaded afterwards."""
+        if self.shard is not None:
+            topology = self._job.topology
+            self.shard.expert_ids = placement.experts_of(topology.shard(self._job.rank) if topology.every_rank else 0)
+
     def expert_load(self) -> ExpertLoad | None:
         """Return the load to serve as metrics: of this rank's shard, or on rank 0 of the whole pool if colocated."""
         recipe = self._recipe
         if self.shard is None or (self.service is None and self.replica):
             return None
-        layers = recipe.model.layers if recipe.metrics.per_layer_experts else 0
         if self.service:
-            return ExpertLoad(self.shard.expert_ids, recipe.pool.experts, layers)
+            return load_of(self.shard, recipe)
+        layers = recipe.model.layers if recipe.metrics.per_layer_experts else 0
         return ExpertLoad(range(recipe.pool.experts), recipe.pool.experts, layers, backward=False)

@@ -391,3 +391,14 @@ class TrunkRank:
         if self._pool_map is None:
             return None
         return over_all_experts(self._recent_load_LM.round(), self._recipe.model.groups).long().numpy()
+
+    def move_to(self, placement: Placement) -> None:
+        """See `trainer.checkpoint.format.Role.move_to`."""
+        self.placement = placement
+        self._pool_map = _pool_map(self._recipe, placement, self._job.device)
+        self._pool_side.move_to(placement)
+        self.metrics.expert_load = self._pool_side.expert_load()
+
+    def weights_changed(self) -> None:
+        """See `trainer.checkpoint.format.Role.weights_changed`."""
+        self._pool_side.weights_changed()

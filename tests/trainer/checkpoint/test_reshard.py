@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import torch
 
-from pool.placement import Placement, contiguous, imbalance
+from pool.placement import contiguous
 from tests.distributed import RankFailed
 from tests.training import Outcome, assert_same, run_training, tiny
-from trainer.checkpoint.format import Layout, layout_of, newest, read_load, read_placement
+from trainer.checkpoint.format import Layout, layout_of, newest, read_load
 from trainer.checkpoint.reshard import SavedCheckpoint, convert
 from trainer.common.errors import UserError
 from trainer.config.recipe import Recipe
@@ -84,23 +84,6 @@ def test_goes_on_as_if_nothing_had_changed(before: str, after: str) -> None:
     reference = undisturbed()
     rest = replace(reference, scalars=reference.scalars[HALF:], gradients=reference.gradients[HALF:])
     assert_same(rest, resumed)
-
-
-def test_experts_move_to_where_the_recorded_load_wants_them(tmp_path: Path) -> None:
-    """`placement: auto` takes effect at a resume, evens the recorded load out, and changes no number."""
-    moved = recipe(LAYOUTS["1+2"], pool={"placement": "auto"})
-    resumed = run_training(moved, WHOLE, save_to=tmp_path, resume_from=saved("1+2"))
-    reference = undisturbed()
-    rest = replace(reference, scalars=reference.scalars[HALF:], gradients=reference.gradients[HALF:])
-    assert_same(rest, resumed)
-    before, after = (placement_of(folder) for folder in (saved("1+2"), tmp_path))
-    assert before.order == tuple(range(8)) != after.order
-    found = newest(saved("1+2"))
-    assert found
-    load_LM = torch.from_numpy(read_load(found[1]))
-    # layers, top-k, global batch, sequence; each number is rounded
-    assert abs(load_LM.sum() - 3 * 2 * 8 * 9) <= load_LM.numel() / 2
-    assert imbalance(load_LM, after).lockstep < imbalance(load_LM, before).lockstep
 
 
 @pytest.mark.parametrize("after", LAYOUTS)
@@ -208,10 +191,3 @@ def states(checkpoints: Path) -> dict[str, ParameterState]:
     every_expert = tuple(range(8))
     pool = {name: everything.read_experts(name, every_expert) for name in ("w13_e2FD", "w2_eDF")}
     return {name: everything.trunk.read(name) for name, _ in trunk.named_parameters()} | pool
-
-
-def placement_of(checkpoints: Path) -> Placement:
-    found = newest(checkpoints)
-    placement = read_placement(found[1]) if found else None
-    assert placement
-    return placement
