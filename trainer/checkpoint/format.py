@@ -20,7 +20,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from trainer.common.errors import UserError, one_line, os_reason
 from trainer.common.safe_read import read_array
-from trainer.config.lock import OWNERSHIP_FILE
+from trainer.config.lock import OWNERSHIP_FILE, placed_by_load
 from trainer.config.recipe import Recipe
 from trainer.config.sections import LARGEST
 
@@ -280,7 +280,7 @@ def choose_placement(recipe: Recipe, folder: Path | None) -> Placement | None:
     saved = read_placement(folder)
     if saved and saved.shards == shards:
         placement = saved
-    if recipe.pool.placement == "auto":
+    if placed_by_load(recipe, steps_of(folder)):
         return more_even(torch.from_numpy(read_load(folder)), placement, groups)
     return placement
 

@@ -13,6 +13,7 @@ from trainer.cluster.process_groups import Job
 from trainer.cluster.rendezvous import DIFFERENT_RECIPES, Member
 from trainer.common.errors import UserError
 from trainer.common.strict_json import dumps, loads
+from trainer.config.lock import placed_by_load
 from trainer.config.recipe import Recipe
 from trainer.data.prepared_data import PreparedData
 from trainer.planning.schedule import ScheduleSpec, schedule_of
@@ -64,7 +65,7 @@ def agreed_move(job: Job, recipe: Recipe, role: Role, done: int) -> Placement | 
     A run that resumes from the checkpoint after these steps decides the same (`choose_placement`).
     """
     placement = role.placement
-    if recipe.pool.placement != "auto" or placement is None or placement.shards == 1:
+    if not placed_by_load(recipe, done) or placement is None or placement.shards == 1:
         return None
 
     def choose() -> Placement:
