@@ -295,7 +295,8 @@ def unipool(*arguments: str) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("gbit", "said"), [("100", "The wire limits the step: a pool rank's link must carry"), ("400", "The wire is fast enough")]
+    ("gbit", "said"),
+    [("100", "The wire limits the step: a pool rank's link must carry"), ("400", "The wire is fast enough")],
 )
 def test_predicted_step_says_whether_the_wire_limits_it(gbit: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
