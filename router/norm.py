@@ -62,8 +62,8 @@ def norm_route(
     The norm and the scale do not change the order of a token's experts. So the top-k reads the logits, only the K
     winners become gate values, and the mean scores are one matrix-vector product.
 
-    With a reach the same is done to its preference q (Eq. M36): min(z, factor * z), or the logits of the own experts.
-    Both have the scores of Eq. M35, and the smaller of the two keeps the order of experts without a positive logit.
+    With a reach the same is done to its preference q (Eq. M37): min(z, factor * z), or the logits of the own experts.
+    Both have the scores of Eq. M36, and the smaller of the two keeps the order of experts without a positive logit.
 
     Args:
         logits_TM: The logits z, fp32 or float64.
@@ -202,7 +202,7 @@ class _NormRoute(torch.autograd.Function):
 
 
 def _preference(logits_TM: Tensor, factor_M: Tensor | None, own_E: Tensor | None) -> Tensor:
-    """Return q of Eq. M36; without a reach, the logits themselves."""
+    """Return q of Eq. M37; without a reach, the logits themselves."""
     if factor_M is not None:
         return torch.minimum(logits_TM, logits_TM * factor_M)
     return logits_TM if own_E is None else logits_TM.index_select(-1, own_E)

@@ -10,8 +10,8 @@ from tests.training import optimizer_step
 from trainer.cluster.process_groups import Job
 from trainer.cluster.rendezvous import read_launch, rendezvous
 from trainer.config.recipe import load_recipe
+from trainer.engine.deterministic import use_deterministic_kernels
 from trainer.planning.schedule import make_schedule
-from trainer.train.loop import use_deterministic_kernels
 
 
 def main(path: str) -> None:

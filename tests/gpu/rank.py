@@ -21,8 +21,8 @@ from trainer.cluster.process_groups import Job
 from trainer.cluster.rendezvous import read_launch, rendezvous
 from trainer.common.strict_json import dumps
 from trainer.config.recipe import load_recipe
+from trainer.engine.deterministic import use_deterministic_kernels
 from trainer.planning.schedule import make_schedule
-from trainer.train.loop import use_deterministic_kernels
 
 
 def main(file: Path, profile: bool, name: str, sets: list[str]) -> None:

@@ -19,7 +19,7 @@ from tests.router.test_norm import CONSTANT, logits_with_odd_rows, saved_shapes
 def plain_route(
     z_TM: Tensor, sigma: Tensor, top_k: int, normalized: bool, own: list[int], alpha: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The plain way (Eq. M35, M36 and M14 of docs/method.md): all scores, a loop over the tokens, the mean."""
+    """The plain way (Eq. M36, M37 and M14 of docs/method.md): all scores, a loop over the tokens, the mean."""
     factor_M = torch.full((z_TM.shape[1],), 1 - alpha, dtype=z_TM.dtype)
     factor_M[own] = 1.0
     s_TM = factor_M * sigma * CONSTANT * (z_TM / (torch.linalg.vector_norm(z_TM, dim=-1, keepdim=True) + 1e-8)).relu()

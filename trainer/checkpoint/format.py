@@ -20,13 +20,14 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from trainer.common.errors import UserError, one_line, os_reason
 from trainer.common.safe_read import read_array
-from trainer.config.lock import OWNERSHIP_FILE
+from trainer.config.lock import OWNERSHIP_FILE, placed_by_load
 from trainer.config.recipe import Recipe
 from trainer.config.sections import LARGEST
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+    from torch import Tensor
 
     from pool.placement import Placement
     from trainer.engine.role_engine import Engine
@@ -260,10 +261,11 @@ def layout_of(recipe: Recipe, placement: Placement | None) -> Layout:
     )
 
 
-def choose_placement(recipe: Recipe, folder: Path | None) -> Placement | None:
+def choose_placement(recipe: Recipe, folder: Path | None, moments_WL: Tensor | None = None) -> Placement | None:
     """Return where the experts are at the start of a run; None for a dense model.
 
     Args:
+        moments_WL: What the run's schedule has in flight together (`pool.placement.moments`).
         folder: The checkpoint from which it resumes. They stay where they are in it if that has as many shards, unless
             the recipe wants them placed by the load that it recorded.
     """
@@ -280,8 +282,8 @@ def choose_placement(recipe: Recipe, folder: Path | None) -> Placement | None:
     saved = read_placement(folder)
     if saved and saved.shards == shards:
         placement = saved
-    if recipe.pool.placement == "auto":
-        return more_even(torch.from_numpy(read_load(folder)), placement, groups)
+    if placed_by_load(recipe, steps_of(folder)):
+        return more_even(torch.from_numpy(read_load(folder)), placement, groups, moments_WL)
     return placement
 
 

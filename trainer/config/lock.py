@@ -26,7 +26,7 @@ class Stage:
     Attributes:
         name: `full`: every layer uses the whole pool; `anneal`: the scores of experts that a layer does not own are
             reduced; `locked`: a layer uses its own experts only.
-        alpha: By how much these scores are reduced: 0 in the full stage, 1 when locked (Eq. M35).
+        alpha: By how much these scores are reduced: 0 in the full stage, 1 when locked (Eq. M36).
         entropy: Coefficient of the entropy loss (Eq. M33).
     """
 
@@ -47,6 +47,11 @@ def locked_after(recipe: Recipe) -> int:
     if recipe.lock.allocation == "random":
         return 0
     return _full_steps(recipe) + round(recipe.lock.anneal_fraction * recipe.train.steps)
+
+
+def placed_by_load(recipe: Recipe, done: int) -> bool:
+    """Return whether the experts are placed by the recorded load after `done` steps: also where layers are locked."""
+    return recipe.pool.placement == "auto" or (recipe.lock is not None and done > locked_after(recipe))
 
 
 def stage_of(recipe: Recipe, step: int) -> Stage:

@@ -1,4 +1,4 @@
-"""What the layers of a run with a lock reach of the pool, step by step (Eq. M35 and M36 of docs/method.md).
+"""What the layers of a run with a lock reach of the pool, step by step (Eq. M36 and M37 of docs/method.md).
 
 Letters: L layers, M experts in the pool, E experts that a layer owns.
 """

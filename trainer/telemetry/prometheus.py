@@ -59,7 +59,7 @@ CATALOGUE = (
     gauge("random_routing_loss_nats", "Held-out loss that random experts in a layer add.", "layer", by_rank=False),
     gauge(
         "ownership_shortfall_ratio",
-        "How much less than lock.coverage of a layer's tokens its own experts had at the assignment.",
+        "What a layer's own experts lacked of lock.coverage of its tokens at the assignment.",
         "layer",
         by_rank=False,
     ),

@@ -1,22 +1,25 @@
 """UniPool-lock in a run: which layer owns which experts, decided once by held-out routing; and when the run is to end.
 
-"Eq. M34" and the like are equations of docs/method.md.
+"Eq. M35" and the like are equations of docs/method.md.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from router import assign, random_ownership
+from router import assign, entropy_loss, random_ownership
 from trainer.checkpoint.format import OwnershipRecord
 from trainer.cluster.process_groups import Job
 from trainer.common.errors import DIVERGED
 from trainer.common.strict_json import dumps
-from trainer.config.lock import assigned_after
+from trainer.config.lock import assigned_after, stage_of
 from trainer.config.recipe import Recipe
 from trainer.model.lock import Reaches
 
@@ -46,12 +49,19 @@ class RunLock:
             ownership = random_ownership(recipe.model.layers, recipe.pool.experts, recipe.run.seed)
             self._use(OwnershipRecord(**asdict(ownership), step=0))
 
+    def entropy(self, step: int) -> Callable[[Tensor], tuple[Tensor, Tensor]] | None:
+        """Return `Objective.entropy` for a step."""
+        if not self._keys.entropy:
+            return None
+        target = math.log(self._recipe.pool.experts / self._recipe.model.layers)
+        return partial(entropy_loss, coefficient=stage_of(self._recipe, step).entropy, target=target)
+
     def keep(self, load_LM: Tensor) -> None:
         """Remember the load of an evaluation before the assignment, (L, M)."""
         self._loads = [load_LM, *self._loads][: self._keys.evaluations]
 
     def choose(self, done: int, val_loss: float) -> OwnershipRecord:
-        """Assign experts by the loads of the last evaluations (Eq. M34).
+        """Assign experts by the loads of the last evaluations (Eq. M35).
 
         Args:
             done: Optimizer steps done.

@@ -27,6 +27,7 @@ from trainer.config.recipe import Recipe
 from trainer.data.batches import evaluation_steps
 from trainer.data.prepare import prepare_for
 from trainer.data.prepared_data import PreparedData
+from trainer.engine.deterministic import use_deterministic_kernels
 from trainer.export.initial import load_initial
 from trainer.model.document_mask import document_end
 from trainer.telemetry.console import say
@@ -102,19 +103,6 @@ def _mark_end(launch: Launch) -> None:
         Path(os.environ[DONE_FILE]).touch()
 
 
-def use_deterministic_kernels() -> None:
-    """Let torch choose kernels that give the same bits every time.
-
-    With `warn_only` flash and memory-efficient attention on CUDA would only warn, and add up gradients in any order
-    (aten/src/ATen/native/transformers/cuda/attention_backward.cu), and cuDNN's would be allowed.
-    """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs it to be deterministic
-    # `use_deterministic_algorithms` would also import torch's compiler, before the ranks meet, to set its option for
-    # deterministic kernels; `pool.compiling.compiled` sets that itself. Torch's optimizers import it later.
-    torch.set_deterministic_debug_mode("error")
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # we write before we read
-
-
 def start(recipe: Recipe, launch: Launch, watch: FaultWatch, force: bool) -> Run:
     """Bring one rank up to the run's next step. A collective of all ranks."""
     use_deterministic_kernels()
@@ -157,7 +145,7 @@ def start(recipe: Recipe, launch: Launch, watch: FaultWatch, force: bool) -> Run
     watch.phase = "start-up"
 
     # Build this rank's role: model, engine, wire, metrics.
-    placement = agreed_placement(job, recipe, saved)
+    placement = agreed_placement(job, recipe, saved, schedule.step)
     role: TrunkRank | PoolRank
     if prepared:
         training = prepared.stream("train", recipe.run.seed)

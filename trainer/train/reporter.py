@@ -147,7 +147,8 @@ class Reporter:
             from trainer.telemetry.expert_heatmap import heat_map_image
 
             title = f"{self._folder.path.name}: experts chosen on held-out text after step {done}"
-            return heat_map_image(load_LM.numpy(), title, self._recipe.model.groups)
+            owners = role.ownership.owners if role.ownership else None
+            return heat_map_image(load_LM.numpy(), title, self._recipe.model.groups, owners)
 
         role.monitors.write_image("load", draw, done)
 
@@ -157,16 +158,14 @@ class Reporter:
         if not self._progress or not record or record.step != done:
             return
         self._owned(record)
-        worst = min(range(len(record.shares)), key=record.shares.__getitem__)
+        layers = range(len(record.shares))
+        worst = min(layers, key=record.shares.__getitem__)
         say(
-            f"unipool: after step {record.step} every layer owns {len(record.owners) // len(record.shares)} experts, with "
-            f"{fmean(record.shares):.1%} of its routed tokens in the mean and {record.shares[worst]:.1%} in layer {worst}"
+            f"unipool: after step {done} each layer owns {len(record.owners) // len(layers)} experts, which had "
+            f"{fmean(record.shares):.1%} of its tokens in the mean, and {record.shares[worst]:.1%} in layer {worst}"
         )
-        if not record.feasible:
-            short = [f"{layer} by {share:.1%}" for layer, share in enumerate(record.shortfalls) if share]
-            say(
-                f"warning: no assignment gives every layer lock.coverage of its tokens; short are layers {', '.join(short)}"
-            )
+        if short := [f"{layer} by {record.shortfalls[layer]:.1%}" for layer in layers if record.shortfalls[layer]]:
+            say(f"warning: no assignment reaches lock.coverage; short of it are layers {', '.join(short)}")
 
     def _owned(self, record: OwnershipRecord) -> None:
         self._folder.save_ownership(dumps(record.model_dump()))

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from datetime import timedelta
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,10 +17,10 @@ from torch import Tensor
 
 from pool.placement import Placement
 from pool.schedule import WARM_UP_STEP, lockstep_schedule
-from router import BiasedRouter, LoadStatistics, balance_coefficients, entropy_loss, load_of_groups
+from router import BiasedRouter, LoadStatistics, balance_coefficients, load_of_groups
 from trainer.checkpoint.format import OwnershipRecord
 from trainer.cluster.process_groups import Job
-from trainer.config.lock import stage_of
+from trainer.config.lock import STAGES, locked_after
 from trainer.config.recipe import Recipe
 from trainer.data.batches import SequenceStream
 from trainer.engine.monitors import Monitors
@@ -64,9 +63,7 @@ def _pool_map(recipe: Recipe, placement: Placement, device: torch.device) -> Poo
 
 
 class TrunkRank:
-    """Computes attention, routers and head, requests the experts from the pool, and knows the step's scalars.
-
-    Where every rank has both roles, it serves its shard of the pool meanwhile.
+    """Computes attention, routers and head, requests the experts from the pool, and serves its own shard, if it has one.
 
     Args:
         document_end: See `Trunk`.
@@ -216,10 +213,7 @@ class TrunkRank:
             b = recipe.balance
             return balance_coefficients(fractions_LM, b.layer, b.pool, recipe.model.groups)
 
-        entropy = None
-        if recipe.lock and recipe.lock.entropy:
-            target = math.log(recipe.pool.experts / recipe.model.layers)
-            entropy = partial(entropy_loss, coefficient=stage_of(recipe, step).entropy, target=target)
+        entropy = self.lock.entropy(step) if self.lock else None
         return Objective(1 / recipe.micro_batches, coefficients, recipe.router.z_loss, recipe.train.recompute, entropy)
 
     def step(self, step: int, total_norm: float) -> StepScalars:
@@ -242,7 +236,8 @@ class TrunkRank:
             load_LM = to_device(self.load_LM, self._job.device)
             self._statistics.record_step(step, load_LM)
             if not self._results.nonfinite_router_tokens:  # such tokens are sent to arbitrary experts
-                self._recent_load_LM.lerp_(self.load_LM.double(), 1 / min(step + 1, LOAD_STEPS))
+                first = locked_after(self._recipe) if scalars.lock_stage == STAGES.index("locked") else 0
+                self._recent_load_LM.lerp_(self.load_LM.double(), 1 / min(step + 1 - first, LOAD_STEPS))
             if scalars.applied and self._recipe.train.freeze != "trunk":
                 self._move_expert_bias(load_LM)
         self.clock.stepped()

@@ -68,12 +68,13 @@ def report(run: Path, out: Path | None) -> None:
     help="Share of each layer's tokens that is wanted inside its own set.  [default: lock.coverage, or 0.95]",
 )
 @json_option
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.png", help="Draw a picture.")
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.png", help="Write a picture.")
 def own(run: Path, coverage: float | None, as_json: bool, out: Path | None) -> None:
-    """Show which experts each layer would own if the pool were divided by the load that RUN has recorded.
+    """Show which experts each layer of RUN, a run or one of its checkpoints, owns.
 
-    Every layer gets equally many experts, and every expert has one owner, so that each layer finds as many of its
-    tokens as possible inside its own set. RUN is a run or one of its checkpoints.
+    Without a lock, or before it, show what each layer would own if the pool were divided by the recorded load. Every
+    layer gets equally many experts and every expert one owner, so that layers find most of their tokens inside their
+    own sets.
 
     \b
     Examples:

@@ -11,8 +11,15 @@ import pytest
 import torch
 
 from tests.trainer.export.test_transformers import difference, gradients, left_padded, model_with, some_tokens
+from tests.training import Outcome, run_training, tiny, tokens
+from trainer.config.recipe import Recipe
+from trainer.data.batches import SequenceStream
+from trainer.data.tokenizer import train_tokenizer
+from trainer.evaluate.loss import summed_loss
 from trainer.export.configuration_unipool import UniPoolConfig
+from trainer.export.loaded_model import load_model
 from trainer.export.modeling_unipool import _CACHE, UniPoolForCausalLM
+from trainer.export.write import export
 
 OWNERS = [2, 0, 0, 1, 2, 1]
 
@@ -101,3 +108,42 @@ def test_owners_that_no_model_has(settings: dict[str, Any], said: str) -> None:
     sizes = {"num_hidden_layers": 3, "num_experts": 6, "expert_owners": OWNERS, "num_experts_per_tok": 1}
     with pytest.raises(ValueError, match=said):
         UniPoolConfig(**sizes | settings)
+
+
+def recipe(**sections: Any) -> Recipe:
+    """6 steps: two of each stage; 4 of 12 experts a layer."""
+    lock = {"full_fraction": 0.4, "anneal_fraction": 0.3, "entropy": 0.3}
+    pool, train = {"experts": 12}, {"steps": 6, **sections.pop("train", {})}
+    parallel = {"pool_ranks": 1, "trunk_zero": 0, "pool_zero": 0}
+    return tiny(
+        **{"model": {"vocab": 300}, "pool": pool, "parallel": parallel, "train": train, "lock": lock} | sections
+    )
+
+
+@pytest.fixture(scope="module", params=[2, 3, 6], ids=["full", "anneal", "locked"])
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int, Outcome]:
+    """A run that has been saved in one of the stages: its folder, its steps, and what the trainer says of it."""
+    folder = tmp_path_factory.mktemp("run")
+    outcome = run_training(recipe(), request.param, save_to=folder / "checkpoints")
+    (folder / "tokenizer.json").write_text(train_tokenizer(["some text"], 300).to_str())
+    return folder, request.param, outcome
+
+
+@torch.no_grad()
+def test_losses_of_run_and_export_are_the_trainers(run: tuple[Path, int, Outcome], tmp_path: Path) -> None:
+    """In each stage; at the end of the first one experts are not assigned yet."""
+    folder, steps, outcome = run
+    export(folder, tmp_path / "hf", "hf", "float32")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert config.get("expert_owners") == (list(outcome.owners or ()) if steps > 2 else None)
+    assert config.get("foreign_expert_factor") == pytest.approx({2: None, 3: 0.5, 6: 0.0}[steps])
+    stream = SequenceStream([tokens(recipe())], None)
+    rows_BS1 = torch.cat(list(stream.micro_batches(0, 8, 0, 1, 8)))
+    for source in (folder, tmp_path / "hf"):
+        model = load_model(source).model
+        loss = summed_loss(model, rows_BS1, None) / rows_BS1[:, 1:].numel()
+        assert loss == pytest.approx(outcome.val_loss, rel=1e-5)
+        if steps > 2:  # what the lock changes is much more than that
+            for layer in model.model.layers:
+                layer.router.foreign_M = None
+            assert summed_loss(model, rows_BS1, None) / rows_BS1[:, 1:].numel() != pytest.approx(loss, rel=1e-3)

@@ -6,6 +6,7 @@ At the paper's shapes, two layers deep.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,9 +18,11 @@ from torch.overrides import TorchFunctionMode
 from pool import grouped_experts
 from pool.placement import contiguous
 from pool.shard import ExpertShard
-from router import LoadStatistics, balance_coefficients, norm_constant
+from router import Faded, LoadStatistics, Owned, balance_coefficients, entropy_loss, norm_constant
 from tests.host_reads import no_host_reads
+from trainer.config.lock import assigned_after
 from trainer.config.recipe import Recipe, load_recipe
+from trainer.model.lock import Reaches
 from trainer.model.micro_batch import (
     Objective,
     PoolMap,
@@ -43,6 +46,8 @@ CASES: dict[str, list[str]] = {
     "pool recomputes": ["pool.recompute=true"],
     "own load": ["balance.scope=micro_batch", "balance.delay=0"],
     "vanilla": ["model.groups=2"],
+    "annealed": ["lock={}", "balance.scores=normalized"],
+    "locked": ["lock={allocation: random}"],
 }
 
 
@@ -90,7 +95,14 @@ def trunk_of(recipe: Recipe, document_end: int | None = None) -> Trunk:
 
 def pool_map(recipe: Recipe) -> PoolMap:
     position_M = contiguous(recipe.pool.experts, 1, 1).position_M.to(META)
-    return PoolMap(position_M, recipe.experts_per_layer, recipe.model.layers // recipe.model.groups)
+    reaches = None
+    if recipe.lock:
+        made = Reaches(recipe, META)
+        made.assign([0, 1] * (recipe.pool.experts // 2))
+        with no_host_reads():
+            reaches = made.at(assigned_after(recipe) + 1)
+        assert isinstance(reaches[0], Faded if recipe.lock.allocation == "learned" else Owned)
+    return PoolMap(position_M, recipe.experts_per_layer, recipe.model.layers // recipe.model.groups, reaches)
 
 
 def objective(recipe: Recipe) -> Objective:
@@ -104,7 +116,8 @@ def objective(recipe: Recipe) -> Objective:
         assert fractions_LM is not None
         return balance_coefficients(fractions_LM, recipe.balance.layer, recipe.balance.pool, recipe.model.groups)
 
-    return Objective(0.5, coefficients, recipe.router.z_loss, recipe.train.recompute)
+    entropy = partial(entropy_loss, coefficient=0.01, target=2.0) if recipe.lock else None
+    return Objective(0.5, coefficients, recipe.router.z_loss, recipe.train.recompute, entropy)
 
 
 def sequences(recipe: Recipe) -> Tensor:

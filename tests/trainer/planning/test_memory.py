@@ -28,8 +28,9 @@ def peak(recipe: Recipe) -> int:
     import torch
 
     from trainer.data.batches import SequenceStream
+    from trainer.engine.deterministic import use_deterministic_kernels
     from trainer.train.agreement import agreed_placement
-    from trainer.train.loop import update, use_deterministic_kernels
+    from trainer.train.loop import update
     from trainer.train.pool_rank import PoolRank
     from trainer.train.trunk_rank import TrunkRank
 

@@ -77,8 +77,8 @@ def broken_routers(recipe: Recipe) -> dict[str, Any] | None:
 def _infinite_first_token(forward: Any) -> Any:
     """A router whose first token has an infinite logit and whatever gradient that has."""
 
-    def route(h_TD: torch.Tensor, *others: Any) -> Any:
-        return forward(h_TD * torch.tensor([math.inf] + [1.0] * (len(h_TD) - 1))[:, None], *others)
+    def route(h_TD: torch.Tensor, **others: Any) -> Any:
+        return forward(h_TD * torch.tensor([math.inf] + [1.0] * (len(h_TD) - 1))[:, None], **others)
 
     return route
 

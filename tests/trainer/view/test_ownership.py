@@ -38,7 +38,7 @@ def test_table_json_and_picture(tmp_path: Path) -> None:
     printed = own(str(run), "--out", str(picture))
     assert picture.read_bytes().startswith(b"\x89PNG") and str(picture) in printed
     assert "a run: what each layer would own" in printed
-    assert "8 layers lack up to" in printed and f"{found['share']:.1%}" in printed
+    assert "8 of 8 layers lack up to" in printed and f"{found['share']:.1%}" in printed
     assert ranges(expected.experts_by_layer[0]) in printed
 
 
@@ -79,6 +79,41 @@ def test_folders_without_a_load(tmp_path: Path) -> None:
     (run / "load.npy").unlink()
     assert "has no load of the experts" in str(user_error(lambda: read_ownership(run, None)))
     assert "not a run or a checkpoint" in str(user_error(lambda: read_ownership(tmp_path, None)))
+
+
+def record(step: int, **changes: Any) -> str:
+    owners = [7 - expert // 8 for expert in range(64)]
+    tree = {"owners": owners, "shares": [0.9, *[0.97] * 7], "shortfalls": [0.05, *[0] * 7], "feasible": False}
+    return json.dumps({**tree, "step": step, "val_loss": 3.21, **changes})
+
+
+def test_a_run_that_has_assigned_its_experts(tmp_path: Path) -> None:
+    """It shows what the run owns and how the load has become, not what the load would assign now."""
+    run = write_run(tmp_path / "run", overrides=["lock.coverage=0.95"])
+    (run / "ownership.json").write_text(record(4))
+    load_LM = np.load(run / "load.npy")
+    found = json.loads(own(str(run), "--json"))
+    assert found["assigned_after_step"] == 4 and found["owners"] == json.loads(record(4))["owners"]
+    for layer, row in enumerate(found["layers"]):
+        experts = list(range(56 - 8 * layer, 64 - 8 * layer))
+        assert row["experts"] == experts and row["share"] == (0.97 if layer else 0.9)
+        assert row["recorded_share"] == pytest.approx(load_LM[layer, experts].sum() / load_LM[layer].sum())
+    printed = own(str(run), "--out", str(tmp_path / "own.png"))
+    for said in ("what each layer owns since step 4", "56-63", "1 of 8 layers lack up to 5.0%", "was 3.2100 nats"):
+        assert said in printed
+    assert "assigned its experts already" in str(user_error(lambda: read_ownership(run, 0.9)))
+    (run / "ownership.json").write_text(record(0, val_loss=None))
+    assert "at random before the first step" in own(str(run))
+    (run / "ownership.json").write_text(record(4, shares=[1.0] * 4, owners=[e // 16 for e in range(64)]))
+    assert "is not of this run's layers" in str(user_error(lambda: read_ownership(run, None)))
+    (run / "ownership.json").write_text("{")
+    assert "ownership.json: damaged" in str(user_error(lambda: read_ownership(run, None)))
+
+
+def test_before_the_assignment_the_coverage_is_the_recipes(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", overrides=["lock.coverage=0.4"])
+    found = json.loads(own(str(run), "--json"))
+    assert found["coverage"] == 0.4 and found["feasible"] and found["assigned_after_step"] is None
 
 
 def test_ranges() -> None:

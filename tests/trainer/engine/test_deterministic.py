@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from tests.trainer.model.test_segments import VARIANTS, trained, trunk_of
 from tests.training import tiny
-from trainer.train.loop import use_deterministic_kernels
+from trainer.engine.deterministic import use_deterministic_kernels
 
 REFUSED = {"put_", "histc", "bincount", "median", "kthvalue", "nll_loss2d_forward", "scatter_reduce", "index_reduce"}
 """Operations of one dimension that have no deterministic kernel on CUDA, by `torch.use_deterministic_algorithms`."""
