@@ -1,6 +1,6 @@
 """Routers, balance losses and load statistics: pure functions that know no process groups."""
 
-from router.balance import LoadStatistics, balance_coefficients
+from router.balance import LoadStatistics, balance_coefficients, load_of_groups
 from router.calibration import norm_constant
 from router.concentration import entropy_loss
 from router.load import (
@@ -15,6 +15,8 @@ from router.load import (
 from router.norm import Faded, Owned, Reach, owned
 from router.ownership import Ownership, assign, random_ownership
 from router.routers import (
+    BiasedRouter,
+    NormBiasRouter,
     NormRouter,
     Router,
     Routing,
@@ -25,8 +27,10 @@ from router.routers import (
 )
 
 __all__ = [
+    "BiasedRouter",
     "Faded",
     "LoadStatistics",
+    "NormBiasRouter",
     "NormRouter",
     "Owned",
     "Ownership",
@@ -45,6 +49,7 @@ __all__ = [
     "entropy_loss",
     "layer_divergence",
     "load_imbalance",
+    "load_of_groups",
     "norm_constant",
     "owned",
     "random_ownership",

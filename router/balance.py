@@ -41,6 +41,13 @@ def balance_coefficients(fractions_LM: Tensor, layer_coeff: float, pool_coeff: f
     return num_experts * (layer_coeff * fractions_LM + pool_coeff / layers_per_group * fbar_LM)
 
 
+def load_of_groups(tokens_per_expert_LM: Tensor, groups: int) -> Tensor:
+    """Return, in the row of every layer, the load summed over the layers of its group: (L, M)."""
+    num_layers, num_experts = tokens_per_expert_LM.shape
+    sums_GM = tokens_per_expert_LM.view(groups, num_layers // groups, num_experts).sum(dim=1)
+    return sums_GM.repeat_interleave(num_layers // groups, dim=0)
+
+
 class LoadStatistics:
     """Recorded loads for the balance losses: which tokens count, and how old they are (Eq. M18).
 

@@ -49,7 +49,13 @@ def owned(expert_ids_E: Tensor, num_experts: int) -> Owned:
 
 
 def norm_route(
-    logits_TM: Tensor, sigma: Tensor, constant: float, top_k: int, normalized: bool, reach: Reach | None = None
+    logits_TM: Tensor,
+    sigma: Tensor,
+    constant: float,
+    top_k: int,
+    normalized: bool,
+    reach: Reach | None = None,
+    chosen_TK: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute gate values, experts and mean scores of Eq. M7 and M14 without the (T, M) matrix of scores.
 
@@ -66,6 +72,7 @@ def norm_route(
         top_k: K.
         normalized: Divide each token's scores by their sum before taking the mean; sigma and the norm then cancel.
         reach: What the layer reaches; None: all M experts alike.
+        chosen_TK: The experts, if not those of the K largest logits; distinct within a row. Not with a reach.
 
     Returns:
         (topk_scores_TK, topk_expert_ids_TK, mean_scores_M). The scores can be differentiated once; a row without a
@@ -74,9 +81,24 @@ def norm_route(
     factor_M = reach.factor_M if isinstance(reach, Faded) else None
     own_E, places_M = reach if isinstance(reach, Owned) else (None, None)
     topk_scores_TK, ids_TK, mean_scores_M = _NormRoute.apply(
-        logits_TM, sigma, constant, top_k, normalized, factor_M, own_E, places_M
+        logits_TM, sigma, constant, top_k, normalized, factor_M, own_E, places_M, chosen_TK
     )
     return topk_scores_TK, ids_TK, mean_scores_M
+
+
+@torch.no_grad()
+def biased_choice(logits_TM: Tensor, sigma: Tensor, constant: float, top_k: int, bias_M: Tensor) -> Tensor:
+    """Choose the K experts with the largest sum of score and bias among those whose score is positive.
+
+    Where a token has fewer positive scores than K, those of its largest other logits follow, as without a bias: an
+    expert that contributes nothing is not chosen for its bias.
+
+    Returns:
+        Expert ids (T, K), int64, distinct within a row.
+    """
+    norm_T1 = torch.linalg.vector_norm(logits_TM, dim=-1, keepdim=True)
+    raised_TM = logits_TM * (sigma * constant / (norm_T1 + EPS)) + (bias_M - bias_M.min())
+    return torch.where(logits_TM > 0, raised_TM, logits_TM).topk(top_k, dim=-1).indices
 
 
 def broken_rows(logits_TM: Tensor) -> Tensor:
@@ -115,9 +137,13 @@ class _NormRoute(torch.autograd.Function):
         factor_M: Tensor | None,
         own_E: Tensor | None,
         places_M: Tensor | None,
+        chosen_TK: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         preference_TC = _preference(logits_TM, factor_M, own_E)
-        winners_TK, choices_TK = preference_TC.topk(top_k, dim=-1)
+        if chosen_TK is None:
+            winners_TK, choices_TK = preference_TC.topk(top_k, dim=-1)
+        else:
+            winners_TK, choices_TK = preference_TC.gather(-1, chosen_TK), chosen_TK
         broken_T1 = broken_rows(logits_TM)
         choices_TK = replace_broken(choices_TK, broken_T1)
         winners_TK = winners_TK.relu_().masked_fill_(broken_T1, float("nan"))
@@ -172,7 +198,7 @@ class _NormRoute(torch.autograd.Function):
         along_T1 = torch.where(norm_T1 == 0, 0.0, d_gain_T1 / norm_T1) * inverse_T1 * gain_T1
         d_logits_TM.addcmul_(logits_TM, along_T1, value=-1)
         d_sigma = ctx.constant * (d_gain_T1 * inverse_T1).sum(dim=0)
-        return d_logits_TM, d_sigma, None, None, None, None, None, None
+        return d_logits_TM, d_sigma, None, None, None, None, None, None, None
 
 
 def _preference(logits_TM: Tensor, factor_M: Tensor | None, own_E: Tensor | None) -> Tensor:

@@ -6,16 +6,18 @@ the order of nearly equal experts are sensitive to rounding. "Eq. M5" and the li
 Letters: T tokens, D hidden, M experts that the layer can choose from, K top-k.
 """
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from router.norm import Reach, broken_rows, norm_route, replace_broken
+from router.norm import Reach, biased_choice, broken_rows, norm_route, replace_broken
 
-RouterKind = Literal["norm", "softmax", "sigmoid_bias"]
+RouterKind = Literal["norm", "norm_bias", "softmax", "sigmoid_bias"]
 Scores = Literal["raw", "normalized"]
+
+SIGMOID_EPS = 1e-20  # of Eq. M10, for gate values that are all nearly 0
 
 
 class Routing(NamedTuple):
@@ -129,6 +131,36 @@ class Router(nn.Module):
         return logits_TM.logsumexp(dim=-1).square().mean() if self.has_z_loss else logits_TM.new_zeros(())
 
 
+class BiasedRouter(Router):
+    """A router with an expert bias, which is added to scores for the selection only and moved by the load."""
+
+    expert_bias_M: Tensor
+
+    def __init__(self, hidden: int, num_experts: int, *others: Any) -> None:
+        super().__init__(hidden, num_experts, *others)
+        self.register_buffer("expert_bias_M", torch.zeros(num_experts, dtype=torch.float32))
+
+    @torch.no_grad()
+    def reset_parameters(self, std: float, generator: torch.Generator | None = None) -> None:
+        """Draw the weight from N(0, std^2) with `generator`, and set the expert bias to 0."""
+        super().reset_parameters(std, generator)
+        self.expert_bias_M.zero_()
+
+    @torch.no_grad()
+    def update_bias(self, tokens_per_expert_M: Tensor, rate: float) -> None:
+        """Move each bias by rate * sign(mean load - load) (Eq. M11).
+
+        Call it once per optimizer step.
+
+        Args:
+            tokens_per_expert_M: The assignments in the step, over all ranks and micro-batches: of the layer, or of all
+                layers that share the bias.
+            rate: Size of the move.
+        """
+        load_M = tokens_per_expert_M.float()
+        self.expert_bias_M.add_(torch.sign(load_M.mean() - load_M), alpha=rate)
+
+
 class NormRouter(Router):
     """NormRouter (Eq. M7): gate values start near 1, and about half of all scores are 0.
 
@@ -159,6 +191,18 @@ class NormRouter(Router):
         return norm_route(logits_TM, self.sigma.float(), self.constant, self.top_k, self.normalized, reach)
 
 
+class NormBiasRouter(BiasedRouter, NormRouter):
+    """NormRouter with an expert bias that is the same in all layers that share the experts.
+
+    The bias is added to positive scores only (`biased_choice`).
+    """
+
+    def decide(self, logits_TM: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        sigma = self.sigma.float()
+        chosen_TK = biased_choice(logits_TM, sigma, self.constant, self.top_k, self.expert_bias_M)
+        return norm_route(logits_TM, sigma, self.constant, self.top_k, self.normalized, chosen_TK=chosen_TK)
+
+
 class SoftmaxRouter(Router):
     """The router of the vanilla baseline: softmax over all experts, then top-k, without renormalisation (Eq. M9).
 
@@ -170,41 +214,23 @@ class SoftmaxRouter(Router):
         return _decide(scores_TM, logits_TM, broken_rows(logits_TM), self.top_k, self.normalized)
 
 
-class SigmoidBiasRouter(Router):
+class SigmoidBiasRouter(BiasedRouter):
     """Sigmoid gate values, and an expert bias for the selection only (Eq. M10 and M11; arXiv:2408.15664).
+
+    With K > 1 a token's gate values are divided by their sum, as in the paper's released code.
 
     Autograd computes its backward pass, because the matrix of scores is needed anyway.
     """
 
-    expert_bias_M: Tensor
-
-    def __init__(self, hidden: int, num_experts: int, top_k: int, scores: Scores, z_loss: bool) -> None:
-        super().__init__(hidden, num_experts, top_k, scores, z_loss)
-        self.register_buffer("expert_bias_M", torch.zeros(num_experts, dtype=torch.float32))
-
-    @torch.no_grad()
-    def reset_parameters(self, std: float, generator: torch.Generator | None = None) -> None:
-        """Draw the weight from N(0, std^2) with `generator`, and set the expert bias to 0."""
-        super().reset_parameters(std, generator)
-        self.expert_bias_M.zero_()
-
     def decide(self, logits_TM: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         scores_TM = logits_TM.sigmoid()
         preference_TM = scores_TM + self.expert_bias_M
-        return _decide(scores_TM, preference_TM, broken_rows(logits_TM), self.top_k, self.normalized)
-
-    @torch.no_grad()
-    def update_bias(self, tokens_per_expert_M: Tensor, rate: float) -> None:
-        """Move each bias by rate * sign(mean load - load) (Eq. M11).
-
-        Call it once per optimizer step.
-
-        Args:
-            tokens_per_expert_M: The layer's assignments in the step, over all ranks and micro-batches.
-            rate: Size of the move.
-        """
-        load_M = tokens_per_expert_M.float()
-        self.expert_bias_M.add_(torch.sign(load_M.mean() - load_M), alpha=rate)
+        gates_TK, ids_TK, mean_scores_M = _decide(
+            scores_TM, preference_TM, broken_rows(logits_TM), self.top_k, self.normalized
+        )
+        if self.top_k > 1:
+            gates_TK = gates_TK / (gates_TK.sum(dim=-1, keepdim=True) + SIGMOID_EPS)
+        return gates_TK, ids_TK, mean_scores_M
 
 
 def build_router(
@@ -212,7 +238,7 @@ def build_router(
 ) -> Router:
     """Build one layer's router.
 
-    The arguments are those of `Router` and `NormRouter`; only "norm" uses `constant`.
+    The arguments are those of `Router` and `NormRouter`; only NormRouters use `constant`.
 
     Raises:
         ValueError: `kind` or `scores` is unknown.
@@ -222,8 +248,10 @@ def build_router(
     match kind:
         case "norm":
             return NormRouter(hidden, num_experts, top_k, scores, z_loss, constant)
+        case "norm_bias":
+            return NormBiasRouter(hidden, num_experts, top_k, scores, z_loss, constant)
         case "softmax":
             return SoftmaxRouter(hidden, num_experts, top_k, scores, z_loss)
         case "sigmoid_bias":
             return SigmoidBiasRouter(hidden, num_experts, top_k, scores, z_loss)
-    raise ValueError(f"router.kind is {kind!r}: it must be norm, softmax or sigmoid_bias")
+    raise ValueError(f"router.kind is {kind!r}: it must be norm, norm_bias, softmax or sigmoid_bias")

@@ -18,7 +18,7 @@ from trainer.probe.commands import probe
 from trainer.scaling_law.commands import law
 from trainer.sweep.commands import sweep
 from trainer.train.commands import train
-from trainer.view.commands import report, watch
+from trainer.view.commands import own, report, watch
 
 
 def main() -> None:
@@ -38,5 +38,20 @@ def cli() -> None:
     """
 
 
-for command in (train, prepare, plan, bench, recipes, export, generate, evaluate, watch, report, probe, sweep, law):
+for command in (
+    train,
+    prepare,
+    plan,
+    bench,
+    recipes,
+    export,
+    generate,
+    evaluate,
+    watch,
+    report,
+    own,
+    probe,
+    sweep,
+    law,
+):
     cli.add_command(command)

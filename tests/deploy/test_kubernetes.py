@@ -161,6 +161,15 @@ def test_what_start_sh_makes_of_the_numbers_is_a_job(
     assert [(made.parallel.trunk_ranks, made.parallel.pool_ranks) for made in recipes] == pods * [ranks]
 
 
+@pytest.mark.parametrize(
+    "folder", ["overlays/one-gpu-node", "overlays/many-nodes", "variants/trainjob", "variants/mpijob"]
+)
+def test_the_recipe_is_the_papers(folder: str) -> None:
+    named, own = load_recipe("unipool-182m"), load_recipe(str(KUBERNETES / folder / "recipe.yaml"))
+    for section in ("model", "router", "pool", "balance", "train", "data", "eval"):
+        assert getattr(own, section) == getattr(named, section), section
+
+
 @pytest.mark.parametrize("pods", [1, 2])
 def test_ranks_of_both_roles(pods: int, tmp_path: Path) -> None:
     """What docs/operations/launching.md says of them."""

@@ -44,7 +44,7 @@ def _documented() -> Iterator[tuple[str, list[str]]]:
 
 
 COMMANDS = [*_documented(), *_help_examples()]
-RUN = [arguments for _, arguments in COMMANDS if arguments[0] in ("recipes", "plan", "report")]
+RUN = [arguments for _, arguments in COMMANDS if arguments[0] in ("recipes", "plan", "report", "own")]
 RUN = [arguments for arguments in RUN if not {"h100.json", "--loads"} & {*arguments}]  # need a profile, a checkpoint
 RUN += [arguments for _, arguments in COMMANDS if arguments[0] == "watch" and ":" not in arguments[1]]
 RUN += [arguments for _, arguments in COMMANDS if {"--list", "--write-recipes"} & {*arguments}]

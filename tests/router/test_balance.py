@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from router import LoadStatistics, balance_coefficients, build_router
+from router import LoadStatistics, balance_coefficients, build_router, load_of_groups
 
 L, M = 6, 5
 
@@ -45,6 +45,14 @@ def test_sum_over_layers_is_the_loss(groups: int, layer_coeff: float, pool_coeff
     total = sum((coeffs_LM[layer] * mean_scores_LM[layer]).sum().item() for layer in range(L))
     layer_loss, pool_loss = loop_losses(fractions_LM.tolist(), mean_scores_LM.tolist(), groups)
     assert total == pytest.approx(layer_coeff * layer_loss + pool_coeff * pool_loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 3, L])
+def test_load_of_groups(groups: int) -> None:
+    loads_LM, shared = random_loads(5), L // groups
+    for layer, row in enumerate(load_of_groups(loads_LM, groups).tolist()):
+        layers = [other for other in range(L) if other // shared == layer // shared]
+        assert row == [sum(int(loads_LM[other, i]) for other in layers) for i in range(M)]
 
 
 def test_private_experts_make_both_losses_equal() -> None:

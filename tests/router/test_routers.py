@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from router import Router, Routing, build_router, select_experts
+from router import Router, Routing, build_router, load_imbalance, select_experts
 
-KINDS = ["norm", "softmax", "sigmoid_bias"]
+KINDS = ["norm", "softmax", "sigmoid_bias", "norm_bias"]
 T, D, M = 13, 7, 11
 CONSTANT = 2.5
 
@@ -23,9 +23,9 @@ def make_router(kind: str, top_k: int, scores: str = "raw", num_experts: int = M
     router = build_router(kind, D, num_experts, top_k, scores, True, CONSTANT)
     router.reset_parameters(0.7, torch.Generator().manual_seed(5))
     with torch.no_grad():
-        if kind == "norm":
+        if kind.startswith("norm"):
             router.sigma.fill_(1.3)
-        if kind == "sigmoid_bias":
+        if kind.endswith("bias"):
             router.expert_bias_M.copy_(torch.randn(num_experts, generator=torch.Generator().manual_seed(6)))
     return router
 
@@ -36,7 +36,7 @@ def hidden_states(seed: int = 0) -> Tensor:
 
 def loop_scores(kind: str, z: list[Tensor], sigma: Tensor) -> list[Tensor]:
     """The scores of one token; z holds a float64 scalar per expert."""
-    if kind == "norm":
+    if kind.startswith("norm"):
         norm = torch.sqrt(sum(v * v for v in z)) + 1e-8
         return [sigma * CONSTANT * (v / norm if v > 0 else 0 * v) for v in z]
     if kind == "softmax":
@@ -48,17 +48,20 @@ def loop_scores(kind: str, z: list[Tensor], sigma: Tensor) -> list[Tensor]:
 def loop_routing(
     kind: str, router: Router, h: Tensor, weight: Tensor, sigma: Tensor
 ) -> tuple[list[list[int]], list[list[Tensor]], list[Tensor], Tensor]:
-    """(ids, gate values, P, z-loss), token by token. Experts of score 0 rank by their logit."""
-    bias = router.expert_bias_M.double() if kind == "sigmoid_bias" else torch.zeros(M, dtype=torch.float64)
+    """(ids, gate values, P, z-loss), token by token. Experts of score 0 come last, by their logit."""
+    bias = router.expert_bias_M.double() if kind.endswith("bias") else torch.zeros(M, dtype=torch.float64)
     all_ids, all_gates = [], []
     mean_scores: list[Tensor] = [torch.zeros((), dtype=torch.float64)] * M
     z_loss = torch.zeros((), dtype=torch.float64)
     for token in range(len(h)):
         z = [sum(h[token, d] * weight[i, d] for d in range(D)) for i in range(M)]
         s = loop_scores(kind, z, sigma)
-        order = sorted(range(M), key=lambda i: ((s[i] + bias[i]).item(), z[i].item()), reverse=True)
+        order = sorted(
+            range(M), key=lambda i: (s[i].item() > 0, (s[i] + bias[i] * (s[i] > 0)).item(), z[i].item()), reverse=True
+        )
         all_ids.append(order[: router.top_k])
-        all_gates.append([s[i] for i in all_ids[-1]])
+        chosen = sum(s[i] for i in all_ids[-1]) if kind == "sigmoid_bias" and router.top_k > 1 else 1.0
+        all_gates.append([s[i] / chosen for i in all_ids[-1]])
         total = sum(s)
         for i in range(M):
             share = s[i] / total if router.normalized and total > 0 else s[i]
@@ -87,7 +90,7 @@ def test_values_and_gradients(kind: str, top_k: int, scores: str) -> None:
     gates_TK = torch.stack([torch.stack([g.squeeze() for g in row]) for row in gates])
     means_M = torch.stack([p.squeeze() for p in mean_scores])
     expected_loss = (gates_TK * up_TK).sum() + means_M @ up_M.double() + 0.3 * z_loss
-    expected_grads = torch.autograd.grad(expected_loss, [h, weight] + ([sigma] if kind == "norm" else []))
+    expected_grads = torch.autograd.grad(expected_loss, [h, weight] + ([sigma] if kind.startswith("norm") else []))
 
     assert routing.topk_expert_ids_TK.tolist() == ids
     assert routing.topk_expert_ids_TK.dtype == routing.tokens_per_expert_M.dtype == torch.int64
@@ -174,6 +177,39 @@ def test_expert_bias_moves_the_selection_only() -> None:
     torch.testing.assert_close(routing.topk_scores_TK[:, 0], torch.sigmoid(logits[:, 4]))
 
 
+def test_the_bias_of_a_pool_chooses_among_positive_scores() -> None:
+    """Expert 3 has the largest bias, but a positive score in one of three tokens only."""
+    router = build_router("norm_bias", M, M, 2, "raw", False, CONSTANT)  # the weight is the identity: z = h
+    with torch.no_grad():
+        router.weight_MD.copy_(torch.eye(M))
+        router.expert_bias_M.copy_(torch.tensor([-9.0, -9.0, -8.9, 9.0] + [-9.0] * (M - 4)))
+    h_TD = torch.full((3, M), -1.0)
+    h_TD[0, [0, 1, 2]] = torch.tensor([3.0, 2.9, 2.8])  # the bias lifts expert 2 above expert 1
+    h_TD[1, [0, 3]] = torch.tensor([5.0, 0.01])
+    h_TD[2, 0], h_TD[2, 5] = 1.0, -0.5  # one positive: the largest of the others follows
+    routing = router(h_TD)
+    assert routing.topk_expert_ids_TK.tolist() == [[2, 0], [3, 0], [0, 5]]
+    assert routing.topk_scores_TK[2].tolist()[1] == 0 and (routing.topk_scores_TK[:2] > 0).all()
+
+
+def test_the_bias_of_a_pool_evens_out_its_load() -> None:
+    """Three layers with different preferences; the sum of their loads becomes even, those of the layers need not."""
+    routers = [build_router("norm_bias", D, M, 1, "raw", False, CONSTANT) for _ in range(3)]
+    generator = torch.Generator().manual_seed(3)
+    for router in routers:
+        router.reset_parameters(0.7, generator)
+    h_TD = torch.randn(400, D, generator=generator) + torch.linspace(-1, 1, D)
+    imbalances = []
+    for _ in range(300):
+        load_LM = torch.stack([router(h_TD).tokens_per_expert_M for router in routers])
+        imbalances.append(load_imbalance(load_LM.sum(0)).item())
+        for router in routers:
+            router.update_bias(load_LM.sum(0), 3e-3)
+    assert imbalances[0] > 2 and imbalances[-1] < 1.2
+    assert load_imbalance(load_LM).min() > 1.3
+    assert all(torch.equal(router.expert_bias_M, routers[0].expert_bias_M) for router in routers)
+
+
 class CalledFunctions(TorchFunctionMode):
     """Collects the names of torch's functions and methods that are called."""
 
@@ -236,7 +272,9 @@ def test_reset_parameters() -> None:
 
 
 def test_unknown_words_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"router.kind is 'cosine': it must be norm, softmax or sigmoid_bias"):
+    with pytest.raises(
+        ValueError, match=r"router.kind is 'cosine': it must be norm, norm_bias, softmax or sigmoid_bias"
+    ):
         build_router("cosine", D, M, 1, "raw", True, CONSTANT)
     with pytest.raises(ValueError, match=r"balance.scores is 'mean': it must be raw or normalized"):
         build_router("norm", D, M, 1, "mean", True, CONSTANT)

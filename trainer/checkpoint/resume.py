@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from trainer.cluster.process_groups import Job
 
 _MODEL_KEYS = {f"model.{key}" for key in ("layers", "hidden", "heads", "kv_heads", "ffn_hidden", "vocab", "ffn")}
-_MODEL_KEYS |= {"model.groups", "pool.experts", "router.kind"}
+_MODEL_KEYS |= {"model.groups", "model.private_ffn", "pool.experts", "router.kind"}
 """Keys that determine what the weights are: a checkpoint with other values cannot be loaded."""
 
 _FREE_SECTIONS = {"run", "parallel", "topology", "eval", "probe", "profile", "checkpoint", "metrics"}

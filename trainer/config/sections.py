@@ -54,6 +54,9 @@ class Model(Section):
     seq_len: Positive = Field(1024, description="Tokens per sequence.")
     ffn: Literal["pool", "dense"] = Field("pool", description="`pool`: experts; `dense`: one FFN per layer.")
     groups: Positive = Field(1, description="Sub-pools across depth: 1 is UniPool, `model.layers` is a vanilla MoE.")
+    private_ffn: NonNegative = Field(
+        0, description="Width of an expert of each layer's own, which computes every token beside the pool; 0: none."
+    )
     init_std: PositiveFloat = Field(0.01, description="Standard deviation of the initial weights.")
     rope_base: PositiveFloat = Field(1e6, description="Base of the rotary position embeddings.")
     norm_eps: PositiveFloat = Field(1e-5, description="Term of RMSNorm that prevents division by zero.")
@@ -62,19 +65,27 @@ class Model(Section):
 class Router(Section):
     """How each layer chooses experts."""
 
-    kind: Literal["norm", "softmax", "sigmoid_bias"] = Field(
+    kind: Literal["norm", "norm_bias", "softmax", "sigmoid_bias"] = Field(
         "norm",
-        description="`norm`: NormRouter; `softmax`: vanilla's router; `sigmoid_bias`: sigmoid scores, balanced by a "
-        "bias of the selection.",
+        description="`norm`: NormRouter; `norm_bias`: NormRouter, balanced by a bias of the selection that the layers "
+        "of a group share; `softmax`: vanilla's router; `sigmoid_bias`: sigmoid scores, balanced by a bias of the "
+        "selection in each layer.",
     )
     top_k: Positive = Field(1, description="Experts per token and layer.")
     z_loss: NonNegativeFloat = Field(0.0, description="Coefficient of the router z-loss.")
-    bias_rate: NonNegativeFloat = Field(1e-3, description="Step size of the expert bias (`sigmoid_bias` only).")
+    bias_rate: NonNegativeFloat = Field(
+        1e-3, description="Step size of the expert bias (`norm_bias` and `sigmoid_bias` only)."
+    )
     constant_factor: PositiveFloat = Field(
         1.0,
-        description="Factor of NormRouter's constant c (`norm` only): about the 2-norm with which a token's gate "
-        "values begin.",
+        description="Factor of NormRouter's constant c (`norm` and `norm_bias` only): about the 2-norm with which a "
+        "token's gate values begin.",
     )
+
+    @property
+    def has_norm(self) -> bool:
+        """Whether the scores are NormRouter's."""
+        return self.kind in ("norm", "norm_bias")
 
 
 class Pool(Section):
@@ -152,6 +163,9 @@ class Train(Section):
     micro_batch: Positive = Field(description="Sequences per micro-batch of one trunk rank.")
     lr: PositiveFloat = Field(description="Peak learning rate.")
     min_lr: NonNegativeFloat = Field(description="Learning rate at the end of the cosine schedule.")
+    pool_lr_factor: PositiveFloat = Field(
+        1.0, description="Factor of the experts' learning rate, beside that of everything else."
+    )
     warmup_fraction: Share = Field(0.01, description="Share of the steps in which the learning rate rises.")
     weight_decay: NonNegativeFloat = Field(0.1, description="AdamW's weight decay of matrices.")
     betas: tuple[Beta, Beta] = Field((0.9, 0.95), strict=False, description="AdamW's decay rates of its moments.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from transformers import PretrainedConfig
 
@@ -16,17 +16,25 @@ class UniPoolConfig(PretrainedConfig):
 
     Args:
         ffn: "pool", or "dense" for one FFN per layer. A dense model does not use the arguments below.
+        private_intermediate_size: Width of an expert of each layer's own beside the pool; 0: none.
         num_experts: Number of experts in the whole pool.
         num_expert_groups: 1 is UniPool. With G groups, num_hidden_layers / G adjacent layers share num_experts / G
             experts; G = num_hidden_layers is a vanilla mixture of experts.
         num_experts_per_tok: Number of experts per token, K.
-        router: "norm" (Eq. 7 of the paper), "softmax", or "sigmoid_bias" (arXiv:2408.15664).
+        router: "norm" (Eq. 7 of the paper), "norm_bias" (the same with a bias of the selection), "softmax", or
+            "sigmoid_bias" (arXiv:2408.15664).
         router_constant: The constant c of Eq. 7.
         router_constant_factor: Factor of c; 1 in the paper.
+        expert_owners: The layer that owns each expert (UniPool-lock): each layer chooses only from its own, but their
+            scores are still divided by the norm over all logits. None if all layers use the whole pool.
+        foreign_expert_factor: Factor of the scores of experts that a layer does not own, which it can still choose;
+            above 0 only in a model that was saved while its lock was being annealed.
     """
 
     model_type = "unipool"
     keys_to_ignore_at_inference: ClassVar = ["past_key_values", "cache"]
+    expert_owners = cast("list[int] | None", None)  # config.json names them for a locked model only
+    foreign_expert_factor = 0.0
 
     def __init__(
         self,
@@ -40,12 +48,15 @@ class UniPoolConfig(PretrainedConfig):
         rms_norm_eps: float = 1e-5,
         rope_theta: float = 1e6,
         ffn: str = "pool",
+        private_intermediate_size: int = 0,
         num_experts: int = 96,
         num_expert_groups: int = 1,
         num_experts_per_tok: int = 1,
         router: str = "norm",
         router_constant: float = 1.0,
         router_constant_factor: float = 1.0,
+        expert_owners: list[int] | None = None,
+        foreign_expert_factor: float = 0.0,
         initializer_range: float = 0.01,
         output_router_logits: bool = False,
         use_cache: bool = True,
@@ -62,12 +73,16 @@ class UniPoolConfig(PretrainedConfig):
         self.rms_norm_eps = rms_norm_eps
         self.rope_theta = rope_theta
         self.ffn = ffn
+        self.private_intermediate_size = private_intermediate_size
         self.num_experts = num_experts
         self.num_expert_groups = num_expert_groups
         self.num_experts_per_tok = num_experts_per_tok
         self.router = router
         self.router_constant = router_constant
         self.router_constant_factor = router_constant_factor
+        if expert_owners is not None:
+            self.expert_owners = expert_owners
+            self.foreign_expert_factor = foreign_expert_factor
         self.initializer_range = initializer_range
         self.output_router_logits = output_router_logits
         self.use_cache = use_cache
@@ -82,8 +97,8 @@ class UniPoolConfig(PretrainedConfig):
         """Raise ValueError if no model can have this configuration."""
         if self.ffn not in ("pool", "dense"):
             raise ValueError(f"ffn is {self.ffn!r}: it must be pool or dense")
-        if self.router not in ("norm", "softmax", "sigmoid_bias"):
-            raise ValueError(f"router is {self.router!r}: it must be norm, softmax or sigmoid_bias")
+        if self.router not in ("norm", "norm_bias", "softmax", "sigmoid_bias"):
+            raise ValueError(f"router is {self.router!r}: it must be norm, norm_bias, softmax or sigmoid_bias")
         counts = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
         counts += ["num_key_value_heads", "max_position_embeddings"]
         multiples = [("hidden_size", "num_attention_heads"), ("num_attention_heads", "num_key_value_heads")]
@@ -94,6 +109,9 @@ class UniPoolConfig(PretrainedConfig):
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name} is {value!r}: it must be a whole number of at least 1")
+        private = self.private_intermediate_size
+        if type(private) is not int or private < 0:
+            raise ValueError(f"private_intermediate_size is {private!r}: it must be a whole number of at least 0")
         for name in ("rms_norm_eps", "rope_theta", "router_constant", "router_constant_factor", "initializer_range"):
             value = getattr(self, name)
             finite = type(value) in (int, float) and 0 <= value < float("inf")
@@ -104,5 +122,26 @@ class UniPoolConfig(PretrainedConfig):
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be a multiple of {divisor}")
         if self.ffn == "pool" and self.num_experts_per_tok > self.num_experts // self.num_expert_groups:
             raise ValueError(f"num_experts_per_tok is {self.num_experts_per_tok}: a layer has fewer experts")
+        if self.expert_owners is not None:
+            self._check_owners()
         if self.hidden_size // self.num_attention_heads % 2:
             raise ValueError("hidden_size / num_attention_heads must be even")
+
+    def _check_owners(self) -> None:
+        """Raise ValueError if the layers cannot own their experts."""
+        layers, experts, owners = self.num_hidden_layers, self.num_experts, self.expert_owners
+        for name, value, needed in (
+            ("ffn", self.ffn, "pool"),
+            ("router", self.router, "norm"),
+            ("num_expert_groups", self.num_expert_groups, 1),
+        ):
+            if value != needed:
+                raise ValueError(f"{name} is {value!r}: it must be {needed} with expert_owners")
+        equally = [layer for layer in range(layers) for _ in range(experts // layers)]
+        if not isinstance(owners, list) or {type(owner) for owner in owners} != {int} or sorted(owners) != equally:
+            raise ValueError(f"expert_owners must name each of the {layers} layers for equally many experts")
+        if self.num_experts_per_tok > experts // layers:
+            raise ValueError(f"num_experts_per_tok is {self.num_experts_per_tok}: a layer owns fewer experts")
+        factor = self.foreign_expert_factor
+        if type(factor) not in (int, float) or not 0 <= factor <= 1:
+            raise ValueError(f"foreign_expert_factor is {factor!r}: it must be from 0 to 1")

@@ -15,6 +15,7 @@ from transformers.core_model_loading import Concatenate, MergeModulelist, Weight
 from .configuration_unipool import UniPoolConfig
 
 EPS = 1e-8  # of Eq. 7 of the paper
+SIGMOID_EPS = 1e-20  # for sigmoid gate values that are all nearly 0
 
 # Up to this many rows, weights are copied for each row, so that the host need not wait for the chosen experts.
 _FEW_ROWS = 64
@@ -138,31 +139,55 @@ class UniPoolRouter(nn.Module):
     """Chooses K experts for each token, and computes their gate values in fp32."""
 
     expert_bias: Tensor
+    foreign_M: Tensor | None
 
-    def __init__(self, config: UniPoolConfig):
+    def __init__(self, config: UniPoolConfig, layer_idx: int):
         super().__init__()
         self.kind, self.top_k = config.router, config.num_experts_per_tok
         self.constant = config.router_constant * config.router_constant_factor
         experts = config.num_experts // config.num_expert_groups
         self.weight = nn.Parameter(torch.empty(experts, config.hidden_size))
-        if self.kind == "norm":
+        if self.kind in ("norm", "norm_bias"):
             self.sigma = nn.Parameter(torch.ones(1))
-        elif self.kind == "sigmoid_bias":
+        if self.kind in ("norm_bias", "sigmoid_bias"):
             self.register_buffer("expert_bias", torch.zeros(experts))
+        # True for experts that other layers own. It is not stored; `config.json` names the owners.
+        self.owned_elsewhere = [owner != layer_idx for owner in config.expert_owners or ()]
+        self.foreign_factor = config.foreign_expert_factor
+        marks_M = torch.tensor(self.owned_elsewhere) if self.owned_elsewhere else None
+        self.register_buffer("foreign_M", marks_M, persistent=False)
+
+    def preference(self, logits_TM: Tensor) -> Tensor:
+        """Return what NormRouter's top-k compares, which also makes the scores: the logits of experts in reach."""
+        if self.foreign_M is None:
+            return logits_TM
+        if self.foreign_factor == 0:
+            return logits_TM.masked_fill(self.foreign_M, -torch.inf)
+        faded_TM = torch.minimum(logits_TM, logits_TM * self.foreign_factor)
+        return torch.where(self.foreign_M, faded_TM, logits_TM)
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return (logits_TM, topk_scores_TK, topk_expert_ids_TK); ids count from the layer's first expert."""
         with torch.autocast(x_TD.device.type, enabled=False):
             logits_TM = F.linear(x_TD.float(), self.weight.float())
-            if self.kind == "norm":  # Eq. 7; neither the norm nor the scale changes the order of a token's experts
-                winners_TK, ids_TK = logits_TM.topk(self.top_k, dim=-1)
+            if self.kind in ("norm", "norm_bias"):  # Eq. 7
                 norm_T1 = torch.linalg.vector_norm(logits_TM, dim=-1, keepdim=True)
-                scores_TK = winners_TK.relu() * (self.sigma.float() * self.constant / (norm_T1 + EPS))
-                return logits_TM, scores_TK, ids_TK
+                gain_T1 = self.sigma.float() * self.constant / (norm_T1 + EPS)
+                # Neither the norm nor the scale changes the order of a token's experts.
+                preference_TM = faded_TM = self.preference(logits_TM)
+                if self.kind == "norm_bias":  # the bias is for experts with a positive score only
+                    bias_M = self.expert_bias.float()
+                    raised_TM = logits_TM * gain_T1 + (bias_M - bias_M.min())
+                    preference_TM = torch.where(logits_TM > 0, raised_TM, logits_TM)
+                ids_TK = preference_TM.topk(self.top_k, dim=-1).indices
+                return logits_TM, faded_TM.gather(-1, ids_TK).relu() * gain_T1, ids_TK
             if self.kind == "softmax":
                 scores_TM = preference_TM = logits_TM.softmax(dim=-1)
             else:  # the bias affects the choice, but not the gate values
                 scores_TM = logits_TM.sigmoid()
                 preference_TM = scores_TM + self.expert_bias.float()
             ids_TK = preference_TM.topk(self.top_k, dim=-1).indices
-            return logits_TM, scores_TM.gather(-1, ids_TK), ids_TK
+            scores_TK = scores_TM.gather(-1, ids_TK)
+            if self.kind == "sigmoid_bias" and self.top_k > 1:
+                scores_TK = scores_TK / (scores_TK.sum(dim=-1, keepdim=True) + SIGMOID_EPS)
+            return logits_TM, scores_TK, ids_TK

@@ -17,9 +17,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from router import norm_constant
-from trainer.checkpoint.format import MARKER_FILE, RECIPE_FILE, newest
+from trainer.checkpoint.format import MARKER_FILE, RECIPE_FILE, newest, read_info, read_ownership
 from trainer.checkpoint.reshard import SavedCheckpoint, convert
 from trainer.common.errors import UserError
+from trainer.config.lock import stage_of
 from trainer.config.recipe import Recipe, load_recipe
 from trainer.data.prepare import prepare_for
 from trainer.data.prepared_data import PreparedData
@@ -127,12 +128,26 @@ def _damage_reported(folder: Path) -> Iterator[None]:
         raise UserError(f"{folder}: the checkpoint is damaged or from another version ({reason})") from error
 
 
-def model_config(recipe: Recipe) -> UniPoolConfig:
-    """Return the configuration of a recipe's model."""
+def model_config(recipe: Recipe, **locked: Any) -> UniPoolConfig:
+    """Return the configuration of a recipe's model; `locked` are the arguments that a lock adds."""
     constant = 1.0
-    if recipe.model.ffn == "pool" and recipe.router.kind == "norm":
+    if recipe.model.ffn == "pool" and recipe.router.has_norm:
         constant = norm_constant(recipe.experts_per_layer, recipe.router.top_k)
-    return UniPoolConfig(**config_fields(recipe), router_constant=constant)
+    return UniPoolConfig(**config_fields(recipe), **locked, router_constant=constant)
+
+
+def run_config(run: SavedRun) -> UniPoolConfig:
+    """Return the configuration of a checkpoint's model, with the experts that each layer owns in it.
+
+    Raises:
+        UserError: They cannot be read.
+    """
+    record = read_ownership(run.folder) if run.recipe.lock else None
+    if record is None:
+        return model_config(run.recipe)
+    factor = 1.0 - stage_of(run.recipe, read_info(run.folder).steps).alpha
+    with _damage_reported(run.folder):
+        return model_config(run.recipe, expert_owners=list(record.owners), foreign_expert_factor=factor)
 
 
 def export_tokenizer(run: SavedRun) -> tuple[Tokenizer, dict[str, Any]]:
@@ -158,7 +173,7 @@ def load_run(run: SavedRun) -> tuple[UniPoolForCausalLM, PreTrainedTokenizerFast
     """Load the model (fp32) and the tokenizer of a run's checkpoint."""
     tokenizer, settings = export_tokenizer(run)
     with open_weights(run) as weights:
-        model = filled_model(model_config(run.recipe), weights.read, torch.float32)
+        model = filled_model(run_config(run), weights.read, torch.float32)
     loaded = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **settings)
     model.generation_config.update(eos_token_id=loaded.eos_token_id, pad_token_id=loaded.pad_token_id)
     return model, loaded

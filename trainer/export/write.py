@@ -15,7 +15,7 @@ from trainer.common.errors import UserError
 from trainer.common.strict_json import dumps
 from trainer.config.recipe import save_recipe
 from trainer.export.folder import MODEL_FILES
-from trainer.export.saved_run import SavedRun, Weights, export_tokenizer, find_run, model_config, open_weights
+from trainer.export.saved_run import SavedRun, Weights, export_tokenizer, find_run, open_weights, run_config
 
 Format = Literal["hf", "safetensors"]
 
@@ -66,7 +66,7 @@ def _write_model_files(run: SavedRun, folder: Path, dtype: str) -> None:
         "AutoConfig": "configuration_unipool.UniPoolConfig",
         "AutoModelForCausalLM": "modeling_unipool.UniPoolForCausalLM",
     }
-    config = model_config(run.recipe)
+    config = run_config(run)
     config.update(ids | {"architectures": ["UniPoolForCausalLM"], "auto_map": classes, "dtype": dtype})
     config.to_json_file(folder / "config.json")
     GenerationConfig(**ids).save_pretrained(folder)

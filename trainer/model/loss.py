@@ -125,7 +125,7 @@ def losses_and_gradients(
 
 
 def cross_entropy_with_gradient(x_CD: Tensor, w_VD: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the cross-entropy of each token (C,), fp32, and the gradient softmax - one_hot by the logits x_CD @ w_VD.T.
+    """Return the cross-entropy of each token (C,), fp32, and the gradient softmax - one_hot of x_CD @ w_VD.T.
 
     No more than two fp32 tensors of the logits' size exist at once. They are made here, because a caller
     would keep those that it passes alive until the call ends.

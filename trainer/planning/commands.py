@@ -55,6 +55,12 @@ if TYPE_CHECKING:
     metavar="GBIT/S",
     help="Speed of a rank's link, each way; default: the hardware's own.  [with --hardware]",
 )
+@click.option(
+    "--network",
+    type=float,
+    metavar="GBIT/S",
+    help="Speed of a rank's link to other nodes, each way; default: the hardware's own.  [with --hardware]",
+)
 def plan(
     recipe: str,
     overrides: tuple[str, ...],
@@ -65,6 +71,7 @@ def plan(
     hardware: str | None,
     devices: int | None,
     interconnect: float | None,
+    network: float | None,
 ) -> None:
     """Print parameters, memory, tokens, FLOPs and the best trunk:pool split of RECIPE, and warn where it does not fit.
 
@@ -77,12 +84,12 @@ def plan(
       unipool plan quickstart --simulate --loads runs/quickstart
       unipool plan unipool-182m --hardware h100 --devices 16 --interconnect 400
     """
-    from trainer.planning.hardware import find_hardware, with_link
+    from trainer.planning.hardware import find_hardware, with_link, with_network
     from trainer.planning.report import make_cost_report, print_cost_report
 
     if not simulate and (loads or timeline):
         raise UserError(f"{'--loads' if loads else '--timeline'}: needs --simulate")
-    for option, value in (("--devices", devices), ("--interconnect", interconnect)):
+    for option, value in (("--devices", devices), ("--interconnect", interconnect), ("--network", network)):
         if value is not None and hardware is None:
             raise UserError(f"{option} {value:g}: needs --hardware, as in --hardware h100")
     checked = load_recipe(recipe, overrides)
@@ -91,6 +98,7 @@ def plan(
     named = hardware or checked.parallel.hardware
     device = find_hardware(named) if named else None
     linked = device if device is None or interconnect is None else with_link(device, interconnect)
+    linked = linked if linked is None or network is None else with_network(linked, network)
     report = make_cost_report(checked, linked)
     predicted = (*_predict(checked, linked, devices), device) if hardware and device and linked else None
     simulated = _simulate(checked, loads, timeline) if simulate else None

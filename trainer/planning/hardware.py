@@ -21,7 +21,8 @@ from trainer.common.safe_read import Unreadable, read_text
 from trainer.common.strict_json import dumps
 from trainer.config.recipe import Recipe
 from trainer.planning import kernels
-from trainer.planning.model_costs import FP32, compute_bytes, count_flops, count_parameters, served_trunk_ranks
+from trainer.planning.model_costs import compute_bytes, count_flops, count_parameters, served_trunk_ranks
+from trainer.planning.network.links import Links, busiest_link
 
 Above0 = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 AtLeast0 = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -64,6 +65,11 @@ class Hardware:
         wire_bandwidth: Bytes/s of a rank, each way.
         launch: Seconds of the host to launch a kernel; 0 if the host itself computes.
         kernel: Seconds of the device to run an empty kernel.
+        message: Seconds of a rank's host to send or receive another message at the same time: a header, and its part of
+            the transfer's launch.
+        hop: Seconds that a small message takes from host to host.
+        node: Ranks of a node, which `wire_bandwidth` joins; 0 if it joins all ranks.
+        network_bandwidth: Bytes/s of a rank to ranks of other nodes, each way; 0 with node = 0.
         assumptions: Which numbers are neither measured nor from a data sheet, as sentences for people.
     """
 
@@ -79,7 +85,16 @@ class Hardware:
     wire_bandwidth: Above0
     launch: AtLeast0 = 0.0
     kernel: AtLeast0 = 0.0
+    message: AtLeast0 = 0.0
+    hop: AtLeast0 = 0.0
+    node: Annotated[int, Field(ge=0)] = 0
+    network_bandwidth: AtLeast0 = 0.0
     assumptions: tuple[str, ...] = ()
+
+    @property
+    def links(self) -> Links:
+        """The links of a rank."""
+        return Links(self.node, self.wire_bandwidth, self.network_bandwidth)
 
     def rates(self, precision: Literal["fp32", "bf16"]) -> Rates:
         """Speed in one precision."""
@@ -157,11 +172,15 @@ _ASSUMED = (
     f"{_KERNEL * 1e6:.0f} us.",
     f"Assumed, not measured: a request takes {_WIRE_LATENCY * 1e6:.0f} us (on either side {_HAND_OVER * 1e6:.0f} us "
     f"from thread to thread and {_MESSAGE * 1e6:.0f} us to launch the transfer, {_HEADER * 1e6:.0f} us for the header) "
-    "plus the time for its bytes.",
+    f"plus the time for its bytes, and {_MESSAGE * 1e6:.0f} us of the host at either end for each further shard.",
+    f"Assumed, not measured: {_HEADER * 1e6:.0f} us for each round in which the hosts add up numbers of a step.",
 )
+_NODE = 8
 
 
-def _data_sheet(name: str, fp32: float, bf16: float, memory: float, memory_bandwidth: float, nvlink: float) -> Hardware:
+def _data_sheet(
+    name: str, fp32: float, bf16: float, memory: float, memory_bandwidth: float, nvlink: float, network: float
+) -> Hardware:
     rates = Rates(fp32, trunk=_PRODUCTS, head=_PRODUCTS, experts=_PRODUCTS, products_only=True)
     return Hardware(
         name,
@@ -174,19 +193,25 @@ def _data_sheet(name: str, fp32: float, bf16: float, memory: float, memory_bandw
         wire_bandwidth=nvlink,
         launch=_LAUNCH,
         kernel=_KERNEL,
+        message=_MESSAGE,
+        hop=_HEADER,
+        node=_NODE,
+        network_bandwidth=network,
         assumptions=(
-            f"{name}: dense peaks (fp32 without TF32), memory and NVLink are from NVIDIA's data sheet.",
+            f"{name}: dense peaks (fp32 without TF32), memory and NVLink are from NVIDIA's data sheets, and so are "
+            f"nodes of {_NODE} devices, each of which has a link of {8e-9 * network:.0f} Gbit/s to other nodes.",
             *_ASSUMED,
         ),
     )
 
 
 # Sources: NVIDIA's data sheets "H100 Tensor Core GPU" (SXM), "H200 Tensor Core GPU" (SXM) and "A100 80GB" (SXM).
-# bf16 is without sparsity; NVLink is half of the sheet's number, which counts both ways.
+# bf16 is without sparsity; NVLink is half of the sheet's number, which counts both ways. Nodes are those of the data
+# sheets "DGX H100" and "DGX H200" (8 GPUs, 8 ConnectX-7 of 400 Gbit/s) and "DGX A100" (8 GPUs, 8 ConnectX-6 of 200).
 DATA_SHEETS = {
-    "h100": _data_sheet("h100", 67e12, 989e12, 80e9, 3.35e12, 450e9),
-    "h200": _data_sheet("h200", 67e12, 989e12, 141e9, 4.8e12, 450e9),
-    "a100": _data_sheet("a100", 19.5e12, 312e12, 80e9, 2.04e12, 300e9),
+    "h100": _data_sheet("h100", 67e12, 989e12, 80e9, 3.35e12, 450e9, 50e9),
+    "h200": _data_sheet("h200", 67e12, 989e12, 141e9, 4.8e12, 450e9, 50e9),
+    "a100": _data_sheet("a100", 19.5e12, 312e12, 80e9, 2.04e12, 300e9, 25e9),
 }
 
 
@@ -208,14 +233,30 @@ def find_hardware(name_or_path: str, key: str = "--hardware") -> Hardware:
 
 
 def with_link(hardware: Hardware, gbit_per_s: float) -> Hardware:
-    """Return the hardware with another speed of a rank's link, in Gbit/s each way.
+    """Return the hardware with another speed of all links of a rank, in Gbit/s each way.
 
     Raises:
         UserError: The speed is not a number above 0.
     """
+    speed = _bytes_per_s("--interconnect", gbit_per_s)
+    return replace(hardware, wire_bandwidth=speed, network_bandwidth=speed if hardware.node else 0.0)
+
+
+def with_network(hardware: Hardware, gbit_per_s: float) -> Hardware:
+    """Return the hardware with another speed of a rank's link to other nodes, in Gbit/s each way.
+
+    Raises:
+        UserError: The speed is not a number above 0, or the hardware has no nodes.
+    """
+    if not hardware.node:
+        raise UserError(f"--network {gbit_per_s:g}: the profile has one link for all ranks; use --interconnect")
+    return replace(hardware, network_bandwidth=_bytes_per_s("--network", gbit_per_s))
+
+
+def _bytes_per_s(option: str, gbit_per_s: float) -> float:
     if not (math.isfinite(gbit_per_s) and gbit_per_s > 0):
-        raise UserError(f"--interconnect {gbit_per_s:g}: must be a number of Gbit/s above 0")
-    return replace(hardware, wire_bandwidth=gbit_per_s * 1e9 / 8)
+        raise UserError(f"{option} {gbit_per_s:g}: must be a number of Gbit/s above 0")
+    return gbit_per_s * 1e9 / 8
 
 
 def request_bytes(recipe: Recipe) -> float:
@@ -227,8 +268,10 @@ def request_bytes(recipe: Recipe) -> float:
 def costs_in_seconds(recipe: Recipe, hardware: Hardware, lanes: int) -> Costs:
     """Compute how long the pieces of a micro-batch take, in seconds, at an even load over the shards.
 
-    A transfer takes as long as the slower side needs: a trunk rank sends to all shards at once, and a pool rank's link
-    is shared by the trunk ranks that it serves. Where every rank has both roles, what is for its own shard stays.
+    A transfer takes as long as the busiest link needs: a trunk rank sends to all shards at once, and a pool rank's
+    links are shared by the trunk ranks that it serves. Where every rank has both roles, what is for its own shard
+    stays. Before that the hosts handle one header after the other: those to all shards, and those of the answers of all
+    shards or, where every rank has both roles, of the requests of all ranks.
 
     Args:
         lanes: Micro-batches in flight. A single one's requests need not be merged on a shard that serves no other rank.
@@ -237,11 +280,9 @@ def costs_in_seconds(recipe: Recipe, hardware: Hardware, lanes: int) -> Costs:
     tokens = recipe.train.micro_batch * recipe.model.seq_len
     rows = tokens * recipe.router.top_k / topology.expert_parallel
     shard = count_parameters(recipe).pool / topology.expert_parallel
-    sent = request_bytes(recipe)
-    slower_side = max(sent, sent / topology.expert_parallel * served_trunk_ranks(recipe))
-    if not topology.dedicated:
-        slower_side = sent * (topology.expert_parallel - 1) / topology.expert_parallel
-    payload = slower_side / hardware.wire_bandwidth
+    link = busiest_link(recipe, hardware.links)
+    payload = link.requests * request_bytes(recipe) / link.bandwidth if link else 0.0
+    others = topology.expert_parallel - 1 if topology.dedicated else 2 * max(0, topology.expert_parallel - 2)
     compiled = kernels.is_compiled(recipe)
     layer, head = kernels.trunk_layer(recipe, compiled), kernels.head(recipe, compiled)
     experts = kernels.experts(recipe, merged=min(lanes, recipe.micro_batches) * served_trunk_ranks(recipe) > 1)
@@ -258,7 +299,7 @@ def costs_in_seconds(recipe: Recipe, hardware: Hardware, lanes: int) -> Costs:
         head=piece(tokens, flops.head, rates.head, head),
         pool_layer=piece(rows, flops.expert, rates.experts, replace(experts, launches=0)),
         slot=slot if shard else 0.0,
-        transfer=hardware.wire_latency + payload if payload else 0.0,
+        transfer=hardware.wire_latency + others * hardware.message + payload if payload else 0.0,
         payload=payload,
         weights=weights if hardware.launch else 0.0,
         flush=kernels.flush_bytes(shard) * beside,
@@ -266,20 +307,3 @@ def costs_in_seconds(recipe: Recipe, hardware: Hardware, lanes: int) -> Costs:
         head_launch=head.launches * hardware.launch,
         slot_launch=experts.launches * hardware.launch,
     )
-
-
-def step_end(recipe: Recipe, hardware: Hardware) -> float:
-    """Compute the seconds from the last gradient to the new weights, on the slower role or for one after the other.
-
-    A ring over a role's n ranks sends 2 (n - 1) / n of the fp32 gradients. AdamW reads the weight, the gradient and two
-    moments and writes all but the gradient; with ZeRO 1 and above each rank updates its part.
-    """
-    parameters, topology, p = count_parameters(recipe), recipe.grid, recipe.parallel
-
-    def role(parameters: float, ranks: int, zero: int) -> float:
-        reduced = 2 * (ranks - 1) / ranks * FP32 * parameters / hardware.wire_bandwidth
-        return reduced + 7 * FP32 * parameters / (ranks if zero else 1) / hardware.memory_bandwidth
-
-    trunk = role(parameters.trunk, topology.trunk_ranks, p.trunk_zero)
-    pool = role(parameters.pool / topology.expert_parallel, topology.replicas, p.pool_zero)
-    return max(trunk, pool) if topology.dedicated else trunk + pool

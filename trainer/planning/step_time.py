@@ -6,14 +6,18 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from pool.schedule_timing import Floats
 from trainer.common.errors import UserError
 from trainer.common.format import count, percent, plural, quantity, seconds, size
 from trainer.common.tables import new_table, print_tables
 from trainer.config.recipe import Recipe
-from trainer.planning.hardware import Hardware, costs_in_seconds, request_bytes, step_end
+from trainer.planning.hardware import Hardware, costs_in_seconds, request_bytes
 from trainer.planning.lanes import accumulation_time, choose_fitting_lanes, lanes_on, role_work, runs_in_order
 from trainer.planning.memory import fullest_rank
 from trainer.planning.model_costs import count_flops, served_trunk_ranks
+from trainer.planning.network.hosts import busiest_host
+from trainer.planning.network.links import LinkUse, Role, busiest_link
+from trainer.planning.network.step_end import step_end
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -24,12 +28,16 @@ SHOWN = 6
 SIMULATED = 12
 """Layouts of a kind whose steps are simulated: those with the smallest lower bound."""
 REQUESTS_SIMULATED = 500_000
-"""Requests over all layouts and lanes, which take some seconds to simulate."""
+"""Requests of a replica over all layouts and lanes, which take some seconds to simulate."""
 
 
-_ASSUMPTION = "The step is simulated at an even load; after the last gradient come the gradients' reduction and AdamW."
+_ASSUMPTION = (
+    "The step is simulated at an even load; after the last gradient come the reduction of gradients, AdamW, and sums "
+    "of a few numbers over the hosts."
+)
 _WIRE_ASSUMPTION = (
-    "Transfers are delays that do not queue, but a step lasts at least as long as the busiest link needs for its bytes."
+    "Transfers are delays that do not queue, but a step lasts at least as long as the busiest link needs for its "
+    "bytes, and the busiest host for launches and messages."
 )
 _LAYOUT_ASSUMPTION = (
     "The best layouts divide batch and experts evenly, and fill at most 90% of a rank's memory by the estimate. "
@@ -43,20 +51,22 @@ class WireUse:
 
     Attributes:
         role: The role of the ranks that send and receive most; "" where every rank has both.
+        across: Whether it is the link to other nodes.
         needed: Bytes/s each way up to a step's last gradient, if nothing ever waited for the wire.
         available: Bytes/s each way.
         slowdown: The step's time over its time without the wire's delays and limits.
     """
 
-    role: Literal["trunk", "pool", ""]
+    role: Role
+    across: bool
     needed: float
     available: float
     slowdown: float
 
     @property
-    def rank(self) -> str:
-        """What texts call one of the ranks."""
-        return f"{self.role} rank".strip()
+    def owner(self) -> str:
+        """Whose link it is, as texts say it."""
+        return f"a {self.role} rank's link".replace("  ", " ") + (" to other nodes" if self.across else "")
 
     @property
     def binds(self) -> bool:
@@ -72,6 +82,7 @@ class StepTime:
         pool_ranks: 0 in the colocated layout or for a dense model; the trunk ranks themselves in `every_rank`.
         seconds: Time of a step, with the reduction of gradients and the optimizer.
         step_end: The part of it after the last gradient.
+        host_busy: Share of the time up to the last gradient in which the busiest host launches or handles messages.
         mfu: The model's FLOPs over the peak of all ranks.
         trunk_busy, pool_busy: Shares of the step during which each role computes.
         memory: Estimated bytes on the fullest rank.
@@ -86,6 +97,7 @@ class StepTime:
     lanes: int
     seconds: float
     step_end: float
+    host_busy: float
     tokens_per_second: float
     mfu: float
     trunk_busy: float
@@ -102,21 +114,28 @@ class StepTime:
         return f"{self.trunk_ranks} {self.layout}"
 
 
-def step_time(recipe: Recipe, hardware: Hardware) -> StepTime:
-    """Predict the step of a recipe's own layout and lanes, at an even load."""
+def step_time(recipe: Recipe, hardware: Hardware, load_LS: Floats | None = None) -> StepTime:
+    """Predict the step of a recipe's own layout and lanes.
+
+    Args:
+        load_LS: Share of each layer's assignments that goes to each shard (L, S); None means even.
+    """
     topology = recipe.grid
     lanes = lanes_on(recipe, hardware)
     costs = costs_in_seconds(recipe, hardware, lanes)
-    end = step_end(recipe, hardware)
-    simulated, trunk_busy, pool_busy = accumulation_time(recipe, lanes, costs)
-    taken = simulated + end
+    end = step_end(recipe, hardware).seconds
+    simulated, trunk_busy, pool_busy = accumulation_time(recipe, lanes, costs, load_LS)
+    host = busiest_host(recipe, hardware, costs)[1]
+    accumulated = max(simulated, host)
     wire = None
-    role, traffic = _traffic(recipe)
-    if traffic:
-        free = accumulation_time(recipe, lanes, replace(costs, transfer=0.0))[0]
-        available = hardware.wire_bandwidth
-        taken = max(simulated, traffic / available) + end
-        wire = WireUse(role, traffic / free, available, taken / (free + end))
+    link = busiest_link(recipe, hardware.links)
+    if link:
+        traffic = _traffic(recipe, link)
+        free = max(host, accumulation_time(recipe, lanes, replace(costs, transfer=0.0), load_LS)[0])
+        accumulated = max(accumulated, traffic / link.bandwidth)
+        slowdown = (accumulated + end) / (free + end)
+        wire = WireUse(link.role, link.across, traffic / free, link.bandwidth, slowdown)
+    taken = accumulated + end
     tokens = recipe.train.global_batch * recipe.model.seq_len
     peak = topology.world_size * hardware.rates(recipe.train.precision).flops
     return StepTime(
@@ -127,6 +146,7 @@ def step_time(recipe: Recipe, hardware: Hardware) -> StepTime:
         lanes,
         seconds=taken,
         step_end=end,
+        host_busy=host / accumulated,
         tokens_per_second=tokens / taken,
         mfu=count_flops(recipe).training * tokens / (taken * peak),
         trunk_busy=trunk_busy * simulated / taken,
@@ -137,14 +157,10 @@ def step_time(recipe: Recipe, hardware: Hardware) -> StepTime:
     )
 
 
-def _traffic(recipe: Recipe) -> tuple[Literal["trunk", "pool", ""], float]:
-    """The role of the busiest ranks, and the bytes that each of them sends, and also receives, in a step."""
-    topology = recipe.grid
-    trunk = 2 * recipe.model.layers * recipe.micro_batches * request_bytes(recipe)  # one forward, one backward
-    if not topology.dedicated:  # requests and answers, but for those of the rank's own shard
-        return "", 2 * trunk * (topology.expert_parallel - 1) / topology.expert_parallel
-    pool = trunk / topology.expert_parallel * served_trunk_ranks(recipe)
-    return ("trunk", trunk) if trunk > pool else ("pool", pool)
+def _traffic(recipe: Recipe, link: LinkUse) -> float:
+    """Bytes that cross the busiest link in a step, each way."""
+    requests = 2 * recipe.model.layers * recipe.micro_batches * link.requests  # one forward, one backward
+    return (2 if recipe.grid.every_rank else 1) * requests * request_bytes(recipe)  # and answers the same way
 
 
 def best_layouts(recipe: Recipe, devices: int, hardware: Hardware) -> tuple[StepTime, ...]:
@@ -171,7 +187,8 @@ def _fastest(layouts: Iterable[Recipe], hardware: Hardware) -> list[StepTime]:
     """Simulate the layouts of a kind that have the smallest lower bounds, and sort them."""
     found: list[StepTime] = []
     for layout in sorted(layouts, key=lambda layout: _least_seconds(layout, hardware)):
-        requests = 10 * 2 * layout.model.layers * layout.train.global_batch // layout.train.micro_batch
+        served = 1 if layout.grid.every_rank else served_trunk_ranks(layout)
+        requests = 10 * 2 * layout.model.layers * layout.micro_batches * served
         lanes = choose_fitting_lanes(layout, hardware)
         if lanes:
             found.append(step_time(_in_layout(layout, lanes=lanes), hardware))
@@ -224,9 +241,12 @@ def _with_shards(recipe: Recipe, pool_ranks: int) -> Iterator[Recipe]:
 def _least_seconds(layout: Recipe, hardware: Hardware) -> float:
     """Lower bound: the busiest of trunk, pool and wire never waits; a layer's requests share a launch, unmerged."""
     launches = 3 * layout.micro_batches * layout.model.layers
-    trunk, pool = role_work(layout, costs_in_seconds(layout, hardware, lanes=1), launches)
+    costs = costs_in_seconds(layout, hardware, lanes=1)
+    trunk, pool = role_work(layout, costs, launches)
     computing = max(trunk, pool) if layout.grid.dedicated else trunk + pool
-    return max(computing, _traffic(layout)[1] / hardware.wire_bandwidth) + step_end(layout, hardware)
+    link = busiest_link(layout, hardware.links)
+    sending = _traffic(layout, link) / link.bandwidth if link else 0.0
+    return max(computing, sending, busiest_host(layout, hardware, costs)[1]) + step_end(layout, hardware).seconds
 
 
 def print_step_time(own: StepTime, best: Sequence[StepTime], hardware: Hardware) -> None:
@@ -242,7 +262,8 @@ def print_step_time(own: StepTime, best: Sequence[StepTime], hardware: Hardware)
     table.add_row("estimated memory of the fullest rank", percent(own.memory / hardware.memory))
     tables, notes = [table], [*hardware.assumptions, _ASSUMPTION]
     if own.wire:
-        table.add_row(f"use of a {own.wire.rank}'s link, each way", percent(own.wire.needed / own.wire.available))
+        table.add_row(f"use of {own.wire.owner}, each way", percent(own.wire.needed / own.wire.available))
+        table.add_row("host busy", percent(own.host_busy))
         notes = [_wire_note(own.lanes, own.wire), *notes, _WIRE_ASSUMPTION]
     if best:
         tables.append(_best_table(best))
@@ -252,7 +273,7 @@ def print_step_time(own: StepTime, best: Sequence[StepTime], hardware: Hardware)
 
 def _wire_note(lanes: int, wire: WireUse) -> str:
     needed, available = (quantity(rate, "B/s") for rate in (wire.needed, wire.available))
-    rates = f"a {wire.rank} needs {needed} each way and has {available}"
+    rates = f"{wire.owner} must carry {needed} each way and carries {available}"
     slower = f"waiting for it makes the step {wire.slowdown:.2f} times as long"
     if wire.binds:
         return f"The wire limits the step: {rates}; {slower}."

@@ -147,7 +147,8 @@ class Reporter:
             from trainer.telemetry.expert_heatmap import heat_map_image
 
             title = f"{self._folder.path.name}: experts chosen on held-out text after step {done}"
-            return heat_map_image(load_LM.numpy(), title, self._recipe.model.groups)
+            owners = role.ownership.owners if role.ownership else None
+            return heat_map_image(load_LM.numpy(), title, self._recipe.model.groups, owners)
 
         role.monitors.write_image("load", draw, done)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from trainer.checkpoint.format import read_ownership
 from trainer.config.recipe import Recipe
 from trainer.telemetry.run_folder import RunFolder
 
@@ -50,7 +51,9 @@ def write_summary(
 
         title = f"{folder.path.name}: experts chosen on held-out text"
         try:
-            write_heat_map(load_LM, folder.load_picture, title, groups=recipe.model.groups)
+            record = read_ownership(folder.path) if recipe.lock else None
+            owners = record.owners if record else None
+            write_heat_map(load_LM, folder.load_picture, title, recipe.model.groups, owners)
             lines.append(f"load picture      {folder.load_picture}")
         except OSError as error:
             lines.append(f"load picture      could not be written ({error.strerror})")

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pool.placement import Placement
 from pool.schedule import WARM_UP_STEP, lockstep_schedule
-from router import LoadStatistics, SigmoidBiasRouter, balance_coefficients
+from router import BiasedRouter, LoadStatistics, balance_coefficients, load_of_groups
 from trainer.checkpoint.format import OwnershipRecord
 from trainer.cluster.process_groups import Job
 from trainer.config.lock import STAGES, locked_after
@@ -63,9 +63,7 @@ def _pool_map(recipe: Recipe, placement: Placement, device: torch.device) -> Poo
 
 
 class TrunkRank:
-    """Computes attention, routers and head, requests the experts from the pool, and knows the step's scalars.
-
-    Where every rank has both roles, it serves its shard of the pool meanwhile.
+    """Computes attention, routers and head, requests the experts from the pool, and serves its shard, if it has one.
 
     Args:
         document_end: See `Trunk`.
@@ -247,8 +245,10 @@ class TrunkRank:
         return scalars
 
     def _move_expert_bias(self, load_LM: Tensor) -> None:
+        if self._recipe.router.kind == "norm_bias":
+            load_LM = load_of_groups(load_LM, self._recipe.model.groups)
         for load_M, block in zip(load_LM, self.trunk.blocks, strict=True):
-            if isinstance(block.router, SigmoidBiasRouter):
+            if isinstance(block.router, BiasedRouter):
                 block.router.update_bias(load_M, self._recipe.router.bias_rate)
 
     def _serve_metrics(self, scalars: StepScalars, done: int) -> None:

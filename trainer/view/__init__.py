@@ -1,4 +1,4 @@
-"""Looking at a run: `watch` in a terminal while it runs, `report` as one HTML file.
+"""Looking at a run: `watch` in a terminal while it runs, `report` as one HTML file, `own` for its division of the pool.
 
 pages     the ranks' /metrics pages, fetched together
 rates     a rank's counters as rates and shares of time
@@ -10,5 +10,6 @@ watch     the loop of `watch`
 charts    curves and the heat map as SVG
 facts     a run in words and numbers
 report    the HTML page
-commands  the commands `watch` and `report`
+ownership which layer owns which expert, or would
+commands  the commands `watch`, `report` and `own`
 """

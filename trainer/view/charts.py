@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -126,16 +126,17 @@ def draw_shares(title: str, steps: Numbers, shares: Mapping[str, Numbers]) -> st
     return _svg(figure, title)
 
 
-def draw_load(load_LM: NDArray[np.int64], groups: int) -> str:
+def draw_load(load_LM: NDArray[np.int64], groups: int, owners: Sequence[int] | None = None) -> str:
     """Draw the heat map of layers and experts as an SVG element.
 
     Args:
         load_LM: Assignments of each layer to all experts of the pool, (L, M), also where a layer does not reach.
         groups: Sub-pools across depth.
+        owners: The layer that owns each expert, framed.
     """
     layers = np.arange(len(load_LM))
     reached = load_LM.reshape(len(layers), groups, -1)[layers, layers * groups // len(layers)]
-    figure = draw_heat_map(reached, "", groups)
+    figure = draw_heat_map(reached, "", groups, owners)
     figure.patch.set_alpha(0)
     for axes in figure.axes[1:]:  # but not the map, whose background shows where a layer does not reach
         axes.patch.set_alpha(0)

@@ -1,10 +1,15 @@
-"""The commands `watch` and `report`."""
+"""The commands `watch`, `report` and `own`."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import click
+
+from trainer.common.errors import UserError
+from trainer.common.strict_json import dumps
+from trainer.common.tables import print_tables
+from trainer.config.options import json_option
 
 
 @click.command(short_help="Show a run in the terminal.")
@@ -53,3 +58,42 @@ def report(run: Path, out: Path | None) -> None:
     from trainer.view.report import write_report
 
     print(write_report(run, out))
+
+
+@click.command(short_help="Show which layer owns, or would own, which experts.")
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option(
+    "--coverage",
+    type=click.FloatRange(0, 1),
+    help="Share of each layer's tokens that is wanted inside its own set.  [default: lock.coverage, or 0.95]",
+)
+@json_option
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.png", help="Write a picture.")
+def own(run: Path, coverage: float | None, as_json: bool, out: Path | None) -> None:
+    """Show which experts each layer of RUN, a run or one of its checkpoints, owns.
+
+    Without a lock, or before it, show what each layer would own if the pool were divided by the recorded load. Every
+    layer gets equally many experts and every expert one owner, so that layers find most of their tokens inside their
+    own sets.
+
+    \b
+    Examples:
+      unipool own runs/quickstart
+      unipool own runs/quickstart --coverage 0.8 --out own.png
+    """
+    from trainer.view.ownership import read_ownership
+
+    found = read_ownership(run, coverage)
+    if out:
+        from trainer.common.figure_style import write_png
+
+        try:
+            write_png(found.draw(), out)
+        except OSError as error:
+            raise UserError(f"{out}: cannot be written ({error.strerror})") from None
+    if as_json:
+        print(dumps(found.as_json()))
+        return
+    print_tables(found.table(), notes=found.notes())
+    if out:
+        print(out)

@@ -161,6 +161,16 @@ def recorded_load(run: Path) -> NDArray[np.int64] | None:
     return None
 
 
+def recorded_owners(run: Path, recipe: Recipe | None) -> tuple[int, ...] | None:
+    """Return the layer that owns each expert; None without a lock, before the assignment, or if it is unreadable."""
+    try:
+        record = checkpoint.read_ownership(run) if recipe and recipe.lock else None
+    except UserError:
+        return None
+    shape = recipe and (recipe.model.layers, recipe.pool.experts)
+    return record.owners if record and (len(record.shares), len(record.owners)) == shape else None
+
+
 def facts_of(recipe: Recipe, run: Path) -> dict[str, str]:
     """Return what a folder knows of the labels of the metric unipool_run_info."""
     t = recipe.grid

@@ -22,7 +22,7 @@ from trainer.telemetry.time_breakdown import ACTIVITIES
 from trainer.view import facts
 from trainer.view.charts import COLOURS, POINTS, draw_chart, draw_load, draw_shares
 from trainer.view.rates import ROLES, Shares
-from trainer.view.records import RECIPE_FILE, Records, facts_of, is_run, recorded_load, saved_recipe
+from trainer.view.records import RECIPE_FILE, Records, facts_of, is_run, recorded_load, recorded_owners, saved_recipe
 from trainer.view.view import who_waits
 
 REPORT_FILE = "report.html"
@@ -54,7 +54,7 @@ def make_page(run: Path) -> str:
         "Learning": _thinned(records) + _curves(*_learning(records, recipe)),
         "Time": _time(records, recipe, run),
         "Experts": _curves(*_experts(records, recipe)),
-        "Load of the experts, by layer": _load(load_LM, recipe),
+        "Load of the experts, by layer": _load(load_LM, recipe, recorded_owners(run, recipe)),
         "Facts": _facts(run, records, recipe),
         "Recipe": _recipe_text(run),
     }
@@ -169,15 +169,17 @@ def _figure(caption: str, picture: str) -> str:
     return f"<figure><figcaption>{caption}</figcaption>{picture}</figure>"
 
 
-def _load(load_LM: NDArray[np.int64] | None, recipe: Recipe | None) -> str:
+def _load(load_LM: NDArray[np.int64] | None, recipe: Recipe | None, owners: tuple[int, ...] | None) -> str:
     if load_LM is None:
         return ""
     caption = (
         "Above: each layer's share of tokens by expert, coloured by its square root. Below: each expert's share of all "
         "tokens beside a uniform load. Means over about the last 100 steps."
     )
+    if owners:
+        caption += " Framed: the experts that each layer owns."
     groups = recipe.model.groups if recipe else 1
-    return _figure(caption, f'<div class="scroll">{draw_load(load_LM, groups)}</div>')
+    return _figure(caption, f'<div class="scroll">{draw_load(load_LM, groups, owners)}</div>')
 
 
 def _facts(run: Path, records: Records, recipe: Recipe | None) -> str:

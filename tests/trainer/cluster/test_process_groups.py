@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import timedelta
+from queue import Queue
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -18,14 +21,16 @@ from pool.wire.nccl import MAX_CTAS
 from tests.distributed import join, run_ranks
 from tests.pool.host_streams import HostStreams, HostWork
 from tests.training import tiny
+from trainer.cluster.process_groups import add_up
 from trainer.config.recipe import Recipe
 from trainer.engine.experts import wire_settings
+from trainer.planning.network.step_end import rounds_of_a_sum
 
 
 def test_a_barrier_waits_longer_than_a_step() -> None:
     first, second = run_ranks(2, _late, tiny(parallel={"pool_ranks": 1, "timeout_seconds": 1.0}))
     assert first["barrier"] == second["barrier"] == "passed"
-    assert "timed out" in first["sum"]
+    assert "Timed out" in first["sum"]
 
 
 def _late(recipe: Recipe) -> dict[str, str]:
@@ -42,6 +47,58 @@ def _late(recipe: Recipe) -> dict[str, str]:
         except RuntimeError as error:
             result[name] = str(error)
     return result
+
+
+class Mailboxes:
+    """In the place of a group of gloo: ranks are threads, and what they send is noted."""
+
+    def __init__(self, ranks: int):
+        self.ranks, self.hops = ranks, [0] * ranks  # the longest chain of messages up to now, by rank
+        self._box = {(source, to): Queue[Any]() for source in range(ranks) for to in range(ranks)}
+
+    def of(self, rank: int) -> Any:
+        def send(tensors: list[torch.Tensor], peer: int, tag: int) -> Any:
+            self._box[rank, peer].put((tensors[0].clone(), self.hops[rank] + 1))
+            return SimpleNamespace(wait=lambda limit: None)
+
+        def receive(tensors: list[torch.Tensor], peer: int, tag: int) -> Any:
+            def wait(limit: timedelta) -> None:
+                values, hops = self._box[peer, rank].get(timeout=limit.total_seconds())
+                tensors[0].copy_(values)
+                self.hops[rank] = max(self.hops[rank], hops)
+
+            return SimpleNamespace(wait=wait)
+
+        return SimpleNamespace(rank=lambda: rank, size=lambda: self.ranks, send=send, recv=receive)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 5, 6, 7, 8, 13, 64, 67])
+def test_sums_take_few_rounds(ranks: int) -> None:
+    """All ranks get the same bits, after at most as many messages in a row as the planner counts."""
+    boxes, generator = Mailboxes(ranks), torch.Generator().manual_seed(ranks)
+    own = torch.randn(ranks, 5, dtype=torch.float64, generator=generator)
+    values = [row.clone() for row in own]
+    limit = timedelta(seconds=30)
+    with ThreadPoolExecutor(ranks) as pool:
+        list(pool.map(lambda rank: add_up(boxes.of(rank), values[rank], limit), range(ranks)))
+    assert all(row.equal(values[0]) for row in values)
+    torch.testing.assert_close(values[0], own.sum(0), rtol=1e-13, atol=1e-13)
+    rounds = rounds_of_a_sum(ranks)
+    assert max(boxes.hops) == rounds if ranks in (1, 2, 4, 8, 64) else rounds - 1 <= max(boxes.hops) <= rounds
+
+
+def test_sums_over_gloo() -> None:
+    """Over all ranks, and over those of the role."""
+    for summed, over_role in run_ranks(3, _sums, tiny(parallel={"trunk_ranks": 2, "pool_ranks": 1})):
+        assert summed == [6.0, 0.75]
+        assert over_role in ([3.0, 8.0], [3.0, 4.0])
+
+
+def _sums(recipe: Recipe) -> tuple[list[float], list[float]]:
+    job = join(recipe)
+    values = torch.tensor([float(job.rank + 1), 4.0])
+    job.sum_over_role(values)
+    return job.sum_over_ranks([job.rank + 1, 0.25]), values.tolist()
 
 
 class Nccl:

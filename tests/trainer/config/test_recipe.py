@@ -43,6 +43,7 @@ WRONG = {
     "probe={every: 5, layers: [7, 8]}": "probe.layers = [7, 8]: must be different numbers from 0 to 7",
     "probe.layers=[]": "probe.layers = []: must have at least 1 item",
     "topology.order=pool_first": "topology.order = 'pool_first': must be 'pool_last' or 'interleaved'",
+    "train.pool_lr_factor=0": "train.pool_lr_factor = 0: must be greater than 0",
     "train.min_lr=1": "train.min_lr = 1.0: must be at most train.lr (0.002)",
     "data.split=[0, 1, 1]": "data.split = [0, 1, 1]: the first part (training) must be above 0",
     "data.split=[3, 0, 1]": "data.split = [3, 0, 1]: the second part (validation) must be above 0, or data.validation",
@@ -110,6 +111,13 @@ def test_probed_layers() -> None:
     assert load_recipe("quickstart", ["probe={every: 1, layers: [0, 2]}"]).probed_layers == (0, 2)
     with pytest.raises(UserError, match="probe.every = 5: must be 0 with model.ffn = dense"):
         load_recipe("dense-182m", ["probe.every=5"])
+
+
+def test_a_dense_model_has_nothing_of_a_pool() -> None:
+    with pytest.raises(UserError, match="train.pool_lr_factor = 0.5: must be 1 with model.ffn = dense"):
+        load_recipe("dense-182m", ["train.pool_lr_factor=0.5"])
+    with pytest.raises(UserError, match="model.private_ffn = 64: must be 0 with model.ffn = dense"):
+        load_recipe("dense-182m", ["model.private_ffn=64"])
 
 
 def test_sources(tmp_path: Path) -> None:

@@ -45,6 +45,11 @@ MODELS: dict[str, dict[str, Any]] = {
         "router": {"kind": "sigmoid_bias", "bias_rate": 0.3},
         "parallel": {"pool_ranks": 2, "trunk_zero": 2, "pool_zero": 1},
     },
+    "norm_bias, private expert": {
+        "model": {"private_ffn": 7},
+        "router": {"kind": "norm_bias", "bias_rate": 0.3},
+        "balance": {"pool": 0.0},
+    },
     "softmax, groups": GROUPS | {"router": {"kind": "softmax"}},
     "dense": {"model": {"ffn": "dense"}, "pool": {"experts": 0}, "balance": {"pool": 0.0}},
 }
@@ -131,7 +136,7 @@ def test_logits_are_the_trainers(model: str) -> None:
     assert expected.std() > 0.1
     for loaded, _ in (load_run(find_run(trained(model)[0])), load_export(exported(model))):
         assert_close(loaded.eval()(some_tokens()).logits, expected)
-    if model.startswith("sigmoid_bias"):
+    if "_bias" in model:
         assert loaded.model.layers[0].router.expert_bias.abs().max() > 0.2
 
 

@@ -53,6 +53,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "data": {"document_mask": True},
     },
     "sigmoid, recompute": {"router": {"kind": "sigmoid_bias", "top_k": 2}, "train": {"recompute": True}},
+    "norm_bias, private expert": {"model": {"private_ffn": 7}, "router": {"kind": "norm_bias", "top_k": 2}},
     "frozen": {"train": {"freeze": "trunk", "init_from": "unused"}},
     "dense": {"model": {"ffn": "dense"}, "pool": {"experts": 0}, "balance": {"pool": 0.0}},
 }

@@ -22,8 +22,8 @@ from trainer.planning.hardware import (
     costs_in_seconds,
     find_hardware,
     load_profile,
-    step_end,
     with_link,
+    with_network,
 )
 from trainer.planning.lanes import accumulation_time, choose_lanes
 from trainer.planning.step_time import step_time
@@ -77,7 +77,10 @@ def test_costs_of_a_data_sheet_by_hand() -> None:
     assert (costs.slot, costs.weights, costs.flush) == pytest.approx(
         (30 * 2e-6, 2 * weights / MEMORY, 16 * weights / MEMORY)
     )
-    assert (costs.transfer, costs.payload) == pytest.approx((100e-6 + 16384 * 1536 / 450e9, 16384 * 1536 / 450e9))
+    payload = 16384 * 1536 / 450e9
+    assert (costs.transfer, costs.payload) == pytest.approx((100e-6 + 3 * 15e-6 + payload, payload)), (
+        "4 shards' headers"
+    )
     launches = (costs.trunk_launch, costs.head_launch, costs.slot_launch)
     assert launches == pytest.approx((70 / 3 * 5e-6, 44 / 3 * 5e-6, 30 * 5e-6))
     eager = costs_in_seconds(at_182m("train.compile=false"), H100, lanes=2)
@@ -85,18 +88,12 @@ def test_costs_of_a_data_sheet_by_hand() -> None:
 
 
 def test_transfer_goes_at_the_slower_side() -> None:
-    sent = 16384 * 768 * 2
+    sent, one_node = 16384 * 768 * 2, replace(H100, node=0)
     for trunk_ranks, pool_ranks, shards, slower in ((8, 4, 4, 2), (4, 8, 4, 1), (8, 4, 2, 2), (2, 4, 4, 1)):
         layout = (f"parallel.trunk_ranks={trunk_ranks}", f"parallel.pool_ranks={pool_ranks}")
-        costs = costs_in_seconds(at_182m(*layout, f"parallel.expert_parallel={shards}"), H100, lanes=2)
-        assert costs.transfer == pytest.approx(100e-6 + slower * sent / 450e9), (trunk_ranks, pool_ranks, shards)
-
-
-def test_step_end_by_hand() -> None:
-    """2 trunk ranks at ZeRO 0: a ring sends the fp32 gradients once, AdamW moves 28 bytes a parameter."""
-    recipe = at_182m("parallel.trunk_ranks=2", "parallel.trunk_zero=0", "pool.experts=4")
-    trunk = 98_421_516 - 12 * 92 * 768  # with routers of 4 experts instead of 96
-    assert step_end(recipe, H100) == pytest.approx(4 * trunk / 450e9 + 28 * trunk / MEMORY, rel=1e-3)
+        costs = costs_in_seconds(at_182m(*layout, f"parallel.expert_parallel={shards}"), one_node, lanes=2)
+        expected = 100e-6 + (shards - 1) * 15e-6 + slower * sent / 450e9
+        assert costs.transfer == pytest.approx(expected), (trunk_ranks, pool_ranks, shards)
 
 
 def test_one_400_gbit_link_at_182m() -> None:
@@ -145,20 +142,20 @@ def test_step_time_adds_up() -> None:
 @pytest.mark.parametrize(
     ("overrides", "hardware", "lanes", "seconds", "trunk_busy", "pool_busy", "slowdown"),
     [
-        ((), MEASURED, 4, 0.1578940550811194, 0.6901334377191263, 0.8728598413374128, 1.0337878273985723),
+        ((), MEASURED, 4, 0.15855019852111946, 0.6872773925542014, 0.8692476020322901, 1.0336432957487547),
         (
             (),
             with_link(MEASURED, 400),
             8,
-            0.18232778500136837,
-            0.5976487183658169,
-            0.696925865285787,
-            1.0383274729730216,
+            0.18823307596136837,
+            0.5788991465607768,
+            0.6750617482009289,
+            1.0370804685246806,
         ),
         (
             ("parallel.pool_ranks=0", "parallel.lanes=4"),
             A100,
-            *(4, 0.7115673232024641, 0.4854276945626774, 0.47912681257713235, None),
+            *(4, 0.7125515383624641, 0.4847571952789759, 0.47846501641627553, None),
         ),
     ],
 )
@@ -226,7 +223,7 @@ def test_a_profile_of_an_earlier_version_loads(tmp_path: Path) -> None:
     path = tmp_path / "profile.json"
     Profile(MEASURED, ()).save(path)
     tree = json.loads(path.read_text())
-    for key in ("launch", "kernel"):
+    for key in ("launch", "kernel", "message", "hop", "node", "network_bandwidth"):
         del tree["hardware"][key]
     for precision in ("fp32", "bf16"):
         del tree["hardware"][precision]["products_only"]
@@ -268,6 +265,10 @@ def test_bad_names(tmp_path: Path) -> None:
     for gbit in (-3.0, 0.0, float("nan"), float("inf")):
         with pytest.raises(UserError, match=r"--interconnect .* above 0"):
             with_link(H100, gbit)
+        with pytest.raises(UserError, match=r"--network .* above 0"):
+            with_network(H100, gbit)
+    with pytest.raises(UserError, match=r"--network 100: the profile has one link .* --interconnect"):
+        with_network(MEASURED, 100)
 
 
 def test_needs_no_torch() -> None:

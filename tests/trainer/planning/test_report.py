@@ -41,6 +41,7 @@ ODD = (
 VARIANTS = {
     "unipool": ("pool.experts=15",),
     "top2": ("pool.experts=15", "router.top_k=2"),
+    "private": ("pool.experts=15", "model.private_ffn=24"),
     "vanilla": ("pool.experts=15", "model.groups=3", "router.kind=softmax"),
     "dense": ("pool.experts=0", "model.ffn=dense", "parallel.pool_ranks=0"),
 }
@@ -294,7 +295,8 @@ def unipool(*arguments: str) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("gbit", "said"), [("100", "The wire limits the step: a pool rank needs"), ("400", "The wire is fast enough")]
+    ("gbit", "said"),
+    [("100", "The wire limits the step: a pool rank's link must carry"), ("400", "The wire is fast enough")],
 )
 def test_predicted_step_says_whether_the_wire_limits_it(gbit: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
@@ -335,6 +337,7 @@ def test_predicted_step_without_pool_ranks(arguments: tuple[str, ...]) -> None:
     [
         (("unipool-182m", "--devices", "4"), "--devices 4: needs --hardware"),
         (("unipool-182m", "--interconnect", "4"), "--interconnect 4: needs --hardware"),
+        (("unipool-182m", "--network", "4"), "--network 4: needs --hardware"),
         (("unipool-182m", "--hardware", "h100", "--devices", "0"), "--devices 0: must be at least 1"),
         (("unipool-182m", "--hardware", "h100", "--interconnect", "-1"), "--interconnect -1: must be"),
         (("unipool-182m", "--hardware", "h10"), "--hardware h10: neither"),

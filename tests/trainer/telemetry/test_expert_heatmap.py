@@ -7,9 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.collections import PatchCollection
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from trainer.telemetry.expert_heatmap import over_all_experts, write_heat_map
+from trainer.telemetry.expert_heatmap import draw_heat_map, draw_ownership, over_all_experts, write_heat_map
 
 
 def counts(layers: int, experts: int, seed: int = 0) -> NDArray[np.int64]:
@@ -86,3 +88,26 @@ def test_groups_are_blocks_on_the_diagonal(tmp_path: Path) -> None:
     write_heat_map(tokens_LM, tmp_path / "groups.png", "sub-pools", groups=2)
     write_heat_map(tokens_LM, tmp_path / "one.png", "sub-pools", groups=1)
     assert (tmp_path / "groups.png").read_bytes() != (tmp_path / "one.png").read_bytes()
+
+
+def framed(figure: Figure) -> list[tuple[int, int, int]]:
+    """First column, row and number of columns of each frame on the map, whatever the scale of the axes is."""
+    (frames,) = [c for c in figure.axes[0].collections if isinstance(c, PatchCollection)]
+    boxes = [path.get_extents() for path in frames.get_paths()]
+    return [(round(b.x0 + 0.5), round(b.y0 + 0.5), round(b.width)) for b in boxes]
+
+
+def test_own_experts_are_framed() -> None:
+    figure = draw_heat_map(counts(3, 6), "step 1", owners=(2, 0, 1, 0, 2, 1))
+    assert framed(figure) == [(0, 2, 1), (1, 0, 1), (2, 1, 1), (3, 0, 1), (4, 2, 1), (5, 1, 1)]
+    assert not [c for c in draw_heat_map(counts(3, 6), "step 1").axes[0].collections if isinstance(c, PatchCollection)]
+
+
+def test_experts_are_ordered_by_owner() -> None:
+    tokens_LM = np.array([[1, 5, 0, 8], [7, 2, 9, 0]])
+    figure = draw_ownership(tokens_LM.astype(float), (1, 0, 1, 0), "run", (13 / 14, 16 / 18), 0.95)
+    shown_LM = np.asarray(figure.axes[0].images[0].get_array())
+    np.testing.assert_allclose(shown_LM, tokens_LM[:, [3, 1, 2, 0]] / np.array([[14], [18]]))
+    assert framed(figure) == [(0, 0, 2), (2, 1, 2)]
+    bars = [bar.get_width() for bar in figure.axes[1].patches]
+    assert bars == pytest.approx([13 / 14, 16 / 18])

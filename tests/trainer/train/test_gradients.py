@@ -119,7 +119,9 @@ class Reference:
             preference_TM = s_TM + layer.router.expert_bias if layer.router.kind == "sigmoid_bias" else z_TM
             chosen_TK = preference_TM.topk(self.recipe.router.top_k).indices
             chosen_experts.append(chosen_TK + number // layers_of_a_group * z_TM.shape[1])
-            scalars[f"gate {number}"] = s_TM.gather(1, chosen_TK).sum(1).mean()
+            gates_T = s_TM.gather(1, chosen_TK).sum(1)
+            shares = layer.router.kind == "sigmoid_bias" and self.recipe.router.top_k > 1  # of a sum of 1
+            scalars[f"gate {number}"] = (gates_T / gates_T if shares else gates_T).mean()
             if self.recipe.balance.scores == "normalized":
                 s_TM = s_TM / s_TM.sum(1, keepdim=True).clamp(min=1e-300)
             means.append(s_TM.mean(0))
@@ -210,6 +212,13 @@ NORMALIZED = {"layer": 0.07, "pool": 0.3, "scope": "micro_batch", "delay": 1, "s
             "parallel": {"pool_ranks": 2, "lanes": 2},
         },
         {
+            "model": {"private_ffn": 11},
+            "router": {"top_k": 2, "z_loss": 0.03},
+            "balance": {"pool": 0.3},
+            "train": {"recompute": True},
+            "parallel": {"trunk_ranks": 2, "pool_ranks": 1, "trunk_zero": 1},
+        },
+        {
             "model": {"layers": 4, "groups": 2},
             "router": {"kind": "softmax", "top_k": 2, "z_loss": 0.03},
             "balance": {"layer": 0.2, "pool": 0.4, "scope": "micro_batch", "delay": 0},
@@ -223,7 +232,7 @@ NORMALIZED = {"layer": 0.07, "pool": 0.3, "scope": "micro_batch", "delay": 1, "s
             "parallel": {"trunk_ranks": 2, "pool_ranks": 2, "expert_parallel": 1},
         },
     ],
-    ids=["colocated", "2 trunk ranks", "1+2, recompute", "groups, 2+1", "sigmoid, 2+2 replicas"],
+    ids=["colocated", "2 trunk ranks", "1+2, recompute", "private expert, 2+1", "groups, 2+1", "sigmoid, 2+2 replicas"],
 )
 def test_as_autograd_has_them(sections: dict[str, Any]) -> None:
     recipe = recipe_of(sections)

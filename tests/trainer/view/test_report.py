@@ -14,7 +14,9 @@ from click.testing import CliRunner
 
 from tests.trainer.made_up import write_run
 from trainer.cli import cli
+from trainer.config.recipe import load_recipe
 from trainer.view.charts import thin
+from trainer.view.records import recorded_owners
 from trainer.view.report import make_page
 
 VOID = {"meta", "br", "link", "img"}
@@ -111,6 +113,28 @@ def test_colours_are_the_pages_own(tmp_path: Path) -> None:
     pictures = page[page.index("</style>") :]
     assert not re.findall(r"(?:fill|stroke): #\w+", pictures)
     assert "prefers-color-scheme: dark" in page and "@media print" in page
+
+
+def test_owners_are_framed_where_a_run_has_them(tmp_path: Path) -> None:
+    """Not of a run that has left its lock behind, nor owners of another model."""
+    run = write_run(tmp_path / "run", 5, overrides=["lock={}"])
+    tree: dict[str, Any] = {
+        "owners": [e // 8 for e in range(64)],
+        "shares": [0.9] * 8,
+        "shortfalls": [0] * 8,
+        "feasible": True,
+    }
+    (run / "ownership.json").write_text(json.dumps({**tree, "step": 4}))
+    page = make_page(run)
+    assert "Framed: the experts that each layer owns." in page
+    assert page.count("stroke: var(--third); stroke-width: 1.2") >= 64
+    assert not re.findall(r"(?:fill|stroke): #\w+", page[page.index("</style>") :])
+    recipe = load_recipe(str(run / "recipe.yaml"))
+    assert recorded_owners(run, recipe) == tuple(tree["owners"])
+    assert recorded_owners(run, load_recipe(str(run / "recipe.yaml"), ["lock=null"])) is None
+    for other in (json.dumps({**tree, "owners": [e // 4 for e in range(32)], "step": 4}), "{"):
+        (run / "ownership.json").write_text(other)
+        assert recorded_owners(run, recipe) is None
 
 
 def test_runs_that_lack_something(tmp_path: Path) -> None:
