@@ -58,6 +58,12 @@ def test_a_run_goes_through_all_stages() -> None:
     assert [bool(n) for row in found.load_LM.tolist() for n in row] <= [own for row in own_LM for own in row]
 
 
+def test_the_assignment_changes_nothing_at_first() -> None:
+    """The evaluation after it, of the first annealed step, is to the bit the one that has decided it."""
+    found = run_training(locked(parallel=ZERO_0), steps=2)
+    assert found.owners and found.val_loss == found.val_losses[-1]
+
+
 @pytest.mark.parametrize(
     "parallel, sections",
     [
