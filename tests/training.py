@@ -71,6 +71,7 @@ class Outcome:
         weights: after the last step.
         val_loss: of an evaluation at the end.
         load_LM: tokens per expert of the last step.
+        held_out_LM: tokens per expert of that evaluation.
         random_loss: of the evaluation with random experts in layer 1.
         val_losses: of a run with a lock, of the evaluation after each step, and before the first of a resumed run.
         owners: the layer that owns each expert, in a run with a lock.
@@ -81,6 +82,7 @@ class Outcome:
     weights: dict[str, Tensor]
     val_loss: float
     load_LM: Tensor
+    held_out_LM: Tensor
     random_loss: float
     val_losses: list[float]
     owners: tuple[int, ...] | None
@@ -113,7 +115,9 @@ def run_training(
     weights = together([rank["weights"] for rank in ranks])
     trunk = ranks[0]
     assert len({rank["owners"] for rank in ranks[: recipe.grid.trunk_ranks]}) == 1
-    of_trunk = {name: trunk[name] for name in ("val_loss", "load_LM", "random_loss", "val_losses", "owners")}
+    of_trunk = {
+        name: trunk[name] for name in ("val_loss", "load_LM", "held_out_LM", "random_loss", "val_losses", "owners")
+    }
     return Outcome(trunk["scalars"], gradients, weights, **of_trunk)
 
 
@@ -202,7 +206,7 @@ def _train(
                 move_experts(job, saver, role, agreed_move(job, recipe, role, save_after), save_after)
         evaluate(step + 1)
     assert saver is None or saver.finish()
-    result["val_loss"], _ = role.evaluate(1, steps)
+    result["val_loss"], result["held_out_LM"] = role.evaluate(1, steps)
     result["random_loss"], _ = role.evaluate(1, steps, random_layer=1)
     if isinstance(role, TrunkRank):
         result["load_LM"] = role.load_LM
