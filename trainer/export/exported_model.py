@@ -15,6 +15,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from trainer.common.errors import UserError
 from trainer.export.configuration_unipool import EXPORT_VERSION, UniPoolConfig
+from trainer.export.experts_unipool import UniPoolRouter
 from trainer.export.folder import StoredTensors, first_line, read_object
 from trainer.export.modeling_unipool import UniPoolForCausalLM
 
@@ -51,9 +52,9 @@ def filled_model(config: UniPoolConfig, read: Callable[[str], Tensor], dtype: to
             layer.router.float()
     model.to_empty(device="cpu")
     with torch.no_grad():
-        if config.expert_owners is not None:
-            for layer in model.model.layers:
-                layer.router.foreign_M.copy_(torch.tensor(layer.router.owned_elsewhere))
+        for module in model.modules():
+            if isinstance(module, UniPoolRouter):
+                module.mark_foreign()
         for name, tensor in stored_tensors(model).items():
             tensor.copy_(read(name))
     return model
