@@ -1,11 +1,13 @@
 """Placement: which shard holds each expert, as an order of all experts that is cut into equal shards.
 
 `contiguous` needs no measurements. `balanced` uses a recorded load, the rows that each of L layers sent to each of M
-experts.
+experts, and what a schedule has in flight together.
 """
 
 from __future__ import annotations
 
+from collections import Counter, deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
@@ -14,6 +16,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from pool.schedule import Slot
+from pool.topology import Topology
+
+MOST_MOMENTS = 256
+"""Moments of a schedule that `moments` keeps: `balanced` takes time in proportion."""
+
+WORTH_A_MOVE = 0.02
+"""Part of the work at the busiest shard that a move must save; less changes by the text of the last steps alone."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +93,7 @@ def imbalance(load_LM: Tensor, placement: Placement) -> Imbalance:
     Raises:
         ValueError: The load has another number of experts than the placement.
     """
-    load_RM = _with_total(load_LM)
+    load_RM = _rows(load_LM)
     if load_RM.shape[1] != placement.num_experts:
         raise ValueError(f"load_LM has {load_RM.shape[1]} experts, but the placement has {placement.num_experts}")
     if not load_RM.any():
@@ -92,17 +103,49 @@ def imbalance(load_LM: Tensor, placement: Placement) -> Imbalance:
     return Imbalance(float(largest_R[:-1].sum() / mean), float(largest_R[-1] / mean))
 
 
-def balanced(load_LM: Tensor, shards: int, groups: int = 1) -> Placement:
-    """Spread each layer's load and the pool's total evenly over equal shards.
+def moments(slots: Iterable[Slot], topology: Topology, layers: int) -> Tensor:
+    """Return which layers a schedule has in flight together: requests of each layer, (moments W, L).
 
-    Swaps of two experts minimise lockstep + mixed of `Imbalance`, from two starting points: `contiguous`, so that the
-    result is never worse than it, and a greedy placement. The result is a local minimum, typically within a few percent
-    of the optimum. The same load always gives the same placement.
+    A lane makes its next request when all shards have answered its last one. So a shard can be ahead of another by at
+    most one request of every lane that its replica serves: within as many requests, one after the other in the
+    schedule, a busy shard can catch up. A moment is such a window, at the end of a slot. Equal ones are one row, which
+    is multiplied. Long schedules are sampled.
+    """
+    slots = list(slots)
+    windows: list[tuple[int, ...]] = []
+    for replica in range(topology.replicas):
+        served = [[key for key in slot if topology.replica_for(key.trunk_rank) == replica] for slot in slots]
+        lanes = {(key.trunk_rank, key.lane) for slot in served for key in slot}
+        window: deque[int] = deque(maxlen=len(lanes))
+        for slot in filter(None, served):
+            window.extend(key.layer for key in slot)
+            if len(window) == len(lanes):
+                windows.append(tuple(window))
+    chosen = np.linspace(0, len(windows) - 1, min(len(windows), MOST_MOMENTS)).round().astype(int)
+    counts = Counter(tuple(np.bincount(windows[i], minlength=layers).tolist()) for i in chosen)
+    return torch.tensor([[times * requests for requests in moment] for moment, times in sorted(counts.items())])
+
+
+def in_flight(load_LM: Tensor, placement: Placement, moments_WL: Tensor | None = None) -> float:
+    """Return the work of the busiest shard over the mean, both summed over moments; see `balanced`."""
+    load_RM = _rows(load_LM, moments_WL)
+    total = load_RM.sum()
+    return float(_objective(load_RM, _members(placement)) * placement.shards / total) if total else 1.0
+
+
+def balanced(load_LM: Tensor, shards: int, groups: int = 1, moments_WL: Tensor | None = None) -> Placement:
+    """Spread the load of every moment evenly over equal shards.
+
+    Swaps of two experts minimise the largest load of any shard, summed over the moments, from two starting points:
+    `contiguous`, so that the result is never worse than it, and a greedy placement. The result is a local minimum,
+    typically within a few percent of the optimum. The same arguments always give the same placement.
 
     Args:
         load_LM: Rows by layer and global expert id, (L, M); with groups, a layer's row is zero outside its group.
         shards: Number of shards; divides M.
         groups: Number of sub-pools, for `contiguous`; divides M.
+        moments_WL: What is in flight together, from `moments`. Without it: each layer alone, and all layers together,
+            so that lockstep + mixed of `Imbalance` is minimised.
 
     Returns:
         A placement with ascending experts within each shard, or `contiguous` itself if nothing is better.
@@ -110,7 +153,7 @@ def balanced(load_LM: Tensor, shards: int, groups: int = 1) -> Placement:
     Raises:
         ValueError: The load is not (L, M) of counts, or M is not divisible.
     """
-    load_RM = _with_total(load_LM)
+    load_RM = _rows(load_LM, moments_WL)
     experts = load_RM.shape[1]
     for name, parts in (("shards", shards), ("groups", groups)):
         if parts < 1 or experts % parts:
@@ -127,16 +170,11 @@ def balanced(load_LM: Tensor, shards: int, groups: int = 1) -> Placement:
     return best
 
 
-WORTH_A_MOVE = 0.02
-"""Part of lockstep + mixed of `Imbalance` that a move must save; less changes by the text of the last steps alone."""
-
-
-def more_even(load_LM: Tensor, placement: Placement, groups: int = 1) -> Placement:
-    """Return `balanced` for the same number of shards if that is worth a move, otherwise `placement` itself."""
-    found = balanced(load_LM, placement.shards, groups)
-    before, after = (imbalance(load_LM, p) for p in (placement, found))
-    saved = before.lockstep + before.mixed - after.lockstep - after.mixed
-    return found if saved > WORTH_A_MOVE * (before.lockstep + before.mixed) else placement
+def more_even(load_LM: Tensor, placement: Placement, groups: int = 1, moments_WL: Tensor | None = None) -> Placement:
+    """Return `balanced` for as many shards if that is worth a move, otherwise `placement` itself."""
+    found = balanced(load_LM, placement.shards, groups, moments_WL)
+    before, after = (in_flight(load_LM, p, moments_WL) for p in (placement, found))
+    return found if after < (1 - WORTH_A_MOVE) * before else placement
 
 
 @dataclass(frozen=True)
@@ -162,18 +200,20 @@ def recommend_shards(load_LM: Tensor, pool_ranks: int, groups: int = 1) -> list[
     ]
 
 
-# Rows R are the layers and their total: `lockstep + mixed` is then a sum over rows of maxima over shards S. Counts are
-# whole numbers in float64, and so are all sums (halves in `_swap`), hence exact, and ties are found as ties.
+# Rows R are moments, what is minimised is a sum over rows of maxima over shards S. Counts are whole numbers in float64,
+# and so are all sums (halves in `_swap`), hence exact, and ties are found as ties.
 
 
-def _with_total(load_LM: Tensor) -> NDArray[np.float64]:
-    """Return load_RM, (L + 1, M): the load, and its total over the layers."""
+def _rows(load_LM: Tensor, moments_WL: Tensor | None = None) -> NDArray[np.float64]:
+    """Return load_RM: the load of every moment, by default of each layer, and of all layers (L + 1, M)."""
     if load_LM.dim() != 2 or not load_LM.numel():
         raise ValueError(f"load_LM has shape {tuple(load_LM.shape)}: it must be (layers, experts)")
     if load_LM.is_floating_point() or (load_LM < 0).any():
         raise ValueError("load_LM must hold counts: whole numbers from 0 up")
     counts_LM = load_LM.cpu().numpy().astype(np.float64)
-    return np.vstack((counts_LM, counts_LM.sum(0)))
+    if moments_WL is None:
+        return np.vstack((counts_LM, counts_LM.sum(0)))
+    return moments_WL.numpy().astype(np.float64) @ counts_LM
 
 
 def _members(placement: Placement) -> NDArray[np.int64]:
@@ -190,10 +230,10 @@ def _greedy(load_RM: NDArray[np.float64], shards: int) -> NDArray[np.int64]:
     experts = load_RM.shape[1]
     load_SR = np.zeros((shards, len(load_RM)))
     members: list[list[int]] = [[] for _ in range(shards)]
-    for i in np.argsort(-load_RM[-1], kind="stable").tolist():
+    for i in np.argsort(-load_RM.sum(0), kind="stable").tolist():
         raised_S = np.maximum(load_SR + load_RM[:, i] - load_SR.max(0), 0).sum(1)
         room = (s for s in range(shards) if len(members[s]) < experts // shards)
-        shard = min(room, key=lambda s: (raised_S[s], load_SR[s, -1], s))
+        shard = min(room, key=lambda s: (raised_S[s], load_SR[s].sum(), s))
         load_SR[shard] += load_RM[:, i]
         members[shard].append(i)
     return np.array(members)

@@ -159,7 +159,7 @@ def _train(
     data = tokens(recipe)
     role: TrunkRank | PoolRank
     start, saved = (checkpoint.newest(resume_from) if resume_from else None) or (0, None)
-    placement = agreed_placement(job, recipe, saved)
+    placement = agreed_placement(job, recipe, saved, make_schedule(recipe).step)
     if job.is_trunk:
         document_end = END if recipe.data.document_mask else None
         training, validation = SequenceStream([data], 0), SequenceStream([data], None)

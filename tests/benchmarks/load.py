@@ -1,16 +1,17 @@
 """How even the work of 8 pool ranks is at any moment: in lock step, staggered, with experts placed by load, and both.
 
-python -m tests.benchmarks.load [--run DIR | --loads FILE] [--recipe NAME] [--json]
+python -m tests.benchmarks.load [--run DIR | --loads FILE...] [--recipe NAME] [--json]
 
 Nothing is timed. Routing that was recorded from a model follows the schedules of 8 trunk and 8 pool ranks, with the
 pool as 8 shards x 1 replica, 4 x 2 and 2 x 4.
 
 The routing is recorded (`tests.benchmarks.record`) from a run of the recipe, which is trained first if it is missing,
 or it is read from FILE: counts by (micro-batch, layer, global expert id), integers (N, L, M) as `numpy.save` writes
-them. The first half of the micro-batches is used to place the experts (`pool.placement.balanced`), and only the other
-half is measured, in blocks of one optimizer step. Within a block, each micro-batch of each trunk rank is a different
-recorded one. Its forwards and backwards send the same rows to the same experts and count alike. Weight gradients do
-not count, because nobody waits for them.
+them. Several files are several seeds: each counts once, by the median of its blocks. The first half of the micro-
+batches is used to place the experts (`pool.placement.balanced`, each time for what the schedule has in flight
+together), and only the other half is measured, in blocks of one optimizer step. Within a block, each micro-batch of
+each trunk rank is a different recorded one. Its forwards and backwards send the same rows to the same experts and count
+alike. Weight gradients do not count, because nobody waits for them.
 
 The **work in flight** of a pool rank is the rows that it receives in a window of requests. A lane sends its next
 request only after all shards have answered its last one. A shard can therefore be ahead of another by at most one
@@ -21,10 +22,8 @@ them the others wait for it. This gives the windows:
 - staggered: the requests of a replica in the order of the recipe's schedule (`trainer.planning.schedule`), with a
   window of trunk ranks served x lanes that slides by one request.
 
-The imbalance is the largest work of any pool rank, summed over the windows, over the sum of the mean work. It covers
-all shards of all replicas: their first windows are taken together, then their second ones, and so on. Replicas wait
-for each other only at the end of an optimizer step, so with several replicas this overstates the imbalance in every
-mode.
+The imbalance is the largest work of any shard, summed over a replica's windows, over the sum of the mean work. Replicas
+wait for each other only at the end of an optimizer step, so the one with the largest sum counts.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pool.placement import Placement, balanced, contiguous
+from pool.placement import Placement, balanced, contiguous, moments
 from pool.schedule import RequestKey, Slot, lockstep_schedule
 from pool.topology import Topology
 from tests.benchmarks.report import print_report
@@ -90,8 +89,12 @@ def work_in_windows(requests: list[RequestKey], load_NLS: Counts, trunk_ranks: i
 
 
 def imbalance_in_flight(work_RWS: Counts) -> float:
-    """Sum over windows of the largest work of any pool rank, over the sum of the mean; (replicas, windows, shards)."""
-    return float(work_RWS.max((0, 2)).sum() / work_RWS.mean((0, 2)).sum())
+    """Largest sum over a replica's windows of its busiest shard's work, over that of the mean work.
+
+    Args:
+        work_RWS: Rows by replica, window and shard.
+    """
+    return float(work_RWS.max(2).sum(1).max() / work_RWS.mean((0, 2)).sum())
 
 
 def measure(recipe: Recipe, shards: int, load_NLM: Counts) -> dict[str, list[float]]:
@@ -105,12 +108,15 @@ def measure(recipe: Recipe, shards: int, load_NLM: Counts) -> dict[str, list[flo
     schedule = make_schedule(recipe)
     staggered, open_requests = schedule.step.slots, served * schedule.lanes
     naive = contiguous(recipe.pool.experts, recipe.model.groups, shards)
-    placed = balanced(load_LM, shards, recipe.model.groups)
+    placed, both = (
+        balanced(load_LM, shards, recipe.model.groups, moments(slots, topology, layers))
+        for slots in (lockstep, staggered)
+    )
     modes = {
         "lockstep": (lockstep, served, served, naive),
         "staggered": (staggered, open_requests, 1, naive),
         "placed": (lockstep, served, served, placed),
-        "both": (staggered, open_requests, 1, placed),
+        "both": (staggered, open_requests, 1, both),
     }
     results = {}
     for name, (slots, size, stride, placement) in modes.items():
@@ -144,20 +150,28 @@ def read(path: Path, recipe: Recipe) -> Counts:
     return load_NLM.astype(np.int64)
 
 
-def report(recipe: Recipe, load_NLM: Counts, command: str, as_json: bool) -> None:
+def report(recipe: Recipe, recordings: list[Counts], command: str, as_json: bool) -> None:
     """Measure all layouts and print them, starting with the most even one."""
-    layouts = {f"{shards}x{RANKS // shards}": measure(recipe, shards, load_NLM) for shards in SHARDS}
+    layouts: dict[str, dict[str, list[float]]] = {}
+    for shards in SHARDS:
+        found = [measure(recipe, shards, load_NLM) for load_NLM in recordings]
+        medians = {mode: [statistics.median(results[mode]) for results in found] for mode in MODES}
+        layouts[f"{shards}x{RANKS // shards}"] = medians if len(recordings) > 1 else found[0]
     best = min(layouts, key=lambda layout: statistics.median(layouts[layout]["both"]))
     results = {f"imbalance_{mode}": layouts[best][mode] for mode in MODES}
     results |= {f"{layout}_{mode}": layouts[layout][mode] for layout in layouts for mode in MODES}
-    N, L, M = load_NLM.shape
+    N, L, M = recordings[0].shape
+    fullest = ", ".join(f"{load.sum((0, 1)).max() * M / load.sum():.1f}" for load in recordings)
     notes = [
         f"the first four rows are of the layout that is most even with both: {best} (shards x replicas)",
         f"8 contiguous shards in lock step, for comparison: {statistics.median(layouts['8x1']['lockstep']):.2f}",
         f"{N} recorded micro-batches of {L} layers and {M} experts: the first half places the experts, the other is "
         f"measured in blocks of one optimizer step ({RANKS} trunk ranks x {MICRO_BATCHES} micro-batches)",
         f"{RANKS} trunk and {RANKS} pool ranks; staggered uses the recipe's lanes, lock step uses one",
+        f"load of the fullest expert over the mean, by recording: {fullest}",
     ]
+    if len(recordings) > 1:
+        notes.append("rounds: recordings, each by the median of its blocks")
     print_report("Work in flight of the pool ranks, max / mean", command, results, notes, as_json)
 
 
@@ -175,12 +189,13 @@ def trained_run(recipe_name: str, run: Path) -> Path:
 )
 @click.option(
     "--loads",
+    multiple=True,
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Recorded counts by (micro-batch, layer, global expert id), saved by numpy.",
+    help="Recorded counts by (micro-batch, layer, global expert id), saved by numpy; several for several seeds.",
 )
 @click.option("--recipe", "recipe_name", default="quickstart", show_default=True, help="Recipe of the model.")
 @click.option("--json", "as_json", is_flag=True, help="Also print one JSON object at the end.")
-def main(run: Path | None, loads: Path | None, recipe_name: str, as_json: bool) -> None:
+def main(run: Path | None, loads: tuple[Path, ...], recipe_name: str, as_json: bool) -> None:
     """Measure how even the work of the pool ranks is, on recorded routing.
 
     \b
@@ -190,13 +205,13 @@ def main(run: Path | None, loads: Path | None, recipe_name: str, as_json: bool) 
     recipe = load_recipe(recipe_name)
     command = f"python -m tests.benchmarks.load --recipe {recipe_name}"
     try:
-        if loads is None:
+        if loads:
+            recordings = [read(path, recipe) for path in loads]
+        else:
             from tests.benchmarks.record import record
 
-            load_NLM = record(trained_run(recipe_name, run or Path(recipe.run.dir)), 256)
-        else:
-            load_NLM = read(loads, recipe)
-        report(recipe, load_NLM, command, as_json)
+            recordings = [record(trained_run(recipe_name, run or Path(recipe.run.dir)), 256)]
+        report(recipe, recordings, command, as_json)
     except ValueError as error:
         raise click.UsageError(str(error)) from None
 

@@ -9,7 +9,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from pool.placement import Imbalance, Placement, balanced, contiguous, imbalance, more_even, recommend_shards
+from pool.placement import (
+    MOST_MOMENTS,
+    Imbalance,
+    Placement,
+    balanced,
+    contiguous,
+    imbalance,
+    in_flight,
+    moments,
+    more_even,
+    recommend_shards,
+)
+from pool.schedule import Kind, RequestKey, lockstep_schedule
+from pool.topology import Topology
 
 GRIDS = [
     (experts, groups, shards)
@@ -181,6 +194,65 @@ def test_a_move_must_be_worth_it() -> None:
     assert more_even(load_LM, moved) is moved and more_even(later_LM, moved) is moved
     other = more_even(load_LM.flip(1), moved)
     assert objective(load_LM.flip(1), other) < 0.98 * objective(load_LM.flip(1), moved)
+
+
+def key(trunk_rank: int, lane: int, layer: int) -> RequestKey:
+    return RequestKey(trunk_rank, lane, 0, layer, Kind.FORWARD)
+
+
+def test_moments_by_hand() -> None:
+    """Two trunk ranks with two lanes at two replicas: each replica has two requests in flight."""
+    slots = [
+        (key(0, 0, 0), key(1, 0, 0)),
+        (key(0, 1, 0),),
+        (),
+        (key(0, 0, 1), key(1, 1, 2)),
+        (key(0, 1, 1), key(1, 0, 1)),
+    ]
+    # Replica 0 has 0 0, 0 1, 1 1 in flight, replica 1 has 0 2, 2 1.
+    assert moments(slots, Topology(2, 2, 1), 3).tolist() == [[0, 1, 1], [0, 2, 0], [1, 0, 1], [1, 1, 0], [2, 0, 0]]
+
+
+def test_moments_of_lock_step_are_the_layers() -> None:
+    """Forward and backward of four trunk ranks: each layer is in flight eight times."""
+    slots = lockstep_schedule(4, 1, 3).slots
+    assert moments(slots, Topology(4, 2, 2), 3).tolist() == [[0, 0, 8], [0, 8, 0], [8, 0, 0]]
+
+
+def test_moments_of_a_long_schedule_are_sampled() -> None:
+    layers = torch.arange(20_000) * 7919 % 50
+    slots = [(key(0, lane, layer),) for lane, layer in zip([0, 1] * 10_000, layers.tolist(), strict=True)]
+    moments_WL = moments(slots, Topology(1, 1, 1), 50)
+    assert moments_WL.sum() == 2 * MOST_MOMENTS
+    assert len(moments_WL) <= MOST_MOMENTS and (moments_WL.sum(0) > 0).all()
+
+
+def test_balanced_for_what_is_in_flight() -> None:
+    """Layers 0 and 1 prefer expert 0 or 1, and layers 2 and 3 the others; who is in flight together decides."""
+    load_LM = torch.tensor([[4, 0, 0, 0], [0, 4, 0, 0], [0, 0, 4, 0], [0, 0, 0, 4]])
+    for together in ((0, 1), (0, 2), (0, 3)):
+        moments_WL = torch.zeros(2, 4, dtype=torch.int64)
+        moments_WL[0, list(together)] = 1
+        moments_WL[1] = 1 - moments_WL[0]
+        placement = balanced(load_LM, 2, moments_WL=moments_WL)
+        assert in_flight(load_LM, placement, moments_WL) == 1.0
+        assert in_flight(load_LM, Placement((*together, *({0, 1, 2, 3} - {*together})), 2), moments_WL) == 2.0
+
+
+def test_in_flight_is_that_of_the_loop() -> None:
+    load_LM = skewed(4, 12, seed=5)
+    moments_WL = torch.randint(0, 3, (7, 4), generator=torch.Generator().manual_seed(0))
+    placement = Placement(tuple(torch.randperm(12, generator=torch.Generator().manual_seed(1)).tolist()), 3)
+    largest = total = 0
+    for moment in moments_WL.tolist():
+        rows = [
+            sum(requests * int(load_LM[layer, i]) for layer, requests in enumerate(moment) for i in experts)
+            for experts in map(placement.experts_of, range(3))
+        ]
+        largest, total = largest + max(rows), total + sum(rows)
+    assert in_flight(load_LM, placement, moments_WL) == pytest.approx(largest / (total / 3), rel=1e-12)
+    spread = imbalance(load_LM, placement)
+    assert in_flight(load_LM, placement) == pytest.approx((spread.lockstep + spread.mixed) / 2, rel=1e-12)
 
 
 @pytest.mark.parametrize("shards", [1, 2, 3, 4, 6, 12])

@@ -27,6 +27,7 @@ from trainer.config.sections import LARGEST
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+    from torch import Tensor
 
     from pool.placement import Placement
     from trainer.engine.role_engine import Engine
@@ -260,10 +261,11 @@ def layout_of(recipe: Recipe, placement: Placement | None) -> Layout:
     )
 
 
-def choose_placement(recipe: Recipe, folder: Path | None) -> Placement | None:
+def choose_placement(recipe: Recipe, folder: Path | None, moments_WL: Tensor | None = None) -> Placement | None:
     """Return where the experts are at the start of a run; None for a dense model.
 
     Args:
+        moments_WL: What the run's schedule has in flight together (`pool.placement.moments`).
         folder: The checkpoint from which it resumes. They stay where they are in it if that has as many shards, unless
             the recipe wants them placed by the load that it recorded.
     """
@@ -281,7 +283,7 @@ def choose_placement(recipe: Recipe, folder: Path | None) -> Placement | None:
     if saved and saved.shards == shards:
         placement = saved
     if placed_by_load(recipe, steps_of(folder)):
-        return more_even(torch.from_numpy(read_load(folder)), placement, groups)
+        return more_even(torch.from_numpy(read_load(folder)), placement, groups, moments_WL)
     return placement
 
 

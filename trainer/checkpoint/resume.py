@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from trainer.cluster.process_groups import Job
 
 _MODEL_KEYS = {f"model.{key}" for key in ("layers", "hidden", "heads", "kv_heads", "ffn_hidden", "vocab", "ffn")}
-_MODEL_KEYS |= {"model.groups", "pool.experts", "router.kind"}
+_MODEL_KEYS |= {"model.groups", "model.private_ffn", "pool.experts", "router.kind"}
 """Keys that determine what the weights are: a checkpoint with other values cannot be loaded."""
 
 _FREE_SECTIONS = {"run", "parallel", "topology", "eval", "probe", "profile", "checkpoint", "metrics"}
@@ -38,9 +38,16 @@ def _flat(tree: dict[str, dict[str, Any] | None]) -> dict[str, Any]:
     return {f"{section}.{key}": value for section, keys in tree.items() for key, value in (keys or {}).items()}
 
 
-def affects_results(key: str, recipe: Recipe) -> bool:
-    """Whether a run with another value of `key` produces other numbers."""
+def affects_results(key: str, recipe: Recipe, assigned: bool = False) -> bool:
+    """Whether a run with another value of `key` produces other numbers.
+
+    Args:
+        assigned: Whether experts have been assigned to layers, in a run with a lock.
+    """
     if key == "run.seed":
+        return True
+    # Evaluations decide the assignment.
+    if recipe.lock and recipe.lock.allocation == "learned" and not assigned and key in ("eval.every", "eval.batches"):
         return True
     b = recipe.balance
     # Balance losses see the load of a micro-batch, and with a delay that of an earlier one of the same rank.
@@ -72,12 +79,13 @@ def check(recipe: Recipe, folder: Path, force: bool) -> list[str]:
         raise SharedUserError(
             f"{where} belongs to another model: {', '.join(other)}; restore these settings, or use another run.dir"
         )
-    if recipe.lock and checkpoint.steps_of(folder) > assigned_after(recipe) and not (folder / OWNERSHIP_FILE).is_file():
+    assigned = (folder / OWNERSHIP_FILE).is_file()
+    if recipe.lock and checkpoint.steps_of(folder) > assigned_after(recipe) and not assigned:
         raise SharedUserError(
             f"{where} has no experts assigned to layers, and the recipe's lock would have assigned them after step "
             f"{assigned_after(recipe)}: restore the keys of lock, or use another run.dir"
         )
-    changed = [line for key, line in lines.items() if affects_results(key, recipe)]
+    changed = [line for key, line in lines.items() if affects_results(key, recipe, assigned)]
     if changed and not force:
         raise SharedUserError(
             f"{where} was trained with different settings: {', '.join(changed)}; restore them, use another run.dir, or "

@@ -74,6 +74,7 @@ def _check_data(r: Recipe) -> None:
 def _check_dense(r: Recipe) -> None:
     with_dense = "with model.ffn = dense"
     _require(r.train.freeze == "none", r, "train.freeze", f"must be none {with_dense}")
+    _require(r.model.private_ffn == 0, r, "model.private_ffn", f"must be 0 {with_dense}, whose FFN is all of a layer")
     _require(r.train.pool_lr_factor == 1, r, "train.pool_lr_factor", f"must be 1 {with_dense}, which has no pool")
     _require(r.pool.experts == 0, r, "pool.experts", f"must be 0 {with_dense}")
     _require(r.parallel.pool_ranks == 0, r, "parallel.pool_ranks", f"must be 0 {with_dense}")

@@ -54,6 +54,9 @@ class Model(Section):
     seq_len: Positive = Field(1024, description="Tokens per sequence.")
     ffn: Literal["pool", "dense"] = Field("pool", description="`pool`: experts; `dense`: one FFN per layer.")
     groups: Positive = Field(1, description="Sub-pools across depth: 1 is UniPool, `model.layers` is a vanilla MoE.")
+    private_ffn: NonNegative = Field(
+        0, description="Width of an expert of each layer's own, which computes every token beside the pool; 0: none."
+    )
     init_std: PositiveFloat = Field(0.01, description="Standard deviation of the initial weights.")
     rope_base: PositiveFloat = Field(1e6, description="Base of the rotary position embeddings.")
     norm_eps: PositiveFloat = Field(1e-5, description="Term of RMSNorm that prevents division by zero.")

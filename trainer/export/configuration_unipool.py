@@ -16,6 +16,7 @@ class UniPoolConfig(PretrainedConfig):
 
     Args:
         ffn: "pool", or "dense" for one FFN per layer. A dense model does not use the arguments below.
+        private_intermediate_size: Width of an expert of each layer's own beside the pool; 0: none.
         num_experts: Number of experts in the whole pool.
         num_expert_groups: 1 is UniPool. With G groups, num_hidden_layers / G adjacent layers share num_experts / G
             experts; G = num_hidden_layers is a vanilla mixture of experts.
@@ -47,6 +48,7 @@ class UniPoolConfig(PretrainedConfig):
         rms_norm_eps: float = 1e-5,
         rope_theta: float = 1e6,
         ffn: str = "pool",
+        private_intermediate_size: int = 0,
         num_experts: int = 96,
         num_expert_groups: int = 1,
         num_experts_per_tok: int = 1,
@@ -71,6 +73,7 @@ class UniPoolConfig(PretrainedConfig):
         self.rms_norm_eps = rms_norm_eps
         self.rope_theta = rope_theta
         self.ffn = ffn
+        self.private_intermediate_size = private_intermediate_size
         self.num_experts = num_experts
         self.num_expert_groups = num_expert_groups
         self.num_experts_per_tok = num_experts_per_tok
@@ -106,6 +109,9 @@ class UniPoolConfig(PretrainedConfig):
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name} is {value!r}: it must be a whole number of at least 1")
+        private = self.private_intermediate_size
+        if type(private) is not int or private < 0:
+            raise ValueError(f"private_intermediate_size is {private!r}: it must be a whole number of at least 0")
         for name in ("rms_norm_eps", "rope_theta", "router_constant", "router_constant_factor", "initializer_range"):
             value = getattr(self, name)
             finite = type(value) in (int, float) and 0 <= value < float("inf")

@@ -21,7 +21,14 @@ if TYPE_CHECKING:
     from trainer.engine.role_engine import Engine
 
 _MAY_DIFFER = {"max_position_embeddings", "initializer_range"}
-_ONLY_OF_A_POOL = {"num_experts", "num_expert_groups", "num_experts_per_tok", "router", "router_constant_factor"}
+_ONLY_OF_A_POOL = {
+    "private_intermediate_size",
+    "num_experts",
+    "num_expert_groups",
+    "num_experts_per_tok",
+    "router",
+    "router_constant_factor",
+}
 
 
 @contextmanager

@@ -8,7 +8,7 @@ and the names of its tensors are LLaMA's, and a dense model is a LLaMA. Files st
     model.layers.L.self_attn.{q_proj, k_proj, v_proj, o_proj}.weight
     model.layers.L.router.weight              and .sigma (norm, norm_bias), .expert_bias (norm_bias, sigmoid_bias)
     model.experts.I.{gate_proj, up_proj, down_proj}.weight      I: the expert's number in the whole pool
-    model.layers.L.mlp.{gate_proj, up_proj, down_proj}.weight   the FFN of a dense model
+    model.layers.L.mlp.{gate_proj, up_proj, down_proj}.weight   the FFN of a dense model, or a layer's own expert
 
 In memory, the experts are two stacks, model.experts.gate_up_proj and model.experts.down_proj, as in the models of
 transformers. from_pretrained stacks the experts, and save_pretrained splits them again.
@@ -145,13 +145,13 @@ def _rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class UniPoolMLP(nn.Module):
-    """The SwiGLU FFN of a layer of a dense model."""
+    """A SwiGLU FFN of a layer's own: that of a dense model, or an expert beside the pool."""
 
-    def __init__(self, config: UniPoolConfig):
+    def __init__(self, hidden: int, width: int):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = nn.Linear(hidden, width, bias=False)
+        self.up_proj = nn.Linear(hidden, width, bias=False)
+        self.down_proj = nn.Linear(width, hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -166,8 +166,11 @@ class UniPoolDecoderLayer(GradientCheckpointingLayer):
         self.self_attn = UniPoolAttention(config, layer_idx)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         if config.ffn == "dense":
-            self.mlp = UniPoolMLP(config)
+            self.mlp = UniPoolMLP(config.hidden_size, config.intermediate_size)
         else:
+            self.private = config.private_intermediate_size > 0
+            if self.private:
+                self.mlp = UniPoolMLP(config.hidden_size, config.private_intermediate_size)
             self.router = UniPoolRouter(config, layer_idx)
             group = layer_idx * config.num_expert_groups // config.num_hidden_layers
             self.first_expert = group * (config.num_experts // config.num_expert_groups)
@@ -181,6 +184,8 @@ class UniPoolDecoderLayer(GradientCheckpointingLayer):
         x_BSD = self.post_attention_layernorm(h_BSD)
         if experts is None:
             return h_BSD + self.mlp(x_BSD), weights, None
+        if self.private:
+            h_BSD = h_BSD + self.mlp(x_BSD)
         x_TD = x_BSD.flatten(0, 1)
         logits_TM, topk_scores_TK, topk_expert_ids_TK = self.router(x_TD)
         y_TD = experts(x_TD, topk_expert_ids_TK + self.first_expert, topk_scores_TK)

@@ -19,6 +19,7 @@ CONFIG_KEYS = {
     "vocab_size": "model.vocab",
     "hidden_size": "model.hidden",
     "intermediate_size": "model.ffn_hidden",
+    "private_intermediate_size": "model.private_ffn",
     "num_hidden_layers": "model.layers",
     "num_attention_heads": "model.heads",
     "num_key_value_heads": "model.kv_heads",
@@ -60,9 +61,12 @@ def trunk_names(recipe: Recipe) -> dict[str, Parts]:
         names[f"{ours}.attention_norm.weight"] = {f"{name}.input_layernorm.weight": (D,)}
         names[f"{ours}.ffn_norm.weight"] = {f"{name}.post_attention_layernorm.weight": (D,)}
         if m.ffn == "dense":
-            gate_up, down = _ffn(f"{name}.mlp", recipe)
+            gate_up, down = _ffn(f"{name}.mlp", D, m.ffn_hidden)
             names |= {f"{ours}.ffn.w13.weight": gate_up, f"{ours}.ffn.w2.weight": down}
             continue
+        if m.private_ffn:
+            gate_up, down = _ffn(f"{name}.mlp", D, m.private_ffn)
+            names |= {f"{ours}.private_ffn.w13.weight": gate_up, f"{ours}.private_ffn.w2.weight": down}
         names[f"{ours}.router.weight_MD"] = {f"{name}.router.weight": (recipe.experts_per_layer, D)}
         if recipe.router.has_norm:
             names[f"{ours}.router.sigma"] = {f"{name}.router.sigma": (1,)}
@@ -78,7 +82,7 @@ def expert_names(recipe: Recipe, expert: int) -> dict[str, Parts]:
         recipe: The recipe of the model.
         expert: The expert's number in the whole pool.
     """
-    gate_up, down = _ffn(f"model.experts.{expert}", recipe)
+    gate_up, down = _ffn(f"model.experts.{expert}", recipe.model.hidden, recipe.model.ffn_hidden)
     return {"w13_e2FD": gate_up, "w2_eDF": down}
 
 
@@ -93,7 +97,6 @@ def _all_parts(recipe: Recipe) -> Iterator[Parts]:
         yield from expert_names(recipe, expert).values()
 
 
-def _ffn(name: str, recipe: Recipe) -> tuple[Parts, Parts]:
-    D, F = recipe.model.hidden, recipe.model.ffn_hidden
+def _ffn(name: str, D: int, F: int) -> tuple[Parts, Parts]:
     gate_up: Parts = {f"{name}.{part}_proj.weight": (F, D) for part in ("gate", "up")}
     return gate_up, {f"{name}.down_proj.weight": (D, F)}

@@ -134,10 +134,13 @@ def _health(topk_scores_TK: Tensor) -> Health:
 
 
 def route(block: Block, around: Surroundings, seen: Seen, h_BSD: Tensor) -> tuple[Tensor, Tensor, Routing]:
-    """Return the residual stream after attention, the normed tokens x_TD, and their routing."""
+    """Return the residual stream after attention and a private expert, the normed tokens x_TD, and their routing."""
     with autocast(h_BSD.device, around.compute_dtype):
         h_BSD = block.attend(h_BSD, around.rope, around.bias_B1SS)
-        return h_BSD, *block.route(h_BSD, seen.reach)
+        x_TD, routing = block.route(h_BSD, seen.reach)
+        if block.private_ffn is not None:
+            h_BSD = h_BSD + block.private_ffn(x_TD).view_as(h_BSD)
+        return h_BSD, x_TD, routing
 
 
 def dispatched(around: Surroundings, seen: Seen, x_TD: Tensor, routing: Routing) -> tuple[Tensor, Dispatch]:

@@ -59,7 +59,7 @@ def _rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class DenseFFN(nn.Module):
-    """One SwiGLU FFN per layer: the dense baseline."""
+    """A SwiGLU FFN of a layer's own, for every token: that of the dense baseline, or one beside the pool."""
 
     def __init__(self, hidden: int, ffn_hidden: int):
         super().__init__()
@@ -72,7 +72,11 @@ class DenseFFN(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer up to its experts: attention, and its own router (or the dense FFN)."""
+    """One layer up to its experts: attention, and its own router (or the dense FFN).
+
+    Attributes:
+        private_ffn: The layer's own expert beside the pool, if the recipe has one.
+    """
 
     def __init__(self, recipe: Recipe, constant: float):
         super().__init__()
@@ -80,6 +84,7 @@ class Block(nn.Module):
         self.attention_norm = nn.RMSNorm(m.hidden, eps=m.norm_eps)
         self.attention = Attention(m.hidden, m.heads, m.kv_heads)
         self.ffn_norm = nn.RMSNorm(m.hidden, eps=m.norm_eps)
+        self.private_ffn = DenseFFN(m.hidden, m.private_ffn) if m.private_ffn else None
         if m.ffn == "dense":
             self.ffn = DenseFFN(m.hidden, m.ffn_hidden)
         else:
@@ -180,7 +185,7 @@ class Trunk(nn.Module):
             for name, parameter in self.named_parameters():
                 # torch's CPU generator uses 32 bits of a seed, which must depend on both.
                 generator = torch.Generator().manual_seed(zlib.crc32(name.encode(), recipe.run.seed))
-                if name.endswith((".attention.out.weight", ".ffn.w2.weight")):
+                if name.endswith((".attention.out.weight", "ffn.w2.weight")):
                     parameter.normal_(0.0, output_std, generator=generator)
                 elif parameter.ndim > 1:
                     parameter.normal_(0.0, std, generator=generator)

@@ -43,9 +43,10 @@ def trunk_layer(recipe: Recipe, compiled: bool) -> Kernels:
         return (
             Kernels(20, (40 * D + 22 * R + 18 * F) / 3) if compiled else Kernels(50, (140 * D + 116 * R + 40 * F) / 3)
         )
+    P, own = m.private_ffn, 9 if m.private_ffn else 0  # estimated, as for a dense model
     if compiled:
-        return Kernels((25 + 45) / 3, (65 * D + 24 * K * D + 22 * R + 20 * M) / 3)
-    return Kernels((70 + 107) / 3, (170 * D + 56 * K * D + 116 * R + 80 * M) / 3)
+        return Kernels((25 + 45 + own) / 3, (65 * D + 24 * K * D + 22 * R + 20 * M + 18 * P) / 3)
+    return Kernels((70 + 107 + 2 * own) / 3, (170 * D + 56 * K * D + 116 * R + 80 * M + 40 * P) / 3)
 
 
 def head(recipe: Recipe, compiled: bool) -> Kernels:

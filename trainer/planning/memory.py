@@ -16,8 +16,8 @@ from trainer.planning.model_costs import (
     attention_weights,
     compute_bytes,
     count_parameters,
-    ffn_weights,
     kv_hidden,
+    private_weights,
     served_trunk_ranks,
 )
 
@@ -158,7 +158,7 @@ def _trunk_memory(recipe: Recipe, in_flight: int) -> Memory:
     parameters, head = count_parameters(recipe).trunk, m.vocab * m.hidden
     tokens = recipe.train.micro_batch * m.seq_len
     dense = m.ffn == "dense"
-    layer_weights = attention_weights(recipe) + (ffn_weights(recipe) if dense else 0)
+    layer_weights = attention_weights(recipe) + private_weights(recipe)
     layer = _layer_activations(recipe)
     if recipe.train.recompute and not dense:
         # A layer keeps its inputs, the residual stream and the experts' answer; one layer at a time is kept in full.
@@ -207,12 +207,15 @@ def _layer_activations(recipe: Recipe) -> int:
     attention = compute * (5 * D + 3 * KV)
     # two norms: input and normalised input
     norms = FP32 * 4 * D
+    # both halves of the hidden layer, silu of one, their product, and the input
     if m.ffn == "dense":
-        # the input, both halves of the hidden layer, silu of one, their product
-        return attention + norms + compute * (D + 4 * F)
+        return attention + norms + compute * (4 * F + D)
+    private = compute * 4 * m.private_ffn
+    if m.private_ffn and compute != FP32:  # otherwise its input is the router's
+        private += compute * D
     scores = 1 if recipe.router.has_norm else 3
     # the router's input and (T, M) tensors; dispatched rows; the answer, and in fp32 for the gate's gradient
-    return attention + norms + FP32 * (D + scores * M) + K * D * (2 * compute + FP32)
+    return attention + norms + private + FP32 * (D + scores * M) + K * D * (2 * compute + FP32)
 
 
 def pool_row_bytes(recipe: Recipe) -> tuple[int, int]:

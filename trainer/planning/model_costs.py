@@ -76,13 +76,19 @@ def ffn_weights(recipe: Recipe) -> int:
     return 3 * recipe.model.hidden * recipe.model.ffn_hidden
 
 
+def private_weights(recipe: Recipe) -> int:
+    """W1, W2 and W3 of what a layer computes for every token: the dense FFN, or an expert of its own."""
+    m = recipe.model
+    return 3 * m.hidden * (m.ffn_hidden if m.ffn == "dense" else m.private_ffn)
+
+
 def count_parameters(recipe: Recipe) -> Parameters:
     """Count the parameters of `trainer.model.trunk.Trunk` and of all `pool.shard.ExpertShard`s together."""
     m = recipe.model
-    backbone = 2 * m.vocab * m.hidden + m.layers * (attention_weights(recipe) + 2 * m.hidden) + m.hidden
+    layer = attention_weights(recipe) + private_weights(recipe) + 2 * m.hidden
+    backbone = 2 * m.vocab * m.hidden + m.layers * layer + m.hidden
     if m.ffn == "dense":
-        dense = backbone + m.layers * ffn_weights(recipe)
-        return Parameters(total=dense, active=dense, trunk=dense, pool=0, routers=0)
+        return Parameters(total=backbone, active=backbone, trunk=backbone, pool=0, routers=0)
     sigma = 1 if recipe.router.has_norm else 0
     routers = m.layers * (recipe.experts_per_layer * m.hidden + sigma)
     pool = recipe.pool.experts * ffn_weights(recipe)
@@ -95,7 +101,7 @@ def count_flops(recipe: Recipe) -> Flops:
     m = recipe.model
     dense = m.ffn == "dense"
     ffn, attention = 2 * ffn_weights(recipe), 2 * m.seq_len * m.hidden
-    layer = 2 * attention_weights(recipe) + attention + (ffn if dense else 0)
+    layer = 2 * attention_weights(recipe) + attention + 2 * private_weights(recipe)
     router = 2 * recipe.experts_per_layer * m.hidden
     head = 2 * m.vocab * m.hidden
     trunk = m.layers * (layer + router) + head

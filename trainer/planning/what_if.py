@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pool.placement import Placement, ShardSplit, balanced, contiguous, recommend_shards
+from pool.placement import Placement, ShardSplit, balanced, contiguous, moments, recommend_shards
 from pool.schedule import PoolSchedule, lockstep_schedule
 from pool.schedule_timing import StepTiming, shard_loads, time_schedule
 from trainer.checkpoint import format as checkpoint
@@ -100,14 +100,14 @@ def what_if(spec: ScheduleSpec, load_LM: Counts | None) -> list[Variant]:
     schedules |= {plural(n, "lane"): replace(spec, lanes=n).step for n in sorted(lanes)}
     return [
         _variant(recipe, way, bool(placed), schedule, _time(spec, schedule, load_LM, placement))
-        for placed, placement in enumerate(_placements(recipe, load_LM))
+        for placed, placement in enumerate(_placements(spec, load_LM))
         for way, schedule in schedules.items()
     ]
 
 
 def record_own_step(spec: ScheduleSpec, load_LM: Counts | None) -> StepTiming:
     """Time the recipe's own schedule and placement, and record what each rank does."""
-    placements = _placements(spec.recipe, load_LM)
+    placements = _placements(spec, load_LM)
     placement = placements[-1] if spec.recipe.pool.placement == "auto" else placements[0]
     return _time(spec, spec.step, load_LM, placement, record=True)
 
@@ -121,14 +121,16 @@ def recommend_splits(recipe: Recipe, load_LM: Counts | None) -> list[ShardSplit]
     return recommend_shards(torch.from_numpy(load_LM), recipe.grid.pool_ranks, recipe.model.groups)
 
 
-def _placements(recipe: Recipe, load_LM: Counts | None) -> list[Placement]:
-    """The contiguous placement and, with a load, the one that balances it."""
-    groups, shards = recipe.model.groups, recipe.grid.expert_parallel
+def _placements(spec: ScheduleSpec, load_LM: Counts | None) -> list[Placement]:
+    """The contiguous placement and, with a load, the one that balances it in the recipe's own schedule."""
+    recipe, grid = spec.recipe, spec.recipe.grid
+    groups, shards = recipe.model.groups, grid.expert_parallel
     placements = [contiguous(recipe.pool.experts, groups, shards)]
     if load_LM is not None:
         import torch
 
-        placements.append(balanced(torch.from_numpy(load_LM), shards, groups))
+        moments_WL = moments(spec.step.slots, grid, recipe.model.layers)
+        placements.append(balanced(torch.from_numpy(load_LM), shards, groups, moments_WL))
     return placements
 
 

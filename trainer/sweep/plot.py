@@ -27,7 +27,7 @@ from trainer.common.figure_style import (
 )
 from trainer.common.format import count, plural
 from trainer.sweep.result import RunResult, SweepResult, VariantResult
-from trainer.sweep.statistics import CONFIDENCE, Difference, Spread
+from trainer.sweep.statistics import CONFIDENCE, Difference, Spread, spread
 
 RESULT, CURVES = "result", "curves"
 _LOSS = "validation loss, nats per token"
@@ -152,24 +152,29 @@ def draw_axis(result: SweepResult, variants: Sequence[VariantResult], axis: str)
 def draw_curves(result: SweepResult, variants: Sequence[VariantResult]) -> Figure:
     """Draw validation loss over tokens, the mean over seeds, and on the right the same minus the baseline.
 
-    The baseline and one more variant stand out. Curves are named at their ends, those in grey only in the last panel.
+    The baseline and one more variant stand out and have a band, the confidence interval of the mean. Curves are named
+    at their ends, those in grey only in the last panel.
     """
     others = [v for v in variants if v.variant != result.baseline] or variants
     highlighted = result.picture.highlight or min(others, key=lambda v: v.val_loss.mean).variant
     looks: dict[str, tuple[Colour, float]] = {highlighted: (SERIES[1], 2.2), result.baseline: (INK, 2.2)}
-    losses = [(v, _mean_curve([(run.val_steps, run.val_losses) for run in v.runs])) for v in variants]
-    differences = [(v, _mean_curve(pairs)) for v in variants if (pairs := _minus_baseline(result, v))]
+    losses = [(v, _spread_curve([(run.val_steps, run.val_losses) for run in v.runs])) for v in variants]
+    differences = [(v, _spread_curve(pairs)) for v in variants if (pairs := _minus_baseline(result, v))]
     panels = [losses, differences] if differences else [losses]
     figure = new_figure(1 + 6 * len(panels), max(5.0, 1.2 + 0.26 * len(variants)))
     all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, curves in zip(all_axes, panels, strict=True):
         ends = []
-        for v, (steps, values) in curves:
+        for v, (steps, spreads) in curves:
             colour, width = looks.get(v.variant, (QUIET, 1.0))
             tokens = np.array(steps) * (v.tokens / v.runs[0].val_steps[-1])
-            axes.plot(tokens, values, color=colour, linewidth=width, zorder=2 + (v.variant in looks))
+            means = [s.mean for s in spreads]
+            axes.plot(tokens, means, color=colour, linewidth=width, zorder=2 + (v.variant in looks))
+            if v.variant in looks and spreads[0].n > 1:
+                low, high = [s.low for s in spreads], [s.high for s in spreads]
+                axes.fill_between(tokens, low, high, color=colour, alpha=0.15, linewidth=0)
             if v.variant in looks or axes is all_axes[-1]:
-                ends.append((float(tokens[-1]), float(values[-1]), _label(result, v), colour))
+                ends.append((float(tokens[-1]), means[-1], _label(result, v), colour))
         label_ends(axes, ends)
         axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
         axes.set_xlabel("tokens")
@@ -187,10 +192,11 @@ _Curve = tuple[Sequence[int], Sequence[float]]
 """Steps and values."""
 
 
-def _mean_curve(curves: Sequence[_Curve]) -> _Curve:
-    """Average the curves that have the first one's steps."""
+def _spread_curve(curves: Sequence[_Curve]) -> tuple[Sequence[int], list[Spread]]:
+    """Return the steps of the first curve, and the spread at each of them over the curves that have the same steps."""
     steps = curves[0][0]
-    return steps, np.mean([values for own, values in curves if own == steps], axis=0).tolist()
+    by_step = zip(*(values for own, values in curves if own == steps), strict=True)
+    return steps, [spread(values) for values in by_step]
 
 
 def _pairs(result: SweepResult, v: VariantResult) -> list[tuple[RunResult, RunResult]]:

@@ -18,6 +18,7 @@ from trainer.common.atomic import atomic_write
 from trainer.common.errors import UserError
 from trainer.common.safe_read import Unreadable, read_text
 from trainer.common.strict_json import dumps, loads
+from trainer.config.recipe import Recipe
 from trainer.config.sections import source_names
 from trainer.planning.model_costs import count_parameters
 from trainer.sweep.runs import is_done, records_of
@@ -90,6 +91,8 @@ class VariantResult(Measures):
         settings: Values of SETTINGS in the recipe, by key.
         planned_runs: Number of seeds, finished or not.
         runs: The finished runs.
+        tokens_to_baseline: Tokens to the baseline's last loss, over the seeds that reach it; None as `difference`, and
+            in results of older versions.
     """
 
     name: str
@@ -106,6 +109,7 @@ class VariantResult(Measures):
     val_loss: Spread
     difference: Difference | None
     runs: tuple[RunResult, ...]
+    tokens_to_baseline: Spread | None = None
 
     @property
     def losses(self) -> dict[int, float]:
@@ -169,8 +173,29 @@ def variant_result(cell: Cell, runs: Sequence[RunResult], baseline: Sequence[Run
         val_loss=spread(list(losses.values())),
         difference=None if baseline is None else paired(losses, {run.seed: run.val_loss for run in baseline}),
         runs=tuple(runs),
+        tokens_to_baseline=None if baseline is None else _tokens_to_baseline(r, runs, baseline),
         **means,
     )
+
+
+def _tokens_to_baseline(recipe: Recipe, runs: Sequence[RunResult], baseline: Sequence[RunResult]) -> Spread:
+    targets = {run.seed: run.val_loss for run in baseline}
+    reached = [steps_to_reach(run, targets[run.seed]) for run in runs if run.seed in targets]
+    per_step = recipe.train.global_batch * recipe.model.seq_len
+    return spread([steps * per_step for steps in reached if not math.isnan(steps)])
+
+
+def steps_to_reach(run: RunResult, loss: float) -> float:
+    """Return the step at which a run's validation loss first is `loss` or lower; NaN if it never is.
+
+    Between two validations the loss is taken to be a straight line. Before the first one nothing is known, so that the
+    step is at least that of the first.
+    """
+    place = next((place for place, value in enumerate(run.val_losses) if value <= loss), None)
+    if not place:
+        return math.nan if place is None else float(run.val_steps[0])
+    (before, after), (above, below) = run.val_steps[place - 1 : place + 1], run.val_losses[place - 1 : place + 1]
+    return before + (after - before) * (above - loss) / (above - below)
 
 
 def _run(run: Run) -> RunResult:
@@ -237,5 +262,6 @@ def _flat(variant: dict[str, Any]) -> dict[str, Any]:
         **{f"{kind}_parameters": number for kind, number in variant["parameters"].items()},
         **{f"val_loss_{field.name}": variant["val_loss"][field.name] for field in fields(Spread)},
         **{f"difference_{field.name}": (variant["difference"] or {}).get(field.name) for field in fields(Difference)},
+        **{f"tokens_to_baseline_{name}": (variant["tokens_to_baseline"] or {}).get(name) for name in ("n", "mean")},
         **{name: variant[name] for name in MEASURES},
     }

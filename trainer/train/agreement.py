@@ -6,9 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from pool.placement import Placement, imbalance, more_even
-from trainer.checkpoint.format import Role, choose_placement
+from pool.placement import Placement, in_flight, moments, more_even
+from pool.schedule import PoolSchedule
+from trainer.checkpoint.format import choose_placement
 from trainer.cluster.process_groups import Job
 from trainer.cluster.rendezvous import DIFFERENT_RECIPES, Member
 from trainer.common.errors import UserError
@@ -19,6 +21,8 @@ from trainer.data.prepared_data import PreparedData
 from trainer.planning.schedule import ScheduleSpec, schedule_of
 from trainer.telemetry.console import say
 from trainer.telemetry.run_folder import RunFolder
+from trainer.train.pool_rank import PoolRank
+from trainer.train.trunk_rank import TrunkRank
 
 
 def agreed_schedule(member: Member, recipe: Recipe, folder: RunFolder, resume: bool) -> ScheduleSpec:
@@ -50,16 +54,20 @@ def agreed_data(job: Job, prepared: PreparedData | None) -> str:
     return agreed
 
 
-def agreed_placement(job: Job, recipe: Recipe, checkpoint: Path | None) -> Placement | None:
+def agreed_placement(
+    job: Job, recipe: Recipe, checkpoint: Path | None, plan: PoolSchedule | None = None
+) -> Placement | None:
     """Return where the experts live at the start, the same on all ranks; None for a dense model.
 
     Args:
         checkpoint: The checkpoint from which the run resumes, if any.
+        plan: Schedule of an optimizer step, for which experts are placed by a recorded load.
     """
-    return _agreed(job, recipe, "placement", lambda: choose_placement(recipe, checkpoint))
+    moments_WL = _moments(job, recipe, plan) if plan and checkpoint else None
+    return _agreed(job, recipe, "placement", lambda: choose_placement(recipe, checkpoint, moments_WL))
 
 
-def agreed_move(job: Job, recipe: Recipe, role: Role, done: int) -> Placement | None:
+def agreed_move(job: Job, recipe: Recipe, role: TrunkRank | PoolRank, done: int) -> Placement | None:
     """Return where the experts shall move after `done` steps, the same on all ranks; None if they stay.
 
     A run that resumes from the checkpoint after these steps decides the same (`choose_placement`).
@@ -69,19 +77,26 @@ def agreed_move(job: Job, recipe: Recipe, role: Role, done: int) -> Placement | 
         return None
 
     def choose() -> Placement:
-        load_LM = role.recorded_load()
-        assert load_LM is not None, "rank 0 is a trunk rank"
-        found = more_even(torch.from_numpy(load_LM), placement, recipe.model.groups)
+        counts_LM = role.recorded_load()
+        assert counts_LM is not None, "rank 0 is a trunk rank"
+        load_LM, moments_WL = torch.from_numpy(counts_LM), _moments(job, recipe, role.plan)
+        found = more_even(load_LM, placement, recipe.model.groups, moments_WL)
         if found != placement:
-            before, after = (imbalance(torch.from_numpy(load_LM), p) for p in (placement, found))
+            before, after = (in_flight(load_LM, p, moments_WL) for p in (placement, found))
             say(
-                f"unipool: the experts move after step {done}: load of the shards (max/mean), each layer alone "
-                f"{before.lockstep:.2f} -> {after.lockstep:.2f}, all together {before.mixed:.2f} -> {after.mixed:.2f}"
+                f"unipool: the experts move after step {done}: work in flight of the shards (max/mean) "
+                f"{before:.2f} -> {after:.2f}"
             )
         return found
 
     found = _agreed(job, recipe, f"placement/{done}", choose)
     return None if found == placement else found
+
+
+def _moments(job: Job, recipe: Recipe, plan: PoolSchedule) -> Tensor | None:
+    """Return what is in flight together, where there is a pool to be placed by it."""
+    placed = recipe.pool.placement == "auto" and not job.topology.colocated and job.rank == 0
+    return moments(plan.slots, job.topology, recipe.model.layers) if placed else None
 
 
 def _agreed(job: Job, recipe: Recipe, key: str, choose: Callable[[], Placement | None]) -> Placement | None:

@@ -145,7 +145,7 @@ def start(recipe: Recipe, launch: Launch, watch: FaultWatch, force: bool) -> Run
     watch.phase = "start-up"
 
     # Build this rank's role: model, engine, wire, metrics.
-    placement = agreed_placement(job, recipe, saved)
+    placement = agreed_placement(job, recipe, saved, schedule.step)
     role: TrunkRank | PoolRank
     if prepared:
         training = prepared.stream("train", recipe.run.seed)

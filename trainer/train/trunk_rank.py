@@ -63,9 +63,7 @@ def _pool_map(recipe: Recipe, placement: Placement, device: torch.device) -> Poo
 
 
 class TrunkRank:
-    """Computes attention, routers and head, requests the experts from the pool, and knows the step's scalars.
-
-    Where every rank has both roles, it serves its shard of the pool meanwhile.
+    """Computes attention, routers and head, requests the experts from the pool, and serves its shard, if it has one.
 
     Args:
         document_end: See `Trunk`.

@@ -82,6 +82,8 @@ def model_facts(recipe: Recipe) -> Facts:
             f"{m.groups} groups of {m.layers // m.groups} layers" if m.groups > 1 else "one pool, shared by all layers"
         )
         balance = {"pool": recipe.balance.pool, "layer": recipe.balance.layer}
+        if m.private_ffn:
+            shared += f"; beside it one of width {m.private_ffn:,} in each layer"
         facts += [
             ("in the trunk, in the pool", f"{count(p.trunk)}, {count(p.pool)}"),
             ("experts", f"{recipe.pool.experts}: {shared}"),

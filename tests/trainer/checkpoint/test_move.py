@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from pool.placement import more_even
+from pool.placement import contiguous, more_even
 from tests.training import assert_same, run_training, tiny
 from trainer.checkpoint.format import newest, read_load, read_placement
+from trainer.checkpoint.reshard import move_experts
 
 pytestmark = pytest.mark.slow
 
@@ -34,3 +35,15 @@ def test_a_move_changes_no_number(layout: str, tmp_path: Path) -> None:
     assert resumed.scalars == moved.scalars[2:]
     for name, weight in moved.weights.items():
         assert weight.equal(resumed.weights[name]), name
+
+
+class Stub:
+    """Stands for a job, a saver whose save has failed, and a role that must not move."""
+
+    def finish(self) -> bool:
+        return False
+
+
+def test_without_a_checkpoint_nothing_moves() -> None:
+    stub: Any = Stub()
+    move_experts(stub, stub, stub, contiguous(8, 1, 2), 2)  # would need attributes that it has not

@@ -113,9 +113,11 @@ def test_probed_layers() -> None:
         load_recipe("dense-182m", ["probe.every=5"])
 
 
-def test_a_dense_model_has_no_rate_of_its_experts() -> None:
+def test_a_dense_model_has_nothing_of_a_pool() -> None:
     with pytest.raises(UserError, match="train.pool_lr_factor = 0.5: must be 1 with model.ffn = dense"):
         load_recipe("dense-182m", ["train.pool_lr_factor=0.5"])
+    with pytest.raises(UserError, match="model.private_ffn = 64: must be 0 with model.ffn = dense"):
+        load_recipe("dense-182m", ["model.private_ffn=64"])
 
 
 def test_sources(tmp_path: Path) -> None:

@@ -45,7 +45,11 @@ MODELS: dict[str, dict[str, Any]] = {
         "router": {"kind": "sigmoid_bias", "bias_rate": 0.3},
         "parallel": {"pool_ranks": 2, "trunk_zero": 2, "pool_zero": 1},
     },
-    "norm_bias": {"router": {"kind": "norm_bias", "bias_rate": 0.3}, "balance": {"pool": 0.0}},
+    "norm_bias, private expert": {
+        "model": {"private_ffn": 7},
+        "router": {"kind": "norm_bias", "bias_rate": 0.3},
+        "balance": {"pool": 0.0},
+    },
     "softmax, groups": GROUPS | {"router": {"kind": "softmax"}},
     "dense": {"model": {"ffn": "dense"}, "pool": {"experts": 0}, "balance": {"pool": 0.0}},
 }

@@ -41,6 +41,7 @@ ODD = (
 VARIANTS = {
     "unipool": ("pool.experts=15",),
     "top2": ("pool.experts=15", "router.top_k=2"),
+    "private": ("pool.experts=15", "model.private_ffn=24"),
     "vanilla": ("pool.experts=15", "model.groups=3", "router.kind=softmax"),
     "dense": ("pool.experts=0", "model.ffn=dense", "parallel.pool_ranks=0"),
 }
@@ -294,7 +295,8 @@ def unipool(*arguments: str) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("gbit", "said"), [("100", "The wire limits the step: a pool rank's link must carry"), ("400", "The wire is fast enough")]
+    ("gbit", "said"),
+    [("100", "The wire limits the step: a pool rank's link must carry"), ("400", "The wire is fast enough")],
 )
 def test_predicted_step_says_whether_the_wire_limits_it(gbit: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")

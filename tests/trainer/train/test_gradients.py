@@ -212,6 +212,13 @@ NORMALIZED = {"layer": 0.07, "pool": 0.3, "scope": "micro_batch", "delay": 1, "s
             "parallel": {"pool_ranks": 2, "lanes": 2},
         },
         {
+            "model": {"private_ffn": 11},
+            "router": {"top_k": 2, "z_loss": 0.03},
+            "balance": {"pool": 0.3},
+            "train": {"recompute": True},
+            "parallel": {"trunk_ranks": 2, "pool_ranks": 1, "trunk_zero": 1},
+        },
+        {
             "model": {"layers": 4, "groups": 2},
             "router": {"kind": "softmax", "top_k": 2, "z_loss": 0.03},
             "balance": {"layer": 0.2, "pool": 0.4, "scope": "micro_batch", "delay": 0},
@@ -225,7 +232,7 @@ NORMALIZED = {"layer": 0.07, "pool": 0.3, "scope": "micro_batch", "delay": 1, "s
             "parallel": {"trunk_ranks": 2, "pool_ranks": 2, "expert_parallel": 1},
         },
     ],
-    ids=["colocated", "2 trunk ranks", "1+2, recompute", "groups, 2+1", "sigmoid, 2+2 replicas"],
+    ids=["colocated", "2 trunk ranks", "1+2, recompute", "private expert, 2+1", "groups, 2+1", "sigmoid, 2+2 replicas"],
 )
 def test_as_autograd_has_them(sections: dict[str, Any]) -> None:
     recipe = recipe_of(sections)

@@ -135,6 +135,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "balance": {"pool": 0.0},
     },
     "norm_bias": {"router": {"kind": "norm_bias", "bias_rate": 0.05}, "balance": {"pool": 0.0}},
+    "private-expert": {"model": {"private_ffn": 7}},
     "normalized-delay-2": {"balance": {"scores": "normalized", "delay": 2}},
     "micro-batch-exact": {"balance": {"scope": "micro_batch", "delay": 0}},
     "micro-batch-delay-1": {"balance": {"scope": "micro_batch", "delay": 1}},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -9,11 +11,21 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from pool.placement import contiguous, more_even
 from router import random_ownership
+from tests.trainer.forked import TRUNK, Fault, ForkedJob, Place
+from tests.trainer.job import write_recipe
 from tests.training import Outcome, assert_same, run_training, tiny
-from trainer.checkpoint.format import read_load, read_ownership, read_placement
+from trainer.checkpoint.format import complete, folder_of, read_load, read_ownership, read_placement
+from trainer.checkpoint.resume import check
+from trainer.common.errors import DIVERGED, UserError
+from trainer.common.strict_json import dumps, loads
+from trainer.config.lock import OWNERSHIP_FILE
+from trainer.config.recipe import load_recipe
+from trainer.train.lock import RunLock
+from trainer.train.trunk_rank import TrunkRank
 
 ZERO_0 = {"trunk_zero": 0, "pool_zero": 0}
 LOCK_STEP = {"lanes": 1, "stagger": False}
@@ -105,6 +117,96 @@ def test_a_random_allocation_is_locked_from_the_first_step(tmp_path: Path) -> No
     record = read_ownership(next(tmp_path.glob("step_*")))
     assert record and record.owners == found.owners == random_ownership(3, 12, recipe.run.seed).owners
     assert (record.step, record.val_loss) == (0, None)
+
+
+def test_keys_that_may_change_on_resume(tmp_path: Path) -> None:
+    """Not those that decide the assignment, as evaluations do until it is made; the limit of the loss may."""
+    run_training(locked(), 1, save_to=tmp_path)
+    before = folder_of(tmp_path, 1)
+    assert check(locked(lock={"stop_above": 1.0}), before, force=False) == ["lock.stop_above 0.05 -> 1.0"]
+    for changed in ({"lock": {"coverage": 0.5}}, {"eval": {"every": 1}}):
+        with pytest.raises(UserError, match=r"different settings: (lock.coverage|eval.every)"):
+            check(locked(**changed), before, force=False)
+    run_training(locked(), 3, save_to=tmp_path, resume_from=tmp_path)
+    assert check(locked(eval={"every": 1}), folder_of(tmp_path, 3), force=False) == ["eval.every 0 -> 1"]
+
+
+def test_a_lock_cannot_begin_after_its_assignment(tmp_path: Path) -> None:
+    run_training(locked(lock={"full_fraction": 0.6}), 3, save_to=tmp_path)
+    assert read_ownership(folder_of(tmp_path, 3)) is None
+    with pytest.raises(UserError, match="no experts assigned to layers, and .* would have assigned them after step 2"):
+        check(locked(), folder_of(tmp_path, 3), force=True)
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"owners": [0, 0, 1], "shares": [1, 1], "shortfalls": [], "feasible": 1}'])
+def test_a_damaged_ownership_is_one_line(text: str, tmp_path: Path) -> None:
+    assert read_ownership(tmp_path) is None
+    (tmp_path / OWNERSHIP_FILE).write_text(text)
+    with pytest.raises(UserError, match="ownership.json: damaged; use another checkpoint"):
+        read_ownership(tmp_path)
+
+
+def counted(*per_layer: float) -> Tensor:
+    """A load in which expert e has `per_layer[e]` tokens of every layer but 100 more of layer e % 3."""
+    load_LM = torch.tensor(per_layer).expand(3, 12).clone()
+    load_LM[torch.arange(12) % 3, torch.arange(12)] += 100
+    return load_LM.long()
+
+
+def test_the_newest_evaluations_decide_by_their_weights() -> None:
+    lock = RunLock(locked(lock={"evaluations": 2, "coverage": 0.0}), torch.device("cpu"))
+    old_LM, new_LM = counted(*[0.0] * 12).roll(1, 0), counted(*[0.0] * 12)
+    for load_LM in (1000 * old_LM, old_LM, new_LM):  # the first is too old
+        lock.keep(load_LM)
+    record = lock.choose(2, 3.5)
+    assert record.owners == tuple(range(3)) * 4 and record.shares == pytest.approx([2 / 3] * 3)
+    assert (record.step, record.val_loss, record.feasible) == (2, 3.5, True)
+    lock.keep(new_LM)
+    assert lock.choose(2, 3.5).shares == pytest.approx([1.0] * 3)
+
+
+def test_two_losses_in_a_row_end_a_run() -> None:
+    lock = RunLock(locked(lock={"stop_above": 0.5}), torch.device("cpu"))
+    lock.keep(counted(*[0.0] * 12))
+    assert not lock.exceeds(9.0)
+    lock.use(dumps(lock.choose(2, 3.0).model_dump()))
+    assert [lock.exceeds(loss) for loss in (3.6, 3.5, 3.6)] == [False, False, False]
+    again = RunLock(locked(lock={"stop_above": 0.5}), torch.device("cpu"))
+    again.restore(lock.state_dict())
+    assert [again.exceeds(loss) for loss in (math.nan, 3.6, 3.4)] == [True, True, False]
+
+
+def worse_with_every_step() -> None:
+    """Add to the validation loss of this process as many nats as steps are done."""
+    evaluate = TrunkRank.evaluate
+
+    def worse(self: TrunkRank, batches: int, step: int, random_layer: int | None = None) -> tuple[float, Tensor]:
+        loss, load_LM = evaluate(self, batches, step, random_layer)
+        return loss + step, load_LM
+
+    TrunkRank.evaluate = worse  # type: ignore[method-assign]
+
+
+def test_a_run_that_gets_worse_ends_and_does_not_go_on(tmp_path: Path) -> None:
+    """With a checkpoint, a line that says why, and a status of which no launcher makes a restart."""
+    lock = "lock={full_fraction: 0.1, stop_above: 0.5}"
+    sets = [f"run.dir={tmp_path / 'run'}", lock, "train.steps=10", "eval.every=2", "probe.every=0"]
+    recipe = load_recipe(str(write_recipe(tmp_path)), sets)
+    assert recipe.lock
+    for start in ("step 1/10", None):
+        fault = Fault(TRUNK, Place("trainer.train.loop:Loop.run"), worse_with_every_step)
+        job = ForkedJob(recipe, tmp_path, fault)
+        assert job.end(240) == [DIVERGED, DIVERGED], job.log(0)
+        log = job.log(0)
+        assert "Traceback" not in log + job.log(1)
+        assert ("step 1/10" in log) == (start is not None)
+        assert re.search(r"^unipool: ended after step 4: two validation losses .* saved; .* Exit status 1$", log, re.M)
+        assert [folder.name for folder in complete(tmp_path / "run" / "checkpoints")] == ["step_00000004"]
+    record = read_ownership(tmp_path / "run")
+    assert record and record.step == 1 and record == read_ownership(folder_of(tmp_path / "run" / "checkpoints", 4))
+    lines = [loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "val_loss" in line] == [1, 2, 4]
+    assert [line["lock_stage"] for line in lines if "loss" in line] == [0, 2, 2, 2]
 
 
 def _rest(whole: Outcome, after: int) -> Outcome:
