@@ -8,7 +8,7 @@ START_AGAIN = 75
 """Exit status of a job that was asked to stop and has saved a checkpoint (EX_TEMPFAIL of sysexits.h: try again)."""
 
 DIVERGED = 1
-"""Exit status of a job that finished all its steps with a validation loss that is not finite."""
+"""Exit status of a job that its lock ended, or whose validation loss is not finite when all steps are done."""
 
 _LONGEST = 2000
 """Characters of the longest message: a message may repeat what the user wrote, which may be long."""

@@ -60,18 +60,23 @@ def _changes(recipe: Recipe, lanes: int) -> Iterator[tuple[str, Recipe, int]]:
     if experts:
         yield "pool.recompute=true", _with(recipe, "pool", recompute=True), lanes
         yield "train.recompute=true", _with(recipe, "train", recompute=True), lanes
+    in_order = p.trunk_zero == 3 and p.trunk_ranks > 1  # then ZeRO-3 allows nothing else between two roles
     if experts and recipe.grid.expert_parallel < p.trunk_ranks and not recipe.grid.dedicated:
         shared = _with(recipe, "parallel", layout="every_rank", expert_parallel=None)
         if experts % p.trunk_ranks == 0:
-            yield "parallel.layout=every_rank with a shard on each rank", shared, lanes
+            one_lane = " and parallel.lanes=1" if in_order else ""
+            text = f"parallel.layout=every_rank with a shard on each rank{one_lane}"
+            yield text, shared, 1 if in_order else lanes
     if experts and not recipe.grid.every_rank:
         more = max(p.trunk_ranks, 2 * p.pool_ranks)
         dedicated = "parallel.layout=dedicated " if p.layout == "colocated" else ""
+        unstaggered = " parallel.stagger=false" if in_order and p.stagger else ""
         while more <= experts and experts % more == 0:
             layout = _with(recipe, "parallel", layout="dedicated", pool_ranks=more, expert_parallel=None)
-            yield f"{dedicated}parallel.pool_ranks={more}", layout, lanes
-            if lanes > 1:
-                yield f"{dedicated}parallel.pool_ranks={more} with parallel.lanes=1", layout, 1
+            if not in_order:
+                yield f"{dedicated}parallel.pool_ranks={more}", layout, lanes
+            if in_order or lanes > 1:
+                yield f"{dedicated}parallel.pool_ranks={more} with parallel.lanes=1{unstaggered}", layout, 1
             more *= 2
 
 

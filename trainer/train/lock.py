@@ -99,8 +99,8 @@ class RunLock:
         return (
             f"unipool: ended after step {done}: two validation losses in a row, the last {val_loss:.4f}, exceed that "
             f"at the assignment after step {record.step}, {record.val_loss:.4f}, by more than lock.stop_above "
-            f"({self._keys.stop_above:g}). Its checkpoint is {'' if saved else 'not '}saved; to go on, raise "
-            f"lock.stop_above. Exit status {DIVERGED}"
+            f"({self._keys.stop_above:g}). {'Its checkpoint is saved' if saved else 'Its checkpoint is not saved'}; "
+            f"to go on, raise lock.stop_above. Exit status {DIVERGED}"
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -63,7 +63,7 @@ def _pool_map(recipe: Recipe, placement: Placement, device: torch.device) -> Poo
 
 
 class TrunkRank:
-    """Computes attention, routers and head, requests the experts from the pool, and serves its own shard, if it has one.
+    """Computes attention, routers and head, requests the experts from the pool, and serves its shard, if it has one.
 
     Args:
         document_end: See `Trunk`.

@@ -52,7 +52,7 @@ class Frame:
 
 def frame_lines(view: View, width: int, height: int) -> list[Text]:
     """Return the lines of a frame; where there are too few, the last sections are cut, which matter least."""
-    head = [_title(view), *_progress(view, width), *_flow(_facts(view.scalars), width)]
+    head = [*_title(view, width), *_progress(view, width), *_flow(_facts(view.scalars), width)]
     head += [Text(f"! {note}", style="bold bright_red") for note in view.notes]
     sides = _sides(view, width)
     load = [_rule(width, Text("load of the experts", "bold"), Text(view.load_window, "dim"))] if view.experts else []
@@ -77,7 +77,8 @@ def frame_lines(view: View, width: int, height: int) -> list[Text]:
     return lines
 
 
-def _title(view: View) -> Text:
+def _title(view: View, width: int) -> list[Text]:
+    """Name the run and its state and, on the same line if there is room, its model and layout."""
     title = Text.assemble((view.run or "run", "bold"), "  ")
     title.append(view.state, style="green" if view.state == "running" else "yellow")
     i = view.info
@@ -87,8 +88,11 @@ def _title(view: View) -> Text:
         if i.get("layout") == "every_rank":
             ranks = "ranks with both roles"
         lanes = f" · {i['lanes']} lanes" if i.get("lanes") else ""
-        title.append(f" · {i['layers']} layers{experts} · {i['trunk_ranks']} {ranks}{lanes} · {i['precision']}", "dim")
-    return title
+        text = f"{i['layers']} layers{experts} · {i['trunk_ranks']} {ranks}{lanes} · {i['precision']}"
+        if len(title) + 3 + len(text) > width:
+            return [title, Text(text, "dim")]
+        title.append(f" · {text}", "dim")
+    return [title]
 
 
 def _progress(view: View, width: int) -> list[Text]:

@@ -123,19 +123,21 @@ def _time(records: Records, recipe: Recipe | None, run: Path) -> str:
     """Say who waits for whom, and draw what the roles did with their time."""
     shares = {role: records.shares(role) for role in ROLES}
     said = who_waits(shares, facts_of(recipe, run) if recipe else {}) if shares["trunk"] else ""
-    figures = [_shares(records, role, mean) for role, mean in shares.items() if mean]
+    both = recipe is not None and not recipe.grid.dedicated
+    figures = [_shares(records, role, mean, both) for role, mean in shares.items() if mean]
     speed = _chart(records, "Tokens per second", {"tokens_per_second": "tokens"}, from_zero=True)
     return (f"<p>{escape(said)}</p>" if said else "") + _curves(*figures, speed)
 
 
-def _shares(records: Records, role: str, mean: Shares) -> str:
+def _shares(records: Records, role: str, mean: Shares, both: bool) -> str:
+    """Draw what a role did with its time, or ranks that have both roles."""
     columns = {activity: records.series(f"{role}_{activity}")[1] for activity in ACTIVITIES}
     keys = "".join(
         f'<span class="key" style="--key: {COLOURS[colour]}">{activity} {mean[activity]:.0%}</span>'
         for activity, colour in zip(ACTIVITIES, SERIES, strict=True)
     )
     picture = draw_shares(f"{role} time", np.array(records.steps, float), columns)
-    return _figure(f"<b>Time of a {role} rank</b><br>{keys}", picture)
+    return _figure(f"<b>Time of a {'' if both else f'{role} '}rank</b><br>{keys}", picture)
 
 
 def _thinned(records: Records) -> str:

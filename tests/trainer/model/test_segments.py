@@ -233,16 +233,28 @@ def test_inductor() -> None:
     assert all(torch.equal(mine, gradients(second)[name]) for name, mine in gradients(first).items())
 
 
-@pytest.mark.parametrize("variant", ["norm, documents, recompute", "softmax, documents"])
+LOCKS = {
+    "annealed": {"lock": {"full_fraction": 0.25, "anneal_fraction": 0.5}},
+    "locked": {"lock": {"allocation": "random"}},
+}
+
+
+@pytest.mark.parametrize("variant", ["norm, documents, recompute", "softmax, documents", *LOCKS])
 def test_few_kernels_on_a_gpu(variant: str) -> None:
     """A segment is at most 25 kernels forward and 45 backward, as inductor fuses them for CUDA."""
     shape = {"hidden": 256, "heads": 4, "kv_heads": 2, "ffn_hidden": 64, "seq_len": 256, "vocab": 61}
     train = {"precision": "bf16", "recompute": "recompute" in variant}
-    recipe = tiny(**VARIANTS[variant] | {"model": shape, "train": train, "pool": {"experts": 64}})
+    sections = {"model": shape, "train": train, "pool": {"experts": 60 if variant in LOCKS else 64}}
+    recipe = tiny(**VARIANTS.get(variant, {}) | sections | LOCKS.get(variant, {}))
+    reaches = None
+    if recipe.lock:
+        made = Reaches(recipe, CPU)
+        made.assign([0, 1, 2] * 20)
+        reaches = made.at(2)
     counter = Counter()
     torch.use_deterministic_algorithms(True)
     try:
-        trained(trunk_of(recipe, compiled_by(counter.backend)), recipe)
+        trained(trunk_of(recipe, compiled_by(counter.backend)), recipe, reaches=reaches)
     finally:
         torch.use_deterministic_algorithms(False)
     assert len(counter.backward) == 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from functools import partial
 
@@ -58,6 +59,29 @@ def test_a_colocated_pool_gets_ranks_of_its_own_and_fewer_lanes_if_need_be() -> 
     assert ": parallel.layout=dedicated parallel.pool_ranks=8 with parallel.lanes=1 needs " in warning
     apart = load_recipe("unipool-469m", ("parallel.trunk_ranks=8", "parallel.pool_ranks=8"))
     assert fits(apart, 1, H100.memory) and not fits(apart, 4, H100.memory)
+
+
+@pytest.mark.parametrize(
+    ("layout", "said"),
+    [
+        ("trunk_ranks=8", "parallel.layout=every_rank with a shard on each rank and parallel.lanes=1"),
+        (
+            "trunk_ranks=5",
+            "parallel.pool_ranks=5 with parallel.lanes=1 parallel.stagger=false",
+        ),
+    ],
+)
+def test_layouts_in_which_zero_3_is_possible(layout: str, said: str) -> None:
+    """A recipe accepts the keys of the remedy, where ZeRO-3 allows one lane only."""
+    own = ["parallel.layout=colocated", "parallel.pool_ranks=0", "parallel.trunk_zero=3", "parallel.lanes=4"]
+    sizes = ["pool.experts=480", "train.global_batch=640"]
+    recipe = load_recipe("unipool-978m", [*own, *sizes, f"parallel.{layout}"])
+    for available in (30e9, 40e9, 50e9, 60e9, 80e9):
+        for warning in memory_warnings(recipe, 4, available, "a GPU"):
+            keys = re.findall(r"(?:parallel|train|pool)\.\w+=\w+", warning.partition(": ")[2])
+            load_recipe("unipool-978m", [*own, *sizes, f"parallel.{layout}", *keys])
+    (warning,) = memory_warnings(recipe, 4, 100e9, "a GPU")
+    assert f"{said} needs " in warning
 
 
 def test_plan_warns_in_a_line_and_in_json() -> None:

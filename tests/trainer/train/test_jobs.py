@@ -38,8 +38,10 @@ from trainer.telemetry.time_breakdown import ACTIVITIES
 NOT_IN_A_FIRST_STEP = {
     *("unipool_validation_loss_nats", "unipool_checkpoint_duration_seconds", "unipool_checkpoint_stall_seconds"),
     *("unipool_random_routing_loss_nats", "unipool_layer_expert_tokens", "unipool_model_flops_utilisation_ratio"),
+    *("unipool_entropy_loss", "unipool_foreign_assignments", "unipool_lock_stage"),
+    *("unipool_ownership_shortfall_ratio", "unipool_layer_own_share_ratio"),
 }
-"""Metrics of evaluations, checkpoints, two that are opt-in, and one that needs known hardware."""
+"""Metrics of evaluations, checkpoints and the lock, two that are opt-in, and one that needs known hardware."""
 
 LONG = ("train.steps=100000", "eval.every=0", "probe.every=0")
 
