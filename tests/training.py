@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tests.distributed import join, run_ranks
+from tests.double import float32_is_float64
 from trainer.config.recipe import Recipe
 from trainer.planning.schedule import make_schedule
 
@@ -95,6 +96,7 @@ def run_training(
     resume_from: Path | None = None,
     save_after: int | None = None,
     warm_up: bool = False,
+    double: bool = False,
 ) -> Outcome:
     """Train on all ranks of the recipe's layout and bring the parts together.
 
@@ -105,12 +107,14 @@ def run_training(
             default: at the end.
         resume_from: folder whose newest checkpoint to begin with.
         warm_up: whether to warm up before the first step, as on GPUs.
+        double: whether to compute in float64 what is float32 otherwise.
     """
     with tempfile.TemporaryDirectory() as folder:
         recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update={"dir": folder})})
         last = recipe.train.steps if steps is None else steps
         after = save_after or last
-        ranks = run_ranks(recipe.grid.world_size, _train, recipe, last, save_to, resume_from, after, warm_up)
+        how = (last, save_to, resume_from, after, warm_up)
+        ranks = run_ranks(recipe.grid.world_size, _train_in, double, recipe, *how)
     gradients = [together(parts) for parts in zip(*(rank["gradients"] for rank in ranks), strict=True)]
     weights = together([rank["weights"] for rank in ranks])
     trunk = ranks[0]
@@ -137,6 +141,11 @@ def optimizer_step(job: Any, role: Any, step: int) -> Any:
     from trainer.train.loop import update
 
     return update(job, role, step, role.accumulate(step)).scalars
+
+
+def _train_in(double: bool, *arguments: Any) -> dict[str, Any]:
+    with float32_is_float64(double):
+        return _train(*arguments)
 
 
 def _train(
