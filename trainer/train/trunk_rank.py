@@ -129,7 +129,8 @@ class TrunkRank:
             limit: Longest wait for a message meanwhile.
         """
         recipe, rank = self._recipe, self._job.rank
-        assert self._pool_map is not None
+        pool_map = self._map_at(0)
+        assert pool_map is not None
         grid = recipe.grid
         plan = lockstep_schedule(grid.trunk_ranks, 1, recipe.model.layers, grid.every_rank)
         objective = Objective(1.0, lambda load_LM: 0.0 * load_LM, recipe.router.z_loss, recipe.train.recompute)
@@ -138,7 +139,7 @@ class TrunkRank:
         with ExitStack() as stack:
             for engine in self.engines.values():
                 stack.enter_context(engine.accumulating())
-            micro_batch = train_micro_batch(self.trunk, self._pool_map, sequences_BS1, 0, objective)
+            micro_batch = train_micro_batch(self.trunk, pool_map, sequences_BS1, 0, objective)
             self._pool.run([micro_batch], plan.lane_order[rank], WARM_UP_STEP, plan.slots)
             self._job.barrier()  # some ranks may have compiled for longer than a reduction waits
             self._pool_side.reduce_gradients()

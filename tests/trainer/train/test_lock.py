@@ -131,8 +131,8 @@ def test_keys_that_may_change_on_resume(tmp_path: Path) -> None:
     run_training(locked(), 1, save_to=tmp_path)
     before = folder_of(tmp_path, 1)
     assert check(locked(lock={"stop_above": 1.0}), before, force=False) == ["lock.stop_above 0.05 -> 1.0"]
-    for changed in ({"lock": {"coverage": 0.5}}, {"eval": {"every": 1}}):
-        with pytest.raises(UserError, match=r"different settings: (lock.coverage|eval.every)"):
+    for changed in ({"lock": {"coverage": 0.5}}, {"eval": {"every": 1}}, {"train": {"micro_batch": 4}}):
+        with pytest.raises(UserError, match=r"different settings: (lock.coverage|eval.every|train.micro_batch)"):
             check(locked(**changed), before, force=False)
     run_training(locked(), 3, save_to=tmp_path, resume_from=tmp_path)
     assert check(locked(eval={"every": 1}), folder_of(tmp_path, 3), force=False) == ["eval.every 0 -> 1"]
