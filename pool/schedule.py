@@ -7,6 +7,7 @@ the lock-step schedule, in which a slot holds the same request of every trunk ra
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -61,6 +62,15 @@ class PoolSchedule:
 
     slots: tuple[Slot, ...]
     lane_order: tuple[tuple[int, ...], ...]
+
+    def for_trunk_ranks(self, trunk_ranks: Collection[int]) -> PoolSchedule:
+        """Return the schedule with the requests of some trunk ranks only, as a pool rank that serves these needs it.
+
+        Slots in which they have none are left out; those that are empty for all remain.
+        """
+        chosen = frozenset(trunk_ranks)
+        mine = ((slot, tuple(key for key in slot if key.trunk_rank in chosen)) for slot in self.slots)
+        return PoolSchedule(tuple(kept for slot, kept in mine if kept or not slot), self.lane_order)
 
 
 def lockstep_schedule(trunk_ranks: int, micro_batches: int, layers: int, every_rank: bool = False) -> PoolSchedule:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tests.distributed import join, run_ranks
+from tests.double import float32_is_float64
 from trainer.config.recipe import Recipe
 from trainer.planning.schedule import make_schedule
 
@@ -71,6 +72,7 @@ class Outcome:
         weights: after the last step.
         val_loss: of an evaluation at the end.
         load_LM: tokens per expert of the last step.
+        held_out_LM: tokens per expert of that evaluation.
         random_loss: of the evaluation with random experts in layer 1.
         val_losses: of a run with a lock, of the evaluation after each step, and before the first of a resumed run.
         owners: the layer that owns each expert, in a run with a lock.
@@ -81,6 +83,7 @@ class Outcome:
     weights: dict[str, Tensor]
     val_loss: float
     load_LM: Tensor
+    held_out_LM: Tensor
     random_loss: float
     val_losses: list[float]
     owners: tuple[int, ...] | None
@@ -93,6 +96,7 @@ def run_training(
     resume_from: Path | None = None,
     save_after: int | None = None,
     warm_up: bool = False,
+    double: bool = False,
 ) -> Outcome:
     """Train on all ranks of the recipe's layout and bring the parts together.
 
@@ -103,17 +107,21 @@ def run_training(
             default: at the end.
         resume_from: folder whose newest checkpoint to begin with.
         warm_up: whether to warm up before the first step, as on GPUs.
+        double: whether to compute in float64 what is float32 otherwise.
     """
     with tempfile.TemporaryDirectory() as folder:
         recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update={"dir": folder})})
         last = recipe.train.steps if steps is None else steps
         after = save_after or last
-        ranks = run_ranks(recipe.grid.world_size, _train, recipe, last, save_to, resume_from, after, warm_up)
+        how = (last, save_to, resume_from, after, warm_up)
+        ranks = run_ranks(recipe.grid.world_size, _train_in, double, recipe, *how)
     gradients = [together(parts) for parts in zip(*(rank["gradients"] for rank in ranks), strict=True)]
     weights = together([rank["weights"] for rank in ranks])
     trunk = ranks[0]
     assert len({rank["owners"] for rank in ranks[: recipe.grid.trunk_ranks]}) == 1
-    of_trunk = {name: trunk[name] for name in ("val_loss", "load_LM", "random_loss", "val_losses", "owners")}
+    of_trunk = {
+        name: trunk[name] for name in ("val_loss", "load_LM", "held_out_LM", "random_loss", "val_losses", "owners")
+    }
     return Outcome(trunk["scalars"], gradients, weights, **of_trunk)
 
 
@@ -133,6 +141,11 @@ def optimizer_step(job: Any, role: Any, step: int) -> Any:
     from trainer.train.loop import update
 
     return update(job, role, step, role.accumulate(step)).scalars
+
+
+def _train_in(double: bool, *arguments: Any) -> dict[str, Any]:
+    with float32_is_float64(double):
+        return _train(*arguments)
 
 
 def _train(
@@ -202,7 +215,7 @@ def _train(
                 move_experts(job, saver, role, agreed_move(job, recipe, role, save_after), save_after)
         evaluate(step + 1)
     assert saver is None or saver.finish()
-    result["val_loss"], _ = role.evaluate(1, steps)
+    result["val_loss"], result["held_out_LM"] = role.evaluate(1, steps)
     result["random_loss"], _ = role.evaluate(1, steps, random_layer=1)
     if isinstance(role, TrunkRank):
         result["load_LM"] = role.load_LM

@@ -204,6 +204,7 @@ def main(run: Path | None, loads: tuple[Path, ...], recipe_name: str, as_json: b
     """
     recipe = load_recipe(recipe_name)
     command = f"python -m tests.benchmarks.load --recipe {recipe_name}"
+    command += "".join(f" --loads {path.name}" for path in loads)
     try:
         if loads:
             recordings = [read(path, recipe) for path in loads]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pool.schedule import Kind, RequestKey, generation_schedule, lockstep_schedule
+from pool.schedule import Kind, PoolSchedule, RequestKey, Slot, generation_schedule, lockstep_schedule
 
 SIZES = [(1, 1, 1), (1, 2, 3), (3, 1, 2), (2, 3, 4)]
 
@@ -71,3 +71,14 @@ def test_generation_by_hand() -> None:
 
 def test_forward_of_a_backward() -> None:
     assert RequestKey(1, 2, 3, 4, Kind.BACKWARD).forward == RequestKey(1, 2, 3, 4, Kind.FORWARD)
+
+
+def test_requests_of_some_trunk_ranks() -> None:
+    """Their order and the places where weight gradients are sealed remain; a slot without any of them does not."""
+    seal: Slot = ()
+    (first, second), (third, fourth) = lockstep_schedule(2, 1, 1).slots
+    schedule = PoolSchedule(((first, second), seal, (third,), (fourth,), seal), ((0,), (1,)))
+    assert schedule.for_trunk_ranks([0]) == PoolSchedule(((first,), seal, (third,), seal), ((0,), (1,)))
+    assert schedule.for_trunk_ranks([1]) == PoolSchedule(((second,), seal, (fourth,), seal), ((0,), (1,)))
+    assert schedule.for_trunk_ranks(range(2)) == schedule
+    assert schedule.for_trunk_ranks([]).slots == (seal, seal)

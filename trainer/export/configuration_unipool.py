@@ -33,7 +33,9 @@ class UniPoolConfig(PretrainedConfig):
 
     model_type = "unipool"
     keys_to_ignore_at_inference: ClassVar = ["past_key_values", "cache"]
-    expert_owners = cast("list[int] | None", None)  # config.json names them for a locked model only
+    # config.json names these only if a model has them, so that the others' does not change.
+    private_intermediate_size = 0
+    expert_owners = cast("list[int] | None", None)
     foreign_expert_factor = 0.0
 
     def __init__(
@@ -73,7 +75,8 @@ class UniPoolConfig(PretrainedConfig):
         self.rms_norm_eps = rms_norm_eps
         self.rope_theta = rope_theta
         self.ffn = ffn
-        self.private_intermediate_size = private_intermediate_size
+        if private_intermediate_size:
+            self.private_intermediate_size = private_intermediate_size
         self.num_experts = num_experts
         self.num_expert_groups = num_expert_groups
         self.num_experts_per_tok = num_experts_per_tok

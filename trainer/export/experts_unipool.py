@@ -151,11 +151,18 @@ class UniPoolRouter(nn.Module):
             self.sigma = nn.Parameter(torch.ones(1))
         if self.kind in ("norm_bias", "sigmoid_bias"):
             self.register_buffer("expert_bias", torch.zeros(experts))
-        # True for experts that other layers own. It is not stored; `config.json` names the owners.
+        # True for experts that other layers own. It is not stored; config.json names the owners.
         self.owned_elsewhere = [owner != layer_idx for owner in config.expert_owners or ()]
         self.foreign_factor = config.foreign_expert_factor
-        marks_M = torch.tensor(self.owned_elsewhere) if self.owned_elsewhere else None
+        marks_M = torch.empty(experts, dtype=torch.bool) if self.owned_elsewhere else None
         self.register_buffer("foreign_M", marks_M, persistent=False)
+        self.mark_foreign()
+
+    @torch.no_grad()
+    def mark_foreign(self) -> None:
+        """Fill `foreign_M`, which has no values after it has been moved from torch's meta device."""
+        if self.foreign_M is not None:
+            self.foreign_M.copy_(torch.tensor(self.owned_elsewhere))
 
     def preference(self, logits_TM: Tensor) -> Tensor:
         """Return what NormRouter's top-k compares, which also makes the scores: the logits of experts in reach."""

@@ -53,8 +53,8 @@ def filled_model(config: UniPoolConfig, read: Callable[[str], Tensor], dtype: to
     model.to_empty(device="cpu")
     with torch.no_grad():
         for module in model.modules():
-            if isinstance(module, UniPoolRouter) and module.foreign_M is not None:
-                module.foreign_M.copy_(torch.tensor(module.owned_elsewhere))
+            if isinstance(module, UniPoolRouter):
+                module.mark_foreign()
         for name, tensor in stored_tensors(model).items():
             tensor.copy_(read(name))
     return model

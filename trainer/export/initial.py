@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainer.common.errors import SharedUserError, UserError
+from trainer.config.lock import OWNERSHIP_FILE
 from trainer.config.recipe import Recipe, load_recipe
 from trainer.export.folder import StoredTensors, is_export, read_object
 from trainer.export.names import CONFIG_KEYS, Parts, config_fields, expert_names, exported_shapes, trunk_names
@@ -54,14 +55,24 @@ class ExportedWeights:
     def check(self) -> None:
         """Check that the export is of the recipe's model, without reading any tensor.
 
+        A run with a lock goes through its own stages, whatever the layers of the export own.
+
         Raises:
-            SharedUserError: A setting or a tensor of the export is not the recipe's.
+            SharedUserError: A setting or a tensor of the export is not the recipe's, or its layers own their experts
+                and the recipe has no lock.
         """
         required = config_fields(self._recipe)
         if is_export(self._folder):
             stored = read_object(self._folder / "config.json")
+            owned = stored.get("expert_owners") is not None
         else:
             stored = config_fields(load_recipe(str(self._folder / "recipe.yaml")))
+            owned = (self._folder / OWNERSHIP_FILE).is_file()
+        if owned and self._recipe.lock is None:
+            raise UserError(
+                f"{self._folder}: the layers of this model own their experts, but without a section lock each would "
+                "use all of them; add one (as in --set lock.allocation=learned), which assigns the experts again"
+            )
         for field, key in CONFIG_KEYS.items():
             ignored = field in _MAY_DIFFER or (self._recipe.model.ffn == "dense" and field in _ONLY_OF_A_POOL)
             if not ignored and stored.get(field, required[field]) != required[field]:

@@ -216,8 +216,7 @@ class UniPoolPreTrainedModel(PreTrainedModel):
                 init.ones_(module.sigma)
             if module.kind in ("norm_bias", "sigmoid_bias"):
                 init.zeros_(module.expert_bias)
-            if module.foreign_M is not None:
-                init.copy_(module.foreign_M, torch.tensor(module.owned_elsewhere))
+            module.mark_foreign()
 
 
 class UniPoolModel(UniPoolPreTrainedModel):

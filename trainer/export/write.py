@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -9,10 +10,11 @@ from typing import Any, Literal
 import torch
 from transformers import GenerationConfig
 
-from trainer.checkpoint.format import damage
+from trainer.checkpoint.format import damage, read_ownership
 from trainer.common.atomic import atomic_folder
 from trainer.common.errors import UserError
 from trainer.common.strict_json import dumps
+from trainer.config.lock import OWNERSHIP_FILE
 from trainer.config.recipe import save_recipe
 from trainer.export.folder import MODEL_FILES
 from trainer.export.saved_run import SavedRun, Weights, export_tokenizer, find_run, open_weights, run_config
@@ -47,6 +49,8 @@ def export(source: Path, out: Path, form: Format, dtype: str) -> dict[str, Any]:
                 _write_model_files(run, partial, dtype)
             else:
                 save_recipe(run.recipe, partial / "recipe.yaml")
+                if run.recipe.lock and read_ownership(run.folder):
+                    shutil.copyfile(run.folder / OWNERSHIP_FILE, partial / OWNERSHIP_FILE)
             with open_weights(run, out.parent) as weights:
                 _write_weights(weights, partial, getattr(torch, dtype))
                 parameters = weights.parameters

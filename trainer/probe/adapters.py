@@ -70,11 +70,21 @@ class Bank:
 
 @dataclass(frozen=True)
 class MoELayer:
-    """A layer with a router: its number among all layers of the model, and the bank that it chooses from."""
+    """A layer with a router: its number among all layers of the model, and the bank that it chooses from.
+
+    Attributes:
+        own: The global ids of the experts that the layer owns, if it chooses from these only (UniPool-lock).
+    """
 
     number: int
     router: nn.Module
     bank: Bank
+    own: tuple[int, ...] | None = None
+
+    @property
+    def choices(self) -> tuple[int, ...]:
+        """The global ids of the experts that the layer can choose."""
+        return self.own or tuple(range(self.bank.first, self.bank.first + self.bank.experts))
 
 
 @dataclass(frozen=True)
@@ -117,7 +127,14 @@ class MoEModel:
     @property
     def layer_private(self) -> bool:
         """Whether no two layers share experts."""
-        return len(self.banks) == len(self.layers) > 1
+        return (len(self.banks) == len(self.layers) > 1) or self.owners is not None
+
+    @property
+    def owners(self) -> tuple[int, ...] | None:
+        """The layer that owns each expert, if layers choose from their own experts only."""
+        if not all(layer.own for layer in self.layers):
+            return None
+        return tuple(self.model.config.expert_owners)
 
 
 @dataclass(frozen=True)
@@ -185,15 +202,24 @@ def adapt(loaded: LoadedModel) -> MoEModel:
         if model.config.model_type == UNIPOOL and model.config.ffn == "pool":
             size = model.config.num_experts // model.config.num_expert_groups
             router, bank = block.router, Bank(block.first_expert, size, model.model.experts, block.first_expert)
+            own = _own(model.config, number)
         elif hasattr(block.mlp, "experts"):
             router, bank = block.mlp.gate, Bank(first, block.mlp.experts.num_experts, block.mlp.experts, 0)
+            own = None
             first += bank.experts
         else:
             continue
-        layers.append(MoELayer(number, router, bank))
+        layers.append(MoELayer(number, router, bank, own))
     if not layers:
         raise UserError(f"{loaded.path}: is a dense model; probes require a mixture of experts")
     return MoEModel(loaded, tuple(layers))
+
+
+def _own(config: UniPoolConfig, layer: int) -> tuple[int, ...] | None:
+    """Return the experts that a layer owns; None if it can still choose others."""
+    if config.expert_owners is None or config.foreign_expert_factor:
+        return None
+    return tuple(expert for expert, owner in enumerate(config.expert_owners) if owner == layer)
 
 
 def load(source: str, own_text: bool) -> MoEModel:

@@ -66,7 +66,8 @@ class LoadResult:
         layers: The numbers of the layers with a router.
         groups: The number of banks; each is shared by equally many adjacent layers.
         counts: The assignments of each layer to the experts of its bank.
-        usage: The usage by each layer; `pool` is that of all experts by all layers.
+        owners: The layer that owns each expert, if layers choose from their own experts only.
+        usage: The usage by each layer of the experts that it can choose; `pool` is that of all experts by all layers.
         divergence: The Jensen-Shannon divergence of the shares of every two layers in bits: 0 if they are the same, 1
             if they have nothing in common.
         specialisation: The mean divergence over all pairs of layers; 0 for one layer.
@@ -86,6 +87,7 @@ class LoadResult:
     divergence: tuple[tuple[float, ...], ...]
     specialisation: float
     shared_specialisation: float | None
+    owners: tuple[int, ...] | None = None
 
     def rows(self) -> list[dict[str, Any]]:
         total = self.tokens * self.top_k
@@ -117,6 +119,8 @@ class LoadResult:
             "The divergence is the mean Jensen-Shannon divergence from the other layers: 0 if they use experts alike, "
             "1 if they have none in common.",
         ]
+        if self.owners is not None:
+            lines.append("Each layer chooses from the experts that it owns; no two layers share experts.")
         if self.groups > 1:
             shared = self.shared_specialisation
             within = "No two layers share experts" if shared is None else f"It is {shared:.3f} within a sub-pool"
@@ -126,7 +130,7 @@ class LoadResult:
     def draw(self) -> Figure:
         """Draw the heat map and the totals of a run's load.png."""
         title = f"{self.model}: use of experts, {self.text}"
-        figure = draw_heat_map(np.array(self.counts), title, self.groups)
+        figure = draw_heat_map(np.array(self.counts), title, self.groups, self.owners)
         # The numbers of layers are not their places if some layers have one FFN.
         numbers = dict(enumerate(self.layers))
         figure.axes[0].yaxis.set_major_formatter(lambda place, _: str(numbers.get(int(place), "")))
@@ -149,12 +153,16 @@ def load(model: MoEModel, text: Text) -> LoadResult:
         layers=tuple(layer.number for layer in model.layers),
         groups=groups,
         counts=tuple(tuple(row) for row in counts_LE.tolist()),
-        usage=tuple(_usage(row) for row in counts_LE),
+        usage=tuple(
+            _usage(row[torch.tensor(layer.choices) - layer.bank.first])
+            for layer, row in zip(model.layers, counts_LE, strict=True)
+        ),
         pool=_usage(everywhere_LM.sum(0)),
         coverage=tuple(coverage(everywhere_LM, top) for top in TOPS if top <= counts_LE.shape[1]),
         divergence=tuple(tuple(row) for row in divergence_LL.tolist()),
         specialisation=_mean_over_pairs(divergence_LL, 1) or 0.0,
         shared_specialisation=_mean_over_pairs(divergence_LL, groups),
+        owners=model.owners,
     )
 
 

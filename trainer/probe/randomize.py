@@ -152,23 +152,28 @@ def randomised(layer: MoELayer, candidates_C: Tensor, generator: torch.Generator
 def candidates(model: MoEModel, layer: MoELayer, over: Over, matched: int, counts_E: Tensor) -> Tensor:
     """Return the global ids that a protocol draws from.
 
-    "layer" draws from the layer's bank, "pool" from all experts, and "matched" from the `matched` experts that the
-    layer uses most; `counts_E` are the layer's assignments to the experts of its bank.
+    "layer" draws from the experts that the layer can choose (its own if it owns some), "pool" from all experts, and
+    "matched" from the `matched` experts that the layer uses most; `counts_E` are its assignments to those of its bank.
     """
     if over == "pool":
         return torch.arange(model.experts)
     if over == "layer":
-        return layer.bank.first + torch.arange(layer.bank.experts)
+        return torch.tensor(layer.choices)
     return layer.bank.first + counts_E.sort(descending=True, stable=True).indices[:matched]
 
 
 def usual_overs(model: MoEModel, matched: int) -> tuple[Over, ...]:
-    """Return the protocols that differ from each other for this model."""
+    """Return the protocols that differ from each other for this model.
+
+    A locked model has "layer" and "pool": random experts among its own are what a vanilla layer has, and random ones of
+    the pool what it had before the lock.
+    """
+    locked = model.owners is not None
     shared = model.any_expert and not model.layer_private
     usual = {
         "layer": len(model.banks) > 1 or not shared,
-        "pool": shared,
-        "matched": model.top_k < matched < model.banks[0].experts,
+        "pool": shared or locked,
+        "matched": model.top_k < matched < len(model.layers[0].choices),
     }
     return tuple(over for over in OVERS if usual[over])
 
@@ -232,6 +237,9 @@ def randomize(
         raise UserError("--over pool: each layer of this model has its own experts; use layer or matched")
     if "matched" in overs and matched < model.top_k:
         raise UserError(f"--matched {matched}: must be at least {model.top_k}, the number of experts per token")
+    most = len(model.layers[0].choices)
+    if "matched" in overs and model.owners is not None and matched > most:
+        raise UserError(f"--matched {matched}: must be at most {most}, the experts that a layer owns")
     learned = score(False) if score else None
     if learned and not learned.mean:
         raise UserError(NO_ACCURACY)

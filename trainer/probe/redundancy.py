@@ -86,7 +86,12 @@ class BankResult:
 
 @dataclass(frozen=True)
 class RedundancyResult:
-    """The result of the probe. `sampled` is the number of tokens per layer on which outputs were compared."""
+    """The result of the probe.
+
+    Attributes:
+        sampled: The number of tokens per layer on which outputs were compared.
+        owners: The layer that owns each expert, if layers choose from their own experts only.
+    """
 
     model: str
     text: str
@@ -94,6 +99,7 @@ class RedundancyResult:
     seed: int
     experts: int
     banks: tuple[BankResult, ...]
+    owners: tuple[int, ...] | None = None
 
     def rows(self) -> list[dict[str, Any]]:
         return [asdict(pair) for b in self.banks for pair in _pairs(b.first, b.weights_matrix, b.outputs_matrix)]
@@ -111,11 +117,26 @@ class RedundancyResult:
         return [made, alike]
 
     def notes(self) -> list[str]:
-        return [
+        lines = [
             f"{self.experts} experts. Outputs are compared on the same {self.sampled} tokens of each layer, without "
             "gate values.",
             "Weights are compared with hidden units in their order; the cosine of independent experts is near 0.",
         ]
+        if self.owners is not None:
+            lines.append(self._by_owner(self.owners))
+        return lines
+
+    def _by_owner(self, owners: tuple[int, ...]) -> str:
+        """Say how similar experts of one layer are, and those of different layers, on the tokens of all layers."""
+        owner_E = np.array(owners)
+        same_EE, pairs_EE = owner_E[:, None] == owner_E, ~np.eye(len(owner_E), dtype=bool)
+        said = []
+        for which, picked_EE in (("of one layer", same_EE & pairs_EE), ("of different layers", ~same_EE)):
+            if picked_EE.any():
+                outputs = np.array(self.banks[0].outputs_matrix)[picked_EE].mean()
+                weights = np.array(self.banks[0].weights_matrix)[picked_EE].mean()
+                said.append(f"{which} {outputs:z.3f} (outputs) and {weights:z.3f} (weights)")
+        return f"Layers own their experts. Mean cosine of two experts {', '.join(said)}."
 
     def draw(self) -> Figure:
         """Plot both matrices of a single bank, or the summaries of several banks."""
@@ -172,7 +193,13 @@ def redundancy(model: MoEModel, text: Text, sampled: int = 64, seed: int = 0) ->
         both = (_cosines([pair.weights for pair in pairs]), _cosines([pair.outputs for pair in pairs]))
         found.append(BankResult(layers, bank.first, *both, tuple(pairs[:_PAIRS]), weights_EE, outputs_EE))
     return RedundancyResult(
-        model.name, text.name, len(inputs[model.layers[0].number]), seed, model.experts, tuple(found)
+        model.name,
+        text.name,
+        len(inputs[model.layers[0].number]),
+        seed,
+        model.experts,
+        tuple(found),
+        model.owners,
     )
 
 

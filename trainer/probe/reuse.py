@@ -122,7 +122,7 @@ def reuse(model: MoEModel, text: Text) -> ReuseResult:
         text.tokens,
         layers,
         model.top_k,
-        model.banks[0].experts,
+        len(model.layers[0].choices),
         mean,
         spread=float((shares * (numbers - mean) ** 2).sum().sqrt()),
         of_layers=mean / layers,
@@ -134,7 +134,12 @@ def reuse(model: MoEModel, text: Text) -> ReuseResult:
 
 
 def _uniform(model: MoEModel) -> float:
-    """Return the expected number if each of a bank's E experts is missed by a layer with probability 1 - K / E."""
+    """Return the expected number if each of a bank's E experts is missed by a layer with probability 1 - K / E.
+
+    A layer that owns its experts meets K that no other layer can.
+    """
+    if model.owners is not None:
+        return float(len(model.layers) * model.top_k)
     expected = 0.0
     for bank in model.banks:
         layers = sum(layer.bank == bank for layer in model.layers)

@@ -24,7 +24,7 @@ class PoolRank:
     """Serves forwards, backwards and evaluations in the order of the schedule, and steps with the trunk.
 
     Attributes:
-        plan: Schedule of an optimizer step.
+        plan: What this rank does in an optimizer step.
         clock: Measures what its training steps are spent on.
         lock: None: only trunk ranks know which layer owns which expert.
     """
@@ -34,7 +34,7 @@ class PoolRank:
     def __init__(self, recipe: Recipe, job: Job, schedule: ScheduleSpec, placement: Placement):
         self._recipe, self._job, self._schedule = recipe, job, schedule
         self.placement = placement
-        self.plan = schedule.step
+        self.plan = schedule.step.for_trunk_ranks(job.topology.served_trunk_ranks(job.rank))
         index = job.topology.shard(job.rank)
         self._shard = build_shard(recipe, placement, index, job.device)
         self._engine = build_engine(self._shard, recipe, "pool", job.role_size)

@@ -69,7 +69,7 @@ class TrunkRank:
         document_end: See `Trunk`.
 
     Attributes:
-        plan: Schedule of an optimizer step.
+        plan: What this rank does in an optimizer step.
         clock: Measures what its training steps are spent on.
         lock: Which experts the layers own; None in a run without a lock.
         load_LM: Assignments of the last step by layer and the experts that it sees, over all trunk ranks.
@@ -87,7 +87,8 @@ class TrunkRank:
     ):
         self._recipe, self._job, self._schedule = recipe, job, schedule
         self.placement = placement
-        self.plan = schedule.step
+        served = job.topology.served_trunk_ranks(job.rank) if job.topology.every_rank else ()
+        self.plan = schedule.step.for_trunk_ranks(served)
         self._training, self._validation = training, validation
         self.trunk = Trunk(recipe, job.device, document_end).requires_grad_(recipe.train.freeze != "trunk")
         self._pool_map = _pool_map(recipe, placement, job.device) if placement else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from router import Routing
+from router import Routing, owned
 from trainer.model.random_routing import random_routing
 
 EXPERTS, LENGTH, TOP_K = 6, 50, 2
@@ -38,3 +38,13 @@ def test_a_sequence_has_its_own_whoever_draws() -> None:
     assert torch.equal(whole, torch.cat([drawn(range(4, 5)), drawn(range(5, 8))]))
     other = [drawn(range(4, 8), seed=1), drawn(range(4, 8), layer=2), drawn(range(5, 9))]
     assert not any(torch.equal(whole, ids_TK) for ids_TK in other)
+
+
+def test_a_locked_layer_draws_from_its_own_experts() -> None:
+    own = [1, 2, 5]
+    reroute = random_routing(0, EXPERTS, 0, range(20), owned(torch.tensor(own), EXPERTS))
+    learned = Routing(torch.rand(1000, TOP_K), torch.zeros(1000, TOP_K, dtype=torch.int64), *torch.zeros(3, 6).unbind())
+    done = reroute(0, learned)
+    share_M = done.tokens_per_expert_M / 2000
+    assert share_M[own].sum() == 1 and (share_M[own] - 1 / 3).abs().max() < 0.03
+    assert (done.topk_expert_ids_TK[:, 0] != done.topk_expert_ids_TK[:, 1]).all()

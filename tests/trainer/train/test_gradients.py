@@ -5,6 +5,7 @@ Everything in float64. Letters: L layers, T tokens, M experts that a layer sees,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from router import random_ownership
 from tests.distributed import join, run_ranks
 from tests.double import float32_is_float64
 from tests.training import before_update, full_gradients, of_all, optimizer_step, set_weights, tiny, together, tokens
@@ -78,7 +80,8 @@ def _train(recipe: Recipe, weights: Numbers) -> tuple[Numbers, list[dict[str, fl
             if done:
                 names = ("loss", "balance_loss", "z_loss", "distinct_experts", "grad_norm")
                 gates = {f"gate {layer}": gate for layer, gate in enumerate(done.layer_gates)}
-                scalars.append({name: getattr(done, name) for name in names} | gates)
+                entropies = {} if done.entropy_loss is None else {"entropy_loss": done.entropy_loss}
+                scalars.append({name: getattr(done, name) for name in names} | gates | entropies)
         job.close()
     return gradients, scalars
 
@@ -91,7 +94,12 @@ class Reference:
         from trainer.export.modeling_unipool import UniPoolForCausalLM
         from trainer.export.saved_run import model_config
 
-        config = model_config(recipe)
+        owners, more = None, {}
+        if recipe.lock and recipe.lock.allocation == "random":
+            owners = list(random_ownership(recipe.model.layers, recipe.pool.experts, recipe.run.seed).owners)
+            more = {"expert_owners": owners}
+        self.owners_M = None if owners is None else torch.tensor(owners)
+        config = model_config(recipe, **more)
         config._attn_implementation = "eager"
         self.recipe, self.config = recipe, config
         self.model = UniPoolForCausalLM(config)
@@ -116,6 +124,9 @@ class Reference:
         layers_of_a_group = self.recipe.model.layers // self.recipe.model.groups
         for number, (layer, z_TM) in enumerate(zip(self.model.model.layers, out.router_logits, strict=True)):
             s_TM = self._scores(layer.router, z_TM)
+            if self.owners_M is not None:
+                foreign_M = self.owners_M != number
+                s_TM, z_TM = s_TM * ~foreign_M, z_TM.masked_fill(foreign_M, -math.inf)
             preference_TM = s_TM + layer.router.expert_bias if layer.router.kind == "sigmoid_bias" else z_TM
             chosen_TK = preference_TM.topk(self.recipe.router.top_k).indices
             chosen_experts.append(chosen_TK + number // layers_of_a_group * z_TM.shape[1])
@@ -126,7 +137,7 @@ class Reference:
                 s_TM = s_TM / s_TM.sum(1, keepdim=True).clamp(min=1e-300)
             means.append(s_TM.mean(0))
             loads.append(F.one_hot(chosen_TK, z_TM.shape[1]).double().mean((0, 1)))
-            z_losses.append(z_TM.exp().sum(1).log().square().mean())
+            z_losses.append(out.router_logits[number].exp().sum(1).log().square().mean())
         scalars["z_loss"] = self.recipe.router.z_loss * torch.stack(z_losses).sum()
         met = [len(set(experts)) for experts in torch.cat(chosen_experts, dim=1).tolist()]
         scalars["distinct_experts"] = torch.tensor(met).double().mean()
@@ -147,6 +158,17 @@ class Reference:
         for f_gM, p_gM in zip(f_LM.chunk(self.recipe.model.groups), p_LM.chunk(self.recipe.model.groups), strict=True):
             total = total + balance.pool * experts * (f_gM.mean(0) * p_gM.mean(0)).sum()
         return total
+
+    def entropy_loss(self, p_LM: Tensor, step: int) -> Tensor:
+        """Mean over the layers of (H - ln of a layer's own experts)^2, in a full stage of 4 steps or locked."""
+        lock, m = self.recipe.lock, self.recipe.model
+        if lock is None:
+            return torch.zeros(())
+        total = torch.zeros(())
+        for p_M in p_LM / (p_LM.sum(1, keepdim=True) + 1e-8):
+            entropy = -(p_M * (p_M + 1e-8).log()).sum()
+            total = total + (entropy - math.log(self.recipe.pool.experts / m.layers)) ** 2
+        return lock.entropy * (step + 1) / 4 * total / m.layers
 
     def gradients(self, objective: Tensor) -> Numbers:
         """By the trainer's names."""
@@ -176,9 +198,12 @@ def expected(recipe: Recipe, weights: Numbers) -> tuple[Numbers, list[dict[str, 
                 found, p_LM, loads[rank, number] = reference.forward(sequences_BS1)
                 f_LM = _load(recipe, loads, rank, number, step)
                 found["balance_loss"] = torch.zeros(()) if f_LM is None else reference.balance_loss(p_LM, f_LM)
+                if recipe.lock:
+                    found["entropy_loss"] = reference.entropy_loss(p_LM, step)
                 for name, value in found.items():
                     sums[name] = sums.get(name, 0.0) + value / (r.micro_batches * ranks)
-        gradients = reference.gradients(sums["loss"] + sums["balance_loss"] + sums["z_loss"])
+        losses = [value for name, value in sums.items() if name.endswith("loss")]
+        gradients = reference.gradients(torch.stack(losses).sum())
         norm = sum(g.square().sum() for g in gradients.values()) ** 0.5
         scalars.append({name: value.item() for name, value in (sums | {"grad_norm": norm}).items()})
     return gradients, scalars
@@ -193,6 +218,7 @@ def _load(recipe: Recipe, loads: dict[tuple[int, int], Tensor], rank: int, numbe
     return torch.stack(of_step).mean(0) if of_step else None
 
 
+WHOLE = {"full_fraction": 1.0, "anneal_fraction": 0.0, "entropy": 0.4}
 NORMALIZED = {"layer": 0.07, "pool": 0.3, "scope": "micro_batch", "delay": 1, "scores": "normalized"}
 
 
@@ -231,8 +257,32 @@ NORMALIZED = {"layer": 0.07, "pool": 0.3, "scope": "micro_batch", "delay": 1, "s
             "balance": NORMALIZED | {"scope": "global_batch"},
             "parallel": {"trunk_ranks": 2, "pool_ranks": 2, "expert_parallel": 1},
         },
+        {
+            "pool": {"experts": 12},
+            "router": {"top_k": 2},
+            "balance": {"pool": 0.3},
+            "lock": WHOLE,
+            "parallel": {"pool_ranks": 1},
+        },
+        {
+            "pool": {"experts": 12},
+            "router": {"top_k": 2, "z_loss": 0.03},
+            "balance": NORMALIZED,
+            "lock": WHOLE | {"allocation": "random"},
+            "train": {"recompute": True},
+            "parallel": {"trunk_ranks": 2},
+        },
     ],
-    ids=["colocated", "2 trunk ranks", "1+2, recompute", "private expert, 2+1", "groups, 2+1", "sigmoid, 2+2 replicas"],
+    ids=[
+        "colocated",
+        "2 trunk ranks",
+        "1+2, recompute",
+        "private expert, 2+1",
+        "groups, 2+1",
+        "sigmoid, 2+2 replicas",
+        "full",
+        "locked",
+    ],
 )
 def test_as_autograd_has_them(sections: dict[str, Any]) -> None:
     recipe = recipe_of(sections)

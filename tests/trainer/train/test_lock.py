@@ -54,8 +54,15 @@ def test_a_run_goes_through_all_stages() -> None:
     assert found.scalars[-1]["own_share"] == 1 > found.scalars[2]["own_share"]
     assert all(scalars["entropy_loss"] > 0 for scalars in found.scalars)
     assert found.owners and sorted(found.owners) == [0] * 4 + [1] * 4 + [2] * 4
-    own_LM = [[owner == layer for owner in found.owners] for layer in range(3)]
-    assert [bool(n) for row in found.load_LM.tolist() for n in row] <= [own for row in own_LM for own in row]
+    foreign_LM = torch.tensor(found.owners) != torch.arange(3)[:, None]
+    for load_LM in (found.load_LM, found.held_out_LM):
+        assert load_LM[foreign_LM].sum() == 0 < load_LM.sum()
+
+
+def test_the_assignment_changes_nothing_at_first() -> None:
+    """The evaluation after it, of the first annealed step, is to the bit the one that has decided it."""
+    found = run_training(locked(parallel=ZERO_0), steps=2)
+    assert found.owners and found.val_loss == found.val_losses[-1]
 
 
 @pytest.mark.parametrize(

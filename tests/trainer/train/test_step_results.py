@@ -13,7 +13,7 @@ from pool.placement import Placement
 from tests.training import tiny
 from trainer.cluster.process_groups import Job
 from trainer.model.micro_batch import MicroBatchResult
-from trainer.train.step_results import over_all_experts, reduce_results, step_scalars
+from trainer.train.step_results import lock_scalars, over_all_experts, reduce_results, step_scalars
 
 RECIPE = tiny(model={"layers": 2, "groups": 2}, pool={"experts": 4}, router={"kind": "softmax", "top_k": 1})
 NAMES = ("loss", "balance_loss", "z_loss", "distinct_experts")
@@ -82,3 +82,14 @@ def test_scalars() -> None:
     assert {name: getattr(scalars, name) for name in wanted} == wanted
     entropy = -sum(share * math.log(share) for share in (12 / 24, 4 / 24, 8 / 24))
     assert scalars.effective_experts == pytest.approx(math.exp(entropy))
+
+
+def test_scalars_of_a_lock() -> None:
+    """What a layer's own experts get, and foreign assignments only once there must be none."""
+    recipe = tiny(pool={"experts": 6}, lock={"full_fraction": 0.25, "anneal_fraction": 0.5})  # of 4 steps
+    load_LM = torch.tensor([[3, 0, 0, 1, 0, 0], [0, 2, 2, 0, 0, 0], [0, 0, 0, 0, 0, 4]])
+    owners_M = torch.tensor([0, 0, 1, 1, 2, 2])
+    assert lock_scalars(recipe, 0, load_LM, None) == {"lock_stage": 0}
+    shares = {"own_share": 0.75, "layer_own_shares": (0.75, 0.5, 1.0)}
+    assert lock_scalars(recipe, 1, load_LM, owners_M) == {"lock_stage": 1, **shares}
+    assert lock_scalars(recipe, 3, load_LM, owners_M) == {"lock_stage": 2, **shares, "foreign_assignments": 3}
