@@ -132,8 +132,8 @@ class Lock(Section):
     )
     full_fraction: Annotated[float, Field(gt=0, le=1)] = Field(
         1 / 60,
-        description="Share of the steps in which all layers use the whole pool, at the start; at least one step. With 1 "
-        "no experts are assigned.",
+        description="Share of the steps in which all layers use the whole pool, at the start; at least one step. "
+        "With 1 no experts are assigned.",
     )
     anneal_fraction: Share = Field(
         1 / 60, description="Share of the steps in which the scores of a layer's foreign experts then fall to 0."
