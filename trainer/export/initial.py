@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainer.common.errors import SharedUserError, UserError
+from trainer.config.lock import OWNERSHIP_FILE
 from trainer.config.recipe import Recipe, load_recipe
 from trainer.export.folder import StoredTensors, is_export, read_object
 from trainer.export.names import CONFIG_KEYS, Parts, config_fields, expert_names, exported_shapes, trunk_names
@@ -60,8 +61,15 @@ class ExportedWeights:
         required = config_fields(self._recipe)
         if is_export(self._folder):
             stored = read_object(self._folder / "config.json")
+            locked = stored.get("expert_owners") is not None
         else:
             stored = config_fields(load_recipe(str(self._folder / "recipe.yaml")))
+            locked = (self._folder / OWNERSHIP_FILE).exists()
+        if locked:
+            raise UserError(
+                f"{self._folder}: its layers own their experts, but a run starts with the whole pool in every layer; "
+                "use an export from before the assignment"
+            )
         for field, key in CONFIG_KEYS.items():
             ignored = field in _MAY_DIFFER or (self._recipe.model.ffn == "dense" and field in _ONLY_OF_A_POOL)
             if not ignored and stored.get(field, required[field]) != required[field]:

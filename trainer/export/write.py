@@ -9,10 +9,11 @@ from typing import Any, Literal
 import torch
 from transformers import GenerationConfig
 
-from trainer.checkpoint.format import damage
+from trainer.checkpoint.format import damage, read_ownership
 from trainer.common.atomic import atomic_folder
 from trainer.common.errors import UserError
 from trainer.common.strict_json import dumps
+from trainer.config.lock import OWNERSHIP_FILE
 from trainer.config.recipe import save_recipe
 from trainer.export.folder import MODEL_FILES
 from trainer.export.saved_run import SavedRun, Weights, export_tokenizer, find_run, open_weights, run_config
@@ -47,6 +48,8 @@ def export(source: Path, out: Path, form: Format, dtype: str) -> dict[str, Any]:
                 _write_model_files(run, partial, dtype)
             else:
                 save_recipe(run.recipe, partial / "recipe.yaml")
+                if record := read_ownership(run.folder):
+                    (partial / OWNERSHIP_FILE).write_text(dumps(record.model_dump()), encoding="utf-8")
             with open_weights(run, out.parent) as weights:
                 _write_weights(weights, partial, getattr(torch, dtype))
                 parameters = weights.parameters

@@ -12,11 +12,14 @@ import torch
 
 from tests.trainer.export.test_transformers import difference, gradients, left_padded, model_with, some_tokens
 from tests.training import Outcome, run_training, tiny, tokens
+from trainer.checkpoint.format import read_ownership
+from trainer.common.errors import UserError
 from trainer.config.recipe import Recipe
 from trainer.data.batches import SequenceStream
 from trainer.data.tokenizer import train_tokenizer
 from trainer.evaluate.loss import summed_loss
 from trainer.export.configuration_unipool import UniPoolConfig
+from trainer.export.initial import ExportedWeights
 from trainer.export.loaded_model import load_model
 from trainer.export.modeling_unipool import _CACHE, UniPoolForCausalLM
 from trainer.export.write import export
@@ -147,3 +150,21 @@ def test_losses_of_run_and_export_are_the_trainers(run: tuple[Path, int, Outcome
             for layer in model.model.layers:
                 layer.router.foreign_M = None
             assert summed_loss(model, rows_BS1, None) / rows_BS1[:, 1:].numel() != pytest.approx(loss, rel=1e-3)
+
+
+@pytest.mark.parametrize("form", ["hf", "safetensors"])
+def test_no_run_starts_from_layers_that_own_their_experts(
+    form: Any, run: tuple[Path, int, Outcome], tmp_path: Path
+) -> None:
+    """They would route through the whole pool. Both formats say which layer owns which expert."""
+    folder, steps, outcome = run
+    export(folder, tmp_path / "out", form, "float32")
+    weights = ExportedWeights(recipe(train={"init_from": str(tmp_path / "out")}))
+    if steps == 2:
+        weights.check()
+        return
+    with pytest.raises(UserError, match=r"train.init_from = .*: its layers own their experts"):
+        weights.check()
+    if form == "safetensors":
+        record = read_ownership(tmp_path / "out")
+        assert record and record.owners == outcome.owners
