@@ -15,8 +15,8 @@ import pytest
 
 from tests.distributed import run_ranks
 from tests.training import tiny
-from trainer.engine.monitors import Monitors
 from trainer.config.lock import OWNERSHIP_FILE
+from trainer.engine.monitors import Monitors
 from trainer.telemetry import run_folder
 from trainer.telemetry.run_folder import RunFolder
 
