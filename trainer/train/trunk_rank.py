@@ -129,9 +129,8 @@ class TrunkRank:
             limit: Longest wait for a message meanwhile.
         """
         recipe, rank = self._recipe, self._job.rank
-        pool_map = self._map_at(0)
+        pool_map, grid = self._map_at(0), recipe.grid
         assert pool_map is not None
-        grid = recipe.grid
         plan = lockstep_schedule(grid.trunk_ranks, 1, recipe.model.layers, grid.every_rank)
         objective = Objective(1.0, lambda load_LM: 0.0 * load_LM, recipe.router.z_loss, recipe.train.recompute)
         sequences_BS1 = next(self._sequences(self._training, 0))
