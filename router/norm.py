@@ -140,12 +140,13 @@ class _NormRoute(torch.autograd.Function):
         chosen_TK: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         preference_TC = _preference(logits_TM, factor_M, own_E)
+        broken_T1 = broken_rows(logits_TM)
         if chosen_TK is None:
             winners_TK, choices_TK = preference_TC.topk(top_k, dim=-1)
+            choices_TK = replace_broken(choices_TK, broken_T1)
         else:
-            winners_TK, choices_TK = preference_TC.gather(-1, chosen_TK), chosen_TK
-        broken_T1 = broken_rows(logits_TM)
-        choices_TK = replace_broken(choices_TK, broken_T1)
+            choices_TK = replace_broken(chosen_TK, broken_T1)  # first, because those of a broken token may be any
+            winners_TK = preference_TC.gather(-1, choices_TK)
         winners_TK = winners_TK.relu_().masked_fill_(broken_T1, float("nan"))
         norm_T1 = torch.linalg.vector_norm(logits_TM, dim=-1, keepdim=True)
         gain_T1 = sigma * constant / (norm_T1 + EPS)

@@ -213,6 +213,7 @@ def _train(
             saver.start(save_after)
             if save_after < steps:
                 move_experts(job, saver, role, agreed_move(job, recipe, role, save_after), save_after)
+                _assert_metrics_know_the_experts(role)
         evaluate(step + 1)
     assert saver is None or saver.finish()
     result["val_loss"], result["held_out_LM"] = role.evaluate(1, steps)
@@ -223,6 +224,15 @@ def _train(
     result["weights"] = of_all(role, full_parameters)
     job.close()
     return result
+
+
+def _assert_metrics_know_the_experts(role: Any) -> None:
+    """Those that a shard serves are those that it holds, also once they have moved."""
+    load, experts = role.metrics.expert_load, role.placement.num_experts
+    for name, engine in role.engines.items() if load else ():
+        if name != "trunk":
+            served = [int(expert) for (expert,), _ in load.families()["unipool_expert_tokens"]]
+            assert served == (list(engine.module.expert_ids) if len(served) < experts else list(range(experts)))
 
 
 def before_update(role: Any, act: Callable[[], None]) -> None:

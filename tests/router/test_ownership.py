@@ -85,10 +85,14 @@ def test_ties_go_by_rank_then_by_number() -> None:
     # Experts 0 and 3 bring nothing to either layer. Their ranks are 2 and 3 in layer 0, but 2 and 5 in layer 1.
     load_LM = torch.tensor([[0, 60, 40, 0, 0, 0], [0, 0, 0, 0, 50, 50]])
     assert assign(load_LM, 0.9).experts_by_layer == ((1, 2, 3), (0, 4, 5))
+    # Experts 1 and 2 bring as much to layer 0 beyond layer 1. Their ranks are 1 and 2 there, but 1 and 3 in layer 1.
+    assert assign(torch.tensor([[29, 22, 13, 0], [6, 9, 0, 49]]), 0.0).owners == (0, 1, 0, 1)
     # The same where the 0/1 program decides, which has to place experts 4 and 5.
     load_LM = torch.tensor([[20, 50, 20, 10, 0, 0], [45, 30, 15, 10, 0, 0]])
     ties, _ = best_of_all(load_LM, 0.6)
     assert assign(load_LM, 0.6).owners in ties
+    # Ranks of 11 or of 14 have a sum of 19; the largest sum, 20, lacks coverage.
+    assert assign(torch.tensor([[0, 5, 3, 0, 6, 2], [0, 4, 2, 3, 4, 3]]), 7 / 16).owners == (0, 1, 0, 1, 0, 1)
 
 
 @pytest.mark.parametrize("coverage", [0.0, 0.8, 0.95])

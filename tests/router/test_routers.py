@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from router import Router, Routing, build_router, load_imbalance, select_experts
+from router.norm import norm_route
 
 KINDS = ["norm", "softmax", "sigmoid_bias", "norm_bias"]
 T, D, M = 13, 7, 11
@@ -298,3 +299,13 @@ def test_logits_that_are_not_finite(kind: str, scores: str) -> None:
     assert routing.tokens_per_expert_M.sum() == 3 * T
     routing.topk_scores_TK.sum().backward()
     assert router.weight_MD.grad is not None and not router.weight_MD.grad.isfinite().all()
+
+
+def test_the_choice_of_a_broken_token_is_not_used() -> None:
+    """The top-k of NaN may return any ids, also such that no expert has."""
+    logits_TM = torch.randn(2, M, generator=torch.Generator().manual_seed(1))
+    logits_TM[1, 2] = float("nan")
+    chosen_TK = torch.tensor([[3, 1], [10**6, -(10**6)]])
+    gates_TK, ids_TK, _ = norm_route(logits_TM, torch.ones(1), CONSTANT, 2, False, chosen_TK=chosen_TK)
+    assert ids_TK.tolist() == [[3, 1], [0, 1]]
+    assert gates_TK.isnan().tolist() == [[False, False], [True, True]]

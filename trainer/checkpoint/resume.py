@@ -49,6 +49,9 @@ def affects_results(key: str, recipe: Recipe, assigned: bool = False) -> bool:
     # Evaluations decide the assignment.
     if recipe.lock and recipe.lock.allocation == "learned" and not assigned and key in ("eval.every", "eval.batches"):
         return True
+    # The entropy loss is not linear in the mean scores of a micro-batch.
+    if recipe.lock and recipe.lock.entropy and key == "train.micro_batch":
+        return True
     b = recipe.balance
     # Balance losses see the load of a micro-batch, and with a delay that of an earlier one of the same rank.
     if b.scope == "micro_batch" and (key == "train.micro_batch" or (key == "parallel.trunk_ranks" and b.delay)):

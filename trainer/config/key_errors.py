@@ -36,6 +36,7 @@ def first_line(error: ValidationError, root: type[BaseModel]) -> str:
     else:
         message = re.sub(r"^\w+ should (be|have)", r"must \1", first["msg"])
         message = message.replace("a valid tuple", "a list").replace(" after validation", "")
+        message = re.sub(r"a valid dictionary or instance of \w+", "a mapping, as in {key: value}", message)
         line = f"{key} = {show(first['input'])}: {message[0].lower()}{message[1:]}"
     return line + (f" (and {len(more)} more)" if more else "")
 

@@ -55,7 +55,7 @@ class Model(Section):
     ffn: Literal["pool", "dense"] = Field("pool", description="`pool`: experts; `dense`: one FFN per layer.")
     groups: Positive = Field(1, description="Sub-pools across depth: 1 is UniPool, `model.layers` is a vanilla MoE.")
     private_ffn: NonNegative = Field(
-        0, description="Width of an expert of each layer's own, which computes every token beside the pool; 0: none."
+        0, description="Width of a private expert in each layer, which computes every token beside the pool; 0: none."
     )
     init_std: PositiveFloat = Field(0.01, description="Standard deviation of the initial weights.")
     rope_base: PositiveFloat = Field(1e6, description="Base of the rotary position embeddings.")
@@ -132,7 +132,8 @@ class Lock(Section):
     )
     full_fraction: Annotated[float, Field(gt=0, le=1)] = Field(
         1 / 60,
-        description="Share of the steps in which all layers use the whole pool, at the start; at least one step.",
+        description="Share of the steps in which all layers use the whole pool, at the start; at least one step. "
+        "With 1 no experts are assigned.",
     )
     anneal_fraction: Share = Field(
         1 / 60, description="Share of the steps in which the scores of a layer's foreign experts then fall to 0."
@@ -164,7 +165,7 @@ class Train(Section):
     lr: PositiveFloat = Field(description="Peak learning rate.")
     min_lr: NonNegativeFloat = Field(description="Learning rate at the end of the cosine schedule.")
     pool_lr_factor: PositiveFloat = Field(
-        1.0, description="Factor of the experts' learning rate, beside that of everything else."
+        1.0, description="Learning rate of the pool's experts, as a multiple of that of everything else."
     )
     warmup_fraction: Share = Field(0.01, description="Share of the steps in which the learning rate rises.")
     weight_decay: NonNegativeFloat = Field(0.1, description="AdamW's weight decay of matrices.")

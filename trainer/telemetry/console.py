@@ -10,6 +10,7 @@ from contextlib import suppress
 from tqdm import tqdm
 
 from trainer.common.format import plural
+from trainer.config.lock import locked_after
 from trainer.config.recipe import Recipe
 from trainer.telemetry.step_scalars import Efficiency, StepScalars
 
@@ -82,6 +83,9 @@ def describe(recipe: Recipe) -> str:
         model = f"{m.layers} layers share {recipe.pool.experts} experts"
     else:
         model = f"{m.groups} groups of {m.layers // m.groups} layers with {recipe.experts_per_layer} experts each"
+    if recipe.lock:
+        locked = locked_after(recipe)
+        model += f", locked {f'after step {locked}' if locked else 'from the first step'}"
     if t.every_rank:
         part = "the whole pool" if t.expert_parallel == 1 else "a part of the pool"
         ranks = f"{plural(t.world_size, 'rank')}, each with {part}"

@@ -24,8 +24,7 @@ class PoolRank:
     """Serves forwards, backwards and evaluations in the order of the schedule, and steps with the trunk.
 
     Attributes:
-        schedule: What all ranks do.
-        plan: What this rank does in an optimizer step.
+        schedule, plan: What all ranks do; what this one does in an optimizer step.
         clock: Measures what its training steps are spent on.
         lock: None: only trunk ranks know which layer owns which expert.
     """

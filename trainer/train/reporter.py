@@ -164,10 +164,10 @@ class Reporter:
         worst = min(layers, key=record.shares.__getitem__)
         say(
             f"unipool: after step {done} each layer owns {len(record.owners) // len(layers)} experts, which had "
-            f"{fmean(record.shares):.1%} of its tokens in the mean, and {record.shares[worst]:.1%} in layer {worst}"
+            f"{fmean(record.shares):.1%} of its tokens on average, and {record.shares[worst]:.1%} in layer {worst}"
         )
-        if short := [f"{layer} by {record.shortfalls[layer]:.1%}" for layer in layers if record.shortfalls[layer]]:
-            say(f"warning: no assignment reaches lock.coverage; short of it are layers {', '.join(short)}")
+        if short := [f"layer {layer} by {lack:.1%}" for layer, lack in enumerate(record.shortfalls) if lack]:
+            say(f"warning: no assignment gives every layer its lock.coverage; short of it: {', '.join(short)}")
 
     def _owned(self, record: OwnershipRecord) -> None:
         self._folder.save_ownership(dumps(record.model_dump()))

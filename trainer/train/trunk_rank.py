@@ -69,8 +69,7 @@ class TrunkRank:
         document_end: See `Trunk`.
 
     Attributes:
-        schedule: What all ranks do.
-        plan: What this rank does in an optimizer step.
+        schedule, plan: What all ranks do; what this one does in an optimizer step.
         clock: Measures what its training steps are spent on.
         lock: Which experts the layers own; None in a run without a lock.
         load_LM: Assignments of the last step by layer and the experts that it sees, over all trunk ranks.
@@ -130,8 +129,8 @@ class TrunkRank:
             limit: Longest wait for a message meanwhile.
         """
         recipe, rank = self._recipe, self._job.rank
-        assert self._pool_map is not None
-        grid = recipe.grid
+        pool_map, grid = self._map_at(0), recipe.grid
+        assert pool_map is not None
         plan = lockstep_schedule(grid.trunk_ranks, 1, recipe.model.layers, grid.every_rank)
         objective = Objective(1.0, lambda load_LM: 0.0 * load_LM, recipe.router.z_loss, recipe.train.recompute)
         sequences_BS1 = next(self._sequences(self._training, 0))
@@ -139,7 +138,7 @@ class TrunkRank:
         with ExitStack() as stack:
             for engine in self.engines.values():
                 stack.enter_context(engine.accumulating())
-            micro_batch = train_micro_batch(self.trunk, self._pool_map, sequences_BS1, 0, objective)
+            micro_batch = train_micro_batch(self.trunk, pool_map, sequences_BS1, 0, objective)
             self._pool.run([micro_batch], plan.lane_order[rank], WARM_UP_STEP, plan.slots)
             self._job.barrier()  # some ranks may have compiled for longer than a reduction waits
             self._pool_side.reduce_gradients()

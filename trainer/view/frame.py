@@ -12,6 +12,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
 from trainer.common.format import duration, percent, quantity, size
+from trainer.config.lock import STAGES
 from trainer.telemetry.step_scalars import padded
 from trainer.telemetry.time_breakdown import ACTIVITIES
 from trainer.view.bars import GROUP, Grid, column, gauge, grid, spark
@@ -87,7 +88,7 @@ def _title(view: View, width: int) -> list[Text]:
         ranks = "colocated" if i["pool_ranks"] == "0" else f"trunk + {i['pool_ranks']} pool"
         if i.get("layout") == "every_rank":
             ranks = "ranks with both roles"
-        lanes = f" · {i['lanes']} lanes" if i.get("lanes") else ""
+        lanes = f" · {i['lanes']} lane{'' if i['lanes'] == '1' else 's'}" if i.get("lanes") else ""
         text = f"{i['layers']} layers{experts} · {i['trunk_ranks']} {ranks}{lanes} · {i['precision']}"
         if len(title) + 3 + len(text) > width:
             return [title, Text(text, "dim")]
@@ -118,6 +119,8 @@ def _facts(s: Mapping[str, float]) -> list[Cell]:
         ("lr", "lr", ".3g", "bold"),
         ("grad norm", "grad_norm", ".3g", "bold"),
     )
+    if s.get("lock_stage") in range(len(STAGES)):
+        facts.append(("stage of the lock", STAGES[int(s["lock_stage"])], ""))
     facts += _quantities(s)
     age = duration(s["checkpoint_age"]) if "checkpoint_age" in s else ""
     if s.get("checkpoint_step"):

@@ -119,7 +119,7 @@ class RunOwnership:
         lines = [f"Every layer has {wanted}."]
         if short := sum(shortfall > 0 for shortfall in own.shortfalls):
             most = f"{short} of {len(own.shares)} layers lack up to {max(own.shortfalls):.1%}"
-            lines = [f"No partition gives every layer {wanted}. This one has the largest sum of shares; {most}."]
+            lines = [f"No partition was found that gives every layer {wanted}. This one has the largest sum; {most}."]
         if record is not None and record.val_loss is not None:
             lines.append(f"The validation loss at the assignment was {record.val_loss:.4f} nats per token.")
         return lines

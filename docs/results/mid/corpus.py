@@ -93,6 +93,9 @@ class Seen:
 
 
 def main() -> None:
+    if len(sys.argv) != 2:
+        print("usage: python docs/results/mid/corpus.py FOLDER", file=sys.stderr)
+        sys.exit(2)
     folder = Path(sys.argv[1])
     (folder / "text").mkdir(parents=True, exist_ok=True)
     paths = {kind: folder / "text" / f"{kind}.jsonl" for kind in sorted(set(KINDS.values()))}

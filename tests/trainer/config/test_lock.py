@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from trainer.config.lock import assigned_after, locked_after, stage_of
+from trainer.config.lock import assigned_after, locked_after, placed_by_load, stage_of
 from trainer.config.recipe import Recipe, load_recipe
 
 
@@ -40,3 +40,12 @@ def test_a_short_run_has_a_full_step() -> None:
     r = recipe(3, anneal_fraction=0)
     assert [stage_of(r, step).name for step in range(3)] == ["full", "locked", "locked"]
     assert stage_of(r, 0).entropy == 5e-3
+
+
+def test_experts_are_placed_by_the_load_of_locked_steps() -> None:
+    """Not at the boundary itself, up to which no step was locked."""
+    r = recipe(120, full_fraction=0.05, anneal_fraction=0.1)
+    assert [placed_by_load(r, done) for done in (0, 17, 18, 19, 120)] == [False] * 3 + [True] * 2
+    assert [placed_by_load(recipe(120, allocation="random"), done) for done in (0, 1)] == [False, True]
+    assert not placed_by_load(load_recipe("quickstart", []), 100)
+    assert placed_by_load(load_recipe("quickstart", ["pool.placement=auto"]), 1)

@@ -28,7 +28,7 @@ WRONG = {
     "lock={alocation: random}": "lock.alocation: unknown key; did you mean allocation?",
     "lock.full_fraction=0": "lock.full_fraction = 0: must be greater than 0",
     "lock={anneal_fraction: 0.99}": "lock.anneal_fraction = 0.99: must be at most 1 - lock.full_fraction (0.983333)",
-    "lock=random": "lock = 'random': must be a valid dictionary",
+    "lock=random": "lock = 'random': must be a mapping, as in {key: value}",
     "balance.delay=0": "balance.delay = 0: must be at least 1 with balance.scope = global_batch",
     "train.global_batch=12": "train.global_batch = 12: must be divisible by train.micro_batch x parallel.trunk_ranks",
     "parallel.pool_ranks=3": "pool.experts = 64: must be divisible by the shards of the pool (3)",

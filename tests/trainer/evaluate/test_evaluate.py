@@ -210,6 +210,8 @@ def test_a_local_task_matches_likelihoods_by_hand(export: Path, tmp_path: Path) 
     metrics = found["tasks"][0]["metrics"]
     assert (metrics["acc"]["value"], metrics["acc_norm"]["value"]) == (acc, acc_norm)
     assert found["mean"] == {"acc": acc, "acc_norm": acc_norm, "tasks": 1} and found["cut"] == 0
+    one = evaluated(str(export), "--tasks", "own", "--include-path", str(tmp_path), "--batch-size", "1")["tasks"]
+    assert one["tasks"][0]["metrics"] == metrics, "12 requests, one at a time or eight together"
 
 
 def test_real_tasks_have_the_scores_of_lm_eval(

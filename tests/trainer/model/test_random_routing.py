@@ -5,18 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from router import Routing, owned
+from router import Reach, Routing, owned
 from trainer.model.random_routing import random_routing
 
 EXPERTS, LENGTH, TOP_K = 6, 50, 2
 
 
-def drawn(sequences: range, seed: int = 0, layer: int = 3) -> Tensor:
+def drawn(sequences: range, seed: int = 0, layer: int = 3, reach: Reach | None = None) -> Tensor:
     """The experts of these sequences' tokens in `layer`; the rest of the routing is as it was."""
     tokens = len(sequences) * LENGTH
     scores_TK = torch.rand(tokens, TOP_K)
     learned = Routing(scores_TK, torch.zeros(tokens, TOP_K, dtype=torch.int64), *torch.zeros(3, EXPERTS).unbind())
-    reroute = random_routing(layer, EXPERTS, seed, sequences)
+    reroute = random_routing(layer, EXPERTS, seed, sequences, reach)
     assert reroute(layer - 1, learned) is learned
     done = reroute(layer, learned)
     assert done.topk_scores_TK is scores_TK
@@ -41,10 +41,7 @@ def test_a_sequence_has_its_own_whoever_draws() -> None:
 
 
 def test_a_locked_layer_draws_from_its_own_experts() -> None:
-    own = [1, 2, 5]
-    reroute = random_routing(0, EXPERTS, 0, range(20), owned(torch.tensor(own), EXPERTS))
-    learned = Routing(torch.rand(1000, TOP_K), torch.zeros(1000, TOP_K, dtype=torch.int64), *torch.zeros(3, 6).unbind())
-    done = reroute(0, learned)
-    share_M = done.tokens_per_expert_M / 2000
-    assert share_M[own].sum() == 1 and (share_M[own] - 1 / 3).abs().max() < 0.03
-    assert (done.topk_expert_ids_TK[:, 0] != done.topk_expert_ids_TK[:, 1]).all()
+    ids_TK = drawn(range(200), reach=owned(torch.tensor([0, 3, 5]), EXPERTS))
+    assert (ids_TK[:, 0] != ids_TK[:, 1]).all()
+    share_M = torch.bincount(ids_TK.flatten(), minlength=EXPERTS) / ids_TK.numel()
+    assert (share_M - torch.tensor([1, 0, 0, 1, 0, 1]) / 3).abs().max() < 0.01

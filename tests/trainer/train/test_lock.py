@@ -111,7 +111,7 @@ def test_experts_move_when_layers_are_locked(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("before", "after"), [("1+1", "every rank"), ("zero 3", "1+1")])
 def test_a_checkpoint_of_another_layout(before: str, after: str, tmp_path: Path) -> None:
-    """Before the assignment, so that the evaluations that were kept count, and after it."""
+    """Before and after the assignment."""
     layouts = {"1+1": {"pool_ranks": 1}, "every rank": EVERY, "zero 3": {"trunk_ranks": 2, "trunk_zero": 3}}
     steps = 1 if before == "1+1" else 3
     run_training(locked(parallel=layouts[before]), steps, save_to=tmp_path)
@@ -136,8 +136,8 @@ def test_keys_that_may_change_on_resume(tmp_path: Path) -> None:
     run_training(locked(), 1, save_to=tmp_path)
     before = folder_of(tmp_path, 1)
     assert check(locked(lock={"stop_above": 1.0}), before, force=False) == ["lock.stop_above 0.05 -> 1.0"]
-    for changed in ({"lock": {"coverage": 0.5}}, {"eval": {"every": 1}}):
-        with pytest.raises(UserError, match=r"different settings: (lock.coverage|eval.every)"):
+    for changed in ({"lock": {"coverage": 0.5}}, {"eval": {"every": 1}}, {"train": {"micro_batch": 4}}):
+        with pytest.raises(UserError, match=r"different settings: (lock.coverage|eval.every|train.micro_batch)"):
             check(locked(**changed), before, force=False)
     run_training(locked(), 3, save_to=tmp_path, resume_from=tmp_path)
     assert check(locked(eval={"every": 1}), folder_of(tmp_path, 3), force=False) == ["eval.every 0 -> 1"]
@@ -192,6 +192,9 @@ def test_the_newest_evaluations_decide_by_their_weights() -> None:
     record = lock.choose(2, 3.5)
     assert record.owners == tuple(range(3)) * 4 and record.shares == pytest.approx([2 / 3] * 3)
     assert (record.step, record.val_loss, record.feasible) == (2, 3.5, True)
+    resumed = RunLock(locked(lock={"evaluations": 2, "coverage": 0.0}), torch.device("cpu"))
+    resumed.restore(lock.state_dict())
+    assert resumed.choose(2, 3.5) == record
     lock.keep(new_LM)
     assert lock.choose(2, 3.5).shares == pytest.approx([1.0] * 3)
 

@@ -74,6 +74,41 @@ def test_ranks_meet_before_they_reduce() -> None:
     assert run_ranks(4, _noted, recipe) == [trunk, trunk, pool, pool]
 
 
+def _reaches(recipe: Recipe) -> list[str]:
+    """What layers reach in the warm-up, an evaluation and a generation at the start."""
+    from trainer.data.batches import SequenceStream
+    from trainer.train import trunk_rank
+    from trainer.train.agreement import agreed_placement
+
+    kinds: list[str] = []
+
+    def noted(function: Any) -> Any:
+        def call(trunk: Any, pool_map: Any, *others: Any) -> Any:
+            kinds.append("none" if pool_map.reaches is None else type(pool_map.reaches[0]).__name__)
+            return function(trunk, pool_map, *others)
+
+        return call
+
+    trunk_rank.train_micro_batch = noted(trunk_rank.train_micro_batch)
+    trunk_rank.hidden_states = noted(trunk_rank.hidden_states)
+    job, stream = join(recipe), SequenceStream([tokens(recipe)], 0)
+    placement = agreed_placement(job, recipe, None)
+    role = trunk_rank.TrunkRank(recipe, job, make_schedule(recipe), placement, stream, stream)
+    role.warm_up(job.start_timeout)
+    role.evaluate(1, 0)
+    role.generate([1, 2], 1, 0)
+    job.close()
+    return kinds
+
+
+@pytest.mark.parametrize(("allocation", "reach"), [("learned", "Faded"), ("random", "Owned"), (None, "none")])
+def test_a_run_with_a_lock_warms_up_as_it_begins(allocation: str | None, reach: str) -> None:
+    """Otherwise its segments would be compiled for a reach that it never has. Evaluation and generation are locked."""
+    lock = {} if allocation is None else {"lock": {"allocation": allocation}}
+    recipe = tiny(pool={"experts": 12}, train={"micro_batch": 8}, **lock)
+    assert run_ranks(1, _reaches, recipe) == [[reach] * 3]
+
+
 def test_why_the_compiler_fails_is_one_line() -> None:
     missing = "InvalidCxxCompiler: No working C++ compiler found\n\nSet TORCHDYNAMO_VERBOSE=1 for ...\n"
     assert compiler_error(missing) == "InvalidCxxCompiler: No working C++ compiler found"

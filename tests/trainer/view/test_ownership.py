@@ -15,7 +15,11 @@ from router import assign
 from tests.trainer.fuzzing import user_error
 from tests.trainer.made_up import write_run
 from trainer.cli import cli
+from trainer.config.recipe import load_recipe
+from trainer.view.frame import frame_lines
 from trainer.view.ownership import ranges, read_ownership
+from trainer.view.records import facts_of
+from trainer.view.view import View
 
 
 def own(*arguments: str) -> Any:
@@ -120,6 +124,15 @@ def test_before_the_assignment_the_coverage_is_the_recipes(tmp_path: Path) -> No
     run = write_run(tmp_path / "run", overrides=["lock.coverage=0.4"])
     found = json.loads(own(str(run), "--json"))
     assert found["coverage"] == 0.4 and found["feasible"] and found["assigned_after_step"] is None
+
+
+@pytest.mark.parametrize(("stage", "said"), [(0.0, "full"), (2.0, "locked"), (float("nan"), ""), (None, "")])
+def test_watch_names_the_stage(stage: float | None, said: str) -> None:
+    scalars = {"loss": 3.0, **({} if stage is None else {"lock_stage": stage})}
+    info = facts_of(load_recipe("small", ["lock={}"]), Path("nowhere")) | {"lanes": "1"}
+    text = "\n".join(line.plain for line in frame_lines(View("r", "running", info, scalars, {}, ()), 120, 40))
+    assert ("stage of the lock " + said in text) if said else ("stage" not in text)
+    assert " 1 lane " in text
 
 
 def test_ranges() -> None:

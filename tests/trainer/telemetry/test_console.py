@@ -1,0 +1,20 @@
+"""What a run says of itself when it starts."""
+
+from __future__ import annotations
+
+import pytest
+
+from trainer.config.recipe import load_recipe
+from trainer.telemetry.console import describe
+
+
+@pytest.mark.parametrize(
+    ("overrides", "model"),
+    [
+        ([], "8 layers share 64 experts; "),
+        (["lock={full_fraction: 0.1, anneal_fraction: 0.2}"], "8 layers share 64 experts, locked after step 300; "),
+        (["lock={allocation: random}"], "8 layers share 64 experts, locked from the first step; "),
+    ],
+)
+def test_the_first_line_says_when_layers_are_locked(overrides: list[str], model: str) -> None:
+    assert f": {model}" in describe(load_recipe("small", overrides))
