@@ -82,19 +82,32 @@ def check(recipe: Recipe, folder: Path, force: bool) -> list[str]:
         raise SharedUserError(
             f"{where} belongs to another model: {', '.join(other)}; restore these settings, or use another run.dir"
         )
-    assigned = (folder / OWNERSHIP_FILE).is_file()
-    if recipe.lock and checkpoint.steps_of(folder) > assigned_after(recipe) and not assigned:
-        raise SharedUserError(
-            f"{where} has no experts assigned to layers, and the recipe's lock would have assigned them after step "
-            f"{assigned_after(recipe)}: restore the keys of lock, or use another run.dir"
-        )
-    changed = [line for key, line in lines.items() if affects_results(key, recipe, assigned)]
+    record = checkpoint.read_ownership(folder)
+    if recipe.lock:
+        _check_assignment(recipe, record, checkpoint.steps_of(folder), where)
+    changed = [line for key, line in lines.items() if affects_results(key, recipe, record is not None)]
     if changed and not force:
         raise SharedUserError(
             f"{where} was trained with different settings: {', '.join(changed)}; restore them, use another run.dir, or "
             "pass --force to continue with the new ones"
         )
     return list(lines.values())
+
+
+def _check_assignment(recipe: Recipe, record: checkpoint.OwnershipRecord | None, done: int, where: str) -> None:
+    """Check that the recipe's lock assigns experts where the run has done so: neither too late nor a second time."""
+    after = assigned_after(recipe)
+    if record is None and done > after:
+        raise SharedUserError(
+            f"{where} has no experts assigned to layers, and the recipe's lock would have assigned them after step "
+            f"{after}: restore the keys of lock, or use another run.dir"
+        )
+    if record is not None and record.step != after:
+        raise SharedUserError(
+            f"{where} has experts assigned to layers after step {record.step}, but the recipe's lock assigns them "
+            f"after step {after}: restore train.steps and the keys of lock, or choose lock.full_fraction for step "
+            f"{record.step}, or use another run.dir"
+        )
 
 
 def check_data(recipe: Recipe, folder: Path, identity: str, force: bool) -> None:
@@ -127,9 +140,13 @@ def early_check(recipe: Recipe, checkpoints: Path, force: bool) -> bool:
         SharedUserError: See `check`.
     """
     found = checkpoint.newest(checkpoints)
-    if found and checkpoint.damage(found[1], lambda _: [checkpoint.RECIPE_FILE]) is None:
+    if found and checkpoint.damage(found[1], _of_check) is None:
         check(recipe, found[1], force)
     return found is not None
+
+
+def _of_check(names: list[str]) -> list[str]:
+    return [name for name in names if name in (checkpoint.RECIPE_FILE, OWNERSHIP_FILE)]
 
 
 def choose(job: Job, recipe: Recipe, checkpoints: Path, force: bool) -> tuple[int, Path] | None:

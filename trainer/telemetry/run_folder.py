@@ -176,6 +176,11 @@ class RunFolder:
         with suppress(OSError):
             atomic_write(self.path / OWNERSHIP_FILE, lambda path: path.write_text(text))
 
+    def drop_ownership(self) -> None:
+        """Remove what `save_ownership` wrote, of a run that resumes from before the assignment."""
+        with suppress(OSError):
+            (self.path / OWNERSHIP_FILE).unlink(missing_ok=True)
+
 
 def _counted_seconds(line: str) -> float:
     """Return the duration of a record's step, 0 if it is the record of something else or of a step that was skipped."""

@@ -225,7 +225,8 @@ class Loop:
         """Train to the end, or until a signal asks for a stop; return the exit status."""
         r, last = self._r, self._r.recipe.train.steps
         r.watch.may_stop = True
-        if r.start and self._measure(r.start):  # the checkpoint was saved before
+        # The checkpoint was saved before its evaluation. After the last step nothing is left to end.
+        if r.start and self._measure(r.start) and r.start < last:
             return self._end(r.start, True)
         for step in range(r.start, last):
             with r.profile.step(step + 1):

@@ -24,7 +24,7 @@ class PoolRank:
     """Serves forwards, backwards and evaluations in the order of the schedule, and steps with the trunk.
 
     Attributes:
-        plan: What this rank does in an optimizer step.
+        schedule, plan: What all ranks do; what this one does in an optimizer step.
         clock: Measures what its training steps are spent on.
         lock: None: only trunk ranks know which layer owns which expert.
     """
@@ -32,7 +32,7 @@ class PoolRank:
     lock: RunLock | None = None
 
     def __init__(self, recipe: Recipe, job: Job, schedule: ScheduleSpec, placement: Placement):
-        self._recipe, self._job, self._schedule = recipe, job, schedule
+        self._recipe, self._job, self.schedule = recipe, job, schedule
         self.placement = placement
         self.plan = schedule.step.for_trunk_ranks(job.topology.served_trunk_ranks(job.rank))
         index = job.topology.shard(job.rank)
@@ -84,13 +84,13 @@ class PoolRank:
 
     def evaluate(self, batches: int, step: int, random_layer: int | None = None) -> tuple[float, None]:
         """Serve the trunk ranks' evaluation of `batches` global batches. A pool rank knows neither loss nor load."""
-        self._service.serve(self._schedule.evaluation(batches * self._recipe.micro_batches).slots, step)
+        self._service.serve(self.schedule.evaluation(batches * self._recipe.micro_batches).slots, step)
         self._wire.settle()
         return math.nan, None
 
     def generate(self, tokens: int, step: int) -> None:
         """Serve the trunk ranks' generation of `tokens` tokens."""
-        self._service.serve(self._schedule.generation(tokens).slots, step)
+        self._service.serve(self.schedule.generation(tokens).slots, step)
         self._wire.settle()
 
     def state_dict(self) -> dict[str, Any]:

@@ -57,6 +57,8 @@ class Reporter:
         role.metrics.info("unipool_run_info", _run(recipe, job, lanes))
         if role.ownership:
             self._owned(role.ownership)
+        else:
+            folder.drop_ownership()
         role.metrics.set("unipool_step", done)
         role.metrics.set("unipool_target_steps", recipe.train.steps)
         role.metrics.checkpoints_from(done, recipe.checkpoint.every)

@@ -69,7 +69,7 @@ class TrunkRank:
         document_end: See `Trunk`.
 
     Attributes:
-        plan: What this rank does in an optimizer step.
+        schedule, plan: What all ranks do; what this one does in an optimizer step.
         clock: Measures what its training steps are spent on.
         lock: Which experts the layers own; None in a run without a lock.
         load_LM: Assignments of the last step by layer and the experts that it sees, over all trunk ranks.
@@ -85,7 +85,7 @@ class TrunkRank:
         validation: SequenceStream,
         document_end: int | None = None,
     ):
-        self._recipe, self._job, self._schedule = recipe, job, schedule
+        self._recipe, self._job, self.schedule = recipe, job, schedule
         self.placement = placement
         served = job.topology.served_trunk_ranks(job.rank) if job.topology.every_rank else ()
         self.plan = schedule.step.for_trunk_ranks(served)
@@ -288,7 +288,7 @@ class TrunkRank:
         Returns:
             The mean cross-entropy in nats, and the load by layer and the experts that it sees.
         """
-        plan = self._schedule.evaluation(batches * self._recipe.micro_batches)
+        plan = self.schedule.evaluation(batches * self._recipe.micro_batches)
         micro_batches = self._held_out(batches, step, random_layer)
         results = self._pool.run(micro_batches, plan.lane_order[self._job.rank], step, plan.slots)
         total = torch.stack([loss for loss, _ in results]).double().sum().cpu()
@@ -329,7 +329,7 @@ class TrunkRank:
             The tokens, or None if logits were not finite; the pool receives as many requests in either case.
         """
         generator = torch.Generator().manual_seed(self._recipe.run.seed)
-        plan, layers = self._schedule.generation(tokens), self._recipe.model.layers
+        plan, layers = self.schedule.generation(tokens), self._recipe.model.layers
         lane_order = plan.lane_order[self._job.rank]
         ids, finite, pool_map = list(prompt), True, self._map_at(step)
         for index in range(tokens):

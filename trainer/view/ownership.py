@@ -147,8 +147,10 @@ def read_ownership(run: Path, coverage: float | None) -> RunOwnership:
 
     Raises:
         UserError: The folder is neither, no load is recorded, or its layers do not share one pool evenly; or a coverage
-            is given although the experts are assigned already.
+            is given although the experts are assigned already, or is not a share.
     """
+    if coverage is not None and not 0 <= coverage <= 1:  # as NaN, which click lets through
+        raise UserError(f"--coverage {coverage}: must be a share from 0 to 1")
     recipe = saved_recipe(run)
     if recipe is None:
         problem = "has no recipe that this version can read" if is_run(run) else "not a run or a checkpoint"

@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -24,7 +25,11 @@ from trainer.common.errors import DIVERGED, UserError
 from trainer.common.strict_json import dumps, loads
 from trainer.config.lock import OWNERSHIP_FILE
 from trainer.config.recipe import load_recipe
+from trainer.telemetry.run_folder import RunFolder
 from trainer.train.lock import RunLock
+from trainer.train.loop import Loop
+from trainer.train.pool_rank import PoolRank
+from trainer.train.reporter import Reporter
 from trainer.train.trunk_rank import TrunkRank
 
 ZERO_0 = {"trunk_zero": 0, "pool_zero": 0}
@@ -145,6 +150,25 @@ def test_a_lock_cannot_begin_after_its_assignment(tmp_path: Path) -> None:
         check(locked(), folder_of(tmp_path, 3), force=True)
 
 
+def test_what_is_assigned_is_not_assigned_again_later(tmp_path: Path) -> None:
+    """A longer run would go back to its full stage; with a smaller share for it the stages stay where they are."""
+    run_training(locked(), 3, save_to=tmp_path)
+    folder, longer = folder_of(tmp_path, 3), {"steps": 12}
+    for changed in ({"train": longer}, {"lock": {"full_fraction": 0.6}}, {"lock": {"allocation": "random"}}):
+        with pytest.raises(UserError, match=r"assigned to layers after step 2, but .* assigns them after step [450]:"):
+            check(locked(**changed), folder, force=True)
+    assert check(locked(train=longer, lock={"full_fraction": 0.2}), folder, force=True)
+
+
+def test_a_run_that_resumes_from_before_the_assignment_forgets_it(tmp_path: Path) -> None:
+    recipe = locked(run={"dir": str(tmp_path)})
+    (tmp_path / OWNERSHIP_FILE).write_text("left by the steps that are trained again")
+    job = MagicMock(rank=0, **{"shared.gather.return_value": []})
+    job.topology.world_size = 0
+    Reporter(recipe, job, RunFolder(recipe), MagicMock(ownership=None), 1, 1)
+    assert read_ownership(tmp_path) is None
+
+
 @pytest.mark.parametrize("text", ["", "{}", '{"owners": [0, 0, 1], "shares": [1, 1], "shortfalls": [], "feasible": 1}'])
 def test_a_damaged_ownership_is_one_line(text: str, tmp_path: Path) -> None:
     assert read_ownership(tmp_path) is None
@@ -217,6 +241,15 @@ def test_a_run_that_gets_worse_ends_and_does_not_go_on(tmp_path: Path) -> None:
     lines = [loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "val_loss" in line] == [1, 2, 4]
     assert [line["lock_stage"] for line in lines if "loss" in line] == [0, 2, 2, 2]
+
+
+def test_a_finished_run_does_not_end_in_another_way_when_it_is_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss after the last step may exceed the limit: the run has had all its steps."""
+    run = MagicMock(start=4, role=MagicMock(spec=PoolRank))
+    run.recipe.train.steps = 4
+    run.job.sum_over_ranks.return_value = (0.0,)
+    monkeypatch.setattr(Loop, "_measure", lambda *_: True)
+    assert Loop(run).run() == 0
 
 
 def _rest(whole: Outcome, after: int) -> Outcome:

@@ -51,6 +51,12 @@ def test_coverage_that_is_met(tmp_path: Path) -> None:
     assert "Every layer has at least 30% of its tokens inside its own set." in printed
 
 
+def test_a_coverage_that_is_not_a_share(tmp_path: Path) -> None:
+    """click's ranges let NaN through."""
+    run = write_run(tmp_path / "run")
+    assert "--coverage nan: must be" in str(user_error(lambda: read_ownership(run, float("nan"))))
+
+
 def test_a_checkpoint(tmp_path: Path) -> None:
     """It has its own load and recipe; its run's folder need not have any load."""
     run = write_run(tmp_path / "run")
