@@ -20,9 +20,14 @@ from pool.shard import ExpertShard
 from trainer.checkpoint.format import Role, folder_of, read_placement
 from trainer.checkpoint.save import Saver
 from trainer.cluster.process_groups import Job
+from trainer.common.errors import one_line
 from trainer.common.safe_read import read_tensors
 from trainer.engine.parameter_state import CHECKPOINT_TAG, ParameterState
 from trainer.engine.role_engine import Engine, to_universal
+from trainer.telemetry.console import say
+
+WORK_FOLDER = ".reshape"
+"""Beside the checkpoints, while one of them is converted."""
 
 
 class SavedRole:
@@ -151,16 +156,20 @@ def convert(folder: Path, work: Path, part: int = 0, parts: int = 1, trunk: bool
             to_universal(role, target)
 
 
-def reshard(job: Job, folder: Path, engines: Mapping[str, Engine], trunk: bool = True) -> None:
+def reshard(job: Job, folder: Path, engines: Mapping[str, Engine]) -> None:
     """Load this rank's part of a checkpoint that has another layout. A collective of all ranks.
 
     Args:
         engines: The engines to load, by their names in a checkpoint.
-        trunk: Whether that of the trunk is one of them, on the trunk ranks.
     """
-    work = folder.parent / ".reshape"
-    convert(folder, work, job.rank, job.topology.world_size, trunk)
+    work = folder.parent / WORK_FOLDER
+    convert(folder, work, job.rank, job.topology.world_size)
     job.barrier()
+    _load_converted(job, folder, engines)
+
+
+def _load_converted(job: Job, folder: Path, engines: Mapping[str, Engine]) -> None:
+    work = folder.parent / WORK_FOLDER
     saved = SavedCheckpoint(folder, work)
     for name, engine in engines.items():
         saved.load_resharded(name, engine)
@@ -173,7 +182,7 @@ def move_experts(job: Job, saver: Saver, role: Role, placement: Placement | None
     """Move the experts of a running job to another placement with as many shards. A collective of all ranks.
 
     Each rank loads the experts that it gets from the checkpoint after `steps` steps, which are the steps done, once it
-    is complete. If it could not be saved, all experts stay where they are.
+    is complete. If it could not be saved or converted, as on a full disk, all experts stay where they are.
 
     Args:
         saver: What is saving that checkpoint, or has just saved it.
@@ -181,7 +190,21 @@ def move_experts(job: Job, saver: Saver, role: Role, placement: Placement | None
     """
     if placement is None or not saver.finish():
         return
+    folder = folder_of(saver.checkpoints, steps)
+    problem = None
+    try:
+        convert(folder, folder.parent / WORK_FOLDER, job.rank, job.topology.world_size, trunk=False)
+    except (OSError, RuntimeError) as error:  # torch's writer turns an OSError into a RuntimeError
+        problem = one_line(error)
+    job.barrier()
+    (failed,) = job.sum_over_ranks([float(problem is not None)])
+    if failed:
+        if problem is not None:
+            say(f"warning: {job.name} could not convert {folder}; is the disk full? ({problem}). No experts move")
+        if job.rank == 0:
+            shutil.rmtree(folder.parent / WORK_FOLDER, ignore_errors=True)
+        return
     role.move_to(placement)
     engines = {name: engine for name, engine in role.engines.items() if name != "trunk"}
-    reshard(job, folder_of(saver.checkpoints, steps), engines, trunk=False)
+    _load_converted(job, folder, engines)
     role.weights_changed()

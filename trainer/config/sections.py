@@ -102,7 +102,7 @@ class Pool(Section):
         "contiguous",
         description="`auto`: at a checkpoint and at a resume the experts move, if that spreads the recorded load more "
         "evenly over the shards; `contiguous`: they stay in the order of their numbers, but in a run with a lock they "
-        "move once layers are locked.",
+        "move too, from when layers are locked.",
     )
 
 

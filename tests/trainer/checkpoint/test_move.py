@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 
 from pool.placement import contiguous, more_even
 from tests.training import assert_same, run_training, tiny
+from trainer.checkpoint import reshard
 from trainer.checkpoint.format import newest, read_load, read_placement
 from trainer.checkpoint.reshard import move_experts
 
@@ -47,3 +49,19 @@ class Stub:
 def test_without_a_checkpoint_nothing_moves() -> None:
     stub: Any = Stub()
     move_experts(stub, stub, stub, contiguous(8, 1, 2), 2)  # would need attributes that it has not
+
+
+def test_without_room_for_the_conversion_nothing_moves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On any rank: all go on with the experts where they are, and leave nothing on the disk."""
+
+    def full(_: Path, work: Path, *rest: object, **named: object) -> None:
+        work.mkdir()
+        raise RuntimeError("unexpected pos 704 vs 598\nand where")
+
+    monkeypatch.setattr(reshard, "convert", full)
+    job, role = MagicMock(rank=0, **{"sum_over_ranks.return_value": [1.0]}), MagicMock()
+    move_experts(job, MagicMock(checkpoints=tmp_path), role, contiguous(8, 1, 2), 2)
+    assert not role.move_to.called and not list(tmp_path.iterdir())
+    assert "No experts move" in capsys.readouterr().err
