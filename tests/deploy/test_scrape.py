@@ -33,6 +33,11 @@ OFTEN = ("eval.every=5", "checkpoint.every=5", "checkpoint.keep=1", "router.z_lo
 NO_DATA = {
     'ALERTS{alertname=~"Unipool.+", alertstate="firing", run=~"$run"}': "nothing is wrong with this run",
     'unipool_model_flops_utilisation_ratio{run=~"$run"}': "the run does not say on which hardware it is",
+    'unipool_lock_stage{run=~"$run"}': "the run has no lock",
+    'unipool_entropy_loss{run=~"$run"}': "the run has no lock",
+    'unipool_foreign_assignments{run=~"$run"}': "the run has no lock",
+    'unipool_layer_own_share_ratio{run=~"$run"}': "the run has no lock",
+    'unipool_ownership_shortfall_ratio{run=~"$run"}': "the run has no lock",
 }
 """Expressions of dashboards that find nothing, and why."""
 

@@ -144,7 +144,7 @@ def _shape(recipe: Recipe) -> dict[str, Any]:
     """What the costs depend on."""
     p, m = recipe.parallel, recipe.model
     shape = {
-        "model": m.model_dump(mode="json"),
+        "model": m.model_dump(mode="json", exclude=None if m.private_ffn else {"private_ffn"}),  # unknown to old files
         "experts": [recipe.pool.experts, recipe.router.top_k],
         "batch": [recipe.train.global_batch, recipe.train.micro_batch, recipe.train.precision],
         "ranks": [p.trunk_ranks, p.pool_ranks, recipe.grid.expert_parallel],

@@ -112,7 +112,7 @@ def objective(recipe: Recipe) -> Objective:
 
     def coefficients(load_LM: Tensor) -> Tensor | None:
         statistics.record_micro_batch(0, load_LM)
-        fractions_LM = statistics.fractions(0, 1)
+        fractions_LM = statistics.fractions(recipe.balance.delay, 1)  # of a later micro-batch: the first may have none
         assert fractions_LM is not None
         return balance_coefficients(fractions_LM, recipe.balance.layer, recipe.balance.pool, recipe.model.groups)
 
