@@ -86,7 +86,7 @@ class RunFolder:
             raise
 
     def begin(self, recipe: Recipe, schedule: str, devices: str, tokenizer: str, done_steps: int) -> None:
-        """Save the recipe, the schedule and the tokenizer, and drop what is known of later steps than `done_steps`.
+        """Save the resolved recipe, the schedule and the tokenizer, and drop metrics of later steps than `done_steps`.
 
         plan.json also keeps when the run was started for the first time, which `goodput` needs.
 
@@ -103,7 +103,6 @@ class RunFolder:
         atomic_write(self.plan_file, lambda path: path.write_text(plan))
         atomic_write(self.path / TOKENIZER_FILE, lambda path: path.write_text(tokenizer, encoding="utf-8"))
         atomic_write(self.recipe_file, lambda path: save_recipe(recipe, path))
-        (self.path / OWNERSHIP_FILE).unlink(missing_ok=True)  # it is saved again if these steps include the assignment
         kept = [line for line in self._lines() if _is_before(line, done_steps)]
         atomic_write(self.metrics_file, lambda path: path.write_text("".join(kept), encoding="utf-8"))
         self._counted = 0.0 if started is None else sum(map(_counted_seconds, kept))

@@ -15,7 +15,6 @@ import pytest
 
 from tests.distributed import run_ranks
 from tests.training import tiny
-from trainer.config.lock import OWNERSHIP_FILE
 from trainer.engine.monitors import Monitors
 from trainer.telemetry import run_folder
 from trainer.telemetry.run_folder import RunFolder
@@ -86,12 +85,10 @@ def test_a_resumed_run_cuts_what_came_after_its_checkpoint(tmp_path: Path) -> No
         run.append_metrics(record)
     with run.metrics_file.open("a") as file:
         file.write('{"step": 4, "lo')  # a killed run's last line
-    run.save_ownership("{}")
     run.begin(tiny(), '{"lanes": 1}', "CPU", "{}", done_steps=2)
     plan = json.loads(run.plan_file.read_text())
     assert plan == {"lanes": 1, "devices": "CPU", "started": plan["started"]}
     assert [json.loads(line) for line in run.metrics_file.read_text().splitlines()] == records[:3]
-    assert not (run.path / OWNERSHIP_FILE).exists()
 
 
 def test_goodput_counts_each_step_once_over_all_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
