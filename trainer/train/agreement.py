@@ -95,8 +95,9 @@ def agreed_move(job: Job, recipe: Recipe, role: TrunkRank | PoolRank, done: int)
 
 def _moments(job: Job, recipe: Recipe, plan: PoolSchedule) -> Tensor | None:
     """Return what is in flight together, where there is a pool to be placed by it."""
-    placed = recipe.pool.placement == "auto" and not job.topology.colocated and job.rank == 0
-    return moments(plan.slots, job.topology, recipe.model.layers) if placed else None
+    placed = recipe.pool.placement == "auto" or recipe.lock is not None
+    wanted = placed and not job.topology.colocated and job.rank == 0
+    return moments(plan.slots, job.topology, recipe.model.layers) if wanted else None
 
 
 def _agreed(job: Job, recipe: Recipe, key: str, choose: Callable[[], Placement | None]) -> Placement | None:

@@ -21,13 +21,20 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 
 
+REASONS: dict[str, dict[str, Any]] = {
+    "auto": {"pool": {"experts": 12, "placement": "auto"}},
+    "locked": {"pool": {"experts": 12}, "lock": {"allocation": "random"}},
+}
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_experts_move_by_the_schedule_of_all_ranks(layout: str) -> None:
+@pytest.mark.parametrize("reason", REASONS)
+def test_experts_move_by_the_schedule_of_all_ranks(layout: str, reason: str) -> None:
     """Rank 0 decides, which may serve a part of the schedule or nothing; a resume knows only the whole one."""
-    recipe = tiny(pool={"placement": "auto"}, parallel=LAYOUTS[layout])
+    recipe = tiny(parallel=LAYOUTS[layout], **REASONS[reason])
     schedule, grid = make_schedule(recipe), recipe.grid
-    load_LM = np.outer([7, 1, 5], [90, 80, 70, 60, 4, 3, 2, 1])
-    placement = contiguous(8, 1, 2)
+    load_LM = np.random.default_rng(0).integers(0, 100, (3, 12)) * [[7], [1], [5]]
+    placement = contiguous(12, 1, 2)
     job = MagicMock(rank=0, topology=grid, **{"shared.broadcast": lambda _, choose: choose()})
     role = MagicMock(placement=placement, schedule=schedule, **{"recorded_load.return_value": load_LM})
     served = grid.served_trunk_ranks(0) if grid.every_rank else ()
@@ -35,3 +42,4 @@ def test_experts_move_by_the_schedule_of_all_ranks(layout: str) -> None:
     found = agreed_move(job, recipe, role, 2)
     moments_WL = moments(schedule.step.slots, grid, recipe.model.layers)
     assert found and found == more_even(torch.from_numpy(load_LM), placement, 1, moments_WL)
+    assert found != more_even(torch.from_numpy(load_LM), placement), "another load would show the schedule's part"
