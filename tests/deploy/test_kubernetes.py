@@ -83,7 +83,7 @@ def test_a_misspelt_field_is_found(what: str) -> None:
 
 
 def split_overlay(tmp_path: Path, overlay: str, **numbers: int | str) -> list[dict[str, Any]]:
-    """An overlay with other numbers in its split.env, edited as the runbook says."""
+    """An overlay with other numbers in its split.env, edited as the documents say."""
     for part in (f"overlays/{overlay}", "base", "components"):
         for source in (KUBERNETES / part).rglob("*"):
             if source.is_file():
