@@ -17,7 +17,7 @@ ABOUT_RECIPES = """\
 Every key of a [recipe](../recipes.md), by section. `--set section.key=value` overrides a key. Constraints between keys
 (for example, `model.heads` must divide `model.hidden`) are checked before anything starts and reported in one line."""
 ABOUT_METRICS = """\
-Every rank serves these metrics for Prometheus; [Monitoring](../operations/monitoring.md) says where. A rank serves only
+Every rank serves these metrics for Prometheus; [Watching](../operations/watching.md) says where. A rank serves only
 the metrics that apply to it: losses, load and checkpoints come from rank 0, service and expert metrics from pool ranks
 (or from rank 0 if the pool is colocated), memory of a device only from ranks with a GPU. The usual metrics of the
 process (`process_cpu_seconds_total`, `process_resident_memory_bytes`, ...) are served as well.

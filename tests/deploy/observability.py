@@ -14,8 +14,8 @@ DEPLOY = Path(__file__).parents[2] / "deploy"
 PROMETHEUS = DEPLOY / "prometheus"
 GRAFANA = DEPLOY / "grafana"
 OPERATIONS = DEPLOY.parent / "docs" / "operations"
-RUNBOOK = OPERATIONS / "runbook.md"
-MONITORING = OPERATIONS / "monitoring.md"
+WATCHING = OPERATIONS / "watching.md"
+FAULTS = OPERATIONS / "faults.md"
 
 
 def rules(kind: str) -> list[dict[str, Any]]:

@@ -83,7 +83,7 @@ def test_a_misspelt_field_is_found(what: str) -> None:
 
 
 def split_overlay(tmp_path: Path, overlay: str, **numbers: int | str) -> list[dict[str, Any]]:
-    """An overlay with other numbers in its split.env, edited as the runbook says."""
+    """An overlay with other numbers in its split.env, edited as the documents say."""
     for part in (f"overlays/{overlay}", "base", "components"):
         for source in (KUBERNETES / part).rglob("*"):
             if source.is_file():
@@ -172,7 +172,7 @@ def test_the_recipe_is_the_papers(folder: str) -> None:
 
 @pytest.mark.parametrize("pods", [1, 2])
 def test_ranks_of_both_roles(pods: int, tmp_path: Path) -> None:
-    """What docs/operations/launching.md says of them."""
+    """What docs/operations/kubernetes.md says of them."""
     numbers = {"TRUNK_PODS": pods, "TRUNK_SLOTS": 8, "TRUNK_RANKS": "", "POOL_PODS": 0, "POOL_SLOTS": 0}
     manifests = split_overlay(tmp_path, "one-gpu-node", **numbers)
     for made in (recipes := started(manifests, tmp_path, "parallel.layout=every_rank")):

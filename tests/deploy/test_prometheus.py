@@ -8,7 +8,7 @@ import subprocess
 import pytest
 import yaml
 
-from tests.deploy.observability import PROMETHEUS, RUNBOOK, dashboards, names, panels, rules
+from tests.deploy.observability import FAULTS, PROMETHEUS, WATCHING, dashboards, names, panels, rules
 from tests.tools import need
 from trainer.telemetry.prometheus import CATALOGUE
 
@@ -56,8 +56,8 @@ def test_alerts_say_what_to_do(name: str) -> None:
     rule = ALERTS[name]
     assert rule["labels"]["severity"] in ("warning", "critical")
     assert set(rule["annotations"]) == {"summary", "description", "runbook_url"}
-    assert rule["annotations"]["runbook_url"] == f"docs/operations/runbook.md#{name.lower()}"
-    assert f'| <a id="{name.lower()}"></a>{name} | {rule["labels"]["severity"]} |' in RUNBOOK.read_text()
+    assert rule["annotations"]["runbook_url"] == f"docs/operations/watching.md#{name.lower()}"
+    assert f'| <a id="{name.lower()}"></a>{name} | {rule["labels"]["severity"]} |' in WATCHING.read_text()
 
 
 def test_every_metric_used_is_served_and_every_one_served_is_shown() -> None:
@@ -73,4 +73,4 @@ def test_every_metric_used_is_served_and_every_one_served_is_shown() -> None:
     assert used - SERVED - PROCESS - set(RECORDED) == {"up"}
     assert set(RECORDED) <= used, "a recorded expression that nobody uses"
     shown |= {name for recorded in shown & set(RECORDED) for name in names(RECORDED[recorded])}
-    assert SERVED - shown - names(RUNBOOK.read_text()) == set()
+    assert SERVED - shown - names(WATCHING.read_text() + FAULTS.read_text()) == set()

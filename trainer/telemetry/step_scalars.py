@@ -191,7 +191,7 @@ class StepScalars(Scalars):
 
 @dataclass(frozen=True)
 class Efficiency(Scalars):
-    """How well a step has used the machines, and the run its time. `docs/operations/monitoring.md` defines the values.
+    """How well a step has used the machines, and the run its time. `docs/operations/watching.md` defines the values.
 
     Attributes:
         mfu: None if the peak of the ranks' arithmetic is not known.
