@@ -118,8 +118,8 @@ def _by_onednn(x_nI: Tensor) -> bool:
 def _rounded_up(x_ND: Tensor, counts: Sequence[int]) -> Iterator[Tensor]:
     """Return the rows of each expert, with rows of later experts behind them so that few different numbers occur.
 
-    oneDNN compiles a kernel for every number of rows and keeps the latest 1,024: with the rows added, at most 16 numbers
-    occur between a number and twice that. Behind the last experts there may be too few rows to add.
+    oneDNN compiles a kernel for every number of rows and keeps the latest 1,024. With the rows added, at most 16
+    numbers occur between a number and twice that. Behind the last experts there may be too few rows to add.
     """
     end, by_onednn = 0, _by_onednn(x_ND)
     for count in counts:
@@ -131,8 +131,8 @@ def _rounded_up(x_ND: Tensor, counts: Sequence[int]) -> Iterator[Tensor]:
 def _mm(x_nI: Tensor, weight_IO: Tensor, out: Tensor | None = None) -> Tensor:
     """Return x W, or its first rows in `out`.
 
-    On a CPU in fp32 this is what inductor calls for a Linear layer: for few rows it is faster than torch.mm, which calls
-    MKL. In bf16 it is not.
+    On a CPU in fp32 this is what inductor calls for a Linear layer: for few rows it is faster than torch.mm, which
+    calls MKL. In bf16 it is not.
     """
     if not _by_onednn(x_nI) or not len(x_nI):
         return torch.mm(x_nI, weight_IO) if out is None else torch.mm(x_nI, weight_IO, out=out)
