@@ -24,6 +24,7 @@ Hidden = list[Tensor]
 ForWeights = tuple[list[Tensor], list[Tensor]]
 """dh (n, 2F) of each expert, and the input of its W2 (n, F)."""
 
+_SINGLE = torch.float32
 _silu_backward = torch.ops.aten.silu_backward.grad_input
 
 
@@ -112,7 +113,7 @@ def add_weight_gradients(
 
 
 def _by_onednn(x_nI: Tensor) -> bool:
-    return x_nI.device.type == "cpu" and x_nI.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+    return x_nI.device.type == "cpu" and x_nI.dtype == _SINGLE and torch.backends.mkldnn.is_available()
 
 
 def _rounded_up(x_ND: Tensor, counts: Sequence[int]) -> Iterator[Tensor]:
