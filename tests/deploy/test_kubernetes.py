@@ -59,8 +59,6 @@ MISSPELT = {
     "JobSet": ("many-nodes", ["spec", "failurePolicy", "maxRestart"], 3),
     "Job in a JobSet": ("many-nodes", ["spec", "replicatedJobs", 0, "template", "spec", "backofflimit"], 3),
     "a type": ("many-nodes", ["spec", "replicatedJobs", 0, "template", "spec", "parallelism"], "2"),
-    "PodMonitor": ("many-nodes", ["spec", "podMetricsEndpoints", 0, "relabellings"], []),
-    "PrometheusRule": ("many-nodes", ["spec", "groups", 0, "rule"], []),
     "LocalQueue": ("kueue", ["spec", "clusterqueue"], "gpus"),
     "MPIJob": ("mpijob", ["spec", "slotsPerWorkers"], 8),
     "Pod in an MPIJob": ("mpijob", ["spec", "mpiReplicaSpecs", "Worker", "template", "spec", "volume"], []),
@@ -107,13 +105,6 @@ def test_one_edit_changes_the_split_everywhere(tmp_path: Path) -> None:
         m["metadata"]["name"]: m["spec"]["minAvailable"] for m in manifests if m["kind"] == "PodDisruptionBudget"
     }
     assert budgets == {"unipool-trunk": 1, "unipool-pool": 3}
-
-
-def test_the_operator_gets_the_rules_of_prometheus() -> None:
-    """If not: python deploy/kubernetes/prometheusrule.py."""
-    files = sorted((ROOT / "deploy/prometheus/rules").glob("*.yml"))
-    groups = [group for path in files for group in yaml.safe_load(path.read_text())["groups"]]
-    assert of_kind(render(KUBERNETES / "overlays/many-nodes"), "PrometheusRule")["spec"] == {"groups": groups}
 
 
 STAND_IN = """#!/bin/sh
