@@ -73,7 +73,7 @@ def counts(panel: Json) -> Json:
 
 
 def heat_map(panel: Json) -> Json:
-    """Time to the right, one row per series in the order of the legend, values as colours from 0 to the panel's `max`."""
+    """Time to the right, a row per series in the order of the legend, values as colours from 0 to the panel's `max`."""
     options = {
         "calculate": False,
         "cellGap": 0,
