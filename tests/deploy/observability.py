@@ -18,6 +18,16 @@ KUBERNETES = DEPLOY / "kubernetes"
 WATCHING = OPERATIONS / "watching.md"
 FAULTS = OPERATIONS / "faults.md"
 
+CLUSTER = {
+    "jobset_failed_total",
+    "jobset_completed_total",
+    "kube_job_failed",
+    "kube_job_complete",
+    "kube_job_status_suspended",
+    "kube_pod_deletion_timestamp",
+}
+"""Of the JobSet controller and kube-state-metrics."""
+
 PREFIXES = ("unipool_", "process_", "jobset_", "kube_")
 
 

@@ -8,7 +8,7 @@ import subprocess
 import pytest
 import yaml
 
-from tests.deploy.observability import FAULTS, PROMETHEUS, WATCHING, dashboards, names, panels, rules
+from tests.deploy.observability import CLUSTER, FAULTS, PROMETHEUS, WATCHING, dashboards, names, panels, rules
 from tests.tools import need
 from trainer.telemetry.catalogue import CATALOGUE
 
@@ -18,15 +18,6 @@ SERVED = {metric.samples[0] for metric in CATALOGUE}
 """The first of a metric's series: of a histogram, its buckets."""
 PROCESS = {"process_resident_memory_bytes", "process_cpu_seconds_total", "process_start_time_seconds"}
 """Of what prometheus_client says of every process."""
-CLUSTER = {
-    "jobset_failed_total",
-    "jobset_completed_total",
-    "kube_job_failed",
-    "kube_job_complete",
-    "kube_job_status_suspended",
-    "kube_pod_deletion_timestamp",
-}
-"""Of the JobSet controller and kube-state-metrics."""
 RUN = r'run="([\w /-]+)"'
 
 
