@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 
 import pytest
-import yaml
 
 from pool.topology import Topology
 from tests.deploy.kubernetes.overlays import (
@@ -21,7 +20,6 @@ from tests.deploy.kubernetes.overlays import (
 )
 from tests.deploy.pods import Cluster
 from tests.deploy.schemas import check
-from tests.trainer.job import ROOT
 from trainer.config.recipe import load_recipe
 from trainer.telemetry.prometheus import parse
 
@@ -88,13 +86,6 @@ def test_one_edit_changes_the_split_everywhere(tmp_path: Path) -> None:
         gpus, asked = resources["limits"]["nvidia.com/gpu"], resources["requests"]
         found[group["name"]] = (job["parallelism"], job["completions"], gpus, slots, str(asked["cpu"]), asked["memory"])
     assert found == {"trunk": (1, 1, 4, "4", "32", "128Gi"), "pool": (3, 3, 2, "2", "16", "64Gi")}
-
-
-def test_the_operator_gets_the_rules_of_prometheus() -> None:
-    """If not: python deploy/kubernetes/prometheusrule.py."""
-    files = sorted((ROOT / "deploy/prometheus/rules").glob("*.yml"))
-    groups = [group for path in files for group in yaml.safe_load(path.read_text())["groups"]]
-    assert of_kind(render(KUBERNETES / "overlays/many-nodes"), "PrometheusRule")["spec"] == {"groups": groups}
 
 
 @pytest.mark.parametrize(
