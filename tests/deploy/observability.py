@@ -50,6 +50,6 @@ def panels(dashboard: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 def names(expression: str) -> set[str]:
     """Metrics and recorded names in PromQL."""
-    without_labels = re.sub(r"\{[^}]*\}", "", re.sub(r'"[^"]*"', "", expression))
+    without_labels = re.sub(r"\{[^{}:]*\}", "", re.sub(r'"[^"]*"', "", expression))
     words = set(re.findall(r"[a-zA-Z_:][\w:]*", without_labels))
     return {word for word in words if ":" in word or word == "up" or word.startswith(PREFIXES)}

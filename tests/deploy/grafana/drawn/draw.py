@@ -1,7 +1,7 @@
 """Draw rows of a dashboard as they look, with Grafana's own components in a headless Chromium:
 
-    npm ci --prefix docs/images/grafana
-    python docs/images/grafana/draw.py http://127.0.0.1:9090 RUN training "What the ranks do" Speed --out picture.png
+    npm ci --prefix tests/deploy/grafana/drawn
+    python tests/deploy/grafana/drawn/draw.py http://127.0.0.1:9090 RUN training "What the ranks do" Speed --out picture.png
 
 Prometheus must have scraped the run with deploy/prometheus. Heat maps are drawn with matplotlib, from the same query.
 """
@@ -28,7 +28,7 @@ import numpy as np
 Json = dict[str, Any]
 
 HERE = Path(__file__).parent
-DASHBOARDS = HERE.parents[2] / "deploy/grafana/dashboards"
+DASHBOARDS = HERE.parents[3] / "deploy/grafana/dashboards"
 CELL = {"width": 50, "height": 38, "gap": 8}
 """Pixels of a cell of Grafana's grid, which has 24 columns, and between panels."""
 POINTS = 300
