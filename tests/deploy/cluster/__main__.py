@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 import sys
 import tempfile
@@ -23,7 +24,7 @@ from typing import Any
 from tests.deploy.cluster.controllers import Pod
 from tests.deploy.cluster.plane import Namespace, Plane
 from tests.deploy.cluster.watch import Server, prometheus
-from tests.deploy.test_kubernetes import KUBERNETES, render, split_overlay
+from tests.deploy.test_kubernetes import KUBERNETES, render
 
 FAR = 1_000_000
 """Steps that no run gets to."""
@@ -72,14 +73,20 @@ class Play:
 
     def apply(self, namespace: Namespace, *arguments: str, **split: int) -> None:
         """kubectl apply of cpu-smoke with a split and further arguments of `train`."""
-        copy = Path(tempfile.mkdtemp(dir=self._folder))
-        numbers = {"TRUNK_PODS": 2, "TRUNK_SLOTS": 1, "POOL_PODS": 2, "POOL_SLOTS": 1} | split
-        manifests = split_overlay(copy, "cpu-smoke", **numbers)
+        manifests = self._rendered("overlays/cpu-smoke", **split)
         for manifest in manifests:
             if manifest["kind"] == "JobSet":
                 for group in manifest["spec"]["replicatedJobs"]:
                     group["template"]["spec"]["template"]["spec"]["containers"][0]["args"] = list(arguments)
         self.plane.apply(namespace, manifests)
+
+    def _rendered(self, overlay: str, **split: int) -> list[dict[str, Any]]:
+        """An overlay of cpu-smoke, with another split.env."""
+        copy = Path(tempfile.mkdtemp(dir=self._folder)) / "kubernetes"
+        shutil.copytree(KUBERNETES, copy)
+        with (copy / "overlays/cpu-smoke/split.env").open("a") as file:
+            file.writelines(f"{key}={value}\n" for key, value in split.items())
+        return render(copy / overlay)
 
     def wait_until(self, what: str, condition: Callable[[], bool], limit: float = 240) -> None:
         self.plane.until(condition, limit, what)
@@ -87,34 +94,55 @@ class Play:
     def pods(self, namespace: Namespace) -> list[Pod]:
         return [pod for pod in self.plane.containers if pod.job.namespace == namespace.name]
 
-    def log(self, namespace: Namespace) -> str:
-        """Of rank 0's newest pod."""
-        logs = list((self.plane.folder / namespace.name).glob("unipool-trunk-0-0-*.log"))
-        return max(logs, key=lambda path: path.stat().st_mtime).read_text() if logs else ""
+    def rank_0(self, namespace: Namespace) -> str:
+        """The log of rank 0's pod, empty while there is none."""
+        pods = [pod for pod in self.pods(namespace) if pod.name.startswith("unipool-trunk-0-0-")]
+        return self.plane.containers[pods[0]].log if pods else ""
 
     def step(self, namespace: Namespace) -> int:
-        """The newest step of the run."""
-        lines = (namespace.cluster.folder / "volume/runs/unipool/metrics.jsonl").read_text().splitlines()
-        return max((json.loads(line).get("step", 0) for line in lines), default=0)
+        """The newest step of the run, 0 before the first."""
+        path = namespace.cluster.folder / "volume/runs/unipool/metrics.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        return max((json.loads(line).get("step", 0) for line in lines if line.endswith("\n")), default=0)
+
+    def data(self, namespace: Namespace) -> dict[str, int]:
+        """Prepared files, with the times at which they were written."""
+        found = (namespace.cluster.folder / "volume/data").rglob("*.arrow")
+        return {str(path): path.stat().st_mtime_ns for path in found}
+
+    def trains(self, namespace: Namespace) -> None:
+        """Until a run that has just begun has made some steps."""
+        self.wait_until(f"{namespace.name} trains", lambda: self.step(namespace) >= 10)
 
     def resumed(self, namespace: Namespace) -> int:
         """The step after which the newest pods resume, when they have made ten more."""
-        self.wait_until("it resumes", lambda: "resuming after step" in self.log(namespace))
-        step = int(self.log(namespace).rpartition("resuming after step ")[2].split()[0].rstrip(",.;:"))
+        self.wait_until("it resumes", lambda: "resuming after step " in self.rank_0(namespace))
+        step = int(re.findall(r"resuming after step (\d+)", self.rank_0(namespace))[0])
         self.wait_until("it trains on", lambda: self.step(namespace) >= step + 10)
         return step
 
     # --- the acts -------------------------------------------------------------------------------------------------
 
+    def prepare(self) -> None:
+        with self.act("Apply prepare/cpu-smoke in train-a, on an empty volume; evict its pod") as act:
+            self.plane.apply(self.a, self._rendered("prepare/cpu-smoke"))
+            (job,) = self.a.jobs
+            self.wait_until("its pod", lambda: bool(self.pods(self.a)))
+            self.plane.evict(job.pods[0])
+            self.wait_until("the data is ready", lambda: bool(job.condition))
+            statuses = [pod.status for pod in job.pods]
+            act.expect(f"pods end with {statuses}, the Job is {job.condition}", job.condition == "Complete")
+
     def start(self) -> None:
-        with self.act("Apply in train-a: 2 trunk and 2 pool pods") as act:
+        prepared = self.data(self.a)
+        with self.act("Apply overlays/cpu-smoke in train-a: 2 trunk and 2 pool pods") as act:
             self.apply(self.a, "--set", f"train.steps={FAR}", "--set", "parallel.timeout_seconds=30")
-            self.wait_until("train-a trains", lambda: "step 11/" in self.log(self.a))
-            act.expect("trains", True)
-        with self.act("Apply in train-b: 1 trunk and 1 pool pod") as act:
+            self.trains(self.a)
+            act.expect("its ranks use the prepared data", self.data(self.a) == prepared)
+        with self.act("Apply it in train-b: 1 trunk and 1 pool pod") as act:
             arguments = ["--set", f"train.steps={FAR}", "--set", "parallel.timeout_seconds=30"]
             self.apply(self.b, *arguments, TRUNK_PODS=1, POOL_PODS=1)
-            self.wait_until("train-b trains", lambda: "step 11/" in self.log(self.b))
+            self.trains(self.b)
             self.plane.for_seconds(120)
             ranks = self.server.values("sum by (run) (up{run!=''})")
             act.expect(f"Prometheus sees the ranks {ranks}", ranks == {"train-a/unipool": 4, "train-b/unipool": 2})
@@ -161,9 +189,11 @@ class Play:
             node, before, began = self.plane.placed[lost], self.step(self.a), self.plane.now
             self.plane.lose(node)
             others = [pod for pod in self.pods(self.a) if self.plane.placed[pod] is not node]
+            logs = [self.plane.containers[pod].log_file for pod in others]
             self.wait_until("its peers notice", lambda: all(pod.over for pod in others))
             act.expect(f"peers end with {sorted({pod.status for pod in others if pod.status})}", True)
-            act.expect("rank 0 names the lost rank", "does not respond" in self.log(self.a))
+            said = any("does not respond" in path.read_text() for path in logs)
+            act.expect(f"they name the lost rank after {self.plane.now - began:.0f} s", said)
             overdue = 15 * 60 + lost.grace
             self.wait_until("Terminating for long", lambda: self.plane.now > began + 400 + overdue, 900)
             act.expect("no pods start while one is Terminating", len(self.pods(self.a)) == 1)
@@ -231,6 +261,7 @@ def main() -> int:
             sys.exit("error: needs root and the right to make namespaces")
         with prometheus(plane, monitor) as server:
             play = Play(plane, server, folder)
+            play.prepare()
             play.start()
             for name in options.only or ("evict", "kill", "lose_node", "split", "wrong_input", "finish"):
                 getattr(play, name)()
@@ -245,7 +276,8 @@ def main() -> int:
 
 def monitor_of() -> dict[str, Any]:
     """The PodMonitor as it is shipped."""
-    (monitor,) = [m for m in render(KUBERNETES / "monitoring") if m["kind"] == "PodMonitor"]
+    folder = KUBERNETES / ("monitoring" if (KUBERNETES / "monitoring").exists() else "overlays/many-nodes")
+    (monitor,) = [m for m in render(folder) if m["kind"] == "PodMonitor"]
     return monitor
 
 

@@ -168,7 +168,7 @@ class Plane:
             if pod.deleted is not None and pod not in self._terminated:
                 if found := container.processes():
                     found[0].terminate()
-                self._terminated.add(pod)
+                    self._terminated.add(pod)
             elif pod.deleted is not None and now > pod.deleted + pod.grace:
                 container.kill()
             return
