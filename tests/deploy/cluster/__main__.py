@@ -84,8 +84,11 @@ class Play:
         """An overlay of cpu-smoke, with another split.env."""
         copy = Path(tempfile.mkdtemp(dir=self._folder)) / "kubernetes"
         shutil.copytree(KUBERNETES, copy)
-        with (copy / "overlays/cpu-smoke/split.env").open("a") as file:
-            file.writelines(f"{key}={value}\n" for key, value in split.items())
+        numbers = copy / "overlays/cpu-smoke/split.env"
+        edited = numbers.read_text()
+        for key, value in split.items():
+            edited = re.sub(rf"^{key}=.*$", f"{key}={value}", edited, flags=re.MULTILINE)
+        numbers.write_text(edited)
         return render(copy / overlay)
 
     def wait_until(self, what: str, condition: Callable[[], bool], limit: float = 240) -> None:

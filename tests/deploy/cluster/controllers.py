@@ -7,6 +7,7 @@ Time is in the cluster's seconds and is given; nothing here waits or starts a pr
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,6 +18,8 @@ FIRST_BACKOFF, LONGEST_BACKOFF = 10.0, 600.0
 
 ATTEMPT = "jobset.sigs.k8s.io/restart-attempt"
 GROUP = "jobset.sigs.k8s.io/replicatedjob-name"
+
+_names = itertools.count(1)  # what makes the names of pods different; Kubernetes draws letters
 
 
 @dataclass(eq=False)
@@ -82,7 +85,6 @@ class Job:
     _backoff: int = 0
     _last_failure: float = 0.0
     _target: bool = False
-    _made: int = 0
 
     @property
     def gone(self) -> bool:
@@ -125,8 +127,7 @@ class Job:
             return
         # With a pod failure policy a pod is replaced when it has failed, not yet while it is Terminating.
         for index in sorted(set(range(completions)) - succeeded - {pod.index for pod in unfinished}):
-            self._made += 1
-            pod = Pod(self, index, f"{self.name}-{index}-{self._made}")
+            pod = Pod(self, index, f"{self.name}-{index}-{next(_names)}")
             self.pods.append(pod)
             self.create(pod)
 
