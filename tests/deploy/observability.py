@@ -14,8 +14,11 @@ DEPLOY = Path(__file__).parents[2] / "deploy"
 PROMETHEUS = DEPLOY / "prometheus"
 GRAFANA = DEPLOY / "grafana"
 OPERATIONS = DEPLOY.parent / "docs" / "operations"
+KUBERNETES = DEPLOY / "kubernetes"
 WATCHING = OPERATIONS / "watching.md"
 FAULTS = OPERATIONS / "faults.md"
+
+PREFIXES = ("unipool_", "process_", "jobset_", "kube_")
 
 
 def rules(kind: str) -> list[dict[str, Any]]:
@@ -39,4 +42,4 @@ def names(expression: str) -> set[str]:
     """Metrics and recorded names in PromQL."""
     without_strings = re.sub(r'"[^"]*"', "", expression)
     words = set(re.findall(r"[a-zA-Z_:][\w:]*", without_strings))
-    return {word for word in words if ":" in word or word == "up" or word.startswith(("unipool_", "process_"))}
+    return {word for word in words if ":" in word or word == "up" or word.startswith(PREFIXES)}

@@ -41,8 +41,8 @@ def main(device: str) -> int:
     _wait(device)
     seconds = (time.perf_counter() - start) / ROUNDS
     if rank == 0:
-        sent = 2 * (ranks - 1) / ranks * x.nbytes / seconds
-        print(f"{ranks} ranks: all-reduce of {x.nbytes / 1e6:,.0f} MB in {1e3 * seconds:.2f} ms, {sent / 1e9:.1f} GB/s a rank")
+        size, sent = x.nbytes / 1e6, 2 * (ranks - 1) / ranks * x.nbytes / seconds / 1e9
+        print(f"{ranks} ranks: all-reduce of {size:,.0f} MB in {1e3 * seconds:.2f} ms, {sent:.1f} GB/s a rank")
     if not right:
         print(f"error: rank {rank} on {os.uname().nodename} has another sum than {total:,.0f}", file=sys.stderr)
     dist.destroy_process_group()
