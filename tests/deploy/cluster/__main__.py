@@ -12,6 +12,7 @@ import argparse
 import json
 import re
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -24,7 +25,7 @@ from typing import Any
 from tests.deploy.cluster.controllers import Pod
 from tests.deploy.cluster.plane import Namespace, Plane
 from tests.deploy.cluster.watch import Server, prometheus
-from tests.deploy.test_kubernetes import KUBERNETES, render
+from tests.deploy.kubernetes.overlays import KUBERNETES, render
 
 FAR = 1_000_000
 """Steps that no run gets to."""
@@ -256,6 +257,7 @@ def main() -> int:
     parser.add_argument("--keep", action="store_true", help="keep the folder with logs and series")
     parser.add_argument("--only", nargs="*", help="the acts to play after the start; by default all")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that nothing stays
     folder = Path(tempfile.mkdtemp(prefix="unipool-cluster-"))
     (folder / "plane").mkdir()
     monitor = monitor_of()
@@ -279,8 +281,7 @@ def main() -> int:
 
 def monitor_of() -> dict[str, Any]:
     """The PodMonitor as it is shipped."""
-    folder = KUBERNETES / ("monitoring" if (KUBERNETES / "monitoring").exists() else "overlays/many-nodes")
-    (monitor,) = [m for m in render(folder) if m["kind"] == "PodMonitor"]
+    (monitor,) = [m for m in render(KUBERNETES / "monitoring") if m["kind"] == "PodMonitor"]
     return monitor
 
 

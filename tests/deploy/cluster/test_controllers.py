@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.deploy.cluster.controllers import JobSet, Pod
-from tests.deploy.test_kubernetes import KUBERNETES, render
+from tests.deploy.kubernetes.overlays import KUBERNETES, render
 
 
 class Pods:
