@@ -120,7 +120,12 @@ class Play:
 
     def resumed(self, namespace: Namespace) -> int:
         """The step after which the newest pods resume, when they have made ten more."""
-        self.wait_until("it resumes", lambda: "resuming after step " in self.rank_0(namespace))
+
+        def resumes() -> bool:
+            assert namespace.job_set is None or not namespace.job_set.condition, "the JobSet is over"
+            return "resuming after step " in self.rank_0(namespace)
+
+        self.wait_until("it resumes", resumes)
         step = int(re.findall(r"resuming after step (\d+)", self.rank_0(namespace))[0])
         self.wait_until("it trains on", lambda: self.step(namespace) >= step + 10)
         return step
@@ -185,7 +190,7 @@ class Play:
             act.expect(f"counted restarts {job_set.counted_restarts}", True)
 
     def lose_node(self) -> None:
-        alerts = {"train-a/unipool": {"UnipoolRankSilent", "UnipoolPodTerminating"}}
+        alerts = {"train-a/unipool": {"UnipoolRankSilent", "UnipoolRanksMissing", "UnipoolPodTerminating"}}
         with self.act("The node of a pool pod of train-a loses power", alerts) as act:
             job_set = self.a.job_set
             assert job_set is not None
@@ -209,13 +214,13 @@ class Play:
             )
 
     def split(self) -> None:
-        with self.act("Stop train-a, apply it as 1 trunk and 3 pool pods") as act:
+        with self.act("Stop train-a, apply it as 1 trunk and 2 pool pods") as act:
             assert self.a.job_set is not None
             self.a.job_set.delete(self.plane.now)
             self.wait_until("train-a is gone", lambda: self.a.job_set is None)
             before = self.step(self.a)
             arguments = ["--set", f"train.steps={FAR}", "--set", "parallel.timeout_seconds=30"]
-            self.apply(self.a, *arguments, TRUNK_PODS=1, POOL_PODS=3)
+            self.apply(self.a, *arguments, TRUNK_PODS=1, POOL_PODS=2)
             resumed = self.resumed(self.a)
             act.expect(f"resharded, {before - resumed} steps lost", before == resumed)
 
@@ -235,7 +240,7 @@ class Play:
             self.a.job_set.delete(self.plane.now)
             self.wait_until("train-a is gone", lambda: self.a.job_set is None)
             steps = self.step(self.a) + 20
-            self.apply(self.a, "--set", f"train.steps={steps}", "--force", TRUNK_PODS=1, POOL_PODS=3)
+            self.apply(self.a, "--set", f"train.steps={steps}", "--force", TRUNK_PODS=1, POOL_PODS=2)
             self.wait_until("the end", lambda: self.a.job_set is not None and self.a.job_set.condition == "Completed")
             act.expect(f"JobSet Completed after step {self.step(self.a)}", self.step(self.a) == steps)
             self.plane.for_seconds(2000)
@@ -261,7 +266,7 @@ def main() -> int:
     folder = Path(tempfile.mkdtemp(prefix="unipool-cluster-"))
     (folder / "plane").mkdir()
     monitor = monitor_of()
-    with Plane(folder / "plane", nodes=4, speed=options.speed) as plane:
+    with Plane(folder / "plane", nodes=6, speed=options.speed) as plane:
         if not plane.network.isolated:
             sys.exit("error: needs root and the right to make namespaces")
         with prometheus(plane, monitor) as server:
