@@ -8,24 +8,16 @@ import subprocess
 import pytest
 import yaml
 
-from tests.deploy.observability import FAULTS, PROMETHEUS, WATCHING, dashboards, names, panels, rules
+from tests.deploy.observability import CLUSTER, FAULTS, PROMETHEUS, WATCHING, dashboards, names, panels, rules
 from tests.tools import need
-from trainer.telemetry.prometheus import CATALOGUE
+from trainer.telemetry.catalogue import CATALOGUE
 
 ALERTS = {rule["alert"]: rule for rule in rules("alert")}
 RECORDED = {rule["record"]: rule["expr"] for rule in rules("record")}
-SERVED = {metric.name + ("_total" if metric.kind == "counter" else "") for metric in CATALOGUE}
+SERVED = {metric.samples[0] for metric in CATALOGUE}
+"""The first of a metric's series: of a histogram, its buckets."""
 PROCESS = {"process_resident_memory_bytes", "process_cpu_seconds_total", "process_start_time_seconds"}
 """Of what prometheus_client says of every process."""
-CLUSTER = {
-    "jobset_failed_total",
-    "jobset_completed_total",
-    "kube_job_failed",
-    "kube_job_complete",
-    "kube_job_status_suspended",
-    "kube_pod_deletion_timestamp",
-}
-"""Of the JobSet controller and kube-state-metrics."""
 RUN = r'run="([\w /-]+)"'
 
 
