@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from pool.topology import Topology
-from trainer.cluster.devices import Devices, assign_devices, sight, tell_deepspeed
+from trainer.cluster.devices import Devices, Sight, assign_devices, sight, tell_deepspeed
 from trainer.cluster.launch import free_port
 from trainer.cluster.liveness import Arrival, Liveness, reach
 from trainer.cluster.network import address_towards, choose_gloo_interface, wait_for_listener
@@ -139,6 +139,7 @@ class Member:
         leads_machine: Whether it is the first trunk rank of its machine.
         device: Where it computes.
         devices: Where all ranks compute.
+        sight: The devices that it may use.
         payload_device: Where the wire takes its payloads from; the same type on all ranks.
         store: The job's store, on which process groups are set up.
         shared: Short texts for the other ranks, in the same store.
@@ -151,6 +152,7 @@ class Member:
     leads_machine: bool
     device: torch.device
     devices: Devices
+    sight: Sight
     payload_device: torch.device
     store: dist.Store
     shared: KeyValueStore
@@ -172,6 +174,14 @@ def provisional_names(recipe: Recipe, world_size: int) -> list[str]:
     if os.environ.get(ROLE) or grid.world_size != world_size:
         return [f"launcher rank {rank}" for rank in range(world_size)]
     return [grid.describe(rank) for rank in ranks_by_order(grid, recipe.topology.order)]
+
+
+def provisional_rank(recipe: Recipe, launch: Launch) -> int | None:
+    """Return the job rank of this process, if it is known before the rendezvous."""
+    grid = recipe.grid
+    if os.environ.get(ROLE) or grid.world_size != launch.world_size:
+        return None
+    return ranks_by_order(grid, recipe.topology.order)[launch.rank]
 
 
 def rendezvous(recipe: Recipe, launch: Launch) -> Member:
@@ -217,6 +227,7 @@ def rendezvous(recipe: Recipe, launch: Launch) -> Member:
         leads_machine=machines.index(machines[rank]) == rank and grid.is_trunk(rank),
         device=device,
         devices=devices,
+        sight=own.sight,
         payload_device=device if on_gpu else torch.device("cpu"),
         store=store,
         shared=KeyValueStore(store, liveness, rank, grid.world_size, limit),

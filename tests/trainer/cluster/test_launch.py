@@ -161,7 +161,8 @@ def test_restarts(
 
 def test_restarts_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(RESTARTS, "2")
-    server = MetricsServer(Metrics(), "trunk", 0, 0)
+    server = MetricsServer("trunk", 0)
+    server.listen(Metrics(), 0)
     page = urllib.request.urlopen(f"http://{server.address}/metrics", timeout=60).read().decode()
     assert 'unipool_restarts_total{rank="0",role="trunk"} 2.0' in page.splitlines()
 
