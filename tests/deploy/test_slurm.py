@@ -7,8 +7,9 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
-from subprocess import PIPE
+from subprocess import Popen
 
 import pytest
 
@@ -70,7 +71,7 @@ SLEEP = """#!/bin/bash
 echo "$1" >> slept
 """
 
-Job = subprocess.Popen[str]
+Job = Popen[bytes]
 Submit = Callable[..., Job]
 
 
@@ -90,14 +91,16 @@ def submit(tmp_path: Path) -> Iterator[Submit]:
         environment |= {"SLURM_JOB_ID": str(JOB), "SLURM_SUBMIT_DIR": str(tmp_path), **settings}
         if ";" in nodes:
             environment["SLURM_HET_SIZE"] = str(nodes.count(";") + 1)
-        job = subprocess.Popen(["bash", SCRIPT, *arguments], cwd=tmp_path, env=environment, text=True, stderr=PIPE)
-        jobs.append(job)
-        return job
+        with (tmp_path / "log").open("w") as log:
+            command = ["bash", SCRIPT, *arguments]
+            jobs.append(Popen(command, cwd=tmp_path, env=environment, stderr=log, start_new_session=True))
+        return jobs[-1]
 
     yield start
     for job in jobs:
-        job.kill()
-        job.communicate()
+        with suppress(ProcessLookupError):
+            os.killpg(job.pid, signal.SIGKILL)
+        job.wait(120)
 
 
 def wait_for(*files: Path) -> None:
@@ -168,9 +171,8 @@ def test_a_stop_before_there_are_ranks_goes_back_to_the_queue(submit: Submit, tm
     wait_for(tmp_path / f".unipool-{JOB}.hosts")
     job.send_signal(signal.SIGUSR1)
     assert job.wait(120) == 75
-    (tmp_path / "hold").unlink()
     assert lines(tmp_path / "requeued") == [f"requeue Incomplete {JOB}"]
-    assert "before the ranks were started" in job.communicate()[1]
+    assert "before the ranks were started" in (tmp_path / "log").read_text()
 
 
 def test_a_stop_during_preparation_goes_back_to_the_queue(submit: Submit, tmp_path: Path) -> None:
@@ -192,7 +194,7 @@ def test_a_job_that_never_saves_is_held(submit: Submit, tmp_path: Path) -> None:
         job.send_signal(signal.SIGUSR1)
         assert job.wait(120) == 75
     assert lines(tmp_path / "requeued") == [*[f"requeue Incomplete {JOB}"] * 4, f"requeuehold Incomplete {JOB}"]
-    assert f"scontrol release {JOB}" in job.communicate()[1]
+    assert f"scontrol release {JOB}" in (tmp_path / "log").read_text()
     assert not list(tmp_path.glob(".unipool*"))
 
 
@@ -258,10 +260,9 @@ def test_a_preparation_that_is_stopped_goes_back_to_the_queue(submit: Submit, tm
 def test_a_job_without_a_recipe(arguments: list[str], submit: Submit, tmp_path: Path) -> None:
     job = submit("a:1", *arguments)
     assert job.wait(120) == 2
-    assert job.communicate()[1].startswith("usage: sbatch")
+    assert lines(tmp_path / "log")[0].startswith("usage: sbatch")
 
 
-def test_a_wrong_number_of_restarts(submit: Submit) -> None:
-    job = submit("a:1", "recipe", UNIPOOL_MAX_RESTARTS="many")
-    assert job.wait(120) == 2
-    assert job.communicate()[1] == "error: UNIPOOL_MAX_RESTARTS=many: must be a number\n"
+def test_a_wrong_number_of_restarts(submit: Submit, tmp_path: Path) -> None:
+    assert submit("a:1", "recipe", UNIPOOL_MAX_RESTARTS="many").wait(120) == 2
+    assert lines(tmp_path / "log") == ["error: UNIPOOL_MAX_RESTARTS=many: must be a number"]

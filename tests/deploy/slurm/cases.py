@@ -110,8 +110,8 @@ class Job:
         return f"back in the queue ({reason})"
 
     def start_now(self) -> None:
-        """Do not wait for the two minutes that a requeued job waits. At once would be too soon for slurmd, which has just
-        killed this job and takes its number for that of the killed one.
+        """Do not wait for the two minutes that a requeued job waits. At once would be too soon: slurmd, which has just
+        killed this job, would refuse it.
         """
         time.sleep(5)
         self.site.cluster.start_now(self.number)
@@ -200,24 +200,24 @@ def in_start(site: Site) -> str:
 
 def in_step(site: Site) -> str:
     """USR1 during training."""
-    job = site.train(steps=400)
-    job.says("step 6/")
+    job = site.train(steps=100)
+    job.says("step 6:")
     job.stop()
     seen = job.is_back()
-    job.says("resum")
+    job.says("resuming after step")
     return f"{seen}; resumed, then {job.ends()}"
 
 
 def two_components(site: Site) -> str:
     """Trunk and pool as two components of one job; USR1 during training."""
     options = ("--nodes=1", ":", "--nodes=2", "--exclusive", "--mem=0")
-    job = site.train("--set", "parallel.pool_ranks=2", steps=300, options=options)
-    job.says("step 6/")
+    job = site.train("--set", "parallel.pool_ranks=2", steps=100, options=options)
+    job.says("step 6:")
     job.stop()
     job.is_back(start=False)
     for component in (job.number, job.number + 1):
         site.cluster.start_now(component)
-    job.says("resum")
+    job.says("resuming after step")
     return f"back in the queue with both; resumed, then {job.ends()}"
 
 
@@ -242,11 +242,11 @@ def short_limit(site: Site) -> str:
 
 def fault(site: Site) -> str:
     """A rank is killed."""
-    job = site.train(steps=400)
-    job.says("step 6/")
+    job = site.train(steps=100)
+    job.says("step 6:")
     job.rank(1).kill()
     job.says("restart 1 of 3")
-    job.says("resum")
+    job.says("resuming after step")
     number = job.rank(0).environ().get("UNIPOOL_RESTARTS")
     if number != "1":
         raise Unexpected(f"UNIPOOL_RESTARTS is {number}")
@@ -272,7 +272,7 @@ def wrong_input(site: Site) -> str:
 def cancelled(site: Site) -> str:
     """The user cancels the job during training."""
     job = site.train(steps=100_000)
-    job.says("step 6/")
+    job.says("step 6:")
     site.cluster.cancel(job.number)
     job.until(lambda: job.state == "CANCELLED", "cancelled job")
     deadline = time.monotonic() + 45  # beyond the time until processes are killed
@@ -287,8 +287,8 @@ def cancelled(site: Site) -> str:
 
 def controller_away(site: Site) -> str:
     """slurmctld is down when the ranks have saved and the job wants to return."""
-    job = site.train(steps=400)
-    job.says("step 6/")
+    job = site.train(steps=100)
+    job.says("step 6:")
     job.stop()
     site.cluster.stop_controller()
     deadline = time.monotonic() + 60
@@ -311,15 +311,15 @@ def cut_node(site: Site) -> str:
 
 
 def _lost_node(site: Site, lose: Callable[[str], None]) -> str:
-    job = site.train(steps=400)
-    job.says("step 6/")
+    job = site.train(steps=100)
+    job.says("step 6:")
     began = time.monotonic()
     lose("n2")
     try:
         job.until(lambda: job.show.get("Restarts") == "1", "restart 1", 500.0)
         seen = f"{job.is_back()} after {time.monotonic() - began:.0f} s"
         why = [line for line in job.log.splitlines() if "returns to the queue" in line]
-        job.says("resum")
+        job.says("resuming after step")
         hosts = job.show.get("NodeList", "")
         seen += f" ({why[-1].split(': ')[-1] if why else 'by Slurm'}), resumed on {hosts}"
         return f"{seen}, then {job.ends()}"
