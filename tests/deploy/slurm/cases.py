@@ -123,10 +123,13 @@ class Job:
         if seen != (state, status):
             tail = "\n".join(self.log.splitlines()[-25:])
             raise Unexpected(f"{seen}, not {(state, status)}; end of the log:\n{tail}")
-        leftovers = sorted(path.name for path in self.site.folder.glob(f".unipool-{self.number}*"))
-        if leftovers:
-            raise Unexpected(f"files were left: {leftovers}")
+        self.leaves_nothing()
         return f"{state} with status {status.split(':')[0]}"
+
+    def leaves_nothing(self) -> None:
+        """Check that the script has removed its own files."""
+        if left := sorted(path.name for path in self.site.folder.glob(f".unipool-{self.number}*")):
+            raise Unexpected(f"files were left: {left}")
 
     def stop(self) -> None:
         """USR1 to the script, as Slurm sends it before the time limit."""
@@ -282,6 +285,7 @@ def cancelled(site: Site) -> str:
         time.sleep(1)
     if "restart 1" in job.log or "returns to the queue" in job.log:
         raise Unexpected(f"the script went on:\n{job.log[-2000:]}")
+    job.leaves_nothing()
     return "CANCELLED, and remains so"
 
 
