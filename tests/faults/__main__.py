@@ -25,7 +25,7 @@ import click
 
 from tests.faults.catalogue import choose_cases
 from tests.faults.jobs import Reference, undisturbed
-from tests.faults.report import table
+from tests.faults.report import write_report
 from tests.faults.running import Outcome, run_case
 from tests.faults.scene import Case
 from tests.trainer.job import write_recipe
@@ -84,7 +84,7 @@ def main(count: int, seed: int, only: tuple[str, ...], jobs: int, limit: float, 
         with ThreadPoolExecutor(jobs) as pool:
             outcomes = [outcome for outcome in pool.map(run, cases) if outcome]
     records = [*done, *(outcome.to_json() for outcome in outcomes)]
-    (out / "README.md").write_text(table(records))
+    write_report(records, out)
     bad = sum(bool(record["problems"]) for record in records)
     print(f"{len(records)} faults, {bad} with problems; {out / 'README.md'}")
     sys.exit(bool(bad))

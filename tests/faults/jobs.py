@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -10,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -226,7 +227,7 @@ class Reference:
 
     Attributes:
         records: Its steps and evaluations.
-        weights: SHA-256 of the files of its last checkpoint that depend on nothing else.
+        weights: What its last checkpoint holds; see `weights_of`.
         half: Copy of its folder as of step 4, to resume from.
     """
 
@@ -240,12 +241,39 @@ HALF = 4
 
 
 def weights_of(run: Path) -> dict[str, str]:
-    """Return the checksums of the newest checkpoint's tensors, from its manifest."""
+    """Return a checksum of the tensors and numbers in each file of the newest checkpoint, by its name.
+
+    The files themselves differ, because DeepSpeed puts its configuration into them, and that knows `run.dir`.
+    """
+    import torch
+
     found = checkpoint.newest(run / "checkpoints")
-    if found is None:
-        return {}
-    files = json.loads((found[1] / checkpoint.MANIFEST_FILE).read_text())["files"]
-    return {name: facts["sha256"] for name, facts in files.items() if "/" in name or name.endswith(".npy")}
+    files = sorted(found[1].rglob("*.pt")) if found else []
+    digests = {}
+    for file in files:
+        state = torch.load(file, map_location="cpu", weights_only=False)  # this command has written it itself
+        digest = hashlib.sha256()
+        for part in _numbers(state):
+            digest.update(part)
+        digests[str(file.relative_to(run))] = digest.hexdigest()
+    return digests
+
+
+def _numbers(state: Any) -> Iterator[bytes]:
+    """Yield what a saved state consists of, without texts."""
+    import torch
+
+    if isinstance(state, torch.Tensor):
+        yield repr(state.shape).encode() + state.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    elif isinstance(state, dict):
+        for key in sorted(state, key=str):
+            yield str(key).encode()
+            yield from _numbers(state[key])
+    elif isinstance(state, list | tuple):
+        for value in state:
+            yield from _numbers(value)
+    elif isinstance(state, int | float):
+        yield repr(state).encode()
 
 
 def undisturbed(folder: Path, recipe: Path, layout: str) -> Reference:
@@ -267,8 +295,3 @@ def undisturbed(folder: Path, recipe: Path, layout: str) -> Reference:
 def resumed_after(log: str) -> list[int]:
     """Return the steps after which starts resumed, in order; a start from the beginning does not count."""
     return [int(number) for number in re.findall(r"^resuming after step (\d+)", log, re.M)]
-
-
-def without(records: Sequence[Mapping[str, float]], lost: Sequence[Mapping[str, float]]) -> list[Mapping[str, float]]:
-    """Return the records of `records` that are not in `lost`."""
-    return [record for record in records if record not in lost]

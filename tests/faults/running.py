@@ -226,8 +226,9 @@ def _compare(fault: Fault, run: Path, reference: Reference, outcome: Outcome) ->
         outcome.problems.append("LOST: other losses than those of an undisturbed run")
     if fault.losses == "same" and len(records) != len(reference.records):
         outcome.problems.append(f"LOST: {len(records)} records instead of {len(reference.records)}")
-    if weights_of(run) != reference.weights:
-        outcome.problems.append("LOST: other weights than those of an undisturbed run")
+    weights = weights_of(run)
+    if differing := [name for name in reference.weights if weights.get(name) != reference.weights[name]]:
+        outcome.problems.append(f"LOST: other weights than those of an undisturbed run: {', '.join(differing)}")
 
 
 def _steps_done_in(records: list[dict[str, float]]) -> int:

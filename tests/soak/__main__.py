@@ -44,6 +44,9 @@ PROGRESS_LIMIT = 420.0
 """Seconds in which the disturbed job must do a step: 60 to notice a stopped rank, 10 to name it, 30 for the launcher to
 remove it, 30 before the restart, and the rest for a start and a slow disk on a busy machine."""
 
+AT_ONCE = 0.25
+"""Share of the faults that do not wait for the job to have recovered from the one before."""
+
 SAMPLE_SECONDS, LOG_SECONDS = 10.0, 60.0
 _APART = "UNIPOOL_TEST_APART"
 
@@ -124,7 +127,7 @@ class Soak:
         fault: Disturbance | None = None
         fault_ends = sampled = logged = 0.0
         next_fault, step_at_fault, progressed = self._now + self._pause(), -1, self._now
-        seen = self._job.step
+        seen, at_once = self._job.step, False
         while self._now < self._seconds and not self._ended:
             time.sleep(0.5)
             self._restart_what_ended()
@@ -140,9 +143,10 @@ class Soak:
                 if fault.end:
                     fault.end(self._victims)
                 self._note(kind="end", step=seen)
-                fault, next_fault, step_at_fault = None, self._now + self._pause(), seen
-            # So that there is progress, the next fault waits for a step that was done after the last one.
-            if fault is None and self._now > next_fault and seen != step_at_fault:
+                fault, next_fault, step_at_fault = None, self._now + self._pause(), max(seen, step_at_fault)
+                at_once = self._choose.random() < AT_ONCE
+            # So that there is progress, most faults wait until the steps that were lost have been done again.
+            if fault is None and self._now > next_fault and (seen > step_at_fault or at_once):
                 fault, fault_ends = self._begin_fault()
             if self._now - sampled > SAMPLE_SECONDS:
                 sampled = self._now

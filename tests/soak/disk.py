@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -13,8 +14,7 @@ _BLKIO = Path("/sys/fs/cgroup/blkio")
 class SmallDisk:
     """An ext4 file system in a file, mounted at `path` for this process's mount namespace.
 
-    Args:
-        slowed: Processes that are started through `prefix` are those that `slow` slows.
+    `slow` slows only what is started through `prefix`.
     """
 
     def __init__(self, image: Path, path: Path, megabytes: int):
@@ -23,6 +23,7 @@ class SmallDisk:
             image.touch()
             os.truncate(image, megabytes << 20)
             _run("mkfs.ext4", "-q", "-m", "0", str(image))
+        _wait_until_free(image)
         path.mkdir(exist_ok=True)
         _run("mount", "-o", "loop", str(image), str(path))
         source = subprocess.run(
@@ -82,3 +83,16 @@ class SmallDisk:
 
 def _run(*command: str) -> None:
     subprocess.run(command, check=True, timeout=120)
+
+
+def _wait_until_free(image: Path) -> None:
+    """Wait for what an earlier soak, which was killed, has left: mounted twice, the file system would be damaged.
+
+    Raises:
+        TimeoutError: Somebody else has mounted it.
+    """
+    deadline = time.monotonic() + 90
+    while subprocess.run(["losetup", "-j", str(image)], capture_output=True, check=True, timeout=60).stdout:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{image} is in use")
+        time.sleep(0.5)
