@@ -184,6 +184,11 @@ def _note_resumes(log: str, before: int, saved: int, outcome: Outcome) -> None:
         outcome.problems.append(f"LOST: {lost} steps were repeated")
 
 
+_BLAMES = (
+    r"^unipool: .*? (?:stopped|failed) during [^:]*: (?:PeerLost: )?(rank [^:]*?) (?:died|does not|has not joined)"
+)
+
+
 def _check_words(case: Case, fault: Fault, scene: Scene, log: str, outcome: Outcome) -> None:
     """Check that the log names the victim, and says what it must."""
     assert outcome.problems is not None
@@ -196,6 +201,9 @@ def _check_words(case: Case, fault: Fault, scene: Scene, log: str, outcome: Outc
             outcome.said = found[0]
         else:
             outcome.problems.append(f"the victim is not named:\n{log[-3000:]}")
+        blamed = set(re.findall(_BLAMES, log, re.M)) - {scene.setting.names[case.victim]}
+        if blamed and not scene.setting.nodes:  # two nodes blame each other
+            outcome.problems.append(f"others are blamed: {', '.join(sorted(blamed))}:\n{log[-3000:]}")
     if fault.says and not re.search(fault.says, log):
         outcome.problems.append(f"it does not say {fault.says!r}:\n{log[-3000:]}")
     if (

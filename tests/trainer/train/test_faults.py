@@ -95,7 +95,8 @@ PLACES = {
 
 def assert_named(log: str, phase: str, victim: int, fate: str, names: tuple[str, str] = NAMES) -> None:
     """The rank that wrote `log` says in which phase it stopped, and why."""
-    wanted = rf"^unipool: rank {1 - victim}.* (stopped|failed) during {phase}.*: .*{re.escape(names[victim])}.*{fate}"
+    blamed = rf"(PeerLost: )?{re.escape(names[victim])} {fate}"  # and nobody else
+    wanted = rf"^unipool: rank {1 - victim}.* (stopped|failed) during {phase}[^:]*: {blamed}"
     assert re.search(wanted, log, re.M), f"no {wanted!r} in:\n{log}"
 
 
@@ -175,6 +176,7 @@ STOPS = {
     "step": (TRUNK, STEP, PLACES["step"][1][TRUNK], LIMIT, "does not respond"),
     "evaluation": (POOL, PLACES["evaluation"][0], PLACES["evaluation"][1][POOL], LIMIT, "does not respond"),
     "last save": (TRUNK, "the last checkpoint", LAST_SAVE, SAVE_LIMIT, "does not respond"),
+    "shutdown": (POOL, "shutdown", Place("trainer.cluster.process_groups:Job.close"), SAVE_LIMIT, "does not respond"),
 }
 STOPPED_WITH_BOTH_ROLES = "forward"
 """The one of them in which every rank has both roles."""
