@@ -1,7 +1,8 @@
 # make train    trains the quickstart recipe on this machine; ARGS is passed on, as in make train ARGS='--set train.steps=20'
 # make test     runs linters, type checks and tests
 # make fast     runs the tests, except those that start whole jobs
-# make lock     resolves constraints.txt again: the exact versions that these targets, CI and the images install
+# make lock     resolves constraints.txt and deploy/requirements.lock again: the exact versions that these targets, CI and the
+#               images install
 # make docs     generates docs/reference/ from the code
 # make newest   installs the newest versions that the requirements allow, elsewhere, and runs the fast tests with them
 PYTHON ?= python3
@@ -43,6 +44,9 @@ lock: $(BIN)/python
 	  --output-file $(VENV)/resolved requirements.txt requirements-dev.txt requirements-eval.txt - > /dev/null
 	sed -E '/^(cuda|nvidia)-|^(httpx2-jsfetch|triton|tzdata)=/d' $(VENV)/resolved > $(VENV)/lock
 	mv $(VENV)/lock constraints.txt
+	$(BIN)/uv pip compile --quiet --no-config requirements.txt --constraint constraints.txt --generate-hashes \
+	  --python-version 3.11 --python-platform x86_64-manylinux_2_28 --no-annotate --custom-compile-command 'make lock' \
+	  --output-file deploy/requirements.lock > /dev/null
 
 newest:
 	rm -rf .venv-newest

@@ -64,8 +64,16 @@ def shares(panel: Json) -> Json:
     return made
 
 
+def counts(panel: Json) -> Json:
+    """Numbers stacked on each other."""
+    made = lines(panel)
+    made["fieldConfig"]["defaults"] |= {"unit": "short", "decimals": 0, "min": 0}
+    made["fieldConfig"]["defaults"]["custom"] |= {"fillOpacity": 60, "stacking": {"group": "A", "mode": "normal"}}
+    return made
+
+
 def heat_map(panel: Json) -> Json:
-    """Time to the right, one row per series in the order of the legend, values as colours."""
+    """Time to the right, a row per series in the order of the legend, values as colours from 0 to the panel's `max`."""
     options = {
         "calculate": False,
         "cellGap": 0,
@@ -73,6 +81,7 @@ def heat_map(panel: Json) -> Json:
         "color": {
             "exponent": 0.5,
             "fill": "dark-orange",
+            "max": panel["max"],
             "min": 0,
             "mode": "scheme",
             "reverse": False,
@@ -112,25 +121,30 @@ def facts(panel: Json) -> Json:
     """A table of labels, for metrics that are always 1."""
     hidden = dict.fromkeys(("Time", "Value", "__name__", "job", "exported_run"), True)
     organize = {"id": "organize", "options": {"excludeByName": hidden, "indexByName": {}, "renameByName": {}}}
-    return table({}, {"type": "auto"}, organize)
+    return table({}, {"type": "auto"}, [organize])
 
 
 def matrix(panel: Json) -> Json:
-    """Layers down, experts to the right, newest values as colours."""
-    names = {"rowField": "layer", "columnField": "expert", "valueField": "Value", "emptyValue": "zero"}
+    """Experts down, layers to the right, newest values as colours."""
+    names = {"rowField": "expert", "columnField": "layer", "valueField": "Value", "emptyValue": "zero"}
     defaults = {"unit": "percentunit", "decimals": 0, "min": 0, "color": {"mode": "continuous-BlYlRd"}}
     cells = {"type": "color-background", "mode": "basic"}
-    return table(defaults, cells, {"id": "groupingToMatrix", "options": names})
+    transformations = [in_order_of("layer"), {"id": "groupingToMatrix", "options": names}, in_order_of("expert\\layer")]
+    return table(defaults, cells, transformations)
 
 
-def table(defaults: Json, cells: Json, transformation: Json) -> Json:
+def in_order_of(field: str) -> Json:
+    return {"id": "sortBy", "options": {"fields": {}, "sort": [{"field": field}]}}
+
+
+def table(defaults: Json, cells: Json, transformations: list[Json]) -> Json:
     custom = {"align": "auto", "cellOptions": cells, "inspect": False}
     options = {"cellHeight": "sm", "frameIndex": 0, "showHeader": True}
-    return form(defaults | {"custom": custom}, options, type="table", transformations=[transformation])
+    return form(defaults | {"custom": custom}, options, type="table", transformations=transformations)
 
 
 KINDS: dict[str, Callable[[Json], Json]] = {
-    kind.__name__: kind for kind in (number, lines, shares, heat_map, bars, facts, matrix)
+    kind.__name__: kind for kind in (number, lines, shares, counts, heat_map, bars, facts, matrix)
 }
 NEWEST = ("bars", "facts", "matrix")
 """Kinds that query the newest value only."""

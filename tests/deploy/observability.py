@@ -14,8 +14,21 @@ DEPLOY = Path(__file__).parents[2] / "deploy"
 PROMETHEUS = DEPLOY / "prometheus"
 GRAFANA = DEPLOY / "grafana"
 OPERATIONS = DEPLOY.parent / "docs" / "operations"
-RUNBOOK = OPERATIONS / "runbook.md"
-MONITORING = OPERATIONS / "monitoring.md"
+KUBERNETES = DEPLOY / "kubernetes"
+WATCHING = OPERATIONS / "watching.md"
+FAULTS = OPERATIONS / "faults.md"
+
+CLUSTER = {
+    "jobset_failed_total",
+    "jobset_completed_total",
+    "kube_job_failed",
+    "kube_job_complete",
+    "kube_job_status_suspended",
+    "kube_pod_deletion_timestamp",
+}
+"""Of the JobSet controller and kube-state-metrics."""
+
+PREFIXES = ("unipool_", "process_", "jobset_", "kube_")
 
 
 def rules(kind: str) -> list[dict[str, Any]]:
@@ -37,6 +50,6 @@ def panels(dashboard: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 def names(expression: str) -> set[str]:
     """Metrics and recorded names in PromQL."""
-    without_strings = re.sub(r'"[^"]*"', "", expression)
-    words = set(re.findall(r"[a-zA-Z_:][\w:]*", without_strings))
-    return {word for word in words if ":" in word or word == "up" or word.startswith(("unipool_", "process_"))}
+    without_labels = re.sub(r"\{[^{}:]*\}", "", re.sub(r'"[^"]*"', "", expression))
+    words = set(re.findall(r"[a-zA-Z_:][\w:]*", without_labels))
+    return {word for word in words if ":" in word or word == "up" or word.startswith(PREFIXES)}

@@ -1,125 +1,102 @@
-"""Strict checks of Kubernetes objects: unknown fields and values of a wrong type are errors.
+"""Strict checks of Kubernetes objects: unknown fields, values of a wrong type and broken rules are errors.
 
-Core kinds are checked by kubernetes-validate. The schemas of custom resources come from packages of their projects'
-Python models. No package has the version of two kinds that is used here: their schemas are below, written from the
-documented API, with the fields that the manifests use.
+Core kinds are checked by kubernetes-validate. The schemas of custom resources are those of their projects, in crds/,
+and the rules in them (Common Expression Language) are evaluated as an API server does when an object is created.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from functools import cache
-from importlib import import_module
+from pathlib import Path
 from typing import Any
 
+import cel
 import jsonschema
 import kubernetes_validate
 
 VERSION = "1.31"
 """Oldest release of Kubernetes whose Jobs are stable in all that the manifests use."""
 
-MODELS = {
-    "JobSet": "kubeflow_trainer_api.models.jobset_v1alpha2_job_set:JobsetV1alpha2JobSet",
-    "TrainJob": "kubeflow_trainer_api.models.trainer_v1alpha1_train_job:TrainerV1alpha1TrainJob",
-    "ClusterTrainingRuntime": "kubeflow_trainer_api.models.trainer_v1alpha1_cluster_training_runtime"
-    ":TrainerV1alpha1ClusterTrainingRuntime",
-    "PodMonitor": "cloudcoil.models.prometheus_operator.v1:PodMonitor",
-    "PrometheusRule": "cloudcoil.models.prometheus_operator.v1:PrometheusRule",
-}
-
-API_VERSIONS = {
-    "JobSet": "jobset.x-k8s.io/v1alpha2",
-    "TrainJob": "trainer.kubeflow.org/v1alpha1",
-    "ClusterTrainingRuntime": "trainer.kubeflow.org/v1alpha1",
-    "PodMonitor": "monitoring.coreos.com/v1",
-    "PrometheusRule": "monitoring.coreos.com/v1",
-    "MPIJob": "kubeflow.org/v2beta1",
-    "LocalQueue": "kueue.x-k8s.io/v1beta1",
-}
-
-_METADATA = {
-    "type": "object",
-    "properties": {
-        "name": {"type": "string"},
-        "labels": {"type": "object", "additionalProperties": {"type": "string"}},
-    },
-    "required": ["name"],
-    "additionalProperties": False,
-}
-
-
-def _object(required: list[str], **properties: Any) -> dict[str, Any]:
-    return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
-
-
-_REPLICAS = _object(
-    ["replicas", "template"],
-    replicas={"type": "integer"},
-    restartPolicy={"enum": ["Never", "OnFailure"]},
-    template={"type": "object"},  # a pod: checked as a core kind
-)
-
-OWN_SCHEMAS = {
-    "MPIJob": _object(
-        ["mpiReplicaSpecs"],
-        slotsPerWorker={"type": "integer"},
-        mpiImplementation={"enum": ["OpenMPI", "Intel", "MPICH"]},
-        launcherCreationPolicy={"enum": ["AtStartup", "WaitForWorkersReady"]},
-        sshAuthMountPath={"type": "string"},
-        runPolicy=_object(
-            [],
-            cleanPodPolicy={"enum": ["None", "Running", "All"]},
-            backoffLimit={"type": "integer"},
-            suspend={"type": "boolean"},
-        ),
-        mpiReplicaSpecs=_object(["Launcher"], Launcher=_REPLICAS, Worker=_REPLICAS),
-    ),
-    "LocalQueue": _object(["clusterQueue"], clusterQueue={"type": "string"}),
+CRDS = {
+    facts["kind"]: facts
+    for facts in (json.loads(path.read_text()) for path in (Path(__file__).parent / "crds").glob("*.json"))
 }
 
 
 def check(manifest: dict[str, Any]) -> None:
-    """Check one object, and as core kinds the Jobs and pods in it.
+    """Check one object, and as core kinds the Jobs in it.
 
     Raises:
         jsonschema.ValidationError, kubernetes_validate.ValidationError: it is wrong; the message says what and where.
     """
     kind = manifest["kind"]
-    if kind not in API_VERSIONS:
+    if kind not in CRDS:
         kubernetes_validate.validate(manifest, VERSION, strict=True)
         return
-    assert manifest["apiVersion"] == API_VERSIONS[kind], (kind, manifest["apiVersion"])
+    assert manifest["apiVersion"] == CRDS[kind]["apiVersion"], (kind, manifest["apiVersion"])
+    _check_core("v1", "ConfigMap", {"metadata": manifest["metadata"]})
     jsonschema.Draft202012Validator(_schema(kind)).validate(manifest)
-    for job in _replicated_jobs(manifest):
-        _check_core("batch/v1", "Job", job["template"])
-    if kind == "MPIJob":
-        for replicas in manifest["spec"]["mpiReplicaSpecs"].values():
-            _check_core("v1", "Pod", replicas["template"])
+    for broken in _broken_rules(_schema(kind), _with_defaults(_schema(kind), manifest), kind):
+        raise jsonschema.ValidationError(broken)
+    for job in manifest["spec"].get("replicatedJobs", []) if kind == "JobSet" else []:
+        metadata = {"name": "unnamed", **job["template"].get("metadata", {})}
+        _check_core("batch/v1", "Job", {"metadata": metadata, "spec": job["template"]["spec"]})
 
 
-def _replicated_jobs(manifest: dict[str, Any]) -> list[dict[str, Any]]:
-    spec = manifest["spec"]
-    if manifest["kind"] == "ClusterTrainingRuntime":
-        spec = spec["template"]["spec"]
-    return list(spec.get("replicatedJobs", []))
-
-
-def _check_core(version: str, kind: str, template: dict[str, Any]) -> None:
-    metadata = {"name": "unnamed", **template.get("metadata", {})}
-    whole = {"apiVersion": version, "kind": kind, "metadata": metadata, "spec": template["spec"]}
-    kubernetes_validate.validate(whole, VERSION, strict=True)
+def _check_core(version: str, kind: str, rest: dict[str, Any]) -> None:
+    kubernetes_validate.validate({"apiVersion": version, "kind": kind, **rest}, VERSION, strict=True)
 
 
 @cache
 def _schema(kind: str) -> dict[str, Any]:
-    if kind in OWN_SCHEMAS:
-        text = {"type": "string"}
-        return _object(["metadata", "spec"], apiVersion=text, kind=text, metadata=_METADATA, spec=OWN_SCHEMAS[kind])
-    module, _, name = MODELS[kind].partition(":")
-    schema: dict[str, Any] = getattr(import_module(module), name).model_json_schema()
-    for part in (schema, *schema["$defs"].values()):
-        if "actual_instance" in part.get("properties", {}):  # a quantity, or a number or a text
-            part.clear()
-            part["type"] = ["integer", "number", "string"]
-        elif "properties" in part:
-            part["additionalProperties"] = False
+    """The kind's schema, in which no object has unknown fields."""
+    schema: dict[str, Any] = json.loads(json.dumps(CRDS[kind]["schema"]))  # a copy
+    _forbid_unknown_fields(schema)
     return schema
+
+
+def _forbid_unknown_fields(schema: Any) -> None:
+    if isinstance(schema, list):
+        for item in schema:
+            _forbid_unknown_fields(item)
+    elif isinstance(schema, dict):
+        for item in schema.values():
+            _forbid_unknown_fields(item)
+        if isinstance(schema.get("properties"), dict) and "type" in schema:
+            schema["additionalProperties"] = False
+        if schema.get("x-kubernetes-int-or-string"):  # has a pattern for texts and no type
+            schema["type"] = ["integer", "string"]
+
+
+def _with_defaults(schema: dict[str, Any], value: Any) -> Any:
+    """The value with the defaults that an API server sets before it evaluates rules."""
+    if isinstance(value, dict):
+        properties = schema.get("properties", {})
+        value = {key: below["default"] for key, below in properties.items() if "default" in below} | value
+        return {key: _with_defaults(properties.get(key, {}), item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_with_defaults(schema.get("items", {}), item) for item in value]
+    return value
+
+
+def _broken_rules(schema: dict[str, Any], value: Any, where: str) -> Iterator[str]:
+    """Rules of the schema and of all below it that the value breaks, and lists with the same key twice.
+
+    Rules about changes (`oldSelf`) hold for every new object.
+    """
+    for rule in schema.get("x-kubernetes-validations", []):
+        if "oldSelf" not in rule["rule"] and cel.evaluate(rule["rule"], {"self": value}) is not True:
+            yield f"{where}: {rule.get('message', '')} ({rule['rule']})"
+    if isinstance(value, dict):
+        for key, item in value.items():
+            below = schema.get("properties", {}).get(key) or schema.get("additionalProperties")
+            if isinstance(below, dict):
+                yield from _broken_rules(below, item, f"{where}.{key}")
+    elif isinstance(value, list):
+        keys = [[item.get(key) for key in schema.get("x-kubernetes-list-map-keys", [])] for item in value]
+        if any(key in keys[:number] for number, key in enumerate(keys) if key):
+            yield f"{where}: two items have the same {', '.join(schema['x-kubernetes-list-map-keys'])}"
+        for number, item in enumerate(value):
+            yield from _broken_rules(schema.get("items", {}), item, f"{where}[{number}]")

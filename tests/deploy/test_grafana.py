@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.deploy.observability import GRAFANA, MONITORING, dashboards, panels
+from tests.deploy.observability import GRAFANA, WATCHING, dashboards, panels
 
 TYPES = Path(__file__).parent / "grafana"
 DASHBOARDS = dashboards()
@@ -68,7 +68,7 @@ def test_provisioning() -> None:
     files = [yaml.safe_load(path.read_text()) for path in sorted((GRAFANA / "provisioning").glob("*/*.yaml"))]
     assert [sorted(file) for file in files] == [["apiVersion", "providers"], ["apiVersion", "datasources"]]
     for variable in re.findall(r"\$(\w+)", str(files)):
-        assert f"{variable}=" in MONITORING.read_text(), variable
+        assert f"{variable}=" in WATCHING.read_text(), variable
 
 
 def test_dashboards_are_of_grafanas_types(tmp_path: Path) -> None:

@@ -4,151 +4,88 @@ from __future__ import annotations
 
 import copy
 import json
-import subprocess
-from functools import cache
-from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
 
 from pool.topology import Topology
+from tests.deploy.kubernetes.overlays import (
+    KUBERNETES,
+    OVERLAYS,
+    WITH_GPUS,
+    of_kind,
+    render,
+    split_overlay,
+    started,
+)
 from tests.deploy.pods import Cluster
 from tests.deploy.schemas import check
-from tests.tools import need
-from tests.trainer.job import ROOT
-from trainer.config.recipe import Recipe, load_recipe
+from trainer.config.recipe import load_recipe
 from trainer.telemetry.prometheus import parse
 
-KUBERNETES = ROOT / "deploy/kubernetes"
-OVERLAYS = sorted(path.parent for path in KUBERNETES.glob("*/*/kustomization.yaml") if "components" not in path.parts)
 
-
-@cache
-def _render(folder: Path) -> str:
-    command = [need("kubectl", "kubectl"), "kustomize", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def render(folder: Path) -> list[dict[str, Any]]:
-    """What `kubectl apply -k` would apply."""
-    return list(yaml.safe_load_all(_render(folder)))
-
-
-def of_kind(manifests: list[dict[str, Any]], kind: str) -> dict[str, Any]:
-    (found,) = [manifest for manifest in manifests if manifest["kind"] == kind]
-    return found
-
-
-@pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda path: path.name)
-def test_it_renders_and_every_object_fits_its_schema(overlay: Path) -> None:
-    for manifest in render(overlay):
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_it_renders_and_every_object_fits_its_schema(overlay: str) -> None:
+    for manifest in render(OVERLAYS[overlay]):
         check(manifest)
 
 
 def test_there_are_all_overlays() -> None:
-    names = {path.name for path in OVERLAYS}
-    assert names == {"one-gpu-node", "many-nodes", "kueue", "cpu-smoke", "mpijob", "trainjob"}
+    names = {"one-gpu-node", "many-nodes", "kueue", "cpu-smoke"}
+    assert {name for name in OVERLAYS if name.startswith("overlays/")} == {f"overlays/{name}" for name in names}
+    assert {name for name in OVERLAYS if name.startswith("prepare/")} == {f"prepare/{name}" for name in names}
 
 
+@pytest.mark.parametrize("overlay", [name for name in OVERLAYS if name.startswith("overlays/")])
+def test_every_overlay_has_the_files_that_one_edits(overlay: str) -> None:
+    assert {path.name for path in OVERLAYS[overlay].iterdir()} >= {"kustomization.yaml", "split.env", "recipe.yaml"}
+    assert "images:\n- {name: unipool, newName:" in (OVERLAYS[overlay] / "kustomization.yaml").read_text()
+
+
+JOB = ["spec", "replicatedJobs", 0, "template", "spec"]
 MISSPELT = {
-    "PersistentVolumeClaim": ("many-nodes", ["spec", "accessmodes"], ["ReadWriteMany"]),
-    "JobSet": ("many-nodes", ["spec", "failurePolicy", "maxRestart"], 3),
-    "Job in a JobSet": ("many-nodes", ["spec", "replicatedJobs", 0, "template", "spec", "backofflimit"], 3),
-    "a type": ("many-nodes", ["spec", "replicatedJobs", 0, "template", "spec", "parallelism"], "2"),
-    "PodMonitor": ("many-nodes", ["spec", "podMetricsEndpoints", 0, "relabellings"], []),
-    "PrometheusRule": ("many-nodes", ["spec", "groups", 0, "rule"], []),
-    "LocalQueue": ("kueue", ["spec", "clusterqueue"], "gpus"),
-    "MPIJob": ("mpijob", ["spec", "slotsPerWorkers"], 8),
-    "Pod in an MPIJob": ("mpijob", ["spec", "mpiReplicaSpecs", "Worker", "template", "spec", "volume"], []),
-    "TrainJob": ("trainjob", ["spec", "trainer", "numNode"], 2),
-    "ClusterTrainingRuntime": ("trainjob", ["spec", "mlPolicy", "mpi", "numProcPerNodes"], 8),
+    "PersistentVolumeClaim": ("storage/shared", ["spec", "accessmodes"], ["ReadWriteMany"], "accessmodes"),
+    "JobSet": ("overlays/many-nodes", ["spec", "failurePolicy", "maxRestart"], 3, "maxRestart"),
+    "Job in a JobSet": ("overlays/many-nodes", [*JOB, "backofflimit"], 3, "backofflimit"),
+    "a type in a JobSet": ("overlays/many-nodes", [*JOB, "parallelism"], "2", "'2' is not of type"),
+    "an action in a JobSet": (
+        *("overlays/many-nodes", ["spec", "failurePolicy", "rules", 0, "action"]),
+        *("RestartJobs", "'RestartJobs' is not one of"),
+    ),
+    "a label of a JobSet": ("overlays/many-nodes", ["metadata", "labels", "team"], 3, "3 is not of type"),
+    "two groups in a JobSet": ("overlays/many-nodes", ["spec", "replicatedJobs", 1, "name"], "trunk", "the same name"),
+    "LocalQueue": ("overlays/kueue", ["spec", "clusterqueue"], "gpus", "clusterqueue"),
+    "a rule of a ResourceFlavor": ("cluster/kueue", ["spec", "nodeLabels"], {}, "nodeLabels"),
+    "a rule of a ClusterQueue": (
+        *("cluster/kueue", ["spec", "resourceGroups", 0, "flavors", 0, "resources", 0, "borrowingLimit"]),
+        *(1, "borrowingLimit must be nil when cohort is empty"),
+    ),
+    "a rule of a Topology": ("cluster/kueue", ["spec", "levels", 0, "nodeLabel"], "kubernetes.io/hostname", "unique"),
 }
 
 
 @pytest.mark.parametrize("what", MISSPELT)
 def test_a_misspelt_field_is_found(what: str) -> None:
-    folder, path, value = MISSPELT[what]
-    (overlay,) = [overlay for overlay in OVERLAYS if overlay.name == folder]
-    kind = "JobSet" if what == "a type" else what.split()[-1]
-    node = manifest = copy.deepcopy(of_kind(render(overlay), kind))
+    folder, path, value, message = MISSPELT[what]
+    node = manifest = copy.deepcopy(of_kind(render(OVERLAYS[folder]), what.split()[-1]))
     for key in path[:-1]:
         node = node[key]
     node[path[-1]] = value
-    with pytest.raises(Exception, match=f"{path[-1]}|'2' is not of type"):
+    with pytest.raises(Exception, match=message):
         check(manifest)
 
 
-def split_overlay(tmp_path: Path, overlay: str, **numbers: int | str) -> list[dict[str, Any]]:
-    """An overlay with other numbers in its split.env, edited as the runbook says."""
-    for part in (f"overlays/{overlay}", "base", "components"):
-        for source in (KUBERNETES / part).rglob("*"):
-            if source.is_file():
-                copied = tmp_path / source.relative_to(KUBERNETES)
-                copied.parent.mkdir(parents=True, exist_ok=True)
-                copied.write_bytes(source.read_bytes())
-    (tmp_path / f"overlays/{overlay}/split.env").write_text("".join(f"{k}={v}\n" for k, v in numbers.items()))
-    return render(tmp_path / f"overlays/{overlay}")
-
-
 def test_one_edit_changes_the_split_everywhere(tmp_path: Path) -> None:
-    manifests = split_overlay(tmp_path, "many-nodes", TRUNK_PODS=1, TRUNK_SLOTS=4, POOL_PODS=3, POOL_SLOTS=2)
+    requests: dict[str, int | str] = {"TRUNK_CPU": 32, "TRUNK_MEMORY": "128Gi", "POOL_CPU": 16, "POOL_MEMORY": "64Gi"}
+    numbers = {"TRUNK_PODS": 1, "TRUNK_SLOTS": 4, "POOL_PODS": 3, "POOL_SLOTS": 2} | requests
     found = {}
-    for group in of_kind(manifests, "JobSet")["spec"]["replicatedJobs"]:
+    for group in of_kind(split_overlay(tmp_path, "many-nodes", **numbers), "JobSet")["spec"]["replicatedJobs"]:
         job = group["template"]["spec"]
-        limits = job["template"]["spec"]["containers"][0]["resources"]["limits"]
+        resources = job["template"]["spec"]["containers"][0]["resources"]
         slots = job["template"]["metadata"]["labels"]["unipool/slots"]
-        found[group["name"]] = (job["parallelism"], job["completions"], limits["nvidia.com/gpu"], slots)
-    assert found == {"trunk": (1, 1, 4, "4"), "pool": (3, 3, 2, "2")}
-    budgets = {
-        m["metadata"]["name"]: m["spec"]["minAvailable"] for m in manifests if m["kind"] == "PodDisruptionBudget"
-    }
-    assert budgets == {"unipool-trunk": 1, "unipool-pool": 3}
-
-
-def test_the_operator_gets_the_rules_of_prometheus() -> None:
-    """If not: python deploy/kubernetes/prometheusrule.py."""
-    files = sorted((ROOT / "deploy/prometheus/rules").glob("*.yml"))
-    groups = [group for path in files for group in yaml.safe_load(path.read_text())["groups"]]
-    assert of_kind(render(KUBERNETES / "overlays/many-nodes"), "PrometheusRule")["spec"] == {"groups": groups}
-
-
-STAND_IN = """#!/bin/sh
-# For python: shows the hostfile, then the arguments after it.
-while [ "$1" != --hostfile ]; do shift; done
-cat "$2"
-shift 2
-echo "$@"
-"""
-
-
-def started(manifests: list[dict[str, Any]], tmp_path: Path, *edits: str) -> list[Recipe]:
-    """The recipe that each pod trains, edited by hand; its line of the hostfile is its own name, and all ranks fit."""
-    recipes = []
-    maps = {m["metadata"]["name"].split("-")[1]: m["data"] for m in manifests if m["kind"] == "ConfigMap"}
-    script, recipe, stand_in = tmp_path / "start.sh", tmp_path / "recipe.yaml", tmp_path / "python"
-    stand_in.write_text(STAND_IN)
-    stand_in.chmod(0o755)
-    script.write_text(maps["job"]["start.sh"])
-    recipe.write_text(maps["job"]["recipe.yaml"])
-    for group in of_kind(manifests, "JobSet")["spec"]["replicatedJobs"]:
-        for index in range(group["template"]["spec"]["completions"]):
-            place = {"RUN": "unipool", "GROUP": group["name"], "JOB_COMPLETION_INDEX": str(index)}
-            environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "TMPDIR": str(tmp_path)} | maps["split"] | place
-            done = subprocess.run(["sh", str(script)], env=environment, capture_output=True, text=True, timeout=120)
-            assert done.returncode == 0, done.stderr
-            *hosts, arguments = done.stdout.splitlines()
-            words = arguments.split()
-            node = int(words[words.index("--node-rank") + 1])
-            assert hosts[node].startswith(f"unipool-{group['name']}-0-{index}.unipool slots=")
-            assert words[words.index("--master-addr") + 1] == hosts[0].split()[0]
-            sets = [value for flag, value in pairwise(words) if flag == "--set"]
-            recipes.append(load_recipe(str(recipe), [*edits, *sets]))
-            assert recipes[-1].grid.world_size == sum(int(line.partition("=")[2]) for line in hosts)
-    return recipes
+        gpus, asked = resources["limits"]["nvidia.com/gpu"], resources["requests"]
+        found[group["name"]] = (job["parallelism"], job["completions"], gpus, slots, str(asked["cpu"]), asked["memory"])
+    assert found == {"trunk": (1, 1, 4, "4", "32", "128Gi"), "pool": (3, 3, 2, "2", "16", "64Gi")}
 
 
 @pytest.mark.parametrize(
@@ -161,18 +98,21 @@ def test_what_start_sh_makes_of_the_numbers_is_a_job(
     assert [(made.parallel.trunk_ranks, made.parallel.pool_ranks) for made in recipes] == pods * [ranks]
 
 
-@pytest.mark.parametrize(
-    "folder", ["overlays/one-gpu-node", "overlays/many-nodes", "variants/trainjob", "variants/mpijob"]
-)
-def test_the_recipe_is_the_papers(folder: str) -> None:
-    named, own = load_recipe("unipool-182m"), load_recipe(str(KUBERNETES / folder / "recipe.yaml"))
-    for section in ("model", "router", "pool", "balance", "train", "data", "eval"):
+@pytest.mark.parametrize(("overlay"), WITH_GPUS)
+def test_the_recipe_is_the_papers(overlay: str) -> None:
+    """But for data that no step would read."""
+    named, own = load_recipe("unipool-182m"), load_recipe(str(OVERLAYS[overlay] / "recipe.yaml"))
+    for section in ("model", "router", "pool", "balance", "train", "eval"):
         assert getattr(own, section) == getattr(named, section), section
+    assert own.data.model_copy(update={"max_tokens": None}) == named.data.model_copy(update={"max_tokens": None})
+    read = own.train.steps * own.train.global_batch * own.model.seq_len
+    assert read < (own.data.max_tokens or 0) < 1.01 * read
+    assert own.parallel.device == "cuda"
 
 
 @pytest.mark.parametrize("pods", [1, 2])
 def test_ranks_of_both_roles(pods: int, tmp_path: Path) -> None:
-    """What docs/operations/launching.md says of them."""
+    """What docs/operations/kubernetes.md says of them."""
     numbers = {"TRUNK_PODS": pods, "TRUNK_SLOTS": 8, "TRUNK_RANKS": "", "POOL_PODS": 0, "POOL_SLOTS": 0}
     manifests = split_overlay(tmp_path, "one-gpu-node", **numbers)
     for made in (recipes := started(manifests, tmp_path, "parallel.layout=every_rank")):

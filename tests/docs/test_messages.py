@@ -1,4 +1,4 @@
-"""Output that documents quote is in the code: messages in the runbook, and the output on the front page."""
+"""Output that documents quote is in the code: messages in the table of faults, and the output on the front page."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from tests.docs.markdown import FENCED, ROOT
 
-FAILURES = (ROOT / "docs/operations/runbook.md").read_text().partition("## Failures")[2].partition("\n## ")[0]
+FAILURES = (ROOT / "docs/operations/faults.md").read_text().partition("## Failures")[2].partition("\n## ")[0]
 ROWS = [row.strip("| ").split(" | ") for row in FAILURES.splitlines() if row.startswith("| ")][1:]
 OUTPUT = [
     line
@@ -48,7 +48,7 @@ def foreign(output: str) -> set[str]:
 
 
 @pytest.mark.parametrize("row", ROWS, ids=[row[0][:60] for row in ROWS])
-def test_the_runbook_quotes_the_code(row: list[str]) -> None:
+def test_the_table_quotes_the_code(row: list[str]) -> None:
     messages = [message for message in re.findall(r"`([^`]+)`", row[1]) if " " in message]
     assert set().union(*map(foreign, messages)) <= {"No space left on device"}  # the system's
 
@@ -58,7 +58,7 @@ def test_the_front_page_shows_real_output() -> None:
     assert {line: words for line in OUTPUT if (words := foreign(line))} == {}
 
 
-def test_the_tests_that_the_runbook_names_exist() -> None:
+def test_the_tests_that_the_table_names_exist() -> None:
     files = [ROOT / "tests/trainer/train" / name for name in ("test_faults.py", "test_restarts.py")]
     tests = "".join(path.read_text() for path in files)
     named = re.findall(r"`(test_\w+)`", FAILURES)

@@ -25,58 +25,12 @@ from trainer.cluster.launch import restarts
 from trainer.common.errors import UserError
 from trainer.common.machine import peak_resident_memory
 from trainer.config.recipe import Metrics
-from trainer.telemetry.step_scalars import STEP_METRICS, Efficiency, StepScalars, counter, gauge, padded
+from trainer.telemetry.catalogue import CATALOGUE
+from trainer.telemetry.step_scalars import Efficiency, StepScalars, padded
 from trainer.telemetry.time_breakdown import Usage
 
 if TYPE_CHECKING:
     from pool.service import Served
-
-
-CATALOGUE = (
-    # every rank
-    gauge("build_info", "Versions and device; always 1.", "version", "torch", "deepspeed", "python", "device"),
-    counter("restarts", "Restarts of the job after a fault."),
-    counter("steps", "Optimizer steps of this process."),
-    counter("activity_seconds", "Time of training steps by what the rank did.", "activity"),
-    counter("wire_sent_bytes", "Headers and payloads sent to other ranks."),
-    counter("wire_received_bytes", "Headers and payloads received from other ranks."),
-    gauge("peak_memory_bytes", "Most memory so far: resident on the host, allocated on the GPU.", "where"),
-    # every trunk rank
-    counter("tokens", "Tokens that this rank has trained on."),
-    gauge("pool_wait_ratio", "Share of the last step spent waiting for the pool."),
-    # rank 0
-    gauge(
-        "run_info",
-        "What is trained; always 1.",
-        *("run", "model", "layers", "experts", "top_k", "router"),
-        *("layout", "trunk_ranks", "pool_ranks", "expert_parallel", "lanes", "precision", "devices"),
-    ),
-    gauge("step", "Optimizer steps done, over all starts of the run."),
-    gauge("target_steps", "Optimizer steps of the whole run."),
-    *STEP_METRICS,
-    counter("skipped_steps", "Steps skipped because gradients were not finite."),
-    gauge("validation_loss_nats", "Mean cross-entropy of the last evaluation."),
-    gauge("random_routing_loss_nats", "Held-out loss that random experts in a layer add.", "layer", by_rank=False),
-    gauge(
-        "ownership_shortfall_ratio",
-        "What a layer's own experts lacked of lock.coverage of its tokens at the assignment.",
-        "layer",
-        by_rank=False,
-    ),
-    gauge("checkpoint_step", "Optimizer steps in the newest checkpoint."),
-    gauge("checkpoint_timestamp_seconds", "Unix time of the newest checkpoint, or of the start."),
-    gauge("checkpoint_duration_seconds", "Time from the start of the last save until it was complete."),
-    gauge("checkpoint_stall_seconds", "Time for which the last save stopped training."),
-    gauge("checkpoint_interval_steps", "Steps between checkpoints; 0: only at the end."),
-    counter("checkpoint_failures", "Checkpoints that could not be saved."),
-    # every pool rank; colocated: rank 0
-    counter("expert_tokens", "Token assignments served forward.", "expert", by_rank=False),
-    counter("expert_gradients", "Token assignments served backward.", "expert", by_rank=False),
-    counter("layer_expert_tokens", "Token assignments served forward.", "layer", "expert", by_rank=False),
-    counter("service_tokens", "Token assignments that this rank has served forward."),
-    gauge("service_queue_depth", "Slots received but not begun when one was done, mean over the last step."),
-    gauge("stash_bytes", "Largest deferred weight-gradient work in the last step."),
-)
 
 _METRICS = {metric.name: metric for metric in CATALOGUE}
 

@@ -115,7 +115,7 @@ class RunFolder:
             return None
 
     def goodput(self, seconds: float) -> float:
-        """Count a step of `seconds`, 0 if it was skipped; return the goodput, as docs/operations/monitoring.md says."""
+        """Count a step of `seconds`, 0 if it was skipped; return the goodput, as docs/operations/watching.md says."""
         self._counted += seconds
         return self._counted / max(time.time() - self._started, self._counted)
 

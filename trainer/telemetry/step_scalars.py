@@ -28,11 +28,17 @@ class Metric:
     """
 
     name: str
-    kind: Literal["gauge", "counter"]
+    kind: Literal["gauge", "counter", "histogram"]
     text: str
     labels: tuple[str, ...] = ()
     by_rank: bool = True
     needs_pool: bool = False
+
+    @property
+    def samples(self) -> tuple[str, ...]:
+        """The names under which a page has its numbers."""
+        endings = {"gauge": ("",), "counter": ("_total",), "histogram": ("_bucket", "_sum", "_count")}
+        return tuple(self.name + ending for ending in endings[self.kind])
 
 
 def gauge(name: str, text: str, *labels: str, by_rank: bool = True) -> Metric:
@@ -43,6 +49,11 @@ def gauge(name: str, text: str, *labels: str, by_rank: bool = True) -> Metric:
 def counter(name: str, text: str, *labels: str, by_rank: bool = True) -> Metric:
     """Return a counter `unipool_<name>`."""
     return Metric(f"unipool_{name}", "counter", text, labels, by_rank)
+
+
+def histogram(name: str, text: str) -> Metric:
+    """Return a histogram `unipool_<name>`."""
+    return Metric(f"unipool_{name}", "histogram", text)
 
 
 def _of_pool(name: str, text: str) -> Metric:
@@ -109,6 +120,7 @@ class StepScalars(Scalars):
 
     Attributes:
         tokens: Tokens of the global batch.
+        tokens_per_second: Throughput of the whole job.
         layer_imbalance: Mean of `layer_imbalances`.
         layer_gate, smallest_gate: Mean and minimum of `layer_gates`.
         pool_wait: Share of the step spent waiting for the pool.
@@ -125,9 +137,7 @@ class StepScalars(Scalars):
     lr: float = _scalar(gauge("learning_rate", "Learning rate of the last step."))
     tokens: int = _scalar()
     seconds: float = _scalar(gauge("step_seconds", "Wall time of the last step."))
-    tokens_per_second: float = _scalar(
-        gauge("tokens_per_second", "Throughput of the whole job in the last step."), "{:,.0f} tokens/s"
-    )
+    tokens_per_second: float = _scalar(console="{:,.0f} tokens/s")
     load_imbalance: float = _scalar(
         _of_pool("load_imbalance_ratio", "Pool load of the last step, max / mean over experts."),
         "load imbalance {:.2f}",
@@ -181,7 +191,7 @@ class StepScalars(Scalars):
 
 @dataclass(frozen=True)
 class Efficiency(Scalars):
-    """How well a step has used the machines, and the run its time. `docs/operations/monitoring.md` defines the values.
+    """How well a step has used the machines, and the run its time. `docs/operations/watching.md` defines the values.
 
     Attributes:
         mfu: None if the peak of the ranks' arithmetic is not known.

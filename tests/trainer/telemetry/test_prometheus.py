@@ -18,8 +18,9 @@ from trainer.cluster.launch import free_port
 from trainer.common.errors import UserError
 from trainer.common.machine import usable_memory
 from trainer.config.sections import Metrics
-from trainer.telemetry.prometheus import CATALOGUE, ExpertLoad, MetricsServer, StepScalars, parse
-from trainer.telemetry.step_scalars import Efficiency
+from trainer.telemetry.catalogue import CATALOGUE
+from trainer.telemetry.prometheus import ExpertLoad, MetricsServer, parse
+from trainer.telemetry.step_scalars import Efficiency, StepScalars
 from trainer.telemetry.time_breakdown import Serving, Usage, UsageClock, shares
 
 LAYERS, EXPERTS = 48, 384

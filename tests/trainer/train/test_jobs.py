@@ -32,7 +32,8 @@ from tests.trainer.job import (
 from trainer.cli import cli
 from trainer.cluster.launch import free_port
 from trainer.config.recipe import load_recipe
-from trainer.telemetry.prometheus import CATALOGUE, parse
+from trainer.telemetry.catalogue import CATALOGUE
+from trainer.telemetry.prometheus import parse
 from trainer.telemetry.time_breakdown import ACTIVITIES
 
 NOT_IN_A_FIRST_STEP = {
