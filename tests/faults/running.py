@@ -194,7 +194,7 @@ def _check_words(case: Case, fault: Fault, scene: Scene, log: str, outcome: Outc
     assert outcome.problems is not None
     if fault.names and isinstance(case.victim, int):
         name = re.escape(scene.setting.names[case.victim])
-        said = rf"^unipool: .*(stopped|failed) during .*{name}.*"
+        said = rf"^unipool: (.*(stopped|failed) during .*{name}.*|{name} was killed by SIGKILL)"
         if fault.then == "raise":
             said = rf"^unipool: {name} failed during .*"
         if found := re.search(said, log, re.M):

@@ -35,6 +35,9 @@ class SmallDisk:
         ).stdout.strip()
         self._device = Path("/sys/block", Path(source).name, "dev").read_text().strip()
         self._group = _BLKIO / f"soak-{os.getpid()}" if _BLKIO.is_dir() else None
+        for old in _BLKIO.glob("soak-*"):
+            with suppress(OSError):  # it is in use
+                old.rmdir()
         if self._group:
             self._group.mkdir()
         self.empty()

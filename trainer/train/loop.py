@@ -20,7 +20,8 @@ from trainer.checkpoint.save import Saver
 from trainer.cluster.fault_watch import FaultWatch
 from trainer.cluster.launch import DONE_FILE
 from trainer.cluster.process_groups import Job
-from trainer.cluster.rendezvous import Launch, provisional_names, rendezvous
+from trainer.cluster.rank_assignment import provisional_names
+from trainer.cluster.rendezvous import Launch, rendezvous
 from trainer.common.errors import DIVERGED, START_AGAIN, JobError
 from trainer.common.gpus import check_queues, load_kernels_at_start, use_many_queues
 from trainer.config.recipe import Recipe
@@ -80,7 +81,8 @@ def train(recipe: Recipe, launch: Launch, force: bool = False) -> int:
     Returns:
         The exit status: 0, DIVERGED, or START_AGAIN after a signal that asks for a checkpoint.
     """
-    watch = FaultWatch(launch.rank, provisional_names(recipe, launch.world_size)[launch.rank])
+    names = provisional_names(recipe.grid, recipe.topology.order, launch.world_size)
+    watch = FaultWatch(launch.rank, names[launch.rank])
     try:
         run = start(recipe, launch, watch, force)
         status = Loop(run).run()
@@ -178,6 +180,7 @@ def start(recipe: Recipe, launch: Launch, watch: FaultWatch, force: bool) -> Run
         folder.begin(recipe, schedule.to_json(), job.devices.summary, prepared.tokenizer().to_str(), done)
         saver.clean()
     job.barrier()  # loading may take longer on one rank than a step may wait
+    job.limit_waits()
     reporter = Reporter(recipe, job, folder, role, done, schedule.lanes)
     profile = StepProfile(recipe, job, folder, isinstance(role, TrunkRank) and role.trunk.compiled)
     return Run(recipe, job, folder, prepared, role, saver, reporter, profile, watch, done, held_out_rows)
