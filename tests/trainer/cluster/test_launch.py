@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 import urllib.request
 from importlib.util import find_spec
 from itertools import count
@@ -44,7 +45,10 @@ def leave(number, _):
         rank.kill()
     sys.exit(1)
 signal.signal(signal.SIGTERM, leave)
-ranks = [subprocess.Popen([sys.executable, "-c", rank]) for rank in sys.argv[2:]]
+ranks = [
+    subprocess.Popen([sys.executable, "-c", rank], env=os.environ | {"RANK": str(number)})
+    for number, rank in enumerate(sys.argv[2:])
+]
 os.write(1, b"launcher is there\\n")
 while all(rank.poll() is None for rank in ranks):
     time.sleep(0.05)
@@ -53,7 +57,7 @@ sys.exit(next(rank.poll() for rank in ranks if rank.poll()))
 USER = """
 import os, sys
 from trainer.cluster.launch import LocalJob
-sys.exit(LocalJob().run(sys.argv[1:], dict(os.environ)))
+sys.exit(LocalJob({0: 'rank 0 (trunk 0)', 1: 'rank 1 (pool 0, shard 0)'}).run(sys.argv[1:], dict(os.environ)))
 """
 
 
@@ -94,6 +98,21 @@ def test_signals(ranks: list[str], signals: list[int], status: int, tmp_path: Pa
     assert (f"launcher got {int(signal.SIGTERM)}" in told) == (status != 75)
     if status == 75:
         assert told.count(f"rank got {int(signals[0])}") == len(ranks)
+
+
+def test_a_rank_that_was_killed_is_named(tmp_path: Path) -> None:
+    """Even if it has not met the others yet, who then only hear from the launcher."""
+    log = tmp_path / "log"
+    command = [sys.executable, "-c", USER, sys.executable, "-c", LAUNCHER, "deepspeed.launcher.launch", SLOW, SLOW]
+    with log.open("w") as output:
+        user = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=output, stderr=subprocess.STDOUT)
+        while log.read_text().count("rank is there") < 2:
+            assert user.poll() is None, log.read_text()
+        time.sleep(2 * launch.LOOK_SECONDS)
+        (launcher,) = psutil.Process(user.pid).children()
+        next(rank for rank in launcher.children() if rank.environ()["RANK"] == "1").kill()
+        assert user.wait(120) == 256 - signal.SIGKILL
+    assert "unipool: rank 1 (pool 0, shard 0) was killed by SIGKILL" in log.read_text().splitlines()
 
 
 class Job:
@@ -148,7 +167,7 @@ def test_restarts(
     """After a fault, neither a wrong input, a signal nor the end of a diverged run; so often at most, not at once."""
     job: Any = Job(statuses, ended_by, done)
     ports = count(1)
-    monkeypatch.setattr(launch, "LocalJob", lambda: job)
+    monkeypatch.setattr(launch, "LocalJob", lambda names: job)
     monkeypatch.setattr(launch, "free_port", lambda: next(ports))
     assert run_locally(load_recipe("quickstart"), ["train", "quickstart"], max_restarts) == status
     assert job.left == []
