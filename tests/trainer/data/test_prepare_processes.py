@@ -163,8 +163,7 @@ def test_two_processes_at_once(settings, reference, tmp_path):
     assert content(folder) == reference
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-@pytest.mark.parametrize("at", [1, 90])
+@pytest.mark.parametrize(("number", "at"), [(signal.SIGTERM, 1), (signal.SIGUSR1, 90)])
 def test_signals_end_it_at_once_and_keep_what_can_be_resumed(settings, reference, tmp_path, number, at):
     worker = start(settings, "meet", tmp_path, at, host="elsewhere")
     wait_until((tmp_path / "reading").exists, worker)
