@@ -36,7 +36,7 @@ class Site:
         self.jobs: list[Job] = []
 
     def submit(self, *arguments: str, options: Sequence[str] = ("--nodes=2",), **variables: str) -> Job:
-        """Submit the script; each node has one rank."""
+        """Submit the script; each node has one rank, and those of the first component a GPU."""
         variables = {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"} | variables
         gpus = [word for part in options for word in ([part, "--gpus-per-node=1"] if part == ":" else [part])]
         number = self.cluster.submit(
@@ -212,7 +212,7 @@ def in_step(site: Site) -> str:
 
 
 def two_components(site: Site) -> str:
-    """Trunk and pool as two components of one job; USR1 during training."""
+    """Two components, the trunk's with GPUs and the pool's without; USR1 during training."""
     options = ("--nodes=1", ":", "--nodes=2", "--exclusive", "--mem=0")
     job = site.train("--set", "parallel.pool_ranks=2", steps=100, options=options)
     job.says("step 6:")
