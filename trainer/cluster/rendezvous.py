@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from pool.topology import Topology
-from trainer.cluster.devices import Devices, assign_devices, sight, tell_deepspeed
+from trainer.cluster.devices import Devices, Sight, assign_devices, sight, tell_deepspeed
 from trainer.cluster.launch import free_port
 from trainer.cluster.liveness import Arrival, Liveness, reach
 from trainer.cluster.network import address_towards, choose_gloo_interface, wait_for_listener
@@ -24,7 +24,7 @@ from trainer.cluster.rank_assignment import (
     assign_ranks,
     number_of_ranks,
     payload_device,
-    ranks_by_order,
+    provisional_names,
     roster,
 )
 from trainer.common.errors import SharedUserError, UserError
@@ -139,6 +139,7 @@ class Member:
         leads_machine: Whether it is the first trunk rank of its machine.
         device: Where it computes.
         devices: Where all ranks compute.
+        sight: The devices that it may use.
         payload_device: Where the wire takes its payloads from; the same type on all ranks.
         store: The job's store, on which process groups are set up.
         shared: Short texts for the other ranks, in the same store.
@@ -151,6 +152,7 @@ class Member:
     leads_machine: bool
     device: torch.device
     devices: Devices
+    sight: Sight
     payload_device: torch.device
     store: dist.Store
     shared: KeyValueStore
@@ -166,14 +168,6 @@ class Member:
         return self.topology.describe(self.rank)
 
 
-def provisional_names(recipe: Recipe, world_size: int) -> list[str]:
-    """Return how errors name each launcher rank before the rendezvous: by its future job rank, if that is known."""
-    grid = recipe.grid
-    if os.environ.get(ROLE) or grid.world_size != world_size:
-        return [f"launcher rank {rank}" for rank in range(world_size)]
-    return [grid.describe(rank) for rank in ranks_by_order(grid, recipe.topology.order)]
-
-
 def rendezvous(recipe: Recipe, launch: Launch) -> Member:
     """Wait for all other ranks on the job's store, and find out the rank and role of each.
 
@@ -187,7 +181,7 @@ def rendezvous(recipe: Recipe, launch: Launch) -> Member:
             f"the launcher started {launch.world_size} ranks, but {number_of_ranks(grid)}: make them equal"
         )
     limit = timedelta(seconds=recipe.parallel.start_timeout_seconds)
-    names = provisional_names(recipe, launch.world_size)
+    names = provisional_names(grid, order, launch.world_size)
     # Heartbeats have a connection of their own, which calls that block do not hold up.
     stores = reach(lambda: _open_stores(launch, limit), names[0], limit)
     store, beats = (dist.PrefixStore(_attempt() + path, s) for path, s in zip(("", "/beat"), stores, strict=True))
@@ -217,6 +211,7 @@ def rendezvous(recipe: Recipe, launch: Launch) -> Member:
         leads_machine=machines.index(machines[rank]) == rank and grid.is_trunk(rank),
         device=device,
         devices=devices,
+        sight=own.sight,
         payload_device=device if on_gpu else torch.device("cpu"),
         store=store,
         shared=KeyValueStore(store, liveness, rank, grid.world_size, limit),
