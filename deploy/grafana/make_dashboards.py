@@ -100,7 +100,7 @@ def heat_map(panel: Json) -> Json:
 
 
 def bars(panel: Json) -> Json:
-    """One bar per series: its newest value, up to `max` of the panel. Large ones are red or, with `least`, small ones."""
+    """A bar per series: its newest value, up to the panel's `max`. Large ones are red or, with `least`, small ones."""
     options = {
         "displayMode": "basic",
         "legend": LEGEND | {"showLegend": False},
@@ -123,7 +123,7 @@ def facts(panel: Json) -> Json:
     """A table of labels, for metrics that are always 1."""
     hidden = dict.fromkeys(("Time", "Value"), True)
     organize = {"id": "organize", "options": {"excludeByName": hidden, "indexByName": {}, "renameByName": {}}}
-    return table({}, {"type": "auto"}, [organize])
+    return table({}, {"type": "auto"}, [organize, in_order_of("rank")])
 
 
 def matrix(panel: Json) -> Json:
