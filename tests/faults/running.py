@@ -12,7 +12,7 @@ from typing import Any
 
 from tests.faults.catalogue import ALL_PLACES, FAULTS, PREPARING
 from tests.faults.jobs import EVERY, START_TIMEOUT, TIMEOUT, Reference, Setting, Start, resumed_after, weights_of
-from tests.faults.scene import Case, Fault, Scene
+from tests.faults.scene import Case, Fault, Scene, anything
 from tests.trainer.job import steps
 from trainer.checkpoint.format import newest
 
