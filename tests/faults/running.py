@@ -206,11 +206,8 @@ def _check_words(case: Case, fault: Fault, scene: Scene, log: str, outcome: Outc
             outcome.problems.append(f"others are blamed: {', '.join(sorted(blamed))}:\n{log[-3000:]}")
     if fault.says and not re.search(fault.says, log):
         outcome.problems.append(f"it does not say {fault.says!r}:\n{log[-3000:]}")
-    if (
-        outcome.status not in (0, 75)
-        and not re.search(r"^(unipool: |error: |Traceback)", log, re.M)
-        and "log" not in case.fault
-    ):
+    spoke = re.search(r"^(unipool: |error: |Traceback)", log, re.M) or fault.ends is anything
+    if outcome.status not in (0, 75) and not spoke and "log" not in case.fault:
         outcome.problems.append(f"it says nothing:\n{log[-3000:]}")
     if "Fatal Python error" in log or "terminate called" in log:
         outcome.problems.append(f"a crash:\n{log[-3000:]}")

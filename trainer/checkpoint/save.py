@@ -68,11 +68,20 @@ def _write(path: Path, write: Callable[[Any], object]) -> dict[str, Any]:
         hashed = _HashedFile(file)
         try:
             write(hashed)
+            file.flush()
+            os.fsync(file.fileno())
         except RuntimeError as error:  # torch's writer turns an OSError into one
-            raise hashed.error or error from None
-        file.flush()
-        os.fsync(file.fileno())
+            raise _naming(path, hashed.error or error) from None
+        except OSError as error:
+            raise _naming(path, error) from None
     return hashed.facts
+
+
+def _naming(path: Path, error: Exception) -> Exception:
+    """Return an error that knows its file, which those of a full disk do not."""
+    if isinstance(error, OSError) and error.filename is None:
+        error.filename = str(path)
+    return error
 
 
 def _write_text(path: Path, text: str) -> dict[str, Any]:
