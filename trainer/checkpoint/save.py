@@ -24,7 +24,7 @@ import torch
 
 from trainer.checkpoint import format as checkpoint
 from trainer.cluster.process_groups import Job
-from trainer.common.atomic import fsync
+from trainer.common.atomic import fsync, naming
 from trainer.common.strict_json import dumps, loads
 from trainer.config.lock import OWNERSHIP_FILE
 from trainer.config.recipe import Recipe, recipe_text
@@ -64,24 +64,15 @@ class _HashedFile:
 def _write(path: Path, write: Callable[[Any], object]) -> dict[str, Any]:
     """Write a file through to the disk; return its size and checksum."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
+    with naming(path), path.open("wb") as file:
         hashed = _HashedFile(file)
         try:
             write(hashed)
-            file.flush()
-            os.fsync(file.fileno())
         except RuntimeError as error:  # torch's writer turns an OSError into one
-            raise _naming(path, hashed.error or error) from None
-        except OSError as error:
-            raise _naming(path, error) from None
+            raise hashed.error or error from None
+        file.flush()
+        os.fsync(file.fileno())
     return hashed.facts
-
-
-def _naming(path: Path, error: Exception) -> Exception:
-    """Return an error that knows its file, which those of a full disk do not."""
-    if isinstance(error, OSError) and error.filename is None:
-        error.filename = str(path)
-    return error
 
 
 def _write_text(path: Path, text: str) -> dict[str, Any]:
