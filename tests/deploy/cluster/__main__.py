@@ -191,7 +191,7 @@ class Play:
             act.expect(f"counted restarts {job_set.counted_restarts}", True)
 
     def lose_node(self) -> None:
-        alerts = {"train-a/unipool": {"UnipoolRankSilent", "UnipoolRanksMissing", "UnipoolPodTerminating"}}
+        alerts = {"train-a/unipool": {"UnipoolRankSilent", "UnipoolPodTerminating"}}
         with self.act("The node of a pool pod of train-a loses power", alerts) as act:
             job_set = self.a.job_set
             assert job_set is not None
