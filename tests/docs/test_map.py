@@ -8,7 +8,15 @@ from pathlib import Path, PurePosixPath
 from tests.docs.markdown import DOCUMENTS, ROOT, links, tracked
 
 MAP = "docs/README.md"
-WHOLE = ("deploy/kubernetes", "deploy/grafana", "deploy/prometheus", "docs/results", "tests/deploy", "tests/benchmarks")
+WHOLE = (
+    "deploy/kubernetes",
+    "deploy/grafana",
+    "deploy/prometheus",
+    "docs/results",
+    "tests/deploy",
+    "tests/benchmarks",
+    "tests/faults",
+)
 """Folders whose row in the map speaks for all that is in them."""
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -126,9 +127,15 @@ def rank_process(mark: str, rank: int) -> psutil.Process:
     raise AssertionError(f"rank {rank} is not there")
 
 
-def steps(folder: Path) -> list[dict[str, float]]:
-    """What metrics.jsonl says of steps and evaluations, without what depends on the clock or the memory."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    timed = {"seconds", "tokens_per_second", "pool_wait", *(f.name for f in fields(Efficiency))}
-    timed |= {f"{side}_{activity}" for side in ("trunk", "pool", "serving") for activity in ACTIVITIES}
-    return [{key: value for key, value in line.items() if key not in timed} for line in lines]
+_TIMED = {"seconds", "tokens_per_second", "pool_wait", *(f.name for f in fields(Efficiency))}
+_TIMED |= {f"{side}_{activity}" for side in ("trunk", "pool", "serving") for activity in ACTIVITIES}
+
+
+def untimed(record: dict[str, Any]) -> dict[str, Any]:
+    """A record of metrics.jsonl without what depends on the clock or the memory."""
+    return {key: value for key, value in record.items() if key not in _TIMED}
+
+
+def steps(folder: Path) -> list[dict[str, Any]]:
+    """What metrics.jsonl says of steps and evaluations."""
+    return [untimed(json.loads(line)) for line in (folder / "metrics.jsonl").read_text().splitlines()]

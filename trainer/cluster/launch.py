@@ -18,6 +18,7 @@ from pathlib import Path
 import psutil
 
 from trainer.cluster.hostfile import Node
+from trainer.cluster.rank_assignment import provisional_names
 from trainer.common.errors import START_AGAIN
 from trainer.common.gpus import VISIBLE
 from trainer.common.strict_json import dumps
@@ -40,6 +41,9 @@ LONGEST_PAUSE_SECONDS = 30.0
 
 _LAUNCHER_CHANGES = (VISIBLE, "DS_ACCELERATOR")
 """Environment variables that the launcher sets, but that ranks shall have as they are here."""
+
+LOOK_SECONDS = 1.0
+"""Time between two looks at all processes of the machine, until all ranks have been found."""
 
 _POLL_SECONDS = 0.1
 
@@ -87,7 +91,7 @@ def run_locally(recipe: Recipe, arguments: Sequence[str], max_restarts: int) -> 
         The exit status of the job.
     """
     before = restarts()
-    job = LocalJob()
+    job = LocalJob(dict(enumerate(_names(recipe))))
     restart = 0
     while True:
         command = launcher({"localhost": recipe.grid.world_size}, 0, "127.0.0.1", free_port(), arguments)
@@ -107,14 +111,21 @@ def run_locally(recipe: Recipe, arguments: Sequence[str], max_restarts: int) -> 
             return 128 + job.ended_by[0]
 
 
-def run_node(node: Node, arguments: Sequence[str]) -> int:
+def run_node(recipe: Recipe, node: Node, arguments: Sequence[str]) -> int:
     """Start the ranks of one node of a job, wait, and return the node's exit status.
 
     Signals are handled as in `run_locally`, and a signal to one node stops the whole job: its ranks agree on the step
     after which all of them save and end.
     """
     command = launcher(node.slots, node.rank, node.master_addr, node.master_port, arguments)
-    return LocalJob().run(command, _environment())
+    first = sum(list(node.slots.values())[: node.rank])
+    own = list(node.slots.values())[node.rank]
+    names = dict(list(enumerate(_names(recipe)))[first : first + own])
+    return LocalJob(names).run(command, _environment())
+
+
+def _names(recipe: Recipe) -> list[str]:
+    return provisional_names(recipe.grid, recipe.topology.order, recipe.grid.world_size)
 
 
 def mark_end(local_rank: int) -> None:
@@ -162,12 +173,16 @@ def _environment() -> dict[str, str]:
 class LocalJob:
     """A launcher, its ranks, and the signals that this process receives for them. Create it in the main thread.
 
+    Args:
+        names: What the ranks that it starts are called, by their launcher ranks.
+
     Attributes:
         ended_by: Signals with which the user ended the job.
         came_to_end: Whether the last run has done all its steps, even if the model has diverged.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, names: Mapping[int, str]) -> None:
+        self._names = names
         self.ended_by: list[int] = []
         self.came_to_end = False
         self._launcher: subprocess.Popen[bytes] | None = None
@@ -181,7 +196,8 @@ class LocalJob:
             self._launcher = subprocess.Popen(command, env=environment | {DONE_FILE: str(done)}, start_new_session=True)
             if self.ended_by:  # the signal came while the launcher was starting
                 _signal_session(self._launcher.pid, signal.SIGTERM)
-            status = self._launcher.wait()
+            first_gone = self._wait()
+            status = self._launcher.returncode
             _wait_for_session(self._launcher.pid)
             self._launcher = None
             self.came_to_end = done.exists()
@@ -189,7 +205,24 @@ class LocalJob:
                 return 128 + self.ended_by[0]
             if status < 0:
                 print("unipool: the job ended because its launcher was killed", file=sys.stderr)
+            elif number := _killed_by(status):
+                print(f"unipool: {first_gone} was killed by {number.name}", file=sys.stderr)
         return status if status >= 0 else 128 - status
+
+    def _wait(self) -> str:
+        """Wait for the launcher to end; return the name of the rank that ended first."""
+        assert self._launcher
+        ranks: dict[str, psutil.Process] = {}
+        gone, look = "", 0.0
+        while self._launcher.poll() is None:
+            if len(ranks) < len(self._names) and time.monotonic() > look:
+                look = time.monotonic() + LOOK_SECONDS
+                for process in _ranks(self._launcher.pid):
+                    with suppress(psutil.Error, LookupError):
+                        ranks[self._names[int(process.environ()["RANK"])]] = process
+            gone = gone or next((name for name, process in ranks.items() if _has_ended(process)), "")
+            time.sleep(_POLL_SECONDS)
+        return gone or "a rank"
 
     def pause(self, seconds: float) -> bool:
         """Wait; return False if the user ends the job meanwhile."""
@@ -231,6 +264,21 @@ def _ranks(launcher: int) -> Iterator[psutil.Process]:
             yield from _ranks(child.pid)
         elif starts_ranks:
             yield child
+
+
+def _has_ended(process: psutil.Process) -> bool:
+    try:
+        return bool(process.status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
+
+
+def _killed_by(status: int) -> signal.Signals | None:
+    """Return the signal that ended the first rank to end: deepspeed's launcher makes its negative status its own."""
+    try:
+        return signal.Signals(256 - status)
+    except ValueError:
+        return None
 
 
 def _signal_session(leader: int, number: int) -> bool:

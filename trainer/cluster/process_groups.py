@@ -113,6 +113,16 @@ class Job:
         self._communicators.append(NcclCommunicator(group, ranks))
         return self._communicators[-1]
 
+    def limit_waits(self) -> None:
+        """Let all groups that exist wait on the host for at most `parallel.timeout_seconds`, as in a step.
+
+        DeepSpeed makes groups of its own, for the replicas of a role, and torch lets these wait for 30 minutes.
+        """
+        host = torch.device("cpu")
+        for group in dist.distributed_c10d._world.pg_map:
+            if host in group._device_types:
+                group._get_backend(host)._set_default_timeout(self.timeout)
+
     def sum_over_ranks(self, values: Sequence[float]) -> list[float]:
         """Return the sum of every rank's values, in float64, the same on all ranks. A collective of all ranks."""
         total = torch.tensor(values, dtype=torch.float64)
@@ -137,8 +147,9 @@ class Job:
             PeerLost: Not all ranks have come here, or NCCL's groups do not end, within
                 `parallel.start_timeout_seconds`.
         """
+        self.barrier()  # rank 0 draws pictures meanwhile; whoever never comes is known by its heartbeats
         self.liveness.stop()
-        self.barrier()
+        self.barrier()  # rank 0 hosts the store, where heartbeats go
         leaving = threading.Thread(target=self._leave, daemon=True, name="leave")
         leaving.start()
         leaving.join(self.start_timeout.total_seconds())

@@ -8,6 +8,7 @@ else uses launcher ranks, so losses, checkpoints and the schedule do not depend 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from itertools import count
 from typing import Literal
@@ -31,6 +32,20 @@ def ranks_by_order(grid: Topology, order: Order) -> list[int]:
     if order == "pool_last" or not grid.dedicated:
         return list(range(world))
     return _number(grid, [(r + 1) * grid.pool_ranks // world > r * grid.pool_ranks // world for r in range(world)])
+
+
+def provisional_names(grid: Topology, order: Order, world_size: int) -> list[str]:
+    """Return how errors name each launcher rank before the rendezvous: by its future job rank, if that is known."""
+    if os.environ.get(ROLE) or grid.world_size != world_size:
+        return [f"launcher rank {rank}" for rank in range(world_size)]
+    return [grid.describe(rank) for rank in ranks_by_order(grid, order)]
+
+
+def provisional_rank(grid: Topology, order: Order, world_size: int, launcher_rank: int) -> int | None:
+    """Return the job rank of a launcher rank, if it is known before the rendezvous."""
+    if os.environ.get(ROLE) or grid.world_size != world_size:
+        return None
+    return ranks_by_order(grid, order)[launcher_rank]
 
 
 def assign_ranks(grid: Topology, order: Order, roles: Sequence[str]) -> list[int]:

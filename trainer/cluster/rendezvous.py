@@ -24,7 +24,7 @@ from trainer.cluster.rank_assignment import (
     assign_ranks,
     number_of_ranks,
     payload_device,
-    ranks_by_order,
+    provisional_names,
     roster,
 )
 from trainer.common.errors import SharedUserError, UserError
@@ -168,22 +168,6 @@ class Member:
         return self.topology.describe(self.rank)
 
 
-def provisional_names(recipe: Recipe, world_size: int) -> list[str]:
-    """Return how errors name each launcher rank before the rendezvous: by its future job rank, if that is known."""
-    grid = recipe.grid
-    if os.environ.get(ROLE) or grid.world_size != world_size:
-        return [f"launcher rank {rank}" for rank in range(world_size)]
-    return [grid.describe(rank) for rank in ranks_by_order(grid, recipe.topology.order)]
-
-
-def provisional_rank(recipe: Recipe, launch: Launch) -> int | None:
-    """Return the job rank of this process, if it is known before the rendezvous."""
-    grid = recipe.grid
-    if os.environ.get(ROLE) or grid.world_size != launch.world_size:
-        return None
-    return ranks_by_order(grid, recipe.topology.order)[launch.rank]
-
-
 def rendezvous(recipe: Recipe, launch: Launch) -> Member:
     """Wait for all other ranks on the job's store, and find out the rank and role of each.
 
@@ -197,7 +181,7 @@ def rendezvous(recipe: Recipe, launch: Launch) -> Member:
             f"the launcher started {launch.world_size} ranks, but {number_of_ranks(grid)}: make them equal"
         )
     limit = timedelta(seconds=recipe.parallel.start_timeout_seconds)
-    names = provisional_names(recipe, launch.world_size)
+    names = provisional_names(grid, order, launch.world_size)
     # Heartbeats have a connection of their own, which calls that block do not hold up.
     stores = reach(lambda: _open_stores(launch, limit), names[0], limit)
     store, beats = (dist.PrefixStore(_attempt() + path, s) for path, s in zip(("", "/beat"), stores, strict=True))

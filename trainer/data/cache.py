@@ -95,6 +95,8 @@ def _make(path: Path, fill: Callable[[Path, Report], None], conduct: Conduct) ->
             partial.mkdir()
         try:
             fill(partial, report)
+            for file in partial.glob(".*"):  # what a kill has left of a progress file
+                file.unlink()
             report.refuse_if_taken_over()
             publish_folder(partial, path)
         except BaseException as error:

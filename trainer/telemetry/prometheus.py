@@ -125,9 +125,8 @@ class MetricsServer(Collector):
         try:
             server, _ = start_http_server(port, addr=settings.host, registry=registry)
         except OSError as error:
-            who = f"rank {self._rank}" if self._rank is not None else "a rank"
             raise UserError(
-                f"metrics.port: {who} cannot listen on port {port} of {settings.host} ({error.strerror}); "
+                f"metrics.port: rank {self._rank} cannot listen on port {port} of {settings.host} ({error.strerror}); "
                 "choose another port, or 0 for free ones"
             ) from None
         self.address = f"{_reachable(settings.host)}:{server.server_port}"

@@ -7,8 +7,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from trainer.cluster.fault_watch import FaultWatch
-from trainer.cluster.rank_assignment import ROLE
-from trainer.cluster.rendezvous import Launch, Member, provisional_rank
+from trainer.cluster.rank_assignment import ROLE, provisional_rank
+from trainer.cluster.rendezvous import Launch, Member
 from trainer.common.errors import UserError
 from trainer.config.recipe import Recipe
 from trainer.telemetry.measured import Place, node_name
@@ -35,7 +35,7 @@ def serve_early(recipe: Recipe, launch: Launch) -> MetricsServer:
     If its port is taken, as by a rank that is just ending, or depends on a number that only the rendezvous tells,
     `serve_joined` tries again.
     """
-    rank = provisional_rank(recipe, launch)
+    rank = provisional_rank(recipe.grid, recipe.topology.order, launch.world_size, launch.rank)
     role = os.environ.get(ROLE, "") if rank is None else role_of(recipe, rank)
     metrics = MetricsServer(role, rank)
     with suppress(UserError):

@@ -113,4 +113,4 @@ def train(
         with folder.removed_if_unused():
             prepare_for(checked, ends_on_signals=True)
     arguments = sys.argv[1:]
-    sys.exit(run_node(node, arguments) if node else run_locally(checked, arguments, max_restarts))
+    sys.exit(run_node(checked, node, arguments) if node else run_locally(checked, arguments, max_restarts))

@@ -18,7 +18,8 @@ from trainer.checkpoint.save import Saver
 from trainer.cluster.fault_watch import FaultWatch
 from trainer.cluster.launch import mark_end
 from trainer.cluster.process_groups import Job
-from trainer.cluster.rendezvous import Launch, provisional_names, rendezvous
+from trainer.cluster.rank_assignment import provisional_names
+from trainer.cluster.rendezvous import Launch, rendezvous
 from trainer.common.errors import DIVERGED, START_AGAIN, JobError
 from trainer.common.gpus import check_queues, load_kernels_at_start, use_many_queues
 from trainer.config.recipe import Recipe
@@ -82,7 +83,8 @@ def train(recipe: Recipe, launch: Launch, force: bool = False) -> int:
     Returns:
         The exit status: 0, DIVERGED, or START_AGAIN after a signal that asks for a checkpoint.
     """
-    watch = FaultWatch(launch.rank, provisional_names(recipe, launch.world_size)[launch.rank])
+    names = provisional_names(recipe.grid, recipe.topology.order, launch.world_size)
+    watch = FaultWatch(launch.rank, names[launch.rank])
     stage = Stage(watch, serve_early(recipe, launch))
     try:
         folder = RunFolder(recipe)
@@ -179,6 +181,7 @@ def start(recipe: Recipe, launch: Launch, folder: RunFolder, stage: Stage, force
         saver.clean()
     recorded = int(job.shared.broadcast("recorded", lambda: str(folder.recorded)))
     job.barrier()  # loading may take longer on one rank than a step may wait
+    job.limit_waits()
     reporter = Reporter(recipe, job, folder, role, done, schedule.lanes)
     profile = StepProfile(recipe, job, folder, isinstance(role, TrunkRank) and role.trunk.compiled)
     return Run(recipe, job, folder, prepared, role, saver, reporter, profile, stage, done, recorded, held_out_rows)

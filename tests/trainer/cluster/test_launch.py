@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 import urllib.request
 from importlib.util import find_spec
 from itertools import count
@@ -18,7 +19,7 @@ import pytest
 from tests.deploy.pods import can_isolate
 from tests.trainer.job import ROOT, environment, wait_for
 from trainer.cluster import launch
-from trainer.cluster.launch import RESTARTS, run_locally
+from trainer.cluster.launch import MAX_RESTARTS, RESTARTS, restart_limit, run_locally
 from trainer.config.recipe import load_recipe
 from trainer.config.sections import Metrics
 from trainer.telemetry.prometheus import MetricsServer
@@ -44,7 +45,10 @@ def leave(number, _):
         rank.kill()
     sys.exit(1)
 signal.signal(signal.SIGTERM, leave)
-ranks = [subprocess.Popen([sys.executable, "-c", rank]) for rank in sys.argv[2:]]
+ranks = [
+    subprocess.Popen([sys.executable, "-c", rank], env=os.environ | {"RANK": str(number)})
+    for number, rank in enumerate(sys.argv[2:])
+]
 os.write(1, b"launcher is there\\n")
 while all(rank.poll() is None for rank in ranks):
     time.sleep(0.05)
@@ -53,7 +57,7 @@ sys.exit(next(rank.poll() for rank in ranks if rank.poll()))
 USER = """
 import os, sys
 from trainer.cluster.launch import LocalJob
-sys.exit(LocalJob().run(sys.argv[1:], dict(os.environ)))
+sys.exit(LocalJob({0: 'rank 0 (trunk 0)', 1: 'rank 1 (pool 0, shard 0)'}).run(sys.argv[1:], dict(os.environ)))
 """
 
 
@@ -96,6 +100,21 @@ def test_signals(ranks: list[str], signals: list[int], status: int, tmp_path: Pa
         assert told.count(f"rank got {int(signals[0])}") == len(ranks)
 
 
+def test_a_rank_that_was_killed_is_named(tmp_path: Path) -> None:
+    """Even if it has not met the others yet, who then only hear from the launcher."""
+    log = tmp_path / "log"
+    command = [sys.executable, "-c", USER, sys.executable, "-c", LAUNCHER, "deepspeed.launcher.launch", SLOW, SLOW]
+    with log.open("w") as output:
+        user = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=output, stderr=subprocess.STDOUT)
+        while log.read_text().count("rank is there") < 2:
+            assert user.poll() is None, log.read_text()
+        time.sleep(2 * launch.LOOK_SECONDS)
+        (launcher,) = psutil.Process(user.pid).children()
+        next(rank for rank in launcher.children() if rank.environ()["RANK"] == "1").kill()
+        assert user.wait(120) == 256 - signal.SIGKILL
+    assert "unipool: rank 1 (pool 0, shard 0) was killed by SIGKILL" in log.read_text().splitlines()
+
+
 class Job:
     """A job that ends with given statuses, one a start.
 
@@ -107,11 +126,13 @@ class Job:
         self.left, self.ended_by = list(statuses), ended_by
         self.came_to_end, self.done = False, done
         self.restarts: list[str] = []
+        self.limits: set[str | None] = set()
         self.ports: list[str] = []
         self.pauses: list[float] = []
 
     def run(self, command: list[str], environment: dict[str, str]) -> int:
         self.restarts.append(environment[RESTARTS])
+        self.limits.add(environment.get(MAX_RESTARTS))
         self.ports += [word.removeprefix("--master_port=") for word in command if word.startswith("--master_port=")]
         self.came_to_end = self.done and len(self.left) == 1
         return self.left.pop(0)
@@ -146,11 +167,12 @@ def test_restarts(
     """After a fault, neither a wrong input, a signal nor the end of a diverged run; so often at most, not at once."""
     job: Any = Job(statuses, ended_by, done)
     ports = count(1)
-    monkeypatch.setattr(launch, "LocalJob", lambda: job)
+    monkeypatch.setattr(launch, "LocalJob", lambda names: job)
     monkeypatch.setattr(launch, "free_port", lambda: next(ports))
     assert run_locally(load_recipe("quickstart"), ["train", "quickstart"], max_restarts) == status
     assert job.left == []
     assert job.restarts == [str(n) for n in range(len(statuses))]
+    assert job.limits == {str(max_restarts) if max_restarts else None}
     assert job.pauses == [2.0**n for n in range(len(statuses) - 1)]
     assert job.ports == [str(port) for port in range(1, len(statuses) + 1)]
     assert capsys.readouterr().err.splitlines() == [
@@ -161,10 +183,16 @@ def test_restarts(
 
 def test_restarts_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(RESTARTS, "2")
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "9")
     server = MetricsServer("trunk", 0)
     server.listen(Metrics(), 0)
     page = urllib.request.urlopen(f"http://{server.address}/metrics", timeout=60).read().decode()
     assert 'unipool_restarts_total{rank="0",role="trunk"} 2.0' in page.splitlines()
+    assert 'unipool_max_restarts{rank="0",role="trunk"} 9.0' in page.splitlines()
+    monkeypatch.setenv(MAX_RESTARTS, "20")
+    assert restart_limit() == 20
+    monkeypatch.setenv(MAX_RESTARTS, "many")
+    assert restart_limit() is None
 
 
 def test_a_container_s_first_process_heeds_signals_before_there_are_ranks() -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.common.errors import START_AGAIN, Unavailable
+from trainer.common.errors import START_AGAIN, Unavailable, UserError
 from trainer.data import cache
 from trainer.data import source_builder as module
 from trainer.data.cache import PREVIOUS_FILE, PROGRESS_FILE, Conduct
@@ -124,6 +125,18 @@ def test_going_on_reads_only_what_is_left(settings, reference, monkeypatch, capf
     assert content(prepare_source(settings, Conduct()).path) == reference
     assert "resuming the preparation" in capfd.readouterr().err
     assert before > 60 and tokenised < 50
+
+
+def test_after_a_full_disk_it_goes_on(settings, reference, capfd):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(reference["train.arrow"]) * 3 // 4, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"free some space.*; the next start resumes the preparation"):
+            prepare_source(settings, QUIET)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert content(prepare_source(settings, Conduct()).path) == reference
+    assert "resuming the preparation" in capfd.readouterr().err
 
 
 def wait_until(happened, worker) -> None:

@@ -95,7 +95,8 @@ PLACES = {
 
 def assert_named(log: str, phase: str, victim: int, fate: str, names: tuple[str, str] = NAMES) -> None:
     """The rank that wrote `log` says in which phase it stopped, and why."""
-    wanted = rf"^unipool: rank {1 - victim}.* (stopped|failed) during {phase}.*: .*{re.escape(names[victim])}.*{fate}"
+    blamed = rf"(PeerLost: )?{re.escape(names[victim])} {fate}"  # and nobody else
+    wanted = rf"^unipool: rank {1 - victim}.* (stopped|failed) during {phase}[^:]*: {blamed}"
     assert re.search(wanted, log, re.M), f"no {wanted!r} in:\n{log}"
 
 
@@ -150,6 +151,9 @@ def test_an_exception_is_named_by_both(
     assert_named(job.log(1 - victim), STEP, victim, "died")
 
 
+STOPPED_REPLICA = "gradients of replicas"
+"""The stop in which both ranks wait for each other in DeepSpeed only."""
+
 # Long enough that, where all these jobs start at once on a busy machine, only the stopped rank is late.
 LIMIT = 8.0
 START_LIMIT = 12.0
@@ -173,11 +177,21 @@ STOPS = {
     "start-up, pool": (POOL, START_UP, PLACES["start-up"][1][POOL], START_LIMIT, "does not respond"),
     "forward": (POOL, STEP, PLACES["forward"][1][POOL], LIMIT, "does not respond"),
     "step": (TRUNK, STEP, PLACES["step"][1][TRUNK], LIMIT, "does not respond"),
+    STOPPED_REPLICA: (
+        1,
+        STEP,
+        Place("trainer.train.trunk_rank:TrunkRank.accumulate", number=2),
+        LIMIT,
+        "does not respond",
+    ),
     "evaluation": (POOL, PLACES["evaluation"][0], PLACES["evaluation"][1][POOL], LIMIT, "does not respond"),
     "last save": (TRUNK, "the last checkpoint", LAST_SAVE, SAVE_LIMIT, "does not respond"),
+    "shutdown": (POOL, "shutdown", Place("trainer.cluster.process_groups:Job.close"), SAVE_LIMIT, "does not respond"),
 }
 STOPPED_WITH_BOTH_ROLES = "forward"
 """The one of them in which every rank has both roles."""
+REPLICAS = {"parallel__trunk_ranks": 2, "parallel__pool_ranks": 0}
+REPLICA_NAMES = ("rank 0 (trunk 0)", "rank 1 (trunk 1)")
 
 
 @pytest.fixture(scope="module")
@@ -189,6 +203,8 @@ def stopped(recipe: Callable[..., Recipe], tmp_path_factory: pytest.TempPathFact
         limits: dict[str, Any] = {"parallel__timeout_seconds": LIMIT}
         if name == STOPPED_WITH_BOTH_ROLES:
             limits |= BOTH_ROLES
+        if name == STOPPED_REPLICA:
+            limits |= REPLICAS
         if limit != LIMIT:
             limits["parallel__start_timeout_seconds"] = limit
         jobs[name] = ForkedJob(recipe(folder / "run", **limits), folder, Fault(victim, place, stop))
@@ -203,7 +219,7 @@ def test_a_stopped_rank_is_named(name: str, stopped: dict[str, ForkedJob]) -> No
     statuses = job.end(limit + GRACE, without=victim)
     assert statuses[victim] is None
     assert statuses[1 - victim] == 1, job.log(1 - victim)
-    names = BOTH_NAMES if name == STOPPED_WITH_BOTH_ROLES else NAMES
+    names = {STOPPED_WITH_BOTH_ROLES: BOTH_NAMES, STOPPED_REPLICA: REPLICA_NAMES}.get(name, NAMES)
     assert_named(job.log(1 - victim), phase, victim, fate, names)
 
 

@@ -1,7 +1,8 @@
 """Draw rows of a dashboard as they look, with Grafana's own components in a headless Chromium:
 
     npm ci --prefix tests/deploy/grafana/drawn
-    python tests/deploy/grafana/drawn/draw.py http://127.0.0.1:9090 RUN training "What the ranks do" Speed --out picture.png
+    python tests/deploy/grafana/drawn/draw.py http://127.0.0.1:9090 RUN training Speed --start 1795962000 \\
+        --end 1795962600 --out picture.png
 
 Prometheus must have scraped the run with deploy/prometheus. Heat maps are drawn with matplotlib, from the same query.
 """
@@ -31,6 +32,14 @@ HERE = Path(__file__).parent
 DASHBOARDS = HERE.parents[3] / "deploy/grafana/dashboards"
 CELL = {"width": 50, "height": 38, "gap": 8}
 """Pixels of a cell of Grafana's grid, which has 24 columns, and between panels."""
+PAGE = """\
+<!doctype html>
+<meta charset="utf-8">
+<link rel="stylesheet" href="panels.css">
+<div id="root"></div>
+<script src="data.js"></script>
+<script src="panels.js"></script>
+"""
 POINTS = 300
 """Points of a curve."""
 
@@ -168,8 +177,7 @@ def main() -> None:
         drawn = {"dashboard": {"panels": panels}, "results": results, "rows": [0], "cell": CELL}
         drawn |= {"start": query.start * 1000, "end": query.end * 1000, "interval": query.step * 1000}
         (page / "data.js").write_text(f"window.DRAWN = {json.dumps(drawn)};")
-        script = '<script src="data.js"></script><script src="panels.js"></script>'
-        (page / "index.html").write_text(f'<!doctype html><meta charset="utf-8"><div id="root"></div>{script}')
+        (page / "index.html").write_text(PAGE)
         bundle = [HERE / "node_modules/.bin/esbuild", HERE / "panels.jsx", "--bundle", "--jsx=automatic", "--minify"]
         bundle += ["--log-level=error", "--loader:.svg=dataurl", "--loader:.ttf=dataurl"]
         bundle += ['--define:process.env.NODE_ENV="production"', f"--outfile={page / 'panels.js'}"]
@@ -177,7 +185,8 @@ def main() -> None:
         browser = ["chromium", "--headless", "--no-sandbox", "--hide-scrollbars", "--allow-file-access-from-files"]
         view = [f"--window-size={width},{height}", "--force-device-scale-factor=1", "--virtual-time-budget=20000"]
         picture = f"--screenshot={arguments.out.resolve()}"
-        subprocess.run([*browser, *view, picture, str(page / "index.html")], check=True, timeout=300)
+        command = [*browser, *view, picture, str(page / "index.html")]
+        subprocess.run(command, check=True, timeout=300, stderr=subprocess.DEVNULL)  # it misses a desktop
 
 
 if __name__ == "__main__":

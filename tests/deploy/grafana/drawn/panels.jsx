@@ -15,6 +15,7 @@ import {
 import { BarGauge, BigValue, PanelChrome, Table, TimeSeries, VizRepeater } from '@grafana/ui';
 import { createRoot } from 'react-dom/client';
 import { lastValueFrom } from 'rxjs';
+import 'uplot/dist/uPlot.min.css';
 
 const theme = createTheme({ colors: { mode: 'light' } });
 const { dashboard, results, rows, start, end, interval, cell } = window.DRAWN;
