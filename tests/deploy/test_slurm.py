@@ -224,14 +224,15 @@ def test_ranks_start_again_after_faults_only(
     assert not list(tmp_path.glob(".unipool*"))
 
 
-def test_a_job_with_a_dead_node_goes_back_to_the_queue(submit: Submit, tmp_path: Path) -> None:
-    """The ranks notice a dead node minutes before Slurm does; on this node they cannot start again."""
+def test_a_job_with_a_dead_node_waits_for_slurm_to_notice(submit: Submit, tmp_path: Path) -> None:
+    """The ranks notice it minutes before Slurm does, and cannot start again; the job must not end as a fault."""
     (tmp_path / "hold").touch()
     job = submit("a:1 b:1", "recipe", ends="1 1")
     wait_for(tmp_path / f".unipool-{JOB}.hosts")
     (tmp_path / "dead").touch()
     (tmp_path / "hold").unlink()
     assert job.wait(120) == 75
+    assert lines(tmp_path / "slept") == ["10", *["15"] * 4]
     assert lines(tmp_path / "requeued") == [f"requeue Incomplete {JOB}"]
 
 
