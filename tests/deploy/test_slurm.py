@@ -56,6 +56,7 @@ trap 'echo >> asked' USR1
 echo "$*" > "agent.$SLURMD_NODENAME"
 echo "$UNIPOOL_RESTARTS" >> restarts
 [ "$1" = prepare ] || cp "$UNIPOOL_HOSTS" hosts
+[ "$SLURMD_NODENAME" != "${STUCK:-}" ] || exec /bin/sleep 60
 read -ra ends <<< "$ENDS"
 [ -z "$ENDS" ] || exit "${ends[UNIPOOL_RESTARTS - ${SLURM_RESTART_COUNT:-0}]}"
 until [ -e asked ]; do /bin/sleep 0.05; done
@@ -67,7 +68,9 @@ SCONTROL = """#!/bin/bash
 echo "$*" >> requeued
 [ ! -s away ] || { sed -i 1d away; exit 1; }
 """
+# 25 s are what other nodes have to end after the first one.
 SLEEP = """#!/bin/bash
+[ "$1" != 25 ] || exec /bin/sleep "${PATIENCE:-60}"
 echo "$1" >> slept
 """
 
@@ -181,6 +184,15 @@ def test_a_stop_during_preparation_goes_back_to_the_queue(submit: Submit, tmp_pa
     wait_for(tmp_path / "agent.a", tmp_path / "agent.b")
     job.send_signal(signal.SIGUSR1)
     assert job.wait(120) == 75
+    assert lines(tmp_path / "requeued") == [f"requeue Incomplete {JOB}"]
+
+
+def test_a_stop_does_not_wait_for_nodes_that_know_nothing_of_it(submit: Submit, tmp_path: Path) -> None:
+    """Before the ranks have met, those of the other nodes wait for the first one's."""
+    job = submit("a:1 b:1", "recipe", ends="", stopped=138, STUCK="b", PATIENCE="0.2")
+    wait_for(tmp_path / "agent.a", tmp_path / "agent.b")
+    job.send_signal(signal.SIGUSR1)
+    assert job.wait(30) == 75
     assert lines(tmp_path / "requeued") == [f"requeue Incomplete {JOB}"]
 
 
