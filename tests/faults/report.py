@@ -40,8 +40,8 @@ def page(records: Sequence[Record], chosen: int) -> str:
     head = [
         "# Faults",
         "",
-        f"`python -m tests.faults`: {len(records)} of the {chosen} cases have run, each a fault in a tiny job that the real",
-        "launcher starts, in four layouts.",
+        f"`python -m tests.faults`: {len(records)} of the {chosen} cases have run, each a fault in a tiny job",
+        "that the real launcher starts, in four layouts.",
         f"Commit {commit()}, {machine()}.",
         f"{hung} hung, {lost} lost anything, {len(bad)} were not as they should be. [All of them](outcomes.csv).",
         "",
