@@ -158,7 +158,7 @@ class Pod:
             ]
         else:
             command = [*map(cluster.localize, command), *cluster.loopback]
-        fields = {"metadata.name": host, "status.podIP": self.address, **(fields or {})}
+        fields = {"metadata.name": host, "status.podIP": self.address, "spec.nodeName": "node", **(fields or {})}
         environment = self._environment(cluster, labels, index, fields)
         with self.log_file.open("w") as log:
             self._process = subprocess.Popen(

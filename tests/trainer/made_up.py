@@ -45,6 +45,8 @@ def page(
     own = f'role="{role}",rank="{rank}"'
     lines = [f"process_start_time_seconds {started}", "# TYPE unipool_steps counter"]
     lines.append(f"unipool_steps_total{{{own}}} {steps}")
+    if role == "trunk":
+        lines.append(f"unipool_tokens_total{{{own}}} {262_144 * steps}")
     for activity, share in zip(ACTIVITIES, shares or SHARES[role], strict=True):
         lines.append(f'unipool_activity_seconds_total{{{own},activity="{activity}"}} {share * steps}')
     for place, tokens in enumerate(load):
@@ -75,7 +77,6 @@ def job_gauges(step: int, experts: int, loss: float = 3.25, pool_ranks: int = 1,
         "validation_loss_nats": loss + 0.1,
         "gradient_norm": 0.5,
         "learning_rate": 5e-4,
-        "tokens_per_second": 524_288.0,
         "step_seconds": 1.0,
         "load_imbalance_ratio": 2.5,
         "shard_load_imbalance_ratio": 1.25,

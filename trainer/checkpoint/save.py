@@ -273,7 +273,8 @@ class Saver:
         self.error = None
         if self._metrics:
             seconds = time.perf_counter() - pending.started
-            self._metrics.checkpoint_saved(pending.steps, seconds, pending.stalled)
+            size = sum(own["bytes"] for own in files.values())
+            self._metrics.checkpoint_saved(pending.steps, seconds, pending.stalled, size)
         try:
             self._rotate()
         except OSError as error:

@@ -101,7 +101,7 @@ class FaultWatch:
             else:
                 self._let_others_end_first()
                 _say(f"error: {self.name}: {error}")  # this process still runs, so rank 0 has not found the mistake
-            os._exit(2)
+            os._exit(error.status)
         if isinstance(error, JobError):
             if self._rank == 0:
                 _say(f"unipool: {error}")

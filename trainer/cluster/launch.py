@@ -30,6 +30,9 @@ DONE_FILE = "UNIPOOL_DONE_FILE"
 RESTARTS = "UNIPOOL_RESTARTS"
 """Environment variable: how often this job has been restarted."""
 
+MAX_RESTARTS = "UNIPOOL_MAX_RESTARTS"
+"""Environment variable: how often this job may be restarted before it fails for good."""
+
 GRACE_SECONDS = 20.0
 """How long the ranks have to end by themselves after their launcher has ended."""
 
@@ -68,6 +71,12 @@ def restarts() -> int:
     return int(os.environ.get(RESTARTS) or os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0)
 
 
+def restart_limit() -> int | None:
+    """Return how often `train --max-restarts`, torchrun or a cluster may restart this job, if they have told."""
+    number = os.environ.get(MAX_RESTARTS) or os.environ.get("TORCHELASTIC_MAX_RESTARTS") or ""
+    return int(number) if number.isdecimal() else None
+
+
 def run_locally(recipe: Recipe, arguments: Sequence[str], max_restarts: int) -> int:
     """Start one process per rank with DeepSpeed's launcher and wait for the job, restarting it after faults.
 
@@ -86,7 +95,10 @@ def run_locally(recipe: Recipe, arguments: Sequence[str], max_restarts: int) -> 
     restart = 0
     while True:
         command = launcher({"localhost": recipe.grid.world_size}, 0, "127.0.0.1", free_port(), arguments)
-        status = job.run(command, _environment() | {RESTARTS: str(before + restart)})
+        counted = {RESTARTS: str(before + restart)}
+        if max_restarts:
+            counted[MAX_RESTARTS] = str(before + max_restarts)
+        status = job.run(command, _environment() | counted)
         if job.came_to_end or status in (0, 2) or job.ended_by or restart == max_restarts:
             return status
         restart += 1
@@ -114,6 +126,12 @@ def run_node(recipe: Recipe, node: Node, arguments: Sequence[str]) -> int:
 
 def _names(recipe: Recipe) -> list[str]:
     return provisional_names(recipe.grid, recipe.topology.order, recipe.grid.world_size)
+
+
+def mark_end(local_rank: int) -> None:
+    """Tell the `LocalJob` that has started this rank, if one has, that the job has done all its steps."""
+    if local_rank == 0 and DONE_FILE in os.environ:
+        Path(os.environ[DONE_FILE]).touch()
 
 
 def end_on_signals() -> None:

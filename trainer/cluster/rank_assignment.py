@@ -41,6 +41,13 @@ def provisional_names(grid: Topology, order: Order, world_size: int) -> list[str
     return [grid.describe(rank) for rank in ranks_by_order(grid, order)]
 
 
+def provisional_rank(grid: Topology, order: Order, world_size: int, launcher_rank: int) -> int | None:
+    """Return the job rank of a launcher rank, if it is known before the rendezvous."""
+    if os.environ.get(ROLE) or grid.world_size != world_size:
+        return None
+    return ranks_by_order(grid, order)[launcher_rank]
+
+
 def assign_ranks(grid: Topology, order: Order, roles: Sequence[str]) -> list[int]:
     """Return the job rank of each launcher rank.
 

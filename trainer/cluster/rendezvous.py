@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from pool.topology import Topology
-from trainer.cluster.devices import Devices, assign_devices, sight, tell_deepspeed
+from trainer.cluster.devices import Devices, Sight, assign_devices, sight, tell_deepspeed
 from trainer.cluster.launch import free_port
 from trainer.cluster.liveness import Arrival, Liveness, reach
 from trainer.cluster.network import address_towards, choose_gloo_interface, wait_for_listener
@@ -139,6 +139,7 @@ class Member:
         leads_machine: Whether it is the first trunk rank of its machine.
         device: Where it computes.
         devices: Where all ranks compute.
+        sight: The devices that it may use.
         payload_device: Where the wire takes its payloads from; the same type on all ranks.
         store: The job's store, on which process groups are set up.
         shared: Short texts for the other ranks, in the same store.
@@ -151,6 +152,7 @@ class Member:
     leads_machine: bool
     device: torch.device
     devices: Devices
+    sight: Sight
     payload_device: torch.device
     store: dist.Store
     shared: KeyValueStore
@@ -209,6 +211,7 @@ def rendezvous(recipe: Recipe, launch: Launch) -> Member:
         leads_machine=machines.index(machines[rank]) == rank and grid.is_trunk(rank),
         device=device,
         devices=devices,
+        sight=own.sight,
         payload_device=device if on_gpu else torch.device("cpu"),
         store=store,
         shared=KeyValueStore(store, liveness, rank, grid.world_size, limit),

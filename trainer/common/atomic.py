@@ -8,8 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from trainer.common.errors import UserError
-
 
 def partial_folder(path: Path) -> Path:
     """Where `atomic_folder` fills the folder that becomes `path`."""
@@ -17,36 +15,29 @@ def partial_folder(path: Path) -> Path:
 
 
 @contextmanager
-def atomic_folder(path: Path, progress_file: str | None = None) -> Iterator[Path]:
+def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield an empty folder next to `path` to fill; it is written to the disk and renamed to `path` at the end.
 
     The folder is removed after an exception; the next call for the same `path` removes what a killed process left. No
     two processes may make the same folder at once. `path` must not exist, or must be an empty folder.
-
-    Args:
-        progress_file: The name of a file from which a later call can resume. A folder that has it is kept, even after
-            an exception unless that is a `UserError`, and yielded as it is; the file is removed at the end.
     """
     partial = partial_folder(path)
-
-    def has_progress() -> bool:
-        return progress_file is not None and (partial / progress_file).is_file()
-
-    if not has_progress():
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
     try:
         yield partial
-        for file in (*partial.iterdir(), partial):
-            fsync(file)
-        os.rename(partial, path)
-        if progress_file is not None:
-            (path / progress_file).unlink(missing_ok=True)
-        fsync(path.parent)
-    except BaseException as error:
-        if isinstance(error, UserError) or not has_progress():
-            shutil.rmtree(partial, ignore_errors=True)
+        publish_folder(partial, path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def publish_folder(partial: Path, path: Path) -> None:
+    """Write a filled folder to the disk and rename it to `path`, which must not exist, or must be an empty folder."""
+    for file in (*partial.iterdir(), partial):
+        fsync(file)
+    os.rename(partial, path)
+    fsync(path.parent)
 
 
 def atomic_write(path: Path, write: Callable[[Path], object]) -> None:

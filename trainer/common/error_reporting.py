@@ -30,8 +30,10 @@ def report_errors() -> Iterator[None]:
     try:
         yield
         sys.stdout.flush()  # here, where an error can still be reported
-    except (UserError, click.ClickException) as error:
-        _exit(error.format_message() if isinstance(error, click.ClickException) else str(error), 2)
+    except UserError as error:
+        _exit(str(error), error.status)
+    except click.ClickException as error:
+        _exit(error.format_message(), 2)
     except BrokenModel as error:
         _exit(str(error), 1)
     except (click.Abort, KeyboardInterrupt):

@@ -15,7 +15,13 @@ _LONGEST = 2000
 
 
 class UserError(Exception):
-    """The user's input is wrong. One line says what is wrong, where, and how to fix it. Exit status 2."""
+    """The user's input is wrong. One line says what is wrong, where, and how to fix it.
+
+    Attributes:
+        status: The exit status.
+    """
+
+    status = 2
 
     def __init__(self, message: str):
         super().__init__(one_line(message))
@@ -23,6 +29,12 @@ class UserError(Exception):
 
 class SharedUserError(UserError):
     """A `UserError` that all ranks find together and rank 0 reports."""
+
+
+class Unavailable(UserError):
+    """What the input names cannot be had now, as when the network is down. The same command may succeed later."""
+
+    status = 1
 
 
 class JobError(Exception):

@@ -16,6 +16,9 @@ from trainer.common.errors import UserError, short_line
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 
+_GRANTED = "NVIDIA_VISIBLE_DEVICES"
+"""Environment variable from which NVIDIA's container runtime takes the GPUs of a container."""
+
 _DEVICES = Path("/dev")
 
 _ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
@@ -41,6 +44,11 @@ class Gpu:
     uuid: str
     place: str
 
+    @property
+    def uuid_of_tools(self) -> str:
+        """The UUID as NVIDIA's tools write it, such as nvidia-smi and DCGM: "GPU-...", or "MIG-..." of an instance."""
+        return f"{'MIG' if ' MIG ' in self.name else 'GPU'}-{self.uuid.removeprefix('GPU-').removeprefix('MIG-')}"
+
 
 @dataclass(frozen=True)
 class GpuFacts:
@@ -51,7 +59,8 @@ class GpuFacts:
         torch: torch's version.
         built_for: The CUDA version that torch is built for, such as "13.0"; None: it is built without CUDA.
         driver: The newest CUDA version that the driver supports, 1000 * major + 10 * minor; 0: there is no driver.
-        on_machine: Number of GPUs whose device files this process sees, whether or not torch can use them.
+        on_machine: Number of GPUs whose device files this process sees, or that the container was granted, whether or
+            not torch can use them.
         visible: The value of CUDA_VISIBLE_DEVICES; None if it is not set.
         message: What torch said when it found no GPU.
     """
@@ -86,7 +95,7 @@ def look() -> GpuFacts:
         torch=torch.__version__,
         built_for=torch.version.cuda,
         driver=driver_version(),
-        on_machine=_device_files() or int((_DEVICES / "dxg").exists()),  # dxg: under Windows
+        on_machine=_device_files() or _granted() or int((_DEVICES / "dxg").exists()),  # dxg: under Windows
         visible=os.environ.get(VISIBLE),
         message=str(caught[0].message) if caught else "",
     )
@@ -107,6 +116,11 @@ def boot_id() -> str:
 
 def _device_files() -> int:
     return len(list(_DEVICES.glob("nvidia[0-9]*")))
+
+
+def _granted() -> int:
+    """Count the GPUs that Kubernetes' device plugin of NVIDIA names, which a container without its runtime lacks."""
+    return sum(name.startswith(("GPU-", "MIG-")) for name in os.environ.get(_GRANTED, "").split(","))
 
 
 def share_of_gpus(place: int, places: int) -> str | None:

@@ -8,56 +8,153 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from trainer.common.atomic import atomic_folder, partial_folder
-from trainer.common.errors import UserError
+from trainer.common.atomic import partial_folder, publish_folder
+from trainer.common.errors import START_AGAIN, Unavailable, UserError
+from trainer.common.format import duration
+from trainer.data.status import Report, TakenOver, Waiting
+
+if TYPE_CHECKING:
+    from filelock import SoftFileLease
 
 PROGRESS_FILE = "progress.npz"
 """The file in an unfinished folder from which a later start resumes."""
 
+PREVIOUS_FILE = "progress-previous.npz"
+"""What that file was before, in case that what it describes is damaged."""
 
-def make_once(directory: Path, name: str, fill: Callable[[Path], None], progress: bool) -> Path:
+LEASE_SECONDS = 120.0
+"""Time without a sign of life after which a process on another machine is taken for dead.
+
+The lock is not one of the system's (flock), because on file systems that machines share it often holds on one machine
+only. The death of a process on the same machine is noticed at once.
+"""
+
+_BEAT_SECONDS = 15.0
+_POLL_SECONDS = 0.5
+_STOP = (signal.SIGTERM, signal.SIGUSR1)
+
+
+@dataclass(frozen=True)
+class Conduct:
+    """How a process behaves while it prepares data, or waits for another one that does.
+
+    Attributes:
+        show: Whether to write progress and notes on stderr.
+        patience: Seconds to wait for another process that makes no progress.
+        ends_on_signals: Whether SIGTERM and SIGUSR1 end the process with `START_AGAIN`, even if it has handlers.
+    """
+
+    show: bool = True
+    patience: float = 1800.0
+    ends_on_signals: bool = False
+
+
+def make_once(directory: Path, name: str, fill: Callable[[Path, Report], None], conduct: Conduct) -> Path:
     """Return the folder `directory`/`name`; if it is not there, `fill` makes its files.
 
-    Processes that want the same folder at once wait for the first one. A process that is killed leaves a hidden folder;
-    the next start resumes from its `PROGRESS_FILE`, or removes it.
+    Processes that want the same folder at once, on any machine, wait for the first one as long as it makes progress. A
+    process that is killed leaves a hidden folder; the next start resumes from its `PROGRESS_FILE`, or removes it.
 
     Args:
         directory: The folder to make it in; created if needed.
         fill: Called with a temporary folder, which may hold what an interrupted call has written.
-        progress: Whether to print notes on stderr.
 
     Raises:
         UserError: The folder cannot be written, or `fill` raised it.
+        Unavailable: Another process has made no progress for `conduct.patience`.
     """
     path = directory / name
     try:
-        if not path.is_dir():
+        while not path.is_dir():
             directory.mkdir(parents=True, exist_ok=True)
-            _remove_abandoned(directory, name, progress)
-            with _lock(directory / f"{name}.lock", progress), _removed_on_sigterm(partial_folder(path)):
-                if not path.is_dir():
-                    with atomic_folder(path, PROGRESS_FILE) as partial:
-                        fill(partial)
+            _remove_abandoned(directory, name, conduct.show)
+            with suppress(TakenOver):
+                _make(path, fill, conduct)
     except OSError as error:
-        resumable = (partial_folder(path) / PROGRESS_FILE).is_file()
         raise UserError(
             f"data.dir {directory}: prepared data cannot be written ({error}); free some space or set another folder"
-            + ("; the next start resumes the preparation" if resumable else "")
+            + ("; the next start resumes the preparation" if _resumable(partial_folder(path)) else "")
         ) from error
     return path
 
 
-@contextmanager
-def _removed_on_sigterm(partial: Path) -> Iterator[None]:
-    """Let SIGTERM end the process at once and remove the unfinished folder, unless a later start can resume it.
+def _make(path: Path, fill: Callable[[Path, Report], None], conduct: Conduct) -> None:
+    """Make the folder, or wait until another process has."""
+    partial, status = partial_folder(path), path.with_name(f".{path.name}.status")
+    with _held(path, status, conduct) as lease, _ended_by_signals(partial, status, lease, conduct):
+        if lease is None or path.is_dir():
+            return
+        report = Report(status, conduct.show, lambda: lease.compromise is not None or path.is_dir())
+        if not _resumable(partial):
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+        try:
+            fill(partial, report)
+            for file in partial.glob(".*"):  # what a kill has left of a progress file
+                file.unlink()
+            report.refuse_if_taken_over()
+            publish_folder(partial, path)
+        except BaseException as error:
+            if isinstance(error, Exception) and report.taken_over():
+                report.note(f"another process has taken over from this one, which was not heard of: {path}")
+                raise TakenOver from error
+            if not _resumable(partial):
+                shutil.rmtree(partial, ignore_errors=True)
+            status.unlink(missing_ok=True)
+            raise
+        for file in (path / PROGRESS_FILE, path / PREVIOUS_FILE, status):
+            file.unlink(missing_ok=True)
 
-    A thread does so, because the main thread may be in native code for a minute, as when it trains a tokenizer.
+
+def _resumable(partial: Path) -> bool:
+    return (partial / PROGRESS_FILE).is_file()
+
+
+@contextmanager
+def _held(path: Path, status: Path, conduct: Conduct) -> Iterator[SoftFileLease | None]:
+    """Wait for the right to make the folder, and hold it in the `with` block; None if the folder has appeared."""
+    from filelock import Timeout
+
+    lease = _lease(path)
+    waiting = Waiting(path, status, conduct.show, conduct.patience)
+    try:
+        lease.acquire(poll_interval=_POLL_SECONDS, cancel_check=waiting)
+    except Timeout:
+        if waiting.gave_up:
+            raise Unavailable(
+                f"{path}: waited {duration(conduct.patience)} (parallel.start_timeout_seconds) for process "
+                f"{waiting.where()} without any progress; end it, or raise the limit, and start again"
+            ) from None
+        yield None
+        return
+    try:
+        yield lease
+    finally:
+        lease.release()
+
+
+def _lease(path: Path) -> SoftFileLease:
+    from filelock import SoftFileLease
+
+    file = path.with_name(f"{path.name}.lease")
+    return SoftFileLease(file, lease_duration=LEASE_SECONDS, heartbeat_interval=_BEAT_SECONDS, thread_local=False)
+
+
+@contextmanager
+def _ended_by_signals(partial: Path, status: Path, lease: SoftFileLease | None, conduct: Conduct) -> Iterator[None]:
+    """Let SIGTERM and SIGUSR1 end the process at once with `START_AGAIN`, so that another can go on at once.
+
+    The unfinished folder is removed, unless a later start can resume it. A thread does so, because the main thread may
+    be in native code for a minute, as when it trains a tokenizer.
     """
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    if not in_main_thread or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+    handlers = {number: signal.getsignal(number) for number in _STOP}
+    ours = conduct.ends_on_signals or set(handlers.values()) == {signal.SIG_DFL}
+    if lease is None or threading.current_thread() is not threading.main_thread() or not ours:
         yield
         return
     read_end, write_end = os.pipe()
@@ -65,49 +162,43 @@ def _removed_on_sigterm(partial: Path) -> Iterator[None]:
 
     def watch() -> None:
         while number := os.read(read_end, 1):
-            if number[0] == signal.SIGTERM:
-                if not (partial / PROGRESS_FILE).is_file():
-                    shutil.rmtree(partial, ignore_errors=True)
-                os._exit(128 + signal.SIGTERM)
+            if number[0] in _STOP:
+                with suppress(Exception):  # whatever happens to the files, the process ends
+                    if not _resumable(partial):
+                        shutil.rmtree(partial, ignore_errors=True)
+                    status.unlink(missing_ok=True)
+                    lease.release(force=True)
+                os._exit(START_AGAIN)
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     previous = signal.set_wakeup_fd(write_end)
-    signal.signal(signal.SIGTERM, lambda *_: None)
+    for number in _STOP:
+        signal.signal(number, lambda *_: None)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         signal.set_wakeup_fd(previous)
         os.close(write_end)
         thread.join()
         os.close(read_end)
 
 
-def _lock(lock_file: Path, verbose: bool) -> AbstractContextManager[object]:
-    """Wait for the lock, which the system releases when its holder dies, and hold it in a `with` block."""
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(lock_file)
-    try:
-        return lock.acquire(timeout=0)
-    except Timeout:
-        if verbose:
-            print(f"waiting for another process, which holds {lock_file}", file=sys.stderr)
-        return lock.acquire()
-
-
-def _remove_abandoned(directory: Path, name: str, verbose: bool) -> None:
+def _remove_abandoned(directory: Path, name: str, show: bool) -> None:
     """Remove unfinished folders that nobody holds and nobody can resume; mention those of other names that remain."""
-    from filelock import FileLock, Timeout
+    from filelock import Timeout
 
     for partial in sorted(directory.glob(".partial-*")):
         finished = partial.name.removeprefix(".partial-")
+        if finished == name:
+            continue
         try:
-            with FileLock(directory / f"{finished}.lock", timeout=0):
-                if not (partial / PROGRESS_FILE).is_file():
+            with _lease(directory / finished).acquire(timeout=0):
+                if not _resumable(partial):
                     shutil.rmtree(partial, ignore_errors=True)
-                elif verbose and finished != name:
+                elif show:
                     print(f"{partial}: an unfinished preparation; delete it if it is not needed", file=sys.stderr)
         except Timeout:
             continue  # it is being made right now

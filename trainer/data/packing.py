@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import zlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 ROWS_PER_WRITE = 1000
+_READ_BYTES = 1 << 24
 _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # in Arrow's streaming format
 
 
@@ -38,6 +40,11 @@ def unigram_entropy(counts_V: NDArray[Any]) -> float:
     return float((p_V * -np.log(p_V)).sum())
 
 
+def token_type(vocab: int) -> np.dtype[Any]:
+    """Return the type in which the tokens of a vocabulary are stored."""
+    return np.dtype(np.uint16 if vocab <= 1 << 16 else np.uint32)
+
+
 class SplitWriter:
     """Writes one split as rows of S+1 tokens, each starting with the last token of the previous one.
 
@@ -45,7 +52,7 @@ class SplitWriter:
     holds at most `ROWS_PER_WRITE` rows besides what is added at once.
 
     The file is a stream of Arrow messages, written one by one, so that a writer can resume where `state_dict` was
-    called: what the file holds beyond that point is cut off.
+    called: what the file holds beyond that point is cut off. The checksum of what comes before is part of the state.
 
     Args:
         seq_len: S.
@@ -60,27 +67,39 @@ class SplitWriter:
         import pyarrow as pa
 
         self.seq_len = seq_len
-        self.dtype = np.dtype(np.uint16 if vocab <= 1 << 16 else np.uint32)
+        self.dtype = token_type(vocab)
         tokens = pa.list_(pa.from_numpy_dtype(self.dtype), seq_len + 1)
         self.schema = pa.schema([("tokens", tokens)])
         self.unwritten = np.empty(0, self.dtype)  # the beginning of the next row
         self.pending: list[NDArray[Any]] = []
         self.pending_tokens = 0
         self.counts_V = np.zeros(vocab, np.int64)
-        self.documents = self.bytes = self.tokens = self.sequences = 0
+        self.documents = self.bytes = self.tokens = self.sequences = self.checksum = 0
         self.file = path.open("wb" if saved is None else "r+b")
         if saved is None:
-            self.file.write(self.schema.serialize())
+            self._put(self.schema.serialize())
             return
-        self.documents, self.bytes, self.tokens, self.sequences, size = (int(n) for n in saved["numbers"])
+        numbers = (int(n) for n in saved["numbers"])
+        self.documents, self.bytes, self.tokens, self.sequences, self.checksum, size = numbers
         self.unwritten, self.counts_V = saved["unwritten"].astype(self.dtype), saved["counts_V"]
         self.file.truncate(size)
         self.file.seek(size)
 
     @staticmethod
-    def holds(path: Path, saved: dict[str, Any]) -> bool:
-        """Whether a file has all that was written when `state_dict` returned `saved`."""
-        return path.stat().st_size >= int(saved["numbers"][-1])
+    def holds(path: Path, saved: dict[str, Any], read: Callable[[int], object]) -> bool:
+        """Whether a file has, unaltered, all that was written when `state_dict` returned `saved`.
+
+        Args:
+            read: Called with the number of bytes of every block that has been read.
+        """
+        *_, wanted, left = (int(n) for n in saved["numbers"])
+        checksum = 0
+        with path.open("rb") as file:
+            while left and (block := file.read(min(left, _READ_BYTES))):
+                checksum = zlib.crc32(block, checksum)
+                left -= len(block)
+                read(len(block))
+        return left == 0 and checksum == wanted
 
     def add(self, ids: NDArray[Any], text_bytes: int, ends_document: bool = True) -> None:
         """Append a document, or a part of one.
@@ -103,7 +122,7 @@ class SplitWriter:
         self._write()
         self.file.flush()
         os.fsync(self.file.fileno())
-        numbers = (self.documents, self.bytes, self.tokens, self.sequences, self.file.tell())
+        numbers = (self.documents, self.bytes, self.tokens, self.sequences, self.checksum, self.file.tell())
         return {"numbers": np.array(numbers, np.int64), "unwritten": self.unwritten, "counts_V": self.counts_V.copy()}
 
     def close(self) -> SplitFacts:
@@ -131,8 +150,12 @@ class SplitWriter:
             return
         rows_RS1 = np.lib.stride_tricks.sliding_window_view(tokens_T, self.seq_len + 1)[:: self.seq_len][:rows]
         column = pa.FixedSizeListArray.from_arrays(pa.array(rows_RS1.reshape(-1)), self.seq_len + 1)
-        self.file.write(pa.record_batch([column], schema=self.schema).serialize())
+        self._put(pa.record_batch([column], schema=self.schema).serialize())
         self.sequences += rows
+
+    def _put(self, message: Any) -> None:
+        self.checksum = zlib.crc32(message, self.checksum)
+        self.file.write(message)
 
 
 class SplitRows:

@@ -9,34 +9,43 @@ Each source has a folder:
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from trainer.common.atomic import partial_folder
 from trainer.common.errors import UserError
+from trainer.common.format import size
 from trainer.common.strict_json import dumps
 from trainer.config.recipe import Recipe
 from trainer.config.sections import Source, Sources
-from trainer.data.cache import make_once
+from trainer.data.cache import Conduct, make_once
 from trainer.data.prepared_data import TOKENIZER_FILE, PreparedData, PreparedSource, open_prepared
 from trainer.data.reading.documents import Progress
 from trainer.data.settings import TRAIN, SourceSettings
 from trainer.data.source_builder import SourceBuilder
 from trainer.data.splitting import SPLITS, Parts, choose_splitter
+from trainer.data.status import Report
 from trainer.data.tokenizer import SMALLEST_VOCABULARY, train_tokenizer
 
 TOKENIZER_SAMPLE_BYTES = 50_000_000
 """UTF-8 bytes of training text that a tokenizer is trained on."""
 
+_LARGE = 1e9
+"""Bytes of prepared data from which on the need for space is mentioned."""
+
 Mixture = list[tuple[SourceSettings, float]]
 """Sources, each with its share; shares add up to 1."""
 
 
-def prepare_for(recipe: Recipe, progress: bool = True) -> PreparedData:
+def prepare_for(recipe: Recipe, progress: bool = True, ends_on_signals: bool = False) -> PreparedData:
     """Prepare the recipe's data unless that has been done.
 
     Args:
-        progress: Whether to show bars and notes on stderr.
+        progress: Whether to write progress and notes on stderr.
+        ends_on_signals: See `Conduct`.
 
     Raises:
         UserError: See `prepare_source`.
@@ -45,7 +54,7 @@ def prepare_for(recipe: Recipe, progress: bool = True) -> PreparedData:
     train, validation, test = d.split
     training = _mixture(recipe, d.source, d.split if d.validation is None else (train + validation, 0, test))
     held_out = None if d.validation is None else _mixture(recipe, d.validation, (0, 1, 0))
-    return prepare(training, held_out, progress)
+    return prepare(training, held_out, Conduct(progress, recipe.parallel.start_timeout_seconds, ends_on_signals))
 
 
 def _mixture(recipe: Recipe, sources: Sources, split: Parts) -> Mixture:
@@ -74,56 +83,77 @@ def _mixture(recipe: Recipe, sources: Sources, split: Parts) -> Mixture:
     ]
 
 
-def prepare(training: Mixture, held_out: Mixture | None, progress: bool) -> PreparedData:
+def prepare(training: Mixture, held_out: Mixture | None, conduct: Conduct) -> PreparedData:
     """Prepare the data of a run unless that has been done.
 
     Args:
         held_out: Text for validation; None takes the validation splits of `training`.
-        progress: Whether to show bars and notes on stderr.
 
     Raises:
         UserError: See `prepare_source`.
     """
     sources = [*training, *(held_out or [])]
     if training[0][0].tokenizer == TRAIN:
-        tokenizer = _train_on(training, progress)
+        tokenizer = _train_on(training, conduct)
         sources = [(replace(settings, tokenizer=tokenizer), share) for settings, share in sources]
-    own = tuple((prepare_source(settings, progress), share) for settings, share in sources[: len(training)])
+    _check_space([settings for settings, _ in sources], conduct.show)
+    own = tuple((prepare_source(settings, conduct), share) for settings, share in sources[: len(training)])
     if held_out is None:
         return PreparedData(own, own)
     try:
-        others = tuple((prepare_source(settings, progress), share) for settings, share in sources[len(training) :])
+        others = tuple((prepare_source(settings, conduct), share) for settings, share in sources[len(training) :])
     except UserError as error:
-        raise UserError(str(error).replace("data.source", "data.validation", 1)) from error
+        raise type(error)(str(error).replace("data.source", "data.validation", 1)) from error
     return PreparedData(own, others)
 
 
-def prepare_source(settings: SourceSettings, progress: bool) -> PreparedSource:
+def _check_space(sources: Sequence[SourceSettings], show: bool) -> None:
+    """Say how much space the sources that are not prepared yet need, as far as that is known beforehand.
+
+    Raises:
+        UserError: Sources that reach `max_tokens` do not fit.
+    """
+    missing = {folder: s for s in sources if not (folder := s.folder).is_dir()}
+    needs = [need for s in missing.values() if (need := s.needs())]
+    if not needs:
+        return
+    directory = next(iter(missing)).parent
+    there = sum(file.stat().st_size for folder in missing for file in partial_folder(folder).glob("*.arrow"))
+    free = shutil.disk_usage(next(p for p in (directory, *directory.absolute().parents) if p.is_dir())).free
+    wanted = sum(need.bytes for need in needs) - there
+    certain = all(need.certain for need in needs)
+    line = f"data.dir {directory}: the prepared data needs {'' if certain else 'about '}{size(wanted)}"
+    if certain and wanted > free:
+        raise UserError(
+            f"{line}, but only {size(free)} are free; free some space, set another folder, or lower data.max_tokens"
+        )
+    if show and (wanted > _LARGE or wanted > free):
+        print(f"{line}, and {size(free)} are free", file=sys.stderr)
+
+
+def prepare_source(settings: SourceSettings, conduct: Conduct) -> PreparedSource:
     """Return the prepared data of one source; make them first if they are not there.
 
     They are there if they were made with the same settings, source files (names, sizes, modification times) and
     tokenizer files; then nothing but their facts is read.
-
-    Args:
-        progress: Whether to show bars and notes on stderr.
 
     Raises:
         UserError: The input is bad (see `Documents` and `load_tokenizer`), the tokenizer does not fit into the model's
             vocabulary, a split has too little text for one sequence, or a folder cannot be written.
     """
 
-    def fill(folder: Path) -> None:
-        SourceBuilder(settings, folder, progress).run()
+    def fill(folder: Path, report: Report) -> None:
+        SourceBuilder(settings, folder, report).run()
 
-    name = f"{settings.short_name}-v{settings.vocab}-s{settings.seq_len}-{settings.fingerprint()}"
-    prepared = open_prepared(make_once(Path(settings.directory).expanduser(), name, fill, progress))
+    folder = settings.folder
+    prepared = open_prepared(make_once(folder.parent, folder.name, fill, conduct))
     bad, documents = prepared.bad_records, sum(prepared.facts(split).documents for split in SPLITS)
     progress_then = Progress(documents=documents, records=bad.records, bad_records=bad.count, first_bad=list(bad.first))
     progress_then.refuse_bad_share(settings.max_bad_share)
     return prepared
 
 
-def _train_on(sources: Mixture, progress: bool) -> str:
+def _train_on(sources: Mixture, conduct: Conduct) -> str:
     """Train a tokenizer of `vocab` entries on the beginning of the training text; return its folder.
 
     Each source contributes its share of `TOKENIZER_SAMPLE_BYTES`.
@@ -135,21 +165,26 @@ def _train_on(sources: Mixture, progress: bool) -> str:
             f"{SMALLEST_VOCABULARY} or more"
         )
 
-    def fill(folder: Path) -> None:
-        from tqdm import tqdm
+    def fill(folder: Path, report: Report) -> None:
+        read = 0
 
         def sample() -> Iterator[str]:
+            nonlocal read
             for settings, share in sources:
-                yield from _training_text(settings, int(TOKENIZER_SAMPLE_BYTES * share))
+                for text in _training_text(settings, int(TOKENIZER_SAMPLE_BYTES * share)):
+                    yield text
+                    read += 1
+                    report.at(read)
 
-        bar = tqdm(sample(), "training the tokenizer", unit=" documents", disable=not progress)
-        tokenizer = train_tokenizer(bar, vocab)
+        report.begin("reading text to train the tokenizer", "documents")
+        tokenizer = train_tokenizer(sample(), vocab)
+        report.end(read)
         (folder / TOKENIZER_FILE).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
 
     fingerprints = [(replace(settings, seq_len=0).fingerprint(), share) for settings, share in sources]
     digest = hashlib.sha256(dumps(fingerprints).encode()).hexdigest()[:12]
     directory = Path(sources[0][0].directory).expanduser()
-    return str(make_once(directory, f"tokenizer-v{vocab}-{digest}", fill, progress))
+    return str(make_once(directory, f"tokenizer-v{vocab}-{digest}", fill, conduct))
 
 
 def _training_text(settings: SourceSettings, size: int) -> Iterator[str]:

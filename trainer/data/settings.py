@@ -9,8 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from trainer.common.strict_json import dumps
+from trainer.data.packing import token_type
 from trainer.data.reading.documents import Documents, Piece
-from trainer.data.reading.sources import file_stamp, find_files
+from trainer.data.reading.sources import COMPRESSED, HUB_PREFIX, file_stamp, find_files, kind_of
 from trainer.data.splitting import Parts
 from trainer.data.tokenizer import tokenizer_files
 
@@ -19,6 +20,22 @@ FORMAT = 2
 
 TRAIN = "train"
 """The value of `data.tokenizer` that trains a tokenizer on the source."""
+
+
+_BYTES_PER_TOKEN = 4
+"""UTF-8 bytes that a token of a large vocabulary stands for in English text."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """Disk space that prepared data will need.
+
+    Attributes:
+        certain: Whether `max_tokens` determines it, rather than an estimate from the size of the source.
+    """
+
+    bytes: int
+    certain: bool
 
 
 @dataclass(frozen=True)
@@ -58,6 +75,31 @@ class SourceSettings:
         """Yield the pieces of the documents to read, from the beginning."""
         return limited(Documents(self.source, self.text_field, self.max_bad_share), self.max_documents)
 
+    @property
+    def folder(self) -> Path:
+        """The folder of the prepared data."""
+        name = f"{self.short_name}-v{self.vocab}-s{self.seq_len}-{self.fingerprint()}"
+        return Path(self.directory).expanduser() / name
+
+    def text_bytes(self) -> int | None:
+        """Return about how many bytes of text the source has; None if that is not known before it is read."""
+        files = find_files(self.source).read
+        if self.source.startswith(HUB_PREFIX) or not all(map(_size_tells, files)):
+            return None
+        return sum(file_stamp(file)[1] for file in files)
+
+    def needs(self) -> Need | None:
+        """Return the disk space that the prepared data will need; None if that is not known beforehand."""
+        limit, text = self.max_tokens, self.text_bytes()
+        if limit is not None:
+            limit = limit * sum(self.split) // next(part for part in self.split if part)
+        estimate = None if text is None else text // _BYTES_PER_TOKEN
+        tokens = min((n for n in (limit, estimate) if n is not None), default=None)
+        if tokens is None:
+            return None
+        token_bytes = token_type(self.vocab).itemsize
+        return Need(token_bytes * tokens * (self.seq_len + 1) // self.seq_len, tokens == limit)
+
     def fingerprint(self) -> str:
         """Return a hash of the settings, the source's files (names, sizes, times) and the tokenizer's files."""
         decisive = asdict(self) | {"format": FORMAT}
@@ -67,6 +109,11 @@ class SourceSettings:
         if self.tokenizer != TRAIN and (files := tokenizer_files(self.tokenizer)):
             decisive["tokenizer"] = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
         return hashlib.sha256(dumps(decisive, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _size_tells(file: Path) -> bool:
+    """Whether a file is about as long as the text in it."""
+    return kind_of(file.name) in ("plain", "json", "csv", "tsv") and not file.name.lower().endswith(COMPRESSED)
 
 
 def limited(documents: Documents, limit: int | None, done: int = 0) -> Iterator[Piece]:

@@ -6,8 +6,8 @@ few batches of pieces of documents, however long the documents are.
 
 from __future__ import annotations
 
+import shutil
 import sys
-import time
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
@@ -22,14 +22,15 @@ from numpy.typing import NDArray
 from trainer.common.atomic import atomic_write
 from trainer.common.errors import UserError
 from trainer.common.strict_json import dumps, loads
-from trainer.data.cache import PROGRESS_FILE
+from trainer.data.cache import PREVIOUS_FILE, PROGRESS_FILE
 from trainer.data.encoding import Encoder
 from trainer.data.packing import SplitWriter
 from trainer.data.prepared_data import COUNTS_FILE, FACTS_FILE, TOKENIZER_FILE
-from trainer.data.reading.documents import Documents
-from trainer.data.reading.sources import find_files
+from trainer.data.reading.documents import Documents, Piece
+from trainer.data.reading.sources import file_stamp, find_files
 from trainer.data.settings import SourceSettings, limited
 from trainer.data.splitting import SPLITS, Passage, Splitter, choose_splitter
+from trainer.data.status import Report
 from trainer.data.tokenizer import end_of_document_id, load_tokenizer, vocabulary
 
 if TYPE_CHECKING:
@@ -42,12 +43,39 @@ COMMIT_TOKENS = 1 << 26
 """Tokens between two positions from which a build can resume."""
 
 
+class ShareRead:
+    """Tells which share of a source has been read, as far as its files or its limits say so."""
+
+    def __init__(self, settings: SourceSettings):
+        self._settings = settings
+        self._sizes = [file_stamp(file)[1] for file in find_files(settings.source).read]
+        self._bytes_tell = settings.text_bytes() is not None
+
+    def of(self, reader: dict[str, Any], tokens: int) -> float | None:
+        """Return the share; None if it is not known.
+
+        Args:
+            reader: The position in the source, from `Documents.state_dict`.
+            tokens: The tokens so far of the split that `max_tokens` limits.
+        """
+        s, shares = self._settings, []
+        if s.max_tokens:
+            shares.append(tokens / s.max_tokens)
+        if s.max_documents:
+            shares.append(reader["documents"] / s.max_documents)
+        if total := sum(self._sizes):
+            read = sum(self._sizes[: reader["file"]])
+            if self._bytes_tell and reader["at"]:
+                read += reader["at"][0]
+            shares.append(read / total)
+        return min(max(shares), 1.0) if shares else None
+
+
 @dataclass(frozen=True)
 class _Batch:
     """Passages to tokenise at once, and the position after them."""
 
     passages: list[Passage]
-    documents: int
     reader: dict[str, Any]
     splitter: dict[str, Any]
 
@@ -57,11 +85,11 @@ class SourceBuilder:
 
     Args:
         folder: The folder to fill; it may hold what an interrupted build has committed.
-        progress: Whether to show bars and notes on stderr.
+        report: Where to report progress.
     """
 
-    def __init__(self, settings: SourceSettings, folder: Path, progress: bool):
-        self.settings, self.folder, self.progress = settings, folder, progress
+    def __init__(self, settings: SourceSettings, folder: Path, report: Report):
+        self.settings, self.folder, self.report = settings, folder, report
         self._parts = dict(zip(SPLITS, settings.split, strict=True))
         # What max_tokens limits: the text that is trained on, or held-out text of its own.
         self._main = next(split for split, part in self._parts.items() if part)
@@ -75,7 +103,7 @@ class SourceBuilder:
         settings, folder = self.settings, self.folder
         tokenizer = _load_tokenizer(settings)
         if skipped := find_files(settings.source).skipped_line(settings.source):
-            self._note(skipped)
+            self.report.note(skipped)
         end_id = end_of_document_id(tokenizer)
         (folder / TOKENIZER_FILE).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
         saved = self._saved()
@@ -94,51 +122,39 @@ class SourceBuilder:
         self._check(splits)
         self._write_facts(tokenizer, end_id, splits)
 
-    def _note(self, line: str) -> None:
-        if self.progress:
-            print(line, file=sys.stderr)
-
     def _choose_splitter(self) -> Splitter:
-        from tqdm import tqdm
+        def pieces() -> Iterator[Piece]:
+            for number, piece in enumerate(self.settings.pieces(), 1):
+                self.report.at(number)
+                yield piece
 
         # This takes long only if a few documents are very long.
-        what = f"measuring {self.settings.short_name}"
-        pieces = self.settings.pieces()
-        bar = tqdm(pieces, what, unit=" pieces", delay=2, leave=False, disable=not self.progress)
-        return choose_splitter(bar, self.settings.split)
+        self.report.begin(f"measuring {self.settings.short_name}", "pieces")
+        return choose_splitter(pieces(), self.settings.split)
 
     def _tokenise(self, tokenizer: Tokenizer, end_id: int) -> None:
-        from tqdm import tqdm
-
         encoder = Encoder(tokenizer)
         end_1 = np.array([end_id], np.uint32)
-        begun = committed = self._tokens()
-        begin = time.monotonic()
-        with (
-            tqdm(
-                desc=f"tokenising {self.settings.short_name}",
-                unit=" documents",
-                total=self.settings.max_documents,
-                initial=self._splitter.documents,
-                disable=not self.progress,
-            ) as bar,
-            closing(_read_ahead(self._batches())) as batches,
-        ):
+        committed = self._tokens()
+        share = ShareRead(self.settings)
+        self.report.begin(f"tokenising {self.settings.short_name}", "tokens")
+        self.report.at(committed)
+        with closing(_read_ahead(self._batches())) as batches:
             for batch in batches:
                 wanted = [passage for passage in batch.passages if self._room(passage.split) > 0]
                 for passage, ids in zip(wanted, encoder.encode([passage.text for passage in wanted]), strict=True):
                     if not self._has_enough():
                         self._add(passage, ids, end_1)
                 tokens = self._tokens()
-                bar.set_postfix_str(f"{(tokens - begun) / (time.monotonic() - begin):,.0f} tokens/s", refresh=False)
-                bar.update(batch.documents)
+                self.report.at(tokens, share.of(batch.reader, self._writers[self._main].tokens))
                 if self._has_enough():
                     break
                 if tokens - committed >= COMMIT_TOKENS:
                     self._commit(batch)
                     committed = tokens
+        self.report.end(self._tokens())
         if encoder.slow_because:
-            self._note(f"tokenised slowly, because fastokens was not used ({encoder.slow_because})")
+            self.report.note(f"tokenised slowly, because fastokens was not used ({encoder.slow_because})")
 
     def _add(self, passage: Passage, ids: NDArray[np.uint32], end_1: NDArray[np.uint32]) -> None:
         if passage.ends_document:
@@ -166,23 +182,27 @@ class SourceBuilder:
 
     def _batches(self) -> Iterator[_Batch]:
         passages: list[Passage] = []
-        size = documents = 0
+        size = 0
 
         def batch() -> _Batch:
-            return _Batch(passages, documents, self._documents.state_dict(), self._splitter.state_dict())
+            return _Batch(passages, self._documents.state_dict(), self._splitter.state_dict())
 
         for piece in limited(self._documents, self.settings.max_documents, self._splitter.documents):
             passages += self._splitter.assign(piece)
             size += len(piece.text)
-            documents += piece.ends_document
             if size >= BATCH_CHARACTERS:
                 yield batch()
-                passages, size, documents = [], 0, 0
+                passages, size = [], 0
         if passages:
             yield batch()
 
     def _commit(self, batch: _Batch) -> None:
-        """Flush everything so far to the disk, with the position from which to resume."""
+        """Flush everything so far to the disk, with the position from which to resume.
+
+        Raises:
+            TakenOver: Another process prepares the folder now.
+        """
+        self.report.refuse_if_taken_over()
         arrays: dict[str, Any] = {
             f"{split}/{name}": array
             for split, writer in self._writers.items()
@@ -194,28 +214,49 @@ class SourceBuilder:
             with path.open("wb") as file:
                 np.savez(file, position=position, **arrays)
 
+        if (self.folder / PROGRESS_FILE).is_file():
+            shutil.copyfile(self.folder / PROGRESS_FILE, self.folder / PREVIOUS_FILE)
         atomic_write(self.folder / PROGRESS_FILE, write)
 
     def _saved(self) -> dict[str, Any] | None:
-        """What `_commit` has saved, or None if there is nothing to resume from."""
-        path = self.folder / PROGRESS_FILE
-        if not path.is_file():
-            return None
+        """What `_commit` has saved last, or the time before if that is damaged; None if there is nothing to resume."""
+        damaged = False
+        for path in (self.folder / PROGRESS_FILE, self.folder / PREVIOUS_FILE):
+            if not path.is_file():
+                continue
+            if saved := self._read_saved(path):
+                self.report.note(
+                    f"resuming the preparation in {self.folder}"
+                    + (" from the position before the last, because its files are damaged" if damaged else "")
+                )
+                return saved
+            damaged = True
+        if damaged:
+            self.report.note(f"starting the preparation in {self.folder} again, because its files are damaged")
+            (self.folder / PROGRESS_FILE).unlink(missing_ok=True)
+        return None
+
+    def _read_saved(self, path: Path) -> dict[str, Any] | None:
+        """What `_commit` has saved in a file, or None if the file, or what it describes, is damaged."""
+        done = 0
+
+        def read(size: int) -> None:
+            nonlocal done
+            done += size
+            self.report.at(done)
+
         try:
             with np.load(path, allow_pickle=False) as arrays:
                 saved: dict[str, Any] = loads(str(arrays["position"]))
                 saved["writers"] = {
                     split: {name: arrays[f"{split}/{name}"] for name in SplitWriter.SAVED} for split in SPLITS
                 }
-            intact = all(SplitWriter.holds(self.folder / f"{split}.arrow", saved["writers"][split]) for split in SPLITS)
+            self.report.begin(f"checking {self.folder}", "bytes")
+            files = {split: self.folder / f"{split}.arrow" for split in SPLITS}
+            intact = all(SplitWriter.holds(files[split], saved["writers"][split], read) for split in SPLITS)
+            return saved if intact else None
         except (OSError, ValueError, KeyError, EOFError, BadZipFile):
-            intact = False
-        if not intact:
-            self._note(f"starting the preparation in {self.folder} again, because its files are damaged")
-            path.unlink()
             return None
-        self._note(f"resuming the preparation in {self.folder}")
-        return saved
 
     def _check(self, splits: dict[str, Any]) -> None:
         settings = self.settings
@@ -244,10 +285,10 @@ class SourceBuilder:
         made = (*(f"{split}.arrow" for split in SPLITS), COUNTS_FILE, TOKENIZER_FILE)
         facts["files"] = {name: (self.folder / name).stat().st_size for name in made}
         (self.folder / FACTS_FILE).write_text(dumps(facts, indent=1) + "\n")
-        self._note(f"documents end with {end}")
+        self.report.note(f"documents end with {end}")
         if read.bad_records:
             what = f"{read.bad_records:,} of {read.records:,} records were skipped"
-            self._note(f"{what}: {'; '.join(read.first_bad)}")
+            self.report.note(f"{what}: {'; '.join(read.first_bad)}")
 
 
 def _load_tokenizer(settings: SourceSettings) -> Tokenizer:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.common.errors import UserError, short_line
+from trainer.common.errors import Unavailable, UserError, short_line
 from trainer.common.strict_json import dumps, loads
 from trainer.data.reading.hub import can_connect
 from trainer.data.reading.sources import shown
@@ -88,8 +88,9 @@ def load_tokenizer(name_or_path: str, end_of_document: str | None = None) -> Tok
     except Exception as error:  # tokenizers raises plain Exceptions
         if path:
             raise UserError(f"{where}: not a tokenizer.json of `tokenizers` ({short_line(error)})") from error
-        why = f"did not provide it ({type(error).__name__})" if can_connect() else "cannot be reached"
-        raise UserError(
+        reached = can_connect()
+        why = f"did not provide it ({type(error).__name__})" if reached else "cannot be reached"
+        raise (UserError if reached or os.path.isabs(name_or_path) else Unavailable)(
             f'{where}: there is no such file, and the hub {why}; set it to the path of a tokenizer.json, or to "train" '
             "(HF_HUB_OFFLINE=1 asks the hub's cache only)"
         ) from error
@@ -242,7 +243,9 @@ def _beside(path: Path | None, name: str, file: str) -> dict[str, Any]:
         except (EntryNotFoundError, LocalEntryNotFoundError):  # offline, its cache has what was fetched before
             return {}
         except Exception as error:  # raised by the HTTP client, which differs between versions
-            raise UserError(f"data.tokenizer {shown(name)}: the hub cannot be reached ({short_line(error)})") from error
+            raise Unavailable(
+                f"data.tokenizer {shown(name)}: the hub cannot be reached ({short_line(error)})"
+            ) from error
     try:
         content = loads(beside.read_bytes())
     except (OSError, ValueError) as error:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import difflib
 import math
 import os
+import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -213,6 +215,42 @@ DATA_SHEETS = {
     "h200": _data_sheet("h200", 67e12, 989e12, 141e9, 4.8e12, 450e9, 50e9),
     "a100": _data_sheet("a100", 19.5e12, 312e12, 80e9, 2.04e12, 300e9, 25e9),
 }
+
+
+# Sources: besides those above the data sheets "H100 PCIe", "H100 NVL", "H200 NVL" and "A100 PCIe", and of B200 that of
+# DGX B200; bf16 is without sparsity. The first whose words are all in a device's name counts.
+_PEAKS = (
+    (("H200", "NVL"), {"fp32": 60e12, "bf16": 835e12}),
+    (("H200",), {"fp32": 67e12, "bf16": 989e12}),
+    (("H100", "NVL"), {"fp32": 60e12, "bf16": 835e12}),
+    (("H100", "PCIe"), {"fp32": 51e12, "bf16": 756e12}),
+    (("H100",), {"fp32": 67e12, "bf16": 989e12}),
+    (("A100",), {"fp32": 19.5e12, "bf16": 312e12}),
+    (("NVIDIA", "B200"), {"bf16": 2250e12}),
+)
+
+
+def device_peak(name: str, precision: Literal["fp32", "bf16"]) -> float | None:
+    """Return the peak FLOP/s of a device by its name, as torch has it; None if it is not known, or a part of a GPU."""
+    words = set(re.split(r"[ -]", name))
+    if "MIG" in words:
+        return None
+    return next((peaks.get(precision) for wanted, peaks in _PEAKS if words.issuperset(wanted)), None)
+
+
+def peak_flops(recipe: Recipe, devices: Sequence[str]) -> float | None:
+    """Return the peak FLOP/s of all ranks together in `train.precision`; None if it is not known.
+
+    Args:
+        devices: The name of each rank's device; it counts unless the recipe says on which hardware it runs.
+    """
+    precision = recipe.train.precision
+    if recipe.parallel.hardware:
+        hardware = find_hardware(recipe.parallel.hardware, "parallel.hardware =")
+        return recipe.grid.world_size * hardware.rates(precision).flops
+    peaks = [device_peak(name, precision) for name in devices]
+    known = [peak for peak in peaks if peak]
+    return sum(known) if known and len(known) == len(peaks) else None
 
 
 def find_hardware(name_or_path: str, key: str = "--hardware") -> Hardware:

@@ -5,27 +5,31 @@ The training thread only stores numbers. The server's thread renders a page from
 
 from __future__ import annotations
 
+import platform
 import socket
-import sys
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry, ProcessCollector, start_http_server
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.core import Metric as Family
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
-from trainer.cluster.launch import restarts
+from trainer import __version__
+from trainer.cluster.launch import restart_limit, restarts
 from trainer.common.errors import UserError
-from trainer.common.machine import peak_resident_memory
 from trainer.config.recipe import Metrics
-from trainer.telemetry.catalogue import CATALOGUE
+from trainer.telemetry.catalogue import CATALOGUE, DEVICE_MEMORY, STEP_SECONDS
+from trainer.telemetry.measured import DiskSpace, Place, device_memory, peak_memory, process_age
+from trainer.telemetry.over_steps import Histogram, LossSpikes
+from trainer.telemetry.rank_time import PHASES, RankTime
 from trainer.telemetry.step_scalars import Efficiency, StepScalars, padded
 from trainer.telemetry.time_breakdown import Usage
 
@@ -73,39 +77,68 @@ class ExpertLoad:
 
 
 class MetricsServer(Collector):
-    """Serves the metrics of one rank.
+    """Serves the metrics of one rank, from its first second on.
 
     Args:
-        settings: Where to listen.
-        role, rank: The role and rank of this process, for the labels.
-        local_rank: The rank's number on its machine.
-        load: The load of the experts that this rank serves.
+        role: The role of this process, "" while it is not known.
+        rank: Its rank in the job, None while it is not known.
 
     Attributes:
-        address: Host and port of the page.
-
-    Raises:
-        UserError: It cannot listen there.
+        address: Host and port of the page; "" while it is not served.
+        expert_load: The load of the experts that this rank serves.
+        time: What the rank is doing, and what its time went into.
+        disk: The disk with the run's folder, on rank 0.
     """
 
-    def __init__(self, settings: Metrics, role: str, rank: int, local_rank: int, load: ExpertLoad | None = None):
-        self._by_rank = (role, str(rank))
+    def __init__(self, role: str = "", rank: int | None = None):
+        self.address = ""
+        self.expert_load: ExpertLoad | None = None
+        self.time = RankTime(process_age())
+        self.disk: DiskSpace | None = None
+        self._role, self._rank = role, rank
+        self._device: int | None = None
         self._values: dict[str, dict[tuple[str, ...], float]] = {}
+        self._steps = Histogram(STEP_SECONDS)
+        self._spikes = LossSpikes()
         self._lock = threading.Lock()
-        self.expert_load = load
+        self.add("unipool_restarts", restarts())
+        if (limit := restart_limit()) is not None:
+            self.set("unipool_max_restarts", limit)
+
+    def listen(self, settings: Metrics, local_rank: int) -> None:
+        """Serve the page, unless it is served already or its port depends on a rank that is not known yet.
+
+        Args:
+            settings: Where to listen.
+            local_rank: The rank's number on its machine.
+
+        Raises:
+            UserError: It cannot listen there.
+        """
+        number = self._rank if settings.port_by == "rank" else local_rank
+        if self.address or (settings.port and number is None):
+            return
         registry = CollectorRegistry()
         registry.register(self)
         ProcessCollector(registry=registry)
-        port = settings.port and settings.port + (rank if settings.port_by == "rank" else local_rank)
+        port = settings.port and settings.port + (number or 0)
         try:
             server, _ = start_http_server(port, addr=settings.host, registry=registry)
         except OSError as error:
             raise UserError(
-                f"metrics.port: rank {rank} cannot listen on port {port} of {settings.host} ({error.strerror}); "
+                f"metrics.port: rank {self._rank} cannot listen on port {port} of {settings.host} ({error.strerror}); "
                 "choose another port, or 0 for free ones"
             ) from None
         self.address = f"{_reachable(settings.host)}:{server.server_port}"
-        self.add("unipool_restarts", restarts())
+
+    def joined(self, role: str, rank: int, where: Place) -> None:
+        """Serve the rank's place in the job, and what it runs."""
+        self._role, self._rank, self._device = role, rank, where.ordinal
+        versions = {name: version(name) for name in ("torch", "deepspeed")}
+        build = {"version": __version__, "python": platform.python_version(), **versions, "device": where.device}
+        self.info("unipool_build_info", build)
+        self.info("unipool_rank_info", asdict(where))
+        self.set("unipool_unused_gpus", where.unused_gpus)
 
     def set(self, name: str, value: float, *labels: str) -> None:
         """Set a metric."""
@@ -130,16 +163,39 @@ class MetricsServer(Collector):
             }
             if self.expert_load:
                 values |= self.expert_load.families()
-        values["unipool_peak_memory_bytes"] = [((where,), size) for where, size in peak_memory().items()]
+            steps = self._steps.copy()
+        values |= self._measured()
+        by_rank = (self._role, "" if self._rank is None else str(self._rank))
         for metric in CATALOGUE:
-            if metric.name in values:
-                own = ("role", "rank") if metric.by_rank else ()
+            own = ("role", "rank") if metric.by_rank else ()
+            if metric.kind == "histogram":
+                if steps.count:
+                    histogram = HistogramMetricFamily(metric.name, metric.text, labels=own)
+                    histogram.add_metric(by_rank, steps.cumulative(), steps.total)
+                    yield histogram
+            elif metric.name in values:
                 make = CounterMetricFamily if metric.kind == "counter" else GaugeMetricFamily
                 family = make(metric.name, metric.text, labels=own + metric.labels)
                 for labels, value in values[metric.name]:
-                    family.add_metric((self._by_rank if metric.by_rank else ()) + labels, value)
+                    family.add_metric((by_rank if metric.by_rank else ()) + labels, value)
                 if family.samples:
                     yield family
+
+    def _measured(self) -> dict[str, list[tuple[tuple[str, ...], float]]]:
+        """Measure what nobody has to count."""
+        seconds, phase = self.time.seconds(), self.time.phase
+        found: dict[str, list[tuple[tuple[str, ...], float]]] = {
+            "unipool_phase": [((name,), float(name == phase)) for name in PHASES],
+            "unipool_time_seconds": [((cause,), spent) for cause, spent in seconds.items()],
+            "unipool_peak_memory_bytes": [((where,), size) for where, size in peak_memory(self._device).items()],
+        }
+        if self._device is not None:
+            memory, retries = device_memory(self._device)
+            found["unipool_device_memory_bytes"] = [((kind,), memory[kind]) for kind in DEVICE_MEMORY]
+            found["unipool_device_allocation_retries"] = [((), retries)]
+        if self.disk and (free := self.disk.free()) is not None:
+            found["unipool_disk_free_bytes"] = [((), free)]
+        return found
 
     def used(self, usage: Usage, bytes_sent: int, bytes_received: int) -> None:
         """Count a step, and set usage and bytes since the start."""
@@ -154,8 +210,9 @@ class MetricsServer(Collector):
         self.add("unipool_tokens", tokens)
         self.set("unipool_pool_wait_ratio", pool_wait)
 
-    def efficiency(self, efficiency: Efficiency) -> None:
-        """Serve how well the last step has used the machines. Rank 0 calls it."""
+    def efficiency(self, efficiency: Efficiency, flops: float) -> None:
+        """Serve how well the last step has used the machines, and count its FLOPs. Rank 0 calls it."""
+        self.add("unipool_model_flops", flops)
         for metric, value in efficiency.metrics():
             self.set(metric.name, value)
 
@@ -163,6 +220,9 @@ class MetricsServer(Collector):
         """Serve what is the same on all trunk ranks. Rank 0 calls it."""
         self.set("unipool_step", steps_done)
         self.add("unipool_skipped_steps", int(not scalars.applied))
+        self.add("unipool_loss_spikes", int(self._spikes.add(scalars.loss)))
+        with self._lock:
+            self._steps.add(scalars.seconds)
         for metric, value in scalars.metrics():
             if metric.needs_pool and not has_pool:
                 continue
@@ -179,12 +239,13 @@ class MetricsServer(Collector):
         self.set("unipool_checkpoint_interval_steps", interval)
         self.add("unipool_checkpoint_failures", 0)
 
-    def checkpoint_saved(self, step: int, seconds: float, stalled: float) -> None:
-        """Serve a complete checkpoint: its duration, and for how long training stopped, seconds."""
+    def checkpoint_saved(self, step: int, seconds: float, stalled: float, size: int) -> None:
+        """Serve a complete checkpoint: its duration, for how long training stopped, in seconds, and its bytes."""
         self.set("unipool_checkpoint_step", step)
         self.set("unipool_checkpoint_timestamp_seconds", time.time())
         self.set("unipool_checkpoint_duration_seconds", seconds)
         self.set("unipool_checkpoint_stall_seconds", stalled)
+        self.set("unipool_checkpoint_bytes", size)
 
     def served(self, served: Served) -> None:
         """Serve a pool rank's step."""
@@ -211,15 +272,6 @@ def parse(page: str) -> dict[str, list[tuple[dict[str, str], float]]]:
         for sample in family.samples:
             samples.setdefault(sample.name, []).append((sample.labels, sample.value))
     return samples
-
-
-def peak_memory() -> dict[str, int]:
-    """Return the most bytes that this process has had so far: on the "host", and on the "gpu" if it uses one."""
-    torch = sys.modules.get("torch")
-    peak = {"host": peak_resident_memory()}
-    if torch and torch.cuda.is_initialized():
-        peak["gpu"] = torch.cuda.max_memory_allocated()
-    return peak
 
 
 def _reachable(host: str) -> str:

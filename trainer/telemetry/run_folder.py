@@ -31,6 +31,9 @@ STARTED = "started"
 class RunFolder:
     """The paths of a run, and what rank 0 writes there.
 
+    Attributes:
+        recorded: Optimizer steps that the run had done before `begin`, those after its checkpoint included.
+
     Raises:
         UserError: `run.dir` is not a possible folder.
     """
@@ -48,7 +51,8 @@ class RunFolder:
         if recipe.metrics.targets_dir:
             self.targets_files.append(Path(recipe.metrics.targets_dir) / f"{self.path.name}.json")
         self._warned = False
-        self._created = False
+        self._created = self._announced = False
+        self.recorded = 0
         self._started = self._counted = 0.0
         try:  # nothing is created yet
             self.checkpoints.lstat()
@@ -75,10 +79,15 @@ class RunFolder:
 
     @contextmanager
     def removed_if_unused(self) -> Iterator[None]:
-        """Remove the folder after an exception in the `with` block, if `make` created it and it is still empty."""
+        """Remove the folder after an exception in the `with` block, if `make` created it and it is still empty.
+
+        A user's mistake also takes back what `announce` wrote: such a run has not begun.
+        """
         try:
             yield
-        except BaseException:
+        except BaseException as error:
+            if self._announced and isinstance(error, UserError):
+                self.withdraw()
             if self._created:
                 with suppress(OSError):
                     self.checkpoints.rmdir()
@@ -103,7 +112,9 @@ class RunFolder:
         atomic_write(self.plan_file, lambda path: path.write_text(plan))
         atomic_write(self.path / TOKENIZER_FILE, lambda path: path.write_text(tokenizer, encoding="utf-8"))
         atomic_write(self.recipe_file, lambda path: save_recipe(recipe, path))
-        kept = [line for line in self._lines() if _is_before(line, done_steps)]
+        lines = self._lines()
+        self.recorded = _step_of(lines[-1]) if lines else 0
+        kept = [line for line in lines if _is_before(line, done_steps)]
         atomic_write(self.metrics_file, lambda path: path.write_text("".join(kept), encoding="utf-8"))
         self._counted = 0.0 if started is None else sum(map(_counted_seconds, kept))
 
@@ -145,8 +156,14 @@ class RunFolder:
             self._warned = False
 
     def announce(self, addresses: Sequence[str]) -> None:
-        """Write where each rank serves its metrics, in the format of Prometheus' file_sd, until the run ends."""
+        """Write where each rank serves its metrics, in the format of Prometheus' file_sd, until the run ends.
+
+        A rank that has no address cannot listen, which ends the job before it begins: nothing is written.
+        """
+        if not all(addresses):
+            return
         targets = [{"targets": list(addresses), "labels": {"run": self.path.name}}]
+        self._announced = True
         for file in self.targets_files:
             try:
                 file.parent.mkdir(parents=True, exist_ok=True)
@@ -186,6 +203,14 @@ def _counted_seconds(line: str) -> float:
     record = loads(line)
     seconds = record.get("seconds")
     return float(seconds) if record.get("applied") and isinstance(seconds, int | float) else 0.0
+
+
+def _step_of(line: str) -> int:
+    """Return the step of a record; 0 if it cannot be read."""
+    try:
+        return int(loads(line)["step"])
+    except (ValueError, TypeError, LookupError, OverflowError):
+        return 0
 
 
 def _is_before(line: str, done_steps: int) -> bool:

@@ -111,6 +111,6 @@ def train(
     folder.make()
     if node is None or node.has_trunk_ranks:
         with folder.removed_if_unused():
-            prepare_for(checked)
+            prepare_for(checked, ends_on_signals=True)
     arguments = sys.argv[1:]
     sys.exit(run_node(checked, node, arguments) if node else run_locally(checked, arguments, max_restarts))

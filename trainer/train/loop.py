@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NoReturn
 
 import torch
@@ -18,7 +16,7 @@ from trainer.checkpoint.reshard import move_experts
 from trainer.checkpoint.resume import check_data, choose, early_check, load_checkpoint
 from trainer.checkpoint.save import Saver
 from trainer.cluster.fault_watch import FaultWatch
-from trainer.cluster.launch import DONE_FILE
+from trainer.cluster.launch import mark_end
 from trainer.cluster.process_groups import Job
 from trainer.cluster.rank_assignment import provisional_names
 from trainer.cluster.rendezvous import Launch, rendezvous
@@ -32,7 +30,9 @@ from trainer.engine.deterministic import use_deterministic_kernels
 from trainer.export.initial import load_initial
 from trainer.model.document_mask import document_end
 from trainer.telemetry.console import say
+from trainer.telemetry.measured import DiskSpace
 from trainer.telemetry.run_folder import RunFolder
+from trainer.telemetry.serving import Stage, serve_early, serve_joined
 from trainer.telemetry.step_scalars import StepScalars
 from trainer.train.agreement import agreed_data, agreed_move, agreed_placement, agreed_schedule
 from trainer.train.lock import after_evaluation, assigns
@@ -56,6 +56,7 @@ class Run:
     Attributes:
         prepared: The data; None on pool ranks.
         start: Optimizer steps done.
+        recorded: Optimizer steps that an earlier start had done, of which those after `start` are done again.
         held_out_rows: Rows of held-out text, which bound an evaluation.
     """
 
@@ -67,8 +68,9 @@ class Run:
     saver: Saver
     reporter: Reporter
     profile: StepProfile
-    watch: FaultWatch
+    stage: Stage
     start: int
+    recorded: int
     held_out_rows: int
 
 
@@ -83,29 +85,25 @@ def train(recipe: Recipe, launch: Launch, force: bool = False) -> int:
     """
     names = provisional_names(recipe.grid, recipe.topology.order, launch.world_size)
     watch = FaultWatch(launch.rank, names[launch.rank])
+    stage = Stage(watch, serve_early(recipe, launch))
     try:
-        run = start(recipe, launch, watch, force)
+        folder = RunFolder(recipe)
+        with folder.removed_if_unused():
+            run = start(recipe, launch, folder, stage, force)
         status = Loop(run).run()
-        watch.phase = "shutdown"
-        if (
-            status == DIVERGED
-        ):  # now, because the launcher ends all ranks as soon as the first one ends with this status
-            _mark_end(launch)
+        stage.enter("finished", "shutdown")
+        if status == DIVERGED:  # the launcher ends all ranks as soon as the first one ends with this status
+            mark_end(launch.local_rank)
         run.job.close()
         if status == 0:
-            _mark_end(launch)
+            mark_end(launch.local_rank)
         return status
     except BaseException as error:
+        stage.metrics.time.enter("failed")
         watch.fail(error)
 
 
-def _mark_end(launch: Launch) -> None:
-    """Tell `trainer.cluster.launch` that all steps are done."""
-    if launch.local_rank == 0 and DONE_FILE in os.environ:
-        Path(os.environ[DONE_FILE]).touch()
-
-
-def start(recipe: Recipe, launch: Launch, watch: FaultWatch, force: bool) -> Run:
+def start(recipe: Recipe, launch: Launch, folder: RunFolder, stage: Stage, force: bool) -> Run:
     """Bring one rank up to the run's next step. A collective of all ranks."""
     use_deterministic_kernels()
     if not recipe.grid.colocated:
@@ -115,36 +113,39 @@ def start(recipe: Recipe, launch: Launch, watch: FaultWatch, force: bool) -> Run
         torch.compiler.set_stance("force_eager")
 
     # Which rank of the job is this?
-    folder = RunFolder(recipe)
     resume = early_check(recipe, folder.checkpoints, force)
+    watch, metrics = stage.watch, stage.metrics
+    stage.enter("rendezvous", "start-up")
     member = rendezvous(recipe, launch)
     watch.joined_as(member)
+    serve_joined(recipe, member, metrics)
     if not recipe.grid.colocated and member.payload_device.type == "cuda":
         check_queues()
     if member.rank == 0:
         folder.make()
+        metrics.disk = DiskSpace(folder.path)
+        folder.announce(member.shared.gather("metrics"))
         for line in (f"ranks by host: {member.roster}", *member.devices.lines):
             say(line)
 
     # Trunk ranks prepare the data. All ranks agree on the schedule, then form their process groups.
     prepared = None
     if member.is_trunk:
-        watch.phase = "data preparation"
-        with folder.removed_if_unused():
-            prepared = prepare_for(recipe, progress=member.leads_machine)
-    watch.phase = "start-up"
+        stage.enter("preparing", "data preparation")
+        prepared = prepare_for(recipe, progress=member.leads_machine)
+    stage.enter("starting", "start-up")
     schedule = agreed_schedule(member, recipe, folder, resume)
     job = Job(recipe, member, schedule.lanes)
     watch.joined = True
     warn_of_memory(job, recipe, schedule.lanes)
 
     # Where does the run start, and on which data?
-    watch.phase = "reading checkpoints"
+    stage.enter("loading", "reading checkpoints")
     done, saved = choose(job, recipe, folder.checkpoints, force) or (0, None)
     data = agreed_data(job, prepared)
     if saved:
         check_data(recipe, saved, data, force)
-    watch.phase = "start-up"
+    stage.enter("starting", "start-up")
 
     # Build this rank's role: model, engine, wire, metrics.
     placement = agreed_placement(job, recipe, saved, schedule.step)
@@ -153,37 +154,37 @@ def start(recipe: Recipe, launch: Launch, watch: FaultWatch, force: bool) -> Run
         training = prepared.stream("train", recipe.run.seed)
         validation = prepared.stream("validation", None)
         end = document_end(recipe, prepared)
-        role = TrunkRank(recipe, job, schedule, placement, training, validation, end)
+        role = TrunkRank(recipe, job, schedule, placement, training, validation, end, metrics)
         job.shared.set("held-out rows", str(validation.rows))
     else:
         assert placement is not None, "a dense model has no pool ranks"
-        role = PoolRank(recipe, job, schedule, placement)
+        role = PoolRank(recipe, job, schedule, placement, metrics)
     held_out_rows = int(job.shared.get("held-out rows"))  # pool ranks have no data
-    saver = Saver(job, recipe, folder.checkpoints, role, data, role.metrics)
-    job.shared.put("metrics", role.metrics.address)
+    saver = Saver(job, recipe, folder.checkpoints, role, data, metrics)
     job.barrier()
     (gpus,) = job.sum_over_ranks([float(job.device.type == "cuda")])
     if placement and gpus:
-        watch.phase = "warm-up"
+        stage.enter("warming_up", "warm-up")
         role.warm_up(job.start_timeout)
-        watch.phase = "start-up"
+        stage.enter("starting", "start-up")
 
     # Load its state.
     if saved:
-        watch.phase = "loading the checkpoint"
+        stage.enter("loading", "loading the checkpoint")
         load_checkpoint(job, recipe, saved, role)
     elif recipe.train.init_from:
-        watch.phase = f"reading {recipe.train.init_from}"
+        stage.enter("loading", f"reading {recipe.train.init_from}")
         load_initial(recipe, role)
     if job.rank == 0:
         assert prepared, "rank 0 is a trunk rank"
         folder.begin(recipe, schedule.to_json(), job.devices.summary, prepared.tokenizer().to_str(), done)
         saver.clean()
+    recorded = int(job.shared.broadcast("recorded", lambda: str(folder.recorded)))
     job.barrier()  # loading may take longer on one rank than a step may wait
     job.limit_waits()
     reporter = Reporter(recipe, job, folder, role, done, schedule.lanes)
     profile = StepProfile(recipe, job, folder, isinstance(role, TrunkRank) and role.trunk.compiled)
-    return Run(recipe, job, folder, prepared, role, saver, reporter, profile, watch, done, held_out_rows)
+    return Run(recipe, job, folder, prepared, role, saver, reporter, profile, stage, done, recorded, held_out_rows)
 
 
 @dataclass(frozen=True)
@@ -227,7 +228,7 @@ class Loop:
     def run(self) -> int:
         """Train to the end, or until a signal asks for a stop; return the exit status."""
         r, last = self._r, self._r.recipe.train.steps
-        r.watch.may_stop = True
+        r.stage.watch.may_stop = True
         # The checkpoint was saved before its evaluation. After the last step nothing is left to end.
         if r.start and self._measure(r.start) and r.start < last:
             return self._end(r.start, True)
@@ -240,17 +241,17 @@ class Loop:
                 return self._stop(done)
             save = done == last or _due(done, r.recipe.checkpoint.every)
             if save:
-                r.watch.phase = f"the checkpoint after step {done}"
+                r.stage.enter("saving", f"the checkpoint after step {done}")
                 r.saver.start(done)
                 if done < last:
-                    r.watch.phase = f"moving the experts after step {done}"
+                    r.stage.watch.phase = f"moving the experts after step {done}"
                     move_experts(r.job, r.saver, r.role, agreed_move(r.job, r.recipe, r.role, done), done)
             if self._measure(done) and done < last:
                 return self._end(done, save)
-        r.watch.phase = "the last checkpoint"
+        r.stage.enter("saving", "the last checkpoint")
         self._finish_saving(last)
-        r.watch.may_stop = False
-        r.watch.saved = True
+        r.stage.watch.may_stop = False
+        r.stage.watch.saved = True
         # While all ranks are here: rank 0 then draws pictures for longer than a step may wait.
         (diverged,) = r.job.sum_over_ranks([float(r.job.is_trunk and not math.isfinite(self._val_loss))])
         self._finish(max(r.start, last))
@@ -264,14 +265,16 @@ class Loop:
     def _step(self, step: int) -> bool:
         """Run an optimizer step; return whether some rank has been asked to stop."""
         r = self._r
-        r.watch.phase = f"the forward and backward of step {step}"
+        r.stage.enter("training", f"the forward and backward of step {step}")
         squared_norm = r.role.accumulate(step)
-        r.watch.phase = f"the optimizer of step {step}"
-        votes = (float(r.watch.stop_asked), r.saver.vote(), *r.reporter.usage())
+        r.stage.watch.phase = f"the optimizer of step {step}"
+        votes = (float(r.stage.watch.stop_asked), r.saver.vote(), *r.reporter.usage())
         outcome = update(r.job, r.role, step, squared_norm, votes)
         stop, writing, *usage = outcome.votes
         r.saver.settle(writing)
         r.reporter.step(step + 1, outcome.scalars, usage)
+        lost = step < r.recorded
+        r.stage.metrics.time.stepped("lost" if lost else "training" if outcome.finite else "skipped")
         self._skipped = 0 if outcome.finite else self._skipped + 1
         if self._skipped >= r.recipe.train.max_skipped_steps:
             self._give_up(step)
@@ -281,14 +284,14 @@ class Loop:
         """Evaluate and probe if they are due after `done` steps; return whether the lock is to end the run."""
         r, recipe, worse = self._r, self._r.recipe, False
         if done >= recipe.train.steps or _due(done, recipe.eval.every) or assigns(recipe, done):
-            r.watch.phase = f"the evaluation after step {done}"
+            r.stage.enter("evaluating", f"the evaluation after step {done}")
             self._val_loss, self._held_out_LM, tokens = self._held_out(recipe.eval.batches, done)
             r.reporter.evaluation(done, self._val_loss, tokens, self._held_out_LM)
             if recipe.lock:
                 worse = after_evaluation(r.job, recipe, r.role, done, self._val_loss, self._held_out_LM)
                 r.reporter.assigned(done)
         if _due(done, recipe.probe.every):
-            r.watch.phase = f"the probe after step {done}"
+            r.stage.enter("evaluating", f"the probe after step {done}")
             batches = recipe.probe.batches
             loss, _, tokens = self._held_out(batches, done)
             random = {layer: self._held_out(batches, done, layer)[0] for layer in recipe.probed_layers}
@@ -312,10 +315,10 @@ class Loop:
     def _stop(self, done: int) -> int:
         """Save a checkpoint, and end with the status that asks for a restart."""
         r = self._r
-        r.watch.phase = f"the checkpoint after step {done}, before a stop"
+        r.stage.enter("stopping", f"the checkpoint after step {done}, before a stop")
         if not r.saver.save(done):
             raise JobError(f"asked to stop after step {done}, but its checkpoint could not be saved")
-        r.watch.saved = True
+        r.stage.watch.saved = True
         r.reporter.close()
         if r.job.rank == 0:
             say(f"unipool: asked to stop: the checkpoint after step {done} is saved; run the same command to resume")
@@ -324,7 +327,7 @@ class Loop:
     def _end(self, done: int, saved: bool) -> int:
         """End the run because of the lock, and save a checkpoint unless `saved`; return the exit status."""
         r = self._r
-        r.watch.phase = f"the checkpoint after step {done}, before the end"
+        r.stage.enter("stopping", f"the checkpoint after step {done}, before the end")
         kept = r.saver.finish() if saved else r.saver.save(done)
         r.reporter.close()
         if r.job.rank == 0 and isinstance(r.role, TrunkRank) and r.role.lock:
@@ -367,7 +370,7 @@ class Loop:
     def _finish(self, saved_at: int) -> None:
         """Write the generated sample, the load picture and the summary."""
         r, steps = self._r, self._r.recipe.train.steps
-        r.watch.phase = "the sample at the end"
+        r.stage.enter("stopping", "the sample at the end")
         if isinstance(r.role, PoolRank):
             r.role.generate(SAMPLE_TOKENS, steps)
             return

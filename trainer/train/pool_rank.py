@@ -23,6 +23,9 @@ from trainer.train.lock import RunLock
 class PoolRank:
     """Serves forwards, backwards and evaluations in the order of the schedule, and steps with the trunk.
 
+    Args:
+        metrics: Where the rank serves its numbers; without it nowhere.
+
     Attributes:
         schedule, plan: What all ranks do; what this one does in an optimizer step.
         clock: Measures what its training steps are spent on.
@@ -31,7 +34,14 @@ class PoolRank:
 
     lock: RunLock | None = None
 
-    def __init__(self, recipe: Recipe, job: Job, schedule: ScheduleSpec, placement: Placement):
+    def __init__(
+        self,
+        recipe: Recipe,
+        job: Job,
+        schedule: ScheduleSpec,
+        placement: Placement,
+        metrics: MetricsServer | None = None,
+    ):
         self._recipe, self._job, self.schedule = recipe, job, schedule
         self.placement = placement
         self.plan = schedule.step.for_trunk_ranks(job.topology.served_trunk_ranks(job.rank))
@@ -42,7 +52,8 @@ class PoolRank:
         self._wire = pool_wire(wire_settings(recipe, job, placement), job.wire_groups)
         self._service = PoolService(self._shard, self._wire, recipe.model.layers)
         self.clock = UsageClock(self._service.waits)
-        self.metrics = MetricsServer(recipe.metrics, "pool", job.rank, job.local_rank, load_of(self._shard, recipe))
+        self.metrics = metrics or MetricsServer("pool", job.rank)
+        self.metrics.expert_load = load_of(self._shard, recipe)
 
     def warm_up(self, limit: timedelta) -> None:
         """See `TrunkRank.warm_up`: serve its requests."""

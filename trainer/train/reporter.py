@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple
-from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
 
@@ -14,20 +12,22 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trainer import __version__
+from pool.topology import Topology
 from trainer.checkpoint.format import OwnershipRecord
 from trainer.cluster.process_groups import Job
 from trainer.common.strict_json import dumps
 from trainer.config.recipe import Recipe
 from trainer.planning.fit import memory_warnings
-from trainer.planning.hardware import find_hardware
+from trainer.planning.hardware import peak_flops
 from trainer.planning.memory import CONTEXT
 from trainer.planning.model_costs import count_flops
 from trainer.telemetry.console import Progress, say
-from trainer.telemetry.prometheus import peak_memory
+from trainer.telemetry.measured import peak_memory
+from trainer.telemetry.over_steps import Stragglers
 from trainer.telemetry.run_folder import RunFolder
 from trainer.telemetry.step_scalars import Efficiency, StepScalars, padded
 from trainer.telemetry.time_breakdown import ACTIVITIES, Usage, shares
+from trainer.telemetry.trainjob import TrainJobProgress, trainjob_progress
 from trainer.train.pool_rank import PoolRank
 from trainer.train.trunk_rank import TrunkRank
 
@@ -43,14 +43,15 @@ class Reporter:
     def __init__(self, recipe: Recipe, job: Job, folder: RunFolder, role: TrunkRank | PoolRank, done: int, lanes: int):
         self._recipe, self._job, self._folder, self._role = recipe, job, folder, role
         self._reported = (Usage(), Usage())
+        self._flops = count_flops(recipe).training
         self._peak: float | None = None
-        role.metrics.info("unipool_build_info", _build() | {"device": job.devices.names[job.rank]})
+        self._stragglers = Stragglers(peers(job.topology, job.rank), job.rank)
         self._progress: Progress | None = None
+        self._trainjob: TrainJobProgress | None = None
         if job.rank:
             return
-        self._peak = _peak(recipe)
+        self._peak = peak_flops(recipe, () if job.devices.shared else job.devices.names)
         addresses = job.shared.gather("metrics")
-        folder.announce(addresses)
         names = [job.topology.describe(rank) for rank in range(job.topology.world_size)]
         where = [f"{name}: http://{address}/metrics" for name, address in zip(names, addresses, strict=True)]
         self._progress = Progress(recipe, done, where)
@@ -61,23 +62,29 @@ class Reporter:
             folder.drop_ownership()
         role.metrics.set("unipool_step", done)
         role.metrics.set("unipool_target_steps", recipe.train.steps)
+        if self._peak:
+            role.metrics.set("unipool_peak_flops_per_second", self._peak)
         role.metrics.checkpoints_from(done, recipe.checkpoint.every)
+        self._trainjob = trainjob_progress(recipe.train.steps, done)
 
     def usage(self) -> list[float]:
         """Return numbers for the sum over ranks.
 
-        These are the seconds by activity since the last call, the trunk's, then the pool's, and each rank's memory.
+        These are the seconds by activity since the last call, the trunk's, then the pool's, and each rank's memory and
+        seconds of computing.
         """
         clock = self._role.clock
         now = (clock.total, clock.served) if self._job.is_trunk else (Usage(), clock.total)
         trunk, pool = (total.since(before) for total, before in zip(now, self._reported, strict=True))
         self._reported = now
-        return [*astuple(trunk), *astuple(pool), *self._memory()]
+        peak = peak_memory(self._job.device.index)
+        memory = self._among_all(peak.get("gpu", peak["host"]))
+        return [*astuple(trunk), *astuple(pool), *memory, *self._among_all(trunk.computing + pool.computing)]
 
-    def _memory(self) -> list[float]:
-        """Return the peak of this rank's memory, where it computes, in its place among all ranks."""
-        peak, everywhere = peak_memory(), [0.0] * self._job.topology.world_size
-        everywhere[self._job.rank] = peak.get("gpu", peak["host"])
+    def _among_all(self, own: float) -> list[float]:
+        """Return this rank's number in its place among those of all ranks, which are 0."""
+        everywhere = [0.0] * self._job.topology.world_size
+        everywhere[self._job.rank] = own
         return everywhere
 
     def step(self, done: int, scalars: StepScalars | None, usage: Sequence[float]) -> None:
@@ -87,29 +94,34 @@ class Reporter:
             scalars: The scalars of a trunk rank.
             usage: What `usage` returned, summed over the ranks.
         """
+        activities, ranks = 2 * len(ACTIVITIES), self._job.topology.world_size
+        memory, computing = usage[activities:-ranks], usage[-ranks:]
+        if (score := self._stragglers.add(computing)) is not None:
+            self._role.metrics.set("unipool_straggler_score", score)
         if not isinstance(self._role, TrunkRank) or scalars is None:
             return
-        activities = 2 * len(ACTIVITIES)
         spent = self._spent(usage[:activities])
-        efficiency = self._efficiency(scalars, usage[activities:])
+        efficiency = self._efficiency(scalars, memory)
         shown = scalars.flat() | efficiency.flat() | {f"train/{name}": share for name, share in spent.items()}
         self._role.monitors.write(shown, done)
         if self._progress:
-            self._role.metrics.efficiency(efficiency)
+            self._role.metrics.efficiency(efficiency, self._flops * scalars.tokens)
             self._progress.step(done, scalars, efficiency)
+            if self._trainjob:
+                self._trainjob.step(done, {"loss": scalars.loss, "tokens_per_second": scalars.tokens_per_second})
             self._folder.append_metrics({"step": done, **scalars.record(), **efficiency.record(), **spent})
 
     def _efficiency(self, scalars: StepScalars, memory: Sequence[float]) -> Efficiency:
-        """Return the efficiency of a step. Only rank 0 knows the peak of its hardware and the goodput.
+        """Return the efficiency of a step. Only rank 0 knows the peak of the hardware and the goodput.
 
         Args:
             memory: The peak memory of each rank.
         """
         topology = self._job.topology
-        flops = count_flops(self._recipe).training * scalars.tokens_per_second / topology.world_size
+        flops = self._flops * scalars.tokens_per_second / topology.world_size
         return Efficiency(
             flops_per_second=flops,
-            mfu=flops / self._peak if self._peak else None,
+            mfu=flops * topology.world_size / self._peak if self._peak else None,
             trunk_memory=max(memory[: topology.trunk_ranks]),
             pool_memory=max(memory[topology.trunk_ranks :], default=None),
             goodput=self._folder.goodput(scalars.seconds if scalars.applied else 0.0),
@@ -196,6 +208,8 @@ class Reporter:
         """End the reports at the regular end of the run: Prometheus no longer looks for its metrics."""
         if self._progress:
             self._progress.close()
+            if self._trainjob:
+                self._trainjob.close()
             self._folder.withdraw()
 
 
@@ -217,17 +231,11 @@ def _named(side: str, seconds: Sequence[float]) -> dict[str, float]:
     return {f"{side}_{name}": share for name, share in shares(seconds).items()}
 
 
-def _peak(recipe: Recipe) -> float | None:
-    """Return the peak of a rank's arithmetic in FLOP/s, if the recipe says what hardware it has."""
-    if recipe.parallel.hardware is None:
-        return None
-    hardware = find_hardware(recipe.parallel.hardware, "parallel.hardware =")
-    return hardware.rates(recipe.train.precision).flops
-
-
-def _build() -> dict[str, str]:
-    versions = {name: version(name) for name in ("torch", "deepspeed")}
-    return {"version": __version__, "python": platform.python_version(), **versions}
+def peers(topology: Topology, rank: int) -> range:
+    """Return the ranks of a rank's role."""
+    if topology.is_trunk(rank):
+        return range(topology.trunk_ranks)
+    return range(topology.trunk_ranks, topology.world_size)
 
 
 def _run(recipe: Recipe, job: Job, lanes: int) -> dict[str, object]:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from datetime import timedelta
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -67,6 +68,7 @@ class TrunkRank:
 
     Args:
         document_end: See `Trunk`.
+        metrics: Where the rank serves its numbers; without it nowhere.
 
     Attributes:
         schedule, plan: What all ranks do; what this one does in an optimizer step.
@@ -84,6 +86,7 @@ class TrunkRank:
         training: SequenceStream,
         validation: SequenceStream,
         document_end: int | None = None,
+        metrics: MetricsServer | None = None,
     ):
         self._recipe, self._job, self.schedule = recipe, job, schedule
         self.placement = placement
@@ -98,8 +101,8 @@ class TrunkRank:
         self._pool_side = PoolSide(recipe, job, placement)
         self._pool = self._pool_side.client
         self.engines = {"trunk": trunk_engine, **self._pool_side.engines}
-        load = self._pool_side.expert_load()
-        self.metrics = MetricsServer(recipe.metrics, "trunk", job.rank, job.local_rank, load)
+        self.metrics = metrics or MetricsServer("trunk", job.rank)
+        self.metrics.expert_load = self._pool_side.expert_load()
         self.clock = UsageClock(self._pool.waits, self._pool_side.serving)
         layers, experts = recipe.model.layers, max(1, recipe.experts_per_layer)
         self._statistics = LoadStatistics(recipe.balance.scope, recipe.balance.delay, layers, experts)
@@ -174,9 +177,7 @@ class TrunkRank:
         if self._results.nonfinite_router_tokens:
             return math.inf
         first = (self._job.rank == 0, self._pool_side.replica == 0)  # all ranks of an engine's group know its norm
-        return sum(
-            squared_norm(norm) for norm, contributes in zip(self._results.norms, first, strict=False) if contributes
-        )
+        return sum(map(squared_norm, compress(self._results.norms, first)))
 
     def _map_at(self, step: int) -> PoolMap | None:
         """Return where the experts are, and which of them the layers reach in `step`."""
@@ -211,8 +212,7 @@ class TrunkRank:
             fractions_LM = self._statistics.fractions(number, step)
             if fractions_LM is None:
                 return None
-            b = recipe.balance
-            return balance_coefficients(fractions_LM, b.layer, b.pool, recipe.model.groups)
+            return balance_coefficients(fractions_LM, recipe.balance.layer, recipe.balance.pool, recipe.model.groups)
 
         entropy = self.lock.entropy(step) if self.lock else None
         return Objective(1 / recipe.micro_batches, coefficients, recipe.router.z_loss, recipe.train.recompute, entropy)

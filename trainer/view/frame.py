@@ -90,6 +90,7 @@ def _title(view: View, width: int) -> list[Text]:
             ranks = "ranks with both roles"
         lanes = f" · {i['lanes']} lane{'' if i['lanes'] == '1' else 's'}" if i.get("lanes") else ""
         text = f"{i['layers']} layers{experts} · {i['trunk_ranks']} {ranks}{lanes} · {i['precision']}"
+        text += f" · {i['devices']}" if i.get("devices") else ""
         if len(title) + 3 + len(text) > width:
             return [title, Text(text, "dim")]
         title.append(f" · {text}", "dim")

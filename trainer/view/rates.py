@@ -14,6 +14,7 @@ ROLES = ("trunk", "pool")
 
 _COUNTERS = {
     "unipool_steps_total": "rank",
+    "unipool_tokens_total": "rank",
     "unipool_activity_seconds_total": "activity",
     "unipool_expert_tokens_total": "expert",
     "unipool_service_tokens_total": "rank",

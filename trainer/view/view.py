@@ -13,6 +13,8 @@ from pathlib import Path
 
 from trainer.checkpoint import format as checkpoint
 from trainer.common.credentials import redacted
+from trainer.common.format import plural
+from trainer.telemetry.rank_time import PHASES
 from trainer.telemetry.time_breakdown import ACTIVITIES
 from trainer.view.pages import Page, value
 from trainer.view.rates import ROLES, Shares, Window, known_shares
@@ -130,7 +132,7 @@ class Follower:
         covered = step_text(self._windows[first.url] if first else windows[0]) if windows else ""
         return View(
             run=self._info.get("run", ""),
-            state="running" if answered else "no rank answers",
+            state=_state(answered.values()),
             info=self._info,
             scalars=scalars,
             roles={role: _mean_shares([use.shares for use in ranks if use.role == role]) for role in ROLES},
@@ -140,13 +142,14 @@ class Follower:
             losses=tuple(self._losses.values()),
             window=covered,
             load_window=covered,
-            notes=(*self._silent(pages), *_twice(ranks)),
+            notes=(*self._silent(pages), *_twice(ranks), *_on_cpus(answered.values())),
         )
 
     def _scalars(self, page: Page) -> dict[str, float]:
         for labels, _ in page.samples.get("unipool_run_info", ()):
             self._info = {name: "".join(filter(str.isprintable, text)) for name, text in labels.items()}
         scalars = {name: value(page.samples, metric) for name, metric in _GAUGES.items() if metric in page.samples}
+        scalars |= self._speed(page, scalars)
         if saved := value(page.samples, "unipool_checkpoint_timestamp_seconds"):
             scalars["checkpoint_age"] = max(page.seconds - saved, 0.0)
         step = scalars["step"]
@@ -161,6 +164,12 @@ class Follower:
         if left > 0 and math.isfinite(step_seconds):
             scalars["eta"] = left * step_seconds
         return scalars
+
+    def _speed(self, page: Page, scalars: Mapping[str, float]) -> dict[str, float]:
+        """Return the tokens per second of all trunk ranks, which train on equal shares, by rank 0's page."""
+        tokens = sum(self._windows[page.url].per_step("unipool_tokens_total").values())
+        seconds, ranks = scalars.get("step_seconds", 0.0), self._info.get("trunk_ranks", "")
+        return {"tokens_per_second": tokens * int(ranks) / seconds} if tokens and seconds and ranks.isdecimal() else {}
 
     def _experts(self, windows: Sequence[Window]) -> tuple[float, ...]:
         load: dict[int, float] = {}
@@ -213,6 +222,25 @@ def recorded_view(run: Path, records: Records, state: str, notes: Sequence[str] 
         load_window="as last saved",
         notes=tuple(notes),
     )
+
+
+def _state(pages: Iterable[Page]) -> str:
+    """Say what the rank does that is least far, or that none answers."""
+    pages = list(pages)
+    phases = {labels.get("phase") for page in pages for labels, on in page.samples.get("unipool_phase", ()) if on == 1}
+    phase = next((phase for phase in PHASES if phase in phases), "training")
+    if not pages:
+        return "no rank answers"
+    return "running" if phase == "training" else phase.replace("_", " ")
+
+
+def _on_cpus(pages: Iterable[Page]) -> Iterator[str]:
+    """Say which ranks train on a CPU beside GPUs."""
+    for page in pages:
+        for labels, gpus in page.samples.get("unipool_unused_gpus", ()):
+            if gpus:
+                who = f"{labels.get('role')} rank {labels.get('rank')}"
+                yield f"{who} trains on the CPU although its machine has {plural(int(gpus), 'GPU')}: see the run's log"
 
 
 def _memory(pages: Iterable[Page]) -> dict[str, float]:

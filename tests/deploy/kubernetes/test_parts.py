@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import resource
+import runpy
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,7 +25,6 @@ from tests.deploy.kubernetes.overlays import (
 )
 from tests.deploy.schemas import check
 from tests.tools import ended
-from tests.trainer.job import BIN
 from trainer.cluster.launch import free_port
 from trainer.config.recipe import load_recipe
 from trainer.planning.model_costs import count_parameters
@@ -147,38 +150,53 @@ def test_an_image_may_be_named_by_its_digest(tmp_path: Path) -> None:
     assert images == 2 * [f"unipool@{digest}"]
 
 
-def test_all_reduce_adds_up_over_all_pods(tmp_path: Path) -> None:
-    """Every pod starts its part of one job, and the script works (here with gloo)."""
+def test_all_reduce_starts_one_job_over_all_pods(tmp_path: Path) -> None:
     manifests = render(OVERLAYS["all-reduce/many-nodes"])
     assert of_kind(manifests, "JobSet")["metadata"]["name"] == "unipool-all-reduce"
     maps = {m["metadata"]["name"].split("-")[1]: m["data"] for m in manifests if m["kind"] == "ConfigMap"}
-    for name in ("start.sh", "all_reduce.py"):
-        (tmp_path / name).write_text(maps["job"][name].replace("/mnt/job", str(tmp_path)))
-    port = str(free_port())
-    start = (tmp_path / "start.sh").read_text().replace("29500", port).replace("$RUN-trunk-0-0.$RUN", "127.0.0.1")
-    (tmp_path / "start.sh").write_text(start)
-    numbers = {"TRUNK_PODS": "1", "TRUNK_SLOTS": "1", "POOL_PODS": "1", "POOL_SLOTS": "1"}
-    assert maps["split"].keys() >= numbers.keys()
-    environment = {
-        "PATH": f"{BIN}:/usr/bin:/bin",
-        "OMP_NUM_THREADS": "1",
-        "RUN": "x",
-        "JOB_COMPLETION_INDEX": "0",
-    } | numbers
-    pods = [
-        subprocess.Popen(
-            ["sh", tmp_path / "start.sh", "cpu"],
-            env=environment | {"GROUP": group},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
+    (tmp_path / "python").write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / "python").chmod(0o755)
+    said = []
+    for group in ("trunk", "pool"):
+        for index in range(2):
+            place = {"RUN": "unipool-all-reduce", "GROUP": group, "JOB_COMPLETION_INDEX": str(index)}
+            environment = {"PATH": f"{tmp_path}:/usr/bin:/bin"} | maps["split"] | place
+            command = ["sh", "-c", maps["job"]["start.sh"]]
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=60)
+            words = done.stdout.split()
+            options = dict(zip(words[2:-1:2], words[3:-1:2], strict=True))
+            said.append(int(options.pop("--node-rank")))
+            assert words[:2] == ["-m", "torch.distributed.run"] and words[-1] == "/mnt/job/all_reduce.py"
+            assert options == {
+                "--nnodes": "4",
+                "--nproc-per-node": "8",
+                "--master-addr": "unipool-all-reduce-trunk-0-0.unipool-all-reduce",
+                "--master-port": "29500",
+            }
+    assert said == [0, 1, 2, 3]
+    assert "all_reduce.py" in maps["job"]
+
+
+ALL_REDUCE = KUBERNETES / "components/all-reduce/all_reduce.py"
+
+
+def test_all_reduce_adds_up_and_says_so() -> None:
+    """Here with gloo."""
+    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    command = [sys.executable, ALL_REDUCE, "cpu"]
+    with subprocess.Popen(command, env=environment | {"RANK": "1"}) as other:
+        done = subprocess.run(
+            command, env=environment | {"RANK": "0"}, capture_output=True, text=True, check=False, timeout=120
         )
-        for group in ("trunk", "pool")
-    ]
-    try:
-        (said, errors), _ = [pod.communicate(timeout=120) for pod in pods]
-        assert [pod.returncode for pod in pods] == [0, 0], errors
-        assert said.startswith("2 ranks: all-reduce of 4 MB in ")
-    finally:
-        for pod in pods:
-            pod.kill()
+        assert (done.returncode, other.wait(60)) == (0, 0), done.stderr
+    assert done.stdout.startswith("2 ranks: all-reduce of 4 MB in ")
+
+
+def test_all_reduce_says_what_a_node_needs_for_rdma(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("NCCL_NET", "IB")
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (8 << 20, 8 << 20))
+    assert runpy.run_path(str(ALL_REDUCE))["main"]("cpu") == 2
+    assert "may lock only 8,388,608 bytes of memory" in capsys.readouterr().err

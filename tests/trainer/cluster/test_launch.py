@@ -19,7 +19,7 @@ import pytest
 from tests.deploy.pods import can_isolate
 from tests.trainer.job import ROOT, environment, wait_for
 from trainer.cluster import launch
-from trainer.cluster.launch import RESTARTS, run_locally
+from trainer.cluster.launch import MAX_RESTARTS, RESTARTS, restart_limit, run_locally
 from trainer.config.recipe import load_recipe
 from trainer.config.sections import Metrics
 from trainer.telemetry.prometheus import MetricsServer
@@ -126,11 +126,13 @@ class Job:
         self.left, self.ended_by = list(statuses), ended_by
         self.came_to_end, self.done = False, done
         self.restarts: list[str] = []
+        self.limits: set[str | None] = set()
         self.ports: list[str] = []
         self.pauses: list[float] = []
 
     def run(self, command: list[str], environment: dict[str, str]) -> int:
         self.restarts.append(environment[RESTARTS])
+        self.limits.add(environment.get(MAX_RESTARTS))
         self.ports += [word.removeprefix("--master_port=") for word in command if word.startswith("--master_port=")]
         self.came_to_end = self.done and len(self.left) == 1
         return self.left.pop(0)
@@ -170,6 +172,7 @@ def test_restarts(
     assert run_locally(load_recipe("quickstart"), ["train", "quickstart"], max_restarts) == status
     assert job.left == []
     assert job.restarts == [str(n) for n in range(len(statuses))]
+    assert job.limits == {str(max_restarts) if max_restarts else None}
     assert job.pauses == [2.0**n for n in range(len(statuses) - 1)]
     assert job.ports == [str(port) for port in range(1, len(statuses) + 1)]
     assert capsys.readouterr().err.splitlines() == [
@@ -180,9 +183,16 @@ def test_restarts(
 
 def test_restarts_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(RESTARTS, "2")
-    server = MetricsServer(Metrics(), "trunk", 0, 0)
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "9")
+    server = MetricsServer("trunk", 0)
+    server.listen(Metrics(), 0)
     page = urllib.request.urlopen(f"http://{server.address}/metrics", timeout=60).read().decode()
     assert 'unipool_restarts_total{rank="0",role="trunk"} 2.0' in page.splitlines()
+    assert 'unipool_max_restarts{rank="0",role="trunk"} 9.0' in page.splitlines()
+    monkeypatch.setenv(MAX_RESTARTS, "20")
+    assert restart_limit() == 20
+    monkeypatch.setenv(MAX_RESTARTS, "many")
+    assert restart_limit() is None
 
 
 def test_a_container_s_first_process_heeds_signals_before_there_are_ranks() -> None:

@@ -206,3 +206,31 @@ def test_jobs_divide_the_gpus(
     monkeypatch.setattr("trainer.common.gpus._DEVICES", tmp_path)
     assert [share_of_gpus(place, 2) for place in range(2)] == shares
     assert look().on_machine == files
+
+
+@pytest.mark.parametrize(
+    ("granted", "number"),
+    [("GPU-8f2a,GPU-91bc", 2), ("MIG-77aa", 1), ("all", 0), ("void", 0), ("", 0), (None, 0), ("0,1", 0)],
+)
+def test_gpus_that_a_container_was_granted_but_cannot_see(
+    granted: str | None, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kubernetes' device plugin names them by UUID; without NVIDIA's runtime there are no device files. An image of
+    CUDA says "all" on any machine."""
+    monkeypatch.delenv("NVIDIA_VISIBLE_DEVICES", raising=False)
+    if granted is not None:
+        monkeypatch.setenv("NVIDIA_VISIBLE_DEVICES", granted)
+    monkeypatch.setattr("trainer.common.gpus._DEVICES", tmp_path)
+    assert look().on_machine == number
+
+
+@pytest.mark.parametrize(
+    ("name", "uuid", "written"),
+    [
+        ("NVIDIA H100 80GB HBM3", "6a7f-01", "GPU-6a7f-01"),
+        ("NVIDIA H100 80GB HBM3", "GPU-6a7f-01", "GPU-6a7f-01"),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", "77aa", "MIG-77aa"),
+    ],
+)
+def test_a_uuid_as_dcgm_has_it(name: str, uuid: str, written: str) -> None:
+    assert Gpu(name, uuid, "somewhere").uuid_of_tools == written

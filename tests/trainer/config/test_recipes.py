@@ -37,7 +37,7 @@ DATA = {
     "split": (969, 30, 1),
     "validation": None,
     "max_documents": None,
-    "max_tokens": None,
+    "max_tokens": 31_500_000_000,  # what 60,000 steps read, instead of the whole Pile
     "document_mask": False,
 }
 SHAPE = {"kv_heads": 4, "vocab": 51_200, "seq_len": 1024, "init_std": 0.01, "rope_base": 1e6, "norm_eps": 1e-5}

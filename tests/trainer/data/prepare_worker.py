@@ -1,20 +1,24 @@
 """A process that prepares data, for tests that kill it or run several at once.
 
-prepare_worker.py SETTINGS kill N     counts events (a document read, a file synced, a folder made or renamed), and
-                                      kills itself by SIGKILL at the N-th; prints the number of events
-prepare_worker.py SETTINGS meet DIR   at its first document makes DIR/reading and waits for DIR/go; prints
-                                      the number of documents it read
-Both make small batches and go on from many places.
+prepare_worker.py SETTINGS kill N         counts events (a document read, a file synced, removed or renamed, a folder
+                                          made), and kills itself by SIGKILL at the N-th; prints the number of events
+prepare_worker.py SETTINGS meet DIR [N]   at its N-th document (default: the first) makes DIR/reading and waits for
+                                          DIR/go; prints the number of documents it read
+Both make small batches and go on from many places. With HOST in the environment they are on another machine, as far as
+locks can tell, whose death is noticed after a second.
 """
 
 import json
 import os
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
 
+from trainer.data import cache
 from trainer.data import source_builder as module
+from trainer.data.cache import Conduct
 from trainer.data.prepare import prepare_source
 from trainer.data.settings import SourceSettings
 
@@ -44,13 +48,13 @@ def kill_at(last: int) -> None:
                 yield piece
 
     module.Documents = Documents
-    for name in ("fsync", "rename", "mkdir"):
+    for name in ("fsync", "rename", "replace", "unlink", "mkdir"):
         setattr(os, name, counted(getattr(os, name)))
-    prepare_source(settings, progress=False)
+    prepare_source(settings, Conduct(show=False))
     print(count)
 
 
-def meet(folder: Path) -> None:
+def meet(folder: Path, at: int) -> None:
     count = 0
 
     class Documents(module.Documents):
@@ -58,20 +62,24 @@ def meet(folder: Path) -> None:
             nonlocal count
             for piece in super().__iter__():
                 count += 1
-                (folder / "reading").touch()
-                while not (folder / "go").exists():
-                    time.sleep(0.01)
+                if count == at:
+                    (folder / "reading").touch()
+                    while not (folder / "go").exists():
+                        time.sleep(0.01)
                 yield piece
 
     module.Documents = Documents
-    prepare_source(settings, progress=True)
+    prepare_source(settings, Conduct())
     print(count)
 
 
 module.BATCH_CHARACTERS, module.COMMIT_TOKENS = 400, 500
+if "HOST" in os.environ:
+    socket.gethostname = lambda: os.environ["HOST"]
+    cache.LEASE_SECONDS, cache._BEAT_SECONDS = 1.0, 0.2
 fields = json.loads(sys.argv[1])
 settings = SourceSettings(**fields | {"split": tuple(fields["split"])})
 if sys.argv[2] == "kill":
     kill_at(int(sys.argv[3]))
 else:
-    meet(Path(sys.argv[3]))
+    meet(Path(sys.argv[3]), int([*sys.argv, "1"][4]))

@@ -102,13 +102,15 @@ if sys.argv[1] == "slow":
     sys.modules["fastokens"] = None
 from trainer.data import source_builder
 source_builder.BATCH_CHARACTERS = 500_000
+from trainer.data.cache import Conduct
 from trainer.data.prepare import prepare_source
 from trainer.data.settings import SourceSettings
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 settings = SourceSettings({str(path)!r}, {str(saved)!r}, 512, 64, (8, 2, 0), "text", None, sys.argv[2])
 if sys.argv[1] == "slow":
     settings = SourceSettings(*list(settings.__dict__.values())[:8], max_tokens=3_000_000)
-print(prepare_source(settings, False).train.tokens, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+tokens = prepare_source(settings, Conduct(show=False)).train.tokens
+print(tokens, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
     for library, limit in (("fast", 600), ("slow", 900)):
         command = [sys.executable, "-c", code, library, str(tmp_path / library)]

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -13,18 +14,21 @@ import pytest
 from trainer.common.errors import UserError
 from trainer.data import prepare as module
 from trainer.data import source_builder
+from trainer.data.cache import Conduct
 from trainer.data.prepare import prepare, prepare_source
 from trainer.data.prepared_data import PreparedData, open_prepared
 from trainer.data.splitting import SPLITS, split_of
 from trainer.data.tokenizer import load_tokenizer
+
+QUIET = Conduct(show=False)
 
 
 def rows(prepared) -> dict[str, list[list[int]]]:
     return {split: datasets.Dataset.from_file(str(prepared.path / f"{split}.arrow"))["tokens"][:] for split in SPLITS}
 
 
-def alone(settings, progress=False) -> PreparedData:
-    return prepare([(settings, 1.0)], None, progress)
+def alone(settings, conduct=QUIET) -> PreparedData:
+    return prepare([(settings, 1.0)], None, conduct)
 
 
 def message_of(settings) -> str:
@@ -45,7 +49,7 @@ def forbid_reading(monkeypatch) -> None:
 
 def test_prepared_rows_are_the_tokenised_documents(settings, corpus, tokenizer_path, monkeypatch):
     monkeypatch.setattr(source_builder, "BATCH_CHARACTERS", 700)  # several documents a batch, several batches
-    prepared = prepare_source(settings, progress=False)
+    prepared = prepare_source(settings, QUIET)
     tokenizer = load_tokenizer(str(tokenizer_path))
     end_id = tokenizer.token_to_id("<|endoftext|>")
     for split in SPLITS:
@@ -65,16 +69,16 @@ def test_prepared_rows_are_the_tokenised_documents(settings, corpus, tokenizer_p
 
 def test_data_prepared_by_earlier_versions_stay_valid(settings):
     """The identity that checkpoints keep, and the name of the folder: change them only with settings.FORMAT."""
-    assert prepare_source(settings, progress=False).identity == "d77b47b152a4a1c9"
+    assert prepare_source(settings, QUIET).identity == "d77b47b152a4a1c9"
     elsewhere = replace(settings, source="hub:owner/name", tokenizer="gpt2", directory="/anywhere")
     assert elsewhere.fingerprint() == "e4e5d6484c0d"
 
 
 def test_second_time_touches_nothing(settings, monkeypatch):
-    first = prepare_source(settings, progress=False)
+    first = prepare_source(settings, QUIET)
     before = {file: file.stat().st_mtime_ns for file in Path(settings.directory).rglob("*")}
     forbid_reading(monkeypatch)
-    assert prepare_source(settings, progress=False) == first
+    assert prepare_source(settings, QUIET) == first
     assert {file: file.stat().st_mtime_ns for file in Path(settings.directory).rglob("*")} == before
 
 
@@ -84,11 +88,11 @@ def test_other_settings_files_or_tokenizers_have_other_folders(settings, setting
     tokenizer.write_bytes(tokenizer_path.read_bytes())
     base = settings_for(copy, tokenizer=str(tokenizer))
     changes = [{}, {"seq_len": 14}, {"vocab": 301}, {"split": (5, 4, 1)}, {"max_documents": 99}]
-    paths = [prepare_source(replace(base, **change), progress=False).path for change in changes]
+    paths = [prepare_source(replace(base, **change), QUIET).path for change in changes]
     copy.write_bytes(jsonl.read_bytes() + b'{"text": "one more"}\n')
-    paths.append(prepare_source(base, progress=False).path)
+    paths.append(prepare_source(base, QUIET).path)
     tokenizer.write_text(tokenizer.read_text() + "\n")
-    paths.append(prepare_source(base, progress=False).path)
+    paths.append(prepare_source(base, QUIET).path)
     assert len(set(paths)) == len(changes) + 2
     assert all(path.name.startswith("copy-jsonl-v30") for path in paths)
 
@@ -122,7 +126,7 @@ def test_training_a_tokenizer_is_deterministic(settings, tmp_path):
 
 
 def test_max_documents(settings):
-    prepared = prepare_source(replace(settings, max_documents=40), progress=False)
+    prepared = prepare_source(replace(settings, max_documents=40), QUIET)
     assert sum(getattr(prepared, split).documents for split in SPLITS) == 40
 
 
@@ -131,15 +135,15 @@ def test_hub_gives_the_same_rows_as_a_local_copy(settings, settings_for, corpus,
         return datasets.IterableDataset.from_generator(lambda: ({"text": text} for text in corpus))
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    prepared = prepare_source(settings_for("hub:monology/pile-uncopyrighted"), progress=False)
-    assert rows(prepared) == rows(prepare_source(settings, progress=False))
+    prepared = prepare_source(settings_for("hub:monology/pile-uncopyrighted"), QUIET)
+    assert rows(prepared) == rows(prepare_source(settings, QUIET))
     assert prepared.path.name.startswith("pile-uncopyrighted-v300-s13-")
 
 
 def test_progress_bar_on_stderr(settings, capfd):
-    alone(replace(settings, tokenizer="train"), progress=True)
+    alone(replace(settings, tokenizer="train"), Conduct())
     out, err = capfd.readouterr()
-    assert out == "" and "training the tokenizer" in err and "tokenising" in err and "tokens/s" in err
+    assert out == "" and "to train the tokenizer: 68 documents" in err and "tokenising" in err and "tokens/s" in err
     assert "documents end with <|endoftext|>" in err and "skipped" not in err and "data.source" not in err
     alone(replace(settings, tokenizer="train", seq_len=5))
     assert capfd.readouterr() == ("", "")
@@ -161,9 +165,9 @@ def test_a_bad_document_is_skipped_and_said(settings, settings_for, jsonl, tmp_p
     path = tmp_path / "bad.jsonl"
     lines = jsonl.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join([*lines[:50], b'{"text": 1}\n', *lines[50:]]))
-    bad = prepare_source(settings_for(path), progress=True)
+    bad = prepare_source(settings_for(path), Conduct())
     assert f"1 of 101 records were skipped: {path}, line 51: " in capfd.readouterr().err
-    assert rows(bad) == rows(prepare_source(settings, progress=False))
+    assert rows(bad) == rows(prepare_source(settings, QUIET))
     facts = json.loads((bad.path / "facts.json").read_text())
     assert facts["bad_records"]["count"] == 1 and facts["records"] == 101 and facts["split_by"] == "document"
     assert message_of(settings_for(path, max_bad_share=0, directory=str(tmp_path / "strict"))).startswith(
@@ -182,7 +186,7 @@ def test_one_document_is_split_by_size(settings, settings_for, corpus, tmp_path)
     """Nothing is lost, and each part ends."""
     path = tmp_path / "one.txt"
     path.write_text("\n".join(corpus))
-    prepared = prepare_source(settings_for(path), progress=False)
+    prepared = prepare_source(settings_for(path), QUIET)
     text = path.read_bytes()
     begin = 0
     for split, part in zip(SPLITS, settings.split, strict=True):
@@ -197,13 +201,13 @@ def test_one_document_is_split_by_size(settings, settings_for, corpus, tmp_path)
 
 def test_max_tokens(settings, settings_for, corpus, tmp_path):
     """No more of training; where text is split by size the held-out part has its share."""
-    whole = prepare_source(settings, progress=False)
-    some = prepare_source(replace(settings, max_tokens=1000), progress=False)
+    whole = prepare_source(settings, QUIET)
+    some = prepare_source(replace(settings, max_tokens=1000), QUIET)
     assert some.train.tokens == 1000 and 0 < some.validation.tokens < whole.validation.tokens
     assert rows(some)["train"] == rows(whole)["train"][: some.train.sequences]
     path = tmp_path / "one.txt"
     path.write_text("\n".join(corpus))
-    by_size = prepare_source(settings_for(path, max_tokens=1000), progress=False)
+    by_size = prepare_source(settings_for(path, max_tokens=1000), QUIET)
     assert (by_size.train.tokens, by_size.validation.tokens) == (1000, 500)
 
 
@@ -213,7 +217,7 @@ def test_several_sources(settings, settings_for, corpus, tmp_path):
     other.write_text("".join(json.dumps({"body": {"text": "z" + text}}) + "\n" for text in corpus))
     own = replace(settings, tokenizer="train")
     second = replace(own, source=str(other), text_field="body.text")
-    data = prepare([(own, 0.75), (second, 0.25)], None, progress=False)
+    data = prepare([(own, 0.75), (second, 0.25)], None, QUIET)
     assert [source.path.name[:5] for source, _ in data.training] == ["corpu", "other"]
     assert data.held_out == data.training and data.tokenizer().get_vocab_size() == 300
     stream = data.stream("train", 3)
@@ -234,7 +238,7 @@ def test_held_out_text_of_its_own(settings, settings_for, jsonl, tmp_path):
     text = tmp_path / "held out.txt"
     text.write_text("router pool expert " * 40)
     training = replace(settings, split=(9, 0, 1))
-    data = prepare([(training, 1.0)], [(settings_for(text, split=(0, 1, 0)), 1.0)], progress=False)
+    data = prepare([(training, 1.0)], [(settings_for(text, split=(0, 1, 0)), 1.0)], QUIET)
     ((own, _),), ((held_out, _),) = data.training, data.held_out
     assert own.validation.sequences == 0 and held_out.train.tokens == 0
     assert held_out.validation.bytes == text.stat().st_size
@@ -259,6 +263,23 @@ def test_disk_that_fills_up(settings, limit):
     assert "prepared data cannot be written" in said and "free some space" in said
 
 
+def test_disk_too_small_is_said_before_anything_is_read(settings, settings_for, monkeypatch, capfd):
+    """The need follows from max_tokens, all splits together, unless the source is smaller than that."""
+    free = 2000
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    with monkeypatch.context() as patch:
+        forbid_reading(patch)
+        said = message_of(replace(settings, max_tokens=1000))
+    needed = 2 * (1000 * 10 // 6) * 14 // 13  # bytes
+    assert f"data.dir {settings.directory}: the prepared data needs {needed / 1000:.3g} kB, but only 2 kB" in said
+    assert alone(replace(settings, max_tokens=90_000), Conduct()).training[0][0].train.tokens < 90_000
+    about = 2 * (Path(settings.source).stat().st_size // 4) * 14 // 13
+    assert f"needs about {about / 1000:.3g} kB, and 2 kB are free" in capfd.readouterr().err
+    free = needed
+    assert alone(replace(settings, max_tokens=1000), Conduct()).training[0][0].train.tokens == 1000
+    assert "needs" not in capfd.readouterr().err
+
+
 def test_import_is_quick():
     """The libraries are loaded by the functions that use them."""
     code = (
@@ -272,7 +293,7 @@ def test_import_is_quick():
 def test_limits_of_held_out_text_are_its_own(settings, settings_for, corpus, tmp_path):
     text = tmp_path / "held-out.jsonl"
     text.write_text("".join(json.dumps({"text": document}) + "\n" for document in corpus))
-    held_out = prepare_source(settings_for(text, split=(0, 1, 0), max_tokens=500), progress=False)
+    held_out = prepare_source(settings_for(text, split=(0, 1, 0), max_tokens=500), QUIET)
     assert held_out.validation.tokens == 500 and held_out.train.tokens == held_out.test.tokens == 0
 
 
@@ -296,7 +317,7 @@ def damaged(path: Path, damage) -> str:
     ],
 )
 def test_damaged_prepared_data_say_how_to_make_them_again(settings, damage, what):
-    path = prepare_source(settings, progress=False).path
+    path = prepare_source(settings, QUIET).path
     said = damaged(path, damage)
     assert said.startswith(f"{path}: this prepared data is damaged (") and what in said and "\n" not in said
     assert said.endswith("delete the folder, and it will be made again")
@@ -305,10 +326,10 @@ def test_damaged_prepared_data_say_how_to_make_them_again(settings, damage, what
 def test_a_share_of_bad_records_holds_for_data_that_are_there(settings_for, jsonl, tmp_path):
     path = tmp_path / "bad.jsonl"
     path.write_bytes(jsonl.read_bytes() + b'{"text": 1}\n' * 30)
-    prepare_source(settings_for(path, max_bad_share=1), progress=False)
+    prepare_source(settings_for(path, max_bad_share=1), QUIET)
     for share, said in ((0, "line 101: no text"), (0.05, "30 of 130 records are bad")):
         with pytest.raises(UserError, match=said):
-            prepare_source(settings_for(path, max_bad_share=share), progress=False)
+            prepare_source(settings_for(path, max_bad_share=share), QUIET)
 
 
 def test_what_was_made_here_is_no_source(settings_for, jsonl, tmp_path, capfd):
@@ -320,7 +341,7 @@ def test_what_was_made_here_is_no_source(settings_for, jsonl, tmp_path, capfd):
     (folder / "export" / "modeling_unipool.py").write_text("import torch")
     (folder / "a.jsonl").write_bytes(jsonl.read_bytes())
     settings = settings_for(folder, tokenizer="train", directory=str(folder / "data"))
-    first = alone(settings, progress=True)
+    first = alone(settings, Conduct())
     said = capfd.readouterr().err
     assert "3 made by this trainer (tokenizer-v300-" in said and "export, run)" in said
     assert alone(settings) == first

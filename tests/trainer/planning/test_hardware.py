@@ -20,8 +20,10 @@ from trainer.planning.hardware import (
     Profile,
     Rates,
     costs_in_seconds,
+    device_peak,
     find_hardware,
     load_profile,
+    peak_flops,
     with_link,
     with_network,
 )
@@ -52,6 +54,36 @@ A100 = replace(
 
 def at_182m(*overrides: str) -> Recipe:
     return load_recipe("unipool-182m", overrides)
+
+
+@pytest.mark.parametrize(
+    ("name", "fp32", "bf16"),
+    [
+        ("NVIDIA H100 80GB HBM3", 67e12, 989e12),
+        ("NVIDIA H100 PCIe", 51e12, 756e12),
+        ("NVIDIA H100 NVL", 60e12, 835e12),
+        ("NVIDIA H200", 67e12, 989e12),
+        ("NVIDIA H200 NVL", 60e12, 835e12),
+        ("NVIDIA A100-SXM4-80GB", 19.5e12, 312e12),
+        ("NVIDIA A100-PCIE-40GB", 19.5e12, 312e12),
+        ("NVIDIA B200", None, 2250e12),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None, None),
+        ("NVIDIA GH200 480GB", None, None),
+        ("NVIDIA A1000 Laptop GPU", None, None),
+        ("CPU", None, None),
+    ],
+)
+def test_the_peak_of_a_device_by_its_name(name: str, fp32: float | None, bf16: float | None) -> None:
+    assert (device_peak(name, "fp32"), device_peak(name, "bf16")) == (fp32, bf16)
+
+
+def test_the_peak_of_a_job() -> None:
+    """Of what the recipe says, else of all its devices, if each of them is known."""
+    two = ["NVIDIA H100 NVL", "NVIDIA A100-SXM4-80GB"]
+    assert peak_flops(at_182m(), two) == 835e12 + 312e12
+    assert peak_flops(at_182m(), [*two, "CPU"]) is None
+    assert peak_flops(at_182m(), []) is None
+    assert peak_flops(at_182m("parallel.hardware=h100"), ["CPU"] * 8) == 8 * 989e12
 
 
 def test_costs_at_182m_by_hand() -> None:

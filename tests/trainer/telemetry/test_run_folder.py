@@ -15,6 +15,7 @@ import pytest
 
 from tests.distributed import run_ranks
 from tests.training import tiny
+from trainer.common.errors import UserError
 from trainer.engine.monitors import Monitors
 from trainer.telemetry import run_folder
 from trainer.telemetry.run_folder import RunFolder
@@ -68,6 +69,13 @@ def test_prometheus_finds_a_run_for_as_long_as_it_lasts(tmp_path: Path, capsys: 
         ]
     run.withdraw()
     assert not any(file.exists() for file in files)
+    run.announce(["127.0.0.1:9400", ""])
+    assert not any(file.exists() for file in files), "a rank that cannot listen ends the job"
+    run.announce(["127.0.0.1:9400"])
+    with pytest.raises(UserError), run.removed_if_unused():
+        raise UserError("the data is not there")
+    assert not (tmp_path / "run").exists() and not files[1].exists(), "nobody is missing from a run that has not begun"
+    run.make()
     watched.rmdir()
     watched.write_text("no folder")
     run.announce(["127.0.0.1:9400"])
@@ -89,6 +97,7 @@ def test_a_resumed_run_cuts_what_came_after_its_checkpoint(tmp_path: Path) -> No
     plan = json.loads(run.plan_file.read_text())
     assert plan == {"lanes": 1, "devices": "CPU", "started": plan["started"]}
     assert [json.loads(line) for line in run.metrics_file.read_text().splitlines()] == records[:3]
+    assert run.recorded == 3, "the third step will be done again"
 
 
 def test_goodput_counts_each_step_once_over_all_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,7 +63,7 @@ WHILE_SAVING = r"(the (checkpoint|evaluation|probe) after step [24]|[a-z ]*step 
 LAST_SAVE = Place("trainer.train.loop:Loop._finish_saving")
 PLACES = {
     "start-up": (START_UP, [Place("trainer.cluster.process_groups:Job._cross_group")] * 2),
-    "engines": (START_UP, [Place("trainer.telemetry.prometheus:MetricsServer.__init__")] * 2),
+    "engines": (START_UP, [Place("trainer.engine.role_engine:RoleEngine.__init__")] * 2),
     "forward": (
         STEP,
         [

@@ -11,13 +11,14 @@ import subprocess
 import sys
 import time
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from tests.trainer.forked import ForkedJob, train_as_forked
+from tests.trainer.forked import Fault, ForkedJob, Place, stop, train_as_forked
 from tests.trainer.job import (
     EXTENSIONS,
     TIME_LIMIT,
@@ -32,6 +33,7 @@ from tests.trainer.job import (
 from trainer.cli import cli
 from trainer.cluster.launch import free_port
 from trainer.config.recipe import load_recipe
+from trainer.planning.model_costs import count_flops
 from trainer.telemetry.catalogue import CATALOGUE
 from trainer.telemetry.prometheus import parse
 from trainer.telemetry.time_breakdown import ACTIVITIES
@@ -40,9 +42,11 @@ NOT_IN_A_FIRST_STEP = {
     *("unipool_validation_loss_nats", "unipool_checkpoint_duration_seconds", "unipool_checkpoint_stall_seconds"),
     *("unipool_random_routing_loss_nats", "unipool_layer_expert_tokens", "unipool_model_flops_utilisation_ratio"),
     *("unipool_entropy_loss", "unipool_foreign_assignments", "unipool_lock_stage"),
-    *("unipool_ownership_shortfall_ratio", "unipool_layer_own_share_ratio"),
+    *("unipool_ownership_shortfall_ratio", "unipool_layer_own_share_ratio", "unipool_checkpoint_bytes"),
+    *("unipool_device_memory_bytes", "unipool_device_allocation_retries", "unipool_peak_flops_per_second"),
+    "unipool_max_restarts",
 }
-"""Metrics of evaluations, checkpoints and the lock, two that are opt-in, and one that needs known hardware."""
+"""Metrics of evaluations, checkpoints, the lock and GPUs, some that are opt-in, and those that need known hardware."""
 
 LONG = ("train.steps=100000", "eval.every=0", "probe.every=0")
 
@@ -265,11 +269,25 @@ def test_metrics_of_every_rank(recipe: str, folder: Path) -> None:
     assert targets == [{"targets": [url.split("/")[2] for _, url in urls], "labels": {"run": "scraped"}}]
     assert [page["unipool_build_info"][0][0]["device"] for page in (trunk, pool)] == ["CPU", "CPU"]
     assert trunk["unipool_run_info"][0][0]["devices"] == "CPU"
+    for rank, page in enumerate((trunk, pool)):
+        ((place, _),) = page["unipool_rank_info"]
+        assert (place["rank"], place["local_rank"], place["device"], place["gpu_uuid"]) == (str(rank),) * 2 + (
+            "CPU",
+            "",
+        )
+        assert place["node"] == socket.gethostname() and page["unipool_unused_gpus"][0][1] == 0
+        assert {labels["phase"] for labels, on in page["unipool_phase"] if on} == {"training"}
+        spent = {labels["cause"]: seconds for labels, seconds in page["unipool_time_seconds_total"]}
+        assert spent["startup"] > 0 < spent["training"] and spent["lost"] == spent["evaluation"] == 0
+        assert page["unipool_straggler_score"][0][1] == 1, "each is the only one of its role"
+    done = trunk["unipool_step_duration_seconds_count"][0][1]
+    assert done == trunk["unipool_steps_total"][0][1] == trunk["unipool_step"][0][1]
+    assert trunk["unipool_step_duration_seconds_bucket"][-1][1] == done
+    flops = count_flops(load_recipe(recipe)).training * 8 * 32
+    assert trunk["unipool_model_flops_total"][0][1] == pytest.approx(done * flops)
     samples = trunk | pool
     assert {name for name in samples if name.startswith("unipool_")} == {
-        metric.name + ("_total" if metric.kind == "counter" else "")
-        for metric in CATALOGUE
-        if metric.name not in NOT_IN_A_FIRST_STEP
+        name for metric in CATALOGUE if metric.name not in NOT_IN_A_FIRST_STEP for name in metric.samples
     }
     served = samples["unipool_expert_tokens_total"]
     assert [labels["expert"] for labels, _ in served] == list("01234567")
@@ -281,6 +299,26 @@ def test_metrics_of_every_rank(recipe: str, folder: Path) -> None:
     assert sum(tokens for _, tokens in served) % tokens_of_a_step == 0
 
 
+def test_metrics_are_there_before_all_ranks_are(recipe: str, folder: Path) -> None:
+    """Rank 0 is stopped before it opens the job's store: the other one says that it waits, and since when."""
+    port = free_port()
+    sets = [f"metrics.port={port - 1}", f"run.dir={folder / 'early'}"]
+    job = ForkedJob(load_recipe(recipe, sets), folder, Fault(0, Place("trainer.train.loop:rendezvous"), stop))
+    deadline = time.monotonic() + TIME_LIMIT
+    doing: set[str] = set()
+    try:
+        while "rendezvous" not in doing:
+            assert time.monotonic() < deadline, job.log(1)
+            with suppress(OSError):
+                page = parse(urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60).read().decode())
+                doing = {labels["phase"] for labels, on in page["unipool_phase"] if on}
+            time.sleep(0.05)
+    finally:
+        job.end(0.0)
+    assert page["unipool_time_seconds_total"][0][0] == {"role": "pool", "rank": "1", "cause": "startup"}
+    assert page["unipool_time_seconds_total"][0][1] > 0
+
+
 def test_a_port_that_is_taken(recipe: str, folder: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -290,7 +328,8 @@ def test_a_port_that_is_taken(recipe: str, folder: Path) -> None:
         command = ["train", recipe, *(word for value in sets for word in ("--set", value))]
         job = ForkedJob(load_recipe(recipe, sets), folder, command=command)
         assert job.end(TIME_LIMIT)[1] == 2, job.log(1)
-    assert f"error: metrics.port: rank 1 cannot listen on port {port}" in job.log(1)
+    assert re.search(rf"^error: rank 1 \(.*\): metrics.port: rank 1 cannot listen on port {port} of", job.log(1), re.M)
+    assert not (folder / "port" / "targets.json").exists()
 
 
 def test_bad_input_is_one_line_and_starts_nothing(recipe: str, folder: Path) -> None:

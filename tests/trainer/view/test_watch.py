@@ -17,6 +17,7 @@ from tests.trainer.made_up import SHARES, job, page, serving, skewed, write_run
 from trainer.cli import cli
 from trainer.common.errors import UserError
 from trainer.telemetry.prometheus import parse
+from trainer.telemetry.rank_time import PHASES
 from trainer.view.bars import column, grid, spark
 from trainer.view.frame import Frame, frame_lines
 from trainer.view.pages import Page, page_url, targets
@@ -88,6 +89,44 @@ def test_a_silent_rank_says_why() -> None:
     gone = follower.view([Page(p.url, error="timed out after 2 s") for p in texts])
     assert gone.state == "no rank answers" and gone.notes[0].startswith(
         "no metrics (timed out after 2 s): trunk rank 0 at h:9400, "
+    )
+
+
+def in_phase(page: str, phase: str) -> str:
+    """The page of a rank that does something."""
+    own = 'role="trunk",rank="0"'
+    return page + "".join(f'unipool_phase{{{own},phase="{name}"}} {int(name == phase)}\n' for name in PHASES)
+
+
+@pytest.mark.parametrize(
+    ("phases", "state"),
+    [
+        (("training", "training", "training"), "running"),
+        (("training", "saving", "evaluating"), "running"),
+        (("starting", "rendezvous", "rendezvous"), "starting"),
+        (("warming_up", "warming_up", "training"), "warming up"),
+        (("evaluating",) * 3, "evaluating"),
+    ],
+)
+def test_the_state_is_that_of_the_rank_that_is_least_far(phases: tuple[str, ...], state: str) -> None:
+    texts = [in_phase(page, phase) for page, phase in zip(job(10, 8), phases, strict=True)]
+    view = Follower().view(pages(texts))
+    assert view.state == state
+    assert state in shown(view, 100, 40)[0]
+
+
+def test_before_the_ranks_have_joined_there_is_little_to_show() -> None:
+    view = Follower().view(pages([in_phase("", "preparing")]))
+    assert view.state == "preparing" and not view.scalars
+    assert shown(view, 80, 24) == ["run  preparing"]
+
+
+def test_a_rank_that_trains_on_the_cpu_beside_gpus_is_noticed() -> None:
+    texts = job(10, 8)
+    texts[1] += 'unipool_unused_gpus{role="trunk",rank="1"} 8\n'
+    texts[2] += 'unipool_unused_gpus{role="pool",rank="2"} 0\n'
+    assert Follower().view(pages(texts)).notes == (
+        "trunk rank 1 trains on the CPU although its machine has 8 GPUs: see the run's log",
     )
 
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
-from trainer.common.errors import UserError, short_line
+from trainer.common.errors import Unavailable, UserError, short_line
 from trainer.data.reading.records import Found, text_of
 from trainer.data.reading.sources import HUB_PREFIX, shown
 
 _SNAPSHOT_RECORDS = 1000
 _PAUSE_SECONDS = 1.0
+_LONGEST_PAUSE_SECONDS = 60.0
+_TRIES = 8
+"""Attempts to go on where the hub was lost, each of which `datasets` itself repeats for a while."""
 
 
 @cache
@@ -40,15 +44,37 @@ def can_connect() -> bool:
 def read_hub(source: str, text_field: str, at: list[Any] | None) -> Found:
     """Read the split "train" of "hub:NAME" or "hub:NAME:CONFIG".
 
-    A position is the row, the number of rows since the last snapshot, and that snapshot of the data set's own position,
-    which is too slow to take for every record.
+    A position is the row, the number of rows since the last snapshot, that snapshot of the data set's own position,
+    which is too slow to take for every record, and the commit of the data set that is read.
+
+    Raises:
+        Unavailable: The hub cannot be reached, or was lost and has been out of reach for minutes.
     """
+    failed = _TRIES  # until it has been reached
+    while True:
+        try:
+            for found in _read_from(source, text_field, at):
+                _, at = found
+                failed = 0
+                yield found
+            return
+        except Unavailable as error:
+            if failed == _TRIES:
+                raise
+            failed += 1
+            pause = min(_PAUSE_SECONDS * 2**failed, _LONGEST_PAUSE_SECONDS)
+            print(f"{error}; trying again in {pause:.0f} s", file=sys.stderr)
+            time.sleep(pause)
+
+
+def _read_from(source: str, text_field: str, at: list[Any] | None) -> Found:
     from datasets import load_dataset
 
     name, _, config = source.removeprefix(HUB_PREFIX).partition(":")
-    row, since, snapshot = at or [0, 0, None]
+    row, since, snapshot, commit = at or [0, 0, None, _newest_commit(name)]
+    options = {"revision": commit} if commit else {}
     with _reported_errors(HUB_PREFIX + name):
-        records = load_dataset(name, config or None, split="train", streaming=True)
+        records = load_dataset(name, config or None, split="train", streaming=True, **options)
         if snapshot:
             records.load_state_dict(snapshot)
         for number, record in enumerate(records):
@@ -58,7 +84,18 @@ def read_hub(source: str, text_field: str, at: list[Any] | None) -> Found:
             since += 1
             if since == _SNAPSHOT_RECORDS:
                 snapshot, since = records.state_dict(), 0
-            yield text_of(record, text_field, f"row {row}"), [row, since, snapshot]
+            yield text_of(record, text_field, f"row {row}"), [row, since, snapshot, commit]
+
+
+@cache
+def _newest_commit(name: str) -> str | None:
+    """Return the data set's newest commit, so that a resumed preparation reads the same one; None if it is unknown."""
+    from huggingface_hub import HfApi
+
+    try:
+        return HfApi().dataset_info(name).sha if can_connect() else None
+    except Exception:  # reading it will say what is wrong
+        return None
 
 
 @contextmanager
@@ -72,7 +109,7 @@ def _reported_errors(source: str) -> Iterator[None]:
     except DatasetNotFoundError as error:
         raise UserError(f"{where}: the hub has no such data set, or it is private") from error
     except (OSError, httpx.HTTPError) as error:
-        raise UserError(
+        raise Unavailable(
             f"{where}: the Hugging Face hub cannot be reached ({type(error).__name__}); "
             "try again, or set it to the path of a local copy"
         ) from error

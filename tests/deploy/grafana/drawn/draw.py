@@ -1,7 +1,8 @@
 """Draw rows of a dashboard as they look, with Grafana's own components in a headless Chromium:
 
     npm ci --prefix tests/deploy/grafana/drawn
-    python tests/deploy/grafana/drawn/draw.py http://127.0.0.1:9090 RUN training "What the ranks do" Speed --out picture.png
+    python tests/deploy/grafana/drawn/draw.py http://127.0.0.1:9090 RUN training Speed --start 1795962000 \\
+        --end 1795962600 --out picture.png
 
 Prometheus must have scraped the run with deploy/prometheus. Heat maps are drawn with matplotlib, from the same query.
 """
@@ -29,8 +30,16 @@ Json = dict[str, Any]
 
 HERE = Path(__file__).parent
 DASHBOARDS = HERE.parents[3] / "deploy/grafana/dashboards"
-CELL = {"width": 50, "height": 38, "gap": 8}
+CELL = {"width": 60, "height": 38, "gap": 8}
 """Pixels of a cell of Grafana's grid, which has 24 columns, and between panels."""
+PAGE = """\
+<!doctype html>
+<meta charset="utf-8">
+<link rel="stylesheet" href="panels.css">
+<div id="root"></div>
+<script src="data.js"></script>
+<script src="panels.js"></script>
+"""
 POINTS = 300
 """Points of a curve."""
 
@@ -42,9 +51,15 @@ def ask(server: str, path: str, **parameters: Any) -> list[Json]:
         return list(json.load(answer)["data"]["result"])
 
 
-def number(text: str) -> float | None:
-    value = float(text)
-    return value if np.isfinite(value) else None
+def moment(sample: tuple[float, str]) -> tuple[float, float | None]:
+    """Return a sample's time in milliseconds and its value; None if that is no finite number, which JSON lacks."""
+    value = float(sample[1])
+    return sample[0] * 1000, value if np.isfinite(value) else None
+
+
+def legend(form: str, labels: dict[str, str]) -> str:
+    """Return a legend with its labels filled in."""
+    return re.sub(r"\{\{(\w+)\}\}", lambda label: labels.get(label[1], ""), form)
 
 
 class Query:
@@ -66,34 +81,33 @@ class Query:
         """Return what Grafana would get for a query: values with times in milliseconds, labels and a legend."""
         expr = target["expr"].replace("$run", re.escape(self.run))
         expr = expr.replace("$__rate_interval", f"{self.rate_interval * 1000:.0f}ms")
+        expr = expr.replace("$__range", f"{self.end - self.start:.0f}s")
         if target["instant"]:
             found = ask(self.server, "query", query=expr, time=self.end)
         else:
             span = {"start": self.start, "end": self.end, "step": self.step}
             found = ask(self.server, "query_range", query=expr, **span)
-        legend = target["legendFormat"]
         return [
             {
                 "metric": series["metric"],
-                "legend": re.sub(r"\{\{(\w+)\}\}", lambda label: series["metric"].get(label[1], ""), legend)  # noqa: B023
-                or self.run,
-                "values": [(at * 1000, number(value)) for at, value in series.get("values", None) or [series["value"]]],
+                "legend": legend(target["legendFormat"], series["metric"]) or self.run,
+                "values": self._filled(series["values"]) if "values" in series else [moment(series["value"])],
             }
             for series in found
         ]
+
+    def _filled(self, values: list[tuple[float, str]]) -> list[tuple[float, float | None]]:
+        """Return a value for every step: None where there is none, as Grafana shows gaps."""
+        known = {round((at - self.start) / self.step): value for at, value in values}
+        steps = range(int((self.end - self.start) / self.step) + 1)
+        return [moment((self.start + i * self.step, known.get(i, "nan"))) for i in steps]
 
 
 def draw_heat_map(panel: Json, found: list[Json], query: Query, out: Path) -> None:
     """Draw a heat map as the panel's options say: one row per series, in the order of the legend."""
     width, height = (panel["gridPos"][side] * CELL[name] / 100 for side, name in (("w", "width"), ("h", "height")))
     found = sorted(found, key=lambda series: series["legend"])
-    times = np.arange(query.start, query.end, query.step)
-    values = np.full((len(found), len(times)), np.nan)
-    for row, series in enumerate(found):
-        for at, value in series["values"]:
-            column = round((at / 1000 - query.start) / query.step)
-            if column < len(times) and value is not None:
-                values[row, column] = value
+    values = np.array([[value for _, value in series["values"]] for series in found], dtype=float)
     colors = panel["options"]["color"]
     figure, axes = plt.subplots(figsize=(width, height - 0.4), dpi=200, layout="constrained")
     minutes = (query.end - query.start) / 60
@@ -168,8 +182,7 @@ def main() -> None:
         drawn = {"dashboard": {"panels": panels}, "results": results, "rows": [0], "cell": CELL}
         drawn |= {"start": query.start * 1000, "end": query.end * 1000, "interval": query.step * 1000}
         (page / "data.js").write_text(f"window.DRAWN = {json.dumps(drawn)};")
-        script = '<script src="data.js"></script><script src="panels.js"></script>'
-        (page / "index.html").write_text(f'<!doctype html><meta charset="utf-8"><div id="root"></div>{script}')
+        (page / "index.html").write_text(PAGE)
         bundle = [HERE / "node_modules/.bin/esbuild", HERE / "panels.jsx", "--bundle", "--jsx=automatic", "--minify"]
         bundle += ["--log-level=error", "--loader:.svg=dataurl", "--loader:.ttf=dataurl"]
         bundle += ['--define:process.env.NODE_ENV="production"', f"--outfile={page / 'panels.js'}"]
@@ -177,7 +190,8 @@ def main() -> None:
         browser = ["chromium", "--headless", "--no-sandbox", "--hide-scrollbars", "--allow-file-access-from-files"]
         view = [f"--window-size={width},{height}", "--force-device-scale-factor=1", "--virtual-time-budget=20000"]
         picture = f"--screenshot={arguments.out.resolve()}"
-        subprocess.run([*browser, *view, picture, str(page / "index.html")], check=True, timeout=300)
+        command = [*browser, *view, picture, str(page / "index.html")]
+        subprocess.run(command, check=True, timeout=300, stderr=subprocess.DEVNULL)  # it misses a desktop
 
 
 if __name__ == "__main__":

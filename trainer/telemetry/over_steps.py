@@ -1,0 +1,103 @@
+"""What only several steps tell: how long steps take, which rank is slower than its peers, whether the loss jumps."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Sequence
+from statistics import median
+
+import numpy as np
+
+STRAGGLER_STEPS = 20
+"""Steps over which a rank's computing time is averaged, roughly."""
+
+SPIKE_STEPS, _FEWEST = 100, 20
+_DEVIATIONS, _LEAST_JUMP = 6.0, 0.02
+_NORMAL = 1.4826
+"""A normal distribution's standard deviation over its median absolute deviation."""
+
+
+class Histogram:
+    """Counts values by the smallest bound that is not below them.
+
+    Attributes:
+        total: The sum of the values.
+    """
+
+    def __init__(self, bounds: Sequence[float]):
+        self._bounds = bounds
+        self._counts = [0] * (len(bounds) + 1)
+        self.total = 0.0
+
+    def add(self, value: float) -> None:
+        """Count a value."""
+        self._counts[bisect_left(self._bounds, value)] += 1
+        self.total += value
+
+    def copy(self) -> Histogram:
+        """Return a copy, to be read while this one changes."""
+        copy = Histogram(self._bounds)
+        copy._counts, copy.total = list(self._counts), self.total
+        return copy
+
+    @property
+    def count(self) -> int:
+        """How many values there are."""
+        return sum(self._counts)
+
+    def cumulative(self) -> list[tuple[str, float]]:
+        """Return bounds, as Prometheus writes them, and how many values are not above them."""
+        names = [str(float(bound)) for bound in self._bounds] + ["+Inf"]
+        return list(zip(names, np.cumsum(self._counts).tolist(), strict=True))
+
+
+class LossSpikes:
+    """Tells losses that are far above those before.
+
+    A loss is a spike if it is at least 6 standard deviations, estimated by the median absolute deviation, and 2 %
+    above the median of up to 100 losses before it, of which there must be 20. A few spikes do not change a median; a
+    loss that stays high is no spike any more after 50 steps. A loss that is not finite counts elsewhere.
+    """
+
+    def __init__(self) -> None:
+        self._losses: deque[float] = deque(maxlen=SPIKE_STEPS)
+
+    def add(self, loss: float) -> bool:
+        """Return whether the loss of a step is a spike."""
+        if not math.isfinite(loss):
+            return False
+        before = list(self._losses)
+        self._losses.append(loss)
+        if len(before) < _FEWEST:
+            return False
+        middle = median(before)
+        deviation = _NORMAL * median(abs(other - middle) for other in before)
+        return loss > middle + max(_DEVIATIONS * deviation, _LEAST_JUMP * abs(middle))
+
+
+class Stragglers:
+    """Compares a rank's own computing time with that of its peers, over recent steps.
+
+    Args:
+        peers: The ranks of the same role.
+        rank: This rank, one of them.
+    """
+
+    def __init__(self, peers: range, rank: int):
+        self._peers, self._place = peers, peers.index(rank)
+        self._steps = 0
+        self._seconds = np.zeros(len(peers))
+
+    def add(self, seconds: Sequence[float]) -> float | None:
+        """Add every rank's computing time in a step; return this one's mean over the median of its peers' means.
+
+        Returns:
+            1 for a rank like most others; None while nobody's time is known.
+        """
+        own = np.asarray(seconds)[self._peers.start : self._peers.stop]
+        self._steps = min(self._steps + 1, STRAGGLER_STEPS)
+        self._seconds += (own - self._seconds) / self._steps
+        middle = float(np.median(self._seconds))
+        return float(self._seconds[self._place]) / middle if middle > 0 else None
