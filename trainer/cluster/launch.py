@@ -45,7 +45,8 @@ _LAUNCHER_CHANGES = (VISIBLE, "DS_ACCELERATOR")
 LOOK_SECONDS = 1.0
 """Time between two looks at all processes of the machine, until all ranks have been found."""
 
-_POLL_SECONDS = 0.1
+POLL_SECONDS = 0.1
+"""Time between two looks at these processes."""
 
 
 def launched() -> bool:
@@ -225,13 +226,13 @@ class LocalJob:
             first = first or [name for name, process in ranks.items() if _has_ended(process)]
             if not running:
                 return first[0] if len(first) == 1 else "a rank"
-            time.sleep(_POLL_SECONDS)
+            time.sleep(POLL_SECONDS)
 
     def pause(self, seconds: float) -> bool:
         """Wait; return False if the user ends the job meanwhile."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline and not self.ended_by:
-            time.sleep(_POLL_SECONDS)
+            time.sleep(POLL_SECONDS)
         return not self.ended_by
 
     def _end(self, number: int) -> None:
@@ -301,4 +302,4 @@ def _wait_for_session(leader: int) -> None:
             _signal_session(leader, signal.SIGKILL)
         with suppress(ChildProcessError):
             os.waitpid(-leader, os.WNOHANG)  # as PID 1 of a container, this process inherits the launcher's children
-        time.sleep(_POLL_SECONDS)
+        time.sleep(POLL_SECONDS)

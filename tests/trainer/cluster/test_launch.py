@@ -110,7 +110,10 @@ def test_a_rank_that_was_killed_is_named(tmp_path: Path) -> None:
             assert user.poll() is None, log.read_text()
         time.sleep(2 * launch.LOOK_SECONDS)
         (launcher,) = psutil.Process(user.pid).children()
-        next(rank for rank in launcher.children() if rank.environ()["RANK"] == "1").kill()
+        other, killed = sorted(launcher.children(), key=lambda rank: rank.environ()["RANK"])
+        killed.kill()
+        time.sleep(10 * launch.POLL_SECONDS)
+        other.kill()  # as deepspeed's launcher would
         assert user.wait(120) == 256 - signal.SIGKILL
     assert "unipool: rank 1 (pool 0, shard 0) was killed by SIGKILL" in log.read_text().splitlines()
 
