@@ -212,20 +212,23 @@ class LocalJob:
         return status if status >= 0 else 128 - status
 
     def _wait(self) -> str:
-        """Wait for the launcher to end; return the name of the rank that ended first."""
+        """Wait for the launcher to end; return the name of the rank that ended first, if that is known."""
         assert self._launcher
         ranks: dict[str, psutil.Process] = {}
-        gone, look = "", 0.0
-        while self._launcher.poll() is None:
-            if len(ranks) < len(self._names) and time.monotonic() > look:
+        first: list[str] = []
+        look = 0.0
+        while True:
+            running = self._launcher.poll() is None
+            if running and len(ranks) < len(self._names) and time.monotonic() > look:
                 look = time.monotonic() + LOOK_SECONDS
                 for process in _ranks(self._launcher.pid):
                     with suppress(psutil.Error, LookupError):
                         ranks[self._names[int(process.environ()["RANK"])]] = process
                 self._had_ranks = bool(ranks)
-            gone = gone or next((name for name, process in ranks.items() if _has_ended(process)), "")
+            first = first or [name for name, process in ranks.items() if _has_ended(process)]
+            if not running:
+                return first[0] if len(first) == 1 else "a rank"
             time.sleep(_POLL_SECONDS)
-        return gone or "a rank"
 
     def pause(self, seconds: float) -> bool:
         """Wait; return False if the user ends the job meanwhile."""
