@@ -187,6 +187,7 @@ class LocalJob:
         self.ended_by: list[int] = []
         self.came_to_end = False
         self._launcher: subprocess.Popen[bytes] | None = None
+        self._had_ranks = False
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, lambda number, _: self._end(number))
 
@@ -195,6 +196,7 @@ class LocalJob:
         with tempfile.TemporaryDirectory() as folder:
             done = Path(folder) / "done"
             self._launcher = subprocess.Popen(command, env=environment | {DONE_FILE: str(done)}, start_new_session=True)
+            self._had_ranks = False
             if self.ended_by:  # the signal came while the launcher was starting
                 _signal_session(self._launcher.pid, signal.SIGTERM)
             first_gone = self._wait()
@@ -223,6 +225,7 @@ class LocalJob:
                 for process in _ranks(self._launcher.pid):
                     with suppress(psutil.Error, LookupError):
                         ranks[self._names[int(process.environ()["RANK"])]] = process
+                self._had_ranks = bool(ranks)
             first = first or [name for name, process in ranks.items() if _has_ended(process)]
             if not running:
                 return first[0] if len(first) == 1 else "a rank"
@@ -241,7 +244,8 @@ class LocalJob:
         if self._launcher is None:
             return
         ranks = list(_ranks(self._launcher.pid))
-        save = bool(ranks) and first and number != signal.SIGINT
+        # Ranks that have ended, as the job has saved, need no signal: their launcher ends by itself with their status.
+        save = (bool(ranks) or self._had_ranks) and first and number != signal.SIGINT
         if not save:
             # The deepspeed launcher does not pass signals on, so every process of its session gets this one.
             _signal_session(self._launcher.pid, signal.SIGTERM)
