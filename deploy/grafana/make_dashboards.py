@@ -100,7 +100,7 @@ def heat_map(panel: Json) -> Json:
 
 
 def bars(panel: Json) -> Json:
-    """One bar per series: its newest value."""
+    """A bar per series: its newest value, up to the panel's `max`. Large ones are red or, with `least`, small ones."""
     options = {
         "displayMode": "basic",
         "legend": LEGEND | {"showLegend": False},
@@ -114,14 +114,16 @@ def bars(panel: Json) -> Json:
         "sizing": "auto",
         "valueMode": "color",
     }
-    return form({"decimals": 2, "min": 0, "color": {"mode": "continuous-GrYlRd"}}, options, type="bargauge")
+    color = {"mode": "continuous-RdYlGr" if panel.get("least") else "continuous-GrYlRd"}
+    limits = {"min": 0} | ({"max": panel["max"]} if "max" in panel else {})
+    return form({"decimals": 2, "color": color} | limits, options, type="bargauge")
 
 
 def facts(panel: Json) -> Json:
     """A table of labels, for metrics that are always 1."""
-    hidden = dict.fromkeys(("Time", "Value", "__name__", "job", "exported_run"), True)
+    hidden = dict.fromkeys(("Time", "Value"), True)
     organize = {"id": "organize", "options": {"excludeByName": hidden, "indexByName": {}, "renameByName": {}}}
-    return table({}, {"type": "auto"}, [organize])
+    return table({}, {"type": "auto"}, [organize, in_order_of("rank")])
 
 
 def matrix(panel: Json) -> Json:
@@ -129,8 +131,11 @@ def matrix(panel: Json) -> Json:
     names = {"rowField": "expert", "columnField": "layer", "valueField": "Value", "emptyValue": "zero"}
     defaults = {"unit": "percentunit", "decimals": 0, "min": 0, "color": {"mode": "continuous-BlYlRd"}}
     cells = {"type": "color-background", "mode": "basic"}
-    transformations = [in_order_of("layer"), {"id": "groupingToMatrix", "options": names}, in_order_of("expert\\layer")]
-    return table(defaults, cells, transformations)
+    transformations = [in_order_of("layer"), {"id": "groupingToMatrix", "options": names}, in_order_of(ROWS)]
+    made = table(defaults, cells, transformations)
+    plain = {"id": "custom.cellOptions", "value": {"type": "auto"}}
+    made["fieldConfig"]["overrides"] = [{"matcher": {"id": "byName", "options": ROWS}, "properties": [plain]}]
+    return made
 
 
 def in_order_of(field: str) -> Json:
@@ -146,6 +151,8 @@ def table(defaults: Json, cells: Json, transformations: list[Json]) -> Json:
 KINDS: dict[str, Callable[[Json], Json]] = {
     kind.__name__: kind for kind in (number, lines, shares, counts, heat_map, bars, facts, matrix)
 }
+ROWS = "expert\\layer"
+"""What Grafana calls the first column of such a matrix."""
 NEWEST = ("bars", "facts", "matrix")
 """Kinds that query the newest value only."""
 

@@ -32,8 +32,8 @@ OFTEN = ("eval.every=5", "checkpoint.every=5", "checkpoint.keep=1", "router.z_lo
 
 NO_DATA = {
     'ALERTS{alertname=~"Unipool.+", alertstate="firing", run=~"$run"}': "nothing is wrong with this run",
-    'unipool_model_flops_utilisation_ratio{run=~"$run"}': "the run does not say on which hardware it is",
-    'unipool_peak_flops_per_second{run=~"$run"}': "nor is it known",
+    'max by (run) (unipool_model_flops_utilisation_ratio{run=~"$run"})': "the run does not say on which hardware it is",
+    'max by (run) (unipool_peak_flops_per_second{run=~"$run"})': "nor is it known",
     "run:unipool_mfu:avg30m": "hence there is no MFU",
     'run:unipool_mfu:avg30m{run=~"$run"}': "hence there is no MFU",
     "max by (run) (avg_over_time(unipool_model_flops_utilisation_ratio[30m]))": "hence there is no MFU",
@@ -41,11 +41,11 @@ NO_DATA = {
     'max by (run, role, kind) (unipool_device_memory_bytes{run=~"$run", kind!="total"})': "there is no GPU",
     'min by (run, role) (unipool_device_memory_bytes{run=~"$run", kind="total"})': "there is no GPU",
     'sum by (run) (unipool_device_allocation_retries_total{run=~"$run"})': "there is no GPU",
-    'unipool_lock_stage{run=~"$run"}': "the run has no lock",
-    'unipool_entropy_loss{run=~"$run"}': "the run has no lock",
-    'unipool_foreign_assignments{run=~"$run"}': "the run has no lock",
-    'unipool_layer_own_share_ratio{run=~"$run"}': "the run has no lock",
-    'unipool_ownership_shortfall_ratio{run=~"$run"}': "the run has no lock",
+    'max by (run) (unipool_lock_stage{run=~"$run"})': "the run has no lock",
+    'max by (run) (unipool_entropy_loss{run=~"$run"})': "the run has no lock",
+    'max by (run) (unipool_foreign_assignments{run=~"$run"})': "the run has no lock",
+    'max by (run, layer) (unipool_layer_own_share_ratio{run=~"$run"})': "the run has no lock",
+    'max by (run, layer) (unipool_ownership_shortfall_ratio{run=~"$run"})': "the run has no lock",
 }
 """Expressions of dashboards that find nothing, and why."""
 
@@ -115,7 +115,7 @@ def wait_until(condition: Callable[[], bool], told: Callable[[], str]) -> None:
 
 def in_terms_of(run: str, expression: str) -> str:
     """What Grafana would put for its variables."""
-    return expression.replace("$run", run).replace("$__rate_interval", "10s")
+    return expression.replace("$run", run).replace("$__rate_interval", "10s").replace("$__range", "1h")
 
 
 def expressions() -> dict[str, bool]:

@@ -5,7 +5,7 @@ python -m tests.faults [--count 200] [--seed 0] [--only SUBSTRING] [--jobs 2] [-
 A fault comes from outside: a signal, a file, a full disk, a cut link, a clock. A process only waits for it at the place
 that was chosen (`plug/sitecustomize.py`). Then the job must end or go on within its time limits and name who failed;
 the same command must bring it to the losses and weights of an undisturbed run. Results are kept in FOLDER: the same
-command goes on where it was ended. As root, Linux only; needs util-linux, iproute2, iptables and libfaketime.
+command goes on where it was ended. As root, Linux only; needs util-linux, iproute2, iptables and a C compiler.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def main(count: int, seed: int, only: tuple[str, ...], jobs: int, limit: float, 
         with ThreadPoolExecutor(jobs) as pool:
             outcomes = [outcome for outcome in pool.map(run, cases) if outcome]
     records = [*done, *(outcome.to_json() for outcome in outcomes)]
-    write_report(records, out)
+    write_report(records, count, out)
     bad = sum(bool(record["problems"]) for record in records)
     print(f"{len(records)} faults, {bad} with problems; {out / 'README.md'}")
     sys.exit(bool(bad))

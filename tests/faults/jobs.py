@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,9 @@ TIMEOUT, START_TIMEOUT = 20, 60
 
 EVERY = 2
 """Steps between checkpoints."""
+
+LEAVES = 15.0
+"""Seconds for ranks to notice that their launcher is gone."""
 
 KEYS: dict[str, Any] = {
     "train.steps": 10,
@@ -205,14 +209,22 @@ class Start:
             time.sleep(0.05)
         return None if self.running else [process.wait() for process in self._processes]
 
+    def _left(self) -> list[psutil.Process]:
+        left = []
+        for process in processes_of(self._setting.mark):
+            with suppress(psutil.Error):
+                if process.status() != psutil.STATUS_ZOMBIE:
+                    left.append(process)
+        return left
+
     def clean_up(self) -> int:
-        """Kill what is left of the job and wait for it; return how many processes there were."""
-        left = [p for p in processes_of(self._setting.mark) if p.status() != psutil.STATUS_ZOMBIE]
+        """Kill what is left of the job some seconds after its end; return how many processes that were."""
+        deadline = time.monotonic() + LEAVES
+        while (left := self._left()) and not self.running and time.monotonic() < deadline:
+            time.sleep(0.2)
         for process in left:
-            try:
+            with suppress(psutil.Error):
                 process.kill()
-            except psutil.Error:
-                continue
         for process in self._processes:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
@@ -293,6 +305,9 @@ def undisturbed(folder: Path, recipe: Path, layout: str) -> Reference:
     for later in checkpoint.folders(half / "checkpoints"):
         if checkpoint.steps_of(later) > HALF:
             shutil.rmtree(later)
+    metrics = half / "metrics.jsonl"
+    lines = metrics.read_text().splitlines(keepends=True)
+    metrics.write_text("".join(line for line in lines if json.loads(line)["step"] <= HALF + 1))
     return Reference(steps(setting.run), weights_of(setting.run), half)
 
 

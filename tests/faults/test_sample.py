@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import reduce
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
-from tests.faults.catalogue import PLACES
+from tests.faults.catalogue import ALL_PLACES, FAULTS, PLACES, choose_cases
 from tests.faults.jobs import Pause, undisturbed
 from tests.faults.running import run_case
 from tests.faults.scene import Case
@@ -28,3 +30,14 @@ def test_jobs_survive_a_sample_of_faults(tmp_path: Path) -> None:
     with ThreadPoolExecutor(len(SAMPLE)) as pool:
         outcomes = pool.map(lambda case: run_case(case, tmp_path / str(case.number), recipe, reference), SAMPLE)
         assert {outcome.number: outcome.problems for outcome in outcomes} == {case.number: [] for case in SAMPLE}
+
+
+def test_every_fault_has_a_place_that_exists() -> None:
+    """The calls are still called so, and the same seed chooses the same cases."""
+    for place in ALL_PLACES.values():
+        module, _, path = place.function.partition(":")
+        if module:
+            assert callable(reduce(getattr, path.split("."), import_module(module))), place
+    cases = choose_cases(2 * len(FAULTS), seed=3)
+    assert cases == choose_cases(2 * len(FAULTS), seed=3) != choose_cases(2 * len(FAULTS), seed=4)
+    assert {case.fault for case in cases} == set(FAULTS)

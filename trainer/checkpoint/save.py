@@ -24,7 +24,7 @@ import torch
 
 from trainer.checkpoint import format as checkpoint
 from trainer.cluster.process_groups import Job
-from trainer.common.atomic import fsync
+from trainer.common.atomic import fsync, naming
 from trainer.common.strict_json import dumps, loads
 from trainer.config.lock import OWNERSHIP_FILE
 from trainer.config.recipe import Recipe, recipe_text
@@ -64,7 +64,7 @@ class _HashedFile:
 def _write(path: Path, write: Callable[[Any], object]) -> dict[str, Any]:
     """Write a file through to the disk; return its size and checksum."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
+    with naming(path), path.open("wb") as file:
         hashed = _HashedFile(file)
         try:
             write(hashed)

@@ -43,9 +43,21 @@ def publish_folder(partial: Path, path: Path) -> None:
 def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write(temporary_path)` write a file, then rename it to `path`."""
     temporary = path.with_name(f".{path.name}.partial")
-    write(temporary)
-    fsync(temporary)
-    temporary.replace(path)
+    with naming(path):
+        write(temporary)
+        fsync(temporary)
+        temporary.replace(path)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let an OSError in the `with` block name `path` if it names no file: those of a full disk do not."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def fsync(path: Path) -> None:

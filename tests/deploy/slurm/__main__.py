@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -29,6 +30,7 @@ def main() -> int:
     arguments = parser.parse_args()
     if unknown := set(arguments.cases) - set(names):
         parser.error(f"{', '.join(unknown)}: must be among {', '.join(names)}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # takes everything down again
     chosen = [case for case in CASES if not arguments.cases or case.__name__ in arguments.cases]
     rows, good = [], True
     folder = Path(tempfile.mkdtemp(prefix="unipool-slurm-"))
@@ -56,7 +58,7 @@ def main() -> int:
             print(f"logs: {folder}")
         else:
             shutil.rmtree(folder, ignore_errors=True)
-    version = subprocess.run(["sinfo", "--version"], capture_output=True, text=True, check=True).stdout.strip()
+    version = subprocess.run(["slurmctld", "-V"], capture_output=True, text=True, check=True).stdout.strip()
     print(f"\n{version}\n\n| case | what happened |\n|---|---|")
     for _, what, seen in rows:
         print(f"| {what} | {seen.splitlines()[0]} |")

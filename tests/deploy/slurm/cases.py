@@ -36,7 +36,7 @@ class Site:
         self.jobs: list[Job] = []
 
     def submit(self, *arguments: str, options: Sequence[str] = ("--nodes=2",), **variables: str) -> Job:
-        """Submit the script; each node has one rank."""
+        """Submit the script; each node has one rank, and those of the first component a GPU."""
         variables = {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"} | variables
         gpus = [word for part in options for word in ([part, "--gpus-per-node=1"] if part == ":" else [part])]
         number = self.cluster.submit(
@@ -48,7 +48,8 @@ class Site:
     def train(self, *arguments: str, steps: int = 40, options: Sequence[str] = ("--nodes=2",), **variables: str) -> Job:
         """Submit the tiny recipe, in a folder of its own."""
         run = self.folder / f"run{len(self.jobs)}"
-        settings = (f"run.dir={run}", f"train.steps={steps}", "parallel.timeout_seconds=20", "checkpoint.every=5")
+        settings = [f"run.dir={run}", f"train.steps={steps}", "parallel.timeout_seconds=20", "checkpoint.every=5"]
+        settings += ["eval.every=50", "probe.every=1000"]
         sets = [word for setting in settings for word in ("--set", setting)]
         job = self.submit(str(self.recipe), *sets, *arguments, options=options, **variables)
         job.mark = f"run.dir={run}"
@@ -99,6 +100,11 @@ class Job:
     def says(self, text: str, times: int = 1) -> None:
         """Wait until the log has a text so many times."""
         self.until(lambda: self.log.count(text) >= times, f"{text!r} in the log")
+
+    def trains(self) -> None:
+        """Wait until training has begun, and a checkpoint is there."""
+        run = Path(self.mark.removeprefix("run.dir="))
+        self.until(lambda: any((run / "checkpoints").glob("step_*")), "first checkpoint")
 
     def is_back(self, restarts: int = 1, start: bool = True) -> str:
         """Wait until the job is back in the queue, and let it start at once."""
@@ -203,8 +209,8 @@ def in_start(site: Site) -> str:
 
 def in_step(site: Site) -> str:
     """USR1 during training."""
-    job = site.train(steps=100)
-    job.says("step 6:")
+    job = site.train(steps=200)
+    job.trains()
     job.stop()
     seen = job.is_back()
     job.says("resuming after step")
@@ -212,10 +218,10 @@ def in_step(site: Site) -> str:
 
 
 def two_components(site: Site) -> str:
-    """Trunk and pool as two components of one job; USR1 during training."""
+    """Two components, the trunk's with GPUs and the pool's without; USR1 during training."""
     options = ("--nodes=1", ":", "--nodes=2", "--exclusive", "--mem=0")
-    job = site.train("--set", "parallel.pool_ranks=2", steps=100, options=options)
-    job.says("step 6:")
+    job = site.train("--set", "parallel.pool_ranks=2", steps=200, options=options)
+    job.trains()
     job.stop()
     job.is_back(start=False)
     for component in (job.number, job.number + 1):
@@ -226,8 +232,8 @@ def two_components(site: Site) -> str:
 
 def time_limit(site: Site) -> str:
     """Slurm's own USR1 before the time limit."""
-    job = site.train(steps=100_000, options=("--nodes=2", "--time=2", "--signal=B:USR1@60"))
-    job.says("saved")
+    job = site.train(steps=100_000, options=("--nodes=2", "--time=3", "--signal=B:USR1@60"))
+    job.says("is saved; run the same command to resume")
     seen = job.is_back(start=False)
     site.cluster.cancel(job.number)
     return seen
@@ -245,8 +251,8 @@ def short_limit(site: Site) -> str:
 
 def fault(site: Site) -> str:
     """A rank is killed."""
-    job = site.train(steps=100)
-    job.says("step 6:")
+    job = site.train(steps=200)
+    job.trains()
     job.rank(1).kill()
     job.says("restart 1 of 3")
     job.says("resuming after step")
@@ -275,7 +281,7 @@ def wrong_input(site: Site) -> str:
 def cancelled(site: Site) -> str:
     """The user cancels the job during training."""
     job = site.train(steps=100_000)
-    job.says("step 6:")
+    job.trains()
     site.cluster.cancel(job.number)
     job.until(lambda: job.state == "CANCELLED", "cancelled job")
     deadline = time.monotonic() + 45  # beyond the time until processes are killed
@@ -291,8 +297,8 @@ def cancelled(site: Site) -> str:
 
 def controller_away(site: Site) -> str:
     """slurmctld is down when the ranks have saved and the job wants to return."""
-    job = site.train(steps=100)
-    job.says("step 6:")
+    job = site.train(steps=200)
+    job.trains()
     job.stop()
     site.cluster.stop_controller()
     deadline = time.monotonic() + 60
@@ -315,8 +321,8 @@ def cut_node(site: Site) -> str:
 
 
 def _lost_node(site: Site, lose: Callable[[str], None]) -> str:
-    job = site.train(steps=100)
-    job.says("step 6:")
+    job = site.train(steps=200)
+    job.trains()
     began = time.monotonic()
     lose("n2")
     try:

@@ -16,6 +16,7 @@ import pytest
 from tests.distributed import fork_rank, join, run_ranks
 from tests.training import optimizer_step, run_training, tiny, tokens
 from trainer.checkpoint import format as checkpoint
+from trainer.checkpoint import save
 from trainer.config.recipe import Recipe
 from trainer.planning.schedule import make_schedule
 
@@ -211,3 +212,16 @@ def test_checkpoints_of_an_older_version_are_each_counted(tmp_path: Path) -> Non
     for text in (json.dumps(old), "[", json.dumps(old | {"updates": 3})):
         (tmp_path / "layout.json").write_text(text)
         assert checkpoint.weights_of(tmp_path) == ("3 updates" if "updates" in text else tmp_path.name)
+
+
+def test_a_full_disk_is_named(tmp_path: Path) -> None:
+    """Such an error does not know its file."""
+    file = tmp_path / "manifest.json"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
+    try:
+        with pytest.raises(OSError, match="File too large") as raised:
+            save._write(file, lambda opened: opened.write(b"longer than that"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert raised.value.filename == str(file)

@@ -1,9 +1,9 @@
 """`prepare` killed at any point, and in two processes at once."""
 
+import errno
 import json
 import os
 import random
-import resource
 import signal
 import subprocess
 import sys
@@ -127,14 +127,17 @@ def test_going_on_reads_only_what_is_left(settings, reference, monkeypatch, capf
     assert before > 60 and tokenised < 50
 
 
-def test_after_a_full_disk_it_goes_on(settings, reference, capfd):
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(reference["train.arrow"]) * 3 // 4, limits[1]))
-    try:
-        with pytest.raises(UserError, match=r"free some space.*; the next start resumes the preparation"):
+def test_after_a_full_disk_it_goes_on(settings, reference, monkeypatch, capfd):
+    class FullDisk(module.SplitWriter):
+        def add(self, *args):
+            if self.tokens > 1500:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            super().add(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "SplitWriter", FullDisk)
+        with pytest.raises(UserError, match=r"No space left .* free some space .*; the next start resumes"):
             prepare_source(settings, QUIET)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert content(prepare_source(settings, Conduct()).path) == reference
     assert "resuming the preparation" in capfd.readouterr().err
 
@@ -160,8 +163,7 @@ def test_two_processes_at_once(settings, reference, tmp_path):
     assert content(folder) == reference
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-@pytest.mark.parametrize("at", [1, 90])
+@pytest.mark.parametrize(("number", "at"), [(signal.SIGTERM, 1), (signal.SIGUSR1, 90)])
 def test_signals_end_it_at_once_and_keep_what_can_be_resumed(settings, reference, tmp_path, number, at):
     worker = start(settings, "meet", tmp_path, at, host="elsewhere")
     wait_until((tmp_path / "reading").exists, worker)

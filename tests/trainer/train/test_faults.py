@@ -95,7 +95,7 @@ PLACES = {
 
 def assert_named(log: str, phase: str, victim: int, fate: str, names: tuple[str, str] = NAMES) -> None:
     """The rank that wrote `log` says in which phase it stopped, and why."""
-    blamed = rf"(PeerLost: )?{re.escape(names[victim])} {fate}"  # and nobody else
+    blamed = rf"(PeerLost: )?{re.escape(names[victim])},?( which hosts the job's store,)? {fate}"  # and nobody else
     wanted = rf"^unipool: rank {1 - victim}.* (stopped|failed) during {phase}[^:]*: {blamed}"
     assert re.search(wanted, log, re.M), f"no {wanted!r} in:\n{log}"
 

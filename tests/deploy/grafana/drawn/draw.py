@@ -30,7 +30,7 @@ Json = dict[str, Any]
 
 HERE = Path(__file__).parent
 DASHBOARDS = HERE.parents[3] / "deploy/grafana/dashboards"
-CELL = {"width": 50, "height": 38, "gap": 8}
+CELL = {"width": 60, "height": 38, "gap": 8}
 """Pixels of a cell of Grafana's grid, which has 24 columns, and between panels."""
 PAGE = """\
 <!doctype html>
@@ -51,9 +51,15 @@ def ask(server: str, path: str, **parameters: Any) -> list[Json]:
         return list(json.load(answer)["data"]["result"])
 
 
-def number(text: str) -> float | None:
-    value = float(text)
-    return value if np.isfinite(value) else None
+def moment(sample: tuple[float, str]) -> tuple[float, float | None]:
+    """Return a sample's time in milliseconds and its value; None if that is no finite number, which JSON lacks."""
+    value = float(sample[1])
+    return sample[0] * 1000, value if np.isfinite(value) else None
+
+
+def legend(form: str, labels: dict[str, str]) -> str:
+    """Return a legend with its labels filled in."""
+    return re.sub(r"\{\{(\w+)\}\}", lambda label: labels.get(label[1], ""), form)
 
 
 class Query:
@@ -75,34 +81,33 @@ class Query:
         """Return what Grafana would get for a query: values with times in milliseconds, labels and a legend."""
         expr = target["expr"].replace("$run", re.escape(self.run))
         expr = expr.replace("$__rate_interval", f"{self.rate_interval * 1000:.0f}ms")
+        expr = expr.replace("$__range", f"{self.end - self.start:.0f}s")
         if target["instant"]:
             found = ask(self.server, "query", query=expr, time=self.end)
         else:
             span = {"start": self.start, "end": self.end, "step": self.step}
             found = ask(self.server, "query_range", query=expr, **span)
-        legend = target["legendFormat"]
         return [
             {
                 "metric": series["metric"],
-                "legend": re.sub(r"\{\{(\w+)\}\}", lambda label: series["metric"].get(label[1], ""), legend)  # noqa: B023
-                or self.run,
-                "values": [(at * 1000, number(value)) for at, value in series.get("values", None) or [series["value"]]],
+                "legend": legend(target["legendFormat"], series["metric"]) or self.run,
+                "values": self._filled(series["values"]) if "values" in series else [moment(series["value"])],
             }
             for series in found
         ]
+
+    def _filled(self, values: list[tuple[float, str]]) -> list[tuple[float, float | None]]:
+        """Return a value for every step: None where there is none, as Grafana shows gaps."""
+        known = {round((at - self.start) / self.step): value for at, value in values}
+        steps = range(int((self.end - self.start) / self.step) + 1)
+        return [moment((self.start + i * self.step, known.get(i, "nan"))) for i in steps]
 
 
 def draw_heat_map(panel: Json, found: list[Json], query: Query, out: Path) -> None:
     """Draw a heat map as the panel's options say: one row per series, in the order of the legend."""
     width, height = (panel["gridPos"][side] * CELL[name] / 100 for side, name in (("w", "width"), ("h", "height")))
     found = sorted(found, key=lambda series: series["legend"])
-    times = np.arange(query.start, query.end, query.step)
-    values = np.full((len(found), len(times)), np.nan)
-    for row, series in enumerate(found):
-        for at, value in series["values"]:
-            column = round((at / 1000 - query.start) / query.step)
-            if column < len(times) and value is not None:
-                values[row, column] = value
+    values = np.array([[value for _, value in series["values"]] for series in found], dtype=float)
     colors = panel["options"]["color"]
     figure, axes = plt.subplots(figsize=(width, height - 0.4), dpi=200, layout="constrained")
     minutes = (query.end - query.start) / 60

@@ -5,6 +5,7 @@ import {
   createTheme,
   dateTime,
   FieldType,
+  getDisplayValueAlignmentFactors,
   getFieldDisplayValues,
   standardTransformers,
   standardTransformersRegistry,
@@ -12,7 +13,8 @@ import {
   toDataFrame,
   transformDataFrame,
 } from '@grafana/data';
-import { BarGauge, BigValue, PanelChrome, Table, TimeSeries, VizRepeater } from '@grafana/ui';
+import { BarGauge, BigValue, PanelChrome, TimeSeries, VizRepeater } from '@grafana/ui';
+import { TableNG } from '@grafana/ui/unstable';
 import { createRoot } from 'react-dom/client';
 import { lastValueFrom } from 'rxjs';
 import 'uplot/dist/uPlot.min.css';
@@ -22,7 +24,10 @@ const { dashboard, results, rows, start, end, interval, cell } = window.DRAWN;
 const range = { from: dateTime(start), to: dateTime(end), raw: { from: dateTime(start), to: dateTime(end) } };
 const verbatim = (text) => text;
 
-standardTransformersRegistry.setInit(() => Object.values(standardTransformers).map((transformer) => ({ ...transformer, transformation: transformer })));
+const { organizeFieldsTransformer, sortByTransformer, groupingToMatrixTransformer } = standardTransformers;
+standardTransformersRegistry.setInit(() =>
+  [organizeFieldsTransformer, sortByTransformer, groupingToMatrixTransformer].map((one) => ({ ...one, transformation: async () => one }))
+);
 
 // As Grafana's data source for Prometheus: a frame per series, or one table with a column per label.
 function frames(panel) {
@@ -63,6 +68,12 @@ function configured(panel, data) {
     const { custom, ...defaults } = panel.fieldConfig.defaults;
     field.config = { ...(isValue ? defaults : {}), ...field.config, custom: custom ?? {} };
   }
+  for (const { matcher, properties } of panel.fieldConfig.overrides) {
+    for (const field of data.flatMap((frame) => frame.fields).filter((field) => field.name === matcher.options)) {
+      const own = properties.map(({ id, value }) => [id.replace('custom.', ''), value]);
+      field.config.custom = { ...field.config.custom, ...Object.fromEntries(own) };
+    }
+  }
   return applyFieldOverrides({ data, fieldConfig: { defaults: {}, overrides: [] }, replaceVariables: verbatim, theme, timeZone: 'utc' });
 }
 
@@ -77,6 +88,7 @@ function repeated(panel, data, width, height, draw, orientation, sizes) {
     <VizRepeater
       source={data}
       getValues={() => values(panel, data)}
+      getAlignmentFactors={getDisplayValueAlignmentFactors}
       renderValue={draw}
       renderCounter={0}
       width={width}
@@ -101,10 +113,11 @@ const kinds = {
       />
     ), 'auto', { autoGrid: true }),
   bargauge: (panel, data, width, height) =>
-    repeated(panel, data, width, height, ({ value, width, height, orientation }) => (
+    repeated(panel, data, width, height, ({ value, width, height, orientation, alignmentFactors }) => (
       <BarGauge
         {...panel.options}
         valueDisplayMode={panel.options.valueMode}
+        alignmentFactors={alignmentFactors}
         field={value.field}
         display={value.view?.getFieldDisplayProcessor(value.colIndex)}
         value={value.display}
@@ -118,7 +131,7 @@ const kinds = {
   timeseries: (panel, data, width, height) => (
     <TimeSeries frames={data} timeRange={range} timeZone="utc" width={width} height={height} legend={panel.options.legend} options={panel.options} />
   ),
-  table: (panel, data, width, height) => <Table data={data[0]} width={width} height={height} showTypeIcons={false} initialSortBy={[]} />,
+  table: (panel, data, width, height) => <TableNG data={data[0]} width={width} height={height} {...panel.options} />,
   heatmap: (panel, data, width, height) => <img src={`heatmap-${panel.id}.png`} width={width} height={height} />,
 };
 
