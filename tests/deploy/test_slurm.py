@@ -56,6 +56,7 @@ trap 'echo >> asked' USR1
 echo "$*" > "agent.$SLURMD_NODENAME"
 echo "$UNIPOOL_RESTARTS${UNIPOOL_MAX_RESTARTS:+ of $UNIPOOL_MAX_RESTARTS}" >> restarts
 [ "$1" = prepare ] || cp "$UNIPOOL_HOSTS" hosts
+[ "$SLURMD_NODENAME" != "${STUCK:-}" ] || exec /bin/sleep 60
 read -ra ends <<< "$ENDS"
 [ -z "$ENDS" ] || exit "${ends[UNIPOOL_RESTARTS - ${SLURM_RESTART_COUNT:-0}]}"
 until [ -e asked ]; do /bin/sleep 0.05; done
@@ -67,7 +68,9 @@ SCONTROL = """#!/bin/bash
 echo "$*" >> requeued
 [ ! -s away ] || { sed -i 1d away; exit 1; }
 """
+# 25 s are what other nodes have to end after the first one.
 SLEEP = """#!/bin/bash
+[ "$1" != 25 ] || exec /bin/sleep "${PATIENCE:-60}"
 echo "$1" >> slept
 """
 
@@ -184,6 +187,15 @@ def test_a_stop_during_preparation_goes_back_to_the_queue(submit: Submit, tmp_pa
     assert lines(tmp_path / "requeued") == [f"requeue Incomplete {JOB}"]
 
 
+def test_a_stop_does_not_wait_for_nodes_that_know_nothing_of_it(submit: Submit, tmp_path: Path) -> None:
+    """Before the ranks have met, those of the other nodes wait for the first one's."""
+    job = submit("a:1 b:1", "recipe", ends="", stopped=138, STUCK="b", PATIENCE="0.2")
+    wait_for(tmp_path / "agent.a", tmp_path / "agent.b")
+    job.send_signal(signal.SIGUSR1)
+    assert job.wait(30) == 75
+    assert lines(tmp_path / "requeued") == [f"requeue Incomplete {JOB}"]
+
+
 def test_a_job_that_never_saves_is_held(submit: Submit, tmp_path: Path) -> None:
     """Its time limit may be too short for a start: it would return for ever. A checkpoint begins the count anew."""
     for stopped in (138, 75, 138, 138, 138):
@@ -227,14 +239,15 @@ def test_ranks_start_again_after_faults_only(
     assert not list(tmp_path.glob(".unipool*"))
 
 
-def test_a_job_with_a_dead_node_goes_back_to_the_queue(submit: Submit, tmp_path: Path) -> None:
-    """The ranks notice a dead node minutes before Slurm does; on this node they cannot start again."""
+def test_a_job_with_a_dead_node_waits_for_slurm_to_notice(submit: Submit, tmp_path: Path) -> None:
+    """The ranks notice it minutes before Slurm does, and cannot start again; the job must not end as a fault."""
     (tmp_path / "hold").touch()
     job = submit("a:1 b:1", "recipe", ends="1 1")
     wait_for(tmp_path / f".unipool-{JOB}.hosts")
     (tmp_path / "dead").touch()
     (tmp_path / "hold").unlink()
     assert job.wait(120) == 75
+    assert lines(tmp_path / "slept") == ["10", *["15"] * 4]
     assert lines(tmp_path / "requeued") == [f"requeue Incomplete {JOB}"]
 
 

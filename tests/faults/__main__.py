@@ -84,7 +84,7 @@ def main(count: int, seed: int, only: tuple[str, ...], jobs: int, limit: float, 
         with ThreadPoolExecutor(jobs) as pool:
             outcomes = [outcome for outcome in pool.map(run, cases) if outcome]
     records = [*done, *(outcome.to_json() for outcome in outcomes)]
-    write_report(records, out)
+    write_report(records, count, out)
     bad = sum(bool(record["problems"]) for record in records)
     print(f"{len(records)} faults, {bad} with problems; {out / 'README.md'}")
     sys.exit(bool(bad))

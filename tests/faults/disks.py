@@ -215,7 +215,7 @@ FAULTS: dict[str, Fault] = {
         is_fault, prepare=_disk_of_run, act=_fill_it, heal=_free_it, seconds=270, says="could not|cannot be", **LOST
     ),
     "disk of run.dir full before the start": Fault(
-        anything, prepare=_fill_it_now(_disk_of_run), heal=_free_it, says="error:"
+        anything, prepare=_fill_it_now(_disk_of_run), heal=_free_it, says="[Nn]o space left on device"
     ),
     "disk of data.dir full": Fault(anything, prepare=_disk_of_data, act=_fill_it, heal=_free_it, says="error:"),
     "disk of temporary files full": Fault(anything, prepare=_disk_of_temporary_files, act=_fill_it, heal=_free_it),

@@ -305,6 +305,9 @@ def undisturbed(folder: Path, recipe: Path, layout: str) -> Reference:
     for later in checkpoint.folders(half / "checkpoints"):
         if checkpoint.steps_of(later) > HALF:
             shutil.rmtree(later)
+    metrics = half / "metrics.jsonl"
+    lines = metrics.read_text().splitlines(keepends=True)
+    metrics.write_text("".join(line for line in lines if json.loads(line)["step"] <= HALF + 1))
     return Reference(steps(setting.run), weights_of(setting.run), half)
 
 

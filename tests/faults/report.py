@@ -16,8 +16,8 @@ Record = Mapping[str, Any]
 COLUMNS = ("number", "fault", "layout", "phase", "victim", "status", "statuses", "seconds", "resumed", "lost", "said")
 
 
-def write_report(records: Sequence[Record], folder: Path) -> None:
-    """Write README.md and outcomes.csv."""
+def write_report(records: Sequence[Record], chosen: int, folder: Path) -> None:
+    """Write README.md and outcomes.csv of the results that there are, for `chosen` cases."""
     ordered = sorted(records, key=lambda record: record["number"])
     with (folder / "outcomes.csv").open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -25,14 +25,14 @@ def write_report(records: Sequence[Record], folder: Path) -> None:
         for record in ordered:
             cells = [record[name] if isinstance(record[name], str) else json.dumps(record[name]) for name in COLUMNS]
             writer.writerow([*cells, _verdict(record)])
-    (folder / "README.md").write_text(page(ordered))
+    (folder / "README.md").write_text(page(ordered, chosen))
 
 
 def _verdict(record: Record) -> str:
     return "; ".join(problem.splitlines()[0] for problem in record["problems"]) or "ok"
 
 
-def page(records: Sequence[Record]) -> str:
+def page(records: Sequence[Record], chosen: int) -> str:
     """Return the page, in Markdown."""
     bad = [record for record in records if record["problems"]]
     words = ("hung", "lost")
@@ -40,7 +40,8 @@ def page(records: Sequence[Record]) -> str:
     head = [
         "# Faults",
         "",
-        f"`python -m tests.faults`: {len(records)} faults in tiny jobs that the real launcher starts, in four layouts.",
+        f"`python -m tests.faults`: {len(records)} of the {chosen} cases have run, each a fault in a tiny job",
+        "that the real launcher starts, in four layouts.",
         f"Commit {commit()}, {machine()}.",
         f"{hung} hung, {lost} lost anything, {len(bad)} were not as they should be. [All of them](outcomes.csv).",
         "",

@@ -85,6 +85,7 @@ def run_case(case: Case, folder: Path, recipe: Path, reference: Reference) -> Ou
             scene.start.clean_up()
         for undo in reversed(scene.undo):
             undo()
+    outcome.said = outcome.said.replace(str(folder.parent), "FOLDER")
     return outcome
 
 

@@ -97,6 +97,7 @@ def page(summary: Record) -> str:
             "A job trained under random faults while the same job trained undisturbed on the same cores.",
             "",
             verdict,
+            *([""] if found else []),
             *found,
             "",
             f"- **Losses:** {losses['compared']} records (steps and evaluations) of both were compared bit for bit, "

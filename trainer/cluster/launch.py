@@ -45,7 +45,8 @@ _LAUNCHER_CHANGES = (VISIBLE, "DS_ACCELERATOR")
 LOOK_SECONDS = 1.0
 """Time between two looks at all processes of the machine, until all ranks have been found."""
 
-_POLL_SECONDS = 0.1
+POLL_SECONDS = 0.1
+"""Time between two looks at these processes."""
 
 
 def launched() -> bool:
@@ -186,6 +187,7 @@ class LocalJob:
         self.ended_by: list[int] = []
         self.came_to_end = False
         self._launcher: subprocess.Popen[bytes] | None = None
+        self._had_ranks = False
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, lambda number, _: self._end(number))
 
@@ -194,6 +196,7 @@ class LocalJob:
         with tempfile.TemporaryDirectory() as folder:
             done = Path(folder) / "done"
             self._launcher = subprocess.Popen(command, env=environment | {DONE_FILE: str(done)}, start_new_session=True)
+            self._had_ranks = False
             if self.ended_by:  # the signal came while the launcher was starting
                 _signal_session(self._launcher.pid, signal.SIGTERM)
             first_gone = self._wait()
@@ -222,16 +225,17 @@ class LocalJob:
                 for process in _ranks(self._launcher.pid):
                     with suppress(psutil.Error, LookupError):
                         ranks[self._names[int(process.environ()["RANK"])]] = process
+                self._had_ranks = bool(ranks)
             first = first or [name for name, process in ranks.items() if _has_ended(process)]
             if not running:
                 return first[0] if len(first) == 1 else "a rank"
-            time.sleep(_POLL_SECONDS)
+            time.sleep(POLL_SECONDS)
 
     def pause(self, seconds: float) -> bool:
         """Wait; return False if the user ends the job meanwhile."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline and not self.ended_by:
-            time.sleep(_POLL_SECONDS)
+            time.sleep(POLL_SECONDS)
         return not self.ended_by
 
     def _end(self, number: int) -> None:
@@ -240,7 +244,8 @@ class LocalJob:
         if self._launcher is None:
             return
         ranks = list(_ranks(self._launcher.pid))
-        save = bool(ranks) and first and number != signal.SIGINT
+        # Ranks that have ended, as the job has saved, need no signal: their launcher ends by itself with their status.
+        save = (bool(ranks) or self._had_ranks) and first and number != signal.SIGINT
         if not save:
             # The deepspeed launcher does not pass signals on, so every process of its session gets this one.
             _signal_session(self._launcher.pid, signal.SIGTERM)
@@ -301,4 +306,4 @@ def _wait_for_session(leader: int) -> None:
             _signal_session(leader, signal.SIGKILL)
         with suppress(ChildProcessError):
             os.waitpid(-leader, os.WNOHANG)  # as PID 1 of a container, this process inherits the launcher's children
-        time.sleep(_POLL_SECONDS)
+        time.sleep(POLL_SECONDS)

@@ -58,7 +58,7 @@ def main() -> int:
             print(f"logs: {folder}")
         else:
             shutil.rmtree(folder, ignore_errors=True)
-    version = subprocess.run(["sinfo", "--version"], capture_output=True, text=True, check=True).stdout.strip()
+    version = subprocess.run(["slurmctld", "-V"], capture_output=True, text=True, check=True).stdout.strip()
     print(f"\n{version}\n\n| case | what happened |\n|---|---|")
     for _, what, seen in rows:
         print(f"| {what} | {seen.splitlines()[0]} |")

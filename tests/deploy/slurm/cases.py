@@ -232,8 +232,8 @@ def two_components(site: Site) -> str:
 
 def time_limit(site: Site) -> str:
     """Slurm's own USR1 before the time limit."""
-    job = site.train(steps=100_000, options=("--nodes=2", "--time=2", "--signal=B:USR1@60"))
-    job.says("saved")
+    job = site.train(steps=100_000, options=("--nodes=2", "--time=3", "--signal=B:USR1@60"))
+    job.says("is saved; run the same command to resume")
     seen = job.is_back(start=False)
     site.cluster.cancel(job.number)
     return seen

@@ -169,7 +169,8 @@ class Cluster:
 
     def crash_node(self, node: str) -> None:
         """End all processes of a node at once. Connections to it are reset, because its address still exists."""
-        _end(self._daemons.pop(node))
+        if node in self._daemons:
+            _end(self._daemons.pop(node))
 
     def cut_node(self, node: str) -> None:
         """Take a node's network away: its processes go on, and connections to it stay open without a word."""

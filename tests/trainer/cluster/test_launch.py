@@ -52,6 +52,7 @@ ranks = [
 os.write(1, b"launcher is there\\n")
 while all(rank.poll() is None for rank in ranks):
     time.sleep(0.05)
+time.sleep(float(os.environ.get("LINGER", 0)))
 sys.exit(next(rank.poll() for rank in ranks if rank.poll()))
 """
 USER = """
@@ -100,6 +101,24 @@ def test_signals(ranks: list[str], signals: list[int], status: int, tmp_path: Pa
         assert told.count(f"rank got {int(signals[0])}") == len(ranks)
 
 
+def test_a_node_whose_ranks_have_saved_ends_well_if_it_is_asked_to_stop_too(tmp_path: Path) -> None:
+    """When one node was asked to stop, a cluster may ask the others while their launchers are about to end."""
+    log = tmp_path / "log"
+    command = [sys.executable, "-c", USER, sys.executable, "-c", LAUNCHER, "deepspeed.launcher.launch", QUICK]
+    with log.open("w") as output:
+        own = environment() | {"LINGER": "2"}
+        user = subprocess.Popen(command, cwd=ROOT, env=own, stdout=output, stderr=subprocess.STDOUT)
+        wait_for(log, "rank is there")
+        time.sleep(2 * launch.LOOK_SECONDS)
+        (launcher,) = psutil.Process(user.pid).children()
+        (leaving,) = launcher.children()
+        leaving.send_signal(signal.SIGTERM)
+        leaving.wait(60)
+        user.send_signal(signal.SIGTERM)
+        assert user.wait(120) == 75, log.read_text()
+    assert f"launcher got {int(signal.SIGTERM)}" not in log.read_text()
+
+
 def test_a_rank_that_was_killed_is_named(tmp_path: Path) -> None:
     """Even if it has not met the others yet, who then only hear from the launcher."""
     log = tmp_path / "log"
@@ -110,7 +129,10 @@ def test_a_rank_that_was_killed_is_named(tmp_path: Path) -> None:
             assert user.poll() is None, log.read_text()
         time.sleep(2 * launch.LOOK_SECONDS)
         (launcher,) = psutil.Process(user.pid).children()
-        next(rank for rank in launcher.children() if rank.environ()["RANK"] == "1").kill()
+        other, killed = sorted(launcher.children(), key=lambda rank: rank.environ()["RANK"])
+        killed.kill()
+        time.sleep(10 * launch.POLL_SECONDS)
+        other.kill()  # as deepspeed's launcher would
         assert user.wait(120) == 256 - signal.SIGKILL
     assert "unipool: rank 1 (pool 0, shard 0) was killed by SIGKILL" in log.read_text().splitlines()
 
