@@ -24,7 +24,6 @@ Hidden = list[Tensor]
 ForWeights = tuple[list[Tensor], list[Tensor]]
 """dh (n, 2F) of each expert, and the input of its W2 (n, F)."""
 
-_SINGLE = torch.float32
 _silu_backward = torch.ops.aten.silu_backward.grad_input
 
 
@@ -36,14 +35,15 @@ def forward(x_ND: Tensor, w13_e2FD: Tensor, w2_eDF: Tensor, batches: Sequence[Co
         batches: Rows of each expert, of every request; within an expert the requests follow this order.
     """
     counts = _totals(batches)
-    y_ND = torch.empty_like(x_ND)
+    y_ND, act_nF = torch.empty_like(x_ND), x_ND.new_empty(max(counts), w2_eDF.shape[2])
     hidden: list[Hidden] = [[] for _ in batches]
-    rows = zip(_by_expert(batches), _rounded_up(x_ND, counts), y_ND.split(counts), w13_e2FD, w2_eDF, strict=True)
+    rows = zip(_by_expert(batches), x_ND.split(counts), y_ND.split(counts), w13_e2FD, w2_eDF, strict=True)
     for parts, x, y, w13, w2 in rows:
-        h = _mm(x, w13.t())
+        h = torch.mm(x, w13.t())
         a, b = h.chunk(2, dim=1)
-        _mm(F.silu(a).mul_(b), w2.t(), out=y)
-        for mine, part in zip(hidden, h[: len(y)].split(parts), strict=True):
+        act = torch.mul(F.silu(a), b, out=act_nF[: len(x)])
+        torch.mm(act, w2.t(), out=y)
+        for mine, part in zip(hidden, h.split(parts), strict=True):
             mine.append(part)
     return y_ND, hidden
 
@@ -63,20 +63,20 @@ def backward(
         batches: As in `forward`.
     """
     counts = _totals(batches)
-    dx_ND = torch.empty_like(x_ND)
+    dx_ND, dact_nF = torch.empty_like(x_ND), x_ND.new_empty(max(counts), w2_eDF.shape[2])
     for_weights: ForWeights = ([], [])
-    rows = zip(x_ND.split(counts), _rounded_up(dy_ND, counts), dx_ND.split(counts), w13_e2FD, w2_eDF, strict=True)
+    rows = zip(x_ND.split(counts), dy_ND.split(counts), dx_ND.split(counts), w13_e2FD, w2_eDF, strict=True)
     for expert, (x, dy, dx, w13, w2) in enumerate(rows):
-        h = _mm(x, w13.t()) if hidden is None else _joined([parts[expert] for parts in hidden])
+        h = torch.mm(x, w13.t()) if hidden is None else _joined([parts[expert] for parts in hidden])
         a, b = h.chunk(2, dim=1)
-        rounded_up_dh, silu = h.new_empty(len(dy), h.shape[1]), F.silu(a)
-        dh = rounded_up_dh[: len(x)]
+        dh = torch.empty_like(h)
         da, db = dh.chunk(2, dim=1)
-        dact = _mm(dy, w2)[: len(x)]
+        dact = torch.mm(dy, w2, out=dact_nF[: len(x)])
+        silu = F.silu(a)
         torch.mul(dact, silu, out=db)
         act = silu.mul_(b)
         _silu_backward(dact.mul_(b), a, grad_input=da)
-        _mm(rounded_up_dh, w13, out=dx)
+        torch.mm(dh, w13, out=dx)
         for kept, tensor in zip(for_weights, (dh, act), strict=True):
             kept.append(tensor)
     return dx_ND, for_weights
@@ -110,35 +110,6 @@ def add_weight_gradients(
             dh, x, dy, act = (rows[0] if len(rows) == 1 else torch.cat(rows) for rows in zip(*mine, strict=True))
             grad13 += dh.t() @ x
             grad2 += dy.t() @ act
-
-
-def _by_onednn(x_nI: Tensor) -> bool:
-    return x_nI.device.type == "cpu" and x_nI.dtype == _SINGLE and torch.backends.mkldnn.is_available()
-
-
-def _rounded_up(x_ND: Tensor, counts: Sequence[int]) -> Iterator[Tensor]:
-    """Return the rows of each expert, with rows of later experts behind them so that few different numbers occur.
-
-    oneDNN compiles a kernel for every number of rows and keeps the latest 1,024. With the rows added, at most 16
-    numbers occur between a number and twice that. Behind the last experts there may be too few rows to add.
-    """
-    end, by_onednn = 0, _by_onednn(x_ND)
-    for count in counts:
-        missing = -count % (1 << max(0, count.bit_length() - 5)) if by_onednn else 0
-        yield x_ND[end : end + count + (missing if end + count + missing <= len(x_ND) else 0)]
-        end += count
-
-
-def _mm(x_nI: Tensor, weight_IO: Tensor, out: Tensor | None = None) -> Tensor:
-    """Return x W, or its first rows in `out`.
-
-    On a CPU in fp32 this is what inductor calls for a Linear layer: for few rows it is faster than torch.mm, which
-    calls MKL. In bf16 it is not.
-    """
-    if not _by_onednn(x_nI) or not len(x_nI):
-        return torch.mm(x_nI, weight_IO) if out is None else torch.mm(x_nI, weight_IO, out=out)
-    y_nO: Tensor = torch.ops.mkldnn._linear_pointwise(x_nI, weight_IO.t(), None, "none", [], "")
-    return y_nO if out is None else out.copy_(y_nO[: len(out)])
 
 
 def _totals(batches: Sequence[Counts]) -> list[int]:

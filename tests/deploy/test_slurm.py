@@ -221,13 +221,13 @@ def test_slurmctld_may_be_away_when_the_job_returns(submit: Submit, tmp_path: Pa
 
 @pytest.mark.parametrize(
     ("ends", "status", "restarts"),
-    [("1 137 0", 0, 2), ("1 1 1 1", 1, 3), ("1 2", 2, 1), ("75", 75, 0), ("2", 2, 0)],
-    ids=["two faults", "too many faults", "wrong input after a fault", "cancelled", "wrong input"],
+    [("1 137 0", 0, 2), ("1 1 1 1", 1, 3), ("1 2", 2, 1), ("2", 2, 0)],
+    ids=["two faults", "too many faults", "wrong input after a fault", "wrong input"],
 )
 def test_ranks_start_again_after_faults_only(
     ends: str, status: int, restarts: int, submit: Submit, tmp_path: Path
 ) -> None:
-    """Neither after a wrong input, nor after a stop that this script was not asked for: the job is cancelled.
+    """Not after a wrong input.
 
     The limit is this script's: to the ranks, it would be one of all restarts, those that Slurm makes included.
     """
@@ -237,6 +237,22 @@ def test_ranks_start_again_after_faults_only(
     assert lines(tmp_path / "slept") == [str(10 * n) for n in range(1, restarts + 1)]
     assert not (tmp_path / "requeued").exists()
     assert not list(tmp_path.glob(".unipool*"))
+
+
+def test_a_stop_that_only_the_ranks_are_asked_for_goes_back_to_the_queue(submit: Submit, tmp_path: Path) -> None:
+    """At the beginning of a preempted job's grace time Slurm sends SIGTERM to its steps, and nothing to the script."""
+    assert submit("a:1", "recipe", ends="75").wait(120) == 75
+    assert lines(tmp_path / "requeued") == [f"requeue Incomplete {JOB}"]
+    assert not list(tmp_path.glob(".unipool*"))
+
+
+def test_a_full_disk_does_not_keep_a_job_from_the_queue(submit: Submit, tmp_path: Path) -> None:
+    (tmp_path / f".unipool-{JOB}.hosts.lost").mkdir()  # nothing can be written to it either
+    job = submit("a:1", "recipe", ends="", stopped=138)
+    wait_for(tmp_path / "agent.a")
+    job.send_signal(signal.SIGUSR1)
+    assert job.wait(120) == 75
+    assert lines(tmp_path / "requeued") == [f"requeue Incomplete {JOB}"]
 
 
 def test_a_job_with_a_dead_node_waits_for_slurm_to_notice(submit: Submit, tmp_path: Path) -> None:

@@ -189,23 +189,6 @@ def test_the_back_end_of_a_gpu(major: int, grouped: bool, monkeypatch: pytest.Mo
     assert not supports(torch.device("cpu"), torch.bfloat16)
 
 
-def test_few_numbers_of_rows_reach_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It compiles a kernel for each number and keeps 1,024; the rows that are added belong to nobody's results."""
-    sizes: set[int] = set()
-    multiply = loop_experts._mm
-    monkeypatch.setattr(loop_experts, "_mm", lambda x, *rest, **out: sizes.add(len(x)) or multiply(x, *rest, **out))
-    counts = list(range(100, 260))
-    x_ND, (w13_e2FD, w2_eDF) = randn(sum(counts), D, seed=0, dtype=torch.float32), weights(len(counts), torch.float32)
-    results = []
-    for by_onednn, most in ((False, len(counts)), (True, 30)):
-        sizes.clear()
-        monkeypatch.setattr(loop_experts, "_by_onednn", lambda _, by_onednn=by_onednn: by_onednn)
-        y_ND, hidden = loop_experts.forward(x_ND, w13_e2FD, w2_eDF, [Counts.of(counts)])
-        results.append((y_ND, loop_experts.backward(x_ND, hidden, x_ND, w13_e2FD, w2_eDF, [Counts.of(counts)])[0]))
-        assert len(sizes) <= most
-    torch.testing.assert_close(*results)
-
-
 def test_what_torch_does_without_a_grouped_kernel() -> None:
     """It reads the offsets; if it no longer did, `supports` could say yes to more GPUs."""
     source = Path(torch.__file__).parent / "include" / "ATen" / "native" / "GroupedMMUtils.h"

@@ -82,7 +82,7 @@ def run_locally(recipe: Recipe, arguments: Sequence[str], max_restarts: int) -> 
     """Start one process per rank with DeepSpeed's launcher and wait for the job, restarting it after faults.
 
     SIGTERM and SIGUSR1 are passed on to the ranks, which save a checkpoint and end with `START_AGAIN`. SIGINT, or a
-    second signal, ends every process at once.
+    second signal other than SIGUSR1, ends every process at once.
 
     Args:
         arguments: The command line after `python -m trainer`, which every rank runs again.
@@ -241,8 +241,8 @@ class LocalJob:
     def _end(self, number: int) -> None:
         first = not self.ended_by
         self.ended_by.append(number)
-        if self._launcher is None:
-            return
+        if self._launcher is None or (number == signal.SIGUSR1 and not first):
+            return  # Slurm sends USR1 before the time limit also to ranks that SIGTERM has asked to save
         ranks = list(_ranks(self._launcher.pid))
         # Ranks that have ended, as the job has saved, need no signal: their launcher ends by itself with their status.
         save = (bool(ranks) or self._had_ranks) and first and number != signal.SIGINT

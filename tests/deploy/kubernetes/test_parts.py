@@ -152,7 +152,10 @@ def test_an_image_may_be_named_by_its_digest(tmp_path: Path) -> None:
 
 def test_all_reduce_starts_one_job_over_all_pods(tmp_path: Path) -> None:
     manifests = render(OVERLAYS["all-reduce/many-nodes"])
-    assert of_kind(manifests, "JobSet")["metadata"]["name"] == "unipool-all-reduce"
+    job_set = of_kind(manifests, "JobSet")
+    assert job_set["metadata"]["name"] == "unipool-all-reduce"
+    for group in job_set["spec"]["replicatedJobs"]:  # with this label, Prometheus would call its pods silent ranks
+        assert "unipool/slots" not in group["template"]["spec"]["template"]["metadata"]["labels"]
     maps = {m["metadata"]["name"].split("-")[1]: m["data"] for m in manifests if m["kind"] == "ConfigMap"}
     (tmp_path / "python").write_text('#!/bin/sh\necho "$@"\n')
     (tmp_path / "python").chmod(0o755)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.deploy.kubernetes.overlays import OVERLAYS, WITH_GPUS, of_kind, pods_of, render
+from tests.trainer.job import ROOT
 
 
 def why_failed(job: dict[str, Any], status: int, disrupted: bool = False) -> tuple[str, str]:
@@ -67,7 +68,10 @@ def test_an_exit_status_does_what_the_runbook_says(status: int, disrupted: bool,
 def test_pods_leave_a_dead_node_soon_and_a_drained_one_at_once(overlay: str) -> None:
     manifests = render(OVERLAYS[overlay])
     assert not [m for m in manifests if m["kind"] == "PodDisruptionBudget"]  # it would refuse to drain the node
+    document = (ROOT / "docs/operations/kubernetes.md").read_text()
+    assert "kubectl drain NODE --ignore-daemonsets --delete-emptydir-data" in document  # else it refuses these pods
     for pod in pods_of(manifests).values():
+        assert any("emptyDir" in volume for volume in pod["volumes"])
         for state in ("unreachable", "not-ready"):
             (found,) = [t for t in pod["tolerations"] if t["key"] == f"node.kubernetes.io/{state}"]
             assert (found["operator"], found["effect"]) == ("Exists", "NoExecute") and found["tolerationSeconds"] <= 60

@@ -76,9 +76,10 @@ QUICK, SLOW, DEAF = rank(), rank(0.5), rank(heeds=False)
         ([SLOW, SLOW], [signal.SIGUSR1], 75),
         ([QUICK, QUICK], [signal.SIGINT], 128 + signal.SIGINT),
         ([DEAF], [signal.SIGUSR1, signal.SIGTERM], 128 + signal.SIGUSR1),
+        ([rank(2.0)], [signal.SIGTERM, signal.SIGUSR1], 75),
         ([], [signal.SIGTERM], 128 + signal.SIGTERM),
     ],
-    ids=["SIGTERM", "SIGUSR1", "SIGINT", "a second signal", "before there are ranks"],
+    ids=["SIGTERM", "SIGUSR1", "SIGINT", "a second signal", "USR1 after SIGTERM", "before there are ranks"],
 )
 def test_signals(ranks: list[str], signals: list[int], status: int, tmp_path: Path) -> None:
     """The ranks get what may end in a checkpoint, and the launcher nothing then; all else ends every process."""
