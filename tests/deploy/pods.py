@@ -23,6 +23,7 @@ from typing import Any
 
 import psutil
 
+from tests.tools import need
 from tests.trainer.job import BIN, ROOT
 from trainer.cluster.launch import free_port
 
@@ -145,7 +146,8 @@ class Pod:
         self.log_file = cluster.folder / f"{self.name}.log"
         self.address = self.namespace = ""
         self._cluster, self._container = cluster, template["spec"]["containers"][0]
-        command = [*self._container["command"], *self._container.get("args", [])]
+        program, *arguments = self._container["command"]
+        command = [need(program, program), *arguments, *self._container.get("args", [])]
         if cluster.isolated:
             self.namespace, self.address = cluster.network.attach()
             shm = cluster.folder / f"{self.name}-shm"

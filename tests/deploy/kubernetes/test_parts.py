@@ -85,8 +85,9 @@ def test_the_preparation_jobs_command_prepares_once(tmp_path: Path, monkeypatch:
     maps = {m["metadata"]["name"]: m["data"] for m in manifests if m["kind"] == "ConfigMap"}
     (job,) = [data for name, data in maps.items() if name.startswith("unipool-job-")]
     (tmp_path / "recipe.yaml").write_text(job["recipe.yaml"])
-    python, m, module, *words = pod["containers"][0]["command"]
-    assert (python, m, module) == ("python", "-m", "trainer")
+    command = pod["containers"][0]["command"]
+    program, words = command[:5], command[5:]
+    assert program == ["tini", "--", "python", "-m", "trainer"]
     words = [w.replace("/mnt/job", str(tmp_path)).replace("/mnt/unipool", str(tmp_path / "volume")) for w in words]
     assert ended(monkeypatch, *words) == 0
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "volume").rglob("*.arrow")}
