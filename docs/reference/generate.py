@@ -22,7 +22,7 @@ the metrics that apply to it: losses, load and checkpoints come from rank 0, ser
 (or from rank 0 if the pool is colocated), memory of a device only from ranks with a GPU. The usual metrics of the
 process (`process_cpu_seconds_total`, `process_resident_memory_bytes`, ...) are served as well.
 
-A rank serves `unipool_phase` and `unipool_time_seconds_total` from its first second on, before it has joined the job.
+A rank serves its phase, its time and the restarts from its first second on, before it has joined the job.
 Until then, `rank` is missing where `UNIPOOL_ROLE` decides the roles: only the rendezvous tells a rank's number."""
 ABOUT_LABELS = {
     "phase": ("unipool_phase", PHASES),

@@ -54,7 +54,7 @@ exit $highest
 AGENT = """#!/bin/bash
 trap 'echo >> asked' USR1
 echo "$*" > "agent.$SLURMD_NODENAME"
-echo "$UNIPOOL_RESTARTS" >> restarts
+echo "$UNIPOOL_RESTARTS${UNIPOOL_MAX_RESTARTS:+ of $UNIPOOL_MAX_RESTARTS}" >> restarts
 [ "$1" = prepare ] || cp "$UNIPOOL_HOSTS" hosts
 [ "$SLURMD_NODENAME" != "${STUCK:-}" ] || exec /bin/sleep 60
 read -ra ends <<< "$ENDS"
@@ -227,8 +227,11 @@ def test_slurmctld_may_be_away_when_the_job_returns(submit: Submit, tmp_path: Pa
 def test_ranks_start_again_after_faults_only(
     ends: str, status: int, restarts: int, submit: Submit, tmp_path: Path
 ) -> None:
-    """Not after a wrong input."""
-    job = submit("a:1", "recipe", ends=ends, SLURM_RESTART_COUNT="4")
+    """Not after a wrong input.
+
+    The limit is this script's: to the ranks, it would be one of all restarts, those that Slurm makes included.
+    """
+    job = submit("a:1", "recipe", ends=ends, SLURM_RESTART_COUNT="4", UNIPOOL_MAX_RESTARTS="3")
     assert job.wait(120) == status
     assert lines(tmp_path / "restarts") == [str(4 + n) for n in range(restarts + 1)]
     assert lines(tmp_path / "slept") == [str(10 * n) for n in range(1, restarts + 1)]
