@@ -183,6 +183,9 @@ def panel_of(panel: Json, words: dict[str, str], place: Json, number: int) -> Js
     kind = panel["kind"]
     made = KINDS[kind](panel)
     made["fieldConfig"]["defaults"] |= {key: panel[key] for key in ("unit", "decimals") if key in panel}
+    for name, color in panel.get("colors", {}).items():
+        fixed = {"id": "color", "value": {"mode": "fixed", "fixedColor": color}}
+        made["fieldConfig"]["overrides"].append({"matcher": {"id": "byName", "options": name}, "properties": [fixed]})
     repeat = {"repeat": panel["repeat"], "repeatDirection": "h"} if "repeat" in panel else {}
     targets = [
         query(expression(expr, words), legend, i, kind in NEWEST, kind in ("facts", "matrix"))
