@@ -66,6 +66,15 @@ def test_what_lasts_is_served_meanwhile_but_not_a_step_that_may_be_skipped(clock
     assert spent.seconds() == dict.fromkeys(CAUSES, 0.0) | {"startup": 60.0, "skipped": 30.0}
 
 
+def test_a_step_that_a_fault_cuts_off_is_lost(clock: type[Clock]) -> None:
+    spent = RankTime()
+    spent.enter("training")
+    clock.now += 30.0
+    spent.enter("failed")
+    clock.now += 2.0
+    assert spent.seconds() == dict.fromkeys(CAUSES, 0.0) | {"lost": 30.0, "shutdown": 2.0}
+
+
 def test_steps_that_were_done_before_are_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     """Resumed after step 2 where 4 were done: steps 3 and 4 are done again. Skipped again, they are still lost."""
     outcomes = iter([(True, "lost"), (False, "lost"), (True, "training"), (False, "skipped"), (True, "training")])
