@@ -65,14 +65,15 @@ def backward(
     counts = _totals(batches)
     dx_ND = torch.empty_like(x_ND)
     for_weights: ForWeights = ([], [])
-    rows = zip(x_ND.split(counts), _rounded_up(dy_ND, counts), dx_ND.split(counts), w13_e2FD, w2_eDF, strict=True)
+    ins = (_rounded_up(rows_ND, counts) for rows_ND in (x_ND, dy_ND))
+    rows = zip(*ins, dx_ND.split(counts), w13_e2FD, w2_eDF, strict=True)
     for expert, (x, dy, dx, w13, w2) in enumerate(rows):
-        h = _mm(x, w13.t()) if hidden is None else _joined([parts[expert] for parts in hidden])
+        h = _mm(x, w13.t())[: len(dx)] if hidden is None else _joined([parts[expert] for parts in hidden])
         a, b = h.chunk(2, dim=1)
         rounded_up_dh, silu = h.new_empty(len(dy), h.shape[1]), F.silu(a)
-        dh = rounded_up_dh[: len(x)]
+        dh = rounded_up_dh[: len(dx)]
         da, db = dh.chunk(2, dim=1)
-        dact = _mm(dy, w2)[: len(x)]
+        dact = _mm(dy, w2)[: len(dx)]
         torch.mul(dact, silu, out=db)
         act = silu.mul_(b)
         _silu_backward(dact.mul_(b), a, grad_input=da)

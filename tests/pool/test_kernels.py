@@ -201,7 +201,11 @@ def test_few_numbers_of_rows_reach_onednn(monkeypatch: pytest.MonkeyPatch) -> No
         sizes.clear()
         monkeypatch.setattr(loop_experts, "_by_onednn", lambda _, by_onednn=by_onednn: by_onednn)
         y_ND, hidden = loop_experts.forward(x_ND, w13_e2FD, w2_eDF, [Counts.of(counts)])
-        results.append((y_ND, loop_experts.backward(x_ND, hidden, x_ND, w13_e2FD, w2_eDF, [Counts.of(counts)])[0]))
+        kept, recomputed = (
+            loop_experts.backward(x_ND, known, x_ND, w13_e2FD, w2_eDF, [Counts.of(counts)])[0]
+            for known in (hidden, None)
+        )
+        results.append((y_ND, kept, recomputed))
         assert len(sizes) <= most
     torch.testing.assert_close(*results)
 
