@@ -60,7 +60,7 @@ def naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None and error.errno is not None:  # without a number it would lose its message
             error.filename = str(path)
         raise
 
