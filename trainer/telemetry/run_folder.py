@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import tempfile
 import time
@@ -124,9 +125,10 @@ class RunFolder:
     def _kept(self, key: str) -> float | None:
         """Return a number that an earlier start has kept in plan.json, if it has."""
         try:
-            return float(loads(self.plan_file.read_text())[key])
-        except (OSError, ValueError, TypeError, LookupError):
+            number = float(loads(self.plan_file.read_text())[key])
+        except (OSError, ValueError, TypeError, LookupError, OverflowError):
             return None
+        return number if math.isfinite(number) else None
 
     def goodput(self, seconds: float) -> float:
         """Count a step of `seconds`, 0 if it was skipped; return the goodput, as docs/operations/watching.md says."""
