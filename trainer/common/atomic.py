@@ -32,10 +32,15 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         raise
 
 
-def publish_folder(partial: Path, path: Path) -> None:
-    """Write a filled folder to the disk and rename it to `path`, which must not exist, or must be an empty folder."""
+def publish_folder(partial: Path, path: Path, check: Callable[[], object] = lambda: None) -> None:
+    """Write a filled folder to the disk and rename it to `path`, which must not exist, or must be an empty folder.
+
+    Args:
+        check: Called in between, because the disk may take long; what it raises prevents the renaming.
+    """
     for file in (*partial.iterdir(), partial):
         fsync(file)
+    check()
     os.rename(partial, path)
     fsync(path.parent)
 
@@ -55,7 +60,7 @@ def naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None and error.errno is not None:  # without a number it would lose its message
             error.filename = str(path)
         raise
 

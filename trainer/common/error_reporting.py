@@ -14,11 +14,7 @@ from typing import NoReturn
 import click
 
 from trainer.common.credentials import redacted
-from trainer.common.errors import BrokenModel, UserError, one_line, os_reason
-
-_PATH_ERRORS = {errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.EEXIST, errno.ELOOP}
-_PATH_ERRORS |= {errno.EACCES, errno.EPERM, errno.EROFS}
-"""Errors that the path in an option, an argument or a recipe's key may cause."""
+from trainer.common.errors import PATH_ERRORS, BrokenModel, UserError, one_line, os_reason
 
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF}
 
@@ -46,7 +42,7 @@ def report_errors() -> Iterator[None]:
             raise
         _discard_stdout()
         where = "" if error.filename is None else f"{error.filename}: "
-        _exit(f"{where}{os_reason(error)}", 2 if where and error.errno in _PATH_ERRORS else 1)
+        _exit(f"{where}{os_reason(error)}", 2 if where and error.errno in PATH_ERRORS else 1)
 
 
 def end_process(status: int) -> NoReturn:

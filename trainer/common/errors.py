@@ -1,6 +1,7 @@
 """Exit statuses, and errors that are reported in one line."""
 
 import difflib
+import errno
 import unicodedata
 from collections.abc import Sequence
 
@@ -9,6 +10,10 @@ START_AGAIN = 75
 
 DIVERGED = 1
 """Exit status of a job that its lock ended, or whose validation loss is not finite when all steps are done."""
+
+PATH_ERRORS = {errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.EEXIST, errno.ELOOP}
+PATH_ERRORS |= {errno.EACCES, errno.EPERM, errno.EROFS}
+"""Errors of the system that the path in an option, an argument or a recipe's key may cause."""
 
 _LONGEST = 2000
 """Characters of the longest message: a message may repeat what the user wrote, which may be long."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainer.common.atomic import partial_folder, publish_folder
-from trainer.common.errors import START_AGAIN, Unavailable, UserError
+from trainer.common.errors import PATH_ERRORS, START_AGAIN, Unavailable, UserError
 from trainer.common.format import duration
 from trainer.data.status import Report, TakenOver, Waiting
 
@@ -66,7 +66,7 @@ def make_once(directory: Path, name: str, fill: Callable[[Path, Report], None], 
 
     Raises:
         UserError: The folder cannot be written, or `fill` raised it.
-        Unavailable: Another process has made no progress for `conduct.patience`.
+        Unavailable: The disk is full or fails, or another process has made no progress for `conduct.patience`.
     """
     path = directory / name
     try:
@@ -76,7 +76,7 @@ def make_once(directory: Path, name: str, fill: Callable[[Path, Report], None], 
             with suppress(TakenOver):
                 _make(path, fill, conduct)
     except OSError as error:
-        raise UserError(
+        raise (UserError if error.errno in PATH_ERRORS else Unavailable)(
             f"data.dir {directory}: prepared data cannot be written ({error}); free some space or set another folder"
             + ("; the next start resumes the preparation" if _resumable(partial_folder(path)) else "")
         ) from error
@@ -86,29 +86,35 @@ def make_once(directory: Path, name: str, fill: Callable[[Path, Report], None], 
 def _make(path: Path, fill: Callable[[Path, Report], None], conduct: Conduct) -> None:
     """Make the folder, or wait until another process has."""
     partial, status = partial_folder(path), path.with_name(f".{path.name}.status")
-    with _held(path, status, conduct) as lease, _ended_by_signals(partial, status, lease, conduct):
+    with _held(path, status, conduct) as lease:
         if lease is None or path.is_dir():
             return
         report = Report(status, conduct.show, lambda: lease.compromise is not None or path.is_dir())
-        if not _resumable(partial):
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir()
-        try:
-            fill(partial, report)
-            for file in partial.glob(".*"):  # what a kill has left of a progress file
-                file.unlink()
-            report.refuse_if_taken_over()
-            publish_folder(partial, path)
-        except BaseException as error:
-            if isinstance(error, Exception) and report.taken_over():
-                report.note(f"another process has taken over from this one, which was not heard of: {path}")
-                raise TakenOver from error
+        with _ended_by_signals(partial, report, lease, conduct):
             if not _resumable(partial):
                 shutil.rmtree(partial, ignore_errors=True)
-            status.unlink(missing_ok=True)
-            raise
-        for file in (path / PROGRESS_FILE, path / PREVIOUS_FILE, status):
-            file.unlink(missing_ok=True)
+                partial.mkdir()
+            try:
+                fill(partial, report)
+                for file in partial.glob(".*"):  # what a kill has left of a progress file
+                    file.unlink()
+                publish_folder(partial, path, report.refuse_if_taken_over)
+            except BaseException as error:
+                if isinstance(error, Exception) and report.taken_over():
+                    report.note(f"another process has taken over from this one, which was not heard of: {path}")
+                    raise TakenOver from error
+                _leave(partial, report)
+                raise
+            for file in (path / PROGRESS_FILE, path / PREVIOUS_FILE):
+                file.unlink(missing_ok=True)
+            report.remove()
+
+
+def _leave(partial: Path, report: Report) -> None:
+    """Remove what a later start cannot resume, unless another process goes on with it."""
+    if not report.taken_over() and not _resumable(partial):
+        shutil.rmtree(partial, ignore_errors=True)
+    report.remove()
 
 
 def _resumable(partial: Path) -> bool:
@@ -146,15 +152,14 @@ def _lease(path: Path) -> SoftFileLease:
 
 
 @contextmanager
-def _ended_by_signals(partial: Path, status: Path, lease: SoftFileLease | None, conduct: Conduct) -> Iterator[None]:
+def _ended_by_signals(partial: Path, report: Report, lease: SoftFileLease, conduct: Conduct) -> Iterator[None]:
     """Let SIGTERM and SIGUSR1 end the process at once with `START_AGAIN`, so that another can go on at once.
 
-    The unfinished folder is removed, unless a later start can resume it. A thread does so, because the main thread may
-    be in native code for a minute, as when it trains a tokenizer.
+    A thread does so, because the main thread may be in native code for a minute, as when it trains a tokenizer.
     """
     handlers = {number: signal.getsignal(number) for number in _STOP}
     ours = conduct.ends_on_signals or set(handlers.values()) == {signal.SIG_DFL}
-    if lease is None or threading.current_thread() is not threading.main_thread() or not ours:
+    if threading.current_thread() is not threading.main_thread() or not ours:
         yield
         return
     read_end, write_end = os.pipe()
@@ -164,9 +169,7 @@ def _ended_by_signals(partial: Path, status: Path, lease: SoftFileLease | None, 
         while number := os.read(read_end, 1):
             if number[0] in _STOP:
                 with suppress(Exception):  # whatever happens to the files, the process ends
-                    if not _resumable(partial):
-                        shutil.rmtree(partial, ignore_errors=True)
-                    status.unlink(missing_ok=True)
+                    _leave(partial, report)
                     lease.release(force=True)
                 os._exit(START_AGAIN)
 

@@ -12,6 +12,7 @@ import hashlib
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -114,14 +115,13 @@ def _check_space(sources: Sequence[SourceSettings], show: bool) -> None:
         UserError: Sources that reach `max_tokens` do not fit.
     """
     missing = {folder: s for s in sources if not (folder := s.folder).is_dir()}
-    needs = [need for s in missing.values() if (need := s.needs())]
+    needs = {folder: need for folder, s in missing.items() if (need := s.needs())}
     if not needs:
         return
     directory = next(iter(missing)).parent
-    there = sum(file.stat().st_size for folder in missing for file in partial_folder(folder).glob("*.arrow"))
     free = shutil.disk_usage(next(p for p in (directory, *directory.absolute().parents) if p.is_dir())).free
-    wanted = sum(need.bytes for need in needs) - there
-    certain = all(need.certain for need in needs)
+    wanted = sum(need.bytes - _written(folder) for folder, need in needs.items())
+    certain = all(need.certain for need in needs.values())
     line = f"data.dir {directory}: the prepared data needs {'' if certain else 'about '}{size(wanted)}"
     if certain and wanted > free:
         raise UserError(
@@ -129,6 +129,15 @@ def _check_space(sources: Sequence[SourceSettings], show: bool) -> None:
         )
     if show and (wanted > _LARGE or wanted > free):
         print(f"{line}, and {size(free)} are free", file=sys.stderr)
+
+
+def _written(folder: Path) -> int:
+    """Return the bytes that an unfinished preparation of a folder has written."""
+    written = 0
+    for file in partial_folder(folder).glob("*.arrow"):
+        with suppress(FileNotFoundError):  # another process has just finished it
+            written += file.stat().st_size
+    return written
 
 
 def prepare_source(settings: SourceSettings, conduct: Conduct) -> PreparedSource:

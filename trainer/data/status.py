@@ -115,6 +115,12 @@ class Report:
         if self.taken_over():
             raise TakenOver
 
+    def remove(self) -> None:
+        """Remove the status file, unless it is another process's by now."""
+        status = Status.read(self._file)
+        if status is None or status.owner == self._owner:
+            self._file.unlink(missing_ok=True)
+
     def _line(self, done: int, share: float | None, elapsed: float) -> str:
         first, first_share = self._first or (0, 0.0)
         parts = [f"{self._what}: "]

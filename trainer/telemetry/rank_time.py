@@ -56,9 +56,9 @@ class RankTime:
         self._lock = threading.Lock()
 
     def enter(self, phase: Phase) -> None:
-        """Begin a phase. The time since the last call belongs to the phase before."""
+        """Begin a phase. The time since the last call belongs to the phase before; a step that fails is lost."""
         with self._lock:
-            self._add(_CAUSES[self.phase])
+            self._add("lost" if (self.phase, phase) == ("training", "failed") else _CAUSES[self.phase])
             self.phase = phase
 
     def stepped(self, cause: Literal["training", "skipped", "lost"]) -> None:

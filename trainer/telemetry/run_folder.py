@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import tempfile
 import time
@@ -27,12 +28,15 @@ TOKENIZER_FILE = "tokenizer.json"
 STARTED = "started"
 """Key of plan.json: Unix time at which the run was started for the first time."""
 
+RECORDED = "recorded"
+"""Key of plan.json: the most optimizer steps that the starts before the last one had done."""
+
 
 class RunFolder:
     """The paths of a run, and what rank 0 writes there.
 
     Attributes:
-        recorded: Optimizer steps that the run had done before `begin`, those after its checkpoint included.
+        recorded: The most optimizer steps that any start before `begin` had done, after its checkpoint too.
 
     Raises:
         UserError: `run.dir` is not a possible folder.
@@ -97,7 +101,7 @@ class RunFolder:
     def begin(self, recipe: Recipe, schedule: str, devices: str, tokenizer: str, done_steps: int) -> None:
         """Save the resolved recipe, the schedule and the tokenizer, and drop metrics of later steps than `done_steps`.
 
-        plan.json also keeps when the run was started for the first time, which `goodput` needs.
+        plan.json also keeps when the run was started for the first time, which `goodput` needs, and `recorded`.
 
         The evaluation and the probe after these steps are dropped too, because the checkpoint was saved before them.
 
@@ -106,24 +110,25 @@ class RunFolder:
             devices: The devices of the run's ranks, which plan.json names too.
             tokenizer: The text of tokenizer.json.
         """
-        started = self._first_start()
+        started, recorded = (self._kept(key) for key in (STARTED, RECORDED))
+        lines = self._lines()
+        self.recorded = max(_step_of(lines[-1]) if lines else 0, int(recorded or 0))
         self._started = psutil.Process().create_time() if started is None else started
-        plan = dumps(loads(schedule) | {"devices": devices, STARTED: self._started})
+        plan = dumps(loads(schedule) | {"devices": devices, STARTED: self._started, RECORDED: self.recorded})
         atomic_write(self.plan_file, lambda path: path.write_text(plan))
         atomic_write(self.path / TOKENIZER_FILE, lambda path: path.write_text(tokenizer, encoding="utf-8"))
         atomic_write(self.recipe_file, lambda path: save_recipe(recipe, path))
-        lines = self._lines()
-        self.recorded = _step_of(lines[-1]) if lines else 0
         kept = [line for line in lines if _is_before(line, done_steps)]
         atomic_write(self.metrics_file, lambda path: path.write_text("".join(kept), encoding="utf-8"))
         self._counted = 0.0 if started is None else sum(map(_counted_seconds, kept))
 
-    def _first_start(self) -> float | None:
-        """Return the Unix time at which the run was started for the first time, if plan.json knows it."""
+    def _kept(self, key: str) -> float | None:
+        """Return a number that an earlier start has kept in plan.json, if it has."""
         try:
-            return float(loads(self.plan_file.read_text())[STARTED])
-        except (OSError, ValueError, TypeError, LookupError):
+            number = float(loads(self.plan_file.read_text())[key])
+        except (OSError, ValueError, TypeError, LookupError, OverflowError):
             return None
+        return number if math.isfinite(number) else None
 
     def goodput(self, seconds: float) -> float:
         """Count a step of `seconds`, 0 if it was skipped; return the goodput, as docs/operations/watching.md says."""

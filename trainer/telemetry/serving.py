@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from trainer.cluster.fault_watch import FaultWatch
 from trainer.cluster.rank_assignment import ROLE, provisional_rank
 from trainer.cluster.rendezvous import Launch, Member
-from trainer.common.errors import UserError
+from trainer.common.errors import START_AGAIN, UserError
 from trainer.config.recipe import Recipe
 from trainer.telemetry.measured import Place, node_name
 from trainer.telemetry.prometheus import MetricsServer
@@ -27,6 +27,11 @@ class Stage:
         """Begin something, which messages describe as `doing`."""
         self.watch.phase = doing
         self.metrics.time.enter(phase)
+
+    def end(self, status: int) -> None:
+        """Begin the end of the rank with an exit status: all is done, or it will be started again, or it has failed."""
+        ends: dict[int, Phase] = {0: "finished", START_AGAIN: "stopping"}
+        self.enter(ends.get(status, "failed"), "shutdown")
 
 
 def serve_early(recipe: Recipe, launch: Launch) -> MetricsServer:

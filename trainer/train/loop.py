@@ -91,7 +91,7 @@ def train(recipe: Recipe, launch: Launch, force: bool = False) -> int:
         with folder.removed_if_unused():
             run = start(recipe, launch, folder, stage, force)
         status = Loop(run).run()
-        stage.enter("finished", "shutdown")
+        stage.end(status)
         if status == DIVERGED:  # the launcher ends all ranks as soon as the first one ends with this status
             mark_end(launch.local_rank)
         run.job.close()

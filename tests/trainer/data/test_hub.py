@@ -93,6 +93,8 @@ def test_hub_without_the_data_set_or_config(monkeypatch):
     def load_dataset(name, config, **options):
         if config == "script":
             raise RuntimeError("Dataset scripts are no longer supported")
+        if config == "empty":
+            raise datasets.exceptions.DataFilesNotFoundError("No data files found in owner/name")
         if config:
             raise ValueError(f"BuilderConfig '{config}' not found.\nAvailable: ['a', 'b']")
         raise datasets.exceptions.DatasetNotFoundError("doesn't exist on the Hub")
@@ -101,3 +103,4 @@ def test_hub_without_the_data_set_or_config(monkeypatch):
     assert "no such data set" in message_of("hub:owner/name")
     assert "Available: ['a', 'b']" in message_of("hub:owner/name:c")
     assert "scripts are no longer supported" in message_of("hub:owner/name:script")
+    assert "cannot be reached" not in message_of("hub:owner/name:empty")

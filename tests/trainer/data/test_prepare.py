@@ -11,6 +11,7 @@ import datasets
 import numpy as np
 import pytest
 
+from trainer.common.atomic import partial_folder
 from trainer.common.errors import UserError
 from trainer.data import prepare as module
 from trainer.data import source_builder
@@ -276,6 +277,9 @@ def test_disk_too_small_is_said_before_anything_is_read(settings, settings_for, 
     about = 2 * (Path(settings.source).stat().st_size // 4) * 14 // 13
     assert f"needs about {about / 1000:.3g} kB, and 2 kB are free" in capfd.readouterr().err
     free = needed
+    unfinished = partial_folder(replace(settings, max_tokens=1000).folder)
+    unfinished.mkdir()
+    (unfinished / "train.arrow").symlink_to("gone")  # as when another process renames the folder at this moment
     assert alone(replace(settings, max_tokens=1000), Conduct()).training[0][0].train.tokens == 1000
     assert "needs" not in capfd.readouterr().err
 

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from trainer.common.errors import START_AGAIN, Unavailable, UserError
+from trainer.common import atomic
+from trainer.common.errors import START_AGAIN, Unavailable
 from trainer.data import cache
 from trainer.data import source_builder as module
 from trainer.data.cache import PREVIOUS_FILE, PROGRESS_FILE, Conduct
@@ -136,7 +137,7 @@ def test_after_a_full_disk_it_goes_on(settings, reference, monkeypatch, capfd):
 
     with monkeypatch.context() as patch:
         patch.setattr(module, "SplitWriter", FullDisk)
-        with pytest.raises(UserError, match=r"No space left .* free some space .*; the next start resumes"):
+        with pytest.raises(Unavailable, match=r"No space left .* free some space .*; the next start resumes"):
             prepare_source(settings, QUIET)
     assert content(prepare_source(settings, Conduct()).path) == reference
     assert "resuming the preparation" in capfd.readouterr().err
@@ -206,6 +207,42 @@ def test_another_machine_takes_over_when_the_first_shows_no_life(
     worker.communicate(timeout=TIMEOUT)
     assert folders(settings) == [prepared.path] and content(prepared.path) == reference
     assert (prepared.path / "facts.json").read_bytes() == facts
+
+
+def test_who_is_ended_after_another_has_taken_over_leaves_its_work_alone(
+    settings, reference, tmp_path, patience_of_seconds, monkeypatch
+):
+    worker = start(settings, "meet", tmp_path, host="elsewhere")
+    wait_until((tmp_path / "reading").exists, worker)
+    worker.send_signal(signal.SIGSTOP)
+
+    class Documents(module.Documents):
+        def __iter__(self):
+            for number, piece in enumerate(super().__iter__()):
+                if not number:
+                    worker.send_signal(signal.SIGTERM)
+                    worker.send_signal(signal.SIGCONT)
+                    assert worker.wait(TIMEOUT) == START_AGAIN
+                yield piece
+
+    monkeypatch.setattr(module, "Documents", Documents)
+    assert content(prepare_source(settings, QUIET).path) == reference
+    worker.communicate()
+
+
+def test_who_is_overtaken_while_it_writes_to_the_disk_does_not_publish(settings, reference, monkeypatch):
+    """The other one has cut off what comes after its position, and goes on from there."""
+    synced = []
+
+    def slow(file: Path) -> None:
+        if file.name == "train.arrow" and not synced:
+            (status,) = file.parent.parent.glob(".*.status")
+            status.write_text(json.dumps(json.loads(status.read_text()) | {"owner": "the other one"}))
+            os.truncate(file, file.stat().st_size - 100)
+            synced.append(file)
+
+    monkeypatch.setattr(atomic, "fsync", slow)
+    assert content(prepare_source(settings, QUIET).path) == reference and synced
 
 
 def test_a_wait_without_progress_ends(settings, tmp_path, patience_of_seconds):

@@ -8,6 +8,7 @@ from unittest.mock import MagicMock
 
 import pytest
 
+from trainer.common.errors import DIVERGED, START_AGAIN
 from trainer.telemetry.rank_time import CAUSES, RankTime
 from trainer.telemetry.serving import Stage
 from trainer.train import loop
@@ -64,6 +65,23 @@ def test_what_lasts_is_served_meanwhile_but_not_a_step_that_may_be_skipped(clock
     assert spent.seconds() == dict.fromkeys(CAUSES, 0.0) | {"startup": 60.0}
     spent.stepped("skipped")
     assert spent.seconds() == dict.fromkeys(CAUSES, 0.0) | {"startup": 60.0, "skipped": 30.0}
+
+
+def test_a_step_that_a_fault_cuts_off_is_lost(clock: type[Clock]) -> None:
+    spent = RankTime()
+    spent.enter("training")
+    clock.now += 30.0
+    spent.enter("failed")
+    clock.now += 2.0
+    assert spent.seconds() == dict.fromkeys(CAUSES, 0.0) | {"lost": 30.0, "shutdown": 2.0}
+
+
+@pytest.mark.parametrize(("status", "phase"), [(0, "finished"), (START_AGAIN, "stopping"), (DIVERGED, "failed")])
+def test_only_a_run_with_all_its_steps_is_finished(status: int, phase: str) -> None:
+    stage = Stage(MagicMock(), MagicMock(time=RankTime()))
+    stage.enter("stopping", "the checkpoint before a stop")
+    stage.end(status)
+    assert stage.metrics.time.phase == phase
 
 
 def test_steps_that_were_done_before_are_lost(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,7 +100,7 @@ def _newest_commit(name: str) -> str | None:
 
 @contextmanager
 def _reported_errors(source: str) -> Iterator[None]:
-    from datasets.exceptions import DatasetNotFoundError
+    from datasets.exceptions import DatasetNotFoundError, FileNotFoundDatasetsError
     from huggingface_hub.utils import httpx  # the HTTP client that this version of the hub's library uses
 
     where = f"data.source {shown(source)}"
@@ -108,6 +108,8 @@ def _reported_errors(source: str) -> Iterator[None]:
         yield
     except DatasetNotFoundError as error:
         raise UserError(f"{where}: the hub has no such data set, or it is private") from error
+    except FileNotFoundDatasetsError as error:  # an OSError too
+        raise UserError(f"{where}: {short_line(error)}; set it to the path of a local copy") from error
     except (OSError, httpx.HTTPError) as error:
         raise Unavailable(
             f"{where}: the Hugging Face hub cannot be reached ({type(error).__name__}); "
