@@ -20,7 +20,9 @@ CATALOGUE = (
     gauge("rank_info", "Where the rank runs; always 1.", "local_rank", "node", "device", "gpu_uuid"),
     gauge("build_info", "Versions and device; always 1.", "version", "torch", "deepspeed", "python", "device"),
     gauge("unused_gpus", "GPUs of the machine that the rank, which trains on the CPU, cannot use."),
-    gauge("device_memory_bytes", "Memory of the rank's GPU: held by tensors, reserved by torch, and all of it.", "kind"),
+    gauge(
+        "device_memory_bytes", "Memory of the rank's GPU: held by tensors, reserved by torch, and all of it.", "kind"
+    ),
     counter("device_allocation_retries", "Times that torch emptied its cache because the GPU's memory was full."),
     gauge("peak_memory_bytes", "Most memory so far: resident on the host, allocated on the GPU.", "where"),
     # every rank, once it trains
