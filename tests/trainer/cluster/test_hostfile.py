@@ -111,7 +111,7 @@ def test_each_node_starts_its_ranks_through_deepspeed(tmp_path: Path, monkeypatc
     arguments = ["train", str(recipe), "--hostfile", "hosts", "--master-port", "1234", "--node-rank", "1"]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(launch, "end_on_signals", lambda: None)
-    monkeypatch.setattr(launch.LocalJob, "__init__", lambda _: None)
+    monkeypatch.setattr(launch.LocalJob, "__init__", lambda _, names: None)
     monkeypatch.setattr(launch.LocalJob, "run", run)
     monkeypatch.setattr(sys, "argv", ["unipool", *arguments])
     monkeypatch.setenv(launch.RESTARTS, "3")
