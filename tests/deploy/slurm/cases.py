@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import fcntl
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 
 import psutil
 
 from tests.deploy.slurm.cluster import Cluster
 from tests.trainer.job import ROOT, processes_of, write_recipe
+from trainer.common.errors import UserError
+from trainer.data.cache import Conduct, make_once
 
 SCRIPT = ROOT / "deploy" / "slurm" / "unipool.sbatch"
 
@@ -184,16 +187,27 @@ def before_pid(site: Site) -> str:
 
 
 def in_preparation(site: Site) -> str:
-    """USR1 while the data is being prepared: another process holds its lock."""
+    """USR1 while the data is being prepared: another process is at it."""
     data = site.folder / "data-held"
-    data.mkdir()
     (tokenizer,) = [path for path in (site.folder / "data").glob("tokenizer-*") if path.is_dir()]
-    with (data / f"{tokenizer.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        job = site.train("--set", f"data.dir={data}")
-        job.says("waiting for another process")
-        job.stop()
-        seen = job.is_back(start=False)
+    begun, enough = Event(), Event()
+
+    def fill(folder: Path, report: object) -> None:
+        begun.set()
+        enough.wait()
+        raise UserError("never finished")
+
+    with ThreadPoolExecutor() as other:
+        preparing = other.submit(make_once, data, tokenizer.name, fill, Conduct(show=False))
+        try:
+            begun.wait(LIMIT)
+            job = site.train("--set", f"data.dir={data}")
+            job.says("waiting for another process")
+            job.stop()
+            seen = job.is_back(start=False)
+        finally:
+            enough.set()
+        preparing.exception(LIMIT)
     job.start_now()
     return f"{seen}, then {job.ends()}"
 
