@@ -189,6 +189,8 @@ def before_pid(site: Site) -> str:
 def in_preparation(site: Site) -> str:
     """USR1 while the data is being prepared: another process is at it."""
     data = site.folder / "data-held"
+    if not (site.folder / "data").is_dir():
+        prepared(site)
     (tokenizer,) = [path for path in (site.folder / "data").glob("tokenizer-*") if path.is_dir()]
     begun, enough = Event(), Event()
 
