@@ -1,9 +1,8 @@
-"""What only several steps tell: how long steps take, which rank is slower than its peers, whether the loss jumps."""
+"""What only several steps tell: which rank is slower than its peers, and whether the loss jumps."""
 
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
 from collections import deque
 from collections.abc import Sequence
 from statistics import median
@@ -17,40 +16,6 @@ SPIKE_STEPS, _FEWEST = 100, 20
 _DEVIATIONS, _LEAST_JUMP = 6.0, 0.02
 _NORMAL = 1.4826
 """A normal distribution's standard deviation over its median absolute deviation."""
-
-
-class Histogram:
-    """Counts values by the smallest bound that is not below them.
-
-    Attributes:
-        total: The sum of the values.
-    """
-
-    def __init__(self, bounds: Sequence[float]):
-        self._bounds = bounds
-        self._counts = [0] * (len(bounds) + 1)
-        self.total = 0.0
-
-    def add(self, value: float) -> None:
-        """Count a value."""
-        self._counts[bisect_left(self._bounds, value)] += 1
-        self.total += value
-
-    def copy(self) -> Histogram:
-        """Return a copy, to be read while this one changes."""
-        copy = Histogram(self._bounds)
-        copy._counts, copy.total = list(self._counts), self.total
-        return copy
-
-    @property
-    def count(self) -> int:
-        """How many values there are."""
-        return sum(self._counts)
-
-    def cumulative(self) -> list[tuple[str, float]]:
-        """Return bounds, as Prometheus writes them, and how many values are not above them."""
-        names = [str(float(bound)) for bound in self._bounds] + ["+Inf"]
-        return list(zip(names, np.cumsum(self._counts).tolist(), strict=True))
 
 
 class LossSpikes:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from prometheus_client import CollectorRegistry, ProcessCollector, start_http_server
+from prometheus_client import CollectorRegistry, Histogram, ProcessCollector, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.core import Metric as Family
 from prometheus_client.parser import text_string_to_metric_families
@@ -28,7 +28,7 @@ from trainer.common.errors import UserError
 from trainer.config.recipe import Metrics
 from trainer.telemetry.catalogue import CATALOGUE, DEVICE_MEMORY, STEP_SECONDS
 from trainer.telemetry.measured import DiskSpace, Place, device_memory, peak_memory, process_age
-from trainer.telemetry.over_steps import Histogram, LossSpikes
+from trainer.telemetry.over_steps import LossSpikes
 from trainer.telemetry.rank_time import PHASES, RankTime
 from trainer.telemetry.step_scalars import Efficiency, StepScalars, padded
 from trainer.telemetry.time_breakdown import Usage
@@ -98,7 +98,7 @@ class MetricsServer(Collector):
         self._role, self._rank = role, rank
         self._device: int | None = None
         self._values: dict[str, dict[tuple[str, ...], float]] = {}
-        self._steps = Histogram(STEP_SECONDS)
+        self._steps = Histogram("seconds", "Time of a step.", buckets=STEP_SECONDS, registry=None)
         self._spikes = LossSpikes()
         self._lock = threading.Lock()
         self.add("unipool_restarts", restarts())
@@ -163,15 +163,17 @@ class MetricsServer(Collector):
             }
             if self.expert_load:
                 values |= self.expert_load.families()
-            steps = self._steps.copy()
+            (steps,) = self._steps.collect()
         values |= self._measured()
         by_rank = (self._role, "" if self._rank is None else str(self._rank))
         for metric in CATALOGUE:
             own = ("role", "rank") if metric.by_rank else ()
             if metric.kind == "histogram":
-                if steps.count:
+                buckets = [(sample.labels["le"], sample.value) for sample in steps.samples if "le" in sample.labels]
+                (total,) = (sample.value for sample in steps.samples if sample.name == "seconds_sum")
+                if buckets[-1][1]:
                     histogram = HistogramMetricFamily(metric.name, metric.text, labels=own)
-                    histogram.add_metric(by_rank, steps.cumulative(), steps.total)
+                    histogram.add_metric(by_rank, buckets, total)
                     yield histogram
             elif metric.name in values:
                 make = CounterMetricFamily if metric.kind == "counter" else GaugeMetricFamily
@@ -222,7 +224,7 @@ class MetricsServer(Collector):
         self.add("unipool_skipped_steps", int(not scalars.applied))
         self.add("unipool_loss_spikes", int(self._spikes.add(scalars.loss)))
         with self._lock:
-            self._steps.add(scalars.seconds)
+            self._steps.observe(scalars.seconds)
         for metric, value in scalars.metrics():
             if metric.needs_pool and not has_pool:
                 continue

@@ -8,19 +8,7 @@ import numpy as np
 import pytest
 
 from trainer.telemetry.catalogue import STEP_SECONDS
-from trainer.telemetry.over_steps import Histogram, LossSpikes, Stragglers
-
-
-def test_a_histogram_counts_what_is_not_above_a_bound() -> None:
-    values = [0.001, 0.01, 0.011, 0.7, 3.0, 3.5, 699.0, 700.0, 701.0, 1e6]
-    histogram = Histogram(STEP_SECONDS)
-    for value in values:
-        histogram.add(value)
-    copy = histogram.copy()
-    histogram.add(1.0)
-    assert copy.count == len(values) and copy.total == sum(values)
-    expected = [(str(float(bound)), sum(value <= bound for value in values)) for bound in STEP_SECONDS]
-    assert copy.cumulative() == [*expected, ("+Inf", len(values))]
+from trainer.telemetry.over_steps import LossSpikes, Stragglers
 
 
 def test_buckets_follow_each_other_closely() -> None:

@@ -18,7 +18,7 @@ from trainer.cluster.launch import free_port
 from trainer.common.errors import UserError
 from trainer.common.machine import usable_memory
 from trainer.config.sections import Metrics
-from trainer.telemetry.catalogue import CATALOGUE
+from trainer.telemetry.catalogue import CATALOGUE, STEP_SECONDS
 from trainer.telemetry.prometheus import ExpertLoad, MetricsServer, parse
 from trainer.telemetry.step_scalars import Efficiency, StepScalars
 from trainer.telemetry.time_breakdown import Serving, Usage, UsageClock, shares
@@ -72,6 +72,21 @@ def full(load: ExpertLoad, steps: int) -> MetricsServer:
     server.checkpoint_saved(steps, 1 / 3, 1 / 7, 12345678901)
     server.count_load(tokens_LM, tokens_LM.sum(0))
     return server
+
+
+def test_the_histogram_of_steps_counts_what_is_not_above_a_bound() -> None:
+    values = [0.001, 0.01, 0.011, 0.7, 3.0, 3.5, 699.0, 700.0, 701.0, 1e6]
+    server = served("trunk", 0)
+    assert "unipool_step_duration_seconds" not in page_of(server)
+    for steps, value in enumerate(values, 1):
+        server.step(scalars(seconds=value), steps, has_pool=True)
+    samples = {
+        name: parse(page_of(server))[f"unipool_step_duration_seconds_{name}"] for name in ("bucket", "count", "sum")
+    }
+    own = {"role": "trunk", "rank": "0"}
+    assert samples["count"] == [(own, len(values))] and samples["sum"] == [(own, sum(values))]
+    expected = [(str(float(bound)), sum(value <= bound for value in values)) for bound in STEP_SECONDS]
+    assert samples["bucket"] == [(own | {"le": le}, count) for le, count in [*expected, ("+Inf", len(values))]]
 
 
 def test_names_follow_the_conventions() -> None:
