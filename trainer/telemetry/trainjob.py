@@ -71,7 +71,7 @@ class TrainJobProgress:
     def _send(self, done: int, metrics: Mapping[str, float]) -> None:
         """Send a report. The first of several failures in a row is a warning."""
         try:
-            token = Path(os.environ.get(TOKEN, "")).read_text().strip()
+            token = "".join(Path(os.environ.get(TOKEN, "")).read_text().split())  # an error would quote a line break
             request = urllib.request.Request(
                 self._url,
                 dumps({"trainerStatus": self._status(done, metrics)}).encode(),
