@@ -217,8 +217,8 @@ DATA_SHEETS = {
 }
 
 
-# As other projects quote NVIDIA's data sheets, which were not read for those that are not above; B200's is that of a DGX.
-# bf16 is without sparsity. The first whose words are all in a device's name counts.
+# As other projects quote NVIDIA's data sheets; only those named above were read. B200's is that of a DGX, and bf16 is
+# without sparsity. The first whose words are all in a device's name counts.
 _PEAKS = (
     (("H200", "NVL"), {"fp32": 60e12, "bf16": 835e12}),
     (("H200",), {"fp32": 67e12, "bf16": 989e12}),
