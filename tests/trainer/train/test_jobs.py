@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -245,24 +246,41 @@ def test_resume_in_another_layout_and_placement(recipe: str, folder: Path) -> No
     assert {path.name for path in (run_dir / "checkpoints").iterdir()} == {"step_00000002", "step_00000004"}
 
 
-def scraped(url: str) -> dict[str, list[tuple[dict[str, str], float]]]:
-    """A rank's page, after its first step at the earliest."""
+Page = dict[str, list[tuple[dict[str, str], float]]]
+
+
+def scraped(url: str, whole: Callable[[Page], bool] = lambda _: True) -> Page:
+    """A rank's page, after its second step at the earliest, so that all of its first step is there.
+
+    Args:
+        whole: whether a page has all or nothing of its last step; the numbers of a step appear one after the other.
+    """
     deadline = time.monotonic() + TIME_LIMIT
     while True:
         samples = parse(urllib.request.urlopen(url, timeout=60).read().decode())
-        if "unipool_steps_total" in samples:
+        if "unipool_steps_total" in samples and samples["unipool_steps_total"][0][1] >= 2 and whole(samples):
             return samples
         assert time.monotonic() < deadline, samples
         time.sleep(0.05)
 
 
 def test_metrics_of_every_rank(recipe: str, folder: Path) -> None:
+    flops = count_flops(load_recipe(recipe)).training * 8 * 32
+
+    def counts_agree(page: Page) -> bool:
+        done = page["unipool_step_duration_seconds_count"][0][1]
+        return (
+            done == page["unipool_steps_total"][0][1] == page["unipool_step"][0][1]
+            and page["unipool_step_duration_seconds_bucket"][-1][1] == done
+            and page["unipool_model_flops_total"][0][1] == pytest.approx(done * flops)
+        )
+
     job = ForkedJob(load_recipe(recipe, [*LONG, f"run.dir={folder / 'scraped'}"]), folder)
     try:
         wait_for(job.logs[0], "step 1/")
         urls = re.findall(r"metrics: rank . \((\w+).*?\): (http\S+)", job.log(0) + job.log(1))
         assert [role for role, _ in urls] == ["trunk", "pool"]
-        trunk, pool = (scraped(url) for _, url in urls)
+        trunk, pool = scraped(urls[0][1], counts_agree), scraped(urls[1][1])
         targets = json.loads((folder / "scraped" / "targets.json").read_text())
     finally:
         job.end(0.0)
@@ -280,11 +298,6 @@ def test_metrics_of_every_rank(recipe: str, folder: Path) -> None:
         spent = {labels["cause"]: seconds for labels, seconds in page["unipool_time_seconds_total"]}
         assert spent["startup"] > 0 < spent["training"] and spent["lost"] == spent["evaluation"] == 0
         assert page["unipool_straggler_score"][0][1] == 1, "each is the only one of its role"
-    done = trunk["unipool_step_duration_seconds_count"][0][1]
-    assert done == trunk["unipool_steps_total"][0][1] == trunk["unipool_step"][0][1]
-    assert trunk["unipool_step_duration_seconds_bucket"][-1][1] == done
-    flops = count_flops(load_recipe(recipe)).training * 8 * 32
-    assert trunk["unipool_model_flops_total"][0][1] == pytest.approx(done * flops)
     samples = trunk | pool
     assert {name for name in samples if name.startswith("unipool_")} == {
         name for metric in CATALOGUE if metric.name not in NOT_IN_A_FIRST_STEP for name in metric.samples
