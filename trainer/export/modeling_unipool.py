@@ -34,7 +34,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import TransformersKwargs, can_return_tuple
 
 from .configuration_unipool import UniPoolConfig
-from .experts_unipool import UniPoolExperts, UniPoolRouter
+from .experts_unipool import UniPoolExperts, UniPoolMLP, UniPoolRouter
 
 _MASK_PARAMETERS = inspect.signature(create_causal_mask).parameters
 # The KV cache is called `past_key_values` in transformers before 5.24, and `cache` from then on.
@@ -142,19 +142,6 @@ def _rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     cos, sin = rope
     first, second = x.float().chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
-
-
-class UniPoolMLP(nn.Module):
-    """A SwiGLU FFN of a layer's own: that of a dense model, or an expert beside the pool."""
-
-    def __init__(self, hidden: int, width: int):
-        super().__init__()
-        self.gate_proj = nn.Linear(hidden, width, bias=False)
-        self.up_proj = nn.Linear(hidden, width, bias=False)
-        self.down_proj = nn.Linear(width, hidden, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class UniPoolDecoderLayer(GradientCheckpointingLayer):
