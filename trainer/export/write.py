@@ -68,6 +68,7 @@ def _write_model_files(run: SavedRun, folder: Path, dtype: str) -> None:
     ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), end_id)
     classes = {
         "AutoConfig": "configuration_unipool.UniPoolConfig",
+        "AutoModel": "modeling_unipool.UniPoolModel",
         "AutoModelForCausalLM": "modeling_unipool.UniPoolForCausalLM",
     }
     config = run_config(run)

@@ -83,7 +83,8 @@ class UniPoolAttention(nn.Module):
         if self.config._attn_implementation != "eager":
             attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
         y, weights = attend(self, q, k, v, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs)
-        return self.o_proj(y.flatten(2)), weights
+        # Back ends of servers return one row per token, without a batch.
+        return self.o_proj(y.reshape(*x_BSD.shape[:2], -1)), weights
 
 
 def _update(

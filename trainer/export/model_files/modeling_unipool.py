@@ -36,11 +36,14 @@ from .configuration_unipool import UniPoolConfig
 from .experts_unipool import UniPoolExperts, UniPoolRouter
 
 # Keywords that forward accepts besides its own parameters: those that transformers passes to all models (for attention,
-# outputs and loss), positions in the cache (before 5.4), and arguments of attention functions and of the loss.
+# outputs and loss), positions in the cache (before 5.4), and arguments of attention functions (those of vLLM and SGLang
+# too) and of the loss.
 _KEYWORDS = frozenset(TransformersKwargs.__annotations__) | {
     "cache_position",
     "is_causal",
     "kernel_options",
+    "attention_instances",
+    "forward_batch",
     "block_table",
     "read_index",
     "write_index",
@@ -204,7 +207,9 @@ class UniPoolModel(UniPoolPreTrainedModel):
         for layer in self.layers:
             if keep_states:
                 states.append(h_BSD)
-            h_BSD, weights_of_layer, logits_TM = layer(h_BSD, experts=self.experts, **attention)
+            outputs = layer(h_BSD, experts=self.experts, **attention)
+            # Pipeline parallelism replaces layers of other ranks by the identity, which returns h_BSD alone.
+            h_BSD, weights_of_layer, logits_TM = outputs if isinstance(outputs, tuple) else (outputs, None, None)
             if keep_weights and weights_of_layer is not None:
                 weights.append(weights_of_layer)
             if keep_logits and logits_TM is not None:
@@ -242,6 +247,8 @@ class UniPoolForCausalLM(UniPoolPreTrainedModel, GenerationMixin):
     It computes no balance losses, and `aux_loss` is None; `router_logits` has a tensor (T, M) of each layer.
     """
 
+    _tp_plan: ClassVar = {"lm_head": "colwise_rep"}
+    _pp_plan: ClassVar = {"lm_head": (["hidden_states"], ["logits"])}
     _tied_weights_keys: ClassVar = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: UniPoolConfig):
