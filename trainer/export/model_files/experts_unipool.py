@@ -120,7 +120,9 @@ class UniPoolExperts(nn.Module):
         for expert, (gate_up, down) in enumerate(zip(self.gate_up_proj, self.down_proj, strict=True)):
             with torch.device("meta"):
                 mlp = UniPoolMLP(hidden, width)
-            for linear, weight in zip((mlp.gate_proj, mlp.up_proj, mlp.down_proj), (*gate_up.chunk(2), down), strict=True):
+            for linear, weight in zip(
+                (mlp.gate_proj, mlp.up_proj, mlp.down_proj), (*gate_up.chunk(2), down), strict=True
+            ):
                 linear.weight = nn.Parameter(weight.clone(), requires_grad=self.down_proj.requires_grad)
             self.add_module(str(expert), mlp)
         self.gate_up_proj = self.down_proj = None
