@@ -68,6 +68,7 @@ def _write_model_files(run: SavedRun, folder: Path, dtype: str) -> None:
     ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), end_id)
     classes = {
         "AutoConfig": "configuration_unipool.UniPoolConfig",
+        "AutoModel": "modeling_unipool.UniPoolModel",
         "AutoModelForCausalLM": "modeling_unipool.UniPoolForCausalLM",
     }
     config = run_config(run)
@@ -75,7 +76,7 @@ def _write_model_files(run: SavedRun, folder: Path, dtype: str) -> None:
     config.to_json_file(folder / "config.json")
     GenerationConfig(**ids).save_pretrained(folder)
     for file in MODEL_FILES:
-        (folder / file).write_bytes((resources.files("trainer.export") / file).read_bytes())
+        (folder / file).write_bytes((resources.files("trainer.export.model_files") / file).read_bytes())
     (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", **settings}
     (folder / "tokenizer_config.json").write_text(dumps(settings, indent=2) + "\n")

@@ -121,6 +121,30 @@ class UniPoolConfig(PretrainedConfig):
         self.head_dim = hidden_size // num_attention_heads if head_dim is None else head_dim
         super().__init__(tie_word_embeddings=tie_word_embeddings, **others)
 
+    @property
+    def base_model_tp_plan(self) -> dict[str, str]:
+        """How tensor parallelism splits the model's modules: heads, and the width of every FFN and expert."""
+        column, row = "colwise", "rowwise"
+        # A norm of all heads at once needs them together, as in transformers' OLMoE.
+        heads, out = ("colwise_gather_output", "rowwise_split_input") if self.qk_norm == "all" else (column, row)
+        plan = {f"layers.*.self_attn.{name}": heads for name in ("q_proj", "k_proj", "v_proj")}
+        plan["layers.*.self_attn.o_proj"] = out
+        if self.ffn == "dense" or self.private_intermediate_size:
+            plan |= {"layers.*.mlp.gate_proj": column, "layers.*.mlp.up_proj": column, "layers.*.mlp.down_proj": row}
+        if self.ffn == "pool":
+            plan |= {"experts.gate_up_proj": "packed_colwise", "experts.down_proj": row, "experts": "moe_tp_experts"}
+        return plan
+
+    @property
+    def base_model_pp_plan(self) -> dict[str, tuple[list[str], list[str]]]:
+        """What pipeline parallelism divides; the pool, which all layers need, stays whole on every rank."""
+        hidden = ["hidden_states"]
+        return {
+            "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+            "layers": (["hidden_states", "attention_mask"], hidden),
+            "norm": (hidden, hidden),
+        }
+
     def _check_model(self, head_dim: int | None) -> None:
         """Raise ValueError if no model can have this configuration."""
         if self.ffn not in ("pool", "dense"):
