@@ -5,9 +5,11 @@ from __future__ import annotations
 import shutil
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
+from tokenizers import Tokenizer
+from torch import Tensor
 from transformers import GenerationConfig
 
 from trainer.checkpoint.format import damage, read_ownership
@@ -17,7 +19,9 @@ from trainer.common.strict_json import dumps
 from trainer.config.lock import OWNERSHIP_FILE
 from trainer.config.recipe import save_recipe
 from trainer.export.folder import MODEL_FILES
-from trainer.export.saved_run import SavedRun, Weights, export_tokenizer, find_run, open_weights, run_config
+from trainer.export.model_files.configuration_unipool import UniPoolConfig
+from trainer.export.names import Shape
+from trainer.export.saved_run import export_tokenizer, find_run, open_weights, run_config
 
 Format = Literal["hf", "safetensors"]
 
@@ -37,8 +41,7 @@ def export(source: Path, out: Path, form: Format, dtype: str) -> dict[str, Any]:
         UserError: `source` has no intact checkpoint, or `out` is in use or cannot be written.
     """
     out = out.resolve()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: already exists; choose another folder or remove it")
+    check_free(out)
     run = find_run(source)
     if problem := damage(run.folder):
         raise UserError(f"{run.folder}: this checkpoint is damaged: {problem}; export another one")
@@ -46,13 +49,13 @@ def export(source: Path, out: Path, form: Format, dtype: str) -> dict[str, Any]:
         out.parent.mkdir(parents=True, exist_ok=True)
         with atomic_folder(out) as partial:
             if form == "hf":
-                _write_model_files(run, partial, dtype)
+                write_model_files(run_config(run), *export_tokenizer(run), partial, dtype)
             else:
                 save_recipe(run.recipe, partial / "recipe.yaml")
                 if run.recipe.lock and read_ownership(run.folder):
                     shutil.copyfile(run.folder / OWNERSHIP_FILE, partial / OWNERSHIP_FILE)
             with open_weights(run, out.parent) as weights:
-                _write_weights(weights, partial, getattr(torch, dtype))
+                write_weights(weights, partial, getattr(torch, dtype))
                 parameters = weights.parameters
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror or error})") from error
@@ -61,9 +64,24 @@ def export(source: Path, out: Path, form: Format, dtype: str) -> dict[str, Any]:
     return where | {"parameters": parameters, "dtype": dtype, "files": files}
 
 
-def _write_model_files(run: SavedRun, folder: Path, dtype: str) -> None:
-    """Write everything but the weights: configuration, model code and tokenizer."""
-    tokenizer, settings = export_tokenizer(run)
+def check_free(out: Path) -> None:
+    """Check that a folder to write does not exist or is empty.
+
+    Raises:
+        UserError: It holds something.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: already exists; choose another folder or remove it")
+
+
+def write_model_files(
+    config: UniPoolConfig, tokenizer: Tokenizer, settings: dict[str, Any], folder: Path, dtype: str
+) -> None:
+    """Write everything but the weights: configuration, model code and tokenizer.
+
+    Args:
+        settings: Arguments of `PreTrainedTokenizerFast`.
+    """
     end_id = tokenizer.token_to_id(settings["eos_token"])
     ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), end_id)
     classes = {
@@ -71,7 +89,6 @@ def _write_model_files(run: SavedRun, folder: Path, dtype: str) -> None:
         "AutoModel": "modeling_unipool.UniPoolModel",
         "AutoModelForCausalLM": "modeling_unipool.UniPoolForCausalLM",
     }
-    config = run_config(run)
     config.update(ids | {"architectures": ["UniPoolForCausalLM"], "auto_map": classes, "dtype": dtype})
     config.to_json_file(folder / "config.json")
     GenerationConfig(**ids).save_pretrained(folder)
@@ -82,7 +99,15 @@ def _write_model_files(run: SavedRun, folder: Path, dtype: str) -> None:
     (folder / "tokenizer_config.json").write_text(dumps(settings, indent=2) + "\n")
 
 
-def _write_weights(weights: Weights, folder: Path, dtype: torch.dtype) -> None:
+class Readable(Protocol):
+    """Tensors by their exported names: their shapes, and what reads one."""
+
+    shapes: dict[str, Shape]
+
+    def read(self, name: str) -> Tensor: ...
+
+
+def write_weights(weights: Readable, folder: Path, dtype: torch.dtype) -> None:
     """Write model.safetensors, or several files of at most 5 GB with an index; one file at a time is in memory."""
     from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors.torch import save_file

@@ -55,7 +55,11 @@ MODELS: dict[str, dict[str, Any]] = {
     | {
         "model": {
             **GROUPS["model"],
-            **{"head_dim": 8, "qk_norm": "head", "qkv_bias": True, "private_ffn": 7, "private_gate": True},
+            "head_dim": 8,
+            "qk_norm": "head",
+            "qkv_bias": True,
+            "private_ffn": 7,
+            "private_gate": True,
         },
         "router": {"kind": "softmax", "renormalize": True, "logit_bias": True},
         "parallel": {"trunk_zero": 3},

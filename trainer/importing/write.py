@@ -1,0 +1,111 @@
+"""Writing an imported or upcycled model: an export of format hf, and a recipe that trains on from it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer.common.atomic import atomic_folder
+from trainer.common.errors import UserError
+from trainer.common.safe_read import Unreadable, read_text
+from trainer.common.strict_json import loads
+from trainer.config.recipe import Recipe, check_recipe, parse_override, read_tree, save_recipe
+from trainer.data.tokenizer import end_of_document_id, load_tokenizer, vocabulary
+from trainer.export.exported_model import tokenizer_settings
+from trainer.export.names import Shape, exported_shapes
+from trainer.export.saved_run import model_config
+from trainer.export.write import check_free, write_model_files, write_weights
+from trainer.importing.source import Source
+
+RECIPE = "recipe.yaml"
+
+
+@dataclass
+class _Tensors:
+    """The tensors of an export by their names."""
+
+    shapes: dict[str, Shape]
+    read: Callable[[str], Tensor]
+
+
+def recipe_for(source: Source, out: Path, base: str, overrides: Sequence[str]) -> Recipe:
+    """Return a recipe that trains on from the export `out` of a model; what is not of the model is that of `base`.
+
+    Raises:
+        UserError: `base` does not exist, or a key or a value is wrong.
+    """
+    tree = {name: value for name, value in read_tree(base).items() if name not in (*source.sections, "lock")}
+    if source.sections["model"]["ffn"] == "dense":
+        ranks = dict(tree.get("parallel") or {})
+        tree["parallel"] = {key: ranks[key] for key in ranks if key not in ("pool_ranks", "layout", "expert_parallel")}
+    settings = [
+        ("run.dir", str(Path("runs") / out.name)),
+        ("train.init_from", str(out)),
+        ("data.tokenizer", str(out)),
+        *(parse_override(text) for text in overrides),
+    ]
+    return check_recipe({**tree, **source.sections}, settings, str(source.path))
+
+
+def write(source: Source, recipe: Recipe, out: Path, dtype: str | None, tokenizer: Path | None) -> dict[str, Any]:
+    """Write a model; return the folder, the number of parameters, their type, and the sizes of the files.
+
+    Args:
+        source: The model.
+        recipe: The recipe that trains on from it.
+        out: The folder to write, which must not exist or be empty.
+        dtype: "float32" or "bfloat16"; by default the type of the stored weights. Routers are always fp32.
+        tokenizer: A tokenizer.json or its folder; by default the model's own.
+
+    Raises:
+        UserError: `out` is in use or cannot be written, a tensor is missing or has another shape, or the tokenizer
+            cannot be used with the model.
+    """
+    path = out.resolve()
+    check_free(path)
+    source.check(recipe)
+    kind = dtype or source.dtype
+    loaded, settings = _tokenizer(tokenizer or source.tokenizer, recipe)
+    shapes = exported_shapes(recipe)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_folder(path) as partial:
+            write_model_files(model_config(recipe), loaded, settings, partial, kind)
+            save_recipe(recipe, partial / RECIPE)
+            write_weights(_Tensors(shapes, source.read), partial, getattr(torch, kind))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
+    parameters = sum(math.prod(shape) for name, shape in shapes.items() if not name.endswith(".expert_bias"))
+    files = {file.name: file.stat().st_size for file in sorted(path.iterdir())}
+    return {"path": str(path), "source": str(source.path), "parameters": parameters, "dtype": kind, "files": files}
+
+
+def _tokenizer(path: Path, recipe: Recipe) -> tuple[Any, dict[str, Any]]:
+    """Return the tokenizer, and arguments of `PreTrainedTokenizerFast`; see `saved_run.export_tokenizer`."""
+    file = path / "tokenizer.json" if path.is_dir() else path
+    if not file.is_file():
+        raise UserError(f"{file}: no such file; give the model's tokenizer with --tokenizer FILE")
+    tokenizer = load_tokenizer(str(file))
+    if vocabulary(tokenizer) > recipe.model.vocab:
+        ids = vocabulary(tokenizer)
+        raise UserError(f"{file}: has {ids:,} ids, but the model's vocabulary is {recipe.model.vocab:,}")
+    end = str(tokenizer.id_to_token(end_of_document_id(tokenizer)))
+    tokenizer.post_processor = None
+    special = {"bos_token": _begin(file, tokenizer) or end, "eos_token": end, "pad_token": end}
+    return tokenizer, tokenizer_settings(special, recipe.model.seq_len)
+
+
+def _begin(file: Path, tokenizer: Any) -> str | None:
+    """Return the token that begins a text by the file beside a tokenizer.json, or None."""
+    try:
+        named = loads(read_text(file.with_name("tokenizer_config.json"))).get("bos_token")
+    except (Unreadable, ValueError, AttributeError):
+        return None
+    token = named.get("content") if isinstance(named, dict) else named
+    return token if isinstance(token, str) and tokenizer.token_to_id(token) is not None else None
