@@ -16,10 +16,8 @@ _WRITES: tuple[Decorator, ...] = (
     click.option(
         "--recipe",
         "base",
-        default="quickstart",
-        show_default=True,
         metavar="RECIPE",
-        help="Recipe from which recipe.yaml in OUT has everything but the model.",
+        help="Recipe of which OUT/recipe.yaml has all but the model.  [default: that of a run SOURCE, or quickstart]",
     ),
     set_option,
     click.option(
@@ -58,7 +56,7 @@ def _show(written: dict[str, Any], as_json: bool) -> None:
 def import_(
     source: Path,
     out: Path,
-    base: str,
+    base: str | None,
     overrides: tuple[str, ...],
     dtype: str | None,
     tokenizer: Path | None,
@@ -80,14 +78,14 @@ def import_(
     from trainer.importing.write import recipe_for, write
 
     with opened(source, seq_len) as model:
-        _show(write(model, recipe_for(model, out, base, overrides), out, dtype, tokenizer), as_json)
+        recipe = recipe_for(model, out, base, overrides)
+        model.check(recipe)
+        _show(write(model, recipe, out, dtype, tokenizer), as_json)
 
 
 @click.command(short_help="Make a dense or vanilla model one with a pool that computes the same.")
 @_writes
-@count_option(
-    "--experts", "Experts of the pool that a dense model becomes.  [default: two for each layer]", metavar="M"
-)
+@count_option("--experts", "Experts of the pool, for a dense model.  [default: two for each layer]", metavar="M")
 @count_option("--top-k", "Experts per token, for a dense model.", 2, metavar="K")
 @click.option(
     "--router",
@@ -114,7 +112,7 @@ def import_(
 def upcycle(
     source: Path,
     out: Path,
-    base: str,
+    base: str | None,
     overrides: tuple[str, ...],
     dtype: str | None,
     tokenizer: Path | None,
@@ -123,9 +121,9 @@ def upcycle(
 ) -> None:
     """Make SOURCE a model whose layers share one pool, and write it as an export to OUT, as `import` does.
 
-    SOURCE is a run, an export, or a Hugging Face checkpoint that `import` accepts. If it is dense, the pool has copies of
-    each layer's FFN. If its layers have their own experts, the pool has all of them. Each layer's router starts at the
-    layer's own experts, so that with --noise 0 the logits stay the same; from there, training decides.
+    SOURCE is a run, an export, or a Hugging Face checkpoint that `import` accepts. If it is dense, the pool has copies
+    of each layer's FFN. If its layers have their own experts, the pool has all of them. Each layer's router starts at
+    the layer's own experts, so that with --noise 0 the logits stay the same; from there, training decides.
 
     \b
     Examples:
@@ -138,4 +136,5 @@ def upcycle(
 
     with opened(source) as model:
         made = upcycled(model, How(**how))
+        model.check(recipe_for(model, out, base))
         _show(write(made, recipe_for(made, out, base, overrides), out, dtype, tokenizer), as_json)

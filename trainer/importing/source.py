@@ -29,11 +29,12 @@ class Source:
 
     Attributes:
         path: The path that the user gave.
-        sections: `model`, `router`, `pool` and `balance` of its recipe.
+        sections: `model`, `router`, `pool` and, if known, `balance` of its recipe.
         read: Reads a tensor by its exported name.
         check: Raises UserError unless the tensors are those of the recipe's model.
         dtype: The type of the stored weights, as `export --dtype` calls it.
         tokenizer: The folder or file of its tokenizer.
+        tree: The whole recipe of a run; None for others.
     """
 
     path: Path
@@ -42,6 +43,7 @@ class Source:
     check: Callable[[Recipe], None]
     dtype: str
     tokenizer: Path
+    tree: dict[str, Any] | None = None
 
 
 @contextmanager
@@ -65,7 +67,8 @@ def opened(path: Path, seq_len: int | None = None) -> Iterator[Source]:
         tokenizer = own if own.is_file() else Path(run.recipe.data.tokenizer)
         tree = run.recipe.model_dump(mode="json")
         with open_weights(run) as weights:
-            yield Source(path, {name: tree[name] for name in SECTIONS}, weights.read, _unchecked, "float32", tokenizer)
+            sections = {name: tree[name] for name in SECTIONS}
+            yield Source(path, sections, weights.read, _unchecked, "float32", tokenizer, tree)
         return
     stored = read_object(path / "config.json")
     if stored.get("model_type") == UniPoolConfig.model_type:
@@ -91,6 +94,7 @@ def _of_export(path: Path, stored: dict[str, Any]) -> Source:
         model["head_dim"] = stored.get("head_dim")
     if model.get("ffn") == "dense":
         sections |= {"router": {}, "pool": {}}
+    del sections["balance"]  # config.json does not say
     tensors = StoredTensors(path)
 
     def check(recipe: Recipe) -> None:

@@ -42,8 +42,8 @@ class How:
         experts: M, for a dense model; None takes all experts that there are.
         top_k: Experts per token, for a dense model.
         router: "softmax" or "norm", for a dense model.
-        noise: Standard deviation of what is added to the copies of an FFN, relative to that of the FFN's weights, and to
-            the rows of foreign experts, relative to that of the layer's own rows. With 0 the start is exact.
+        noise: Standard deviation of what is added to the copies of an FFN, relative to that of the FFN's weights, and
+            to the rows of foreign experts, relative to that of the layer's own rows. With 0 the start is exact.
         distance: How far below a layer's own experts its softmax router begins with foreign ones, in nats.
         seed: Seed of the noise, and of a dense model's routers.
     """
@@ -114,7 +114,7 @@ def _from_experts(source: Source, how: How) -> Source:
     groups = model.get("groups", 1)
     if groups == 1:
         raise UserError(f"{path}: its layers share one pool already")
-    E, kind, balance = M // groups, router.get("kind", "norm"), sections["balance"]
+    E, kind, balance = M // groups, router.get("kind", "norm"), sections.get("balance", {})
     if kind == "softmax":
         router["logit_bias"] = True
     if balance.get("layer"):
@@ -132,8 +132,9 @@ def _from_experts(source: Source, how: How) -> Source:
         "model": model | {"groups": 1},
         "router": router,
         "pool": sections["pool"],
-        "balance": balance,
     }
+    if balance:
+        new["balance"] = balance
     return _routed(source, new, source.read, own_value, E, how)
 
 

@@ -34,13 +34,18 @@ class _Tensors:
     read: Callable[[str], Tensor]
 
 
-def recipe_for(source: Source, out: Path, base: str, overrides: Sequence[str]) -> Recipe:
-    """Return a recipe that trains on from the export `out` of a model; what is not of the model is that of `base`.
+def recipe_for(source: Source, out: Path, base: str | None, overrides: Sequence[str] = ()) -> Recipe:
+    """Return a recipe that trains on from the export `out` of a model.
+
+    Args:
+        base: The recipe that everything but the model comes from; None takes that of the run, or quickstart.
+        overrides: Texts as `--set` takes them.
 
     Raises:
         UserError: `base` does not exist, or a key or a value is wrong.
     """
-    tree = {name: value for name, value in read_tree(base).items() if name not in (*source.sections, "lock")}
+    whole = source.tree if source.tree and base is None else read_tree(base or "quickstart")
+    tree = {name: value for name, value in whole.items() if name not in (*source.sections, "lock")}
     if source.sections["model"]["ffn"] == "dense":
         ranks = dict(tree.get("parallel") or {})
         tree["parallel"] = {key: ranks[key] for key in ranks if key not in ("pool_ranks", "layout", "expert_parallel")}
@@ -64,12 +69,10 @@ def write(source: Source, recipe: Recipe, out: Path, dtype: str | None, tokenize
         tokenizer: A tokenizer.json or its folder; by default the model's own.
 
     Raises:
-        UserError: `out` is in use or cannot be written, a tensor is missing or has another shape, or the tokenizer
-            cannot be used with the model.
+        UserError: `out` is in use or cannot be written, or the tokenizer cannot be used with the model.
     """
     path = out.resolve()
     check_free(path)
-    source.check(recipe)
     kind = dtype or source.dtype
     loaded, settings = _tokenizer(tokenizer or source.tokenizer, recipe)
     shapes = exported_shapes(recipe)
