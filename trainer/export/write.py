@@ -17,14 +17,16 @@ from trainer.common.strict_json import dumps
 from trainer.config.lock import OWNERSHIP_FILE
 from trainer.config.recipe import save_recipe
 from trainer.export.folder import MODEL_FILES
+from trainer.export.hub.card import write_card
 from trainer.export.saved_run import SavedRun, Weights, export_tokenizer, find_run, open_weights, run_config
 
 Format = Literal["hf", "safetensors"]
 
-_SHARD_SIZE = "5GB"
+SHARD_SIZE = "5GB"
+"""The default size of a file of weights, as huggingface_hub has it; transformers' is 50GB, which would take as much memory."""
 
 
-def export(source: Path, out: Path, form: Format, dtype: str) -> dict[str, Any]:
+def export(source: Path, out: Path, form: Format, dtype: str, shard_size: str = SHARD_SIZE) -> dict[str, Any]:
     """Export a checkpoint; return the folder, checkpoint, number of parameters and sizes of files that were written.
 
     Args:
@@ -32,6 +34,7 @@ def export(source: Path, out: Path, form: Format, dtype: str) -> dict[str, Any]:
         out: The folder to write, which must not exist or be empty.
         form: The format of the export.
         dtype: "float32" or "bfloat16"; routers are always fp32.
+        shard_size: The size up to which tensors share a file, as in "5GB"; one file at a time is in memory.
 
     Raises:
         UserError: `source` has no intact checkpoint, or `out` is in use or cannot be written.
@@ -47,12 +50,13 @@ def export(source: Path, out: Path, form: Format, dtype: str) -> dict[str, Any]:
         with atomic_folder(out) as partial:
             if form == "hf":
                 _write_model_files(run, partial, dtype)
+                write_card(run, partial, dtype, code=True)
             else:
                 save_recipe(run.recipe, partial / "recipe.yaml")
                 if run.recipe.lock and read_ownership(run.folder):
                     shutil.copyfile(run.folder / OWNERSHIP_FILE, partial / OWNERSHIP_FILE)
             with open_weights(run, out.parent) as weights:
-                _write_weights(weights, partial, getattr(torch, dtype))
+                _write_weights(weights, partial, getattr(torch, dtype), shard_size)
                 parameters = weights.parameters
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror or error})") from error
@@ -81,8 +85,8 @@ def _write_model_files(run: SavedRun, folder: Path, dtype: str) -> None:
     (folder / "tokenizer_config.json").write_text(dumps(settings, indent=2) + "\n")
 
 
-def _write_weights(weights: Weights, folder: Path, dtype: torch.dtype) -> None:
-    """Write model.safetensors, or several files of at most 5 GB with an index; one file at a time is in memory."""
+def _write_weights(weights: Weights, folder: Path, dtype: torch.dtype, shard_size: str) -> None:
+    """Write model.safetensors, or several files of at most `shard_size` with an index."""
     from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors.torch import save_file
     from tqdm import tqdm
@@ -92,7 +96,7 @@ def _write_weights(weights: Weights, folder: Path, dtype: torch.dtype) -> None:
         for name, shape in weights.shapes.items()
     }
     split = split_torch_state_dict_into_shards(
-        empty, filename_pattern="model{suffix}.safetensors", max_shard_size=_SHARD_SIZE
+        empty, filename_pattern="model{suffix}.safetensors", max_shard_size=shard_size
     )
     total = sum(tensor.nbytes for tensor in empty.values())
     with tqdm(desc="writing weights", total=total, unit="B", unit_scale=True, disable=None) as bar:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from trainer.common.atomic import atomic_write
 from trainer.common.errors import UserError
 from trainer.common.strict_json import dumps, loads, name_not_finite
+from trainer.common.versions import software
 from trainer.config.lock import OWNERSHIP_FILE
 from trainer.config.recipe import Recipe, save_recipe
 from trainer.telemetry.console import say
@@ -101,7 +102,8 @@ class RunFolder:
     def begin(self, recipe: Recipe, schedule: str, devices: str, tokenizer: str, done_steps: int) -> None:
         """Save the resolved recipe, the schedule and the tokenizer, and drop metrics of later steps than `done_steps`.
 
-        plan.json also keeps when the run was started for the first time, which `goodput` needs, and `recorded`.
+        plan.json also keeps when the run was started for the first time, which `goodput` needs, `recorded`, and the
+        versions of the software.
 
         The evaluation and the probe after these steps are dropped too, because the checkpoint was saved before them.
 
@@ -114,7 +116,8 @@ class RunFolder:
         lines = self._lines()
         self.recorded = max(_step_of(lines[-1]) if lines else 0, int(recorded or 0))
         self._started = psutil.Process().create_time() if started is None else started
-        plan = dumps(loads(schedule) | {"devices": devices, STARTED: self._started, RECORDED: self.recorded})
+        more = {"devices": devices, "software": software(), STARTED: self._started, RECORDED: self.recorded}
+        plan = dumps(loads(schedule) | more)
         atomic_write(self.plan_file, lambda path: path.write_text(plan))
         atomic_write(self.path / TOKENIZER_FILE, lambda path: path.write_text(tokenizer, encoding="utf-8"))
         atomic_write(self.recipe_file, lambda path: save_recipe(recipe, path))

@@ -1,0 +1,114 @@
+"""Uploading an export to the Hugging Face hub.
+
+The token is the one that huggingface_hub finds: HF_TOKEN, or what `hf auth login` has stored. No message repeats it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from huggingface_hub import HfApi, get_token
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub.utils import httpx, validate_repo_id
+
+from trainer.common.credentials import HIDDEN
+from trainer.common.errors import Unavailable, UserError, short_line
+
+_WEIGHTS = ["model*.safetensors", "model.safetensors.index.json"]
+
+
+def check_push(repo: str) -> None:
+    """Check, before an export is made, that it can be pushed: the name, and the token by asking the hub whose it is.
+
+    Raises:
+        UserError: The name is none, there is no token, or the hub does not accept it.
+        Unavailable: The hub cannot be reached.
+    """
+    try:
+        validate_repo_id(repo)
+        if "/" not in repo:
+            raise HFValidationError("the owner is missing")
+    except HFValidationError as error:
+        raise UserError(f"--push-to-hub {repo}: must be OWNER/NAME ({short_line(error)})") from None
+    with _reported(repo, ""):
+        if get_token() is None:
+            raise UserError(
+                f"--push-to-hub {repo}: there is no token; set HF_TOKEN to one that may write, or run `hf auth login`"
+            )
+        HfApi().whoami()
+
+
+def push(folder: Path, repo: str, private: bool, message: str) -> str:
+    """Upload a folder to the model repository `repo`, which is created if needed; return its address.
+
+    Files of weights that are there and not in the folder are removed, because they would be loaded with the new ones.
+
+    Args:
+        private: Whether only its owner may see it; otherwise that is the owner's default, and a repository that exists
+            stays as it is.
+        message: The message of the commit.
+
+    Raises:
+        UserError: The hub refuses it, or the repository exists and is public although `private`.
+        Unavailable: The hub cannot be reached.
+    """
+    api = HfApi()
+    with _reported(repo, f"; the export itself is complete, and the command `hf upload {repo} {folder}` uploads it"):
+        url = str(api.create_repo(repo, private=private or None, exist_ok=True))
+        if private and not api.model_info(repo).private:
+            raise UserError(
+                f"--push-to-hub {repo}: the repository exists and is public, but --private was given; nothing was "
+                "uploaded"
+            )
+        api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message, delete_patterns=list(_WEIGHTS))
+    return url
+
+
+@contextmanager
+def _reported(repo: str, advice: str) -> Iterator[None]:
+    """Report an error of the hub's library in one line.
+
+    Args:
+        advice: The end of the line.
+    """
+    try:
+        yield
+    except OfflineModeIsEnabled:
+        raise UserError(f"--push-to-hub {repo}: HF_HUB_OFFLINE is set; unset it{advice}") from None
+    except (httpx.HTTPError, OSError, ValueError, RuntimeError) as error:
+        answer = _answer(error)
+        status = answer.response.status_code if answer else 0
+        reason = _without_token(short_line((answer and answer.server_message) or error))
+        if answer is None and (isinstance(error, ValueError) or not _is_of_the_network(error)):
+            what: tuple[type[UserError], str] = (UserError, f"the upload was refused ({reason})")
+        elif answer is None:
+            what = Unavailable, f"the hub cannot be reached ({type(error).__name__}); try again later"
+        elif status == 401:
+            what = UserError, "the hub does not accept the token; set HF_TOKEN to another, or run `hf auth login`"
+        elif status == 403:
+            what = UserError, f"the token has no right to write there ({reason}); use one that has"
+        elif status >= 500 or status == 429:
+            what = Unavailable, f"the hub has failed with status {status} ({reason}); try again later"
+        else:
+            what = UserError, f"the hub refused it with status {status} ({reason})"
+        raise what[0](f"--push-to-hub {repo}: {what[1]}{advice}") from None
+
+
+def _answer(error: BaseException | None) -> HfHubHTTPError | None:
+    """The hub's answer that caused an error: threads of an upload wrap it."""
+    while error is not None and not isinstance(error, HfHubHTTPError):
+        error = error.__cause__
+    return error
+
+
+def _is_of_the_network(error: BaseException | None) -> bool:
+    while error is not None and not isinstance(error, httpx.HTTPError | ConnectionError | TimeoutError):
+        error = error.__cause__
+    return error is not None
+
+
+def _without_token(text: str) -> str:
+    token = get_token()
+    return text.replace(token, HIDDEN) if token else text
