@@ -16,7 +16,7 @@ from trainer.export.folder import MODEL_FILES
 
 ROOT = Path(__file__).parent.parent
 OURS = {"trainer", "router", "pool"}
-EXPORTED = {ROOT / "trainer" / "export" / file for file in MODEL_FILES}
+EXPORTED = {ROOT / "trainer" / "export" / "model_files" / file for file in MODEL_FILES}
 
 
 def imports(path: Path) -> set[str]:

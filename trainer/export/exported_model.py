@@ -14,10 +14,10 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from trainer.common.errors import UserError
-from trainer.export.configuration_unipool import EXPORT_VERSION, UniPoolConfig
-from trainer.export.experts_unipool import UniPoolRouter
 from trainer.export.folder import StoredTensors, first_line, read_object
-from trainer.export.modeling_unipool import UniPoolForCausalLM
+from trainer.export.model_files.configuration_unipool import EXPORT_VERSION, UniPoolConfig
+from trainer.export.model_files.experts_unipool import UniPoolRouter
+from trainer.export.model_files.modeling_unipool import UniPoolForCausalLM
 
 _TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 

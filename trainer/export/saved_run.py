@@ -28,7 +28,7 @@ from trainer.data.settings import TRAIN
 from trainer.data.tokenizer import end_of_document_id, load_tokenizer
 from trainer.export.exported_model import filled_model, tokenizer_settings
 from trainer.export.folder import first_line
-from trainer.export.modeling_unipool import UniPoolConfig, UniPoolForCausalLM
+from trainer.export.model_files.modeling_unipool import UniPoolConfig, UniPoolForCausalLM
 from trainer.export.names import Parts, config_fields, expert_names, exported_shapes, trunk_names
 from trainer.telemetry.run_folder import TOKENIZER_FILE
 

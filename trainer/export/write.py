@@ -23,7 +23,7 @@ from trainer.export.saved_run import SavedRun, Weights, export_tokenizer, find_r
 Format = Literal["hf", "safetensors"]
 
 SHARD_SIZE = "5GB"
-"""The default size of a file of weights, as huggingface_hub has it; transformers' is 50GB, which would take as much memory."""
+"""Default size of a file of weights, huggingface_hub's. That of transformers, 50GB, would take as much memory."""
 
 
 def export(source: Path, out: Path, form: Format, dtype: str, shard_size: str = SHARD_SIZE) -> dict[str, Any]:
@@ -79,7 +79,7 @@ def _write_model_files(run: SavedRun, folder: Path, dtype: str) -> None:
     config.to_json_file(folder / "config.json")
     GenerationConfig(**ids).save_pretrained(folder)
     for file in MODEL_FILES:
-        (folder / file).write_bytes((resources.files("trainer.export") / file).read_bytes())
+        (folder / file).write_bytes((resources.files("trainer.export.model_files") / file).read_bytes())
     (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", **settings}
     (folder / "tokenizer_config.json").write_text(dumps(settings, indent=2) + "\n")

@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import StaticCache
 
-from trainer.export.configuration_unipool import UniPoolConfig
-from trainer.export.experts_unipool import UniPoolExperts
-from trainer.export.modeling_unipool import _CACHE, UniPoolForCausalLM
+from trainer.export.model_files.configuration_unipool import UniPoolConfig
+from trainer.export.model_files.experts_unipool import UniPoolExperts
+from trainer.export.model_files.modeling_unipool import CACHE, UniPoolForCausalLM
 
 VOCAB, WINDOW = 40, 8
 
@@ -70,7 +70,7 @@ GENERATE: dict[str, Callable[[], dict[str, Any]]] = {
     "prompt lookup": lambda: {"prompt_lookup_num_tokens": 3, "input_ids": some_tokens(1, 3).repeat(1, 3)},
     "assistant": lambda: {"assistant_model": model_with(seed=1), "input_ids": some_tokens(1, 5)},
 }
-ONLY_WITH_CACHE = ("cache_implementation", "disable_compile", "prompt_lookup_num_tokens", "assistant_model")
+ONLY_WITHCACHE = ("cache_implementation", "disable_compile", "prompt_lookup_num_tokens", "assistant_model")
 
 
 @pytest.mark.parametrize("kind", GENERATE)
@@ -83,7 +83,7 @@ def test_generate_gives_the_same_tokens_with_and_without_cache(kind: str) -> Non
     torch.manual_seed(5)
     cached = model_with().generate(**settings)
     torch.manual_seed(5)
-    plain = {name: value for name, value in settings.items() if name not in ONLY_WITH_CACHE}
+    plain = {name: value for name, value in settings.items() if name not in ONLY_WITHCACHE}
     assert torch.equal(cached, model_with().generate(**plain, use_cache=False))
     assert len(cached[0].unique()) > 4, "the tokens differ among themselves"
 
@@ -106,7 +106,7 @@ def test_unknown_keywords_are_refused() -> None:
     known = {"num_items_in_batch": torch.tensor(10), "cu_seq_lens_q": None, "is_causal": True, "unknown": None}
     loss = model(tokens, labels=tokens, cache_position=torch.arange(6), **known).loss
     torch.testing.assert_close(loss, expected.loss)
-    cached = expected.get(_CACHE)
+    cached = expected.get(CACHE)
     with pytest.raises(TypeError, match="give one"):
         model(tokens, past_key_values=cached, cache=cached)
 
@@ -116,8 +116,8 @@ def test_unknown_keywords_are_refused() -> None:
 def test_the_cache_has_two_names(name: str) -> None:
     model, tokens = model_with(), some_tokens(2, 6)
     expected = model(tokens, use_cache=False)
-    assert expected.get(_CACHE) is None
-    cached = model(tokens[:, :4]).get(_CACHE)
+    assert expected.get(CACHE) is None
+    cached = model(tokens[:, :4]).get(CACHE)
     assert difference(model(tokens[:, 4:], **{name: cached}).logits, expected.logits[:, 4:]) < 1e-5
     cached = StaticCache(config=model.config, max_cache_len=9)
     parts = [model(part, **{name: cached}).logits for part in (tokens[:, :4], tokens[:, 4:])]
@@ -302,6 +302,6 @@ def test_compiles_as_one_graph() -> None:
         assert difference(found[f"_orig_mod.{name}"], grad) < 1e-4, name
     with torch.no_grad():
         cached = StaticCache(config=model.config, max_cache_len=9)
-        model(tokens[:, :5], **{_CACHE: cached})
-        step = compiled(tokens[:, 5:], **{_CACHE: cached}, position_ids=torch.tensor([[5]])).logits
+        model(tokens[:, :5], **{CACHE: cached})
+        step = compiled(tokens[:, 5:], **{CACHE: cached}, position_ids=torch.tensor([[5]])).logits
         assert difference(step, model(tokens).logits[:, 5:]) < 1e-5

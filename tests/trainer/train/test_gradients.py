@@ -91,7 +91,7 @@ class Reference:
 
     def __init__(self, recipe: Recipe, weights: Numbers):
         from trainer.export.exported_model import stored_tensors
-        from trainer.export.modeling_unipool import UniPoolForCausalLM
+        from trainer.export.model_files.modeling_unipool import UniPoolForCausalLM
         from trainer.export.saved_run import model_config
 
         owners, more = None, {}

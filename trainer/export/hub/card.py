@@ -31,7 +31,7 @@ _BODY = """
 # {{ name }}
 
 A language model: {{ about }}.
-{%- if pooled %} In [UniPool](https://arxiv.org/abs/2605.06665) models all layers of a group choose from one pool of experts.
+{%- if pooled %} In [UniPool](https://arxiv.org/abs/2605.06665) models layers choose from a pool of experts that they share.
 {%- endif %}
 
 ## Use
@@ -89,8 +89,8 @@ By lm-evaluation-harness {{ harness }}.
 - It was trained on sequences of {{ window }} tokens; how it does on longer ones is not known.
 - {% if scores %}The losses and scores on this page are all that was measured.
 {%- else %}The losses on this page are all that was measured; it was not evaluated on tasks.{% endif %}
-- No licence is stated. Who publishes the model adds `license:` to the metadata at the top of this file, and looks at the
-  licence of the training text first.
+- No licence is stated. Who publishes the model adds `license:` to the metadata at the top of this file, after a look at
+  the licence of the training text.
 
 """
 
@@ -215,7 +215,7 @@ def _versions(found: dict[str, str]) -> str:
 
 
 def _evaluated(home: Path, checkpoint: str) -> tuple[list[tuple[str, str, Any, Any]], str]:
-    """What `eval` has found out about a checkpoint: task, metric, value and standard error, and the harness's version."""
+    """What `eval` found: task, metric, value and standard error of each score, and the harness's version."""
     path = home / "eval.json"
     try:
         record = loads(path.read_bytes()).get(checkpoint, {}).get("tasks") if path.exists() else None

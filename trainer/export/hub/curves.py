@@ -28,7 +28,7 @@ class Curve:
 
 
 def read_curves(run: Path, steps: int) -> dict[str, Curve]:
-    """Return the finite values of `loss`, `val_loss` and `load_imbalance` of a run's first steps; empty without records.
+    """Return the finite values of `loss`, `val_loss` and `load_imbalance` in a run's records, of its first steps.
 
     Args:
         run: The run's folder.

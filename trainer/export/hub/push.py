@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
@@ -78,35 +79,32 @@ def _reported(repo: str, advice: str) -> Iterator[None]:
     except OfflineModeIsEnabled:
         raise UserError(f"--push-to-hub {repo}: HF_HUB_OFFLINE is set; unset it{advice}") from None
     except (httpx.HTTPError, OSError, ValueError, RuntimeError) as error:
-        answer = _answer(error)
-        status = answer.response.status_code if answer else 0
-        reason = _without_token(short_line((answer and answer.server_message) or error))
-        if answer is None and (isinstance(error, ValueError) or not _is_of_the_network(error)):
-            what: tuple[type[UserError], str] = (UserError, f"the upload was refused ({reason})")
-        elif answer is None:
-            what = Unavailable, f"the hub cannot be reached ({type(error).__name__}); try again later"
-        elif status == 401:
-            what = UserError, "the hub does not accept the token; set HF_TOKEN to another, or run `hf auth login`"
-        elif status == 403:
-            what = UserError, f"the token has no right to write there ({reason}); use one that has"
-        elif status >= 500 or status == 429:
-            what = Unavailable, f"the hub has failed with status {status} ({reason}); try again later"
-        else:
-            what = UserError, f"the hub refused it with status {status} ({reason})"
-        raise what[0](f"--push-to-hub {repo}: {what[1]}{advice}") from None
+        kind, what = _meaning(error)
+        raise kind(f"--push-to-hub {repo}: {what}{advice}") from None
 
 
-def _answer(error: BaseException | None) -> HfHubHTTPError | None:
-    """The hub's answer that caused an error: threads of an upload wrap it."""
-    while error is not None and not isinstance(error, HfHubHTTPError):
+def _meaning(error: Exception) -> tuple[type[UserError], str]:
+    """What an error of the hub's library means to the user."""
+    answer = _caused_by(error, HfHubHTTPError)
+    if answer is None and (reason := _caused_by(error, httpx.HTTPError, ConnectionError, TimeoutError)):
+        return Unavailable, f"the hub cannot be reached ({type(reason).__name__}); try again later"
+    if answer is None:
+        return UserError, f"the upload was refused ({_without_token(short_line(error))})"
+    status, reason = answer.response.status_code, _without_token(short_line(answer.server_message or answer))
+    if status == 401:
+        return UserError, "the hub does not accept the token; set HF_TOKEN to another, or run `hf auth login`"
+    if status == 403:
+        return UserError, f"the token has no right to write there ({reason}); use one that has"
+    if status >= 500 or status == 429:
+        return Unavailable, f"the hub has failed with status {status} ({reason}); try again later"
+    return UserError, f"the hub refused it with status {status} ({reason})"
+
+
+def _caused_by(error: BaseException | None, *kinds: type[BaseException]) -> Any:
+    """The first cause of one of these kinds: threads of an upload wrap errors. None if there is none."""
+    while error is not None and not isinstance(error, kinds):
         error = error.__cause__
     return error
-
-
-def _is_of_the_network(error: BaseException | None) -> bool:
-    while error is not None and not isinstance(error, httpx.HTTPError | ConnectionError | TimeoutError):
-        error = error.__cause__
-    return error is not None
 
 
 def _without_token(text: str) -> str:

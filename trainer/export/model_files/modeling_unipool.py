@@ -19,7 +19,6 @@ a layer can choose, K experts per token.
 
 from __future__ import annotations
 
-import inspect
 from typing import Any, ClassVar
 
 import torch
@@ -30,17 +29,11 @@ from transformers import initialization as init
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import TransformersKwargs, can_return_tuple
 
+from .attention_unipool import CACHE, EMBEDS, MASK_PARAMETERS, UniPoolAttention, rotary_table
 from .configuration_unipool import UniPoolConfig
 from .experts_unipool import UniPoolExperts, UniPoolRouter
-
-_MASK_PARAMETERS = inspect.signature(create_causal_mask).parameters
-# The KV cache is called `past_key_values` in transformers before 5.24, and `cache` from then on.
-_CACHE = "cache" if "cache" in _MASK_PARAMETERS else "past_key_values"
-# The embeddings are called `input_embeds` before 5.2.
-_EMBEDS = "inputs_embeds" if "inputs_embeds" in _MASK_PARAMETERS else "input_embeds"
 
 # Keywords that forward accepts besides its own parameters: those that transformers passes to all models (for attention,
 # outputs and loss), positions in the cache (before 5.4), and arguments of attention functions and of the loss.
@@ -56,92 +49,6 @@ _KEYWORDS = frozenset(TransformersKwargs.__annotations__) | {
     "ignore_index",
     "shift_labels",
 }
-
-
-def eager_attention_forward(
-    module: UniPoolAttention,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **_kwargs: Any,
-) -> tuple[Tensor, Tensor]:
-    """Attention that also returns its weights. The mask is boolean (True: attend) or added to the scores."""
-    key, value = (states.repeat_interleave(module.num_key_value_groups, dim=1) for states in (key, value))
-    weights = query @ key.mT * scaling
-    if attention_mask is not None and attention_mask.dtype == torch.bool:
-        weights = weights.masked_fill(~attention_mask, torch.finfo(weights.dtype).min)
-    elif attention_mask is not None:
-        weights = weights + attention_mask
-    weights = weights.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
-    attended = F.dropout(weights, dropout, module.training) @ value
-    return attended.transpose(1, 2).contiguous(), weights
-
-
-class UniPoolAttention(nn.Module):
-    """Causal grouped-query attention with rotary embeddings, without biases."""
-
-    def __init__(self, config: UniPoolConfig, layer_idx: int):
-        super().__init__()
-        self.config, self.layer_idx = config, layer_idx
-        self.head_dim = config.head_dim
-        # Attention functions of transformers read these attributes.
-        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-        self.scaling = self.head_dim**-0.5
-        self.is_causal = True
-        self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
-        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=False)
-
-    def forward(
-        self,
-        x_BSD: Tensor,
-        rope: tuple[Tensor, Tensor],
-        attention_mask: Tensor | None,
-        cache: Cache | None,
-        cache_position: Tensor | None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return the output and, if the attention function provides them, its weights (B, H, S, positions)."""
-        q, k, v = (
-            project(x_BSD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        q, k = _rotate(q, rope), _rotate(k, rope)
-        if cache is not None:
-            k, v = _update(cache, k, v, self.layer_idx, cache_position, kwargs)
-        attend = eager_attention_forward
-        if self.config._attn_implementation != "eager":
-            attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
-        y, weights = attend(self, q, k, v, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs)
-        return self.o_proj(y.flatten(2)), weights
-
-
-def _update(
-    cache: Cache, k: Tensor, v: Tensor, layer_idx: int, cache_position: Tensor | None, kwargs: dict[str, Any]
-) -> tuple[Tensor, Tensor]:
-    """Append keys and values to a cache, and return all that it contains."""
-    if _CACHE == "cache":
-        return cache.update(k, v, layer_idx, kwargs=kwargs)  # a paged cache reads its indices from kwargs
-    return cache.update(k, v, layer_idx, {"cache_position": cache_position})
-
-
-def _rotary_table(positions_BS: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
-    """Return cos and sin of every position and frequency (arXiv:2104.09864), fp32, (B, 1, S, head_dim / 2)."""
-    device = positions_BS.device
-    exact = "cpu" if device.type == "mps" else device  # MPS has no float64, and fp32 angles are not exact enough
-    frequencies = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device=exact) / head_dim)
-    angles = positions_BS.to(exact, torch.float64)[:, None, :, None] * frequencies
-    return angles.cos().float().to(device), angles.sin().float().to(device)
-
-
-def _rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    cos, sin = rope
-    first, second = x.float().chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
 class UniPoolMLP(nn.Module):
@@ -262,18 +169,18 @@ class UniPoolModel(UniPoolPreTrainedModel):
         h_BSD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         if recompute and cache is not None:
-            raise ValueError(f"{_CACHE} cannot be used with gradient checkpointing, which computes layers twice")
+            raise ValueError(f"{CACHE} cannot be used with gradient checkpointing, which computes layers twice")
         # The mask must not know of a cache that is created here: only without one do restarting positions separate
         # packed sequences.
-        causal = {"config": self.config, _EMBEDS: h_BSD, "attention_mask": attention_mask, _CACHE: cache}
+        causal = {"config": self.config, EMBEDS: h_BSD, "attention_mask": attention_mask, CACHE: cache}
         if cache is None and not recompute and (self.config.use_cache if use_cache is None else use_cache):
             cache = DynamicCache(config=self.config)
         cache_position = kwargs.pop("cache_position", None)
         # A paged cache does not know its length; its caller passes positions.
-        if cache_position is None and (position_ids is None or "cache_position" in _MASK_PARAMETERS):
+        if cache_position is None and (position_ids is None or "cache_position" in MASK_PARAMETERS):
             past = 0 if cache is None else cache.get_seq_length()
             cache_position = torch.arange(h_BSD.shape[1], device=h_BSD.device) + past
-        if "cache_position" in _MASK_PARAMETERS:
+        if "cache_position" in MASK_PARAMETERS:
             causal["cache_position"] = cache_position
         mask = create_causal_mask(**causal, position_ids=position_ids)
         if position_ids is None:
@@ -286,7 +193,7 @@ class UniPoolModel(UniPoolPreTrainedModel):
         keep_logits = config.output_router_logits if output_router_logits is None else output_router_logits
         states, weights, logits = [], [], []  # only what was requested, to save memory
         attention = {
-            "rope": _rotary_table(position_ids, config.head_dim, config.rope_theta),
+            "rope": rotary_table(position_ids, config.head_dim, config.rope_theta),
             "attention_mask": mask,
             "cache": cache,
             "cache_position": cache_position,
@@ -308,7 +215,7 @@ class UniPoolModel(UniPoolPreTrainedModel):
             hidden_states=(*states, h_BSD) if keep_states else None,
             attentions=tuple(weights) or None,
             router_logits=tuple(logits) or None,
-            **{_CACHE: cache},
+            **{CACHE: cache},
         )
 
 
@@ -321,7 +228,7 @@ def _check_keywords(model: nn.Module, kwargs: dict[str, Any]) -> None:
 
 def _one_cache(past_key_values: Cache | None, cache: Any, kwargs: dict[str, Any]) -> Cache | None:
     """Return the KV cache, which has either of its names."""
-    if _CACHE != "cache" and cache is not None and not isinstance(cache, Cache):
+    if CACHE != "cache" and cache is not None and not isinstance(cache, Cache):
         kwargs["cache"] = cache  # before 5.24, paged attention passes its own cache under this name
         return past_key_values
     if past_key_values is not None and cache is not None:
@@ -393,5 +300,5 @@ class UniPoolForCausalLM(UniPoolPreTrainedModel, GenerationMixin):
             hidden_states=out.hidden_states,
             attentions=out.attentions,
             router_logits=out.router_logits,
-            **{_CACHE: getattr(out, _CACHE)},
+            **{CACHE: getattr(out, CACHE)},
         )
