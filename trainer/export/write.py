@@ -16,9 +16,19 @@ from trainer.common.errors import UserError
 from trainer.common.strict_json import dumps
 from trainer.config.lock import OWNERSHIP_FILE
 from trainer.config.recipe import save_recipe
+from trainer.export.exported_model import CHAT_TEMPLATE_FILE
 from trainer.export.folder import MODEL_FILES
 from trainer.export.hub.card import write_card
-from trainer.export.saved_run import SavedRun, Weights, export_tokenizer, find_run, open_weights, run_config
+from trainer.export.saved_run import (
+    SavedRun,
+    Weights,
+    end_ids,
+    export_tokenizer,
+    find_run,
+    open_weights,
+    run_chat,
+    run_config,
+)
 
 Format = Literal["hf", "safetensors"]
 
@@ -68,8 +78,9 @@ def export(source: Path, out: Path, form: Format, dtype: str, shard_size: str = 
 def _write_model_files(run: SavedRun, folder: Path, dtype: str) -> None:
     """Write everything but the weights: configuration, model code and tokenizer."""
     tokenizer, settings = export_tokenizer(run)
-    end_id = tokenizer.token_to_id(settings["eos_token"])
-    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), end_id)
+    chat, template = run_chat(run), settings.pop("chat_template", None)
+    named = {f"{name}_id": tokenizer.token_to_id(settings[name]) for name in ("bos_token", "eos_token", "pad_token")}
+    ids = named | {"eos_token_id": end_ids(chat, named["eos_token_id"])}
     classes = {
         "AutoConfig": "configuration_unipool.UniPoolConfig",
         "AutoModelForCausalLM": "modeling_unipool.UniPoolForCausalLM",
@@ -77,11 +88,18 @@ def _write_model_files(run: SavedRun, folder: Path, dtype: str) -> None:
     config = run_config(run)
     config.update(ids | {"architectures": ["UniPoolForCausalLM"], "auto_map": classes, "dtype": dtype})
     config.to_json_file(folder / "config.json")
-    GenerationConfig(**ids).save_pretrained(folder)
+    if generation := chat.get("generation"):  # as it is: transformers would refuse to write some of what it reads
+        (folder / "generation_config.json").write_text(dumps(generation | ids, indent=2) + "\n")
+    else:
+        GenerationConfig(**ids).save_pretrained(folder)
     for file in MODEL_FILES:
         (folder / file).write_bytes((resources.files("trainer.export.model_files") / file).read_bytes())
     (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", **settings}
+    if isinstance(template, str):
+        (folder / CHAT_TEMPLATE_FILE).write_text(template, encoding="utf-8")
+    elif template:  # several with names
+        settings["chat_template"] = template
     (folder / "tokenizer_config.json").write_text(dumps(settings, indent=2) + "\n")
 
 

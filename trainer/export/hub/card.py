@@ -31,7 +31,7 @@ _BODY = """
 # {{ name }}
 
 A language model: {{ about }}.
-{%- if pooled %} In [UniPool](https://arxiv.org/abs/2605.06665) models layers choose from a pool of experts that they share.
+{%- if pooled %} In a [UniPool](https://arxiv.org/abs/2605.06665) model, layers share a pool of experts.
 {%- endif %}
 
 ## Use

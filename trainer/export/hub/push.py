@@ -90,7 +90,10 @@ def _meaning(error: Exception) -> tuple[type[UserError], str]:
         return Unavailable, f"the hub cannot be reached ({type(reason).__name__}); try again later"
     if answer is None:
         return UserError, f"the upload was refused ({_without_token(short_line(error))})"
-    status, reason = answer.response.status_code, _without_token(short_line(answer.server_message or answer))
+    status, reason = answer.response.status_code, short_line(answer.server_message or answer)
+    if error is not answer:  # which says at which file it was
+        reason = short_line(error) if isinstance(error, ValueError) else f"{short_line(error)}: {reason}"
+    reason = _without_token(reason)
     if status == 401:
         return UserError, "the hub does not accept the token; set HF_TOKEN to another, or run `hf auth login`"
     if status == 403:
