@@ -16,6 +16,7 @@ import pytest
 from tests.distributed import run_ranks
 from tests.training import tiny
 from trainer.common.errors import UserError
+from trainer.common.versions import software
 from trainer.engine.monitors import Monitors
 from trainer.telemetry import run_folder
 from trainer.telemetry.run_folder import RunFolder

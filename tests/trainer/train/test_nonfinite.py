@@ -22,7 +22,7 @@ from trainer.common.errors import DIVERGED
 from trainer.common.strict_json import dumps, name_not_finite
 from trainer.config.recipe import Recipe, load_recipe
 from trainer.planning.schedule import make_schedule
-from trainer.train.summary import perplexity
+from trainer.train.ends.summary import perplexity
 
 ROOT = Path(__file__).parents[3]
 
