@@ -15,7 +15,7 @@ from trainer.config.recipe import Recipe
 from trainer.export.folder import StoredTensors, is_export, read_object
 from trainer.export.model_files.configuration_unipool import UniPoolConfig
 from trainer.export.names import CONFIG_KEYS, exported_shapes
-from trainer.export.saved_run import find_run, open_weights
+from trainer.export.saved_run import find_run, open_weights, run_chat
 from trainer.importing.families import Sections, read_config, sections_of, their_name
 
 TOKENIZER = "tokenizer.json"
@@ -35,6 +35,7 @@ class Source:
         dtype: The type of the stored weights, as `export --dtype` calls it.
         tokenizer: The folder or file of its tokenizer.
         tree: The whole recipe of a run; None for others.
+        chat: What a run's tokenizer says about conversations; None for others, where files beside it say so.
     """
 
     path: Path
@@ -44,6 +45,7 @@ class Source:
     dtype: str
     tokenizer: Path
     tree: dict[str, Any] | None = None
+    chat: dict[str, Any] | None = None
 
 
 @contextmanager
@@ -68,7 +70,7 @@ def opened(path: Path, seq_len: int | None = None) -> Iterator[Source]:
         tree = run.recipe.model_dump(mode="json")
         with open_weights(run) as weights:
             sections = {name: tree[name] for name in SECTIONS}
-            yield Source(path, sections, weights.read, _unchecked, "float32", tokenizer, tree)
+            yield Source(path, sections, weights.read, _unchecked, "float32", tokenizer, tree, run_chat(run))
         return
     stored = read_object(path / "config.json")
     if stored.get("model_type") == UniPoolConfig.model_type:

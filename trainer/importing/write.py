@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from trainer.common.atomic import atomic_folder
@@ -16,8 +17,8 @@ from trainer.common.errors import UserError
 from trainer.common.safe_read import Unreadable, read_text
 from trainer.common.strict_json import loads
 from trainer.config.recipe import Recipe, check_recipe, parse_override, read_tree, save_recipe
-from trainer.data.tokenizer import end_of_document_id, load_tokenizer, vocabulary
-from trainer.export.exported_model import tokenizer_settings
+from trainer.data.tokenizer import chat_settings, end_of_document_id, load_tokenizer, vocabulary
+from trainer.export.exported_model import chat_arguments, tokenizer_settings
 from trainer.export.names import Shape, exported_shapes
 from trainer.export.saved_run import model_config
 from trainer.export.write import check_free, write_model_files, write_weights
@@ -74,12 +75,13 @@ def write(source: Source, recipe: Recipe, out: Path, dtype: str | None, tokenize
     path = out.resolve()
     check_free(path)
     kind = dtype or source.dtype
-    loaded, settings = _tokenizer(tokenizer or source.tokenizer, recipe)
+    chat = source.chat if tokenizer is None else None
+    arguments = _tokenizer(tokenizer or source.tokenizer, chat, recipe)
     shapes = exported_shapes(recipe)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_folder(path) as partial:
-            write_model_files(model_config(recipe), loaded, settings, partial, kind)
+            write_model_files(model_config(recipe), *arguments, partial, kind)
             save_recipe(recipe, partial / RECIPE)
             write_weights(_Tensors(shapes, source.read), partial, getattr(torch, kind))
     except OSError as error:
@@ -89,8 +91,16 @@ def write(source: Source, recipe: Recipe, out: Path, dtype: str | None, tokenize
     return {"path": str(path), "source": str(source.path), "parameters": parameters, "dtype": kind, "files": files}
 
 
-def _tokenizer(path: Path, recipe: Recipe) -> tuple[Any, dict[str, Any]]:
-    """Return the tokenizer, and arguments of `PreTrainedTokenizerFast`; see `saved_run.export_tokenizer`."""
+def _tokenizer(
+    path: Path, chat: dict[str, Any] | None, recipe: Recipe
+) -> tuple[Tokenizer, dict[str, Any], dict[str, Any]]:
+    """Return the tokenizer, arguments of `PreTrainedTokenizerFast`, and what it says about conversations.
+
+    See `saved_run.export_tokenizer`.
+
+    Args:
+        chat: What it says about conversations, if that is known; None reads the files beside it.
+    """
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
         raise UserError(f"{file}: no such file; give the model's tokenizer with --tokenizer FILE")
@@ -101,10 +111,13 @@ def _tokenizer(path: Path, recipe: Recipe) -> tuple[Any, dict[str, Any]]:
     end = str(tokenizer.id_to_token(end_of_document_id(tokenizer)))
     tokenizer.post_processor = None
     special = {"bos_token": _begin(file, tokenizer) or end, "eos_token": end, "pad_token": end}
-    return tokenizer, tokenizer_settings(special, recipe.model.seq_len)
+    settings = tokenizer_settings(special, recipe.model.seq_len)
+    if chat is None:
+        chat = chat_settings(str(file))
+    return tokenizer, settings | chat_arguments(chat, tokenizer) if chat else settings, chat
 
 
-def _begin(file: Path, tokenizer: Any) -> str | None:
+def _begin(file: Path, tokenizer: Tokenizer) -> str | None:
     """Return the token that begins a text by the file beside a tokenizer.json, or None."""
     try:
         named = loads(read_text(file.with_name("tokenizer_config.json"))).get("bos_token")

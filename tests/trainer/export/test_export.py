@@ -280,6 +280,9 @@ def test_without_this_project(tmp_path: Path) -> None:
     """transformers alone loads every export and computes the same logits, also with caches and left padding."""
     torch.save(some_tokens(), tmp_path / "tokens.pt")
     folders = {model: str(exported(model)) for model in MODELS}
+    in_files = str(tmp_path / "in files")
+    assert invoke("export", str(trained("unipool")[0]), in_files, "--shard-size", "20KB").exit_code == 0
+    folders["unipool in files"] = in_files
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     done = subprocess.run(
         [sys.executable, "-c", ALONE, json.dumps(folders)],
@@ -292,7 +295,7 @@ def test_without_this_project(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     found = torch.load(tmp_path / "found.pt")
     for model, values in found.items():
-        expected = trainer_logits(model, some_tokens())
+        expected = trainer_logits(model.removesuffix(" in files"), some_tokens())
         assert_close(values["logits"], expected)
         assert values["number of states"] == 4, model
         for exact in ("padded", "uncached", "static"):
@@ -306,10 +309,10 @@ def test_without_this_project(tmp_path: Path) -> None:
         assert values["ids"].tolist() == ids
 
 
-def test_large_weights_are_split_and_small_types_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer.export.write._SHARD_SIZE", "20KB")
+def test_large_weights_are_split_and_small_types_kept(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    report = invoke("export", str(trained("unipool")[0]), str(tmp_path / "out"), "--dtype", "bfloat16", "--json")
+    out = [str(trained("unipool")[0]), str(tmp_path / "out"), "--shard-size", "20KB"]
+    report = invoke("export", *out, "--dtype", "bfloat16", "--json")
     files = {name: size for name, size in json.loads(report.stdout)["files"].items() if name.endswith(".safetensors")}
     assert len(files) > 3 and all(size < 25_000 for size in files.values())
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
