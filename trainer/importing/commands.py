@@ -85,7 +85,12 @@ def import_(
 
 @click.command(short_help="Make a dense or vanilla model one with a pool that computes the same.")
 @_writes
-@count_option("--experts", "Experts of the pool, for a dense model.  [default: two for each layer]", metavar="M")
+@count_option(
+    "--experts",
+    "Experts of the pool, for a dense model (default: two for each layer), or to merge a pool to.",
+    metavar="M",
+)
+@click.option("--text", type=click.Path(path_type=Path), help="File whose tokens say which experts of a pool to merge.")
 @count_option("--top-k", "Experts per token, for a dense model.", 2, metavar="K")
 @click.option(
     "--router",
@@ -117,24 +122,33 @@ def upcycle(
     dtype: str | None,
     tokenizer: Path | None,
     as_json: bool,
+    text: Path | None,
     **how: Any,
 ) -> None:
     """Make SOURCE a model whose layers share one pool, and write it as an export to OUT, as `import` does.
 
     SOURCE is a run, an export, or a Hugging Face checkpoint that `import` accepts. If it is dense, the pool has copies
     of each layer's FFN. If its layers have their own experts, the pool has all of them. Each layer's router starts at
-    the layer's own experts, so that with --noise 0 the logits stay the same; from there, training decides.
+    the layer's own experts, so that with --noise 0 the logits stay the same; from there, training decides. If its
+    layers share one pool already, --experts M --text FILE merges the experts that `probe redundancy` finds most alike.
 
     \b
     Examples:
       unipool upcycle runs/dense runs/upcycled --experts 32 --noise 0.01
       unipool upcycle downloads/OLMoE-1B-7B runs/olmoe-pool --distance 5
+      unipool upcycle runs/olmoe-pool runs/olmoe-half --experts 512 --text corpus.txt
     """
     from trainer.importing.source import opened
-    from trainer.importing.upcycle import How, upcycled
     from trainer.importing.write import recipe_for, write
 
     with opened(source) as model:
-        made = upcycled(model, How(**how))
+        if text is None:
+            from trainer.importing.upcycle import How, upcycled
+
+            made = upcycled(model, How(**how))
+        else:
+            from trainer.importing.merge import merged
+
+            made = merged(model, how["experts"], text, how["seed"])
         model.check(recipe_for(model, out, base))
         _show(write(made, recipe_for(made, out, base, overrides), out, dtype, tokenizer), as_json)

@@ -39,7 +39,7 @@ def read_config(folder: Path) -> PretrainedConfig:
         config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers and huggingface_hub each raise their own kinds
         raise UserError(f"{file}: is not a configuration of {kind} ({first_line(error)})") from None
-    return config  # type: ignore[no-any-return]
+    return config
 
 
 def sections_of(config: PretrainedConfig, file: Path, seq_len: int | None = None) -> Sections:

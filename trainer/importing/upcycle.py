@@ -113,7 +113,11 @@ def _from_experts(source: Source, how: How) -> Source:
     model, router, M = sections["model"], dict(sections["router"]), sections["pool"]["experts"]
     groups = model.get("groups", 1)
     if groups == 1:
-        raise UserError(f"{path}: its layers share one pool already")
+        raise UserError(f"{path}: its layers share one pool already; --experts and --text merge it to fewer experts")
+    if how.experts not in (None, M):
+        raise UserError(
+            f"--experts {how.experts}: must be left out: the pool has all {M} experts of {path}; merge them after that"
+        )
     E, kind, balance = M // groups, router.get("kind", "norm"), sections.get("balance", {})
     if kind == "softmax":
         router["logit_bias"] = True
