@@ -13,6 +13,7 @@ from trainer.config.commands import recipes
 from trainer.data.commands import prepare
 from trainer.evaluate.commands import evaluate
 from trainer.export.commands import export, generate
+from trainer.importing.commands import import_, upcycle
 from trainer.planning.commands import plan
 from trainer.probe.commands import probe
 from trainer.scaling_law.commands import law
@@ -45,6 +46,8 @@ for command in (
     bench,
     recipes,
     export,
+    import_,
+    upcycle,
     generate,
     evaluate,
     watch,
