@@ -30,10 +30,11 @@ def _size(_context: click.Context, _option: click.Parameter, text: str) -> str:
 @click.option(
     "--format",
     "form",
-    type=click.Choice(["hf", "safetensors"]),
+    type=click.Choice(["hf", "llama", "safetensors"]),
     default="hf",
     show_default=True,
-    help="hf: a folder for transformers, with model code and tokenizer. safetensors: the weights and the recipe.",
+    help="hf: a folder for transformers, with model code and tokenizer. llama: the same for a dense model, as a LLaMA "
+    "that needs no code. safetensors: the weights and the recipe.",
 )
 @click.option(
     "--dtype",
@@ -51,7 +52,7 @@ def _size(_context: click.Context, _option: click.Parameter, text: str) -> str:
     help="Size up to which tensors share a file; one file at a time is in memory.",
 )
 @click.option(
-    "--push-to-hub", "repo", metavar="OWNER/NAME", help="Upload the export, of format hf, to this repository of models."
+    "--push-to-hub", "repo", metavar="OWNER/NAME", help="Upload the export to this repository of models on the hub."
 )
 @click.option("--private", is_flag=True, help="Make a new repository that only its owner may see.")
 @json_option
@@ -73,8 +74,8 @@ def export(
     """
     if private and repo is None:
         raise UserError("--private: applies to an upload; give --push-to-hub OWNER/NAME as well, or leave it out")
-    if repo is not None and form != "hf":
-        raise UserError(f"--push-to-hub {repo}: takes an export of format hf; leave out --format {form}")
+    if repo is not None and form == "safetensors":
+        raise UserError(f"--push-to-hub {repo}: takes an export that transformers reads; leave out --format {form}")
     from trainer.export.hub.push import check_push, push
     from trainer.export.write import export as write
 
