@@ -9,7 +9,8 @@ import click
 
 from trainer.bench.commands import bench
 from trainer.common.error_reporting import report_errors
-from trainer.config.commands import recipes
+from trainer.config.commands import completion, recipes
+from trainer.config.completion import PROGRAM, register_shells
 from trainer.data.commands import prepare
 from trainer.evaluate.commands import evaluate
 from trainer.export.commands import export, generate
@@ -23,8 +24,9 @@ from trainer.view.commands import own, report, watch
 
 def main() -> None:
     """Entry point of `python -m trainer` and of `unipool`."""
+    register_shells()
     with report_errors():
-        cli.main(prog_name="unipool", standalone_mode=False)
+        cli.main(prog_name=PROGRAM, standalone_mode=False)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -53,5 +55,6 @@ for command in (
     probe,
     sweep,
     law,
+    completion,
 ):
     cli.add_command(command)

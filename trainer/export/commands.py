@@ -10,6 +10,7 @@ import click
 
 from trainer.common.errors import UserError
 from trainer.common.strict_json import dumps
+from trainer.config.completion import RunPath
 from trainer.config.options import count_option, json_option, seed_option
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @click.command(short_help="Write a model for Hugging Face transformers.")
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=RunPath())
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option(
     "--format",
@@ -59,7 +60,7 @@ def export(run: Path, out: Path, form: Format, dtype: str, as_json: bool) -> Non
 
 
 @click.command(short_help="Continue a text.")
-@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("source", type=RunPath())
 @click.option("--prompt", required=True, help="Text to continue; - reads it from stdin.")
 @count_option("--tokens", "Maximum new tokens.", 128)
 @click.option(
