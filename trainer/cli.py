@@ -9,7 +9,7 @@ import click
 
 from trainer.bench.commands import bench
 from trainer.common.error_reporting import report_errors
-from trainer.config.commands import completion, recipes
+from trainer.config.commands import completion, init, recipes
 from trainer.config.completion import PROGRAM, register_shells
 from trainer.data.commands import prepare
 from trainer.evaluate.commands import evaluate
@@ -56,5 +56,6 @@ for command in (
     sweep,
     law,
     completion,
+    init,
 ):
     cli.add_command(command)
