@@ -193,6 +193,8 @@ class UniPoolRouter(nn.Module):
         self.weight = nn.Parameter(torch.empty(experts, config.hidden_size))
         if self.kind in ("norm", "norm_bias"):
             self.sigma = nn.Parameter(torch.ones(1))
+        self.renormalize = config.norm_topk_prob
+        self.bias = nn.Parameter(torch.zeros(experts)) if config.router_bias else None
         if self.kind in ("norm_bias", "sigmoid_bias"):
             self.register_buffer("expert_bias", torch.zeros(experts))
         # True for experts that other layers own. It is not stored; config.json names the owners.
@@ -220,7 +222,8 @@ class UniPoolRouter(nn.Module):
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return (logits_TM, topk_scores_TK, topk_expert_ids_TK); ids count from the layer's first expert."""
         with torch.autocast(x_TD.device.type, enabled=False):
-            logits_TM = F.linear(x_TD.float(), self.weight.float())
+            bias_M = None if self.bias is None else self.bias.float()
+            logits_TM = F.linear(x_TD.float(), self.weight.float(), bias_M)
             if self.kind in ("norm", "norm_bias"):  # Eq. 7
                 norm_T1 = torch.linalg.vector_norm(logits_TM, dim=-1, keepdim=True)
                 gain_T1 = self.sigma.float() * self.constant / (norm_T1 + EPS)
@@ -239,6 +242,6 @@ class UniPoolRouter(nn.Module):
                 preference_TM = scores_TM + self.expert_bias.float()
             ids_TK = preference_TM.topk(self.top_k, dim=-1).indices
             scores_TK = scores_TM.gather(-1, ids_TK)
-            if self.kind == "sigmoid_bias" and self.top_k > 1:
+            if self.renormalize or (self.kind == "sigmoid_bias" and self.top_k > 1):
                 scores_TK = scores_TK / (scores_TK.sum(dim=-1, keepdim=True) + SIGMOID_EPS)
             return logits_TM, scores_TK, ids_TK

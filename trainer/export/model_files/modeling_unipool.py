@@ -5,8 +5,10 @@ and the names of its tensors are LLaMA's, and a dense model is a LLaMA. Files st
 
     model.embed_tokens.weight  model.norm.weight  lm_head.weight
     model.layers.L.{input_layernorm, post_attention_layernorm}.weight
-    model.layers.L.self_attn.{q_proj, k_proj, v_proj, o_proj}.weight
-    model.layers.L.router.weight              and .sigma (norm, norm_bias), .expert_bias (norm_bias, sigmoid_bias)
+    model.layers.L.self_attn.{q_proj, k_proj, v_proj, o_proj}.weight      with qkv_bias: {q, k, v}_proj.bias
+    model.layers.L.self_attn.{q_norm, k_norm}.weight                      with qk_norm
+    model.layers.L.router.weight      and .sigma (norm, norm_bias), .expert_bias (norm_bias, sigmoid_bias), .bias
+    model.layers.L.private_gate.weight                                    with private_gate
     model.experts.I.{gate_proj, up_proj, down_proj}.weight      I: the expert's number in the whole pool
     model.layers.L.mlp.{gate_proj, up_proj, down_proj}.weight   the FFN of a dense model, or a layer's own expert
 
@@ -67,6 +69,7 @@ class UniPoolDecoderLayer(GradientCheckpointingLayer):
             self.private = config.private_intermediate_size > 0
             if self.private:
                 self.mlp = UniPoolMLP(config.hidden_size, config.private_intermediate_size)
+                self.private_gate = nn.Linear(config.hidden_size, 1, bias=False) if config.private_gate else None
             self.router = UniPoolRouter(config, layer_idx)
             group = layer_idx * config.num_expert_groups // config.num_hidden_layers
             self.first_expert = group * (config.num_experts // config.num_expert_groups)
@@ -81,7 +84,8 @@ class UniPoolDecoderLayer(GradientCheckpointingLayer):
         if experts is None:
             return h_BSD + self.mlp(x_BSD), weights, None
         if self.private:
-            h_BSD = h_BSD + self.mlp(x_BSD)
+            own_BSD = self.mlp(x_BSD)
+            h_BSD = h_BSD + (own_BSD if self.private_gate is None else own_BSD * self.private_gate(x_BSD).sigmoid())
         x_TD = x_BSD.flatten(0, 1)
         logits_TM, topk_scores_TK, topk_expert_ids_TK = self.router(x_TD)
         y_TD = experts(x_TD, topk_expert_ids_TK + self.first_expert, topk_scores_TK)
@@ -110,6 +114,8 @@ class UniPoolPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, std=std)
             if module.kind in ("norm", "norm_bias"):
                 init.ones_(module.sigma)
+            if module.bias is not None:
+                init.zeros_(module.bias)
             if module.kind in ("norm_bias", "sigmoid_bias"):
                 init.zeros_(module.expert_bias)
             module.mark_foreign()
