@@ -243,10 +243,11 @@ class SoftmaxRouter(Router):
 
     def decide(self, logits_TM: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         scores_TM = logits_TM.softmax(dim=-1)
-        gates_TK, *others = _decide(scores_TM, logits_TM, broken_rows(logits_TM), self.top_k, self.normalized)
+        broken_T1 = broken_rows(logits_TM)
+        gates_TK, ids_TK, mean_scores_M = _decide(scores_TM, logits_TM, broken_T1, self.top_k, self.normalized)
         if self.renormalize:
             gates_TK = gates_TK / gates_TK.sum(dim=-1, keepdim=True)
-        return gates_TK, *others
+        return gates_TK, ids_TK, mean_scores_M
 
 
 class SigmoidBiasRouter(BiasedRouter):

@@ -125,7 +125,8 @@ class UniPoolExperts(nn.Module):
             ):
                 linear.weight = nn.Parameter(weight.clone(), requires_grad=self.down_proj.requires_grad)
             self.add_module(str(expert), mlp)
-        self.gate_up_proj = self.down_proj = None
+        for name in ("gate_up_proj", "down_proj"):
+            self.register_parameter(name, None)
 
     def forward(self, x_TD: Tensor, topk_expert_ids_TK: Tensor, topk_scores_TK: Tensor) -> Tensor:
         """Return sum_i g_i(x) e_i(x) over the chosen experts, summed in fp32."""
