@@ -11,6 +11,7 @@ import click
 
 from trainer.common.errors import UserError
 from trainer.common.strict_json import dumps
+from trainer.config.completion import RunPath
 from trainer.config.options import count_option, json_option, seed_option
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ def _size(_context: click.Context, _option: click.Parameter, text: str) -> str:
 
 
 @click.command(short_help="Write a model for Hugging Face transformers.")
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=RunPath())
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option(
     "--format",
@@ -95,7 +96,7 @@ def export(
 
 
 @click.command(short_help="Continue a text.")
-@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("source", type=RunPath())
 @click.option("--prompt", required=True, help="Text to continue; - reads it from stdin.")
 @count_option("--tokens", "Maximum new tokens.", 128)
 @click.option(

@@ -5,9 +5,11 @@ from __future__ import annotations
 import shutil
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
+from tokenizers import Tokenizer
+from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from trainer.checkpoint.format import damage, read_ownership
@@ -19,10 +21,10 @@ from trainer.config.recipe import save_recipe
 from trainer.export.exported_model import CHAT_TEMPLATE_FILE
 from trainer.export.folder import MODEL_FILES
 from trainer.export.hub.card import write_card
-from trainer.export.names import exported_shapes
+from trainer.export.model_files.configuration_unipool import UniPoolConfig
+from trainer.export.names import Shape, exported_shapes
 from trainer.export.saved_run import (
     SavedRun,
-    Weights,
     end_ids,
     export_tokenizer,
     find_run,
@@ -56,8 +58,7 @@ def export(source: Path, out: Path, form: Format, dtype: str, shard_size: str = 
         UserError: `source` has no intact checkpoint, or `out` is in use or cannot be written.
     """
     out = out.resolve()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: already exists; choose another folder or remove it")
+    check_free(out)
     run = find_run(source)
     if problem := damage(run.folder):
         raise UserError(f"{run.folder}: this checkpoint is damaged: {problem}; export another one")
@@ -65,14 +66,15 @@ def export(source: Path, out: Path, form: Format, dtype: str, shard_size: str = 
         out.parent.mkdir(parents=True, exist_ok=True)
         with atomic_folder(out) as partial:
             if form != "safetensors":
-                _write_model_files(run, partial, dtype, _llama_config(run) if form == "llama" else None)
+                config = _llama_config(run) if form == "llama" else run_config(run)
+                write_model_files(config, *export_tokenizer(run), run_chat(run), partial, dtype)
                 write_card(run, partial, dtype, code=form == "hf")
             else:
                 save_recipe(run.recipe, partial / "recipe.yaml")
                 if run.recipe.lock and read_ownership(run.folder):
                     shutil.copyfile(run.folder / OWNERSHIP_FILE, partial / OWNERSHIP_FILE)
             with open_weights(run, out.parent) as weights:
-                _write_weights(weights, partial, getattr(torch, dtype), shard_size)
+                write_weights(weights, partial, getattr(torch, dtype), shard_size)
                 parameters = weights.parameters
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror or error})") from error
@@ -99,17 +101,40 @@ def _llama_config(run: SavedRun) -> LlamaConfig:
     return config
 
 
-def _write_model_files(run: SavedRun, folder: Path, dtype: str, llama: LlamaConfig | None) -> None:
-    """Write everything but the weights: configuration, tokenizer and, unless it is a `llama`, model code."""
-    tokenizer, settings = export_tokenizer(run)
-    chat, template = run_chat(run), settings.pop("chat_template", None)
+def check_free(out: Path) -> None:
+    """Check that a folder to write does not exist or is empty.
+
+    Raises:
+        UserError: It holds something.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: already exists; choose another folder or remove it")
+
+
+def write_model_files(
+    config: UniPoolConfig | LlamaConfig,
+    tokenizer: Tokenizer,
+    settings: dict[str, Any],
+    chat: dict[str, Any],
+    folder: Path,
+    dtype: str,
+) -> None:
+    """Write everything but the weights: configuration, tokenizer and, unless it is a LLaMA, model code.
+
+    Args:
+        settings: Arguments of `PreTrainedTokenizerFast`.
+        chat: What the tokenizer says about conversations (`trainer.data.tokenizer.chat_settings`); {}: nothing.
+    """
+    settings = dict(settings)
+    template = settings.pop("chat_template", None)
     named = {f"{name}_id": tokenizer.token_to_id(settings[name]) for name in ("bos_token", "eos_token", "pad_token")}
     ids = named | {"eos_token_id": end_ids(chat, int(named["eos_token_id"] or 0))}
     classes = {
         "AutoConfig": "configuration_unipool.UniPoolConfig",
+        "AutoModel": "modeling_unipool.UniPoolModel",
         "AutoModelForCausalLM": "modeling_unipool.UniPoolForCausalLM",
     }
-    config = llama or run_config(run)
+    llama = isinstance(config, LlamaConfig)
     if llama:
         config.update(ids | {"architectures": ["LlamaForCausalLM"], "dtype": dtype})
     else:
@@ -130,7 +155,15 @@ def _write_model_files(run: SavedRun, folder: Path, dtype: str, llama: LlamaConf
     (folder / "tokenizer_config.json").write_text(dumps(settings, indent=2) + "\n")
 
 
-def _write_weights(weights: Weights, folder: Path, dtype: torch.dtype, shard_size: str) -> None:
+class Readable(Protocol):
+    """Tensors by their exported names: their shapes, and what reads one."""
+
+    shapes: dict[str, Shape]
+
+    def read(self, name: str) -> Tensor: ...
+
+
+def write_weights(weights: Readable, folder: Path, dtype: torch.dtype, shard_size: str = SHARD_SIZE) -> None:
     """Write model.safetensors, or several files of at most `shard_size` with an index."""
     from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors.torch import save_file

@@ -51,6 +51,19 @@ MODELS: dict[str, dict[str, Any]] = {
         "balance": {"pool": 0.0},
     },
     "softmax, groups": GROUPS | {"router": {"kind": "softmax"}},
+    "keys of imported models": GROUPS
+    | {
+        "model": {
+            **GROUPS["model"],
+            "head_dim": 8,
+            "qk_norm": "head",
+            "qkv_bias": True,
+            "private_ffn": 7,
+            "private_gate": True,
+        },
+        "router": {"kind": "softmax", "renormalize": True, "logit_bias": True},
+        "parallel": {"trunk_zero": 3},
+    },
     "dense": {"model": {"ffn": "dense"}, "pool": {"experts": 0}, "balance": {"pool": 0.0}},
 }
 VOCAB = 300
@@ -186,7 +199,8 @@ def test_weights_are_the_runs_bit_for_bit_and_stored_once(model: str) -> None:
 
 def learned_rows(tensors: Any) -> list[bytes]:
     """Return every row of every tensor; fused and split tensors have the same rows."""
-    return [row.numpy().tobytes() for tensor in tensors for row in tensor.reshape(-1, tensor.shape[-1])]
+    shaped = (tensor.reshape(-1, tensor.shape[-1] if tensor.ndim > 1 else 1) for tensor in tensors)
+    return [row.numpy().tobytes() for tensor in shaped for row in tensor]
 
 
 @torch.no_grad()

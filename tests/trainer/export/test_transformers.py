@@ -70,7 +70,7 @@ GENERATE: dict[str, Callable[[], dict[str, Any]]] = {
     "prompt lookup": lambda: {"prompt_lookup_num_tokens": 3, "input_ids": some_tokens(1, 3).repeat(1, 3)},
     "assistant": lambda: {"assistant_model": model_with(seed=1), "input_ids": some_tokens(1, 5)},
 }
-ONLY_WITHCACHE = ("cache_implementation", "disable_compile", "prompt_lookup_num_tokens", "assistant_model")
+ONLY_WITH_CACHE = ("cache_implementation", "disable_compile", "prompt_lookup_num_tokens", "assistant_model")
 
 
 @pytest.mark.parametrize("kind", GENERATE)
@@ -83,7 +83,7 @@ def test_generate_gives_the_same_tokens_with_and_without_cache(kind: str) -> Non
     torch.manual_seed(5)
     cached = model_with().generate(**settings)
     torch.manual_seed(5)
-    plain = {name: value for name, value in settings.items() if name not in ONLY_WITHCACHE}
+    plain = {name: value for name, value in settings.items() if name not in ONLY_WITH_CACHE}
     assert torch.equal(cached, model_with().generate(**plain, use_cache=False))
     assert len(cached[0].unique()) > 4, "the tokens differ among themselves"
 
