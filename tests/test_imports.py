@@ -122,12 +122,13 @@ def test_no_file_is_too_long() -> None:
 
 
 def test_start_up_path_is_light() -> None:
-    """`--help` and a recipe's check load no torch, no deepspeed, no datasets."""
+    """`--help`, a recipe's check and `import trainer` load nothing heavy; `watch` and `load_run` no torch."""
     code = (
         "import sys; from trainer.cli import cli; from trainer.config.recipe import load_recipe;"
         "load_recipe('quickstart');"
         "print(*{'torch', 'deepspeed', 'datasets', 'transformers', 'lm_eval', 'matplotlib', 'numpy', 'rich'}"
-        " & set(sys.modules))"
+        " & set(sys.modules)); import trainer.view.watch; from trainer import load_run;"
+        "print(*{'torch', 'transformers', 'pandas', 'matplotlib'} & set(sys.modules))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=120

@@ -11,6 +11,7 @@ import click
 
 from trainer.common.errors import UserError
 from trainer.common.strict_json import dumps
+from trainer.config.completion import RunPath
 from trainer.config.options import count_option, json_option, seed_option
 
 if TYPE_CHECKING:
@@ -25,15 +26,16 @@ def _size(_context: click.Context, _option: click.Parameter, text: str) -> str:
 
 
 @click.command(short_help="Write a model for Hugging Face transformers.")
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=RunPath())
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option(
     "--format",
     "form",
-    type=click.Choice(["hf", "safetensors"]),
+    type=click.Choice(["hf", "llama", "safetensors"]),
     default="hf",
     show_default=True,
-    help="hf: a folder for transformers, with model code and tokenizer. safetensors: the weights and the recipe.",
+    help="hf: a folder for transformers, with model code and tokenizer. llama: the same for a dense model, as a LLaMA "
+    "that needs no code. safetensors: the weights and the recipe.",
 )
 @click.option(
     "--dtype",
@@ -51,7 +53,7 @@ def _size(_context: click.Context, _option: click.Parameter, text: str) -> str:
     help="Size up to which tensors share a file; one file at a time is in memory.",
 )
 @click.option(
-    "--push-to-hub", "repo", metavar="OWNER/NAME", help="Upload the export, of format hf, to this repository of models."
+    "--push-to-hub", "repo", metavar="OWNER/NAME", help="Upload the export to this repository of models on the hub."
 )
 @click.option("--private", is_flag=True, help="Make a new repository that only its owner may see.")
 @json_option
@@ -73,8 +75,8 @@ def export(
     """
     if private and repo is None:
         raise UserError("--private: applies to an upload; give --push-to-hub OWNER/NAME as well, or leave it out")
-    if repo is not None and form != "hf":
-        raise UserError(f"--push-to-hub {repo}: takes an export of format hf; leave out --format {form}")
+    if repo is not None and form == "safetensors":
+        raise UserError(f"--push-to-hub {repo}: takes an export that transformers reads; leave out --format {form}")
     from trainer.export.hub.push import check_push, push
     from trainer.export.write import export as write
 
@@ -94,7 +96,7 @@ def export(
 
 
 @click.command(short_help="Continue a text.")
-@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("source", type=RunPath())
 @click.option("--prompt", required=True, help="Text to continue; - reads it from stdin.")
 @count_option("--tokens", "Maximum new tokens.", 128)
 @click.option(

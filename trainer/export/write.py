@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from trainer.checkpoint.format import damage, read_ownership
 from trainer.common.atomic import atomic_folder
@@ -22,8 +22,9 @@ from trainer.export.exported_model import CHAT_TEMPLATE_FILE
 from trainer.export.folder import MODEL_FILES
 from trainer.export.hub.card import write_card
 from trainer.export.model_files.configuration_unipool import UniPoolConfig
-from trainer.export.names import Shape
+from trainer.export.names import Shape, exported_shapes
 from trainer.export.saved_run import (
+    SavedRun,
     end_ids,
     export_tokenizer,
     find_run,
@@ -32,7 +33,10 @@ from trainer.export.saved_run import (
     run_config,
 )
 
-Format = Literal["hf", "safetensors"]
+Format = Literal["hf", "llama", "safetensors"]
+
+_OF_LLAMA = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim")
+_OF_LLAMA += ("num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "rope_theta", "initializer_range")
 
 SHARD_SIZE = "5GB"
 """Default size of a file of weights, huggingface_hub's. That of transformers, 50GB, would take as much memory."""
@@ -59,9 +63,10 @@ def export(source: Path, out: Path, form: Format, dtype: str, shard_size: str = 
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with atomic_folder(out) as partial:
-            if form == "hf":
-                write_model_files(run_config(run), *export_tokenizer(run), run_chat(run), partial, dtype)
-                write_card(run, partial, dtype, code=True)
+            if form != "safetensors":
+                config = _llama_config(run) if form == "llama" else run_config(run)
+                write_model_files(config, *export_tokenizer(run), run_chat(run), partial, dtype)
+                write_card(run, partial, dtype, code=form == "hf")
             else:
                 save_recipe(run.recipe, partial / "recipe.yaml")
                 if run.recipe.lock and read_ownership(run.folder):
@@ -76,6 +81,24 @@ def export(source: Path, out: Path, form: Format, dtype: str, shard_size: str = 
     return where | {"parameters": parameters, "dtype": dtype, "files": files}
 
 
+def _llama_config(run: SavedRun) -> LlamaConfig:
+    """Return the configuration of the same model as one of transformers' own LLaMAs.
+
+    Raises:
+        UserError: It is none.
+    """
+    ours = run_config(run)
+    config = LlamaConfig(**{name: getattr(ours, name) for name in _OF_LLAMA})
+    with torch.device("meta"):
+        shapes = {name: tuple(tensor.shape) for name, tensor in LlamaForCausalLM(config).state_dict().items()}
+    if shapes != exported_shapes(run.recipe):
+        raise UserError(
+            f"{run.folder}: --format llama: its tensors are not a LLaMA's, which is dense, without biases and without "
+            "norms of queries and keys; leave out --format"
+        )
+    return config
+
+
 def check_free(out: Path) -> None:
     """Check that a folder to write does not exist or is empty.
 
@@ -87,14 +110,14 @@ def check_free(out: Path) -> None:
 
 
 def write_model_files(
-    config: UniPoolConfig,
+    config: UniPoolConfig | LlamaConfig,
     tokenizer: Tokenizer,
     settings: dict[str, Any],
     chat: dict[str, Any],
     folder: Path,
     dtype: str,
 ) -> None:
-    """Write everything but the weights: configuration, model code and tokenizer.
+    """Write everything but the weights: configuration, tokenizer and, unless it is a LLaMA, model code.
 
     Args:
         settings: Arguments of `PreTrainedTokenizerFast`.
@@ -103,19 +126,23 @@ def write_model_files(
     settings = dict(settings)
     template = settings.pop("chat_template", None)
     named = {f"{name}_id": tokenizer.token_to_id(settings[name]) for name in ("bos_token", "eos_token", "pad_token")}
-    ids = named | {"eos_token_id": end_ids(chat, named["eos_token_id"])}
+    ids = named | {"eos_token_id": end_ids(chat, int(named["eos_token_id"] or 0))}
     classes = {
         "AutoConfig": "configuration_unipool.UniPoolConfig",
         "AutoModel": "modeling_unipool.UniPoolModel",
         "AutoModelForCausalLM": "modeling_unipool.UniPoolForCausalLM",
     }
-    config.update(ids | {"architectures": ["UniPoolForCausalLM"], "auto_map": classes, "dtype": dtype})
+    llama = isinstance(config, LlamaConfig)
+    if llama:
+        config.update(ids | {"architectures": ["LlamaForCausalLM"], "dtype": dtype})
+    else:
+        config.update(ids | {"architectures": ["UniPoolForCausalLM"], "auto_map": classes, "dtype": dtype})
     config.to_json_file(folder / "config.json")
     if generation := chat.get("generation"):  # as it is: transformers would refuse to write some of what it reads
         (folder / "generation_config.json").write_text(dumps(generation | ids, indent=2) + "\n")
     else:
         GenerationConfig(**ids).save_pretrained(folder)
-    for file in MODEL_FILES:
+    for file in () if llama else MODEL_FILES:
         (folder / file).write_bytes((resources.files("trainer.export.model_files") / file).read_bytes())
     (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", **settings}

@@ -204,16 +204,21 @@ def learned_rows(tensors: Any) -> list[bytes]:
 
 
 @torch.no_grad()
-def test_a_dense_export_is_a_llama() -> None:
-    """transformers' own LLaMA takes the same tensors and gives the same logits."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+def test_a_dense_model_is_a_llama(tmp_path: Path) -> None:
+    """transformers' own LLaMA loads it without any code of ours, and gives the same logits."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model, _ = load_export(exported("dense"))
-    fields = {k: v for k, v in model.config.to_dict().items() if k not in ("model_type", "architectures", "auto_map")}
-    llama = LlamaForCausalLM(LlamaConfig(**fields)).eval()
-    assert llama.config.rope_parameters["rope_theta"] == model.config.rope_theta
-    llama.load_state_dict(model.state_dict())
-    assert_close(model(some_tokens()).logits, llama(some_tokens()).logits)
+    out = tmp_path / "llama"
+    assert invoke("export", str(trained("dense")[0]), str(out), "--format", "llama").exit_code == 0
+    assert not list(out.glob("*.py")) and "trust_remote_code" not in (out / "README.md").read_text()
+    llama = AutoModelForCausalLM.from_pretrained(out).eval()
+    assert type(llama).__name__ == "LlamaForCausalLM"
+    assert_close(llama(some_tokens()).logits, load_export(exported("dense"))[0](some_tokens()).logits)
+    ours, own = (AutoTokenizer.from_pretrained(path) for path in (exported("dense"), out))
+    assert own("def main(argument)")["input_ids"] == ours("def main(argument)")["input_ids"]
+    assert llama.generation_config.eos_token_id == own.eos_token_id == 0
+    assert "not a LLaMA's" in refused("export", str(trained("unipool")[0]), str(tmp_path / "no"), "--format", "llama")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["llama"]
 
 
 ALONE = """

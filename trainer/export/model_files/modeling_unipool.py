@@ -24,7 +24,6 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
@@ -35,7 +34,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 
 from .attention_unipool import CACHE, EMBEDS, MASK_PARAMETERS, UniPoolAttention, rotary_table
 from .configuration_unipool import UniPoolConfig
-from .experts_unipool import UniPoolExperts, UniPoolRouter
+from .experts_unipool import UniPoolExperts, UniPoolMLP, UniPoolRouter
 
 # Keywords that forward accepts besides its own parameters: those that transformers passes to all models (for attention,
 # outputs and loss), positions in the cache (before 5.4), and arguments of attention functions (those of vLLM and SGLang
@@ -54,19 +53,6 @@ _KEYWORDS = frozenset(TransformersKwargs.__annotations__) | {
     "ignore_index",
     "shift_labels",
 }
-
-
-class UniPoolMLP(nn.Module):
-    """A SwiGLU FFN of a layer's own: that of a dense model, or an expert beside the pool."""
-
-    def __init__(self, hidden: int, width: int):
-        super().__init__()
-        self.gate_proj = nn.Linear(hidden, width, bias=False)
-        self.up_proj = nn.Linear(hidden, width, bias=False)
-        self.down_proj = nn.Linear(width, hidden, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class UniPoolDecoderLayer(GradientCheckpointingLayer):
