@@ -40,7 +40,7 @@ def _grouped_linear(x_ND: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> Tenso
 
 
 def _grouped_linear_of_subclass(x_ND: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> Tensor:
-    """The same for weights in a subclass of Tensor, for example quantised ones, which need not support more than this."""
+    """The same for weights in a subclass of Tensor, as quantised ones are, which need not support more than this."""
     parts = x_ND.split(counts_E.tolist())
     return torch.cat([F.linear(x_nD, weight_EFD[expert]) for expert, x_nD in enumerate(parts) if len(x_nD)])
 
