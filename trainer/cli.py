@@ -12,6 +12,7 @@ from trainer.common.error_reporting import report_errors
 from trainer.config.commands import completion, init, recipes
 from trainer.config.completion import PROGRAM, register_shells
 from trainer.data.commands import prepare
+from trainer.doctor.commands import doctor
 from trainer.evaluate.commands import evaluate
 from trainer.export.commands import export, generate
 from trainer.planning.commands import plan
@@ -57,5 +58,6 @@ for command in (
     law,
     completion,
     init,
+    doctor,
 ):
     cli.add_command(command)
