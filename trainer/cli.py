@@ -15,6 +15,7 @@ from trainer.data.commands import prepare
 from trainer.doctor.commands import doctor
 from trainer.evaluate.commands import evaluate
 from trainer.export.commands import export, generate
+from trainer.importing.commands import import_, upcycle
 from trainer.planning.commands import plan
 from trainer.probe.commands import probe
 from trainer.scaling_law.commands import law
@@ -48,6 +49,8 @@ for command in (
     bench,
     recipes,
     export,
+    import_,
+    upcycle,
     generate,
     evaluate,
     watch,

@@ -56,7 +56,7 @@ def report(run: Path, out: Path | None) -> None:
       unipool report runs/quickstart
       unipool report runs/quickstart --out quickstart.html
     """
-    from trainer.view.report import write_report
+    from trainer.view.report.page import write_report
 
     print(write_report(run, out))
 
