@@ -8,6 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -118,6 +119,7 @@ def _run(check: Check, recipe: Recipe | None, answer: Connection) -> None:
     nothing = os.open(os.devnull, os.O_RDWR)
     for stream in range(3):
         os.dup2(nothing, stream)
+    sys.stdout = sys.stderr = os.fdopen(nothing, "w")
     found: list[Finding] = []
     try:
         found.extend(check.run(recipe))  # keeps what was found before an error

@@ -92,6 +92,12 @@ def installed(name: str) -> str | None:
     return None
 
 
+def versions() -> str:
+    """What a report of an error should name, in two lines."""
+    named = ", ".join(f"{name} {version}" for name in _NAMED if (version := installed(name)))
+    return f"unipool {__version__}{commit()}\nPython {platform.python_version()}, {named}, {platform.platform()}"
+
+
 def commit() -> str:
     """The commit of the repository that this program is run from, as text in brackets; "" without one."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=9", "--exclude=*"]

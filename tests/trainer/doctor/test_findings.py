@@ -134,3 +134,9 @@ def test_this_machine(tmp_path: Path) -> None:
     assert done.returncode == (0 if said["ok"] else 1)
     assert said["ok"] == all(finding["status"] != "error" for finding in said["findings"])
     assert list(tmp_path.iterdir()) == [] and done.stderr == ""
+
+
+def test_the_version_for_a_report() -> None:
+    first, second = CliRunner().invoke(cli, ["--version"]).output.splitlines()
+    assert first.startswith("unipool 0.")
+    assert all(f"{name} " in second for name in ("Python", "torch", "deepspeed", "transformers"))
