@@ -51,7 +51,8 @@ def test_direction(package: str, allowed: set[str]) -> None:
 
 ROOMS = (
     *("common", "config", "data", "model", "cluster", "telemetry", "engine", "checkpoint", "planning", "bench"),
-    *("export", "train", "evaluate", "probe", "importing", "view", "sweep", "scaling_law", "cli", "__main__"),
+    *("doctor", "export", "train", "evaluate", "probe", "importing", "view", "sweep", "scaling_law", "cli"),
+    "__main__",
 )
 """The rooms of trainer/, from the lowest up: a room imports from itself and from lower ones."""
 

@@ -102,7 +102,7 @@ def train(
             if value is not None:
                 raise UserError(f"--{option} {value}: needs --hostfile, as in --hostfile hosts --node-rank 1")
         if checked.parallel.device == "cuda":
-            check_machine(checked.grid)
+            check_machine(checked.grid, "cuda")
     if checked.parallel.hardware:  # find a wrong name before anything starts
         find_hardware(checked.parallel.hardware, "parallel.hardware =")
     folder = RunFolder(checked)
