@@ -48,8 +48,7 @@ def stacked_rows(name: str, parameter: Tensor, recipe: Recipe) -> tuple[int, ...
         return None
     m, rows = recipe.model, parameter.shape[-2]
     if name.endswith("attention.qkv.weight"):
-        head = m.hidden // m.heads
-        return m.heads * head, m.kv_heads * head, m.kv_heads * head
+        return m.heads * m.head_size, m.kv_heads * m.head_size, m.kv_heads * m.head_size
     if name.endswith(("ffn.w13.weight", "w13_e2FD")):
         return rows // 2, rows // 2
     return (rows,) if name.endswith(("attention.out.weight", "ffn.w2.weight", "w2_eDF")) else None

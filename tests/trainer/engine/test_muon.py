@@ -21,7 +21,7 @@ from trainer.planning.memory import estimate_memory
 
 CPU = torch.device("cpu")
 RECIPE = tiny(
-    model={"private_ffn": 7},
+    model={"private_ffn": 7, "private_gate": True, "qkv_bias": True},
     train={"optimizer": "muon", "weight_decay": 0.3},
     parallel={"trunk_zero": 0, "pool_zero": 0},
 )
