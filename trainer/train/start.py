@@ -78,9 +78,7 @@ def start(recipe: Recipe, launch: Launch, folder: RunFolder, stage: Stage, force
         for line in (f"ranks by host: {member.roster}", *member.devices.lines):
             say(line)
         if recipe.router.force:
-            say(
-                "unipool: router.force sends tokens to all experts in turn. This is for measuring; the model is of no use"
-            )
+            say("unipool: router.force: tokens go to all experts in turn. For measuring only: nothing learns to route")
 
     # Trunk ranks prepare the data. All ranks agree on the schedule, then form their process groups.
     prepared = None

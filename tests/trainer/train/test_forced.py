@@ -23,7 +23,7 @@ def forced(**parallel: Any) -> Recipe:
 
 
 def test_every_layout_is_even() -> None:
-    """18 tokens of a micro-batch in 3 layers are 54 turns of 12 experts: 4 or 5 each, and 16 or 20 in a step of four."""
+    """18 tokens of a micro-batch in 3 layers are 54 turns of 12 experts: 4 or 5 each, 16 or 20 in a step of four."""
     one = run_training(forced(), steps=2)
     assert {int(load) for load in one.load_LM.sum(0)} == {16, 20}
     assert one.load_LM.sum(1).tolist() == [72, 72, 72] and int(one.load_LM.max()) <= 8
