@@ -77,6 +77,8 @@ def start(recipe: Recipe, launch: Launch, folder: RunFolder, stage: Stage, force
         folder.announce(member.shared.gather("metrics"))
         for line in (f"ranks by host: {member.roster}", *member.devices.lines):
             say(line)
+        if recipe.router.force:
+            say("unipool: router.force: tokens go to all experts in turn. For measuring only: nothing learns to route")
 
     # Trunk ranks prepare the data. All ranks agree on the schedule, then form their process groups.
     prepared = None

@@ -26,6 +26,7 @@ from trainer.config.recipe import Recipe
 from trainer.data.batches import SequenceStream
 from trainer.engine.monitors import Monitors
 from trainer.engine.role_engine import build_engine, squared_norm
+from trainer.model.lock import forced_reaches
 from trainer.model.micro_batch import (
     MicroBatchResult,
     Objective,
@@ -52,7 +53,8 @@ LOAD_STEPS = 100
 
 def _pool_map(recipe: Recipe, placement: Placement, device: torch.device) -> PoolMap:
     position_M = placement.position_M.to(device)
-    return PoolMap(position_M, recipe.experts_per_layer, recipe.model.layers // recipe.model.groups)
+    sharing = recipe.model.layers // recipe.model.groups
+    return PoolMap(position_M, recipe.experts_per_layer, sharing, forced_reaches(recipe, device))
 
 
 class TrunkRank:

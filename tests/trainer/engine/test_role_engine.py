@@ -87,12 +87,32 @@ def rates(recipe: Recipe) -> list[float]:
     return found
 
 
-@pytest.mark.parametrize("warmup", [0.0, 0.4])
-def test_a_frozen_role_knows_the_rate_of_the_other(warmup: float) -> None:
-    recipe = tiny(train={"steps": 12, "warmup_fraction": warmup})
+@pytest.mark.parametrize("schedule, warmup", [("cosine", 0.0), ("cosine", 0.4), ("linear", 0.4), ("wsd", 0.4)])
+def test_a_frozen_role_knows_the_rate_of_the_other(schedule: str, warmup: float) -> None:
+    recipe = tiny(train={"steps": 12, "warmup_fraction": warmup, "schedule": schedule, "decay_fraction": 0.5})
     (found,) = run_ranks(1, rates, recipe)
     assert found == pytest.approx([scheduled_rate(recipe, step) for step in range(13)], rel=1e-12)
     assert len(set(found)) > 5
+
+
+@pytest.mark.parametrize(
+    "schedule, shares",
+    [
+        ("linear", [1 - n / 8 for n in range(1, 9)]),
+        ("wsd", [1, 1, 1, 1, *(1 - (n / 4) ** 0.5 for n in range(1, 5))]),
+    ],
+)
+def test_the_rate_after_the_warm_up(schedule: str, shares: list[float]) -> None:
+    """Two of ten steps warm up; with `wsd` four decay. The last step has the lowest rate, and so have later ones."""
+    train = {"steps": 10, "warmup_fraction": 0.2, "lr": 3.0, "min_lr": 1.0, "decay_fraction": 0.4}
+    recipe = tiny(train={**train, "schedule": schedule})
+    found = [scheduled_rate(recipe, update) for update in range(12)]
+    assert found == pytest.approx([1.5, 2.25, *(1 + 2 * share for share in shares), 1.0, 1.0])
+
+
+def test_a_decay_must_leave_room_for_the_warm_up() -> None:
+    with pytest.raises(ValueError, match=r"train.decay_fraction = 0.9: must be at most 1 - train.warmup_fraction"):
+        tiny(train={"schedule": "wsd", "warmup_fraction": 0.2, "decay_fraction": 0.9})
 
 
 def misaligned(recipe: Recipe) -> list[str]:
