@@ -16,6 +16,7 @@ from trainer.export.commands import export, generate
 from trainer.planning.commands import plan
 from trainer.probe.commands import probe
 from trainer.scaling_law.commands import law
+from trainer.serve.commands import serve
 from trainer.sweep.commands import sweep
 from trainer.train.commands import train
 from trainer.view.commands import own, report, watch
@@ -46,6 +47,7 @@ for command in (
     recipes,
     export,
     generate,
+    serve,
     evaluate,
     watch,
     report,
