@@ -51,7 +51,7 @@ def test_direction(package: str, allowed: set[str]) -> None:
 
 ROOMS = (
     *("common", "config", "data", "model", "cluster", "telemetry", "engine", "checkpoint", "planning", "bench"),
-    *("export", "serve", "train", "evaluate", "probe", "view", "sweep", "scaling_law", "cli", "__main__"),
+    *("export", "serve", "train", "evaluate", "probe", "importing", "view", "sweep", "scaling_law", "cli", "__main__"),
 )
 """The rooms of trainer/, from the lowest up: a room imports from itself and from lower ones."""
 
@@ -93,7 +93,7 @@ def test_libraries_with_one_home() -> None:
     exports |= {f"trainer/export/{name}.py" for name in own}
     exports |= {f"trainer/serve/{name}.py" for name in ("engine", "sampling")}
     # Probes read other people's models through it, in one adapter.
-    assert importers("transformers") == exports | {"trainer/probe/adapters.py"}
+    assert importers("transformers") == exports | {"trainer/probe/adapters.py", "trainer/importing/families.py"}
     assert importers("lm_eval") == {"trainer/evaluate/tasks.py"}
     assert importers("torch.distributed") == {
         "trainer/cluster/process_groups.py",
@@ -125,12 +125,13 @@ def test_no_file_is_too_long() -> None:
 
 
 def test_start_up_path_is_light() -> None:
-    """`--help` and a recipe's check load no torch, no deepspeed, no datasets."""
+    """`--help`, a recipe's check and `import trainer` load nothing heavy; `watch` and `load_run` no torch."""
     code = (
         "import sys; from trainer.cli import cli; from trainer.config.recipe import load_recipe;"
         "load_recipe('quickstart');"
         "print(*{'torch', 'deepspeed', 'datasets', 'transformers', 'lm_eval', 'matplotlib', 'numpy', 'rich'}"
-        " & set(sys.modules))"
+        " & set(sys.modules)); import trainer.view.watch; from trainer import load_run;"
+        "print(*{'torch', 'transformers', 'pandas', 'matplotlib'} & set(sys.modules))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=120
@@ -148,8 +149,8 @@ def test_the_engine_leaves_the_compiler_on(tmp_path: Path) -> None:
     writer.close()
     code = (
         "import os, sys; os.environ['DS_ACCELERATOR'] = 'cpu'; import torch, trainer.engine.role_engine as engine\n"
-        "from pathlib import Path; from trainer.data.packing import SplitRows; from trainer.train import loop\n"
-        "loop.use_deterministic_kernels(); engine._import_deepspeed()\n"
+        "from pathlib import Path; from trainer.data.packing import SplitRows; from trainer.train import loop, start\n"
+        "start.use_deterministic_kernels(); engine._import_deepspeed()\n"
         f"print(SplitRows(Path({str(tmp_path)!r}) / 'split.arrow')[[1]])\n"
         "print(torch.are_deterministic_algorithms_enabled())\n"
         "heavy = {'torch._dynamo', 'torch._inductor', 'datasets', 'pandas', 'transformers', 'matplotlib', 'rich'}\n"

@@ -30,13 +30,10 @@ from trainer.model.micro_batch import (
     MicroBatchResult,
     Objective,
     PoolMap,
-    Reroute,
-    hidden_states,
     train_dense_micro_batch,
     train_micro_batch,
 )
 from trainer.model.pool_client import MicroBatch
-from trainer.model.random_routing import random_routing
 from trainer.model.trunk import Trunk
 from trainer.model.warm_up import warm_up
 from trainer.planning.schedule import ScheduleSpec
@@ -44,18 +41,13 @@ from trainer.telemetry.console import say
 from trainer.telemetry.prometheus import MetricsServer
 from trainer.telemetry.step_scalars import StepScalars
 from trainer.telemetry.time_breakdown import UsageClock
+from trainer.train.evaluation.held_out import HeldOut, sequences, to_device
 from trainer.train.lock import RunLock
 from trainer.train.pool_side import PoolSide
 from trainer.train.step_results import StepResults, lock_scalars, over_all_experts, reduce_results, step_scalars
 
 LOAD_STEPS = 100
 """Number of recent steps over which the recorded load is averaged, roughly."""
-
-
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy a tensor of the host to the device. From memory that is pinned, a GPU does so while the host goes on."""
-    pinned = tensor.pin_memory() if device.type == "cuda" else tensor
-    return pinned.to(device, non_blocking=True)
 
 
 def _pool_map(recipe: Recipe, placement: Placement, device: torch.device) -> PoolMap:
@@ -92,7 +84,7 @@ class TrunkRank:
         self.placement = placement
         served = job.topology.served_trunk_ranks(job.rank) if job.topology.every_rank else ()
         self.plan = schedule.step.for_trunk_ranks(served)
-        self._training, self._validation = training, validation
+        self._training = training
         self.trunk = Trunk(recipe, job.device, document_end).requires_grad_(recipe.train.freeze != "trunk")
         self._pool_map = _pool_map(recipe, placement, job.device) if placement else None
         self.lock = RunLock(recipe, job.device) if recipe.lock else None
@@ -100,6 +92,7 @@ class TrunkRank:
         trunk_engine = build_engine(self.trunk, recipe, "trunk", job.role_size)
         self._pool_side = PoolSide(recipe, job, placement)
         self._pool = self._pool_side.client
+        self._held_out = HeldOut(recipe, job, schedule, self.trunk, self._pool, validation)
         self.engines = {"trunk": trunk_engine, **self._pool_side.engines}
         self.metrics = metrics or MetricsServer("trunk", job.rank)
         self.metrics.expert_load = self._pool_side.expert_load()
@@ -136,7 +129,7 @@ class TrunkRank:
         assert pool_map is not None
         plan = lockstep_schedule(grid.trunk_ranks, 1, recipe.model.layers, grid.every_rank)
         objective = Objective(1.0, lambda load_LM: 0.0 * load_LM, recipe.router.z_loss, recipe.train.recompute)
-        sequences_BS1 = next(self._sequences(self._training, 0))
+        sequences_BS1 = next(sequences(self._training, recipe, self._job, 0))
         self._pool_side.limit(limit)
         with ExitStack() as stack:
             for engine in self.engines.values():
@@ -187,20 +180,12 @@ class TrunkRank:
 
     def _micro_batches(self, step: int) -> Iterator[MicroBatch[MicroBatchResult]]:
         pool_map = self._map_at(step)
-        for index, sequences_BS1 in enumerate(self._sequences(self._training, step)):
+        for index, sequences_BS1 in enumerate(sequences(self._training, self._recipe, self._job, step)):
             objective = self._objective(step, index)
             if pool_map is None:
                 yield train_dense_micro_batch(self.trunk, sequences_BS1, objective)
             else:
                 yield train_micro_batch(self.trunk, pool_map, sequences_BS1, index, objective)
-
-    def _sequences(self, stream: SequenceStream, step: int) -> Iterator[Tensor]:
-        """Yield this rank's micro-batches of a global batch, on the device."""
-        recipe, ranks = self._recipe, self._job.role_size
-        for sequences_BS1 in stream.micro_batches(
-            step, recipe.train.global_batch, self._job.rank, ranks, recipe.train.micro_batch
-        ):
-            yield to_device(sequences_BS1, self._job.device)
 
     def _objective(self, step: int, index: int) -> Objective:
         """Return what micro-batch `index` of `step` minimises, with the balance losses that the recipe asks for."""
@@ -277,72 +262,13 @@ class TrunkRank:
         ]
         return f"{job.name}: {', '.join(found)}" if found else ""
 
-    @torch.no_grad()
     def evaluate(self, batches: int, step: int, random_layer: int | None = None) -> tuple[float, Tensor]:
-        """Evaluate on `batches` global batches of held-out text, the same on every trunk rank.
+        """See `HeldOut.evaluate`; the same on every trunk rank."""
+        return self._held_out.evaluate(batches, step, self._map_at(step), random_layer)
 
-        Args:
-            step: Optimizer steps done.
-            random_layer: A layer that uses random experts instead of those that its router chooses.
-
-        Returns:
-            The mean cross-entropy in nats, and the load by layer and the experts that it sees.
-        """
-        plan = self.schedule.evaluation(batches * self._recipe.micro_batches)
-        micro_batches = self._held_out(batches, step, random_layer)
-        results = self._pool.run(micro_batches, plan.lane_order[self._job.rank], step, plan.slots)
-        total = torch.stack([loss for loss, _ in results]).double().sum().cpu()
-        loads = [load_LM for _, load_LM in results if load_LM is not None]
-        held_out_LM = torch.stack(loads).sum(0).cpu() if loads else torch.zeros_like(self.load_LM)
-        self._job.sum_over_role(total)
-        self._job.sum_over_role(held_out_LM)
-        return float(total) / (len(results) * self._job.role_size), held_out_LM
-
-    def _held_out(
-        self, batches: int, step: int, random_layer: int | None
-    ) -> Iterator[MicroBatch[tuple[Tensor, Tensor | None]]]:
-        recipe, index, pool_map = self._recipe, 0, self._map_at(step)
-        share = recipe.train.global_batch // self._job.role_size
-        for batch in range(batches):
-            first = batch * recipe.train.global_batch + self._job.rank * share
-            for sequences_BS1 in self._sequences(self._validation, batch):
-                reroute = None
-                if random_layer is not None:
-                    numbers = range(first, first + len(sequences_BS1))
-                    reach = pool_map.seen_by(random_layer).reach if pool_map else None
-                    reroute = random_routing(random_layer, recipe.experts_per_layer, recipe.run.seed, numbers, reach)
-                yield self._evaluate_micro_batch(pool_map, sequences_BS1, index, reroute)
-                first, index = first + len(sequences_BS1), index + 1
-
-    def _evaluate_micro_batch(
-        self, pool_map: PoolMap | None, sequences_BS1: Tensor, index: int, reroute: Reroute | None
-    ) -> MicroBatch[tuple[Tensor, Tensor | None]]:
-        h_BSD, load_LM = yield from hidden_states(self.trunk, pool_map, sequences_BS1[:, :-1], index, reroute)
-        with self.trunk.autocast():
-            return self.trunk.loss(h_BSD, sequences_BS1[:, 1:]), load_LM
-
-    @torch.no_grad()
     def generate(self, prompt: list[int], tokens: int, step: int, temperature: float = 0.8) -> list[int] | None:
-        """Continue `prompt` by `tokens` sampled tokens, the same on every trunk rank.
-
-        Returns:
-            The tokens, or None if logits were not finite; the pool receives as many requests in either case.
-        """
-        generator = torch.Generator().manual_seed(self._recipe.run.seed)
-        plan, layers = self.schedule.generation(tokens), self._recipe.model.layers
-        lane_order = plan.lane_order[self._job.rank]
-        ids, finite, pool_map = list(prompt), True, self._map_at(step)
-        for index in range(tokens):
-            context_1S = torch.tensor([ids[-self._recipe.model.seq_len :]], device=self._job.device)
-            coroutine = hidden_states(self.trunk, pool_map, context_1S, index)
-            slots = plan.slots[index * layers : (index + 1) * layers]
-            ((h_1SD, _),) = self._pool.run([coroutine], lane_order, step, slots)
-            with self.trunk.autocast():
-                logits_V = self.trunk.head(h_1SD[:, -1]).float().cpu()[0]
-            finite = finite and bool(logits_V.isfinite().all())
-            probabilities_V = (logits_V / temperature).softmax(0)
-            ids.append(int(torch.multinomial(probabilities_V, 1, generator=generator)) if finite else 0)
-        return ids[len(prompt) :] if finite else None
+        """See `HeldOut.generate`; the same on every trunk rank."""
+        return self._held_out.generate(prompt, tokens, step, self._map_at(step), temperature)
 
     @property
     def monitors(self) -> Monitors:

@@ -47,7 +47,7 @@ def eager_attention_forward(
 
 
 class UniPoolAttention(nn.Module):
-    """Causal grouped-query attention with rotary embeddings, without biases."""
+    """Causal grouped-query attention with rotary embeddings, and what `qk_norm` and `qkv_bias` add."""
 
     def __init__(self, config: UniPoolConfig, layer_idx: int):
         super().__init__()
@@ -57,10 +57,15 @@ class UniPoolAttention(nn.Module):
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = self.head_dim**-0.5
         self.is_causal = True
-        self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
-        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=False)
+        q_size, kv_size = (n * self.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+        self.q_proj = nn.Linear(config.hidden_size, q_size, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
+        self.q_norm = self.k_norm = None
+        if config.qk_norm != "none":
+            sizes = (self.head_dim, self.head_dim) if config.qk_norm == "head" else (q_size, kv_size)
+            self.q_norm, self.k_norm = (nn.RMSNorm(size, eps=config.rms_norm_eps) for size in sizes)
 
     def forward(
         self,
@@ -72,10 +77,10 @@ class UniPoolAttention(nn.Module):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Return the output and, if the attention function provides them, its weights (B, H, S, positions)."""
-        q, k, v = (
-            project(x_BSD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        q, k, v = self.q_proj(x_BSD), self.k_proj(x_BSD), self.v_proj(x_BSD)
+        if self.q_norm is not None:
+            q, k = _normed(self.q_norm, q), _normed(self.k_norm, k)
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for y in (q, k, v))
         q, k = _rotate(q, rope), _rotate(k, rope)
         if cache is not None:
             k, v = _update(cache, k, v, self.layer_idx, cache_position, kwargs)
@@ -85,6 +90,12 @@ class UniPoolAttention(nn.Module):
         y, weights = attend(self, q, k, v, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs)
         # Back ends of servers return one row per token, without a batch.
         return self.o_proj(y.reshape(*x_BSD.shape[:2], -1)), weights
+
+
+def _normed(norm: nn.RMSNorm, x: Tensor) -> Tensor:
+    """Norm each head, or all heads as one vector, in fp32."""
+    rows = x.float().unflatten(-1, (-1, *norm.normalized_shape))
+    return F.rms_norm(rows, norm.normalized_shape, norm.weight.float(), norm.eps).flatten(-2).to(x.dtype)
 
 
 def _update(

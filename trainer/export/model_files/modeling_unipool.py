@@ -5,8 +5,10 @@ and the names of its tensors are LLaMA's, and a dense model is a LLaMA. Files st
 
     model.embed_tokens.weight  model.norm.weight  lm_head.weight
     model.layers.L.{input_layernorm, post_attention_layernorm}.weight
-    model.layers.L.self_attn.{q_proj, k_proj, v_proj, o_proj}.weight
-    model.layers.L.router.weight              and .sigma (norm, norm_bias), .expert_bias (norm_bias, sigmoid_bias)
+    model.layers.L.self_attn.{q_proj, k_proj, v_proj, o_proj}.weight      with qkv_bias: {q, k, v}_proj.bias
+    model.layers.L.self_attn.{q_norm, k_norm}.weight                      with qk_norm
+    model.layers.L.router.weight      and .sigma (norm, norm_bias), .expert_bias (norm_bias, sigmoid_bias), .bias
+    model.layers.L.private_gate.weight                                    with private_gate
     model.experts.I.{gate_proj, up_proj, down_proj}.weight      I: the expert's number in the whole pool
     model.layers.L.mlp.{gate_proj, up_proj, down_proj}.weight   the FFN of a dense model, or a layer's own expert
 
@@ -22,7 +24,6 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
@@ -33,7 +34,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 
 from .attention_unipool import CACHE, EMBEDS, MASK_PARAMETERS, UniPoolAttention, rotary_table
 from .configuration_unipool import UniPoolConfig
-from .experts_unipool import UniPoolExperts, UniPoolRouter
+from .experts_unipool import UniPoolExperts, UniPoolMLP, UniPoolRouter
 
 # Keywords that forward accepts besides its own parameters: those that transformers passes to all models (for attention,
 # outputs and loss), positions in the cache (before 5.4), and arguments of attention functions (those of vLLM and SGLang
@@ -54,19 +55,6 @@ _KEYWORDS = frozenset(TransformersKwargs.__annotations__) | {
 }
 
 
-class UniPoolMLP(nn.Module):
-    """A SwiGLU FFN of a layer's own: that of a dense model, or an expert beside the pool."""
-
-    def __init__(self, hidden: int, width: int):
-        super().__init__()
-        self.gate_proj = nn.Linear(hidden, width, bias=False)
-        self.up_proj = nn.Linear(hidden, width, bias=False)
-        self.down_proj = nn.Linear(width, hidden, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
 class UniPoolDecoderLayer(GradientCheckpointingLayer):
     """Attention, and a router (or the FFN of a dense model). The experts belong to the model."""
 
@@ -81,6 +69,7 @@ class UniPoolDecoderLayer(GradientCheckpointingLayer):
             self.private = config.private_intermediate_size > 0
             if self.private:
                 self.mlp = UniPoolMLP(config.hidden_size, config.private_intermediate_size)
+                self.private_gate = nn.Linear(config.hidden_size, 1, bias=False) if config.private_gate else None
             self.router = UniPoolRouter(config, layer_idx)
             group = layer_idx * config.num_expert_groups // config.num_hidden_layers
             self.first_expert = group * (config.num_experts // config.num_expert_groups)
@@ -95,7 +84,8 @@ class UniPoolDecoderLayer(GradientCheckpointingLayer):
         if experts is None:
             return h_BSD + self.mlp(x_BSD), weights, None
         if self.private:
-            h_BSD = h_BSD + self.mlp(x_BSD)
+            own_BSD = self.mlp(x_BSD)
+            h_BSD = h_BSD + (own_BSD if self.private_gate is None else own_BSD * self.private_gate(x_BSD).sigmoid())
         x_TD = x_BSD.flatten(0, 1)
         logits_TM, topk_scores_TK, topk_expert_ids_TK = self.router(x_TD)
         y_TD = experts(x_TD, topk_expert_ids_TK + self.first_expert, topk_scores_TK)
@@ -124,6 +114,8 @@ class UniPoolPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, std=std)
             if module.kind in ("norm", "norm_bias"):
                 init.ones_(module.sigma)
+            if module.bias is not None:
+                init.zeros_(module.bias)
             if module.kind in ("norm_bias", "sigmoid_bias"):
                 init.zeros_(module.expert_bias)
             module.mark_foreign()
