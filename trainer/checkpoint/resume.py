@@ -220,7 +220,7 @@ def load_checkpoint(job: Job, recipe: Recipe, folder: Path, role: checkpoint.Rol
             print(f"checkpoint {folder.name} has another layout: resharding it", file=sys.stderr)
         reshard(job, folder, role.engines)
     state: dict[str, Any] = {}
-    if job.is_trunk:
+    if job.is_trunk or recipe.train.skip_spikes is not None:  # pool ranks skip the same steps
         saved_ranks = info.layout.ranks[0]
         state = read_tensors(checkpoint.state_file(folder, job.rank % saved_ranks), job.device)
     role.restore(state, info.steps, info.steps * (recipe.micro_batches - info.micro_batches))

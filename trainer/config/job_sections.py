@@ -72,6 +72,22 @@ class Eval(Section):
 
     every: NonNegative = Field(0, description="Steps between validations; 0: only at the end.")
     batches: Positive = Field(8, description="Global batches of held-out text per validation.")
+    prompts: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(max_length=16)] = Field(
+        (),
+        strict=False,
+        description="Texts that the model continues at every validation, taking the most probable token each time: "
+        "`[Once upon a time]`.",
+    )
+    prompt_tokens: Annotated[int, Field(ge=1, le=512)] = Field(
+        32, description="Tokens by which a prompt is continued; each is a forward pass of all ranks."
+    )
+    patience: Positive | None = Field(
+        None,
+        description="Validations in a row without a new lowest loss that end the run; default: it takes all its steps.",
+    )
+    stop_below: PositiveFloat | None = Field(
+        None, description="Validation loss below which the run ends; default: it takes all its steps."
+    )
 
 
 class Probe(Section):

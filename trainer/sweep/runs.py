@@ -30,6 +30,7 @@ from trainer.common.machine import usable_cores
 from trainer.config.recipe import load_recipe, save_recipe
 from trainer.sweep.spec import Experiment, Run
 from trainer.telemetry.console import say
+from trainer.train.ends.early_stop import ended_early
 from trainer.view.records import CHECKPOINTS, METRICS_FILE, RECIPE_FILE, Records
 
 TRAIN = (sys.executable, "-m", "trainer", "train")
@@ -44,14 +45,17 @@ _IRRELEVANT_SECTIONS = {"checkpoint", "metrics", "probe"}
 
 
 def is_done(run: Run) -> bool:
-    """Return whether a run is finished: it has its last validation and its last checkpoint.
+    """Return whether a run is finished: it has its last validation, or one that ends it, and its last checkpoint.
 
     A folder `checkpoints` that was removed to save space is not missed.
     """
-    if run.recipe.train.steps not in records_of(run).val_steps:
+    records, last = records_of(run), run.recipe.train.steps
+    if ended_early(run.recipe.eval, records.val_losses):
+        last = records.val_steps[-1]
+    if last not in records.val_steps:
         return False
     found = checkpoint.newest(run.folder / CHECKPOINTS)
-    return found[0] == run.recipe.train.steps if found else not (run.folder / CHECKPOINTS).exists()
+    return found[0] == last if found else not (run.folder / CHECKPOINTS).exists()
 
 
 def records_of(run: Run) -> Records:

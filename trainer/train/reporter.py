@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple
+from dataclasses import asdict, astuple
+from operator import itemgetter
 from pathlib import Path
 from statistics import fmean
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from pool.topology import Topology
 from trainer.checkpoint.format import OwnershipRecord
 from trainer.cluster.process_groups import Job
-from trainer.common.strict_json import dumps
+from trainer.common.strict_json import dumps, loads, name_not_finite
 from trainer.config.recipe import Recipe
 from trainer.planning.fit import memory_warnings
 from trainer.planning.hardware import peak_flops
@@ -23,7 +24,7 @@ from trainer.planning.memory import CONTEXT
 from trainer.planning.model_costs import count_flops
 from trainer.telemetry.console import Progress, say
 from trainer.telemetry.measured import peak_memory
-from trainer.telemetry.over_steps import Stragglers
+from trainer.telemetry.over_steps import Spikes, Stragglers
 from trainer.telemetry.run_folder import RunFolder
 from trainer.telemetry.step_scalars import Efficiency, StepScalars, padded
 from trainer.telemetry.time_breakdown import ACTIVITIES, Usage, shares
@@ -46,6 +47,8 @@ class Reporter:
         self._flops = count_flops(recipe).training
         self._peak: float | None = None
         self._stragglers = Stragglers(peers(job.topology, job.rank), job.rank)
+        self._spikes = {"loss": Spikes(), "gradient norm": Spikes()}
+        self._in_spike: set[str] = set()
         self._progress: Progress | None = None
         self._trainjob: TrainJobProgress | None = None
         if job.rank:
@@ -100,6 +103,7 @@ class Reporter:
             self._role.metrics.set("unipool_straggler_score", score)
         if not isinstance(self._role, TrunkRank) or scalars is None:
             return
+        self._look_for_spikes(done, {"loss": scalars.loss, "gradient norm": scalars.grad_norm})
         spent = self._spent(usage[:activities])
         efficiency = self._efficiency(scalars, memory)
         shown = scalars.flat() | efficiency.flat() | {f"train/{name}": share for name, share in spent.items()}
@@ -110,6 +114,25 @@ class Reporter:
             if self._trainjob:
                 self._trainjob.step(done, {"loss": scalars.loss, "tokens_per_second": scalars.tokens_per_second})
             self._folder.append_metrics({"step": done, **scalars.record(), **efficiency.record(), **spent})
+
+    def _look_for_spikes(self, done: int, values: Mapping[str, float]) -> None:
+        """Report the first of adjacent steps whose loss or gradient norm jumps, with the data of the highest loss."""
+        found = {name: spike for name, value in values.items() if (spike := self._spikes[name].add(value))}
+        new, self._in_spike = found.keys() - self._in_spike, set(found)
+        if not new or not isinstance(self._role, TrunkRank):
+            return
+        key = f"spike/{done}"
+        worst = max(self._role.losses_by_rows(done - 1))  # all trunk ranks find the same spikes
+        self._job.shared.put(key, dumps(name_not_finite({"loss": worst[0], "rows": worst[1]})))
+        if not self._progress:
+            return
+        of_ranks = [loads(self._job.shared.get(f"{key}/{rank}")) for rank in range(self._job.role_size)]
+        highest = max((own for own in of_ranks if own["loss"] is not None), key=itemgetter("loss"), default=None)
+        worst_loss = f"{highest['loss']:.4f} on {highest['rows']}" if highest else "not finite"
+        for name in sorted(new):
+            self._progress.spike(done, name, found[name], f"the highest loss of a micro-batch is {worst_loss}")
+            record = {"of": name, **asdict(found[name]), "highest": highest}
+            self._folder.append_metrics({"step": done, "spike": record})
 
     def _efficiency(self, scalars: StepScalars, memory: Sequence[float]) -> Efficiency:
         """Return the efficiency of a step. Only rank 0 knows the peak of the hardware and the goodput.
@@ -166,6 +189,13 @@ class Reporter:
 
         role.monitors.write_image("load", draw, done)
 
+    def samples(self, done: int, samples: Sequence[tuple[str, str]]) -> None:
+        """Report prompts and their continuations by the model after `done` steps."""
+        self._role.monitors.write_samples(samples, done)
+        if self._progress:
+            told = [{"prompt": prompt, "text": text} for prompt, text in samples]
+            self._folder.append_metrics({"step": done, "samples": told})
+
     def assigned(self, done: int) -> None:
         """Report which layer owns which expert, if they have been assigned after `done` steps."""
         record = self._role.ownership
@@ -206,8 +236,9 @@ class Reporter:
 
     def close(self) -> None:
         """End the reports at the regular end of the run: Prometheus no longer looks for its metrics."""
-        if self._progress:
+        if self._progress and isinstance(self._role, TrunkRank):
             self._progress.close()
+            self._role.monitors.close()
             if self._trainjob:
                 self._trainjob.close()
             self._folder.withdraw()

@@ -95,7 +95,7 @@ def test_steps_that_were_done_before_are_lost(monkeypatch: pytest.MonkeyPatch) -
     causes = []
     steps = loop.Loop(run)  # type: ignore[arg-type]
     for step, (finite, cause) in enumerate(outcomes, 2):
-        outcome = loop.StepOutcome(None, finite, [0.0, 0.0])
+        outcome = loop.StepOutcome(None, finite, finite, [0.0, 0.0])
         monkeypatch.setattr(loop, "update", lambda *_, outcome=outcome: outcome)
         steps._step(step)
         causes.append(cause)
