@@ -84,7 +84,12 @@ class Router(nn.Module):
         top_k: K.
         scores: Which scores make P of Eq. M14: "raw" as in the paper, or "normalized" by each token's sum.
         z_loss: Whether to compute the z-loss.
+
+    Attributes:
+        bias_M: A learned term of the logits, which only some softmax routers have.
     """
+
+    bias_M: nn.Parameter | None
 
     def __init__(self, hidden: int, num_experts: int, top_k: int, scores: Scores, z_loss: bool) -> None:
         super().__init__()
@@ -92,6 +97,7 @@ class Router(nn.Module):
         self.normalized = scores == "normalized"
         self.has_z_loss = z_loss
         self.weight_MD = nn.Parameter(torch.empty(num_experts, hidden, dtype=torch.float32))
+        self.register_parameter("bias_M", None)
 
     @torch.no_grad()
     def reset_parameters(self, std: float, generator: torch.Generator | None = None) -> None:
@@ -116,7 +122,7 @@ class Router(nn.Module):
             reach: What the layer reaches, in a run with a lock.
         """
         with torch.autocast(h_TD.device.type, enabled=False):
-            logits_TM = F.linear(h_TD.float(), self.weight_MD.float())
+            logits_TM = F.linear(h_TD.float(), self.weight_MD.float(), self.bias_M)
             decided = self.decide(logits_TM) if reach is None else self.decide_within(logits_TM, reach)
             topk_scores_TK, ids_TK, mean_scores_M = decided
             return Routing(
@@ -204,14 +210,43 @@ class NormBiasRouter(BiasedRouter, NormRouter):
 
 
 class SoftmaxRouter(Router):
-    """The router of the vanilla baseline: softmax over all experts, then top-k, without renormalisation (Eq. M9).
+    """The router of the vanilla baseline: softmax over all experts, then top-k (Eq. M9).
 
     Autograd computes its backward pass, because the matrix of scores is needed anyway.
+
+    Args:
+        renormalize: Whether to divide a token's gate values by their sum, as Mixtral does; the paper does not.
+        logit_bias: Whether the logits have a learned bias.
     """
+
+    def __init__(
+        self,
+        hidden: int,
+        num_experts: int,
+        top_k: int,
+        scores: Scores,
+        z_loss: bool,
+        renormalize: bool = False,
+        logit_bias: bool = False,
+    ) -> None:
+        super().__init__(hidden, num_experts, top_k, scores, z_loss)
+        self.renormalize = renormalize
+        if logit_bias:
+            self.bias_M = nn.Parameter(torch.empty(num_experts, dtype=torch.float32))
+
+    @torch.no_grad()
+    def reset_parameters(self, std: float, generator: torch.Generator | None = None) -> None:
+        """Draw the weight from N(0, std^2) with `generator`, and set the bias to 0."""
+        super().reset_parameters(std, generator)
+        if self.bias_M is not None:
+            self.bias_M.zero_()
 
     def decide(self, logits_TM: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         scores_TM = logits_TM.softmax(dim=-1)
-        return _decide(scores_TM, logits_TM, broken_rows(logits_TM), self.top_k, self.normalized)
+        gates_TK, *others = _decide(scores_TM, logits_TM, broken_rows(logits_TM), self.top_k, self.normalized)
+        if self.renormalize:
+            gates_TK = gates_TK / gates_TK.sum(dim=-1, keepdim=True)
+        return gates_TK, *others
 
 
 class SigmoidBiasRouter(BiasedRouter):
@@ -234,11 +269,19 @@ class SigmoidBiasRouter(BiasedRouter):
 
 
 def build_router(
-    kind: RouterKind, hidden: int, num_experts: int, top_k: int, scores: Scores, z_loss: bool, constant: float
+    kind: RouterKind,
+    hidden: int,
+    num_experts: int,
+    top_k: int,
+    scores: Scores,
+    z_loss: bool,
+    constant: float,
+    renormalize: bool = False,
+    logit_bias: bool = False,
 ) -> Router:
     """Build one layer's router.
 
-    The arguments are those of `Router` and `NormRouter`; only NormRouters use `constant`.
+    The arguments are those of `Router`, `NormRouter` and `SoftmaxRouter`; the others do not use theirs.
 
     Raises:
         ValueError: `kind` or `scores` is unknown.
@@ -251,7 +294,7 @@ def build_router(
         case "norm_bias":
             return NormBiasRouter(hidden, num_experts, top_k, scores, z_loss, constant)
         case "softmax":
-            return SoftmaxRouter(hidden, num_experts, top_k, scores, z_loss)
+            return SoftmaxRouter(hidden, num_experts, top_k, scores, z_loss, renormalize, logit_bias)
         case "sigmoid_bias":
             return SigmoidBiasRouter(hidden, num_experts, top_k, scores, z_loss)
     raise ValueError(f"router.kind is {kind!r}: it must be norm, norm_bias, softmax or sigmoid_bias")

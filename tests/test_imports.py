@@ -16,7 +16,7 @@ from trainer.export.folder import MODEL_FILES
 
 ROOT = Path(__file__).parent.parent
 OURS = {"trainer", "router", "pool"}
-EXPORTED = {ROOT / "trainer" / "export" / file for file in MODEL_FILES}
+EXPORTED = {ROOT / "trainer" / "export" / "model_files" / file for file in MODEL_FILES}
 
 
 def imports(path: Path) -> set[str]:
@@ -51,7 +51,7 @@ def test_direction(package: str, allowed: set[str]) -> None:
 
 ROOMS = (
     *("common", "config", "data", "model", "cluster", "telemetry", "engine", "checkpoint", "planning", "bench"),
-    *("export", "train", "evaluate", "probe", "view", "sweep", "scaling_law", "cli", "__main__"),
+    *("export", "train", "evaluate", "probe", "importing", "view", "sweep", "scaling_law", "cli", "__main__"),
 )
 """The rooms of trainer/, from the lowest up: a room imports from itself and from lower ones."""
 
@@ -90,7 +90,7 @@ def test_libraries_with_one_home() -> None:
     own = ("exported_model", "saved_run", "loaded_model", "write", "generate")
     exports |= {f"trainer/export/{name}.py" for name in own}
     # Probes read other people's models through it, in one adapter.
-    assert importers("transformers") == exports | {"trainer/probe/adapters.py"}
+    assert importers("transformers") == exports | {"trainer/probe/adapters.py", "trainer/importing/families.py"}
     assert importers("lm_eval") == {"trainer/evaluate/tasks.py"}
     assert importers("torch.distributed") == {
         "trainer/cluster/process_groups.py",
@@ -122,12 +122,13 @@ def test_no_file_is_too_long() -> None:
 
 
 def test_start_up_path_is_light() -> None:
-    """`--help` and a recipe's check load no torch, no deepspeed, no datasets."""
+    """`--help`, a recipe's check and `import trainer` load nothing heavy; `watch` and `load_run` no torch."""
     code = (
         "import sys; from trainer.cli import cli; from trainer.config.recipe import load_recipe;"
         "load_recipe('quickstart');"
         "print(*{'torch', 'deepspeed', 'datasets', 'transformers', 'lm_eval', 'matplotlib', 'numpy', 'rich'}"
-        " & set(sys.modules))"
+        " & set(sys.modules)); import trainer.view.watch; from trainer import load_run;"
+        "print(*{'torch', 'transformers', 'pandas', 'matplotlib'} & set(sys.modules))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=120

@@ -9,10 +9,12 @@ import click
 
 from trainer.bench.commands import bench
 from trainer.common.error_reporting import report_errors
-from trainer.config.commands import recipes
+from trainer.config.commands import completion, init, recipes
+from trainer.config.completion import PROGRAM, register_shells
 from trainer.data.commands import prepare
 from trainer.evaluate.commands import evaluate
 from trainer.export.commands import export, generate
+from trainer.importing.commands import import_, upcycle
 from trainer.planning.commands import plan
 from trainer.probe.commands import probe
 from trainer.scaling_law.commands import law
@@ -23,8 +25,9 @@ from trainer.view.commands import own, report, watch
 
 def main() -> None:
     """Entry point of `python -m trainer` and of `unipool`."""
+    register_shells()
     with report_errors():
-        cli.main(prog_name="unipool", standalone_mode=False)
+        cli.main(prog_name=PROGRAM, standalone_mode=False)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -45,6 +48,8 @@ for command in (
     bench,
     recipes,
     export,
+    import_,
+    upcycle,
     generate,
     evaluate,
     watch,
@@ -53,5 +58,7 @@ for command in (
     probe,
     sweep,
     law,
+    completion,
+    init,
 ):
     cli.add_command(command)

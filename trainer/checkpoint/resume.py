@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from trainer.cluster.process_groups import Job
 
 _MODEL_KEYS = {f"model.{key}" for key in ("layers", "hidden", "heads", "kv_heads", "ffn_hidden", "vocab", "ffn")}
-_MODEL_KEYS |= {"model.groups", "model.private_ffn", "pool.experts", "router.kind"}
+_MODEL_KEYS |= {"model.groups", "model.private_ffn", "pool.experts", "router.kind", "router.logit_bias"}
+_MODEL_KEYS |= {"model.head_dim", "model.qk_norm", "model.qkv_bias", "model.private_gate"}
 """Keys that determine what the weights are: a checkpoint with other values cannot be loaded."""
 
 _FREE_SECTIONS = {"run", "parallel", "topology", "eval", "probe", "profile", "checkpoint", "metrics"}

@@ -54,9 +54,11 @@ def _require(holds: bool, recipe: Recipe, key: str, allowed: str) -> None:
 
 def _check_model(r: Recipe) -> None:
     m = r.model
-    _require(m.hidden % m.heads == 0, r, "model.heads", f"must divide model.hidden ({m.hidden})")
-    even = m.hidden // m.heads % 2 == 0
-    _require(even, r, "model.heads", "model.hidden / model.heads must be even (rotary embeddings)")
+    if m.head_dim is None:
+        _require(m.hidden % m.heads == 0, r, "model.heads", f"must divide model.hidden ({m.hidden})")
+        even = m.hidden // m.heads % 2 == 0
+        _require(even, r, "model.heads", "model.hidden / model.heads must be even (rotary embeddings)")
+    _require(m.head_size % 2 == 0, r, "model.head_dim", "must be even (rotary embeddings)")
     _require(m.heads % m.kv_heads == 0, r, "model.kv_heads", f"must divide model.heads ({m.heads})")
     _require(r.train.min_lr <= r.train.lr, r, "train.min_lr", f"must be at most train.lr ({r.train.lr})")
 
@@ -76,6 +78,7 @@ def _check_dense(r: Recipe) -> None:
     with_dense = "with model.ffn = dense"
     _require(r.train.freeze == "none", r, "train.freeze", f"must be none {with_dense}")
     _require(r.model.private_ffn == 0, r, "model.private_ffn", f"must be 0 {with_dense}, whose FFN is all of a layer")
+    _require(not r.model.private_gate, r, "model.private_gate", f"must be false {with_dense}")
     _require(r.train.pool_lr_factor == 1, r, "train.pool_lr_factor", f"must be 1 {with_dense}, which has no pool")
     _require(r.pool.experts == 0, r, "pool.experts", f"must be 0 {with_dense}")
     _require(r.parallel.pool_ranks == 0, r, "parallel.pool_ranks", f"must be 0 {with_dense}")
@@ -97,6 +100,13 @@ def _check_pool(r: Recipe) -> None:
     _require(r.router.top_k <= r.experts_per_layer, r, "router.top_k", allowed)
     allowed = f"must be 1 with router.kind = {r.router.kind}; only NormRouter has a constant"
     _require(r.router.has_norm or r.router.constant_factor == 1, r, "router.constant_factor", allowed)
+    softmax = r.router.kind == "softmax"
+    for key, value in (("router.renormalize", r.router.renormalize), ("router.logit_bias", r.router.logit_bias)):
+        _require(softmax or not value, r, key, f"must be false with router.kind = {r.router.kind}; only softmax has it")
+    allowed = "must be false with router.top_k = 1, where each gate value would be 1 and routers would learn nothing"
+    _require(r.router.top_k > 1 or not r.router.renormalize, r, "router.renormalize", allowed)
+    allowed = "must be false with model.private_ffn = 0: there is no private expert"
+    _require(m.private_ffn > 0 or not m.private_gate, r, "model.private_gate", allowed)
 
 
 def _check_balance(r: Recipe) -> None:

@@ -50,6 +50,13 @@ class Model(Section):
     hidden: Positive = Field(description="Hidden size D.")
     heads: Positive = Field(description="Attention heads.")
     kv_heads: Positive = Field(4, description="Key and value heads of grouped-query attention.")
+    head_dim: Positive | None = Field(None, description="Width of an attention head; default: `hidden` / `heads`.")
+    qk_norm: Literal["none", "head", "all"] = Field(
+        "none",
+        description="RMSNorm of queries and keys before their rotation. `head`: of each head, as in Qwen3; `all`: of "
+        "all heads as one vector, as in OLMoE.",
+    )
+    qkv_bias: bool = Field(False, description="Biases of the query, key and value projections, as in Qwen2.")
     ffn_hidden: Positive = Field(description="Width F of one expert, or of the dense FFN.")
     vocab: Positive = Field(description="Rows of the embedding; at least the tokenizer's vocabulary.")
     seq_len: Positive = Field(1024, description="Tokens per sequence.")
@@ -58,9 +65,17 @@ class Model(Section):
     private_ffn: NonNegative = Field(
         0, description="Width of a private expert in each layer, which computes every token beside the pool; 0: none."
     )
+    private_gate: bool = Field(
+        False, description="Multiply the private expert's output by a sigmoid gate of the token, as in Qwen2-MoE."
+    )
     init_std: PositiveFloat = Field(0.01, description="Standard deviation of the initial weights.")
     rope_base: PositiveFloat = Field(1e6, description="Base of the rotary position embeddings.")
     norm_eps: PositiveFloat = Field(1e-5, description="Term of RMSNorm that prevents division by zero.")
+
+    @property
+    def head_size(self) -> int:
+        """Width of an attention head."""
+        return self.head_dim or self.hidden // self.heads
 
 
 class Router(Section):
@@ -82,6 +97,10 @@ class Router(Section):
         description="Factor of NormRouter's constant c (`norm` and `norm_bias` only): about the 2-norm with which a "
         "token's gate values begin.",
     )
+    renormalize: bool = Field(
+        False, description="Divide a token's gate values by their sum, as in Mixtral (`softmax` only)."
+    )
+    logit_bias: bool = Field(False, description="Learned biases of the router's logits (`softmax` only).")
 
     @property
     def has_norm(self) -> bool:

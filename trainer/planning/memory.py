@@ -18,6 +18,7 @@ from trainer.planning.model_costs import (
     count_parameters,
     kv_hidden,
     private_weights,
+    query_hidden,
     served_trunk_ranks,
 )
 
@@ -202,9 +203,12 @@ def _loss_bytes(recipe: Recipe) -> int:
 def _layer_activations(recipe: Recipe) -> int:
     """Bytes per token that one layer of the trunk keeps for backward."""
     m, compute = recipe.model, compute_bytes(recipe)
-    D, KV, F, K, M = m.hidden, kv_hidden(recipe), m.ffn_hidden, recipe.router.top_k, recipe.experts_per_layer
+    D, Q, KV = m.hidden, query_hidden(recipe), kv_hidden(recipe)
+    F, K, M = m.ffn_hidden, recipe.router.top_k, recipe.experts_per_layer
     # the input of qkv; q and k rotated; qkv, for v; attention's output, twice
-    attention = compute * (5 * D + 3 * KV)
+    attention = compute * (D + 4 * Q + 3 * KV)
+    if m.qk_norm != "none":  # the norms' input, which in fp32 is the projections' own output, and normalised input
+        attention += FP32 * (2 * Q + (2 if compute != FP32 else 3) * KV)
     # two norms: input and normalised input
     norms = FP32 * 4 * D
     # both halves of the hidden layer, silu of one, their product, and the input
@@ -213,6 +217,8 @@ def _layer_activations(recipe: Recipe) -> int:
     private = compute * 4 * m.private_ffn
     if m.private_ffn and compute != FP32:  # otherwise its input is the router's
         private += compute * D
+    if m.private_gate:  # the expert's output, and the gate's input
+        private += compute * (D if compute == FP32 else 2 * D)
     scores = 1 if recipe.router.has_norm else 3
     # the router's input and (T, M) tensors; dispatched rows; the answer, and in fp32 for the gate's gradient
     return attention + norms + private + FP32 * (D + scores * M) + K * D * (2 * compute + FP32)

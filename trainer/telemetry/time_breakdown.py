@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
+from typing import TYPE_CHECKING
 
-from pool.wire.clock import Moment, Waits
+if TYPE_CHECKING:  # not above: its package imports torch, without which `watch` starts
+    from pool.wire.clock import Moment, Waits
 
 ACTIVITIES = ("computing", "waiting", "wire", "optimizer")
 

@@ -57,7 +57,7 @@ def train(
 
     Under a launcher (deepspeed, torchrun, mpirun) the command is one rank of the job. Without a launcher it starts the
     whole job on this machine, or one node's ranks with --hostfile, through the deepspeed launcher. On SIGTERM or
-    SIGUSR1 the job saves a checkpoint and ends with status 75 on all nodes. The status is 1 if the last validation loss
+    SIGUSR1 the job saves a checkpoint and ends with status 75 on all nodes. The status is 3 if the last validation loss
     is not finite.
 
     \b

@@ -128,7 +128,7 @@ def start(recipe: Recipe, launch: Launch, folder: RunFolder, stage: Stage, force
         load_initial(recipe, role)
     if job.rank == 0:
         assert prepared, "rank 0 is a trunk rank"
-        folder.begin(recipe, schedule.to_json(), job.devices.summary, prepared.tokenizer().to_str(), done)
+        folder.begin(recipe, schedule.to_json(), job.devices.summary, prepared.tokenizer_files(), done)
         saver.clean()
     recorded = int(job.shared.broadcast("recorded", lambda: str(folder.recorded)))
     job.barrier()  # loading may take longer on one rank than a step may wait

@@ -51,6 +51,18 @@ def finite_mean(values: Sequence[float]) -> float:
     return float(numbers.mean()) if len(numbers) else math.nan
 
 
+def parse_record(line: bytes) -> tuple[int, dict[str, Any]] | None:
+    """Return the step and the values of a line of metrics.jsonl; None if it is not a whole record."""
+    if not line.endswith(b"\n"):
+        return None  # it is still being written, or the run was killed while it was
+    try:
+        record = loads(line)
+        step = int(record["step"])
+    except (ValueError, TypeError, KeyError, OverflowError):
+        return None
+    return (step, record) if 0 <= step <= _LAST_STEP else None
+
+
 class Records:
     """The contents of metrics.jsonl as columns; `read` continues where it ended, or starts over after a resume.
 
@@ -95,13 +107,10 @@ class Records:
             return
 
     def _add(self, line: bytes) -> None:
-        try:
-            record = loads(line)
-            step = int(record["step"])
-        except (ValueError, TypeError, KeyError, OverflowError):
+        parsed = parse_record(line)
+        if parsed is None:
             return
-        if not 0 <= step <= _LAST_STEP:
-            return
+        step, record = parsed
         for name in self._rare.keys() & record.keys():
             steps, values = self._rare[name]
             steps.append(step)
@@ -109,7 +118,7 @@ class Records:
         if "loss" in record:
             self.steps.append(step)
             for name, column in self.columns.items():
-                number = record.get(name)
+                number: Any = record.get(name)
                 usual = type(number) is float and -_LARGEST <= number <= _LARGEST
                 column.append(number if usual else _number(number))  # the short way for most values
 
@@ -151,14 +160,17 @@ def saved_recipe(run: Path) -> Recipe | None:
 
 def recorded_load(run: Path) -> NDArray[np.int64] | None:
     """Return assignments per step by layer and expert, (L, M), from the run or its newest checkpoint; or None."""
-    for folder in (run, *checkpoint.complete(run / CHECKPOINTS)[-1:]):
-        try:
-            load_LM = read_array(folder / checkpoint.LOAD_FILE)
-        except (OSError, ValueError):
-            continue
-        if load_LM.ndim == 2 and load_LM.dtype.kind in "iu":
-            return load_LM.astype(np.int64)
-    return None
+    loads = map(read_load, (run, *checkpoint.complete(run / CHECKPOINTS)[-1:]))
+    return next((load_LM for load_LM in loads if load_LM is not None), None)
+
+
+def read_load(folder: Path) -> NDArray[np.int64] | None:
+    """Return what `folder`, that of a run or of a checkpoint, has in load.npy, (L, M); None if it is not readable."""
+    try:
+        load_LM = read_array(folder / checkpoint.LOAD_FILE)
+    except (OSError, ValueError):
+        return None
+    return load_LM.astype(np.int64) if load_LM.ndim == 2 and load_LM.dtype.kind in "iu" else None
 
 
 def recorded_owners(run: Path, recipe: Recipe | None) -> tuple[int, ...] | None:

@@ -54,6 +54,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "sigmoid, recompute": {"router": {"kind": "sigmoid_bias", "top_k": 2}, "train": {"recompute": True}},
     "norm_bias, private expert": {"model": {"private_ffn": 7}, "router": {"kind": "norm_bias", "top_k": 2}},
+    "keys of imported models": {
+        "model": {"head_dim": 8, "qk_norm": "all", "qkv_bias": True, "private_ffn": 7, "private_gate": True},
+        "router": {"kind": "softmax", "top_k": 2, "renormalize": True, "logit_bias": True},
+    },
     "frozen": {"train": {"freeze": "trunk", "init_from": "unused"}},
     "dense": {"model": {"ffn": "dense"}, "pool": {"experts": 0}, "balance": {"pool": 0.0}},
 }

@@ -8,10 +8,10 @@ from pathlib import Path
 from tests.trainer.made_up import write_run
 from trainer.config.recipe import load_recipe
 from trainer.telemetry.console import describe
-from trainer.view.facts import training_facts
 from trainer.view.frame import frame_lines
 from trainer.view.records import facts_of
-from trainer.view.report import write_report
+from trainer.view.report.facts import training_facts
+from trainer.view.report.page import write_report
 from trainer.view.view import RankUse, View, who_waits
 
 LAYOUT = [f"parallel.{key}" for key in ("layout=every_rank", "pool_ranks=0", "trunk_ranks=2", "expert_parallel=2")]

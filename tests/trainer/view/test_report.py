@@ -15,9 +15,9 @@ from click.testing import CliRunner
 from tests.trainer.made_up import write_run
 from trainer.cli import cli
 from trainer.config.recipe import load_recipe
-from trainer.view.charts import thin
 from trainer.view.records import recorded_owners
-from trainer.view.report import make_page
+from trainer.view.report.charts import thin
+from trainer.view.report.page import make_page
 
 VOID = {"meta", "br", "link", "img"}
 LARGEST = 3_000_000

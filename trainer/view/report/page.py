@@ -20,10 +20,10 @@ from trainer.config.recipe import Recipe
 from trainer.telemetry.console import describe
 from trainer.telemetry.time_breakdown import ACTIVITIES
 from trainer.train.ends.early_stop import ended_early
-from trainer.view import facts
-from trainer.view.charts import COLOURS, POINTS, draw_chart, draw_load, draw_shares
 from trainer.view.rates import ROLES, Shares
 from trainer.view.records import RECIPE_FILE, Records, facts_of, is_run, recorded_load, recorded_owners, saved_recipe
+from trainer.view.report import facts
+from trainer.view.report.charts import COLOURS, POINTS, draw_chart, draw_load, draw_shares
 from trainer.view.view import who_waits
 
 REPORT_FILE = "report.html"
@@ -60,7 +60,7 @@ def make_page(run: Path) -> str:
         "Recipe": _recipe_text(run),
     }
     bodies = [f"<section><h2>{title}</h2>{body}</section>" for title, body in sections.items() if body]
-    files = resources.files("trainer.view")
+    files = resources.files("trainer.view.report")
     return Template((files / "report.html").read_text()).substitute(
         name=escape(run.resolve().name),
         style=(files / "report.css").read_text(),
