@@ -22,7 +22,7 @@ _MODEL_KEYS |= {"model.groups", "model.private_ffn", "pool.experts", "router.kin
 _MODEL_KEYS |= {"model.head_dim", "model.qk_norm", "model.qkv_bias", "model.private_gate"}
 """Keys that determine what the weights are: a checkpoint with other values cannot be loaded."""
 
-_FREE_SECTIONS = {"run", "parallel", "topology", "eval", "probe", "profile", "checkpoint", "metrics"}
+_FREE_SECTIONS = {"run", "parallel", "topology", "eval", "tasks", "probe", "profile", "checkpoint", "metrics"}
 _FREE_KEYS = {"pool.recompute", "pool.stash_bytes", "pool.placement", "train.recompute", "train.max_skipped_steps"}
 _FREE_KEYS |= {"train.micro_batch", "train.compile", "train.loss_chunk", "data.dir", "data.max_bad_share"}
 _FREE_KEYS |= {"lock.stop_above"}

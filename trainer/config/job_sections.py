@@ -90,6 +90,20 @@ class Eval(Section):
     )
 
 
+class Tasks(Section):
+    """Scores of the checkpoints on tasks of lm-evaluation-harness, while training goes on."""
+
+    names: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)] = Field(
+        strict=False, description="Tasks, groups or tags of lm-evaluation-harness: `[piqa, arc_easy]`."
+    )
+    limit: Positive | None = Field(None, description="Most examples of each task; default: all.")
+    include_path: str | None = Field(None, description="Folder with task files of your own.")
+    device: Literal["cpu", "cuda"] = Field(
+        "cpu", description="Where they are computed, on rank 0's machine; `cuda` shares a GPU with training."
+    )
+    minutes: PositiveFloat = Field(60.0, description="Longest time for one checkpoint, after which it has no scores.")
+
+
 class Probe(Section):
     """Probes of the routing during training: held-out loss with random experts in one layer."""
 

@@ -39,6 +39,13 @@ class Monitors:
         if self.wandb:
             self.wandb.log(scalars, step)
 
+    def write_late(self, scalars: dict[str, float], step: int) -> None:
+        """Write the scalars of a step after those of later steps."""
+        if self._monitor.enabled:
+            self._write([(name, value, step) for name, value in scalars.items()])
+        if self.wandb:
+            self.wandb.log_late(scalars, step)
+
     def write_samples(self, samples: Sequence[tuple[str, str]], step: int) -> None:
         """Write prompts and their continuations as texts of TensorBoard and as a table of W&B."""
         board = self._monitor.tb_monitor

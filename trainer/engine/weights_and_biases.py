@@ -74,7 +74,7 @@ class WandbRun:
         """Send a picture (height x width x RGB) that belongs to a step."""
         self._add(lambda run: run.log({name: _wandb().Image(pixels)}, step=step))
 
-    def log_later(self, values: Mapping[str, float], step: int) -> None:
+    def log_late(self, values: Mapping[str, float], step: int) -> None:
         """Send values of an earlier step, which W&B shows over `tasks/step`: its own steps only increase."""
         self._add(lambda run: run.log({**values, "tasks/step": step}))
 

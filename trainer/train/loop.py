@@ -47,11 +47,13 @@ def train(recipe: Recipe, launch: Launch, force: bool = False) -> int:
         folder = RunFolder(recipe)
         with folder.removed_if_unused():
             run = start(recipe, launch, folder, stage, force)
-        status = Loop(run).run()
+        loop = Loop(run)
+        status = loop.run()
         stage.end(status)
         if status == DIVERGED:  # the launcher ends all ranks as soon as the first one ends with this status
             mark_end(launch.local_rank)
         run.job.close()
+        run.reporter.end(status, loop.done)
         if status == 0:
             mark_end(launch.local_rank)
         return status
@@ -93,11 +95,16 @@ def update(
 
 
 class Loop:
-    """The steps of a run on one rank. All ranks do the same in the same order."""
+    """The steps of a run on one rank. All ranks do the same in the same order.
+
+    Attributes:
+        done: Optimizer steps done.
+    """
 
     def __init__(self, run: Run):
         self._r, self._ending = run, Ending(run)
         self._skipped, self._enough = 0, ""
+        self.done = run.start
         self._val_loss = math.nan
         self._held_out_LM: Tensor | None = None
 
@@ -112,7 +119,7 @@ class Loop:
         for step in range(r.start, last):
             with r.profile.step(step + 1):
                 stop = self._step(step)
-            done = step + 1
+            done = self.done = step + 1
             if stop and done < last:
                 r.profile.finish()
                 return self._ending.stop(done)
@@ -135,9 +142,10 @@ class Loop:
         self._ending.finish_saving(last)
         r.stage.watch.may_stop = False
         r.stage.watch.saved = True
+        r.reporter.tasks(last, max(r.saver.saved, r.start))
         # While all ranks are here: rank 0 then draws pictures for longer than a step may wait.
         (diverged,) = r.job.sum_over_ranks([float(r.job.is_trunk and not math.isfinite(self._val_loss))])
-        if self._enough and r.job.rank == 0:
+        if last < r.recipe.train.steps and r.job.rank == 0:
             say(f"unipool: ended after step {last} of {r.recipe.train.steps}: {self._enough}")
         self._ending.finish(max(r.start, last), self._val_loss, self._held_out_LM)
         if diverged and r.job.rank == 0:
@@ -158,6 +166,7 @@ class Loop:
         stop, writing, *usage = outcome.votes
         r.saver.settle(writing)
         r.reporter.step(step + 1, outcome.scalars, usage)
+        r.reporter.tasks(step + 1, max(r.saver.saved, r.start))
         lost = step < r.recorded
         r.stage.metrics.time.stepped("lost" if lost else "training" if outcome.applied else "skipped")
         self._skipped = 0 if outcome.finite else self._skipped + 1

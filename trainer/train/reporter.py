@@ -29,6 +29,7 @@ from trainer.telemetry.run_folder import RunFolder
 from trainer.telemetry.step_scalars import Efficiency, StepScalars, padded
 from trainer.telemetry.time_breakdown import ACTIVITIES, Usage, shares
 from trainer.telemetry.trainjob import TrainJobProgress, trainjob_progress
+from trainer.train.evaluation.tasks import BackgroundTasks, Scored
 from trainer.train.pool_rank import PoolRank
 from trainer.train.trunk_rank import TrunkRank
 
@@ -49,6 +50,7 @@ class Reporter:
         self._stragglers = Stragglers(peers(job.topology, job.rank), job.rank)
         self._spikes = {"loss": Spikes(), "gradient norm": Spikes()}
         self._in_spike: set[str] = set()
+        self._tasks: BackgroundTasks | None = None
         self._progress: Progress | None = None
         self._trainjob: TrainJobProgress | None = None
         if job.rank:
@@ -67,6 +69,8 @@ class Reporter:
         role.metrics.set("unipool_target_steps", recipe.train.steps)
         if self._peak:
             role.metrics.set("unipool_peak_flops_per_second", self._peak)
+        if recipe.tasks:
+            self._tasks = BackgroundTasks(recipe.tasks, folder.checkpoints)
         role.metrics.checkpoints_from(done, recipe.checkpoint.every)
         self._trainjob = trainjob_progress(recipe.train.steps, done)
 
@@ -196,6 +200,18 @@ class Reporter:
             told = [{"prompt": prompt, "text": text} for prompt, text in samples]
             self._folder.append_metrics({"step": done, "samples": told})
 
+    def tasks(self, done: int, saved: int) -> None:
+        """Let the newest checkpoint, after `saved` steps, be scored on tasks, and report scores that have come."""
+        if self._tasks and (scored := self._tasks.follow(saved)):
+            self._scored(done, scored)
+
+    def _scored(self, done: int, scored: Scored) -> None:
+        assert isinstance(self._role, TrunkRank), "rank 0 is a trunk rank"
+        self._role.monitors.write_late(scored.flat(), scored.step)
+        self._folder.append_metrics({"step": done, "tasks_of": scored.step, "tasks": scored.values})
+        told = ", ".join(f"{name.removeprefix('tasks/')} {value:.4f}" for name, value in scored.flat().items())
+        say(f"step {done}: tasks, with the checkpoint after step {scored.step}: {told}")
+
     def assigned(self, done: int) -> None:
         """Report which layer owns which expert, if they have been assigned after `done` steps."""
         record = self._role.ownership
@@ -234,11 +250,24 @@ class Reporter:
         record = {"step": done, "probe_loss": loss, "probe_tokens": tokens, "random_routing": mean}
         self._folder.append_metrics({**record, "random_routing_by_layer": named})
 
+    def end(self, status: int, done: int) -> None:
+        """Wait for what is not done by the regular end of the run, once no other rank waits for this one.
+
+        Args:
+            status: The exit status; only a run that ends with 0 waits for scores on tasks.
+            done: Optimizer steps done.
+        """
+        if self._tasks:
+            for scored in self._tasks.rest() if status == 0 else ():
+                self._scored(done, scored)
+            self._tasks.stop()
+        if isinstance(self._role, TrunkRank):
+            self._role.monitors.close()
+
     def close(self) -> None:
         """End the reports at the regular end of the run: Prometheus no longer looks for its metrics."""
         if self._progress and isinstance(self._role, TrunkRank):
             self._progress.close()
-            self._role.monitors.close()
             if self._trainjob:
                 self._trainjob.close()
             self._folder.withdraw()
