@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 import os
+import secrets
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -89,6 +91,7 @@ class WandbRun:
                 with suppress(psutil.Error):
                     if process.name().startswith("wandb"):
                         process.kill()
+                        sys.unraisablehook = lambda _: None  # wandb's exit handler would miss the process
 
     def _add(self, message: Callable[[Any], object] | None) -> None:
         if not self._on:
@@ -131,7 +134,7 @@ def _run_id(folder: Path, done: int) -> str:
     with suppress(OSError, ValueError):
         if done and (kept := file.read_text().strip()):
             return kept
-    made: str = _wandb().util.generate_id()
+    made = secrets.token_hex(4)
     with suppress(OSError):
         atomic_write(file, lambda path: path.write_text(made))
     return made
