@@ -40,7 +40,7 @@ LOG_SECONDS = 60.0
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 _IRRELEVANT_KEYS = {"run.dir", "data.dir"}
-_IRRELEVANT_SECTIONS = {"checkpoint", "metrics", "probe"}
+_IRRELEVANT_SECTIONS = {"checkpoint", "metrics", "probe", "tasks"}
 """Recipe keys and sections that do not affect the results of training."""
 
 

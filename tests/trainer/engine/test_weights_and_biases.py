@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import struct
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -127,7 +129,11 @@ def test_a_wandb_that_fails_or_hangs_ends_nothing(
     where: str, fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("WANDB_RUN_ID", "mine")
-    broken = Broken(where, fails)
+    broken, killed = Broken(where, fails), MagicMock(**{"name.return_value": "wandb-core"})
+    other = MagicMock(**{"name.return_value": "python"})
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    own = MagicMock(**{"children.return_value": [killed, other]})
+    monkeypatch.setattr(weights_and_biases.psutil, "Process", lambda: own)
     monkeypatch.setattr(weights_and_biases, "_wandb", lambda: broken)
     monkeypatch.setattr(weights_and_biases, "LAST_WAIT", 0.2)
     monkeypatch.setattr(weights_and_biases, "WAITING", 5)
@@ -135,6 +141,7 @@ def test_a_wandb_that_fails_or_hangs_ends_nothing(
     for step in range(9 if where != "finish" else 2):
         run.log({"train/loss": 1.0}, step)
     run.finish()
+    assert killed.kill.called and not other.kill.called
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("warning: Weights & Biases is off until the next start (")
     assert "no network)" in line or not fails or "does not keep up" in line

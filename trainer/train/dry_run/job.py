@@ -59,7 +59,7 @@ class Parts(Stage):
         """Begin something, and end the part before."""
         super().enter(phase, doing)
         turn = self._turns[phase] = self._turns.get(phase, -1) + 1
-        names = _OF_START.get(phase, ())
+        names = () if "training" in self._turns else _OF_START.get(phase, ())
         self.begin(names[min(turn, len(names) - 1)] if names else doing)
 
     def begin(self, part: str) -> None:
@@ -147,15 +147,13 @@ def _rehearse(run: Run, parts: Parts) -> None:
     parts.enter("saving", "a checkpoint")
     if not run.saver.save(1):
         raise JobError("the checkpoint could not be saved" + (f": {run.saver.error}" if run.saver.error else ""))
-    parts.enter("loading", "")
-    parts.begin("the checkpoint read back")
+    parts.enter("loading", "the checkpoint read back")
     found: Any = choose(job, recipe, run.folder.checkpoints, False)
     load_checkpoint(job, recipe, found[1], role)
     again, _ = role.evaluate(1, 1)
     (changed,) = job.sum_over_ranks([float(job.is_trunk and again != loss)])
     if changed:
         raise JobError(f"the weights read back have another validation loss, {again}, than those saved, {loss}")
-    parts.enter("stopping", "the end")
 
 
 def _memory(job: Job, recipe: Recipe, lanes: int) -> list[str]:
