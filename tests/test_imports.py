@@ -95,6 +95,7 @@ def test_libraries_with_one_home() -> None:
     exports |= {f"trainer/serve/{name}.py" for name in ("engine", "sampling")}
     # Probes read other people's models through it, in one adapter.
     assert importers("transformers") == exports | {"trainer/probe/adapters.py", "trainer/importing/families.py"}
+    assert importers("wandb") == {"trainer/engine/weights_and_biases.py"}
     assert importers("lm_eval") == {"trainer/evaluate/tasks.py"}
     assert importers("torch.distributed") == {
         "trainer/cluster/process_groups.py",
