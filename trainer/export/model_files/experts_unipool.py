@@ -124,7 +124,8 @@ class UniPoolExperts(nn.Module):
             weights = {"gate_proj": gate, "up_proj": up, "down_proj": down}
             mlp.load_state_dict({f"{name}.weight": weight.clone() for name, weight in weights.items()}, assign=True)
             self.add_module(str(expert), mlp)
-        self.gate_up_proj = self.down_proj = None
+        for name in ("gate_up_proj", "down_proj"):
+            self.register_parameter(name, None)
 
     def forward(self, x_TD: Tensor, topk_expert_ids_TK: Tensor, topk_scores_TK: Tensor) -> Tensor:
         """Return sum_i g_i(x) e_i(x) over the chosen experts, summed in fp32."""
