@@ -22,7 +22,7 @@ from trainer.serve.engine import Engine, Sampling
 from trainer.serve.metrics import ServerMetrics
 from trainer.serve.requests import Chat, Completion, RequestError, invalid
 
-LARGEST_BODY = 4 * 2**20
+LARGEST_BODY = 2**20
 """Bytes of the largest body of a request."""
 
 

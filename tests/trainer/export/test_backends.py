@@ -21,7 +21,7 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize(("kind", "attention"), [("pool", "sdpa"), ("vanilla", "eager"), ("private", "sdpa")])
+@pytest.mark.parametrize(("kind", "attention"), [("pool", "sdpa"), ("vanilla", "eager")])
 def test_continuous_batching_gives_the_tokens_of_generate(kind: str, attention: str) -> None:
     """Requests of 1 to 9 tokens, more than a batch holds, prefilled in pieces beside others that decode."""
     model = model_with(attention, **KINDS[kind])
