@@ -51,7 +51,8 @@ def test_direction(package: str, allowed: set[str]) -> None:
 
 ROOMS = (
     *("common", "config", "data", "model", "cluster", "telemetry", "engine", "checkpoint", "planning", "bench"),
-    *("export", "serve", "train", "evaluate", "probe", "importing", "view", "sweep", "scaling_law", "cli", "__main__"),
+    *("doctor", "export", "serve", "train", "evaluate", "probe", "importing", "view", "sweep", "scaling_law"),
+    *("cli", "__main__"),
 )
 """The rooms of trainer/, from the lowest up: a room imports from itself and from lower ones."""
 
@@ -94,6 +95,7 @@ def test_libraries_with_one_home() -> None:
     exports |= {f"trainer/serve/{name}.py" for name in ("engine", "sampling")}
     # Probes read other people's models through it, in one adapter.
     assert importers("transformers") == exports | {"trainer/probe/adapters.py", "trainer/importing/families.py"}
+    assert importers("wandb") == {"trainer/engine/weights_and_biases.py"}
     assert importers("lm_eval") == {"trainer/evaluate/tasks.py"}
     assert importers("torch.distributed") == {
         "trainer/cluster/process_groups.py",
