@@ -187,8 +187,7 @@ def test_weights_are_the_runs_bit_for_bit_and_stored_once(model: str) -> None:
 
 def learned_rows(tensors: Any) -> list[bytes]:
     """Return every row of every tensor; fused and split tensors have the same rows."""
-    shaped = (tensor.reshape(-1, tensor.shape[-1] if tensor.ndim > 1 else 1) for tensor in tensors)
-    return [row.numpy().tobytes() for tensor in shaped for row in tensor]
+    return [row.numpy().tobytes() for t in tensors for row in t.reshape(-1, t.shape[-1] if t.ndim > 1 else 1)]
 
 
 @torch.no_grad()
