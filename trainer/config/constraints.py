@@ -27,6 +27,7 @@ def check_constraints(recipe: Recipe) -> None:
     if recipe.router.force is not None:
         _check_forced(recipe)
     _check_probe(recipe)
+    _check_eval(recipe)
     _check_profile(recipe)
     _check_layout(recipe)
 
@@ -146,6 +147,11 @@ def _check_probe(r: Recipe) -> None:
         holds = bool(layers) and max(layers) < r.model.layers and len(set(layers)) == len(layers)
         allowed = f"must be different numbers from 0 to {r.model.layers - 1} (model.layers - 1)"
         _require(holds, r, "probe.layers", allowed)
+
+
+def _check_eval(r: Recipe) -> None:
+    for key in ("eval.patience", "eval.stop_below"):
+        _require(r.eval.every > 0 or attrgetter(key)(r) is None, r, key, "needs eval.every above 0")
 
 
 def _check_profile(r: Recipe) -> None:

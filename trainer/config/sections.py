@@ -223,6 +223,11 @@ class Train(Section):
     )
     init_from: str | None = Field(None, description="An export whose weights replace the random initial ones.")
     freeze: Literal["none", "pool", "trunk"] = Field("none", description="The role whose weights are not trained.")
+    skip_spikes: PositiveFloat | None = Field(
+        None,
+        description="Skip a step whose gradient norm is by more than this many standard deviations above the median of "
+        "up to 100 steps before it, of which there must be 20, such as 6; default: none.",
+    )
     max_skipped_steps: Positive = Field(
         20, description="Consecutive steps that may be skipped for non-finite gradients before the job stops."
     )

@@ -79,7 +79,6 @@ def _fill_monitors(config: dict[str, Any], recipe: Recipe) -> None:
         raise UserError(f"metrics.wandb = {m.wandb}: wandb is not installed: pip install wandb")
     _fill(config["tensorboard"], enabled=m.tensorboard, output_path=recipe.run.dir, job_name="tensorboard")
     _fill(config["csv_monitor"], enabled=m.csv, output_path=recipe.run.dir, job_name="csv")
-    _fill(config["wandb"], enabled=m.wandb is not None, project=m.wandb or "")
 
 
 def _fill(section: dict[str, Any], **values: Any) -> None:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.machinery
 import math
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -15,9 +12,8 @@ from torch import Tensor, nn
 
 from tests.distributed import join, run_ranks
 from tests.training import tiny
-from trainer.common.errors import UserError
 from trainer.config.recipe import Recipe
-from trainer.engine.ds_config import deepspeed_config, scheduled_rate
+from trainer.engine.ds_config import scheduled_rate
 from trainer.model.trunk import Trunk
 
 CLIP, TOTAL_NORM = 0.7, 40.0
@@ -133,48 +129,6 @@ def test_weights_stay_aligned(stage: int) -> None:
     """
     recipe = tiny(router={"kind": "norm"}, parallel={"trunk_zero": stage})
     assert run_ranks(1, misaligned, recipe) == [[]]
-
-
-class Wandb(ModuleType):
-    """The package, as far as DeepSpeed uses it."""
-
-    def __init__(self) -> None:
-        super().__init__("wandb")
-        self.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
-        self.runs: list[dict[str, Any]] = []
-        self.logged: list[tuple[dict[str, float], int]] = []
-
-    def init(self, **settings: Any) -> None:
-        self.runs.append(settings)
-
-    def log(self, data: dict[str, float], step: int, commit: bool | None) -> None:
-        self.logged.append((data, step))
-
-
-def log_to_wandb(recipe: Recipe) -> Any:
-    from trainer.engine.role_engine import RoleEngine
-
-    wandb = Wandb()
-    sys.modules["wandb"] = wandb
-    job = join(recipe)
-    monitors = RoleEngine(nn.Linear(2, 2), recipe, "trunk", job.role_size).monitors
-    monitors.write({"train/loss": 1.5, "train/z_loss": math.nan}, 7)
-    job.close()
-    return wandb.runs, wandb.logged
-
-
-def test_weights_and_biases_gets_the_project_and_the_finite_scalars(tmp_path: Path) -> None:
-    recipe = tiny(run={"dir": str(tmp_path)}, metrics={"tensorboard": False, "wandb": "pools"})
-    ((runs, logged),) = run_ranks(1, log_to_wandb, recipe)
-    assert [run["project"] for run in runs] == ["pools"]
-    assert logged == [({"train/loss": 1.5}, 7)]
-
-
-def test_weights_and_biases_must_be_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer.engine.ds_config.find_spec", lambda name: None)
-    with pytest.raises(UserError, match="metrics.wandb = pools: wandb is not installed: pip install wandb"):
-        deepspeed_config(tiny(metrics={"wandb": "pools"}), "trunk", 1, 10)
-    assert deepspeed_config(tiny(), "trunk", 1, 10)["wandb"]["enabled"] is False
 
 
 def norm_of_infinite_gradients(recipe: Recipe) -> float:
