@@ -120,6 +120,11 @@ def test_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(os, "statvfs", lambda place: SimpleNamespace(f_bavail=2, f_frsize=10**8))
     (found,) = storage.folder_of_run(two_ranks(f"run.dir={tmp_path}/run"))
     assert found.status == "error" and "200 MB free" in found.found and "lower checkpoint.keep" in found.mend
+    (tmp_path / "run/checkpoints/step_1").mkdir(parents=True)  # has some of what it needs
+    with open(tmp_path / "run/checkpoints/step_1/model", "wb") as file:
+        file.truncate(10**8)
+    (found,) = storage.folder_of_run(two_ranks(f"run.dir={tmp_path}/run"))
+    assert found.status != "error"
     monkeypatch.setenv("XDG_CACHE_HOME", f"{tmp_path}/file")
     assert {f.about: f.status for f in storage.temporary(None)} == {"/tmp": "ok", "cache": "error"}
 
