@@ -17,9 +17,9 @@ from trainer.config.recipe import headline, recipe_names
 
 
 @click.command()
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON list.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON list of the names.")
 def recipes(as_json: bool) -> None:
-    """List the recipes that come with the trainer; as JSON, only their names.
+    """List the recipes that come with the trainer.
 
     \b
     Example:
