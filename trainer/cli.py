@@ -19,6 +19,7 @@ from trainer.importing.commands import import_, upcycle
 from trainer.planning.commands import plan
 from trainer.probe.commands import probe
 from trainer.scaling_law.commands import law
+from trainer.serve.commands import serve
 from trainer.sweep.commands import sweep
 from trainer.train.commands import train
 from trainer.view.commands import own, report, watch
@@ -68,6 +69,7 @@ for command in (
     import_,
     upcycle,
     generate,
+    serve,
     evaluate,
     watch,
     report,

@@ -35,8 +35,10 @@ from trainer.export.saved_run import (
 
 Format = Literal["hf", "llama", "safetensors"]
 
-_OF_LLAMA = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim")
-_OF_LLAMA += ("num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "rope_theta", "initializer_range")
+_OF_LLAMA = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim"),
+    *("num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "rope_theta", "initializer_range"),
+)
 
 SHARD_SIZE = "5GB"
 """Default size of a file of weights, huggingface_hub's. That of transformers, 50GB, would take as much memory."""

@@ -24,10 +24,9 @@ def change(file: Path, **changes: Any) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
-def test_damaged_exports_are_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer.export.write._SHARD_SIZE", "40KB")
+def test_damaged_exports_are_refused_in_one_line(tmp_path: Path) -> None:
     whole = tmp_path / "whole"
-    assert invoke("export", str(trained("unipool")[0]), str(whole)).exit_code == 0
+    assert invoke("export", str(trained("unipool")[0]), str(whole), "--shard-size", "40KB").exit_code == 0
 
     def line_after(damage: Callable[[Path], object]) -> str:
         broken = tmp_path / "broken"
