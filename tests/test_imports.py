@@ -16,7 +16,7 @@ from trainer.export.folder import MODEL_FILES
 
 ROOT = Path(__file__).parent.parent
 OURS = {"trainer", "router", "pool"}
-EXPORTED = {ROOT / "trainer" / "export" / file for file in MODEL_FILES}
+EXPORTED = {ROOT / "trainer" / "export" / "model_files" / file for file in MODEL_FILES}
 
 
 def imports(path: Path) -> set[str]:
@@ -51,7 +51,8 @@ def test_direction(package: str, allowed: set[str]) -> None:
 
 ROOMS = (
     *("common", "config", "data", "model", "cluster", "telemetry", "engine", "checkpoint", "planning", "bench"),
-    *("export", "train", "evaluate", "probe", "view", "sweep", "scaling_law", "cli", "__main__"),
+    *("doctor", "export", "serve", "train", "evaluate", "probe", "importing", "view", "sweep", "scaling_law"),
+    *("cli", "__main__"),
 )
 """The rooms of trainer/, from the lowest up: a room imports from itself and from lower ones."""
 
@@ -84,13 +85,17 @@ def test_no_private_name_is_imported() -> None:
 
 def test_libraries_with_one_home() -> None:
     assert importers("deepspeed") == {"trainer/engine/role_engine.py"}
-    assert importers("prometheus_client") == {"trainer/telemetry/prometheus.py"}
+    assert importers("prometheus_client") == {"trainer/telemetry/prometheus.py", "trainer/serve/metrics.py"}
+    assert importers("fastapi") == {"trainer/serve/application.py"}
+    assert importers("uvicorn") == {"trainer/serve/server.py"}
     assert importers("safetensors") == {"trainer/export/folder.py", "trainer/export/write.py"}
     exports = {str(path.relative_to(ROOT)) for path in EXPORTED}
     own = ("exported_model", "saved_run", "loaded_model", "write", "generate")
     exports |= {f"trainer/export/{name}.py" for name in own}
+    exports |= {f"trainer/serve/{name}.py" for name in ("engine", "sampling")}
     # Probes read other people's models through it, in one adapter.
-    assert importers("transformers") == exports | {"trainer/probe/adapters.py"}
+    assert importers("transformers") == exports | {"trainer/probe/adapters.py", "trainer/importing/families.py"}
+    assert importers("wandb") == {"trainer/engine/weights_and_biases.py"}
     assert importers("lm_eval") == {"trainer/evaluate/tasks.py"}
     assert importers("torch.distributed") == {
         "trainer/cluster/process_groups.py",
@@ -146,8 +151,8 @@ def test_the_engine_leaves_the_compiler_on(tmp_path: Path) -> None:
     writer.close()
     code = (
         "import os, sys; os.environ['DS_ACCELERATOR'] = 'cpu'; import torch, trainer.engine.role_engine as engine\n"
-        "from pathlib import Path; from trainer.data.packing import SplitRows; from trainer.train import loop\n"
-        "loop.use_deterministic_kernels(); engine._import_deepspeed()\n"
+        "from pathlib import Path; from trainer.data.packing import SplitRows; from trainer.train import loop, start\n"
+        "start.use_deterministic_kernels(); engine._import_deepspeed()\n"
         f"print(SplitRows(Path({str(tmp_path)!r}) / 'split.arrow')[[1]])\n"
         "print(torch.are_deterministic_algorithms_enabled())\n"
         "heavy = {'torch._dynamo', 'torch._inductor', 'datasets', 'pandas', 'transformers', 'matplotlib', 'rich'}\n"

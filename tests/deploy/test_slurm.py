@@ -221,13 +221,13 @@ def test_slurmctld_may_be_away_when_the_job_returns(submit: Submit, tmp_path: Pa
 
 @pytest.mark.parametrize(
     ("ends", "status", "restarts"),
-    [("1 137 0", 0, 2), ("1 1 1 1", 1, 3), ("1 2", 2, 1), ("2", 2, 0)],
-    ids=["two faults", "too many faults", "wrong input after a fault", "wrong input"],
+    [("1 137 0", 0, 2), ("1 1 1 1", 1, 3), ("1 2", 2, 1), ("2", 2, 0), ("3", 3, 0)],
+    ids=["two faults", "too many faults", "wrong input after a fault", "wrong input", "diverged"],
 )
 def test_ranks_start_again_after_faults_only(
     ends: str, status: int, restarts: int, submit: Submit, tmp_path: Path
 ) -> None:
-    """Not after a wrong input.
+    """Not after a wrong input, and not if the model has diverged.
 
     The limit is this script's: to the ranks, it would be one of all restarts, those that Slurm makes included.
     """

@@ -78,7 +78,7 @@ def test_recipe_key() -> None:
         else:
             check(changed)
     replaced = 'prepared.stream("train", recipe.run.seed)'
-    assert replaced in (ROOT / "trainer/train/loop.py").read_text() and replaced[:-1] in use
+    assert replaced in (ROOT / "trainer/train/start.py").read_text() and replaced[:-1] in use
 
 
 def test_metric() -> None:

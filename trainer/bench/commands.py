@@ -8,12 +8,13 @@ from pathlib import Path
 import click
 
 from trainer.common.strict_json import dumps
+from trainer.config.completion import complete_recipe
 from trainer.config.options import json_option, set_option
 from trainer.config.recipe import load_recipe
 
 
 @click.command(short_help="Measure this machine, for `plan --hardware`.")
-@click.argument("recipe", default="quickstart")
+@click.argument("recipe", default="quickstart", shell_complete=complete_recipe)
 @set_option
 @click.option(
     "--out",

@@ -8,8 +8,11 @@ from collections.abc import Sequence
 START_AGAIN = 75
 """Exit status of a job that was asked to stop and has saved a checkpoint (EX_TEMPFAIL of sysexits.h: try again)."""
 
-DIVERGED = 1
-"""Exit status of a job that its lock ended, or whose validation loss is not finite when all steps are done."""
+DIVERGED = 3
+"""Exit status of a job that its lock ended, or whose validation loss is not finite when all steps are done.
+
+Nothing starts such a job again, because it would end in the same way.
+"""
 
 PATH_ERRORS = {errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.EEXIST, errno.ELOOP}
 PATH_ERRORS |= {errno.EACCES, errno.EPERM, errno.EROFS}

@@ -24,7 +24,10 @@ def check_constraints(recipe: Recipe) -> None:
     _check_balance(recipe)
     if recipe.lock is not None:
         _check_lock(recipe)
+    if recipe.router.force is not None:
+        _check_forced(recipe)
     _check_probe(recipe)
+    _check_eval(recipe)
     _check_profile(recipe)
     _check_layout(recipe)
 
@@ -53,11 +56,17 @@ def _require(holds: bool, recipe: Recipe, key: str, allowed: str) -> None:
 
 def _check_model(r: Recipe) -> None:
     m = r.model
-    _require(m.hidden % m.heads == 0, r, "model.heads", f"must divide model.hidden ({m.hidden})")
-    even = m.hidden // m.heads % 2 == 0
-    _require(even, r, "model.heads", "model.hidden / model.heads must be even (rotary embeddings)")
+    if m.head_dim is None:
+        _require(m.hidden % m.heads == 0, r, "model.heads", f"must divide model.hidden ({m.hidden})")
+        even = m.hidden // m.heads % 2 == 0
+        _require(even, r, "model.heads", "model.hidden / model.heads must be even (rotary embeddings)")
+    _require(m.head_size % 2 == 0, r, "model.head_dim", "must be even (rotary embeddings)")
     _require(m.heads % m.kv_heads == 0, r, "model.kv_heads", f"must divide model.heads ({m.heads})")
-    _require(r.train.min_lr <= r.train.lr, r, "train.min_lr", f"must be at most train.lr ({r.train.lr})")
+    t = r.train
+    _require(t.min_lr <= t.lr, r, "train.min_lr", f"must be at most train.lr ({t.lr})")
+    fits = t.schedule != "wsd" or t.warmup_fraction + t.decay_fraction <= 1
+    allowed = f"must be at most 1 - train.warmup_fraction ({1 - t.warmup_fraction:g})"
+    _require(fits, r, "train.decay_fraction", allowed)
 
 
 def _check_data(r: Recipe) -> None:
@@ -75,6 +84,7 @@ def _check_dense(r: Recipe) -> None:
     with_dense = "with model.ffn = dense"
     _require(r.train.freeze == "none", r, "train.freeze", f"must be none {with_dense}")
     _require(r.model.private_ffn == 0, r, "model.private_ffn", f"must be 0 {with_dense}, whose FFN is all of a layer")
+    _require(not r.model.private_gate, r, "model.private_gate", f"must be false {with_dense}")
     _require(r.train.pool_lr_factor == 1, r, "train.pool_lr_factor", f"must be 1 {with_dense}, which has no pool")
     _require(r.pool.experts == 0, r, "pool.experts", f"must be 0 {with_dense}")
     _require(r.parallel.pool_ranks == 0, r, "parallel.pool_ranks", f"must be 0 {with_dense}")
@@ -96,6 +106,19 @@ def _check_pool(r: Recipe) -> None:
     _require(r.router.top_k <= r.experts_per_layer, r, "router.top_k", allowed)
     allowed = f"must be 1 with router.kind = {r.router.kind}; only NormRouter has a constant"
     _require(r.router.has_norm or r.router.constant_factor == 1, r, "router.constant_factor", allowed)
+    softmax = r.router.kind == "softmax"
+    for key, value in (("router.renormalize", r.router.renormalize), ("router.logit_bias", r.router.logit_bias)):
+        _require(softmax or not value, r, key, f"must be false with router.kind = {r.router.kind}; only softmax has it")
+    allowed = "must be false with router.top_k = 1, where each gate value would be 1 and routers would learn nothing"
+    _require(r.router.top_k > 1 or not r.router.renormalize, r, "router.renormalize", allowed)
+    allowed = "must be false with model.private_ffn = 0: there is no private expert"
+    _require(m.private_ffn > 0 or not m.private_gate, r, "model.private_gate", allowed)
+
+
+def _check_forced(r: Recipe) -> None:
+    _require(r.model.ffn == "pool", r, "router.force", "must be left out with model.ffn = dense, which has no routing")
+    _require(r.lock is None, r, "router.force", "must be left out with a section lock, in which layers own experts")
+    _require(r.probe.every == 0, r, "router.force", "must be left out with probe.every above 0, which probes routing")
 
 
 def _check_balance(r: Recipe) -> None:
@@ -124,6 +147,11 @@ def _check_probe(r: Recipe) -> None:
         holds = bool(layers) and max(layers) < r.model.layers and len(set(layers)) == len(layers)
         allowed = f"must be different numbers from 0 to {r.model.layers - 1} (model.layers - 1)"
         _require(holds, r, "probe.layers", allowed)
+
+
+def _check_eval(r: Recipe) -> None:
+    for key in ("eval.patience", "eval.stop_below"):
+        _require(r.eval.every > 0 or attrgetter(key)(r) is None, r, key, "needs eval.every above 0")
 
 
 def _check_profile(r: Recipe) -> None:
@@ -159,6 +187,10 @@ def _check_layout(r: Recipe) -> None:
     _require(in_order, r, "parallel.trunk_zero", allowed)
     allowed = "must be false or left out with parallel.trunk_zero = 3, which gathers weights while modules are called"
     _require(p.trunk_zero < 3 or not r.train.compile, r, "train.compile", allowed)
+    allowed = "must be 0 with train.optimizer = muon, which needs whole matrices and not ZeRO's parts of them"
+    has_pool = r.model.ffn == "pool"
+    for key, stage in (("parallel.trunk_zero", p.trunk_zero), ("parallel.pool_zero", p.pool_zero if has_pool else 0)):
+        _require(r.train.optimizer != "muon" or stage == 0, r, key, allowed)
     last_port = r.metrics.port + r.grid.world_size - 1
     allowed = f"port + rank must stay below 65536; the last would be {last_port}"
     _require(r.metrics.port == 0 or last_port <= 65535, r, "metrics.port", allowed)

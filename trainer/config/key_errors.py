@@ -45,15 +45,15 @@ def _allowed_keys(location: tuple[int | str, ...], root: type[BaseModel]) -> str
     model = root
     for part in location[:-1]:
         if isinstance(part, str):  # a number is an index into a list of sections
-            model = next(_sections(model.model_fields[part].annotation))
+            model = next(sections_in(model.model_fields[part].annotation))
     known = list(model.model_fields)
     close = difflib.get_close_matches(str(location[-1]), known, n=1)
     return f"did you mean {close[0]}?" if close else f"allowed: {', '.join(known)}"
 
 
-def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
+def sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
     """Sections in a type: the type itself, or parts of a list or a union."""
     if inspect.isclass(annotation) and issubclass(annotation, BaseModel):
         yield annotation
     for part in get_args(annotation):
-        yield from _sections(part)
+        yield from sections_in(part)

@@ -7,10 +7,17 @@ from typing import Any
 
 import click
 
+from trainer.config.completion import complete_recipe, complete_setting
+
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 set_option = click.option(
-    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key, as in --set train.steps=100."
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    shell_complete=complete_setting,
+    help="Override a key, as in --set train.steps=100.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 device_option = click.option(
@@ -29,4 +36,4 @@ def count_option(name: str, help: str, default: int | None = None, metavar: str 
 
 def recipe_arguments(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the argument RECIPE and the option --set to a command."""
-    return click.argument("recipe")(set_option(command))
+    return click.argument("recipe", shell_complete=complete_recipe)(set_option(command))

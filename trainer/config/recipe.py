@@ -1,6 +1,6 @@
 """Recipes: what a run is, checked before anything starts.
 
-A recipe is a YAML file with the sections of `trainer.config.sections`. `load_recipe` reads it, applies `--set`
+A recipe is a YAML file with the sections of `sections` and `job_sections`. `load_recipe` reads it, applies `--set`
 overrides, checks every key and the constraints between keys, and returns a frozen `Recipe`. Whatever is wrong is a
 one-line `UserError` that names the key, its value and what is allowed. Nothing here imports torch.
 """
@@ -21,25 +21,9 @@ from trainer.common.credentials import redacted
 from trainer.common.errors import UserError, breaks_lines, known_names
 from trainer.common.safe_read import NotYaml, Unreadable, parse_yaml, read_text, texts_of
 from trainer.config.constraints import check_constraints
+from trainer.config.job_sections import Checkpoint, Eval, Metrics, Parallel, Probe, Profile, Roles, Tasks
 from trainer.config.key_errors import first_line
-from trainer.config.sections import (
-    Balance,
-    Checkpoint,
-    Data,
-    Eval,
-    Lock,
-    Metrics,
-    Model,
-    Parallel,
-    Pool,
-    Probe,
-    Profile,
-    Roles,
-    Router,
-    Run,
-    Section,
-    Train,
-)
+from trainer.config.sections import Balance, Data, Lock, Model, Pool, Router, Run, Section, Train
 
 _LEAST_STASH = 2**30
 _STASHED_ROWS = 2048  # of every expert
@@ -59,6 +43,7 @@ class Recipe(Section):
     parallel: Parallel = Parallel()
     topology: Roles = Roles()
     eval: Eval = Eval()
+    tasks: Tasks | None = None
     probe: Probe = Probe()
     profile: Profile = Profile()
     checkpoint: Checkpoint = Checkpoint()

@@ -1,6 +1,7 @@
-"""The sections of a recipe: every key with its type, default, limits and meaning.
+"""The sections of a recipe that say what is trained on what: every key with its type, default, limits and meaning.
 
-`docs/reference/recipe.md` is generated from the descriptions here. Nothing in this module imports torch.
+`trainer.config.job_sections` has those that say how and where. `docs/reference/recipe.md` is generated from the
+descriptions in both. Nothing in these modules imports torch.
 """
 
 from __future__ import annotations
@@ -49,6 +50,13 @@ class Model(Section):
     hidden: Positive = Field(description="Hidden size D.")
     heads: Positive = Field(description="Attention heads.")
     kv_heads: Positive = Field(4, description="Key and value heads of grouped-query attention.")
+    head_dim: Positive | None = Field(None, description="Width of an attention head; default: `hidden` / `heads`.")
+    qk_norm: Literal["none", "head", "all"] = Field(
+        "none",
+        description="RMSNorm of queries and keys before their rotation. `head`: of each head, as in Qwen3; `all`: of "
+        "all heads as one vector, as in OLMoE.",
+    )
+    qkv_bias: bool = Field(False, description="Biases of the query, key and value projections, as in Qwen2.")
     ffn_hidden: Positive = Field(description="Width F of one expert, or of the dense FFN.")
     vocab: Positive = Field(description="Rows of the embedding; at least the tokenizer's vocabulary.")
     seq_len: Positive = Field(1024, description="Tokens per sequence.")
@@ -57,9 +65,17 @@ class Model(Section):
     private_ffn: NonNegative = Field(
         0, description="Width of a private expert in each layer, which computes every token beside the pool; 0: none."
     )
+    private_gate: bool = Field(
+        False, description="Multiply the private expert's output by a sigmoid gate of the token, as in Qwen2-MoE."
+    )
     init_std: PositiveFloat = Field(0.01, description="Standard deviation of the initial weights.")
     rope_base: PositiveFloat = Field(1e6, description="Base of the rotary position embeddings.")
     norm_eps: PositiveFloat = Field(1e-5, description="Term of RMSNorm that prevents division by zero.")
+
+    @property
+    def head_size(self) -> int:
+        """Width of an attention head."""
+        return self.head_dim or self.hidden // self.heads
 
 
 class Router(Section):
@@ -80,6 +96,15 @@ class Router(Section):
         1.0,
         description="Factor of NormRouter's constant c (`norm` and `norm_bias` only): about the 2-norm with which a "
         "token's gate values begin.",
+    )
+    renormalize: bool = Field(
+        False, description="Divide a token's gate values by their sum, as in Mixtral (`softmax` only)."
+    )
+    logit_bias: bool = Field(False, description="Learned biases of the router's logits (`softmax` only).")
+    force: Literal["balanced"] | None = Field(
+        None,
+        description="For measuring throughput: `balanced` sends tokens to the experts in turn, whatever the router "
+        "prefers, so that all get equally many; the model does not learn to route.",
     )
 
     @property
@@ -163,12 +188,24 @@ class Train(Section):
     global_batch: Positive = Field(description="Sequences per optimizer step.")
     micro_batch: Positive = Field(description="Sequences per micro-batch of one trunk rank.")
     lr: PositiveFloat = Field(description="Peak learning rate.")
-    min_lr: NonNegativeFloat = Field(description="Learning rate at the end of the cosine schedule.")
+    min_lr: NonNegativeFloat = Field(description="Learning rate at the end of the schedule.")
+    schedule: Literal["cosine", "linear", "wsd"] = Field(
+        "cosine",
+        description="How the learning rate falls after the warm-up: as a cosine, linearly, or (`wsd`: warm-up, stable, "
+        "decay) not at all until the last `train.decay_fraction` of the steps, and then as 1 - sqrt.",
+    )
+    decay_fraction: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.2, description="Share of the steps in which the learning rate falls (`train.schedule: wsd` only)."
+    )
     pool_lr_factor: PositiveFloat = Field(
         1.0, description="Learning rate of the pool's experts, as a multiple of that of everything else."
     )
     warmup_fraction: Share = Field(0.01, description="Share of the steps in which the learning rate rises.")
-    weight_decay: NonNegativeFloat = Field(0.1, description="AdamW's weight decay of matrices.")
+    optimizer: Literal["adamw", "muon"] = Field(
+        "adamw",
+        description="`muon`: Muon for the matrices of attention and of experts or FFNs, AdamW for the rest.",
+    )
+    weight_decay: NonNegativeFloat = Field(0.1, description="Weight decay of matrices, as in AdamW.")
     betas: tuple[Beta, Beta] = Field((0.9, 0.95), strict=False, description="AdamW's decay rates of its moments.")
     eps: PositiveFloat = Field(1e-8, description="AdamW's term that prevents division by zero.")
     clip: NonNegativeFloat = Field(1.0, description="Largest global gradient norm; 0 disables clipping.")
@@ -186,6 +223,11 @@ class Train(Section):
     )
     init_from: str | None = Field(None, description="An export whose weights replace the random initial ones.")
     freeze: Literal["none", "pool", "trunk"] = Field("none", description="The role whose weights are not trained.")
+    skip_spikes: PositiveFloat | None = Field(
+        None,
+        description="Skip a step whose gradient norm is by more than this many standard deviations above the median of "
+        "up to 100 steps before it, of which there must be 20, such as 6; default: none.",
+    )
     max_skipped_steps: Positive = Field(
         20, description="Consecutive steps that may be skipped for non-finite gradients before the job stops."
     )
@@ -253,122 +295,3 @@ class Data(Section):
     @classmethod
     def _sources(cls, value: Any, info: ValidationInfo) -> Any:
         return sources_or_list(f"data.{info.field_name}", value)
-
-
-class Parallel(Section):
-    """The layout of the job, and what its ranks wait for."""
-
-    layout: Literal["dedicated", "colocated", "every_rank"] | None = Field(
-        None,
-        description="`dedicated`: ranks of their own hold the experts (`parallel.pool_ranks`); `colocated`: every "
-        "trunk rank holds the whole pool; `every_rank`: every trunk rank also holds a shard of the pool and serves it "
-        "to the others; default: dedicated with `parallel.pool_ranks` above 0, otherwise colocated.",
-    )
-    trunk_ranks: Positive = Field(1, description="Data-parallel ranks with attention and routers.")
-    pool_ranks: NonNegative = Field(0, description="Ranks that hold only experts; 0 in the layouts without such ranks.")
-    expert_parallel: Positive | None = Field(
-        None, description="Shards of the pool; default: one per rank that serves experts."
-    )
-    lanes: Positive | None = Field(
-        None, description="Micro-batches in flight per trunk rank; default: the fewest that the simulator finds fast."
-    )
-    stagger: bool = Field(
-        True,
-        description="Start trunk rank t of T later, by t/T of a micro-batch; no effect with `parallel.layout: "
-        "every_rank`.",
-    )
-    trunk_zero: Literal[0, 1, 2, 3] = Field(1, description="ZeRO stage of the trunk.")
-    pool_zero: Literal[0, 1, 2] = Field(1, description="ZeRO stage of the pool.")
-    hardware: str | None = Field(
-        None,
-        description="`h100`, `h200`, `a100`, or a profile saved by `unipool bench`: costs for the schedule; "
-        "default: FLOPs.",
-    )
-    device: Literal["auto", "cuda", "cpu"] = Field(
-        "auto",
-        description="`auto`: GPUs where torch can use them, otherwise the CPU; `cuda`: GPUs, or an error that says why "
-        "not; `cpu`: the CPU.",
-    )
-    wire: Literal["auto", "gloo"] = Field(
-        "auto",
-        description="`auto`: NCCL if every rank has a GPU of its own, otherwise gloo with copies through the host; "
-        "`gloo`: always gloo.",
-    )
-    timeout_seconds: PositiveFloat = Field(60.0, description="Longest wait for another rank inside a step.")
-    start_timeout_seconds: PositiveFloat = Field(
-        1800.0, description="Longest wait for another rank at the start, at a checkpoint and at the end."
-    )
-    check: bool = Field(
-        False,
-        description="For debugging: check the headers, payloads and checksums of every request, and that the numbers "
-        "of tokens sent, served and returned are equal.",
-    )
-
-
-class Roles(Section):
-    """Which ranks of the launcher hold which role."""
-
-    order: Literal["pool_last", "interleaved"] = Field(
-        "pool_last", description="Pool ranks are the launcher's last ranks, or spread over its nodes."
-    )
-
-
-class Eval(Section):
-    """Validation during training."""
-
-    every: NonNegative = Field(0, description="Steps between validations; 0: only at the end.")
-    batches: Positive = Field(8, description="Global batches of held-out text per validation.")
-
-
-class Probe(Section):
-    """Probes of the routing during training: held-out loss with random experts in one layer."""
-
-    every: NonNegative = Field(0, description="Steps between probes; 0: none.")
-    layers: Annotated[tuple[NonNegative, ...], Field(min_length=1)] | None = Field(
-        None, strict=False, description="Layers that get random experts, one at a time; default: the deep half."
-    )
-    batches: Positive = Field(1, description="Global batches of held-out text per probe.")
-
-
-class Profile(Section):
-    """Which optimizer steps are recorded by torch's profiler."""
-
-    steps: tuple[Positive, Positive] | None = Field(
-        None,
-        strict=False,
-        description="First and last step to record, both included, as the progress line counts them: `[11, 12]`. Each "
-        "rank writes a trace, and the first rank of each role a table of the largest costs, into profile/ of "
-        "`run.dir`; default: none.",
-    )
-
-
-class Checkpoint(Section):
-    """When checkpoints are saved and which are kept."""
-
-    every: NonNegative = Field(0, description="Steps between checkpoints; 0: only at the end.")
-    keep: Positive = Field(
-        2, description="Newest checkpoints to keep; those between which nothing was learned count as one."
-    )
-    keep_every: NonNegative = Field(0, description="Also keep checkpoints at multiples of this many steps; 0: none.")
-
-
-class Metrics(Section):
-    """Where metrics are served and written."""
-
-    port: Annotated[int, Field(ge=0, le=65535)] = Field(0, description="Rank r serves port + r; 0 picks free ports.")
-    port_by: Literal["rank", "local_rank"] = Field(
-        "rank",
-        description="`local_rank`: port + the rank's number on its machine, so that all machines use the same ports.",
-    )
-    host: str = Field("127.0.0.1", description="Address to listen on; `0.0.0.0` listens on all of them.")
-    targets_dir: str | None = Field(
-        None, description="Folder that Prometheus watches; a copy of the run's targets.json is there as NAME.json."
-    )
-    tensorboard: bool = Field(True, description="Write event files for TensorBoard.")
-    csv: bool = Field(False, description="Write a file per scalar, in csv/ of `run.dir`.")
-    wandb: str | None = Field(
-        None, description="Project of Weights & Biases, whose own environment variables configure the rest."
-    )
-    per_layer_experts: bool = Field(
-        False, description="Serve a series for each expert of each layer; there may be 20,000."
-    )

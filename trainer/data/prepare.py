@@ -22,7 +22,7 @@ from trainer.common.format import size
 from trainer.common.strict_json import dumps
 from trainer.config.recipe import Recipe
 from trainer.config.sections import Source, Sources
-from trainer.data.cache import Conduct, make_once
+from trainer.data.cache import Conduct, NotPrepared, make_once
 from trainer.data.prepared_data import TOKENIZER_FILE, PreparedData, PreparedSource, open_prepared
 from trainer.data.reading.documents import Progress
 from trainer.data.settings import TRAIN, SourceSettings
@@ -51,11 +51,28 @@ def prepare_for(recipe: Recipe, progress: bool = True, ends_on_signals: bool = F
     Raises:
         UserError: See `prepare_source`.
     """
+    return prepare(*_mixtures(recipe), Conduct(progress, recipe.parallel.start_timeout_seconds, ends_on_signals))
+
+
+def is_prepared(recipe: Recipe) -> bool:
+    """Return whether the recipe's data is prepared.
+
+    Raises:
+        UserError: See `prepare_source`.
+    """
+    try:
+        prepare(*_mixtures(recipe), Conduct(show=False, only_looks=True))
+    except NotPrepared:
+        return False
+    return True
+
+
+def _mixtures(recipe: Recipe) -> tuple[Mixture, Mixture | None]:
+    """What is trained on, and held-out text if it comes from elsewhere."""
     d = recipe.data
     train, validation, test = d.split
     training = _mixture(recipe, d.source, d.split if d.validation is None else (train + validation, 0, test))
-    held_out = None if d.validation is None else _mixture(recipe, d.validation, (0, 1, 0))
-    return prepare(training, held_out, Conduct(progress, recipe.parallel.start_timeout_seconds, ends_on_signals))
+    return training, None if d.validation is None else _mixture(recipe, d.validation, (0, 1, 0))
 
 
 def _mixture(recipe: Recipe, sources: Sources, split: Parts) -> Mixture:

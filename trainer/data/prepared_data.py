@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from trainer.data.batches import SequenceStream
 
 TOKENIZER_FILE = "tokenizer.json"
+CHAT_FILE = "chat.json"
+"""What `trainer.data.tokenizer.chat_settings` found, if it found a chat template."""
+
 FACTS_FILE = "facts.json"
 COUNTS_FILE = "train-counts.npy"
 
@@ -138,6 +141,12 @@ class PreparedData:
     def tokenizer(self) -> Tokenizer:
         """Return the tokenizer of all sources."""
         return self.training[0][0].tokenizer()
+
+    def tokenizer_files(self) -> dict[str, str]:
+        """Return the texts of the files that a run keeps of its tokenizer, by name."""
+        chat = self.training[0][0].path / CHAT_FILE
+        kept = {CHAT_FILE: chat.read_text(encoding="utf-8")} if chat.is_file() else {}
+        return {TOKENIZER_FILE: self.tokenizer().to_str(), **kept}
 
     @property
     def end_id(self) -> int:

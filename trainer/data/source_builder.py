@@ -25,13 +25,13 @@ from trainer.common.strict_json import dumps, loads
 from trainer.data.cache import PREVIOUS_FILE, PROGRESS_FILE
 from trainer.data.encoding import Encoder
 from trainer.data.packing import SplitWriter
-from trainer.data.prepared_data import COUNTS_FILE, FACTS_FILE, TOKENIZER_FILE
+from trainer.data.prepared_data import CHAT_FILE, COUNTS_FILE, FACTS_FILE, TOKENIZER_FILE
 from trainer.data.reading.documents import Documents, Piece
 from trainer.data.reading.sources import file_stamp, find_files
 from trainer.data.settings import SourceSettings, limited
 from trainer.data.splitting import SPLITS, Passage, Splitter, choose_splitter
 from trainer.data.status import Report
-from trainer.data.tokenizer import end_of_document_id, load_tokenizer, vocabulary
+from trainer.data.tokenizer import chat_settings, end_of_document_id, load_tokenizer, vocabulary
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -106,6 +106,8 @@ class SourceBuilder:
             self.report.note(skipped)
         end_id = end_of_document_id(tokenizer)
         (folder / TOKENIZER_FILE).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+        if chat := chat_settings(settings.tokenizer):
+            (folder / CHAT_FILE).write_text(dumps(chat, indent=1) + "\n")
         saved = self._saved()
         reader = saved["reader"] if saved else None
         self._documents = Documents(settings.source, settings.text_field, settings.max_bad_share, reader)
@@ -282,7 +284,8 @@ class SourceBuilder:
             "splits": {split: asdict(facts) for split, facts in splits.items()},
         }
         np.save(self.folder / COUNTS_FILE, self._writers["train"].counts_V)
-        made = (*(f"{split}.arrow" for split in SPLITS), COUNTS_FILE, TOKENIZER_FILE)
+        made: tuple[str, ...] = (*(f"{split}.arrow" for split in SPLITS), COUNTS_FILE, TOKENIZER_FILE)
+        made += (CHAT_FILE,) * (self.folder / CHAT_FILE).is_file()
         facts["files"] = {name: (self.folder / name).stat().st_size for name in made}
         (self.folder / FACTS_FILE).write_text(dumps(facts, indent=1) + "\n")
         self.report.note(f"documents end with {end}")

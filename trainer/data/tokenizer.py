@@ -41,6 +41,8 @@ SMALLEST_VOCABULARY = 257
 """Entries of the smallest tokenizer that can be trained: every byte, and `END_OF_DOCUMENT`."""
 
 _LARGEST_VOCABULARY = 1 << 24
+_CHAT_TEMPLATE_FILE = "chat_template.jinja"
+_SPECIAL_TOKENS = tuple(f"{name}_token" for name in ("bos", "eos", "pad", "unk", "sep", "cls", "mask"))
 _NAMES_THE_TOKEN = ("tokenizer_config.json", "special_tokens_map.json")
 _NAMES_THE_ID = ("generation_config.json", "config.json")
 _OTHER_FORMATS = {  # the endings of their files, and the class of transformers that reads them
@@ -61,8 +63,37 @@ def tokenizer_files(name_or_path: str) -> list[Path]:
     path = _tokenizer_file(name_or_path)
     if path is None:
         return []
-    beside = [path.with_name(name) for name in (*_NAMES_THE_TOKEN, *_NAMES_THE_ID)]
+    beside = [path.with_name(name) for name in (*_NAMES_THE_TOKEN, *_NAMES_THE_ID, _CHAT_TEMPLATE_FILE)]
     return [path, *(file for file in beside if file.is_file())]
+
+
+def chat_settings(name_or_path: str) -> dict[str, Any]:
+    """Return what the files next to tokenizer.json say about conversations; {} if there is no chat template.
+
+    Returns:
+        `chat_template`: a text, or a list of such with names; `special_tokens`: tokens by transformers' names, and
+        lists of more of them; `generation`: the content of generation_config.json.
+
+    Raises:
+        UserError: A file cannot be read; see also `load_tokenizer`.
+    """
+    path = _tokenizer_file(name_or_path)
+    config = _beside(path, name_or_path, _NAMES_THE_TOKEN[0])
+    file = _file_beside(path, name_or_path, _CHAT_TEMPLATE_FILE)
+    try:
+        template = file.read_text(encoding="utf-8") if file else config.get("chat_template")
+    except (OSError, ValueError) as error:
+        raise UserError(f"data.tokenizer {shown(str(file))}: cannot be read ({short_line(error)})") from error
+    if not template:
+        return {}
+    tokens: dict[str, Any] = {}
+    for found in (_beside(path, name_or_path, _NAMES_THE_TOKEN[1]), config):
+        tokens |= {name: text for name in _SPECIAL_TOKENS if (text := _content(found.get(name)))}
+        for name in ("additional_special_tokens", "extra_special_tokens"):  # until transformers 5, and since
+            if isinstance(more := found.get(name), list):
+                tokens["extra_special_tokens"] = [text for token in more if (text := _content(token))]
+    generation = _beside(path, name_or_path, _NAMES_THE_ID[0])
+    return {"chat_template": template, "special_tokens": tokens, "generation": generation}
 
 
 def load_tokenizer(name_or_path: str, end_of_document: str | None = None) -> Tokenizer:
@@ -217,9 +248,8 @@ def _check_end(tokenizer: Tokenizer, name: str) -> None:
 def _own_ends(tokenizer: Tokenizer, path: Path | None, name_or_path: str) -> Iterator[str]:
     """What the files next to tokenizer.json name as the end of a sequence, if the vocabulary has it."""
     for file in _NAMES_THE_TOKEN:
-        token = _beside(path, name_or_path, file).get("eos_token")
-        token = token.get("content") if isinstance(token, dict) else token
-        if isinstance(token, str) and tokenizer.token_to_id(token) is not None:
+        token = _content(_beside(path, name_or_path, file).get("eos_token"))
+        if token is not None and tokenizer.token_to_id(token) is not None:
             yield token
     for file in _NAMES_THE_ID:
         token_id = _beside(path, name_or_path, file).get("eos_token_id")
@@ -228,24 +258,32 @@ def _own_ends(tokenizer: Tokenizer, path: Path | None, name_or_path: str) -> Ite
             yield token
 
 
-def _beside(path: Path | None, name: str, file: str) -> dict[str, Any]:
-    """The content of a file next to tokenizer.json; {} if there is none."""
-    if path:
-        beside = path.with_name(file)
-        if not beside.is_file():
-            return {}
-    else:
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+def _content(token: Any) -> str | None:
+    """The text of a token in a file of transformers, which may be an object."""
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) else None
 
-        try:
-            beside = Path(hf_hub_download(name, file, local_files_only=not can_connect()))
-        except (EntryNotFoundError, LocalEntryNotFoundError):  # offline, its cache has what was fetched before
-            return {}
-        except Exception as error:  # raised by the HTTP client, which differs between versions
-            raise Unavailable(
-                f"data.tokenizer {shown(name)}: the hub cannot be reached ({short_line(error)})"
-            ) from error
+
+def _file_beside(path: Path | None, name: str, file: str) -> Path | None:
+    """A file next to tokenizer.json, which is fetched if that is on the hub; None if there is none."""
+    if path:
+        return beside if (beside := path.with_name(file)).is_file() else None
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(name, file, local_files_only=not can_connect()))
+    except (EntryNotFoundError, LocalEntryNotFoundError):  # offline, its cache has what was fetched before
+        return None
+    except Exception as error:  # raised by the HTTP client, which differs between versions
+        raise Unavailable(f"data.tokenizer {shown(name)}: the hub cannot be reached ({short_line(error)})") from error
+
+
+def _beside(path: Path | None, name: str, file: str) -> dict[str, Any]:
+    """The content of a JSON file next to tokenizer.json; {} if there is none."""
+    beside = _file_beside(path, name, file)
+    if beside is None:
+        return {}
     try:
         content = loads(beside.read_bytes())
     except (OSError, ValueError) as error:

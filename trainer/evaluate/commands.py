@@ -12,6 +12,7 @@ from trainer.common.atomic import atomic_write
 from trainer.common.errors import UserError
 from trainer.common.strict_json import dumps, loads, name_not_finite
 from trainer.common.tables import print_tables
+from trainer.config.completion import RunPath
 from trainer.config.options import count_option, device_option, json_option
 from trainer.evaluate.options import TaskOptions, task_options
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @click.command("eval", short_help="Compute the loss on text, and scores on tasks.")
-@click.argument("source", metavar="RUN", type=click.Path(path_type=Path))
+@click.argument("source", metavar="RUN", type=RunPath())
 @task_options
 @click.option(
     "--text",

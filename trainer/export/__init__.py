@@ -1,7 +1,7 @@
 """Exports of a trained run: files for Hugging Face transformers, generated text, and weights to start a run from.
 
-modeling_unipool, experts_unipool, configuration_unipool
-                  the model for transformers; every export has a copy of these files
+model_files/      the model for transformers; every export has a copy of these files
+hub/              the model card, and uploads
 names             what a recipe's model is called in an export: names and shapes of tensors, fields of the configuration
 saved_run         a run's newest checkpoint: its recipe, its weights by their exported names, its tokenizer
 write             writes an export

@@ -14,10 +14,15 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from trainer.common.errors import UserError
-from trainer.export.configuration_unipool import EXPORT_VERSION, UniPoolConfig
-from trainer.export.experts_unipool import UniPoolRouter
 from trainer.export.folder import StoredTensors, first_line, read_object
-from trainer.export.modeling_unipool import UniPoolForCausalLM
+from trainer.export.model_files.configuration_unipool import EXPORT_VERSION, UniPoolConfig
+from trainer.export.model_files.experts_unipool import UniPoolRouter
+from trainer.export.model_files.modeling_unipool import UniPoolForCausalLM
+
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
+
+CHAT_TOKENS = ("bos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
+"""The special tokens that a tokenizer for conversations keeps; the one that ends a document is the run's."""
 
 _TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -138,7 +143,30 @@ def _read_tokenizer(path: Path, config: UniPoolConfig) -> PreTrainedTokenizerFas
             raise UserError(f"{path / 'tokenizer_config.json'}: {name} is {token!r}, which is not in tokenizer.json")
         special[name] = token
     settings = tokenizer_settings(special, config.max_position_embeddings)
+    template = path / CHAT_TEMPLATE_FILE
+    if template.is_file() or "chat_template" in stored:
+        try:
+            text = template.read_text(encoding="utf-8") if template.is_file() else stored["chat_template"]
+        except (OSError, ValueError) as error:
+            raise UserError(f"{template}: cannot be read ({first_line(error)}); export the run again") from None
+        settings |= chat_arguments({"chat_template": text, "special_tokens": stored}, tokenizer) | special
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **settings)
+
+
+def chat_arguments(chat: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return arguments of `PreTrainedTokenizerFast` for conversations: the template and the special tokens.
+
+    Args:
+        chat: What `trainer.data.tokenizer.chat_settings` returns. Tokens that are not in the vocabulary are left out.
+    """
+
+    def known(token: Any) -> bool:
+        return isinstance(token, str) and tokenizer.token_to_id(token) is not None
+
+    tokens, more = chat["special_tokens"], chat["special_tokens"].get("extra_special_tokens")
+    named = {name: tokens[name] for name in CHAT_TOKENS if known(tokens.get(name))}
+    extra = [token for token in more if known(token)] if isinstance(more, list) else []
+    return {**named, "extra_special_tokens": extra, "chat_template": chat["chat_template"]}
 
 
 def _end_ids(path: Path, vocab_size: int) -> list[int]:

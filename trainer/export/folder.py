@@ -13,7 +13,7 @@ from trainer.export.names import Shape
 if TYPE_CHECKING:
     from torch import Tensor
 
-MODEL_FILES = ("configuration_unipool.py", "experts_unipool.py", "modeling_unipool.py")
+MODEL_FILES = ("attention_unipool.py", "configuration_unipool.py", "experts_unipool.py", "modeling_unipool.py")
 """The model for transformers; every export of format hf has a copy of these files."""
 
 

@@ -11,7 +11,7 @@ from trainer.common.errors import SharedUserError, UserError
 from trainer.config.lock import OWNERSHIP_FILE
 from trainer.config.recipe import Recipe, load_recipe
 from trainer.export.folder import StoredTensors, is_export, read_object
-from trainer.export.names import CONFIG_KEYS, Parts, config_fields, expert_names, exported_shapes, trunk_names
+from trainer.export.names import CONFIG_KEYS, OPTIONAL, Parts, config_fields, expert_names, exported_shapes, trunk_names
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,6 +28,9 @@ _ONLY_OF_A_POOL = {
     "num_experts_per_tok",
     "router",
     "router_constant_factor",
+    "private_gate",
+    "norm_topk_prob",
+    "router_bias",
 }
 
 
@@ -75,9 +78,10 @@ class ExportedWeights:
             )
         for field, key in CONFIG_KEYS.items():
             ignored = field in _MAY_DIFFER or (self._recipe.model.ffn == "dense" and field in _ONLY_OF_A_POOL)
-            if not ignored and stored.get(field, required[field]) != required[field]:
+            found = stored.get(field, OPTIONAL.get(field, required[field]))
+            if not ignored and found != required[field]:
                 raise UserError(
-                    f"{self._folder}: {key} is {stored[field]} in the export, but {required[field]} in the recipe; "
+                    f"{self._folder}: {key} is {found} in the export, but {required[field]} in the recipe; "
                     "they must be the same"
                 )
         self._tensors.check(exported_shapes(self._recipe), "the recipe")

@@ -32,20 +32,29 @@ CONFIG_KEYS = {
     "num_experts_per_tok": "router.top_k",
     "router": "router.kind",
     "router_constant_factor": "router.constant_factor",
+    "qk_norm": "model.qk_norm",
+    "qkv_bias": "model.qkv_bias",
+    "private_gate": "model.private_gate",
+    "norm_topk_prob": "router.renormalize",
+    "router_bias": "router.logit_bias",
     "initializer_range": "model.init_std",
 }
 """Keys of the recipe by the names of their fields in config.json."""
 
+OPTIONAL = {"qk_norm": "none", "qkv_bias": False, "private_gate": False, "norm_topk_prob": False, "router_bias": False}
+"""Fields that config.json names only if they have another value than this."""
+
 
 def config_fields(recipe: Recipe) -> dict[str, Any]:
     """Return the fields of config.json that come from the recipe."""
-    return {field: attrgetter(key)(recipe) for field, key in CONFIG_KEYS.items()}
+    head_dim = {} if recipe.model.head_dim is None else {"head_dim": recipe.model.head_dim}
+    return {field: attrgetter(key)(recipe) for field, key in CONFIG_KEYS.items()} | head_dim
 
 
 def trunk_names(recipe: Recipe) -> dict[str, Parts]:
     """Return the exported parts of each parameter and buffer of the trunk, by its name in the module."""
     m = recipe.model
-    D, head_dim = m.hidden, m.hidden // m.heads
+    D, head_dim = m.hidden, m.head_size
     names: dict[str, Parts] = {
         "embedding.weight": {"model.embed_tokens.weight": (m.vocab, D)},
         "head.norm.weight": {"model.norm.weight": (D,)},
@@ -57,7 +66,15 @@ def trunk_names(recipe: Recipe) -> dict[str, Parts]:
         names[f"{ours}.attention.qkv.weight"] = {
             f"{name}.self_attn.{part}.weight": (count * head_dim, D) for part, count in heads.items()
         }
-        names[f"{ours}.attention.out.weight"] = {f"{name}.self_attn.o_proj.weight": (D, D)}
+        if m.qkv_bias:
+            names[f"{ours}.attention.qkv.bias"] = {
+                f"{name}.self_attn.{part}.bias": (count * head_dim,) for part, count in heads.items()
+            }
+        if m.qk_norm != "none":
+            for part in ("q", "k"):
+                width = head_dim if m.qk_norm == "head" else heads[f"{part}_proj"] * head_dim
+                names[f"{ours}.attention.qk_norm.{part}.weight"] = {f"{name}.self_attn.{part}_norm.weight": (width,)}
+        names[f"{ours}.attention.out.weight"] = {f"{name}.self_attn.o_proj.weight": (D, m.heads * head_dim)}
         names[f"{ours}.attention_norm.weight"] = {f"{name}.input_layernorm.weight": (D,)}
         names[f"{ours}.ffn_norm.weight"] = {f"{name}.post_attention_layernorm.weight": (D,)}
         if m.ffn == "dense":
@@ -67,9 +84,13 @@ def trunk_names(recipe: Recipe) -> dict[str, Parts]:
         if m.private_ffn:
             gate_up, down = _ffn(f"{name}.mlp", D, m.private_ffn)
             names |= {f"{ours}.private_ffn.w13.weight": gate_up, f"{ours}.private_ffn.w2.weight": down}
+        if m.private_gate:
+            names[f"{ours}.private_gate.weight"] = {f"{name}.private_gate.weight": (1, D)}
         names[f"{ours}.router.weight_MD"] = {f"{name}.router.weight": (recipe.experts_per_layer, D)}
         if recipe.router.has_norm:
             names[f"{ours}.router.sigma"] = {f"{name}.router.sigma": (1,)}
+        if recipe.router.logit_bias:
+            names[f"{ours}.router.bias_M"] = {f"{name}.router.bias": (recipe.experts_per_layer,)}
         if recipe.router.kind.endswith("_bias"):
             names[f"{ours}.router.expert_bias_M"] = {f"{name}.router.expert_bias": (recipe.experts_per_layer,)}
     return names

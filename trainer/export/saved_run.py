@@ -23,14 +23,13 @@ from trainer.common.errors import UserError
 from trainer.config.lock import stage_of
 from trainer.config.recipe import Recipe, load_recipe
 from trainer.data.prepare import prepare_for
-from trainer.data.prepared_data import PreparedData
+from trainer.data.prepared_data import CHAT_FILE, TOKENIZER_FILE, PreparedData
 from trainer.data.settings import TRAIN
 from trainer.data.tokenizer import end_of_document_id, load_tokenizer
-from trainer.export.exported_model import filled_model, tokenizer_settings
-from trainer.export.folder import first_line
-from trainer.export.modeling_unipool import UniPoolConfig, UniPoolForCausalLM
+from trainer.export.exported_model import chat_arguments, filled_model, tokenizer_settings
+from trainer.export.folder import first_line, read_object
+from trainer.export.model_files.modeling_unipool import UniPoolConfig, UniPoolForCausalLM
 from trainer.export.names import Parts, config_fields, expert_names, exported_shapes, trunk_names
-from trainer.telemetry.run_folder import TOKENIZER_FILE
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ def find_run(path: Path) -> SavedRun:
     """Find the newest checkpoint in a run's folder, or open the checkpoint folder `path` itself.
 
     Raises:
-        UserError: There is no complete checkpoint, or its recipe cannot be read.
+        UserError: There is no complete checkpoint, its recipe cannot be read, or its routing was forced.
     """
     if not path.is_dir():
         raise UserError(f"{path}: no such folder; give a run's folder or one of its checkpoints/step_*")
@@ -53,7 +52,13 @@ def find_run(path: Path) -> SavedRun:
     step = found[1] if found else path
     if not (step / MARKER_FILE).is_file():
         raise UserError(f"{path}: has no complete checkpoint; give a run's folder or one of its checkpoints/step_*")
-    return SavedRun(load_recipe(str(step / RECIPE_FILE)), step)
+    recipe = load_recipe(str(step / RECIPE_FILE))
+    if recipe.router.force is not None:
+        raise UserError(
+            f"{path}: trained with router.force = {recipe.router.force}, so that its model has not learned to route; "
+            "give a run without that key"
+        )
+    return SavedRun(recipe, step)
 
 
 def data_of(run: SavedRun) -> PreparedData:
@@ -166,7 +171,22 @@ def export_tokenizer(run: SavedRun) -> tuple[Tokenizer, dict[str, Any]]:
     # Training adds no special tokens around a text, and a document starts after the end of another one.
     tokenizer.post_processor = None
     special = dict.fromkeys(("bos_token", "eos_token", "pad_token"), end)
-    return tokenizer, tokenizer_settings(special, run.recipe.model.seq_len)
+    settings = tokenizer_settings(special, run.recipe.model.seq_len)
+    chat = run_chat(run)
+    return tokenizer, settings | chat_arguments(chat, tokenizer) if chat else settings
+
+
+def run_chat(run: SavedRun) -> dict[str, Any]:
+    """Return what the run's tokenizer says about conversations (see `chat_settings`); {} without a chat template."""
+    kept = run.folder.resolve().parent.parent / CHAT_FILE
+    return read_object(kept) if kept.is_file() else {}
+
+
+def end_ids(chat: dict[str, Any], end: int) -> int | list[int]:
+    """Return the tokens that end a generated text: the one that ends a document, and those that end an answer."""
+    stored = chat.get("generation", {}).get("eos_token_id")
+    more = [token for token in (stored if isinstance(stored, list) else [stored]) if type(token) is int]
+    return sorted({end, *more}) if {*more} - {end} else end
 
 
 def load_run(run: SavedRun) -> tuple[UniPoolForCausalLM, PreTrainedTokenizerFast]:
@@ -175,5 +195,6 @@ def load_run(run: SavedRun) -> tuple[UniPoolForCausalLM, PreTrainedTokenizerFast
     with open_weights(run) as weights:
         model = filled_model(run_config(run), weights.read, torch.float32)
     loaded = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **settings)
-    model.generation_config.update(eos_token_id=loaded.eos_token_id, pad_token_id=loaded.pad_token_id)
+    ends = end_ids(run_chat(run), loaded.eos_token_id)
+    model.generation_config.update(eos_token_id=ends, pad_token_id=loaded.pad_token_id)
     return model, loaded

@@ -44,7 +44,7 @@ class Seen(NamedTuple):
 
     Attributes:
         first_expert: Global id of the layer's expert 0: a scalar on the device.
-        reach: Which of its experts the layer reaches, in a run with a lock; None: all.
+        reach: Which of its experts the layer reaches, with a lock or forced routing; None: all, as it prefers.
     """
 
     first_expert: Tensor
@@ -138,8 +138,9 @@ def route(block: Block, around: Surroundings, seen: Seen, h_BSD: Tensor) -> tupl
     with autocast(h_BSD.device, around.compute_dtype):
         h_BSD = block.attend(h_BSD, around.rope, around.bias_B1SS)
         x_TD, routing = block.route(h_BSD, seen.reach)
-        if block.private_ffn is not None:
-            h_BSD = h_BSD + block.private_ffn(x_TD).view_as(h_BSD)
+        private_TD = block.private(x_TD)
+        if private_TD is not None:
+            h_BSD = h_BSD + private_TD.view_as(h_BSD)
         return h_BSD, x_TD, routing
 
 

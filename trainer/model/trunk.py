@@ -15,24 +15,49 @@ from torch import Tensor, nn
 
 from router import Reach, Routing, build_router, norm_constant
 from trainer.config.recipe import Recipe
+from trainer.config.sections import Model
 from trainer.model.document_mask import as_bias, document_mask
 from trainer.model.loss import OutputProjection
 from trainer.model.segments import EAGER, Segments, Surroundings, autocast, compiled_segments, compiles
 
 
-class Attention(nn.Module):
-    """Causal grouped-query attention with rotary embeddings, without biases."""
+class QKNorm(nn.Module):
+    """RMSNorm of queries and keys before their rotation, in fp32: of each head, or of all heads as one vector."""
 
-    def __init__(self, hidden: int, heads: int, kv_heads: int):
+    def __init__(self, m: Model):
         super().__init__()
-        self.head_dim = hidden // heads
-        self.qkv = nn.Linear(hidden, (heads + 2 * kv_heads) * self.head_dim, bias=False)
-        self.out = nn.Linear(hidden, hidden, bias=False)
-        self.heads, self.kv_heads = heads, kv_heads
+        per_head = m.qk_norm == "head"
+        self.q = nn.RMSNorm(m.head_size if per_head else m.heads * m.head_size, eps=m.norm_eps)
+        self.k = nn.RMSNorm(m.head_size if per_head else m.kv_heads * m.head_size, eps=m.norm_eps)
+        self._rows = (m.heads * m.head_size, m.kv_heads * m.head_size, m.kv_heads * m.head_size)
+
+    def forward(self, qkv_BSR: Tensor) -> Tensor:
+        """Return queries, keys and values of all heads, the first two normed."""
+        q_BSR, k_BSR, v_BSR = qkv_BSR.split(self._rows, dim=-1)
+        return torch.cat((_normed(self.q, q_BSR), _normed(self.k, k_BSR), v_BSR), dim=-1)
+
+
+def _normed(norm: nn.RMSNorm, x_BSR: Tensor) -> Tensor:
+    return norm(x_BSR.float().unflatten(-1, (-1, *norm.normalized_shape))).flatten(-2).to(x_BSR.dtype)  # type: ignore[no-any-return]
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention with rotary embeddings; without biases or norms unless the recipe has them."""
+
+    def __init__(self, m: Model):
+        super().__init__()
+        self.head_dim = m.head_size
+        self.qkv = nn.Linear(m.hidden, (m.heads + 2 * m.kv_heads) * m.head_size, bias=m.qkv_bias)
+        self.qk_norm = QKNorm(m) if m.qk_norm != "none" else None
+        self.out = nn.Linear(m.heads * m.head_size, m.hidden, bias=False)
+        self.heads, self.kv_heads = m.heads, m.kv_heads
 
     def forward(self, x_BSD: Tensor, rope: tuple[Tensor, Tensor], bias_B1SS: Tensor | None = None) -> Tensor:
         """Attend to all keys up to the query's position, or if there is bias_B1SS, as that allows; see `as_bias`."""
-        qkv = self.qkv(x_BSD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        qkv = self.qkv(x_BSD)
+        if self.qk_norm is not None:
+            qkv = self.qk_norm(qkv)
+        qkv = qkv.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         qk, v = qkv.split((self.heads + self.kv_heads, self.kv_heads), dim=1)
         q, k = _rotate(qk, rope).split((self.heads, self.kv_heads), dim=1)
         if bias_B1SS is None:
@@ -76,15 +101,17 @@ class Block(nn.Module):
 
     Attributes:
         private_ffn: The layer's own expert beside the pool, if the recipe has one.
+        private_gate: The logit of its gate value, which is 1 without it.
     """
 
     def __init__(self, recipe: Recipe, constant: float):
         super().__init__()
         m = recipe.model
         self.attention_norm = nn.RMSNorm(m.hidden, eps=m.norm_eps)
-        self.attention = Attention(m.hidden, m.heads, m.kv_heads)
+        self.attention = Attention(m)
         self.ffn_norm = nn.RMSNorm(m.hidden, eps=m.norm_eps)
         self.private_ffn = DenseFFN(m.hidden, m.private_ffn) if m.private_ffn else None
+        self.private_gate = nn.Linear(m.hidden, 1, bias=False) if m.private_gate else None
         if m.ffn == "dense":
             self.ffn = DenseFFN(m.hidden, m.ffn_hidden)
         else:
@@ -96,6 +123,8 @@ class Block(nn.Module):
                 recipe.balance.scores,
                 recipe.router.z_loss > 0,
                 constant,
+                recipe.router.renormalize,
+                recipe.router.logit_bias,
             )
 
     def attend(self, h_BSD: Tensor, rope: tuple[Tensor, Tensor], bias_B1SS: Tensor | None = None) -> Tensor:
@@ -106,6 +135,13 @@ class Block(nn.Module):
         """Return the normed tokens x_TD for the experts, and their routing."""
         x_TD = self.ffn_norm(h_BSD).flatten(0, 1)
         return x_TD, self.router(x_TD, reach=reach)  # by name: ZeRO-3's hooks would wrap its tensors otherwise
+
+    def private(self, x_TD: Tensor) -> Tensor | None:
+        """Return what the layer's own expert adds for each token; None if it has none."""
+        if self.private_ffn is None:
+            return None
+        y_TD = self.private_ffn(x_TD)
+        return y_TD if self.private_gate is None else y_TD * self.private_gate(x_TD).sigmoid()  # type: ignore[no-any-return]
 
     def dense(self, h_BSD: Tensor) -> Tensor:
         """Return the residual stream after the dense FFN."""
@@ -152,7 +188,7 @@ class Trunk(nn.Module):
         self.head = Head(recipe, self.compiled)
         self._reset_parameters(recipe)
         self.to(device)
-        self.rope = rotary_table(m.seq_len, m.hidden // m.heads, m.rope_base, device)
+        self.rope = rotary_table(m.seq_len, m.head_size, m.rope_base, device)
 
     @property
     def device(self) -> torch.device:
@@ -189,8 +225,8 @@ class Trunk(nn.Module):
                     parameter.normal_(0.0, output_std, generator=generator)
                 elif parameter.ndim > 1:
                     parameter.normal_(0.0, std, generator=generator)
-                else:
-                    parameter.fill_(1.0)  # norms, and sigma of the routers
+                else:  # biases; norms, and sigma of the routers
+                    parameter.fill_(0.0 if "bias" in name else 1.0)
 
 
 def compute_dtype(recipe: Recipe) -> torch.dtype:

@@ -37,7 +37,7 @@ def trunk_layer(recipe: Recipe, compiled: bool) -> Kernels:
     """A third of a trunk segment's forward and backward; bytes per token."""
     m = recipe.model
     D, K, M = m.hidden, recipe.router.top_k, recipe.experts_per_layer
-    R = D + m.kv_heads * (D // m.heads)
+    R = (m.heads + m.kv_heads) * m.head_size
     if m.ffn == "dense":  # no router, no permutation, but SwiGLU; estimated, not counted
         F = m.ffn_hidden
         return (

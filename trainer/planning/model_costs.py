@@ -61,14 +61,24 @@ class Flops:
 
 def kv_hidden(recipe: Recipe) -> int:
     """Width of the keys (and of the values) over all KV heads."""
-    m = recipe.model
-    return m.kv_heads * (m.hidden // m.heads)
+    return recipe.model.kv_heads * recipe.model.head_size
+
+
+def query_hidden(recipe: Recipe) -> int:
+    """Width of the queries over all heads."""
+    return recipe.model.heads * recipe.model.head_size
 
 
 def attention_weights(recipe: Recipe) -> int:
     """Query, key, value and output projections of one layer."""
-    D = recipe.model.hidden
-    return D * (D + 2 * kv_hidden(recipe)) + D * D
+    return 2 * recipe.model.hidden * (query_hidden(recipe) + kv_hidden(recipe))
+
+
+def attention_vectors(recipe: Recipe) -> int:
+    """Biases of the projections, and weights of the norms of queries and keys, of one layer."""
+    m, Q, KV = recipe.model, query_hidden(recipe), kv_hidden(recipe)
+    norms = {"none": 0, "head": 2 * m.head_size, "all": Q + KV}[m.qk_norm]
+    return norms + (Q + 2 * KV if m.qkv_bias else 0)
 
 
 def ffn_weights(recipe: Recipe) -> int:
@@ -77,30 +87,33 @@ def ffn_weights(recipe: Recipe) -> int:
 
 
 def private_weights(recipe: Recipe) -> int:
-    """W1, W2 and W3 of what a layer computes for every token: the dense FFN, or an expert of its own."""
+    """W1, W2 and W3 of what a layer computes for every token: the dense FFN, or an expert of its own, with its gate."""
     m = recipe.model
-    return 3 * m.hidden * (m.ffn_hidden if m.ffn == "dense" else m.private_ffn)
+    return 3 * m.hidden * (m.ffn_hidden if m.ffn == "dense" else m.private_ffn) + (m.hidden if m.private_gate else 0)
 
 
 def count_parameters(recipe: Recipe) -> Parameters:
     """Count the parameters of `trainer.model.trunk.Trunk` and of all `pool.shard.ExpertShard`s together."""
     m = recipe.model
-    layer = attention_weights(recipe) + private_weights(recipe) + 2 * m.hidden
+    layer = attention_weights(recipe) + attention_vectors(recipe) + private_weights(recipe) + 2 * m.hidden
     backbone = 2 * m.vocab * m.hidden + m.layers * layer + m.hidden
     if m.ffn == "dense":
         return Parameters(total=backbone, active=backbone, trunk=backbone, pool=0, routers=0)
-    sigma = 1 if recipe.router.has_norm else 0
-    routers = m.layers * (recipe.experts_per_layer * m.hidden + sigma)
+    vector = recipe.experts_per_layer if recipe.router.logit_bias else 1 if recipe.router.has_norm else 0
+    routers = m.layers * (recipe.experts_per_layer * m.hidden + vector)
     pool = recipe.pool.experts * ffn_weights(recipe)
     active = backbone + m.layers * recipe.router.top_k * ffn_weights(recipe)
     return Parameters(backbone + routers + pool, active, backbone + routers, pool, routers)
 
 
 def count_flops(recipe: Recipe) -> Flops:
-    """Count FLOPs per token. Causal attention costs 2 S D per layer, half of what it would cost without the mask."""
+    """Count FLOPs per token. Causal attention costs 2 S Q per layer, half of what it would cost without the mask.
+
+    Q is the width of the queries over all heads.
+    """
     m = recipe.model
     dense = m.ffn == "dense"
-    ffn, attention = 2 * ffn_weights(recipe), 2 * m.seq_len * m.hidden
+    ffn, attention = 2 * ffn_weights(recipe), 2 * m.seq_len * query_hidden(recipe)
     layer = 2 * attention_weights(recipe) + attention + 2 * private_weights(recipe)
     router = 2 * recipe.experts_per_layer * m.hidden
     head = 2 * m.vocab * m.hidden
@@ -109,6 +122,20 @@ def count_flops(recipe: Recipe) -> Flops:
     forward = trunk + pool
     frozen = {"none": 0, "trunk": trunk - m.layers * attention, "pool": pool}[recipe.train.freeze]
     return Flops(layer, router, 0 if dense else ffn, head, trunk, pool, forward, 3 * forward - frozen)
+
+
+def muon_flops(recipe: Recipe) -> tuple[int, int]:
+    """FLOPs of one Muon update of the trunk's matrices, and of all experts': five iterations of three products each."""
+    m = recipe.model
+
+    def update(rows: int, columns: int) -> int:
+        small, large = sorted((rows, columns))
+        return 5 * (4 * small * small * large + 2 * small**3)
+
+    attention = 2 * update(m.hidden, query_hidden(recipe)) + 2 * update(m.hidden, kv_hidden(recipe))
+    width = m.ffn_hidden if m.ffn == "dense" else m.private_ffn
+    expert = 3 * update(m.hidden, m.ffn_hidden)
+    return m.layers * (attention + 3 * update(m.hidden, width)), recipe.pool.experts * expert
 
 
 def served_trunk_ranks(recipe: Recipe) -> int:

@@ -140,11 +140,17 @@ def schedule_of(recipe: Recipe, file: Path, resume: bool) -> ScheduleSpec:
     return saved or make_schedule(recipe)
 
 
+_NEW = {"private_ffn": 0, "private_gate": False, "head_dim": None, "qk_norm": "none", "qkv_bias": False}
+"""Keys of the section `model` that earlier versions did not write, with their defaults."""
+
+
 def _shape(recipe: Recipe) -> dict[str, Any]:
     """What the costs depend on."""
     p, m = recipe.parallel, recipe.model
     shape = {
-        "model": m.model_dump(mode="json", exclude=None if m.private_ffn else {"private_ffn"}),  # unknown to old files
+        "model": {
+            key: value for key, value in m.model_dump(mode="json").items() if key not in _NEW or value != _NEW[key]
+        },
         "experts": [recipe.pool.experts, recipe.router.top_k],
         "batch": [recipe.train.global_batch, recipe.train.micro_batch, recipe.train.precision],
         "ranks": [p.trunk_ranks, p.pool_ranks, recipe.grid.expert_parallel],

@@ -23,9 +23,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from trainer.common.errors import UserError
 from trainer.common.machine import pick_device
-from trainer.export.configuration_unipool import UniPoolConfig
 from trainer.export.folder import first_line, read_object
 from trainer.export.loaded_model import LoadedModel, load_model, prepare_libraries
+from trainer.export.model_files.configuration_unipool import UniPoolConfig
 
 UNIPOOL = UniPoolConfig.model_type
 FAMILIES = ("qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "olmoe", "mixtral")

@@ -15,6 +15,7 @@ from trainer.common.atomic import atomic_write
 from trainer.common.errors import UserError
 from trainer.common.strict_json import dumps
 from trainer.common.tables import print_tables
+from trainer.config.completion import complete_run
 from trainer.config.options import count_option, json_option, seed_option
 from trainer.evaluate.options import TaskOptions, task_options
 
@@ -58,7 +59,7 @@ def _probe_options(command: Callable[..., None]) -> Callable[..., None]:
             metavar="FILE",
             help="Text to read, in any format of data.source.  [default: the run's held-out text]",
         ),
-        click.argument("source"),
+        click.argument("source", shell_complete=complete_run),
     ):
         command = decorate(command)
     return command

@@ -11,6 +11,7 @@ import click
 
 from trainer.common.errors import UserError
 from trainer.common.strict_json import dumps
+from trainer.config.completion import complete_setting
 
 if TYPE_CHECKING:
     from trainer.sweep.spec import Experiment
@@ -18,7 +19,14 @@ if TYPE_CHECKING:
 
 @click.command(short_help="Train variants of a recipe and compare them with a baseline.")
 @click.argument("source", required=False, metavar="SWEEP")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a recipe key for every run.")
+@click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    shell_complete=complete_setting,
+    help="Override a recipe key for every run.",
+)
 @click.option("--dir", "folder", type=click.Path(file_okay=False, path_type=Path), help="Folder for the runs.")
 @click.option(
     "--jobs",

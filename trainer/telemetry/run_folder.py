@@ -7,8 +7,9 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,10 @@ from numpy.typing import NDArray
 from trainer.common.atomic import atomic_write
 from trainer.common.errors import UserError
 from trainer.common.strict_json import dumps, loads, name_not_finite
+from trainer.common.versions import software
 from trainer.config.lock import OWNERSHIP_FILE
 from trainer.config.recipe import Recipe, save_recipe
 from trainer.telemetry.console import say
-
-TOKENIZER_FILE = "tokenizer.json"
 
 STARTED = "started"
 """Key of plan.json: Unix time at which the run was started for the first time."""
@@ -98,25 +98,28 @@ class RunFolder:
                     self.path.rmdir()
             raise
 
-    def begin(self, recipe: Recipe, schedule: str, devices: str, tokenizer: str, done_steps: int) -> None:
+    def begin(self, recipe: Recipe, schedule: str, devices: str, tokenizer: Mapping[str, str], done_steps: int) -> None:
         """Save the resolved recipe, the schedule and the tokenizer, and drop metrics of later steps than `done_steps`.
 
-        plan.json also keeps when the run was started for the first time, which `goodput` needs, and `recorded`.
+        plan.json also keeps when the run was started for the first time, which `goodput` needs, `recorded`, and the
+        versions of the software.
 
         The evaluation and the probe after these steps are dropped too, because the checkpoint was saved before them.
 
         Args:
             schedule: The JSON text of the schedule.
             devices: The devices of the run's ranks, which plan.json names too.
-            tokenizer: The text of tokenizer.json.
+            tokenizer: The texts of the tokenizer's files, by name.
         """
         started, recorded = (self._kept(key) for key in (STARTED, RECORDED))
         lines = self._lines()
         self.recorded = max(_step_of(lines[-1]) if lines else 0, int(recorded or 0))
         self._started = psutil.Process().create_time() if started is None else started
-        plan = dumps(loads(schedule) | {"devices": devices, STARTED: self._started, RECORDED: self.recorded})
+        more = {"devices": devices, "software": software(), STARTED: self._started, RECORDED: self.recorded}
+        plan = dumps(loads(schedule) | more)
         atomic_write(self.plan_file, lambda path: path.write_text(plan))
-        atomic_write(self.path / TOKENIZER_FILE, lambda path: path.write_text(tokenizer, encoding="utf-8"))
+        for name, text in tokenizer.items():
+            atomic_write(self.path / name, partial(Path.write_text, data=text, encoding="utf-8"))
         atomic_write(self.recipe_file, lambda path: save_recipe(recipe, path))
         kept = [line for line in lines if _is_before(line, done_steps)]
         atomic_write(self.metrics_file, lambda path: path.write_text("".join(kept), encoding="utf-8"))

@@ -26,17 +26,15 @@ from trainer.config.recipe import Recipe
 from trainer.data.batches import SequenceStream
 from trainer.engine.monitors import Monitors
 from trainer.engine.role_engine import build_engine, squared_norm
+from trainer.model.lock import forced_reaches
 from trainer.model.micro_batch import (
     MicroBatchResult,
     Objective,
     PoolMap,
-    Reroute,
-    hidden_states,
     train_dense_micro_batch,
     train_micro_batch,
 )
 from trainer.model.pool_client import MicroBatch
-from trainer.model.random_routing import random_routing
 from trainer.model.trunk import Trunk
 from trainer.model.warm_up import warm_up
 from trainer.planning.schedule import ScheduleSpec
@@ -44,7 +42,10 @@ from trainer.telemetry.console import say
 from trainer.telemetry.prometheus import MetricsServer
 from trainer.telemetry.step_scalars import StepScalars
 from trainer.telemetry.time_breakdown import UsageClock
+from trainer.train.ends.early_stop import early_stop
+from trainer.train.evaluation.held_out import HeldOut, sequences, to_device
 from trainer.train.lock import RunLock
+from trainer.train.norm_guard import guarded_norms, restore_norms
 from trainer.train.pool_side import PoolSide
 from trainer.train.step_results import StepResults, lock_scalars, over_all_experts, reduce_results, step_scalars
 
@@ -52,15 +53,10 @@ LOAD_STEPS = 100
 """Number of recent steps over which the recorded load is averaged, roughly."""
 
 
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy a tensor of the host to the device. From memory that is pinned, a GPU does so while the host goes on."""
-    pinned = tensor.pin_memory() if device.type == "cuda" else tensor
-    return pinned.to(device, non_blocking=True)
-
-
 def _pool_map(recipe: Recipe, placement: Placement, device: torch.device) -> PoolMap:
     position_M = placement.position_M.to(device)
-    return PoolMap(position_M, recipe.experts_per_layer, recipe.model.layers // recipe.model.groups)
+    sharing = recipe.model.layers // recipe.model.groups
+    return PoolMap(position_M, recipe.experts_per_layer, sharing, forced_reaches(recipe, device))
 
 
 class TrunkRank:
@@ -74,6 +70,8 @@ class TrunkRank:
         schedule, plan: What all ranks do; what this one does in an optimizer step.
         clock: Measures what its training steps are spent on.
         lock: Which experts the layers own; None in a run without a lock.
+        norms: Gradient norms of the last steps, by which steps are skipped; None if none are.
+        early_stop: What may end the run before its last step; None if nothing may.
         load_LM: Assignments of the last step by layer and the experts that it sees, over all trunk ranks.
     """
 
@@ -92,14 +90,17 @@ class TrunkRank:
         self.placement = placement
         served = job.topology.served_trunk_ranks(job.rank) if job.topology.every_rank else ()
         self.plan = schedule.step.for_trunk_ranks(served)
-        self._training, self._validation = training, validation
+        self._training = training
         self.trunk = Trunk(recipe, job.device, document_end).requires_grad_(recipe.train.freeze != "trunk")
         self._pool_map = _pool_map(recipe, placement, job.device) if placement else None
         self.lock = RunLock(recipe, job.device) if recipe.lock else None
+        self.early_stop = early_stop(recipe.eval)
+        self.norms = guarded_norms(recipe)
         self._compile()
         trunk_engine = build_engine(self.trunk, recipe, "trunk", job.role_size)
         self._pool_side = PoolSide(recipe, job, placement)
         self._pool = self._pool_side.client
+        self._held_out = HeldOut(recipe, job, schedule, self.trunk, self._pool, validation)
         self.engines = {"trunk": trunk_engine, **self._pool_side.engines}
         self.metrics = metrics or MetricsServer("trunk", job.rank)
         self.metrics.expert_load = self._pool_side.expert_load()
@@ -136,7 +137,7 @@ class TrunkRank:
         assert pool_map is not None
         plan = lockstep_schedule(grid.trunk_ranks, 1, recipe.model.layers, grid.every_rank)
         objective = Objective(1.0, lambda load_LM: 0.0 * load_LM, recipe.router.z_loss, recipe.train.recompute)
-        sequences_BS1 = next(self._sequences(self._training, 0))
+        sequences_BS1 = next(sequences(self._training, recipe, self._job, 0))
         self._pool_side.limit(limit)
         with ExitStack() as stack:
             for engine in self.engines.values():
@@ -187,20 +188,12 @@ class TrunkRank:
 
     def _micro_batches(self, step: int) -> Iterator[MicroBatch[MicroBatchResult]]:
         pool_map = self._map_at(step)
-        for index, sequences_BS1 in enumerate(self._sequences(self._training, step)):
+        for index, sequences_BS1 in enumerate(sequences(self._training, self._recipe, self._job, step)):
             objective = self._objective(step, index)
             if pool_map is None:
                 yield train_dense_micro_batch(self.trunk, sequences_BS1, objective)
             else:
                 yield train_micro_batch(self.trunk, pool_map, sequences_BS1, index, objective)
-
-    def _sequences(self, stream: SequenceStream, step: int) -> Iterator[Tensor]:
-        """Yield this rank's micro-batches of a global batch, on the device."""
-        recipe, ranks = self._recipe, self._job.role_size
-        for sequences_BS1 in stream.micro_batches(
-            step, recipe.train.global_batch, self._job.rank, ranks, recipe.train.micro_batch
-        ):
-            yield to_device(sequences_BS1, self._job.device)
 
     def _objective(self, step: int, index: int) -> Objective:
         """Return what micro-batch `index` of `step` minimises, with the balance losses that the recipe asks for."""
@@ -217,10 +210,10 @@ class TrunkRank:
         entropy = self.lock.entropy(step) if self.lock else None
         return Objective(1 / recipe.micro_batches, coefficients, recipe.router.z_loss, recipe.train.recompute, entropy)
 
-    def step(self, step: int, total_norm: float) -> StepScalars:
-        """Update the weights, clipping by the norm over both roles; return the step's scalars."""
+    def step(self, step: int, total_norm: float, skip: bool = False) -> StepScalars:
+        """Update the weights unless `skip`, clipping by the norm over both roles; return the step's scalars."""
         lr = self.engines["trunk"].learning_rate
-        outcomes = [engine.step(total_norm) for engine in self.engines.values()]
+        outcomes = [engine.step(math.inf if skip else total_norm) for engine in self.engines.values()]
         self._pool_side.weights_changed()
         scalars = step_scalars(
             self._recipe,
@@ -264,85 +257,31 @@ class TrunkRank:
             load_LM = over_all_experts(self.load_LM, self._recipe.model.groups).numpy()
             metrics.count_load(load_LM, load_LM.sum(0))
 
-    def nonfinite_rows(self, step: int) -> str:
-        """Name this rank's micro-batches of the last step whose loss is not finite, and their rows of the data."""
+    def losses_by_rows(self, step: int) -> list[tuple[float, str]]:
+        """Return the loss of each of this rank's micro-batches of the last step, and its rows of the data."""
         recipe, job = self._recipe, self._job
         places = self._training.places(
             step, recipe.train.global_batch, job.rank, job.role_size, recipe.train.micro_batch
         )
+        named = (f"rows {', '.join(map(self._training.name, rows))}" for rows in places)
+        return list(zip(self._results.own_losses, named, strict=True))
+
+    def nonfinite_rows(self, step: int) -> str:
+        """Name this rank's micro-batches of the last step whose loss is not finite, and their rows of the data."""
         found = [
-            f"micro-batch {index} has loss {loss} (rows {', '.join(map(self._training.name, rows))})"
-            for index, (loss, rows) in enumerate(zip(self._results.own_losses, places, strict=True))
+            f"micro-batch {index} has loss {loss} ({rows})"
+            for index, (loss, rows) in enumerate(self.losses_by_rows(step))
             if not math.isfinite(loss)
         ]
-        return f"{job.name}: {', '.join(found)}" if found else ""
+        return f"{self._job.name}: {', '.join(found)}" if found else ""
 
-    @torch.no_grad()
     def evaluate(self, batches: int, step: int, random_layer: int | None = None) -> tuple[float, Tensor]:
-        """Evaluate on `batches` global batches of held-out text, the same on every trunk rank.
+        """See `HeldOut.evaluate`; the same on every trunk rank."""
+        return self._held_out.evaluate(batches, step, self._map_at(step), random_layer)
 
-        Args:
-            step: Optimizer steps done.
-            random_layer: A layer that uses random experts instead of those that its router chooses.
-
-        Returns:
-            The mean cross-entropy in nats, and the load by layer and the experts that it sees.
-        """
-        plan = self.schedule.evaluation(batches * self._recipe.micro_batches)
-        micro_batches = self._held_out(batches, step, random_layer)
-        results = self._pool.run(micro_batches, plan.lane_order[self._job.rank], step, plan.slots)
-        total = torch.stack([loss for loss, _ in results]).double().sum().cpu()
-        loads = [load_LM for _, load_LM in results if load_LM is not None]
-        held_out_LM = torch.stack(loads).sum(0).cpu() if loads else torch.zeros_like(self.load_LM)
-        self._job.sum_over_role(total)
-        self._job.sum_over_role(held_out_LM)
-        return float(total) / (len(results) * self._job.role_size), held_out_LM
-
-    def _held_out(
-        self, batches: int, step: int, random_layer: int | None
-    ) -> Iterator[MicroBatch[tuple[Tensor, Tensor | None]]]:
-        recipe, index, pool_map = self._recipe, 0, self._map_at(step)
-        share = recipe.train.global_batch // self._job.role_size
-        for batch in range(batches):
-            first = batch * recipe.train.global_batch + self._job.rank * share
-            for sequences_BS1 in self._sequences(self._validation, batch):
-                reroute = None
-                if random_layer is not None:
-                    numbers = range(first, first + len(sequences_BS1))
-                    reach = pool_map.seen_by(random_layer).reach if pool_map else None
-                    reroute = random_routing(random_layer, recipe.experts_per_layer, recipe.run.seed, numbers, reach)
-                yield self._evaluate_micro_batch(pool_map, sequences_BS1, index, reroute)
-                first, index = first + len(sequences_BS1), index + 1
-
-    def _evaluate_micro_batch(
-        self, pool_map: PoolMap | None, sequences_BS1: Tensor, index: int, reroute: Reroute | None
-    ) -> MicroBatch[tuple[Tensor, Tensor | None]]:
-        h_BSD, load_LM = yield from hidden_states(self.trunk, pool_map, sequences_BS1[:, :-1], index, reroute)
-        with self.trunk.autocast():
-            return self.trunk.loss(h_BSD, sequences_BS1[:, 1:]), load_LM
-
-    @torch.no_grad()
     def generate(self, prompt: list[int], tokens: int, step: int, temperature: float = 0.8) -> list[int] | None:
-        """Continue `prompt` by `tokens` sampled tokens, the same on every trunk rank.
-
-        Returns:
-            The tokens, or None if logits were not finite; the pool receives as many requests in either case.
-        """
-        generator = torch.Generator().manual_seed(self._recipe.run.seed)
-        plan, layers = self.schedule.generation(tokens), self._recipe.model.layers
-        lane_order = plan.lane_order[self._job.rank]
-        ids, finite, pool_map = list(prompt), True, self._map_at(step)
-        for index in range(tokens):
-            context_1S = torch.tensor([ids[-self._recipe.model.seq_len :]], device=self._job.device)
-            coroutine = hidden_states(self.trunk, pool_map, context_1S, index)
-            slots = plan.slots[index * layers : (index + 1) * layers]
-            ((h_1SD, _),) = self._pool.run([coroutine], lane_order, step, slots)
-            with self.trunk.autocast():
-                logits_V = self.trunk.head(h_1SD[:, -1]).float().cpu()[0]
-            finite = finite and bool(logits_V.isfinite().all())
-            probabilities_V = (logits_V / temperature).softmax(0)
-            ids.append(int(torch.multinomial(probabilities_V, 1, generator=generator)) if finite else 0)
-        return ids[len(prompt) :] if finite else None
+        """See `HeldOut.generate`; the same on every trunk rank."""
+        return self._held_out.generate(prompt, tokens, step, self._map_at(step), temperature)
 
     @property
     def monitors(self) -> Monitors:
@@ -356,6 +295,8 @@ class TrunkRank:
             "recent_load_LM": self._recent_load_LM.clone(),
             "rng": torch.get_rng_state(),
             **({"lock": self.lock.state_dict()} if self.lock else {}),
+            **({"norms": list(self.norms.values)} if self.norms else {}),
+            **({"early_stop": self.early_stop.state_dict()} if self.early_stop else {}),
         }
 
     def restore(self, state: dict[str, Any], steps: int, shift: int) -> None:
@@ -375,6 +316,9 @@ class TrunkRank:
         torch.set_rng_state(state["rng"].cpu())
         if self.lock and "lock" in state:
             self.lock.restore(state["lock"])
+        restore_norms(self.norms, state)
+        if self.early_stop and "early_stop" in state:
+            self.early_stop.restore(state["early_stop"])
         self._pool_side.weights_changed()
 
     @property

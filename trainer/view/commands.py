@@ -9,11 +9,12 @@ import click
 from trainer.common.errors import UserError
 from trainer.common.strict_json import dumps
 from trainer.common.tables import print_tables
+from trainer.config.completion import RunPath, complete_run
 from trainer.config.options import json_option
 
 
 @click.command(short_help="Show a run in the terminal.")
-@click.argument("sources", nargs=-1, required=True, metavar="URL...|RUN")
+@click.argument("sources", nargs=-1, required=True, metavar="URL...|RUN", shell_complete=complete_run)
 @click.option(
     "--interval", type=click.FloatRange(min=0.1), default=2.0, show_default=True, help="Seconds between two updates."
 )
@@ -38,7 +39,7 @@ def watch(sources: tuple[str, ...], interval: float, once: bool, as_json: bool) 
 
 
 @click.command(short_help="Write a report of a run, or of several beside one another, as one HTML file.")
-@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN...")
+@click.argument("runs", nargs=-1, required=True, type=RunPath(), metavar="RUN...")
 @click.option(
     "--out",
     type=click.Path(dir_okay=False, path_type=Path),
@@ -70,7 +71,7 @@ def report(runs: tuple[Path, ...], out: Path | None) -> None:
 
 
 @click.command(short_help="Show which layer owns, or would own, which experts.")
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=RunPath())
 @click.option(
     "--coverage",
     type=click.FloatRange(0, 1),

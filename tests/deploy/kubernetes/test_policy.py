@@ -45,6 +45,7 @@ def action(policy: dict[str, Any], *failures: tuple[str, str]) -> str:
         (1, False, "RestartJobSet"),
         (2, False, "FailJobSet"),
         (2, True, "FailJobSet"),
+        (3, False, "FailJobSet"),
         (75, False, "RestartJobSetAndIgnoreMaxRestarts"),
         (75, True, "RestartJobSetAndIgnoreMaxRestarts"),
         (143, False, "RestartJobSetAndIgnoreMaxRestarts"),

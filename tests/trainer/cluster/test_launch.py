@@ -20,8 +20,8 @@ from tests.deploy.pods import can_isolate
 from tests.trainer.job import ROOT, environment, wait_for
 from trainer.cluster import launch
 from trainer.cluster.launch import MAX_RESTARTS, RESTARTS, restart_limit, run_locally
+from trainer.config.job_sections import Metrics
 from trainer.config.recipe import load_recipe
-from trainer.config.sections import Metrics
 from trainer.telemetry.prometheus import MetricsServer
 
 RANK = """

@@ -78,7 +78,7 @@ def at_the_door(recipe_file: str, tmp_path_factory: pytest.TempPathFactory) -> d
         jobs[name] = ForkedJob(pair(recipe_file, folder), folder, roles=roles)
     for name, rank in ABSENT.items():
         folder = tmp_path_factory.mktemp("absent")
-        fault = Fault(rank, Place("trainer.train.loop:rendezvous"), stop)
+        fault = Fault(rank, Place("trainer.train.start:rendezvous"), stop)
         recipe = pair(recipe_file, folder, "parallel.start_timeout_seconds=2")
         jobs[name] = ForkedJob(recipe, folder, fault, roles=("pool", "trunk"))
     return jobs
@@ -124,7 +124,7 @@ def test_a_store_that_breaks_before_anybody_was_heard_of_names_its_host(monkeypa
 
 
 def test_a_death_in_data_preparation_is_noticed_by_the_pool(recipe_file: str, tmp_path: Path) -> None:
-    job = ForkedJob(pair(recipe_file, tmp_path), tmp_path, Fault(0, Place("trainer.train.loop:prepare_for"), kill))
+    job = ForkedJob(pair(recipe_file, tmp_path), tmp_path, Fault(0, Place("trainer.train.start:prepare_for"), kill))
     assert job.end(LIMIT) == [-9, 1]
     wanted = r"^unipool: rank 1 \(pool 0, shard 0\) stopped during start-up: rank 0 \(trunk 0\) died first"
     assert re.search(wanted, job.log(1), re.M), job.log(1)

@@ -51,6 +51,19 @@ MODELS: dict[str, dict[str, Any]] = {
         "balance": {"pool": 0.0},
     },
     "softmax, groups": GROUPS | {"router": {"kind": "softmax"}},
+    "keys of imported models": GROUPS
+    | {
+        "model": {
+            **GROUPS["model"],
+            "head_dim": 8,
+            "qk_norm": "head",
+            "qkv_bias": True,
+            "private_ffn": 7,
+            "private_gate": True,
+        },
+        "router": {"kind": "softmax", "renormalize": True, "logit_bias": True},
+        "parallel": {"trunk_zero": 3},
+    },
     "dense": {"model": {"ffn": "dense"}, "pool": {"experts": 0}, "balance": {"pool": 0.0}},
 }
 VOCAB = 300
@@ -186,20 +199,26 @@ def test_weights_are_the_runs_bit_for_bit_and_stored_once(model: str) -> None:
 
 def learned_rows(tensors: Any) -> list[bytes]:
     """Return every row of every tensor; fused and split tensors have the same rows."""
-    return [row.numpy().tobytes() for tensor in tensors for row in tensor.reshape(-1, tensor.shape[-1])]
+    shaped = (tensor.reshape(-1, tensor.shape[-1] if tensor.ndim > 1 else 1) for tensor in tensors)
+    return [row.numpy().tobytes() for tensor in shaped for row in tensor]
 
 
 @torch.no_grad()
-def test_a_dense_export_is_a_llama() -> None:
-    """transformers' own LLaMA takes the same tensors and gives the same logits."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+def test_a_dense_model_is_a_llama(tmp_path: Path) -> None:
+    """transformers' own LLaMA loads it without any code of ours, and gives the same logits."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model, _ = load_export(exported("dense"))
-    fields = {k: v for k, v in model.config.to_dict().items() if k not in ("model_type", "architectures", "auto_map")}
-    llama = LlamaForCausalLM(LlamaConfig(**fields)).eval()
-    assert llama.config.rope_parameters["rope_theta"] == model.config.rope_theta
-    llama.load_state_dict(model.state_dict())
-    assert_close(model(some_tokens()).logits, llama(some_tokens()).logits)
+    out = tmp_path / "llama"
+    assert invoke("export", str(trained("dense")[0]), str(out), "--format", "llama").exit_code == 0
+    assert not list(out.glob("*.py")) and "trust_remote_code" not in (out / "README.md").read_text()
+    llama = AutoModelForCausalLM.from_pretrained(out).eval()
+    assert type(llama).__name__ == "LlamaForCausalLM"
+    assert_close(llama(some_tokens()).logits, load_export(exported("dense"))[0](some_tokens()).logits)
+    ours, own = (AutoTokenizer.from_pretrained(path) for path in (exported("dense"), out))
+    assert own("def main(argument)")["input_ids"] == ours("def main(argument)")["input_ids"]
+    assert llama.generation_config.eos_token_id == own.eos_token_id == 0
+    assert "not a LLaMA's" in refused("export", str(trained("unipool")[0]), str(tmp_path / "no"), "--format", "llama")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["llama"]
 
 
 ALONE = """
@@ -266,6 +285,9 @@ def test_without_this_project(tmp_path: Path) -> None:
     """transformers alone loads every export and computes the same logits, also with caches and left padding."""
     torch.save(some_tokens(), tmp_path / "tokens.pt")
     folders = {model: str(exported(model)) for model in MODELS}
+    in_files = str(tmp_path / "in files")
+    assert invoke("export", str(trained("unipool")[0]), in_files, "--shard-size", "20KB").exit_code == 0
+    folders["unipool in files"] = in_files
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     done = subprocess.run(
         [sys.executable, "-c", ALONE, json.dumps(folders)],
@@ -278,7 +300,7 @@ def test_without_this_project(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     found = torch.load(tmp_path / "found.pt")
     for model, values in found.items():
-        expected = trainer_logits(model, some_tokens())
+        expected = trainer_logits(model.removesuffix(" in files"), some_tokens())
         assert_close(values["logits"], expected)
         assert values["number of states"] == 4, model
         for exact in ("padded", "uncached", "static"):
@@ -292,10 +314,10 @@ def test_without_this_project(tmp_path: Path) -> None:
         assert values["ids"].tolist() == ids
 
 
-def test_large_weights_are_split_and_small_types_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer.export.write._SHARD_SIZE", "20KB")
+def test_large_weights_are_split_and_small_types_kept(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    report = invoke("export", str(trained("unipool")[0]), str(tmp_path / "out"), "--dtype", "bfloat16", "--json")
+    out = [str(trained("unipool")[0]), str(tmp_path / "out"), "--shard-size", "20KB"]
+    report = invoke("export", *out, "--dtype", "bfloat16", "--json")
     files = {name: size for name, size in json.loads(report.stdout)["files"].items() if name.endswith(".safetensors")}
     assert len(files) > 3 and all(size < 25_000 for size in files.values())
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())

@@ -24,10 +24,9 @@ def change(file: Path, **changes: Any) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
-def test_damaged_exports_are_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer.export.write._SHARD_SIZE", "40KB")
+def test_damaged_exports_are_refused_in_one_line(tmp_path: Path) -> None:
     whole = tmp_path / "whole"
-    assert invoke("export", str(trained("unipool")[0]), str(whole)).exit_code == 0
+    assert invoke("export", str(trained("unipool")[0]), str(whole), "--shard-size", "40KB").exit_code == 0
 
     def line_after(damage: Callable[[Path], object]) -> str:
         broken = tmp_path / "broken"
@@ -49,7 +48,8 @@ def test_damaged_exports_are_refused_in_one_line(tmp_path: Path, monkeypatch: py
         lambda folder: change(folder / config, export_version=9)
     )
     assert "hidden_size is -1" in line_after(lambda folder: change(folder / config, hidden_size=-1))
-    assert "multiple of num_attention_heads" in line_after(lambda folder: change(folder / config, hidden_size=33))
+    assert "head_dim" in line_after(lambda folder: change(folder / config, head_dim=3))
+    assert "multiple of num_key_value_heads" in line_after(lambda f: change(f / config, num_attention_heads=5))
     assert "is missing in the files" in line_after(lambda folder: change(folder / config, num_hidden_layers=4))
     assert "missing by its config.json" in line_after(lambda folder: change(folder / config, num_hidden_layers=2))
     assert "fewer tensors than" in line_after(lambda folder: change(folder / config, num_experts=10**9))

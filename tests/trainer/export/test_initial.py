@@ -37,7 +37,8 @@ def before(run: Path) -> Outcome:
 @pytest.fixture(scope="module")
 def exported(run: Path, before: Outcome) -> str:
     (run / "tokenizer.json").write_text(train_tokenizer(["some text"], 300).to_str())
-    export(run, run / "hf", "hf", "float32")
+    export(run, run / "hf", "hf", "float32", "10KB")
+    assert (run / "hf" / "model.safetensors.index.json").is_file()
     return str(run / "hf")
 
 

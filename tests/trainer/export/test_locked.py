@@ -16,10 +16,10 @@ from trainer.config.recipe import Recipe
 from trainer.data.batches import SequenceStream
 from trainer.data.tokenizer import train_tokenizer
 from trainer.evaluate.loss import summed_loss
-from trainer.export.configuration_unipool import UniPoolConfig
 from trainer.export.initial import ExportedWeights
 from trainer.export.loaded_model import load_model
-from trainer.export.modeling_unipool import _CACHE, UniPoolForCausalLM
+from trainer.export.model_files.configuration_unipool import UniPoolConfig
+from trainer.export.model_files.modeling_unipool import CACHE, UniPoolForCausalLM
 from trainer.export.write import export
 
 OWNERS = [2, 0, 0, 1, 2, 1]
@@ -67,8 +67,8 @@ def test_generation_and_compilation() -> None:
         router = model.model.layers[1].router
         compiled = torch.compile(router, fullgraph=True, backend="aot_eager")
         assert all(torch.equal(a, b) for a, b in zip(compiled(x_TD), router(x_TD), strict=True))
-        cached = model(tokens[:, :4]).get(_CACHE)
-        assert difference(model(tokens[:, 4:], **{_CACHE: cached}).logits, model(tokens).logits[:, 4:]) < 1e-5
+        cached = model(tokens[:, :4]).get(CACHE)
+        assert difference(model(tokens[:, 4:], **{CACHE: cached}).logits, model(tokens).logits[:, 4:]) < 1e-5
 
 
 @torch.no_grad()

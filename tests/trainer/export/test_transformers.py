@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import StaticCache
 
-from trainer.export.configuration_unipool import UniPoolConfig
-from trainer.export.experts_unipool import UniPoolExperts
-from trainer.export.modeling_unipool import _CACHE, UniPoolForCausalLM
+from trainer.export.model_files.configuration_unipool import UniPoolConfig
+from trainer.export.model_files.experts_unipool import UniPoolExperts
+from trainer.export.model_files.modeling_unipool import CACHE, UniPoolForCausalLM
 
 VOCAB, WINDOW = 40, 8
 
@@ -106,7 +106,7 @@ def test_unknown_keywords_are_refused() -> None:
     known = {"num_items_in_batch": torch.tensor(10), "cu_seq_lens_q": None, "is_causal": True, "unknown": None}
     loss = model(tokens, labels=tokens, cache_position=torch.arange(6), **known).loss
     torch.testing.assert_close(loss, expected.loss)
-    cached = expected.get(_CACHE)
+    cached = expected.get(CACHE)
     with pytest.raises(TypeError, match="give one"):
         model(tokens, past_key_values=cached, cache=cached)
 
@@ -116,8 +116,8 @@ def test_unknown_keywords_are_refused() -> None:
 def test_the_cache_has_two_names(name: str) -> None:
     model, tokens = model_with(), some_tokens(2, 6)
     expected = model(tokens, use_cache=False)
-    assert expected.get(_CACHE) is None
-    cached = model(tokens[:, :4]).get(_CACHE)
+    assert expected.get(CACHE) is None
+    cached = model(tokens[:, :4]).get(CACHE)
     assert difference(model(tokens[:, 4:], **{name: cached}).logits, expected.logits[:, 4:]) < 1e-5
     cached = StaticCache(config=model.config, max_cache_len=9)
     parts = [model(part, **{name: cached}).logits for part in (tokens[:, :4], tokens[:, 4:])]
@@ -302,6 +302,6 @@ def test_compiles_as_one_graph() -> None:
         assert difference(found[f"_orig_mod.{name}"], grad) < 1e-4, name
     with torch.no_grad():
         cached = StaticCache(config=model.config, max_cache_len=9)
-        model(tokens[:, :5], **{_CACHE: cached})
-        step = compiled(tokens[:, 5:], **{_CACHE: cached}, position_ids=torch.tensor([[5]])).logits
+        model(tokens[:, :5], **{CACHE: cached})
+        step = compiled(tokens[:, 5:], **{CACHE: cached}, position_ids=torch.tensor([[5]])).logits
         assert difference(step, model(tokens).logits[:, 5:]) < 1e-5

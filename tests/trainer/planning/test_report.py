@@ -43,6 +43,11 @@ VARIANTS = {
     "top2": ("pool.experts=15", "router.top_k=2"),
     "private": ("pool.experts=15", "model.private_ffn=24"),
     "vanilla": ("pool.experts=15", "model.groups=3", "router.kind=softmax"),
+    "imported": (
+        *("pool.experts=15", "router.kind=softmax", "router.top_k=2", "router.renormalize=true"),
+        *("router.logit_bias=true", "model.head_dim=18", "model.qk_norm=all", "model.qkv_bias=true"),
+        *("model.private_ffn=24", "model.private_gate=true"),
+    ),
     "dense": ("pool.experts=0", "model.ffn=dense", "parallel.pool_ranks=0"),
 }
 
@@ -116,7 +121,7 @@ def test_flops_are_torchs_count(variant: str) -> None:
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         train_one_micro_batch(recipe, Trunk(recipe, CPU))
     # It counts all of attention's scores; we count half, because of the causal mask.
-    masked_half = 3 * m.layers * 2 * m.seq_len * m.hidden
+    masked_half = 3 * m.layers * 2 * m.seq_len * m.heads * m.head_size
     expected = count_flops(recipe).training + masked_half
     assert counter.get_total_flops() == recipe.train.micro_batch * m.seq_len * expected
 

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from trainer.export.loaded_model import LoadedModel
-from trainer.export.modeling_unipool import UniPoolConfig, UniPoolForCausalLM
+from trainer.export.model_files.modeling_unipool import UniPoolConfig, UniPoolForCausalLM
 from trainer.probe.adapters import MoEModel, adapt
 from trainer.probe.text import Text
 

@@ -17,7 +17,7 @@ from pool.wire.clock import HostClock, Waits
 from trainer.cluster.launch import free_port
 from trainer.common.errors import UserError
 from trainer.common.machine import usable_memory
-from trainer.config.sections import Metrics
+from trainer.config.job_sections import Metrics
 from trainer.telemetry.catalogue import CATALOGUE, STEP_SECONDS
 from trainer.telemetry.prometheus import ExpertLoad, MetricsServer, parse
 from trainer.telemetry.step_scalars import Efficiency, StepScalars

@@ -16,6 +16,7 @@ import pytest
 from tests.distributed import run_ranks
 from tests.training import tiny
 from trainer.common.errors import UserError
+from trainer.common.versions import software
 from trainer.engine.monitors import Monitors
 from trainer.telemetry import run_folder
 from trainer.telemetry.run_folder import RunFolder
@@ -93,16 +94,16 @@ def test_a_resumed_run_cuts_what_came_after_its_checkpoint(tmp_path: Path) -> No
         run.append_metrics(record)
     with run.metrics_file.open("a") as file:
         file.write('{"step": 4, "lo')  # a killed run's last line
-    run.begin(tiny(), '{"lanes": 1}', "CPU", "{}", done_steps=2)
+    run.begin(tiny(), '{"lanes": 1}', "CPU", {"tokenizer.json": "{}"}, done_steps=2)
     plan = json.loads(run.plan_file.read_text())
-    assert plan == {"lanes": 1, "devices": "CPU", "started": plan["started"], "recorded": 3}
+    assert plan == {"lanes": 1, "devices": "CPU", "software": software(), "started": plan["started"], "recorded": 3}
     assert [json.loads(line) for line in run.metrics_file.read_text().splitlines()] == records[:3]
     assert run.recorded == 3, "the third step will be done again"
     again = RunFolder(tiny(run={"dir": str(tmp_path)}))
-    again.begin(tiny(), '{"lanes": 1}', "CPU", "{}", done_steps=2)
+    again.begin(tiny(), '{"lanes": 1}', "CPU", {"tokenizer.json": "{}"}, done_steps=2)
     assert again.recorded == 3, "a second fault came before the third step was done again"
     run.plan_file.write_text('{"recorded": 1e999}')
-    again.begin(tiny(), '{"lanes": 1}', "CPU", "{}", done_steps=2)
+    again.begin(tiny(), '{"lanes": 1}', "CPU", {"tokenizer.json": "{}"}, done_steps=2)
     assert again.recorded == 2, "what is damaged does not count"
 
 
@@ -113,7 +114,7 @@ def test_goodput_counts_each_step_once_over_all_starts(tmp_path: Path, monkeypat
         monkeypatch.setattr(run_folder.psutil, "Process", lambda: SimpleNamespace(create_time=lambda: now))
         run = RunFolder(tiny(run={"dir": str(tmp_path)}))
         run.make()
-        run.begin(tiny(), '{"lanes": 1}', "CPU", "{}", done_steps=done)
+        run.begin(tiny(), '{"lanes": 1}', "CPU", {"tokenizer.json": "{}"}, done_steps=done)
         return run
 
     def step(run: RunFolder, number: int, now: float, applied: bool = True) -> float:

@@ -60,7 +60,7 @@ START_UP = "start-up"
 STEP = r"[a-z ]*step [01]"
 WHILE_SAVING = r"(the (checkpoint|evaluation|probe) after step [24]|[a-z ]*step [23])"
 """The other rank goes on while a checkpoint is written."""
-LAST_SAVE = Place("trainer.train.loop:Loop._finish_saving")
+LAST_SAVE = Place("trainer.train.ends.ending:Ending.finish_saving")
 PLACES = {
     "start-up": (START_UP, [Place("trainer.cluster.process_groups:Job._cross_group")] * 2),
     "engines": (START_UP, [Place("trainer.engine.role_engine:RoleEngine.__init__")] * 2),
@@ -162,14 +162,14 @@ STOPS = {
     "before the store is there": (
         TRUNK,
         START_UP,
-        Place("trainer.train.loop:rendezvous"),
+        Place("trainer.train.start:rendezvous"),
         START_LIMIT,
         "has not joined",
     ),
     "before the exchange of arrivals": (
         POOL,
         START_UP,
-        Place("trainer.train.loop:rendezvous"),
+        Place("trainer.train.start:rendezvous"),
         START_LIMIT,
         "has not joined",
     ),

@@ -91,7 +91,7 @@ class Reference:
 
     def __init__(self, recipe: Recipe, weights: Numbers):
         from trainer.export.exported_model import stored_tensors
-        from trainer.export.modeling_unipool import UniPoolForCausalLM
+        from trainer.export.model_files.modeling_unipool import UniPoolForCausalLM
         from trainer.export.saved_run import model_config
 
         owners, more = None, {}
@@ -132,6 +132,7 @@ class Reference:
             chosen_experts.append(chosen_TK + number // layers_of_a_group * z_TM.shape[1])
             gates_T = s_TM.gather(1, chosen_TK).sum(1)
             shares = layer.router.kind == "sigmoid_bias" and self.recipe.router.top_k > 1  # of a sum of 1
+            shares = shares or self.recipe.router.renormalize
             scalars[f"gate {number}"] = (gates_T / gates_T if shares else gates_T).mean()
             if self.recipe.balance.scores == "normalized":
                 s_TM = s_TM / s_TM.sum(1, keepdim=True).clamp(min=1e-300)
@@ -258,6 +259,13 @@ NORMALIZED = {"layer": 0.07, "pool": 0.3, "scope": "micro_batch", "delay": 1, "s
             "parallel": {"trunk_ranks": 2, "pool_ranks": 2, "expert_parallel": 1},
         },
         {
+            "model": {"head_dim": 8, "qk_norm": "head", "qkv_bias": True, "private_ffn": 11, "private_gate": True},
+            "router": {"kind": "softmax", "top_k": 2, "renormalize": True, "logit_bias": True},
+            "balance": {"pool": 0.3},
+            "train": {"recompute": True},
+            "parallel": {"trunk_ranks": 2, "layout": "every_rank"},
+        },
+        {
             "pool": {"experts": 12},
             "router": {"top_k": 2},
             "balance": {"pool": 0.3},
@@ -280,6 +288,7 @@ NORMALIZED = {"layer": 0.07, "pool": 0.3, "scope": "micro_batch", "delay": 1, "s
         "private expert, 2+1",
         "groups, 2+1",
         "sigmoid, 2+2 replicas",
+        "keys of imported models, every rank",
         "full",
         "locked",
     ],

@@ -338,7 +338,7 @@ def test_metrics_are_there_before_all_ranks_are(recipe: str, folder: Path) -> No
     """Rank 0 is stopped before it opens the job's store: the other one says that it waits, and since when."""
     port = free_port()
     sets = [f"metrics.port={port - 1}", f"run.dir={folder / 'early'}"]
-    job = ForkedJob(load_recipe(recipe, sets), folder, Fault(0, Place("trainer.train.loop:rendezvous"), stop))
+    job = ForkedJob(load_recipe(recipe, sets), folder, Fault(0, Place("trainer.train.start:rendezvous"), stop))
     deadline = time.monotonic() + TIME_LIMIT
     doing: set[str] = set()
     try:

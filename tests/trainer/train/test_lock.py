@@ -234,7 +234,7 @@ def test_a_run_that_gets_worse_ends_and_does_not_go_on(tmp_path: Path) -> None:
         log = job.log(0)
         assert "Traceback" not in log + job.log(1)
         assert ("step 1/10" in log) == (start is not None)
-        assert re.search(r"^unipool: ended after step 4: two validation losses .* saved; .* Exit status 1$", log, re.M)
+        assert re.search(r"^unipool: ended after step 4: two validation losses .* saved; .* Exit status 3$", log, re.M)
         assert [folder.name for folder in complete(tmp_path / "run" / "checkpoints")] == ["step_00000004"]
     record = read_ownership(tmp_path / "run")
     assert record and record.step == 1 and record == read_ownership(folder_of(tmp_path / "run" / "checkpoints", 4))
@@ -245,7 +245,7 @@ def test_a_run_that_gets_worse_ends_and_does_not_go_on(tmp_path: Path) -> None:
 
 def test_a_finished_run_does_not_end_in_another_way_when_it_is_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """The loss after the last step may exceed the limit: the run has had all its steps."""
-    run = MagicMock(start=4, role=MagicMock(spec=PoolRank))
+    run = MagicMock(start=4, role=MagicMock(spec=PoolRank), saver=MagicMock(saved=4))
     run.recipe.train.steps = 4
     run.job.sum_over_ranks.return_value = (0.0,)
     monkeypatch.setattr(Loop, "_measure", lambda *_: True)

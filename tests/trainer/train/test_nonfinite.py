@@ -22,7 +22,7 @@ from trainer.common.errors import DIVERGED
 from trainer.common.strict_json import dumps, name_not_finite
 from trainer.config.recipe import Recipe, load_recipe
 from trainer.planning.schedule import make_schedule
-from trainer.train.summary import perplexity
+from trainer.train.ends.summary import perplexity
 
 ROOT = Path(__file__).parents[3]
 
@@ -104,7 +104,7 @@ def test_a_step_with_infinite_router_logits_is_skipped_and_counted(kind: str, la
 
 
 def test_a_diverged_run_ends_as_told(tmp_path: Path) -> None:
-    """All steps are done, most of them skipped: a summary without a sample, records that are JSON, status 1."""
+    """All steps are done, most of them skipped: a summary without a sample, records that are JSON, status 3."""
     rate = ["train.lr=1e20", "train.min_lr=1e20", "checkpoint.every=1", "checkpoint.keep=1", "probe.every=0"]
     recipe = load_recipe(str(write_recipe(tmp_path)), [f"run.dir={tmp_path / 'run'}", *rate])
     job = ForkedJob(recipe, tmp_path)
@@ -114,7 +114,7 @@ def test_a_diverged_run_ends_as_told(tmp_path: Path) -> None:
     assert "validation loss   nan: not finite, because the model has diverged" in log
     assert "sample            none, because the model's logits are not finite" in log
     assert re.search(
-        r"^unipool: all steps are done, but the model has diverged \(validation loss nan\): .* Exit status 1$",
+        r"^unipool: all steps are done, but the model has diverged \(validation loss nan\): .* Exit status 3$",
         log,
         re.M,
     )

@@ -79,6 +79,7 @@ def _reaches(recipe: Recipe) -> list[str]:
     from trainer.data.batches import SequenceStream
     from trainer.train import trunk_rank
     from trainer.train.agreement import agreed_placement
+    from trainer.train.evaluation import held_out
 
     kinds: list[str] = []
 
@@ -90,7 +91,7 @@ def _reaches(recipe: Recipe) -> list[str]:
         return call
 
     trunk_rank.train_micro_batch = noted(trunk_rank.train_micro_batch)
-    trunk_rank.hidden_states = noted(trunk_rank.hidden_states)
+    held_out.hidden_states = noted(held_out.hidden_states)
     job, stream = join(recipe), SequenceStream([tokens(recipe)], 0)
     placement = agreed_placement(job, recipe, None)
     role = trunk_rank.TrunkRank(recipe, job, make_schedule(recipe), placement, stream, stream)

@@ -5,8 +5,10 @@ and the names of its tensors are LLaMA's, and a dense model is a LLaMA. Files st
 
     model.embed_tokens.weight  model.norm.weight  lm_head.weight
     model.layers.L.{input_layernorm, post_attention_layernorm}.weight
-    model.layers.L.self_attn.{q_proj, k_proj, v_proj, o_proj}.weight
-    model.layers.L.router.weight              and .sigma (norm, norm_bias), .expert_bias (norm_bias, sigmoid_bias)
+    model.layers.L.self_attn.{q_proj, k_proj, v_proj, o_proj}.weight      with qkv_bias: {q, k, v}_proj.bias
+    model.layers.L.self_attn.{q_norm, k_norm}.weight                      with qk_norm
+    model.layers.L.router.weight      and .sigma (norm, norm_bias), .expert_bias (norm_bias, sigmoid_bias), .bias
+    model.layers.L.private_gate.weight                                    with private_gate
     model.experts.I.{gate_proj, up_proj, down_proj}.weight      I: the expert's number in the whole pool
     model.layers.L.mlp.{gate_proj, up_proj, down_proj}.weight   the FFN of a dense model, or a layer's own expert
 
@@ -19,35 +21,30 @@ a layer can choose, K experts per token.
 
 from __future__ import annotations
 
-import inspect
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import TransformersKwargs, can_return_tuple
 
+from .attention_unipool import CACHE, EMBEDS, MASK_PARAMETERS, UniPoolAttention, rotary_table
 from .configuration_unipool import UniPoolConfig
-from .experts_unipool import UniPoolExperts, UniPoolRouter
-
-_MASK_PARAMETERS = inspect.signature(create_causal_mask).parameters
-# The KV cache is called `past_key_values` in transformers before 5.24, and `cache` from then on.
-_CACHE = "cache" if "cache" in _MASK_PARAMETERS else "past_key_values"
-# The embeddings are called `input_embeds` before 5.2.
-_EMBEDS = "inputs_embeds" if "inputs_embeds" in _MASK_PARAMETERS else "input_embeds"
+from .experts_unipool import UniPoolExperts, UniPoolMLP, UniPoolRouter
 
 # Keywords that forward accepts besides its own parameters: those that transformers passes to all models (for attention,
-# outputs and loss), positions in the cache (before 5.4), and arguments of attention functions and of the loss.
+# outputs and loss), positions in the cache (before 5.4), and arguments of attention functions (those of vLLM and SGLang
+# too) and of the loss.
 _KEYWORDS = frozenset(TransformersKwargs.__annotations__) | {
     "cache_position",
     "is_causal",
     "kernel_options",
+    "attention_instances",
+    "forward_batch",
     "block_table",
     "read_index",
     "write_index",
@@ -56,105 +53,6 @@ _KEYWORDS = frozenset(TransformersKwargs.__annotations__) | {
     "ignore_index",
     "shift_labels",
 }
-
-
-def eager_attention_forward(
-    module: UniPoolAttention,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **_kwargs: Any,
-) -> tuple[Tensor, Tensor]:
-    """Attention that also returns its weights. The mask is boolean (True: attend) or added to the scores."""
-    key, value = (states.repeat_interleave(module.num_key_value_groups, dim=1) for states in (key, value))
-    weights = query @ key.mT * scaling
-    if attention_mask is not None and attention_mask.dtype == torch.bool:
-        weights = weights.masked_fill(~attention_mask, torch.finfo(weights.dtype).min)
-    elif attention_mask is not None:
-        weights = weights + attention_mask
-    weights = weights.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
-    attended = F.dropout(weights, dropout, module.training) @ value
-    return attended.transpose(1, 2).contiguous(), weights
-
-
-class UniPoolAttention(nn.Module):
-    """Causal grouped-query attention with rotary embeddings, without biases."""
-
-    def __init__(self, config: UniPoolConfig, layer_idx: int):
-        super().__init__()
-        self.config, self.layer_idx = config, layer_idx
-        self.head_dim = config.head_dim
-        # Attention functions of transformers read these attributes.
-        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-        self.scaling = self.head_dim**-0.5
-        self.is_causal = True
-        self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
-        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=False)
-
-    def forward(
-        self,
-        x_BSD: Tensor,
-        rope: tuple[Tensor, Tensor],
-        attention_mask: Tensor | None,
-        cache: Cache | None,
-        cache_position: Tensor | None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return the output and, if the attention function provides them, its weights (B, H, S, positions)."""
-        q, k, v = (
-            project(x_BSD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        q, k = _rotate(q, rope), _rotate(k, rope)
-        if cache is not None:
-            k, v = _update(cache, k, v, self.layer_idx, cache_position, kwargs)
-        attend = eager_attention_forward
-        if self.config._attn_implementation != "eager":
-            attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
-        y, weights = attend(self, q, k, v, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs)
-        return self.o_proj(y.flatten(2)), weights
-
-
-def _update(
-    cache: Cache, k: Tensor, v: Tensor, layer_idx: int, cache_position: Tensor | None, kwargs: dict[str, Any]
-) -> tuple[Tensor, Tensor]:
-    """Append keys and values to a cache, and return all that it contains."""
-    if _CACHE == "cache":
-        return cache.update(k, v, layer_idx, kwargs=kwargs)  # a paged cache reads its indices from kwargs
-    return cache.update(k, v, layer_idx, {"cache_position": cache_position})
-
-
-def _rotary_table(positions_BS: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
-    """Return cos and sin of every position and frequency (arXiv:2104.09864), fp32, (B, 1, S, head_dim / 2)."""
-    device = positions_BS.device
-    exact = "cpu" if device.type == "mps" else device  # MPS has no float64, and fp32 angles are not exact enough
-    frequencies = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device=exact) / head_dim)
-    angles = positions_BS.to(exact, torch.float64)[:, None, :, None] * frequencies
-    return angles.cos().float().to(device), angles.sin().float().to(device)
-
-
-def _rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    cos, sin = rope
-    first, second = x.float().chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
-
-
-class UniPoolMLP(nn.Module):
-    """A SwiGLU FFN of a layer's own: that of a dense model, or an expert beside the pool."""
-
-    def __init__(self, hidden: int, width: int):
-        super().__init__()
-        self.gate_proj = nn.Linear(hidden, width, bias=False)
-        self.up_proj = nn.Linear(hidden, width, bias=False)
-        self.down_proj = nn.Linear(width, hidden, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class UniPoolDecoderLayer(GradientCheckpointingLayer):
@@ -171,6 +69,7 @@ class UniPoolDecoderLayer(GradientCheckpointingLayer):
             self.private = config.private_intermediate_size > 0
             if self.private:
                 self.mlp = UniPoolMLP(config.hidden_size, config.private_intermediate_size)
+                self.private_gate = nn.Linear(config.hidden_size, 1, bias=False) if config.private_gate else None
             self.router = UniPoolRouter(config, layer_idx)
             group = layer_idx * config.num_expert_groups // config.num_hidden_layers
             self.first_expert = group * (config.num_experts // config.num_expert_groups)
@@ -185,7 +84,8 @@ class UniPoolDecoderLayer(GradientCheckpointingLayer):
         if experts is None:
             return h_BSD + self.mlp(x_BSD), weights, None
         if self.private:
-            h_BSD = h_BSD + self.mlp(x_BSD)
+            own_BSD = self.mlp(x_BSD)
+            h_BSD = h_BSD + (own_BSD if self.private_gate is None else own_BSD * self.private_gate(x_BSD).sigmoid())
         x_TD = x_BSD.flatten(0, 1)
         logits_TM, topk_scores_TK, topk_expert_ids_TK = self.router(x_TD)
         y_TD = experts(x_TD, topk_expert_ids_TK + self.first_expert, topk_scores_TK)
@@ -214,6 +114,8 @@ class UniPoolPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, std=std)
             if module.kind in ("norm", "norm_bias"):
                 init.ones_(module.sigma)
+            if module.bias is not None:
+                init.zeros_(module.bias)
             if module.kind in ("norm_bias", "sigmoid_bias"):
                 init.zeros_(module.expert_bias)
             module.mark_foreign()
@@ -262,18 +164,18 @@ class UniPoolModel(UniPoolPreTrainedModel):
         h_BSD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         if recompute and cache is not None:
-            raise ValueError(f"{_CACHE} cannot be used with gradient checkpointing, which computes layers twice")
+            raise ValueError(f"{CACHE} cannot be used with gradient checkpointing, which computes layers twice")
         # The mask must not know of a cache that is created here: only without one do restarting positions separate
         # packed sequences.
-        causal = {"config": self.config, _EMBEDS: h_BSD, "attention_mask": attention_mask, _CACHE: cache}
+        causal = {"config": self.config, EMBEDS: h_BSD, "attention_mask": attention_mask, CACHE: cache}
         if cache is None and not recompute and (self.config.use_cache if use_cache is None else use_cache):
             cache = DynamicCache(config=self.config)
         cache_position = kwargs.pop("cache_position", None)
         # A paged cache does not know its length; its caller passes positions.
-        if cache_position is None and (position_ids is None or "cache_position" in _MASK_PARAMETERS):
+        if cache_position is None and (position_ids is None or "cache_position" in MASK_PARAMETERS):
             past = 0 if cache is None else cache.get_seq_length()
             cache_position = torch.arange(h_BSD.shape[1], device=h_BSD.device) + past
-        if "cache_position" in _MASK_PARAMETERS:
+        if "cache_position" in MASK_PARAMETERS:
             causal["cache_position"] = cache_position
         mask = create_causal_mask(**causal, position_ids=position_ids)
         if position_ids is None:
@@ -286,7 +188,7 @@ class UniPoolModel(UniPoolPreTrainedModel):
         keep_logits = config.output_router_logits if output_router_logits is None else output_router_logits
         states, weights, logits = [], [], []  # only what was requested, to save memory
         attention = {
-            "rope": _rotary_table(position_ids, config.head_dim, config.rope_theta),
+            "rope": rotary_table(position_ids, config.head_dim, config.rope_theta),
             "attention_mask": mask,
             "cache": cache,
             "cache_position": cache_position,
@@ -297,7 +199,9 @@ class UniPoolModel(UniPoolPreTrainedModel):
         for layer in self.layers:
             if keep_states:
                 states.append(h_BSD)
-            h_BSD, weights_of_layer, logits_TM = layer(h_BSD, experts=self.experts, **attention)
+            outputs = layer(h_BSD, experts=self.experts, **attention)
+            # Pipeline parallelism replaces layers of other ranks by the identity, which returns h_BSD alone.
+            h_BSD, weights_of_layer, logits_TM = outputs if isinstance(outputs, tuple) else (outputs, None, None)
             if keep_weights and weights_of_layer is not None:
                 weights.append(weights_of_layer)
             if keep_logits and logits_TM is not None:
@@ -308,7 +212,7 @@ class UniPoolModel(UniPoolPreTrainedModel):
             hidden_states=(*states, h_BSD) if keep_states else None,
             attentions=tuple(weights) or None,
             router_logits=tuple(logits) or None,
-            **{_CACHE: cache},
+            **{CACHE: cache},
         )
 
 
@@ -321,7 +225,7 @@ def _check_keywords(model: nn.Module, kwargs: dict[str, Any]) -> None:
 
 def _one_cache(past_key_values: Cache | None, cache: Any, kwargs: dict[str, Any]) -> Cache | None:
     """Return the KV cache, which has either of its names."""
-    if _CACHE != "cache" and cache is not None and not isinstance(cache, Cache):
+    if CACHE != "cache" and cache is not None and not isinstance(cache, Cache):
         kwargs["cache"] = cache  # before 5.24, paged attention passes its own cache under this name
         return past_key_values
     if past_key_values is not None and cache is not None:
@@ -335,6 +239,8 @@ class UniPoolForCausalLM(UniPoolPreTrainedModel, GenerationMixin):
     It computes no balance losses, and `aux_loss` is None; `router_logits` has a tensor (T, M) of each layer.
     """
 
+    _tp_plan: ClassVar = {"lm_head": "colwise_rep"}
+    _pp_plan: ClassVar = {"lm_head": (["hidden_states"], ["logits"])}
     _tied_weights_keys: ClassVar = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: UniPoolConfig):
@@ -393,5 +299,5 @@ class UniPoolForCausalLM(UniPoolPreTrainedModel, GenerationMixin):
             hidden_states=out.hidden_states,
             attentions=out.attentions,
             router_logits=out.router_logits,
-            **{_CACHE: getattr(out, _CACHE)},
+            **{CACHE: getattr(out, CACHE)},
         )

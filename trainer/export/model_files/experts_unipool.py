@@ -39,6 +39,12 @@ def _grouped_linear(x_ND: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> Tenso
     return y_NF
 
 
+def _grouped_linear_of_subclass(x_ND: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> Tensor:
+    """The same for a subclass of Tensor, for example quantised weights, which need not support more than this."""
+    parts = x_ND.split(counts_E.tolist())
+    return torch.cat([F.linear(x_nD, weight_EFD[expert]) for expert, x_nD in enumerate(parts) if len(x_nD)])
+
+
 def _grouped_linear_backward(
     grad_NF: Tensor, x_ND: Tensor, weight_EFD: Tensor, counts_E: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -77,6 +83,23 @@ _operator.register_autograd(
 )
 
 
+def _is_plain(weight: Tensor) -> bool:
+    return type(weight) in (Tensor, nn.Parameter)
+
+
+class UniPoolMLP(nn.Module):
+    """A SwiGLU FFN of a layer's own: that of a dense model, or an expert beside the pool. Also an expert on its own."""
+
+    def __init__(self, hidden: int, width: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden, width, bias=False)
+        self.up_proj = nn.Linear(hidden, width, bias=False)
+        self.down_proj = nn.Linear(width, hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
 class UniPoolExperts(nn.Module):
     """The pool of experts. Each layer calls it with the experts that it chose, numbered within the whole pool."""
 
@@ -87,6 +110,23 @@ class UniPoolExperts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * width, hidden))  # gate above up
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, width))
 
+    @torch.no_grad()
+    def unstack(self) -> None:
+        """Replace the two stacks by a `UniPoolMLP` per expert, for libraries that quantise or adapt linear layers only.
+
+        Parameters are then called as in the files, so that save_pretrained still writes the same files.
+        """
+        width, hidden = self.down_proj.shape[2], self.down_proj.shape[1]
+        for expert, (gate_up, down) in enumerate(zip(self.gate_up_proj, self.down_proj, strict=True)):
+            gate, up = gate_up.chunk(2)
+            with torch.device("meta"):
+                mlp = UniPoolMLP(hidden, width)
+            weights = {"gate_proj": gate, "up_proj": up, "down_proj": down}
+            mlp.load_state_dict({f"{name}.weight": weight.clone() for name, weight in weights.items()}, assign=True)
+            self.add_module(str(expert), mlp)
+        for name in ("gate_up_proj", "down_proj"):
+            self.register_parameter(name, None)
+
     def forward(self, x_TD: Tensor, topk_expert_ids_TK: Tensor, topk_scores_TK: Tensor) -> Tensor:
         """Return sum_i g_i(x) e_i(x) over the chosen experts, summed in fp32."""
         device, ids_N = x_TD.device.type, topk_expert_ids_TK.flatten()
@@ -94,7 +134,7 @@ class UniPoolExperts(nn.Module):
         if torch.is_autocast_enabled(device):
             rows_ND = rows_ND.to(torch.get_autocast_dtype(device))
         with torch.autocast(device, enabled=False):
-            few = device != "cpu" and ids_N.shape[0] <= _FEW_ROWS
+            few = device != "cpu" and ids_N.shape[0] <= _FEW_ROWS and _is_plain(self.gate_up_proj)
             y_ND = self.row_by_row(rows_ND, ids_N) if few else self.expert_by_expert(rows_ND, ids_N)
             y_TKD = y_ND.float().view(*topk_scores_TK.shape, -1)
             return (topk_scores_TK[..., None] * y_TKD).sum(dim=1).to(x_TD.dtype)
@@ -104,8 +144,13 @@ class UniPoolExperts(nn.Module):
         order_N = ids_N.argsort(stable=True)
         counts_E = torch.zeros(self.num_experts, dtype=torch.int64, device=ids_N.device)
         counts_E = counts_E.index_add(0, ids_N, torch.ones_like(ids_N))
-        # Calling the operator takes longer than computing a single row.
-        linear = _operator if torch.is_grad_enabled() or torch.compiler.is_compiling() else _grouped_linear
+        if self.gate_up_proj is None:
+            parts = x_ND[order_N].split(counts_E.tolist())
+            y_ND = torch.cat([self.get_submodule(str(i))(x_nD) for i, x_nD in enumerate(parts) if len(x_nD)])
+            return y_ND[order_N.argsort()]
+        linear = _grouped_linear_of_subclass
+        if _is_plain(self.gate_up_proj):  # calling the operator takes longer than computing a single row
+            linear = _operator if torch.is_grad_enabled() or torch.compiler.is_compiling() else _grouped_linear
         gate_NF, up_NF = linear(x_ND[order_N], self.gate_up_proj, counts_E).chunk(2, dim=-1)
         y_ND = linear(F.silu(gate_NF) * up_NF, self.down_proj, counts_E)
         return y_ND[order_N.argsort()]
@@ -149,6 +194,8 @@ class UniPoolRouter(nn.Module):
         self.weight = nn.Parameter(torch.empty(experts, config.hidden_size))
         if self.kind in ("norm", "norm_bias"):
             self.sigma = nn.Parameter(torch.ones(1))
+        self.renormalize = config.norm_topk_prob
+        self.bias = nn.Parameter(torch.zeros(experts)) if config.router_bias else None
         if self.kind in ("norm_bias", "sigmoid_bias"):
             self.register_buffer("expert_bias", torch.zeros(experts))
         # True for experts that other layers own. It is not stored; config.json names the owners.
@@ -176,7 +223,8 @@ class UniPoolRouter(nn.Module):
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return (logits_TM, topk_scores_TK, topk_expert_ids_TK); ids count from the layer's first expert."""
         with torch.autocast(x_TD.device.type, enabled=False):
-            logits_TM = F.linear(x_TD.float(), self.weight.float())
+            bias_M = None if self.bias is None else self.bias.float()
+            logits_TM = F.linear(x_TD.float(), self.weight.float(), bias_M)
             if self.kind in ("norm", "norm_bias"):  # Eq. 7
                 norm_T1 = torch.linalg.vector_norm(logits_TM, dim=-1, keepdim=True)
                 gain_T1 = self.sigma.float() * self.constant / (norm_T1 + EPS)
@@ -195,6 +243,6 @@ class UniPoolRouter(nn.Module):
                 preference_TM = scores_TM + self.expert_bias.float()
             ids_TK = preference_TM.topk(self.top_k, dim=-1).indices
             scores_TK = scores_TM.gather(-1, ids_TK)
-            if self.kind == "sigmoid_bias" and self.top_k > 1:
+            if self.renormalize or (self.kind == "sigmoid_bias" and self.top_k > 1):
                 scores_TK = scores_TK / (scores_TK.sum(dim=-1, keepdim=True) + SIGMOID_EPS)
             return logits_TM, scores_TK, ids_TK

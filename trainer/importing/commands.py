@@ -1,0 +1,154 @@
+"""`import` and `upcycle` on the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from trainer.common.strict_json import dumps
+from trainer.config.options import Decorator, count_option, json_option, seed_option, set_option
+
+_WRITES: tuple[Decorator, ...] = (
+    click.argument("source", type=click.Path(path_type=Path)),
+    click.argument("out", type=click.Path(path_type=Path)),
+    click.option(
+        "--recipe",
+        "base",
+        metavar="RECIPE",
+        help="Recipe of which OUT/recipe.yaml has all but the model.  [default: that of a run SOURCE, or quickstart]",
+    ),
+    set_option,
+    click.option(
+        "--dtype",
+        type=click.Choice(["float32", "bfloat16"]),
+        help="Type of the weights; routers are always float32.  [default: that of the weights in SOURCE]",
+    ),
+    click.option(
+        "--tokenizer",
+        type=click.Path(path_type=Path),
+        help="A tokenizer.json, or its folder.  [default: that of SOURCE]",
+    ),
+    json_option,
+)
+"""Arguments and options of both commands."""
+
+
+def _writes(command: Any) -> Any:
+    for decorate in reversed(_WRITES):
+        command = decorate(command)
+    return command
+
+
+def _show(written: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(dumps(written))
+        return
+    print("{path}: {parameters:,} parameters, {dtype}".format(**written))
+    for name, size in written["files"].items():
+        print(f"{size:>16,} bytes  {name}")
+
+
+@click.command("import", short_help="Make a Hugging Face checkpoint an export to train on from.")
+@_writes
+@count_option("--seq-len", "Tokens per sequence.  [default: max_position_embeddings in SOURCE]", metavar="N")
+def import_(
+    source: Path,
+    out: Path,
+    base: str | None,
+    overrides: tuple[str, ...],
+    dtype: str | None,
+    tokenizer: Path | None,
+    as_json: bool,
+    seq_len: int | None,
+) -> None:
+    """Write the Hugging Face checkpoint SOURCE, a folder with config.json and safetensors, as an export to OUT.
+
+    LLaMA, Mistral, Qwen2 and Qwen3 become dense models; Mixtral, OLMoE, Qwen2-MoE and Qwen3-MoE become vanilla ones, in
+    which each layer has its own experts. The logits stay the same. What the model's backbone does not have is refused.
+    OUT is an export of format hf, with a recipe.yaml that trains on from it.
+
+    \b
+    Examples:
+      unipool import downloads/OLMoE-1B-7B runs/olmoe --seq-len 1024
+      unipool train runs/olmoe/recipe.yaml --set train.lr=1e-5
+    """
+    from trainer.importing.source import opened
+    from trainer.importing.write import recipe_for, write
+
+    with opened(source, seq_len) as model:
+        recipe = recipe_for(model, out, base, overrides)
+        model.check(recipe)
+        _show(write(model, recipe, out, dtype, tokenizer), as_json)
+
+
+@click.command(short_help="Make a dense or vanilla model one with a pool that computes the same.")
+@_writes
+@count_option(
+    "--experts",
+    "Experts of the pool, for a dense model (default: two for each layer), or to merge a pool to.",
+    metavar="M",
+)
+@click.option("--text", type=click.Path(path_type=Path), help="File whose tokens say which experts of a pool to merge.")
+@count_option("--top-k", "Experts per token, for a dense model.", 2, metavar="K")
+@click.option(
+    "--router",
+    type=click.Choice(["softmax", "norm"]),
+    default="softmax",
+    show_default=True,
+    help="Router, for a dense model; norm needs two experts for each layer and top-1.",
+)
+@click.option(
+    "--noise",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    show_default=True,
+    help="Standard deviation of the noise on copies and on routers' rows of foreign experts, relative to theirs.",
+)
+@click.option(
+    "--distance",
+    type=click.FloatRange(min=0),
+    default=30.0,
+    show_default=True,
+    help="How far below a layer's own experts its softmax router begins with foreign ones, in nats.",
+)
+@seed_option
+def upcycle(
+    source: Path,
+    out: Path,
+    base: str | None,
+    overrides: tuple[str, ...],
+    dtype: str | None,
+    tokenizer: Path | None,
+    as_json: bool,
+    text: Path | None,
+    **how: Any,
+) -> None:
+    """Make SOURCE a model whose layers share one pool, and write it as an export to OUT, as `import` does.
+
+    SOURCE is a run, an export, or a Hugging Face checkpoint that `import` accepts. If it is dense, the pool has copies
+    of each layer's FFN. If its layers have their own experts, the pool has all of them. Each layer's router starts at
+    the layer's own experts, so that with --noise 0 the logits stay the same; from there, training decides. If its
+    layers share one pool already, --experts M --text FILE merges the experts that `probe redundancy` finds most alike.
+
+    \b
+    Examples:
+      unipool upcycle runs/dense runs/upcycled --experts 32 --noise 0.01
+      unipool upcycle downloads/OLMoE-1B-7B runs/olmoe-pool --distance 5
+      unipool upcycle runs/olmoe-pool runs/olmoe-half --experts 512 --text corpus.txt
+    """
+    from trainer.importing.source import opened
+    from trainer.importing.write import recipe_for, write
+
+    with opened(source) as model:
+        if text is None:
+            from trainer.importing.upcycle import How, upcycled
+
+            made = upcycled(model, How(**how))
+        else:
+            from trainer.importing.merge import merged
+
+            made = merged(model, how["experts"], text, how["seed"])
+        model.check(recipe_for(model, out, base))
+        _show(write(made, recipe_for(made, out, base, overrides), out, dtype, tokenizer), as_json)

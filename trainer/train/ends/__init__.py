@@ -1,0 +1,1 @@
+"""The ends of a run: what is saved, reported and said then."""
