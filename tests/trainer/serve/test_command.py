@@ -43,7 +43,7 @@ def test_a_signal_ends_it_when_answers_are_complete(tmp_path: Path) -> None:
     """SIGTERM comes in the middle of a stream: the stream goes on to its end, new clients are refused, status 0."""
     log = tmp_path / "log"
     log.touch()
-    options = "--port 0 --batch 2 --device cpu --grace 300".split()
+    options = ["--port", "0", "--batch", "2", "--device", "cpu", "--grace", "300"]
     arguments = ["serve", str(export(tmp_path / "small")), *options]
     server = context.Process(target=run, args=(arguments, log), daemon=True)
     server.start()
