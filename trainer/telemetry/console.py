@@ -53,9 +53,8 @@ class Progress:
         """Show a step."""
         text = f"{scalars.console()}, {efficiency.console()}"
         if not scalars.applied and math.isfinite(scalars.grad_norm) and not scalars.nonfinite_router_tokens:
-            say(
-                f"step {done}: skipped because the gradient norm, {scalars.grad_norm:.4g}, is a spike (train.skip_spikes)"
-            )
+            norm = f"{scalars.grad_norm:.4g}"
+            say(f"step {done}: skipped because the gradient norm, {norm}, is a spike (train.skip_spikes)")
         elif not scalars.applied:
             say(f"step {done}: skipped because gradients are not finite")
         self._bar.set_postfix_str(text, refresh=False)
