@@ -73,10 +73,19 @@ def _warmup_steps(recipe: Recipe) -> int:
     return max(2, round(recipe.train.warmup_fraction * recipe.train.steps))
 
 
+def check_wandb(recipe: Recipe) -> None:
+    """Check that wandb is installed if the recipe wants it.
+
+    Raises:
+        UserError: It is not.
+    """
+    if recipe.metrics.wandb and find_spec("wandb") is None:
+        raise UserError(f"metrics.wandb = {recipe.metrics.wandb}: wandb is not installed: pip install wandb")
+
+
 def _fill_monitors(config: dict[str, Any], recipe: Recipe) -> None:
     m = recipe.metrics
-    if m.wandb and find_spec("wandb") is None:
-        raise UserError(f"metrics.wandb = {m.wandb}: wandb is not installed: pip install wandb")
+    check_wandb(recipe)
     _fill(config["tensorboard"], enabled=m.tensorboard, output_path=recipe.run.dir, job_name="tensorboard")
     _fill(config["csv_monitor"], enabled=m.csv, output_path=recipe.run.dir, job_name="csv")
 

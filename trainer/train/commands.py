@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -145,6 +146,8 @@ def _try_out(recipe: Recipe, node: Node | None) -> NoReturn:
     from trainer.data.prepare import prepare_for
     from trainer.train.dry_run.rehearsal import nothing_left, rehearsal
 
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # until there are ranks, to which signals go
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     with nothing_left(recipe):
         rehearsed, arguments = rehearsal(recipe), sys.argv[1:]
         if node is None or node.has_trunk_ranks:

@@ -184,7 +184,7 @@ class Loop:
             if recipe.lock:
                 worse = after_evaluation(r.job, recipe, r.role, done, self._val_loss, self._held_out_LM)
                 r.reporter.assigned(done)
-            self._enough = enough(r.job, recipe, r.role, self._val_loss)
+            self._enough = enough(r.job, recipe, r.role, done, self._val_loss)
             if recipe.eval.prompts:
                 self._sample(done)
         if _due(done, recipe.probe.every):

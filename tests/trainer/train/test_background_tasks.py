@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from unittest.mock import MagicMock
 
+import psutil
 import pytest
 
 from trainer.common.errors import UserError
@@ -108,6 +109,41 @@ def test_it_ends_with_the_run_and_needs_the_harness(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(tasks, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="tasks.names = own, other: requires lm-evaluation-harness"):
         background(tmp_path, "")
+
+
+def test_a_disk_without_room_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full() -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tasks.tempfile, "TemporaryFile", full)
+    assert background(tmp_path, "").follow(2) is None
+    assert "no scores on tasks of the checkpoint after step 2: [Errno 28]" in capsys.readouterr().err
+
+
+def test_a_rank_that_dies_takes_it_along_and_short_memory_ends_it_first(tmp_path: Path) -> None:
+    script = f"""
+import os, time
+from pathlib import Path
+Path({str(tmp_path / "partial")!r}).write_text(f"{{os.getpid()}} {{Path('/proc/self/oom_score_adj').read_text()}}")
+os.rename({str(tmp_path / "partial")!r}, {str(tmp_path / "started")!r})
+time.sleep(60)
+"""
+    rank = os.fork()
+    if rank == 0:
+        background(tmp_path, f"import time; time.sleep(0.1){script}").follow(2)
+        while not (tmp_path / "started").exists():
+            time.sleep(0.01)
+        os._exit(0)
+    os.waitpid(rank, 0)
+    number, score = (tmp_path / "started").read_text().split()
+    assert score == "1000"
+    for _ in range(3000):
+        if not psutil.pid_exists(int(number)) or psutil.Process(int(number)).status() == psutil.STATUS_ZOMBIE:
+            return
+        time.sleep(0.01)
+    raise AssertionError("it goes on without its rank")
 
 
 def test_scores_that_come_when_the_ranks_have_left_reach_tensorboard(monkeypatch: pytest.MonkeyPatch) -> None:

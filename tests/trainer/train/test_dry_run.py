@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from tests.trainer.forked import ForkedJob
 from tests.trainer.job import write_recipe
-from trainer.config.recipe import load_recipe
-from trainer.train.dry_run.rehearsal import folder_of, nothing_left
+from trainer.common.errors import UserError
+from trainer.config.recipe import Recipe, load_recipe
+from trainer.data import prepare
+from trainer.engine import ds_config
+from trainer.train.commands import train
+from trainer.train.dry_run.rehearsal import folder_of, nothing_left, rehearsal
 
 PARTS = (
     *("the ranks meet", "data", "schedule and process groups", "model, optimizer and connections"),
@@ -52,3 +60,37 @@ def test_folders_above_that_were_missing_go_too(tmp_path: Path) -> None:
     with nothing_left(recipe):
         folder_of(recipe).mkdir(parents=True)
     assert not (tmp_path / "a").exists()
+
+
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    """Leaves the handlers of signals as they were."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("handlers")
+def test_nothing_is_left_by_a_signal_while_data_is_prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(recipe: Recipe) -> None:
+        (Path(recipe.data.dir) / "half").mkdir(parents=True)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(prepare, "prepare_for", interrupted)
+    sets = ["--set", "parallel.device=cpu"]
+    result = CliRunner().invoke(train, [str(write_recipe(tmp_path)), "--dry-run", *sets])
+    assert result.exit_code == 128 + signal.SIGTERM, result.output
+    assert {path.name for path in tmp_path.iterdir()} == {"text.jsonl", "tiny.yaml"}
+
+
+def test_the_current_folder_may_be_that_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = load_recipe(str(write_recipe(tmp_path)), ["run.dir=."])
+    assert folder_of(recipe) == tmp_path.with_name(f".{tmp_path.name}.dry-run")
+
+
+def test_wandb_is_missed_before_training_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ds_config, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="metrics.wandb = mine: wandb is not installed"):
+        rehearsal(load_recipe(str(write_recipe(tmp_path)), ["metrics.wandb=mine"]))

@@ -22,11 +22,12 @@ from trainer.view.records import Records
 
 def test_patience_counts_validations_without_a_new_lowest_loss() -> None:
     stop = EarlyStop(Eval(every=1, patience=2))
-    assert [stop.add(loss) for loss in (3.0, 2.0, 2.0, 1.9, math.nan)] == [""] * 5
+    assert [stop.add(*one) for one in enumerate((3.0, 2.0, 2.0, 1.9, math.nan))] == [""] * 5
     resumed = EarlyStop(Eval(every=1, patience=2))
     resumed.restore(stop.state_dict())
     for own in (stop, resumed):
-        assert own.add(1.9) == "the last 2 validations (eval.patience) had no loss below 1.9000"
+        assert own.add(4, math.nan) == "", "a resumed run repeats the validation of its checkpoint"
+        assert own.add(5, 1.9) == "the last 2 validations (eval.patience) had no loss below 1.9000"
 
 
 def test_a_loss_that_is_low_enough_ends_a_run() -> None:
@@ -34,7 +35,7 @@ def test_a_loss_that_is_low_enough_ends_a_run() -> None:
     assert [ended_early(keys, losses) for losses in ([], [3.0, 2.0], [3.0, 1.5], [1.5, 3.0])] == [
         *(False, False, True, False)
     ]
-    assert "below eval.stop_below (2)" in EarlyStop(keys).add(1.5)
+    assert "below eval.stop_below (2)" in EarlyStop(keys).add(1, 1.5)
     assert early_stop(Eval(every=1)) is None and not ended_early(Eval(every=1), [1.0, 2.0, 3.0])
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from trainer.config.recipe import Recipe
 from trainer.config.sections import Sources
 from trainer.data.prepare import is_prepared
+from trainer.engine.ds_config import check_wandb
 
 MOST_DOCUMENTS, MOST_TOKENS = 500, 2_000_000
 """What is read of each source if its data is not prepared yet."""
@@ -17,12 +18,17 @@ MOST_DOCUMENTS, MOST_TOKENS = 500, 2_000_000
 
 def folder_of(recipe: Recipe) -> Path:
     """Return the folder of the dry run: beside `run.dir`, so that the same disk is tried."""
-    path = Path(recipe.run.dir)
+    path = Path(recipe.run.dir).absolute()
     return path.with_name(f".{path.name}.dry-run")
 
 
 def rehearsal(recipe: Recipe) -> Recipe:
-    """Return the recipe of a dry run."""
+    """Return the recipe of a dry run.
+
+    Raises:
+        UserError: It wants Weights & Biases, to which a dry run sends nothing, and wandb is not installed.
+    """
+    check_wandb(recipe)
     folder, data = folder_of(recipe), recipe.data
     if not is_prepared(recipe):
         limits = {"max_documents": MOST_DOCUMENTS, "max_tokens": MOST_TOKENS}

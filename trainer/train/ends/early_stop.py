@@ -18,11 +18,17 @@ class EarlyStop:
 
     def __init__(self, keys: Eval):
         self._keys = keys
-        self._lowest, self._without = math.inf, 0
+        self._lowest, self._without, self._step = math.inf, 0, -1
 
-    def add(self, val_loss: float) -> str:
-        """Take a validation loss in nats; return why the run is to end, or nothing."""
-        if val_loss < self._lowest:  # never so if it is not a number
+    def add(self, step: int, val_loss: float) -> str:
+        """Take the validation loss in nats after `step` steps; return why the run is to end, or nothing.
+
+        A validation that is repeated, as a resumed run does with that of its checkpoint, counts once.
+        """
+        again, self._step = step == self._step, step
+        if again:
+            pass
+        elif val_loss < self._lowest:  # never so if it is not a number
             self._lowest, self._without = val_loss, 0
         else:
             self._without += 1
@@ -36,11 +42,11 @@ class EarlyStop:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs."""
-        return {"lowest": self._lowest, "without": self._without}
+        return {"lowest": self._lowest, "without": self._without, "step": self._step}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
-        self._lowest, self._without = state["lowest"], state["without"]
+        self._lowest, self._without, self._step = state["lowest"], state["without"], state.get("step", -1)
 
 
 def early_stop(keys: Eval) -> EarlyStop | None:
@@ -51,7 +57,7 @@ def early_stop(keys: Eval) -> EarlyStop | None:
 def ended_early(keys: Eval, val_losses: Iterable[float]) -> bool:
     """Return whether a run with these validation losses, one after the other, has ended early."""
     stop = early_stop(keys)
-    return stop is not None and any([stop.add(loss) for loss in val_losses][-1:])
+    return stop is not None and any([stop.add(*one) for one in enumerate(val_losses)][-1:])
 
 
 class HasEarlyStop(Protocol):
@@ -60,10 +66,13 @@ class HasEarlyStop(Protocol):
     early_stop: EarlyStop | None
 
 
-def enough(job: Job, recipe: Recipe, role: HasEarlyStop, val_loss: float) -> str:
-    """Return why the run is to end after an evaluation, or nothing, as all ranks do. A collective of all ranks."""
+def enough(job: Job, recipe: Recipe, role: HasEarlyStop, done: int, val_loss: float) -> str:
+    """Return why the run is to end after the evaluation after `done` steps, or nothing, as all ranks do.
+
+    A collective of all ranks.
+    """
     if early_stop(recipe.eval) is None:
         return ""
-    reason = role.early_stop.add(val_loss) if role.early_stop else ""
+    reason = role.early_stop.add(done, val_loss) if role.early_stop else ""
     (ending,) = job.sum_over_ranks([float(bool(reason))])
     return reason or "its validation loss says so" if ending else ""

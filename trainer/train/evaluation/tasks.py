@@ -8,10 +8,12 @@ rank 0's machine, at a low priority and for a limited time; whatever goes wrong 
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,6 +29,9 @@ EVAL = (sys.executable, "-m", "trainer", "eval")
 
 _OF_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "CROSS_", "TORCHELASTIC", "OMPI_", "PMI")
 """How variables begin that make a process a rank of a job; the harness would look for its peers."""
+
+_ENDS_WITH_RANK = ("setpriv", "--pdeathsig", "TERM") if shutil.which("setpriv") else ()
+"""A rank that is killed takes the process with it; without this command, `timeout` ends it some day."""
 
 Values = dict[str, dict[str, float]]
 """Scores by task and metric."""
@@ -113,18 +118,20 @@ class BackgroundTasks:
         environment = {name: value for name, value in os.environ.items() if not name.startswith(_OF_LAUNCHERS)}
         if keys.device == "cpu":
             environment["CUDA_VISIBLE_DEVICES"] = ""
-        output, errors = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115 (closed by `_ended`)
-        try:  # `timeout` ends it even if this rank has died
+        try:
+            output, errors = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115 (closed by `_ended`)
             process = subprocess.Popen(
-                ["nice", "-n", "10", "timeout", "-k", "10", seconds, *command],
+                [*_ENDS_WITH_RANK, "nice", "-n", "10", "timeout", "-k", "10", seconds, *command],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=errors,
                 env=environment,
             )
-        except OSError as error:
+        except OSError as error:  # such as a full disk
             self._warn(step, str(error))
         else:
+            with suppress(OSError):  # when memory is short, the kernel ends it before a rank
+                Path(f"/proc/{process.pid}/oom_score_adj").write_text("1000")
             self._running = _Running(step, process, output, errors)
 
     def _done(self) -> Scored | None:
