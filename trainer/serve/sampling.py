@@ -53,7 +53,7 @@ def sampling_arguments(temperature: float, top_k: int, top_p: float, seed: int, 
     """Return a request's arguments for the processors; a temperature near 0 takes the most likely token."""
     if temperature < SMALLEST_TEMPERATURE:
         return {"temperature": 1.0, "top_k": vocabulary, "top_p": 1.0, "seed": -1}
-    return {"temperature": temperature, "top_k": top_k or vocabulary, "top_p": top_p, "seed": seed}
+    return {"temperature": temperature, "top_k": min(top_k or vocabulary, vocabulary), "top_p": top_p, "seed": seed}
 
 
 class SeededNoise(ContinuousBatchingLogitsProcessor):  # type: ignore[misc]  # transformers has no types

@@ -145,6 +145,12 @@ def test_seeds(server: Server) -> None:
     assert server.complete(temperature=1, max_tokens=12).choices[0].text != texts[0], "without a seed it is another"
 
 
+def test_a_top_k_beyond_every_vocabulary(server: Server) -> None:
+    """It is that of all tokens, and above all no error in the computation, which would end that of all requests."""
+    texts = [server.complete(temperature=1, seed=3, extra_body={"top_k": k}).choices[0].text for k in (0, 2**70)]
+    assert texts[0] == texts[1] and server.engine.alive
+
+
 def test_chat(server: Server) -> None:
     messages = [{"role": "developer", "content": "be"}, {"role": "user", "content": [{"type": "text", "text": "def"}]}]
     settings: Any = {"model": "small", "messages": messages, "temperature": 0, "max_completion_tokens": 5}
