@@ -127,7 +127,8 @@ def page(runs: Sequence[Run], chosen: Mapping[Pair, float]) -> str:
         "Two trained quickstarts with nearly as many parameters (one seed each), one with a pool of 64 experts that 8 "
         "layers share and one with 8 private experts in each layer, learn C++: the headers of torch. The old text is "
         f"Python's library, on which they were trained. A run has {f.STEPS} steps of {f.BATCH} windows of {f.WINDOW} "
-        f"tokens, in an order that its seed decides; losses are over {f.TEST_ROWS} windows of each text that no run has seen.",
+        f"tokens, in an order that its seed decides; losses are over {f.TEST_ROWS} windows of each text "
+        "that no run has seen.",
         "",
         "## Shared and private experts",
         "",
