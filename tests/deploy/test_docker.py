@@ -31,7 +31,8 @@ def test_only_what_is_copied_is_sent() -> None:
     assert copied | bound == let_through
     assert all((ROOT / path).exists() for path in copied | bound)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    assert {package.partition(".")[0] for package in project["tool"]["setuptools"]["packages"]} <= copied
+    packages = project["tool"]["setuptools"]["packages"]["find"]["include"]
+    assert {package.removesuffix("*") for package in packages} <= copied
 
 
 LOCK = (ROOT / "deploy/requirements.lock").read_text().replace("\\\n", " ").splitlines()

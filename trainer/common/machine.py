@@ -35,6 +35,11 @@ def usable_cores(process: Path = _SELF) -> int:
     return cores if quota is None else max(1, min(cores, int(quota)))
 
 
+def all_cores() -> int:
+    """Return the number of cores of the machine, whether this process may use them or not."""
+    return os.cpu_count() or usable_cores()
+
+
 def cgroup_cores(process: Path = _SELF) -> float | None:
     """Return the cores that the quotas of the process's cgroup and its parents allow, or None without a quota.
 

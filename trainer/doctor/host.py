@@ -15,7 +15,7 @@ import psutil
 
 from trainer.common.format import plural, size
 from trainer.common.gpus import gpus_on_machine
-from trainer.common.machine import cgroup_cores, cgroup_tasks, usable_cores, usable_memory
+from trainer.common.machine import all_cores, cgroup_cores, cgroup_tasks, usable_cores, usable_memory
 from trainer.config.recipe import Recipe
 from trainer.doctor.findings import Finding, ok, warning
 
@@ -35,8 +35,8 @@ def cores(recipe: Recipe | None) -> Iterator[Finding]:
     """Cores, the share of them that cgroups allow, and the threads of the ranks."""
     usable, quota = usable_cores(), cgroup_cores()
     found = plural(usable, "core")
-    if usable != (os.cpu_count() or usable):
-        found += f" of {os.cpu_count()}" + (f" (cgroup quota {quota:.1f})" if quota else "")
+    if usable != all_cores():
+        found += f" of {all_cores()}" + (f" (cgroup quota {quota:.1f})" if quota else "")
     load = os.getloadavg()[0]
     found += f", load {load:.1f}"
     threads, ranks = os.environ.get("OMP_NUM_THREADS", ""), _ranks(recipe)
