@@ -3,6 +3,7 @@
 from router.balance import LoadStatistics, balance_coefficients, load_of_groups
 from router.calibration import norm_constant
 from router.concentration import entropy_loss
+from router.forced import Balanced
 from router.load import (
     dead_experts,
     distinct_experts,
@@ -27,6 +28,7 @@ from router.routers import (
 )
 
 __all__ = [
+    "Balanced",
     "BiasedRouter",
     "Faded",
     "LoadStatistics",

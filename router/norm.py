@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from router.forced import Balanced
+
 EPS = 1e-8  # of Eq. M7
 
 
@@ -38,7 +40,7 @@ class Owned(NamedTuple):
     places_M: Tensor
 
 
-Reach = Faded | Owned
+Reach = Faded | Owned | Balanced
 
 
 def owned(expert_ids_E: Tensor, num_experts: int) -> Owned:

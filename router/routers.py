@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from router.forced import Balanced, experts_in_turn
 from router.norm import Reach, biased_choice, broken_rows, norm_route, replace_broken
 
 RouterKind = Literal["norm", "norm_bias", "softmax", "sigmoid_bias"]
@@ -56,10 +57,16 @@ def _normalize_per_token(scores_TM: Tensor) -> Tensor:
 
 
 def _decide(
-    scores_TM: Tensor, preference_TM: Tensor, broken_T1: Tensor, top_k: int, normalized: bool
+    scores_TM: Tensor,
+    preference_TM: Tensor,
+    broken_T1: Tensor,
+    top_k: int,
+    normalized: bool,
+    forced_TK: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (topk_scores_TK, topk_expert_ids_TK, mean_scores_M) under autograd; the K largest preferences win."""
-    ids_TK = replace_broken(select_experts(preference_TM, top_k), broken_T1)
+    chosen_TK = select_experts(preference_TM, top_k) if forced_TK is None else forced_TK
+    ids_TK = replace_broken(chosen_TK, broken_T1)
     balanced_TM = _normalize_per_token(scores_TM) if normalized else scores_TM
     topk_scores_TK = scores_TM.gather(-1, ids_TK).masked_fill(broken_T1, float("nan"))
     return topk_scores_TK, ids_TK, balanced_TM.mean(dim=0)
@@ -104,8 +111,12 @@ class Router(nn.Module):
         """Draw the weight from N(0, std^2) with `generator`, which must be on the weight's device."""
         self.weight_MD.normal_(0.0, std, generator=generator)
 
-    def decide(self, logits_TM: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return (topk_scores_TK, topk_expert_ids_TK, mean_scores_M) of `Routing`, from fp32 logits."""
+    def decide(self, logits_TM: Tensor, forced_TK: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return (topk_scores_TK, topk_expert_ids_TK, mean_scores_M) of `Routing`, from fp32 logits.
+
+        Args:
+            forced_TK: The experts, if they are not to be chosen by the scores.
+        """
         raise NotImplementedError
 
     def decide_within(self, logits_TM: Tensor, reach: Reach) -> tuple[Tensor, Tensor, Tensor]:
@@ -119,11 +130,15 @@ class Router(nn.Module):
 
         Args:
             h_TD: Hidden states, any float dtype.
-            reach: What the layer reaches, in a run with a lock.
+            reach: What the layer reaches, in a run with a lock or with forced routing.
         """
         with torch.autocast(h_TD.device.type, enabled=False):
             logits_TM = F.linear(h_TD.float(), self.weight_MD.float(), self.bias_M)
-            decided = self.decide(logits_TM) if reach is None else self.decide_within(logits_TM, reach)
+            if isinstance(reach, Balanced):
+                forced_TK = experts_in_turn(reach, len(logits_TM), self.top_k, len(self.weight_MD))
+                decided = self.decide(logits_TM, forced_TK)
+            else:
+                decided = self.decide(logits_TM) if reach is None else self.decide_within(logits_TM, reach)
             topk_scores_TK, ids_TK, mean_scores_M = decided
             return Routing(
                 topk_scores_TK=topk_scores_TK,
@@ -190,8 +205,9 @@ class NormRouter(Router):
         super().reset_parameters(std, generator)
         self.sigma.fill_(1.0)
 
-    def decide(self, logits_TM: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return norm_route(logits_TM, self.sigma.float(), self.constant, self.top_k, self.normalized)
+    def decide(self, logits_TM: Tensor, forced_TK: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        sigma = self.sigma.float()
+        return norm_route(logits_TM, sigma, self.constant, self.top_k, self.normalized, chosen_TK=forced_TK)
 
     def decide_within(self, logits_TM: Tensor, reach: Reach) -> tuple[Tensor, Tensor, Tensor]:
         return norm_route(logits_TM, self.sigma.float(), self.constant, self.top_k, self.normalized, reach)
@@ -203,9 +219,10 @@ class NormBiasRouter(BiasedRouter, NormRouter):
     The bias is added to positive scores only (`biased_choice`).
     """
 
-    def decide(self, logits_TM: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        sigma = self.sigma.float()
-        chosen_TK = biased_choice(logits_TM, sigma, self.constant, self.top_k, self.expert_bias_M)
+    def decide(self, logits_TM: Tensor, forced_TK: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        sigma, chosen_TK = self.sigma.float(), forced_TK
+        if chosen_TK is None:
+            chosen_TK = biased_choice(logits_TM, sigma, self.constant, self.top_k, self.expert_bias_M)
         return norm_route(logits_TM, sigma, self.constant, self.top_k, self.normalized, chosen_TK=chosen_TK)
 
 
@@ -241,12 +258,15 @@ class SoftmaxRouter(Router):
         if self.bias_M is not None:
             self.bias_M.zero_()
 
-    def decide(self, logits_TM: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def decide(self, logits_TM: Tensor, forced_TK: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         scores_TM = logits_TM.softmax(dim=-1)
-        gates_TK, *others = _decide(scores_TM, logits_TM, broken_rows(logits_TM), self.top_k, self.normalized)
+        broken_T1 = broken_rows(logits_TM)
+        gates_TK, ids_TK, mean_scores_M = _decide(
+            scores_TM, logits_TM, broken_T1, self.top_k, self.normalized, forced_TK
+        )
         if self.renormalize:
             gates_TK = gates_TK / gates_TK.sum(dim=-1, keepdim=True)
-        return gates_TK, *others
+        return gates_TK, ids_TK, mean_scores_M
 
 
 class SigmoidBiasRouter(BiasedRouter):
@@ -257,11 +277,11 @@ class SigmoidBiasRouter(BiasedRouter):
     Autograd computes its backward pass, because the matrix of scores is needed anyway.
     """
 
-    def decide(self, logits_TM: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def decide(self, logits_TM: Tensor, forced_TK: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         scores_TM = logits_TM.sigmoid()
         preference_TM = scores_TM + self.expert_bias_M
         gates_TK, ids_TK, mean_scores_M = _decide(
-            scores_TM, preference_TM, broken_rows(logits_TM), self.top_k, self.normalized
+            scores_TM, preference_TM, broken_rows(logits_TM), self.top_k, self.normalized, forced_TK
         )
         if self.top_k > 1:
             gates_TK = gates_TK / (gates_TK.sum(dim=-1, keepdim=True) + SIGMOID_EPS)

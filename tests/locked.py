@@ -15,15 +15,12 @@ from packaging.utils import NormalizedName, canonicalize_name
 from packaging.version import Version
 
 from tests.trainer.job import ROOT
+from trainer.doctor import software
+from trainer.doctor.software import requirements
 
 LOCK = ROOT / "constraints.txt"
 NOT_LOCKED = re.compile(r"(cuda|nvidia)-.+|pip|triton|unipool|uv")
 """pip comes with Python, uv makes the lock, and the CUDA libraries are those that torch was built with."""
-
-
-def requirements(text: str) -> list[Requirement]:
-    """Those of a requirements or constraints file."""
-    return [Requirement(line) for line in text.splitlines() if line and not line.lstrip().startswith("#")]
 
 
 def ranges() -> list[Requirement]:
@@ -35,14 +32,7 @@ def ranges() -> list[Requirement]:
 
 def locked() -> dict[NormalizedName, Version]:
     """The one version that the lock has of each package."""
-    versions = {}
-    for required in requirements(LOCK.read_text()):
-        (specifier,) = required.specifier
-        assert specifier.operator == "==", required
-        name = canonicalize_name(required.name)
-        assert name not in versions, f"{name} is there twice"
-        versions[name] = Version(specifier.version)
-    return versions
+    return software.locked(LOCK.read_text())
 
 
 def main() -> int:

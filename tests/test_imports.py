@@ -51,7 +51,8 @@ def test_direction(package: str, allowed: set[str]) -> None:
 
 ROOMS = (
     *("common", "config", "data", "model", "cluster", "telemetry", "engine", "checkpoint", "planning", "bench"),
-    *("export", "train", "evaluate", "probe", "importing", "view", "sweep", "scaling_law", "cli", "__main__"),
+    *("doctor", "export", "serve", "train", "evaluate", "probe", "importing", "view", "sweep", "scaling_law"),
+    *("cli", "__main__"),
 )
 """The rooms of trainer/, from the lowest up: a room imports from itself and from lower ones."""
 
@@ -84,13 +85,17 @@ def test_no_private_name_is_imported() -> None:
 
 def test_libraries_with_one_home() -> None:
     assert importers("deepspeed") == {"trainer/engine/role_engine.py"}
-    assert importers("prometheus_client") == {"trainer/telemetry/prometheus.py"}
+    assert importers("prometheus_client") == {"trainer/telemetry/prometheus.py", "trainer/serve/metrics.py"}
+    assert importers("fastapi") == {"trainer/serve/application.py"}
+    assert importers("uvicorn") == {"trainer/serve/server.py"}
     assert importers("safetensors") == {"trainer/export/folder.py", "trainer/export/write.py"}
     exports = {str(path.relative_to(ROOT)) for path in EXPORTED}
     own = ("exported_model", "saved_run", "loaded_model", "write", "generate")
     exports |= {f"trainer/export/{name}.py" for name in own}
+    exports |= {f"trainer/serve/{name}.py" for name in ("engine", "sampling")}
     # Probes read other people's models through it, in one adapter.
     assert importers("transformers") == exports | {"trainer/probe/adapters.py", "trainer/importing/families.py"}
+    assert importers("wandb") == {"trainer/engine/weights_and_biases.py"}
     assert importers("lm_eval") == {"trainer/evaluate/tasks.py"}
     assert importers("torch.distributed") == {
         "trainer/cluster/process_groups.py",

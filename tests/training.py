@@ -239,10 +239,10 @@ def before_update(role: Any, act: Callable[[], None]) -> None:
     """`act()` in the role's next step, when its gradients are reduced and not yet clipped."""
     original = role.step
 
-    def step(number: int, total_norm: float) -> Any:
+    def step(*arguments: Any) -> Any:
         act()
         role.step = original
-        return original(number, total_norm)
+        return original(*arguments)
 
     role.step = step
 

@@ -184,7 +184,7 @@ def make(folder: Path, wanted: Sequence[tuple[str, str, float, int]], jobs: int)
     missing = [key for key in wanted if key not in {run.key for run in runs}]
     with (
         ProcessPoolExecutor(jobs) as pool,
-        tqdm(desc="fine-tuning", total=len(missing), unit=" runs") as bar,
+        tqdm(desc="fine-tuning", total=len(missing), unit=" runs", disable=None) as bar,
     ):
         for made in pool.map(tune, itertools.repeat(folder), *zip(*missing, strict=True)) if missing else ():
             runs.append(made)

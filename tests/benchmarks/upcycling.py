@@ -25,7 +25,7 @@ from trainer.common.figure_style import SERIES, add_legend, figure_title, new_fi
 
 PAGE = ROOT / "docs" / "results" / "upcycling"
 DENSE = ("model.ffn=dense", "pool.experts=0", "balance.pool=0", "parallel.pool_ranks=0")
-BATCH = ("train.global_batch=8", "train.micro_batch=8", "eval.batches=8", "checkpoint.every=20", "metrics.tensorboard=false")
+BATCH = ("train.global_batch=8", "train.micro_batch=8", "eval.batches=8", "checkpoint.every=20")
 DENSE_STEPS, STEPS = 160, 100
 AFTER = ("run.seed=1", f"train.steps={STEPS}", "train.lr=1e-3", "train.min_lr=1e-4")
 """The seed gives random starts other weights, and the text another order than the dense model saw."""

@@ -57,7 +57,7 @@ class SavedRole:
         if name not in self._places:
             return ParameterState(weight, self._part(name, "exp_avg"), self._part(name, "exp_avg_sq"))
         moments = self._saved["optimizer"]["state"][self._places[name]]
-        return ParameterState(weight, moments["exp_avg"], moments["exp_avg_sq"])
+        return ParameterState(weight, moments["exp_avg"], moments.get("exp_avg_sq"))  # Muon has one moment
 
     def weight(self, name: str) -> Tensor:
         """Return a parameter alone, or a buffer. It is memory-mapped: only what is used of it is read."""
@@ -127,7 +127,8 @@ class SavedCheckpoint:
         def stacked(key: str) -> Tensor:
             return torch.stack([getattr(states[shard], key)[place] for shard, place in places])
 
-        return ParameterState(stacked("weight"), stacked("exp_avg"), stacked("exp_avg_sq"))
+        single = states[places[0][0]].exp_avg_sq is None
+        return ParameterState(stacked("weight"), stacked("exp_avg"), None if single else stacked("exp_avg_sq"))
 
     def expert_weight(self, name: str, expert: int) -> Tensor:
         """Return weight `name` of an `ExpertShard` for one expert, by its global id; see `SavedRole.weight`."""

@@ -22,7 +22,10 @@ _MODEL_KEYS |= {"model.groups", "model.private_ffn", "pool.experts", "router.kin
 _MODEL_KEYS |= {"model.head_dim", "model.qk_norm", "model.qkv_bias", "model.private_gate"}
 """Keys that determine what the weights are: a checkpoint with other values cannot be loaded."""
 
-_FREE_SECTIONS = {"run", "parallel", "topology", "eval", "probe", "profile", "checkpoint", "metrics"}
+_STATE_KEY = "train.optimizer"
+"""Determines which moments there are: a checkpoint with another value cannot be continued."""
+
+_FREE_SECTIONS = {"run", "parallel", "topology", "eval", "tasks", "probe", "profile", "checkpoint", "metrics"}
 _FREE_KEYS = {"pool.recompute", "pool.stash_bytes", "pool.placement", "train.recompute", "train.max_skipped_steps"}
 _FREE_KEYS |= {"train.micro_batch", "train.compile", "train.loss_chunk", "data.dir", "data.max_bad_share"}
 _FREE_KEYS |= {"lock.stop_above"}
@@ -82,6 +85,11 @@ def check(recipe: Recipe, folder: Path, force: bool) -> list[str]:
     if other := [line for key, line in lines.items() if key in _MODEL_KEYS]:
         raise SharedUserError(
             f"{where} belongs to another model: {', '.join(other)}; restore these settings, or use another run.dir"
+        )
+    if _STATE_KEY in lines:
+        raise SharedUserError(
+            f"{where} has the moments of another optimizer: {lines[_STATE_KEY]}; restore the key, or begin another "
+            "run.dir from its export (train.init_from)"
         )
     record = checkpoint.read_ownership(folder)
     if recipe.lock:
@@ -221,7 +229,7 @@ def load_checkpoint(job: Job, recipe: Recipe, folder: Path, role: checkpoint.Rol
             print(f"checkpoint {folder.name} has another layout: resharding it", file=sys.stderr)
         reshard(job, folder, role.engines)
     state: dict[str, Any] = {}
-    if job.is_trunk:
+    if job.is_trunk or recipe.train.skip_spikes is not None:  # pool ranks skip the same steps
         saved_ranks = info.layout.ranks[0]
         state = read_tensors(checkpoint.state_file(folder, job.rank % saved_ranks), job.device)
     role.restore(state, info.steps, info.steps * (recipe.micro_batches - info.micro_batches))

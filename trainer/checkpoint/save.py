@@ -112,6 +112,7 @@ class Saver:
     Attributes:
         checkpoints: The folder of the run's checkpoints.
         error: On rank 0, why the last save failed.
+        saved: On rank 0, the steps done at the newest checkpoint that has been saved; 0 without one.
     """
 
     def __init__(
@@ -128,6 +129,7 @@ class Saver:
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: _Pending | None = None
         self.error: str | None = None
+        self.saved = 0
 
     def clean(self) -> None:
         """Remove what interrupted saves have left. Called by rank 0 before the first save."""
@@ -270,7 +272,7 @@ class Saver:
             shutil.rmtree(pending.folder, ignore_errors=True)
             self._report_failure(pending.steps, problem)
             return
-        self.error = None
+        self.error, self.saved = None, pending.steps
         if self._metrics:
             seconds = time.perf_counter() - pending.started
             size = sum(own["bytes"] for own in files.values())

@@ -164,14 +164,17 @@ def _lines(sights: Sequence[Sight], summary: str, shared: bool) -> Iterator[str]
         )
 
 
-def check_machine(grid: Topology) -> None:
-    """Check that a whole job with `parallel.device: cuda` can run on this machine.
+def check_machine(grid: Topology, wanted: Wanted, facts: GpuFacts | None = None) -> Devices:
+    """Return where the ranks of a whole job would compute on this machine.
+
+    Args:
+        facts: What torch and the system say; by default they are asked.
 
     Raises:
-        UserError: There are no GPUs, or too few.
+        UserError: `wanted` is "cuda" and there are no GPUs, or there are too few.
     """
-    own = sight("cuda", socket.gethostname(), 0)
-    assign_devices(grid, [replace(own, local_rank=rank) for rank in range(grid.world_size)], "cuda")
+    own = sight(wanted, socket.gethostname(), 0, facts)
+    return assign_devices(grid, [replace(own, local_rank=rank) for rank in range(grid.world_size)], wanted)
 
 
 def tell_deepspeed(device: torch.device, local_rank: int) -> None:

@@ -62,9 +62,16 @@ def choose_gloo_interface(own: str, others: Sequence[str]) -> None:
         return
     if _is_loopback(own):  # the store's host is this machine
         own = address_towards(reachable[0])
+    if interface := interface_with(own):
+        os.environ[INTERFACE] = interface
+
+
+def interface_with(own: str) -> str | None:
+    """Return the interface of this machine that has an address."""
     for interface, addresses in psutil.net_if_addrs().items():
         if any(address.address == own for address in addresses):
-            os.environ[INTERFACE] = interface
+            return str(interface)
+    return None
 
 
 def _is_loopback(address: str) -> bool:

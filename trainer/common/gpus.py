@@ -95,7 +95,7 @@ def look() -> GpuFacts:
         torch=torch.__version__,
         built_for=torch.version.cuda,
         driver=driver_version(),
-        on_machine=_device_files() or _granted() or int((_DEVICES / "dxg").exists()),  # dxg: under Windows
+        on_machine=gpus_on_machine(),
         visible=os.environ.get(VISIBLE),
         message=str(caught[0].message) if caught else "",
     )
@@ -112,6 +112,11 @@ def boot_id() -> str:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         return socket.gethostname()
+
+
+def gpus_on_machine() -> int:
+    """Count the GPUs of this machine, or of this container, whether or not torch can use them. torch is not asked."""
+    return _device_files() or _granted() or int((_DEVICES / "dxg").exists())  # dxg: under Windows
 
 
 def _device_files() -> int:

@@ -55,6 +55,15 @@ def usable_memory(process: Path = _SELF) -> int:
     return min(limits)
 
 
+def cgroup_tasks(process: Path = _SELF) -> int | None:
+    """Return the processes and threads that cgroups allow (`pids.max`), or None without a limit."""
+    limits = []
+    for folder in _cgroup_folders(process, "pids"):
+        with suppress(OSError, ValueError):  # "max" is no limit
+            limits.append(int((folder / "pids.max").read_text()))
+    return min(limits, default=None)
+
+
 def peak_resident_memory() -> int:
     """Return the most bytes of memory that this process has had resident."""
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

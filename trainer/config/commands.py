@@ -71,6 +71,7 @@ def init(name: str, base: str, source: str | None, devices: int | None, force: b
     print(f"{path}: {base}, for {where}")
     print("next:")
     for command, meaning in (
+        (f"unipool doctor {path}", "is this machine ready"),
         (f"unipool plan {path}", "parameters, memory, FLOPs"),
         (f"unipool train {path}", "prepares the data, then trains"),
         (f"unipool watch {run}", "from another terminal"),

@@ -24,7 +24,10 @@ def check_constraints(recipe: Recipe) -> None:
     _check_balance(recipe)
     if recipe.lock is not None:
         _check_lock(recipe)
+    if recipe.router.force is not None:
+        _check_forced(recipe)
     _check_probe(recipe)
+    _check_eval(recipe)
     _check_profile(recipe)
     _check_layout(recipe)
 
@@ -59,7 +62,11 @@ def _check_model(r: Recipe) -> None:
         _require(even, r, "model.heads", "model.hidden / model.heads must be even (rotary embeddings)")
     _require(m.head_size % 2 == 0, r, "model.head_dim", "must be even (rotary embeddings)")
     _require(m.heads % m.kv_heads == 0, r, "model.kv_heads", f"must divide model.heads ({m.heads})")
-    _require(r.train.min_lr <= r.train.lr, r, "train.min_lr", f"must be at most train.lr ({r.train.lr})")
+    t = r.train
+    _require(t.min_lr <= t.lr, r, "train.min_lr", f"must be at most train.lr ({t.lr})")
+    fits = t.schedule != "wsd" or t.warmup_fraction + t.decay_fraction <= 1
+    allowed = f"must be at most 1 - train.warmup_fraction ({1 - t.warmup_fraction:g})"
+    _require(fits, r, "train.decay_fraction", allowed)
 
 
 def _check_data(r: Recipe) -> None:
@@ -112,6 +119,12 @@ def _check_pool(r: Recipe) -> None:
     _require(m.private_ffn > 0 or not m.private_gate, r, "model.private_gate", allowed)
 
 
+def _check_forced(r: Recipe) -> None:
+    _require(r.model.ffn == "pool", r, "router.force", "must be left out with model.ffn = dense, which has no routing")
+    _require(r.lock is None, r, "router.force", "must be left out with a section lock, in which layers own experts")
+    _require(r.probe.every == 0, r, "router.force", "must be left out with probe.every above 0, which probes routing")
+
+
 def _check_balance(r: Recipe) -> None:
     allowed = "must be at least 1 with balance.scope = global_batch"
     _require(r.balance.scope != "global_batch" or r.balance.delay > 0, r, "balance.delay", allowed)
@@ -138,6 +151,11 @@ def _check_probe(r: Recipe) -> None:
         holds = bool(layers) and max(layers) < r.model.layers and len(set(layers)) == len(layers)
         allowed = f"must be different numbers from 0 to {r.model.layers - 1} (model.layers - 1)"
         _require(holds, r, "probe.layers", allowed)
+
+
+def _check_eval(r: Recipe) -> None:
+    for key in ("eval.patience", "eval.stop_below"):
+        _require(r.eval.every > 0 or attrgetter(key)(r) is None, r, key, "needs eval.every above 0")
 
 
 def _check_profile(r: Recipe) -> None:
@@ -173,6 +191,10 @@ def _check_layout(r: Recipe) -> None:
     _require(in_order, r, "parallel.trunk_zero", allowed)
     allowed = "must be false or left out with parallel.trunk_zero = 3, which gathers weights while modules are called"
     _require(p.trunk_zero < 3 or not r.train.compile, r, "train.compile", allowed)
+    allowed = "must be 0 with train.optimizer = muon, which needs whole matrices and not ZeRO's parts of them"
+    has_pool = r.model.ffn == "pool"
+    for key, stage in (("parallel.trunk_zero", p.trunk_zero), ("parallel.pool_zero", p.pool_zero if has_pool else 0)):
+        _require(r.train.optimizer != "muon" or stage == 0, r, key, allowed)
     last_port = r.metrics.port + r.grid.world_size - 1
     allowed = f"port + rank must stay below 65536; the last would be {last_port}"
     _require(r.metrics.port == 0 or last_port <= 65535, r, "metrics.port", allowed)

@@ -72,6 +72,36 @@ class Eval(Section):
 
     every: NonNegative = Field(0, description="Steps between validations; 0: only at the end.")
     batches: Positive = Field(8, description="Global batches of held-out text per validation.")
+    prompts: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(max_length=16)] = Field(
+        (),
+        strict=False,
+        description="Texts that the model continues at every validation, taking the most probable token each time: "
+        "`[Once upon a time]`.",
+    )
+    prompt_tokens: Annotated[int, Field(ge=1, le=512)] = Field(
+        32, description="Tokens by which a prompt is continued; each is a forward pass of all ranks."
+    )
+    patience: Positive | None = Field(
+        None,
+        description="Validations in a row without a new lowest loss that end the run; default: it takes all its steps.",
+    )
+    stop_below: PositiveFloat | None = Field(
+        None, description="Validation loss below which the run ends; default: it takes all its steps."
+    )
+
+
+class Tasks(Section):
+    """Scores of the checkpoints on tasks of lm-evaluation-harness, while training goes on."""
+
+    names: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)] = Field(
+        strict=False, description="Tasks, groups or tags of lm-evaluation-harness: `[piqa, arc_easy]`."
+    )
+    limit: Positive | None = Field(None, description="Most examples of each task; default: all.")
+    include_path: str | None = Field(None, description="Folder with task files of your own.")
+    device: Literal["cpu", "cuda"] = Field(
+        "cpu", description="Where they are computed, on rank 0's machine; `cuda` shares a GPU with training."
+    )
+    minutes: PositiveFloat = Field(60.0, description="Longest time for one checkpoint, after which it has no scores.")
 
 
 class Probe(Section):

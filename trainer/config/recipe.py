@@ -21,7 +21,7 @@ from trainer.common.credentials import redacted
 from trainer.common.errors import UserError, breaks_lines, known_names
 from trainer.common.safe_read import NotYaml, Unreadable, parse_yaml, read_text, texts_of
 from trainer.config.constraints import check_constraints
-from trainer.config.job_sections import Checkpoint, Eval, Metrics, Parallel, Probe, Profile, Roles
+from trainer.config.job_sections import Checkpoint, Eval, Metrics, Parallel, Probe, Profile, Roles, Tasks
 from trainer.config.key_errors import first_line
 from trainer.config.sections import Balance, Data, Lock, Model, Pool, Router, Run, Section, Train
 
@@ -43,6 +43,7 @@ class Recipe(Section):
     parallel: Parallel = Parallel()
     topology: Roles = Roles()
     eval: Eval = Eval()
+    tasks: Tasks | None = None
     probe: Probe = Probe()
     profile: Profile = Profile()
     checkpoint: Checkpoint = Checkpoint()

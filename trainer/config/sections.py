@@ -101,6 +101,11 @@ class Router(Section):
         False, description="Divide a token's gate values by their sum, as in Mixtral (`softmax` only)."
     )
     logit_bias: bool = Field(False, description="Learned biases of the router's logits (`softmax` only).")
+    force: Literal["balanced"] | None = Field(
+        None,
+        description="For measuring throughput: `balanced` sends tokens to the experts in turn, whatever the router "
+        "prefers, so that all get equally many; the model does not learn to route.",
+    )
 
     @property
     def has_norm(self) -> bool:
@@ -183,12 +188,24 @@ class Train(Section):
     global_batch: Positive = Field(description="Sequences per optimizer step.")
     micro_batch: Positive = Field(description="Sequences per micro-batch of one trunk rank.")
     lr: PositiveFloat = Field(description="Peak learning rate.")
-    min_lr: NonNegativeFloat = Field(description="Learning rate at the end of the cosine schedule.")
+    min_lr: NonNegativeFloat = Field(description="Learning rate at the end of the schedule.")
+    schedule: Literal["cosine", "linear", "wsd"] = Field(
+        "cosine",
+        description="How the learning rate falls after the warm-up: as a cosine, linearly, or (`wsd`: warm-up, stable, "
+        "decay) not at all until the last `train.decay_fraction` of the steps, and then as 1 - sqrt.",
+    )
+    decay_fraction: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.2, description="Share of the steps in which the learning rate falls (`train.schedule: wsd` only)."
+    )
     pool_lr_factor: PositiveFloat = Field(
         1.0, description="Learning rate of the pool's experts, as a multiple of that of everything else."
     )
     warmup_fraction: Share = Field(0.01, description="Share of the steps in which the learning rate rises.")
-    weight_decay: NonNegativeFloat = Field(0.1, description="AdamW's weight decay of matrices.")
+    optimizer: Literal["adamw", "muon"] = Field(
+        "adamw",
+        description="`muon`: Muon for the matrices of attention and of experts or FFNs, AdamW for the rest.",
+    )
+    weight_decay: NonNegativeFloat = Field(0.1, description="Weight decay of matrices, as in AdamW.")
     betas: tuple[Beta, Beta] = Field((0.9, 0.95), strict=False, description="AdamW's decay rates of its moments.")
     eps: PositiveFloat = Field(1e-8, description="AdamW's term that prevents division by zero.")
     clip: NonNegativeFloat = Field(1.0, description="Largest global gradient norm; 0 disables clipping.")
@@ -206,6 +223,11 @@ class Train(Section):
     )
     init_from: str | None = Field(None, description="An export whose weights replace the random initial ones.")
     freeze: Literal["none", "pool", "trunk"] = Field("none", description="The role whose weights are not trained.")
+    skip_spikes: PositiveFloat | None = Field(
+        None,
+        description="Skip a step whose gradient norm is by more than this many standard deviations above the median of "
+        "up to 100 steps before it, of which there must be 20, such as 6; default: none.",
+    )
     max_skipped_steps: Positive = Field(
         20, description="Consecutive steps that may be skipped for non-finite gradients before the job stops."
     )

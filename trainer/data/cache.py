@@ -39,6 +39,10 @@ _POLL_SECONDS = 0.5
 _STOP = (signal.SIGTERM, signal.SIGUSR1)
 
 
+class NotPrepared(Exception):
+    """A folder is not there, and was only looked for."""
+
+
 @dataclass(frozen=True)
 class Conduct:
     """How a process behaves while it prepares data, or waits for another one that does.
@@ -47,11 +51,13 @@ class Conduct:
         show: Whether to write progress and notes on stderr.
         patience: Seconds to wait for another process that makes no progress.
         ends_on_signals: Whether SIGTERM and SIGUSR1 end the process with `START_AGAIN`, even if it has handlers.
+        only_looks: Whether it prepares nothing, and finds missing data by `NotPrepared`.
     """
 
     show: bool = True
     patience: float = 1800.0
     ends_on_signals: bool = False
+    only_looks: bool = False
 
 
 def make_once(directory: Path, name: str, fill: Callable[[Path, Report], None], conduct: Conduct) -> Path:
@@ -65,12 +71,15 @@ def make_once(directory: Path, name: str, fill: Callable[[Path, Report], None], 
         fill: Called with a temporary folder, which may hold what an interrupted call has written.
 
     Raises:
+        NotPrepared: It is not there, and `conduct.only_looks`.
         UserError: The folder cannot be written, or `fill` raised it.
         Unavailable: The disk is full or fails, or another process has made no progress for `conduct.patience`.
     """
     path = directory / name
     try:
         while not path.is_dir():
+            if conduct.only_looks:
+                raise NotPrepared(path)
             directory.mkdir(parents=True, exist_ok=True)
             _remove_abandoned(directory, name, conduct.show)
             with suppress(TakenOver):

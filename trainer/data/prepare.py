@@ -22,7 +22,7 @@ from trainer.common.format import size
 from trainer.common.strict_json import dumps
 from trainer.config.recipe import Recipe
 from trainer.config.sections import Source, Sources
-from trainer.data.cache import Conduct, make_once
+from trainer.data.cache import Conduct, NotPrepared, make_once
 from trainer.data.prepared_data import TOKENIZER_FILE, PreparedData, PreparedSource, open_prepared
 from trainer.data.reading.documents import Progress
 from trainer.data.settings import TRAIN, SourceSettings
@@ -53,15 +53,36 @@ def prepare_for(recipe: Recipe, progress: bool = True, ends_on_signals: bool = F
     Raises:
         UserError: See `prepare_source`.
     """
+    return _prepare(recipe, Conduct(progress, recipe.parallel.start_timeout_seconds, ends_on_signals))
+
+
+def is_prepared(recipe: Recipe) -> bool:
+    """Return whether the recipe's data is prepared.
+
+    Raises:
+        UserError: See `prepare_source`.
+    """
+    try:
+        _prepare(recipe, Conduct(show=False, only_looks=True))
+    except NotPrepared:
+        return False
+    return True
+
+
+def _prepare(recipe: Recipe, conduct: Conduct) -> PreparedData:
+    training, held_out = _mixtures(recipe)
+    if recipe.data.stream_window is None:
+        return prepare(training, held_out, conduct)
+    assert held_out is not None, "the recipe's check asks for it"
+    return _begin_stream(training, held_out, recipe.data.stream_window, conduct)
+
+
+def _mixtures(recipe: Recipe) -> tuple[Mixture, Mixture | None]:
+    """What is trained on, and held-out text if it comes from elsewhere."""
     d = recipe.data
     train, validation, test = d.split
     training = _mixture(recipe, d.source, d.split if d.validation is None else (train + validation, 0, test))
-    held_out = None if d.validation is None else _mixture(recipe, d.validation, (0, 1, 0))
-    conduct = Conduct(progress, recipe.parallel.start_timeout_seconds, ends_on_signals)
-    if d.stream_window is not None:
-        assert held_out is not None, "the recipe's check asks for it"
-        return _begin_stream(training, held_out, d.stream_window, conduct)
-    return prepare(training, held_out, conduct)
+    return training, None if d.validation is None else _mixture(recipe, d.validation, (0, 1, 0))
 
 
 def _begin_stream(training: Mixture, held_out: Mixture, window: int, conduct: Conduct) -> StreamedData:
@@ -70,10 +91,9 @@ def _begin_stream(training: Mixture, held_out: Mixture, window: int, conduct: Co
     if settings.tokenizer == TRAIN:
         settings = replace(settings, tokenizer=_train_on(training, conduct))
         held_out = [(replace(other, tokenizer=settings.tokenizer), share) for other, share in held_out]
-    data = StreamedData(
-        (), _prepare_held_out(held_out, conduct), SourceParts(settings, window, conduct, ahead=conduct.show)
-    )
-    data.parts.reach(0)
+    parts = SourceParts(settings, window, conduct, ahead=conduct.show)
+    data = StreamedData((), _prepare_held_out(held_out, conduct), parts)
+    parts.reach(0)
     return data
 
 

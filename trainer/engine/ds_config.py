@@ -50,13 +50,23 @@ def deepspeed_config(recipe: Recipe, role: str, role_size: int, parameters: int)
 
 
 def scheduled_rate(recipe: Recipe, updates: int) -> float:
-    """Return the learning rate after `updates` optimizer steps, as DeepSpeed's WarmupCosineLR computes it."""
+    """Return the learning rate after `updates` optimizer steps (Eq. M28).
+
+    With a cosine, it is what DeepSpeed's WarmupCosineLR computes.
+    """
     t, warmup = recipe.train, _warmup_steps(recipe)
     if updates < warmup:
         return t.lr * (1 / warmup + updates / warmup * (1 - 1 / warmup))
-    progress = min(1.0, (updates - warmup + 1) / max(1, t.steps - warmup))
-    cosine = (1 + math.cos(math.pi * progress)) / 2
-    return t.min_lr + (t.lr - t.min_lr) * cosine
+    falling = max(1, round(t.decay_fraction * t.steps)) if t.schedule == "wsd" else max(1, t.steps - warmup)
+    progress = min(1.0, max(0.0, (updates - (t.steps - falling) + 1) / falling))
+    match t.schedule:
+        case "cosine":
+            share = (1 + math.cos(math.pi * progress)) / 2
+        case "linear":
+            share = 1 - progress
+        case "wsd":
+            share = 1 - math.sqrt(progress)
+    return t.min_lr + (t.lr - t.min_lr) * share
 
 
 def _warmup_steps(recipe: Recipe) -> int:
@@ -69,7 +79,6 @@ def _fill_monitors(config: dict[str, Any], recipe: Recipe) -> None:
         raise UserError(f"metrics.wandb = {m.wandb}: wandb is not installed: pip install wandb")
     _fill(config["tensorboard"], enabled=m.tensorboard, output_path=recipe.run.dir, job_name="tensorboard")
     _fill(config["csv_monitor"], enabled=m.csv, output_path=recipe.run.dir, job_name="csv")
-    _fill(config["wandb"], enabled=m.wandb is not None, project=m.wandb or "")
 
 
 def _fill(section: dict[str, Any], **values: Any) -> None:

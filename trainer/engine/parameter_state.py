@@ -12,8 +12,12 @@ CHECKPOINT_TAG = "state"
 
 @dataclass(frozen=True)
 class ParameterState:
-    """A whole parameter and its AdamW moments, fp32, each in the parameter's shape."""
+    """A whole parameter and its moments, fp32, each in the parameter's shape.
+
+    Attributes:
+        exp_avg_sq: None for a parameter that Muon updates.
+    """
 
     weight: Tensor
     exp_avg: Tensor
-    exp_avg_sq: Tensor
+    exp_avg_sq: Tensor | None

@@ -23,9 +23,10 @@ from torch import Tensor, nn
 
 from trainer.common.safe_read import read_tensors
 from trainer.config.recipe import Recipe
-from trainer.engine.ds_config import deepspeed_config
+from trainer.engine.ds_config import deepspeed_config, scheduled_rate
 from trainer.engine.frozen_role import FrozenRole
 from trainer.engine.monitors import Monitors
+from trainer.engine.muon import MuonWithAdamW, muon_optimizer
 from trainer.engine.parameter_state import CHECKPOINT_TAG, ParameterState
 from trainer.engine.replica_group import ReplicaGroup
 from trainer.model.trunk import parameter_groups
@@ -91,17 +92,25 @@ class RoleEngine:
         self._clip = recipe.train.clip
         self._group = ReplicaGroup(group) if group is not None else None
         assert self._group is None or self.stage < 3, "ZeRO-3 broadcasts from rank 0 of the default group"
+        config = deepspeed_config(recipe, role, role_size, sum(p.numel() for p in module.parameters()))
+        groups = parameter_groups(module, recipe.train.weight_decay)
+        by_muon = recipe.train.optimizer == "muon"
         with self._in_group():
             self._engine, self._optimizer, _, self._schedule = deepspeed.initialize(
                 model=module,
-                model_parameters=parameter_groups(module, recipe.train.weight_decay),
-                config=deepspeed_config(recipe, role, role_size, sum(p.numel() for p in module.parameters())),
+                model_parameters=groups,
+                optimizer=muon_optimizer(module, groups, recipe, config["optimizer"]["params"]) if by_muon else None,
+                config=config,
                 mpu=self._group,
                 dist_init_required=False,
             )
         self.monitors = Monitors(self._engine.monitor)
         self._total_norm = math.nan
         self._replace_internals()
+        if recipe.train.schedule != "cosine":
+            t, schedule = recipe.train, self._schedule
+            ratio = lambda: scheduled_rate(recipe, schedule.last_batch_iteration) / t.lr  # noqa: E731
+            self._replace(schedule, "get_lr_ratio", ratio)
         # DeepSpeed leaves the schedule before its first step, where the learning rate is 0.
         self._schedule.step()
 
@@ -265,7 +274,7 @@ class RoleEngine:
         self._schedule.step(updates)
 
     def _make_moments(self, updates: int) -> None:
-        """Create moments of zeros, which AdamW itself creates in its first step only; those that exist are kept.
+        """Create moments of zeros, which optimizers create in their first step only; those that exist are kept.
 
         At ZeRO 1 and 2 DeepSpeed links each parameter with its part of them once.
         """
@@ -282,13 +291,18 @@ class RoleEngine:
                 base.state[flat]["step"].fill_(updates)
                 continue
             step = torch.tensor(float(updates), device=flat.device)
-            base.state[flat] = {"step": step, "exp_avg": torch.zeros_like(flat), "exp_avg_sq": torch.zeros_like(flat)}
+            base.state[flat] = {"step": step, "exp_avg": torch.zeros_like(flat)}
+            if not isinstance(base, MuonWithAdamW) or not base.updates_by_muon(flat):
+                base.state[flat]["exp_avg_sq"] = torch.zeros_like(flat)
         if self.stage in (1, 2):
             optimizer._lazy_init_hp_params_optimizer_state()
 
     def _set(self, parameter: Any, state: ParameterState) -> None:
         optimizer = self._optimizer
         for key, value in ((None, state.weight), ("exp_avg", state.exp_avg), ("exp_avg_sq", state.exp_avg_sq)):
+            if self.stage == 0 and key and key not in optimizer.state[parameter]:
+                continue  # Muon has one moment
+            assert value is not None
             if self.stage == 3:
                 optimizer.set_local_hp_param(_partition_of(value, parameter), parameter, key)
             elif self.stage == 0:

@@ -44,7 +44,7 @@ def find_run(path: Path) -> SavedRun:
     """Find the newest checkpoint in a run's folder, or open the checkpoint folder `path` itself.
 
     Raises:
-        UserError: There is no complete checkpoint, or its recipe cannot be read.
+        UserError: There is no complete checkpoint, its recipe cannot be read, or its routing was forced.
     """
     if not path.is_dir():
         raise UserError(f"{path}: no such folder; give a run's folder or one of its checkpoints/step_*")
@@ -52,7 +52,13 @@ def find_run(path: Path) -> SavedRun:
     step = found[1] if found else path
     if not (step / MARKER_FILE).is_file():
         raise UserError(f"{path}: has no complete checkpoint; give a run's folder or one of its checkpoints/step_*")
-    return SavedRun(load_recipe(str(step / RECIPE_FILE)), step)
+    recipe = load_recipe(str(step / RECIPE_FILE))
+    if recipe.router.force is not None:
+        raise UserError(
+            f"{path}: trained with router.force = {recipe.router.force}, so that its model has not learned to route; "
+            "give a run without that key"
+        )
+    return SavedRun(recipe, step)
 
 
 def data_of(run: SavedRun) -> PreparedData:

@@ -1,4 +1,4 @@
-"""What the layers of a run with a lock reach of the pool, step by step (Eq. M36 and M37 of docs/method.md).
+"""What the layers reach of the pool: with a lock, step by step (Eq. M36 and M37 of docs/method.md), or by force.
 
 Letters: L layers, M experts in the pool, E experts that a layer owns.
 """
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from router import Faded, Owned, Reach, owned
+from router import Balanced, Faded, Owned, Reach, owned
 from trainer.config.lock import stage_of
 from trainer.config.recipe import Recipe
 
@@ -54,9 +54,17 @@ class Reaches:
 def kinds_of_reach(recipe: Recipe, device: torch.device) -> list[Sequence[Reach] | None]:
     """Return an example of each kind of reach that a run will use, for each of which segments are compiled."""
     if recipe.lock is None:
-        return [None]
+        return [forced_reaches(recipe, device)]
     reaches = Reaches(recipe, device)
     kinds: list[Sequence[Reach] | None] = [] if recipe.lock.allocation == "random" else [reaches.at(0)]
     layers = recipe.model.layers
     reaches.assign([expert * layers // recipe.pool.experts for expert in range(recipe.pool.experts)])
     return [*kinds, reaches.at(recipe.train.steps)]
+
+
+def forced_reaches(recipe: Recipe, device: torch.device) -> Sequence[Reach] | None:
+    """Return what each layer reaches with `router.force`, the same in every step; None without it."""
+    if recipe.router.force is None:
+        return None
+    layers, sharing = recipe.model.layers, recipe.model.layers // recipe.model.groups
+    return [Balanced(torch.tensor(layer % sharing, device=device)) for layer in range(layers)]

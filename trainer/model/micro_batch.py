@@ -68,7 +68,7 @@ class PoolMap:
         position_M: Position of every global expert in shard-major order (int64, on the compute device).
         experts_per_layer: Number of experts that a layer sees.
         layers_per_group: Number of adjacent layers that share a sub-pool.
-        reaches: What each layer reaches of its experts, in a run with a lock; None: all.
+        reaches: What each layer reaches of its experts, with a lock or forced routing; None: all, as it prefers.
     """
 
     position_M: Tensor

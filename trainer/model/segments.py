@@ -44,7 +44,7 @@ class Seen(NamedTuple):
 
     Attributes:
         first_expert: Global id of the layer's expert 0: a scalar on the device.
-        reach: Which of its experts the layer reaches, in a run with a lock; None: all.
+        reach: Which of its experts the layer reaches, with a lock or forced routing; None: all, as it prefers.
     """
 
     first_expert: Tensor

@@ -24,6 +24,8 @@ from trainer.planning.model_costs import (
 
 MOMENTS = 2 * FP32
 FP64 = 8
+MUON_AT_A_TIME = 2**24
+"""Elements that Muon updates at once: `WEIGHTS_AT_A_TIME` of `trainer.engine.muon`."""
 BUCKET = 500_000_000
 """Elements that DeepSpeed reduces at once; at ZeRO 1 to 3 its buffer has as many, or P if that is less."""
 
@@ -50,7 +52,7 @@ class Memory:
         host: Memory of the host, not of the device: the copy of the state while a checkpoint is written.
         weights: fp32 weights; with ZeRO-3 the rank's part and what is gathered.
         gradients: The fp32 accumulator; with ZeRO-3 also the rank's part and the buffer of the reduction.
-        optimizer: AdamW's moments and, with ZeRO 1 to 3, DeepSpeed's fp32 master copy.
+        optimizer: The moments and, with ZeRO 1 to 3, DeepSpeed's fp32 master copy.
         device: The GPU's context and NCCL's communicators.
         compute_copies: bf16 copies of the weights, on the trunk only while a micro-batch is in flight.
         activations: What the trunk keeps for the backward of the micro-batches in flight.
@@ -59,7 +61,8 @@ class Memory:
         expert_activations: Tokens and hidden activations that the experts keep for backward.
         stash: Deferred weight gradients of the experts.
         working: What one trunk layer's backward, and one launch of the experts, need besides.
-        step_end: Buffers for reducing gradients and for their norm, when everything from `compute_copies` on is free.
+        step_end: Buffers for reducing gradients, for their norm and for Muon, when everything from `compute_copies` on
+            is free.
     """
 
     role: str
@@ -122,6 +125,11 @@ def estimate_memory(recipe: Recipe, lanes: int) -> tuple[Memory, ...]:
     return (Memory(role="trunk + pool", ranks=trunk.ranks, **both),)
 
 
+def by_muon(recipe: Recipe) -> bool:
+    """Whether Muon updates the matrices of attention and of experts or FFNs."""
+    return recipe.train.optimizer == "muon"
+
+
 def fullest_rank(recipe: Recipe, lanes: int) -> int:
     """Estimate the bytes on the rank that needs most memory."""
     return max(memory.total for memory in estimate_memory(recipe, lanes))
@@ -133,18 +141,23 @@ def _without_frozen(recipe: Recipe, memory: Memory) -> Memory:
     return replace(memory, gradients=0, optimizer=0, stash=0, step_end=0, host=0) if frozen else memory
 
 
-def _state(parameters: int, largest: int, zero: int, ranks: int) -> dict[str, int]:
+def _state(parameters: int, largest: int, zero: int, ranks: int, by_muon: int) -> dict[str, int]:
     """Bytes of the state on each of `ranks` ranks that hold the same parameters, and of buffers at the step's end.
 
     Args:
         largest: Elements of the largest parameter.
+        by_muon: Elements of the parameters that Muon updates, which have one moment.
     """
     whole, part = FP32 * parameters, FP32 * -(-parameters // ranks)
     bucket = FP32 * min(parameters, BUCKET)
     if zero == 0:
         # Gradients are concatenated up to the bucket's size, and reduced in that copy. One that is larger is its own.
         copy = 0 if largest > BUCKET else FP32 * min(parameters, BUCKET + largest)
-        return {"weights": whole, "gradients": whole, "optimizer": 2 * whole, "step_end": copy, "host": 3 * whole}
+        # Muon has the momentum ahead, the iteration's matrices before and after, and two of their products.
+        working = 5 * FP32 * min(by_muon, MUON_AT_A_TIME)
+        moments = 2 * whole - FP32 * by_muon
+        state = {"weights": whole, "gradients": whole, "optimizer": moments, "host": whole + moments}
+        return state | {"step_end": max(copy, working)}
     # For the norm each rank has its part of the gradients, and converts one after the other to fp64.
     norm = part + FP64 * min(largest, -(-parameters // ranks)) - whole
     state = {"optimizer": 3 * part, "host": whole + 3 * part}
@@ -169,6 +182,7 @@ def _trunk_memory(recipe: Recipe, in_flight: int) -> Memory:
     else:
         kept = in_flight * (m.layers * layer + (2 * FP32 + compute) * m.hidden)
         cast = in_flight * m.layers * layer_weights + head
+    matrices = m.layers * (layer_weights - (m.hidden if m.private_gate else 0))  # the gate is a vector to Muon
     # The gradient of the rows that was sent, the answer, and the gradient of the residual stream.
     between = 0 if dense else 2 * recipe.router.top_k * m.hidden * compute + FP32 * m.hidden
     return Memory(
@@ -181,7 +195,7 @@ def _trunk_memory(recipe: Recipe, in_flight: int) -> Memory:
         messages=in_flight * tokens * between,
         working=tokens * layer,
         device=_device_memory((p.trunk_ranks,), recipe.grid.expert_parallel),
-        **_state(parameters, head, p.trunk_zero, p.trunk_ranks),
+        **_state(parameters, head, p.trunk_zero, p.trunk_ranks, matrices if by_muon(recipe) else 0),
     )
 
 
@@ -240,7 +254,8 @@ def _pool_memory(recipe: Recipe, in_flight: int, freed: int) -> Memory:
     m, grid, compute = recipe.model, recipe.grid, compute_bytes(recipe)
     D, F = m.hidden, m.ffn_hidden
     parameters = count_parameters(recipe).pool // grid.expert_parallel
-    state = _state(parameters, parameters * 2 // 3, recipe.parallel.pool_zero, grid.replicas)  # W1 and W3 are one
+    of_muon = parameters if by_muon(recipe) else 0
+    state = _state(parameters, parameters * 2 // 3, recipe.parallel.pool_zero, grid.replicas, of_muon)  # W1, W3: one
     assignments = served_trunk_ranks(recipe) * recipe.train.micro_batch * m.seq_len * recipe.router.top_k
     launch = in_flight * -(-assignments // grid.expert_parallel)  # rows, if every lane asks at once
     kept, deferred = pool_row_bytes(recipe)

@@ -124,6 +124,20 @@ def count_flops(recipe: Recipe) -> Flops:
     return Flops(layer, router, 0 if dense else ffn, head, trunk, pool, forward, 3 * forward - frozen)
 
 
+def muon_flops(recipe: Recipe) -> tuple[int, int]:
+    """FLOPs of one Muon update of the trunk's matrices, and of all experts': five iterations of three products each."""
+    m = recipe.model
+
+    def update(rows: int, columns: int) -> int:
+        small, large = sorted((rows, columns))
+        return 5 * (4 * small * small * large + 2 * small**3)
+
+    attention = 2 * update(m.hidden, query_hidden(recipe)) + 2 * update(m.hidden, kv_hidden(recipe))
+    width = m.ffn_hidden if m.ffn == "dense" else m.private_ffn
+    expert = 3 * update(m.hidden, m.ffn_hidden)
+    return m.layers * (attention + 3 * update(m.hidden, width)), recipe.pool.experts * expert
+
+
 def served_trunk_ranks(recipe: Recipe) -> int:
     """Number of trunk ranks that the busiest pool rank serves."""
     return math.ceil(recipe.grid.trunk_ranks / recipe.grid.replicas)

@@ -167,7 +167,7 @@ def draw_curves(result: SweepResult, variants: Sequence[VariantResult]) -> Figur
         ends = []
         for v, (steps, spreads) in curves:
             colour, width = looks.get(v.variant, (QUIET, 1.0))
-            tokens = np.array(steps) * (v.tokens / v.runs[0].val_steps[-1])
+            tokens = np.array(steps) * (v.tokens / max(run.val_steps[-1] for run in v.runs))
             means = [s.mean for s in spreads]
             axes.plot(tokens, means, color=colour, linewidth=width, zorder=2 + (v.variant in looks))
             if v.variant in looks and spreads[0].n > 1:

@@ -167,7 +167,8 @@ def variant_result(cell: Cell, runs: Sequence[RunResult], baseline: Sequence[Run
         hidden=r.model.hidden,
         experts=r.pool.experts,
         parameters={"total": parameters.total, "active": parameters.active},
-        tokens=r.train.steps * r.train.global_batch * r.model.seq_len,
+        tokens=max((run.val_steps[-1] for run in runs), default=r.train.steps)  # some may have ended early
+        * (r.train.global_batch * r.model.seq_len),
         settings={key: attrgetter(key)(r) for key in SETTINGS} | {"data.source": source_names(r.data.source)},
         planned_runs=len(cell.runs),
         val_loss=spread(list(losses.values())),

@@ -30,6 +30,7 @@ from trainer.common.machine import usable_cores
 from trainer.config.recipe import load_recipe, save_recipe
 from trainer.sweep.spec import Experiment, Run
 from trainer.telemetry.console import say
+from trainer.train.ends.early_stop import ended_early
 from trainer.view.records import CHECKPOINTS, METRICS_FILE, RECIPE_FILE, Records
 
 TRAIN = (sys.executable, "-m", "trainer", "train")
@@ -39,19 +40,22 @@ LOG_SECONDS = 60.0
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 _IRRELEVANT_KEYS = {"run.dir", "data.dir"}
-_IRRELEVANT_SECTIONS = {"checkpoint", "metrics", "probe"}
+_IRRELEVANT_SECTIONS = {"checkpoint", "metrics", "probe", "tasks"}
 """Recipe keys and sections that do not affect the results of training."""
 
 
 def is_done(run: Run) -> bool:
-    """Return whether a run is finished: it has its last validation and its last checkpoint.
+    """Return whether a run is finished: it has its last validation, or one that ends it, and its last checkpoint.
 
     A folder `checkpoints` that was removed to save space is not missed.
     """
-    if run.recipe.train.steps not in records_of(run).val_steps:
+    records, last = records_of(run), run.recipe.train.steps
+    if ended_early(run.recipe.eval, records.val_losses):
+        last = records.val_steps[-1]
+    if last not in records.val_steps:
         return False
     found = checkpoint.newest(run.folder / CHECKPOINTS)
-    return found[0] == run.recipe.train.steps if found else not (run.folder / CHECKPOINTS).exists()
+    return found[0] == last if found else not (run.folder / CHECKPOINTS).exists()
 
 
 def records_of(run: Run) -> Records:

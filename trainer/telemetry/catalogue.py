@@ -48,7 +48,8 @@ CATALOGUE = (
     counter("model_flops", "FLOPs of the model that the whole job has done, without those computed again."),
     gauge("peak_flops_per_second", "Peak FLOP/s of all ranks together in train.precision, if it is known."),
     counter("loss_spikes", "Steps whose loss was far above the losses of the 100 steps before."),
-    counter("skipped_steps", "Steps skipped because gradients were not finite."),
+    counter("gradient_norm_spikes", "Steps whose gradient norm was far above those of the 100 steps before."),
+    counter("skipped_steps", "Steps skipped because gradients were not finite, or by train.skip_spikes."),
     gauge("validation_loss_nats", "Mean cross-entropy of the last evaluation."),
     gauge("random_routing_loss_nats", "Held-out loss that random experts in a layer add.", "layer", by_rank=False),
     gauge(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from tqdm import tqdm
 from trainer.common.format import plural
 from trainer.config.lock import locked_after
 from trainer.config.recipe import Recipe
+from trainer.telemetry.over_steps import Spike
 from trainer.telemetry.step_scalars import Efficiency, StepScalars
 
 LOG_SECONDS = 10.0
@@ -51,7 +53,9 @@ class Progress:
         """Show a step."""
         text = f"{scalars.console()}, {efficiency.console()}"
         if not scalars.applied:
-            say(f"step {done}: skipped because gradients are not finite")
+            spike = f"their norm is {scalars.grad_norm:.4g}, a spike (train.skip_spikes)"
+            finite = math.isfinite(scalars.grad_norm)
+            say(f"step {done}: skipped because {spike if finite else 'gradients are not finite'}")
         self._bar.set_postfix_str(text, refresh=False)
         self._bar.update()
         now = time.monotonic()
@@ -63,6 +67,14 @@ class Progress:
     def evaluation(self, done: int, val_loss: float) -> None:
         """Show an evaluation; the loss is in nats per token."""
         say(f"step {done}: validation loss {val_loss:.4f}")
+
+    def spike(self, done: int, name: str, spike: Spike, where: str) -> None:
+        """Show that a value, called `name`, has jumped, and on which data."""
+        far = f", {spike.deviations:.0f} deviations" if math.isfinite(spike.deviations) else ""
+        say(
+            f"step {done}: the {name} has a spike: {spike.value:.4f}, where the median of the steps before is "
+            f"{spike.median:.4f}{far}; {where}"
+        )
 
     def probe(self, done: int, added: float, layers: Sequence[int]) -> None:
         """Show by how many nats random experts in one of `layers` increase the loss, on average."""

@@ -1,10 +1,11 @@
-"""What only several steps tell: which rank is slower than its peers, and whether the loss jumps."""
+"""What only several steps tell: which rank is slower than its peers, and whether a value jumps."""
 
 from __future__ import annotations
 
 import math
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from statistics import median
 
 import numpy as np
@@ -18,28 +19,48 @@ _NORMAL = 1.4826
 """A normal distribution's standard deviation over its median absolute deviation."""
 
 
-class LossSpikes:
-    """Tells losses that are far above those before.
+@dataclass(frozen=True)
+class Spike:
+    """A value that is far above those before.
 
-    A loss is a spike if it is at least 6 standard deviations, estimated by the median absolute deviation, and 2 %
-    above the median of up to 100 losses before it, of which there must be 20. A few spikes do not change a median; a
-    loss that stays high is no spike any more after 50 steps. A loss that is not finite counts elsewhere.
+    Attributes:
+        median: Of the values before.
+        deviations: How many standard deviations lie between.
     """
 
-    def __init__(self) -> None:
-        self._losses: deque[float] = deque(maxlen=SPIKE_STEPS)
+    value: float
+    median: float
+    deviations: float
 
-    def add(self, loss: float) -> bool:
-        """Return whether the loss of a step is a spike."""
-        if not math.isfinite(loss):
-            return False
-        before = list(self._losses)
-        self._losses.append(loss)
+
+class Spikes:
+    """Tells values of steps, such as losses or norms of gradients, that are far above those before.
+
+    A value is a spike if it is at least `deviations` standard deviations, estimated by the median absolute deviation,
+    and 2 % above the median of up to 100 values before it, of which there must be 20. A few spikes do not change a
+    median; a value that stays high is no spike any more after 50 steps. A value that is not finite counts elsewhere.
+
+    Attributes:
+        values: The values of the last steps.
+    """
+
+    def __init__(self, deviations: float = _DEVIATIONS) -> None:
+        self._deviations = deviations
+        self.values: deque[float] = deque(maxlen=SPIKE_STEPS)
+
+    def add(self, value: float) -> Spike | None:
+        """Take the value of a step; return it if it is a spike."""
+        if not math.isfinite(value):
+            return None
+        before = list(self.values)
+        self.values.append(value)
         if len(before) < _FEWEST:
-            return False
+            return None
         middle = median(before)
         deviation = _NORMAL * median(abs(other - middle) for other in before)
-        return loss > middle + max(_DEVIATIONS * deviation, _LEAST_JUMP * abs(middle))
+        if value <= middle + max(self._deviations * deviation, _LEAST_JUMP * abs(middle)):
+            return None
+        return Spike(value, middle, (value - middle) / deviation if deviation else math.inf)
 
 
 class Stragglers:

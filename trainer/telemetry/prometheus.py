@@ -28,7 +28,7 @@ from trainer.common.errors import UserError
 from trainer.config.recipe import Metrics
 from trainer.telemetry.catalogue import CATALOGUE, DEVICE_MEMORY, STEP_SECONDS
 from trainer.telemetry.measured import DiskSpace, Place, device_memory, peak_memory, process_age
-from trainer.telemetry.over_steps import LossSpikes
+from trainer.telemetry.over_steps import Spikes
 from trainer.telemetry.rank_time import PHASES, RankTime
 from trainer.telemetry.step_scalars import Efficiency, StepScalars, padded
 from trainer.telemetry.time_breakdown import Usage
@@ -99,7 +99,7 @@ class MetricsServer(Collector):
         self._device: int | None = None
         self._values: dict[str, dict[tuple[str, ...], float]] = {}
         self._steps = Histogram("seconds", "Time of a step.", buckets=STEP_SECONDS, registry=None)
-        self._spikes = LossSpikes()
+        self._spikes = {name: Spikes() for name in ("loss", "gradient_norm")}
         self._lock = threading.Lock()
         self.add("unipool_restarts", restarts())
         if (limit := restart_limit()) is not None:
@@ -222,7 +222,8 @@ class MetricsServer(Collector):
         """Serve what is the same on all trunk ranks. Rank 0 calls it."""
         self.set("unipool_step", steps_done)
         self.add("unipool_skipped_steps", int(not scalars.applied))
-        self.add("unipool_loss_spikes", int(self._spikes.add(scalars.loss)))
+        for name, value in (("loss", scalars.loss), ("gradient_norm", scalars.grad_norm)):
+            self.add(f"unipool_{name}_spikes", int(self._spikes[name].add(value) is not None))
         with self._lock:
             self._steps.observe(scalars.seconds)
         for metric, value in scalars.metrics():

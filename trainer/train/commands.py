@@ -5,18 +5,27 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
 from trainer.common.errors import UserError
 from trainer.common.gpus import set_allocator
 from trainer.config.options import recipe_arguments
-from trainer.config.recipe import load_recipe
+from trainer.config.recipe import Recipe, load_recipe
+
+if TYPE_CHECKING:
+    from trainer.cluster.hostfile import Node
 
 
 @click.command(short_help="Train a recipe, or resume it from its newest checkpoint.")
 @recipe_arguments
 @click.option("--force", is_flag=True, help="Resume even if settings that affect results have changed.")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Do every part of the job once, report each, and leave nothing behind.",
+)
 @click.option(
     "--max-restarts",
     type=click.IntRange(min=0),
@@ -47,6 +56,7 @@ def train(
     recipe: str,
     overrides: tuple[str, ...],
     force: bool,
+    dry_run: bool,
     max_restarts: int,
     hostfile: Path | None,
     node_rank: int | None,
@@ -60,9 +70,14 @@ def train(
     SIGUSR1 the job saves a checkpoint and ends with status 75 on all nodes. The status is 3 if the last validation loss
     is not finite.
 
+    With --dry-run, all ranks start as usual, and once make a step, evaluate, generate text, save a checkpoint and read
+    it back, in a hidden folder beside that of the run, which is then removed. The data is the prepared one, or some of
+    the first documents. The table shows what works and how long it took.
+
     \b
     Examples:
       unipool train quickstart
+      unipool train quickstart --dry-run
       unipool train quickstart --max-restarts 3 --set checkpoint.every=20
       unipool train quickstart --set train.steps=20 --set run.dir=runs/short
       unipool train recipe.yaml --hostfile hosts --node-rank 1
@@ -78,6 +93,12 @@ def train(
     if launched():
         from trainer.cluster.rendezvous import read_launch
         from trainer.common.error_reporting import end_process
+
+        if dry_run:
+            from trainer.train.dry_run.job import dry_run as try_rank
+            from trainer.train.dry_run.rehearsal import rehearsal
+
+            end_process(try_rank(checked, rehearsal(checked), read_launch()))
         from trainer.train.loop import train as train_rank
 
         end_process(train_rank(checked, read_launch(), force))
@@ -102,15 +123,31 @@ def train(
             if value is not None:
                 raise UserError(f"--{option} {value}: needs --hostfile, as in --hostfile hosts --node-rank 1")
         if checked.parallel.device == "cuda":
-            check_machine(checked.grid)
+            check_machine(checked.grid, "cuda")
     if checked.parallel.hardware:  # find a wrong name before anything starts
         find_hardware(checked.parallel.hardware, "parallel.hardware =")
     folder = RunFolder(checked)
     if not early_check(checked, folder.checkpoints, force) and checked.train.init_from:
         ExportedWeights(checked).check()
+    if dry_run:
+        _try_out(checked, node)
     folder.make()
     if node is None or node.has_trunk_ranks:
         with folder.removed_if_unused():
             prepare_for(checked, ends_on_signals=True)
     arguments = sys.argv[1:]
     sys.exit(run_node(checked, node, arguments) if node else run_locally(checked, arguments, max_restarts))
+
+
+def _try_out(recipe: Recipe, node: Node | None) -> NoReturn:
+    """Run the job of `--dry-run`, and remove what it leaves even if its ranks are killed."""
+    from trainer.cluster.launch import run_locally, run_node
+    from trainer.data.prepare import prepare_for
+    from trainer.train.dry_run.rehearsal import nothing_left, rehearsal
+
+    with nothing_left(recipe):
+        rehearsed, arguments = rehearsal(recipe), sys.argv[1:]
+        if node is None or node.has_trunk_ranks:
+            prepare_for(rehearsed)
+        status = run_node(rehearsed, node, arguments) if node else run_locally(rehearsed, arguments, 0)
+    sys.exit(status)

@@ -22,7 +22,9 @@ from trainer.telemetry.run_folder import RunFolder
 from trainer.telemetry.serving import Stage, serve_early
 from trainer.telemetry.step_scalars import StepScalars
 from trainer.train.agreement import agreed_move
+from trainer.train.ends.early_stop import enough
 from trainer.train.ends.ending import Ending
+from trainer.train.evaluation.samples import continued, serve_samples
 from trainer.train.lock import after_evaluation, assigns
 from trainer.train.pool_rank import PoolRank
 from trainer.train.start import Run, start
@@ -45,11 +47,13 @@ def train(recipe: Recipe, launch: Launch, force: bool = False) -> int:
         folder = RunFolder(recipe)
         with folder.removed_if_unused():
             run = start(recipe, launch, folder, stage, force)
-        status = Loop(run).run()
+        loop = Loop(run)
+        status = loop.run()
         stage.end(status)
         if status == DIVERGED:  # the launcher ends all ranks as soon as the first one ends with this status
             mark_end(launch.local_rank)
         run.job.close()
+        run.reporter.end(status, loop.done)
         if status == 0:
             mark_end(launch.local_rank)
         return status
@@ -64,12 +68,14 @@ class StepOutcome:
 
     Attributes:
         scalars: The step's scalars, on a trunk rank only.
-        finite: Whether the gradients were finite, so that the step was applied.
+        finite: Whether the gradients were finite.
+        applied: Whether the step was applied, rather than skipped.
         votes: Sums over the ranks of the numbers that each contributed.
     """
 
     scalars: StepScalars | None
     finite: bool
+    applied: bool
     votes: list[float]
 
 
@@ -84,15 +90,21 @@ def update(
     """
     total, *sums = job.sum_over_ranks([squared_norm, *votes])
     norm = math.sqrt(total)
-    return StepOutcome(role.step(step, norm), math.isfinite(norm), sums)
+    finite, skip = math.isfinite(norm), role.norms is not None and role.norms.add(norm) is not None
+    return StepOutcome(role.step(step, norm, skip), finite, finite and not skip, sums)
 
 
 class Loop:
-    """The steps of a run on one rank. All ranks do the same in the same order."""
+    """The steps of a run on one rank. All ranks do the same in the same order.
+
+    Attributes:
+        done: Optimizer steps done.
+    """
 
     def __init__(self, run: Run):
         self._r, self._ending = run, Ending(run)
-        self._skipped = 0
+        self._skipped, self._enough = 0, ""
+        self.done = run.start
         self._val_loss = math.nan
         self._held_out_LM: Tensor | None = None
 
@@ -103,10 +115,11 @@ class Loop:
         # The checkpoint was saved before its evaluation. After the last step nothing is left to end.
         if r.start and self._measure(r.start) and r.start < last:
             return self._ending.end(r.start, True, self._val_loss)
+        last = r.start if self._enough else last
         for step in range(r.start, last):
             with r.profile.step(step + 1):
                 stop = self._step(step)
-            done = step + 1
+            done = self.done = step + 1
             if stop and done < last:
                 r.profile.finish()
                 return self._ending.stop(done)
@@ -119,12 +132,21 @@ class Loop:
                     move_experts(r.job, r.saver, r.role, agreed_move(r.job, r.recipe, r.role, done), done)
             if self._measure(done) and done < last:
                 return self._ending.end(done, save, self._val_loss)
+            if self._enough and done < last:
+                r.profile.finish()
+                if not save:
+                    r.saver.start(done)
+                last = done
+                break
         r.stage.enter("saving", "the last checkpoint")
         self._ending.finish_saving(last)
         r.stage.watch.may_stop = False
         r.stage.watch.saved = True
+        r.reporter.tasks(last, max(r.saver.saved, r.start))
         # While all ranks are here: rank 0 then draws pictures for longer than a step may wait.
         (diverged,) = r.job.sum_over_ranks([float(r.job.is_trunk and not math.isfinite(self._val_loss))])
+        if last < r.recipe.train.steps and r.job.rank == 0:
+            say(f"unipool: ended after step {last} of {r.recipe.train.steps}: {self._enough}")
         self._ending.finish(max(r.start, last), self._val_loss, self._held_out_LM)
         if diverged and r.job.rank == 0:
             say(
@@ -144,8 +166,9 @@ class Loop:
         stop, writing, *usage = outcome.votes
         r.saver.settle(writing)
         r.reporter.step(step + 1, outcome.scalars, usage)
+        r.reporter.tasks(step + 1, max(r.saver.saved, r.start))
         lost = step < r.recorded
-        r.stage.metrics.time.stepped("lost" if lost else "training" if outcome.finite else "skipped")
+        r.stage.metrics.time.stepped("lost" if lost else "training" if outcome.applied else "skipped")
         self._skipped = 0 if outcome.finite else self._skipped + 1
         if self._skipped >= r.recipe.train.max_skipped_steps:
             self._ending.give_up(step, self._skipped)
@@ -161,6 +184,9 @@ class Loop:
             if recipe.lock:
                 worse = after_evaluation(r.job, recipe, r.role, done, self._val_loss, self._held_out_LM)
                 r.reporter.assigned(done)
+            self._enough = enough(r.job, recipe, r.role, self._val_loss)
+            if recipe.eval.prompts:
+                self._sample(done)
         if _due(done, recipe.probe.every):
             r.stage.enter("evaluating", f"the probe after step {done}")
             batches = recipe.probe.batches
@@ -168,6 +194,15 @@ class Loop:
             random = {layer: self._held_out(batches, done, layer)[0] for layer in recipe.probed_layers}
             r.reporter.probe(done, loss, random, tokens)
         return worse
+
+    def _sample(self, done: int) -> None:
+        """Let the model continue the prompts, and report that."""
+        r = self._r
+        if isinstance(r.role, PoolRank):
+            serve_samples(r.recipe, r.role, done)
+        else:
+            assert r.prepared, "trunk ranks have data"
+            r.reporter.samples(done, continued(r.recipe, r.prepared, r.role, done))
 
     def _held_out(self, batches: int, done: int, random_layer: int | None = None) -> tuple[float, Tensor | None, int]:
         """Evaluate on at most `batches` global batches of held-out text.

@@ -17,7 +17,9 @@ from trainer.engine.role_engine import build_engine, squared_norm
 from trainer.planning.schedule import ScheduleSpec
 from trainer.telemetry.prometheus import MetricsServer
 from trainer.telemetry.time_breakdown import UsageClock
+from trainer.train.ends.early_stop import EarlyStop
 from trainer.train.lock import RunLock
+from trainer.train.norm_guard import guarded_norms, restore_norms
 
 
 class PoolRank:
@@ -29,10 +31,13 @@ class PoolRank:
     Attributes:
         schedule, plan: What all ranks do; what this one does in an optimizer step.
         clock: Measures what its training steps are spent on.
+        norms: See `TrunkRank`; the same on all ranks.
         lock: None: only trunk ranks know which layer owns which expert.
+        early_stop: None: only trunk ranks know the validation loss.
     """
 
     lock: RunLock | None = None
+    early_stop: EarlyStop | None = None
 
     def __init__(
         self,
@@ -51,6 +56,7 @@ class PoolRank:
         self.engines = {f"pool/shard_{index}": self._engine}
         self._wire = pool_wire(wire_settings(recipe, job, placement), job.wire_groups)
         self._service = PoolService(self._shard, self._wire, recipe.model.layers)
+        self.norms = guarded_norms(recipe)
         self.clock = UsageClock(self._service.waits)
         self.metrics = metrics or MetricsServer("pool", job.rank)
         self.metrics.expert_load = load_of(self._shard, recipe)
@@ -85,9 +91,9 @@ class PoolRank:
         self._wire.settle()
         return 0.0 if self._job.role_rank else squared_norm(norm)
 
-    def step(self, step: int, total_norm: float) -> None:
-        """Update the weights, clipping by the norm over both roles."""
-        self._engine.step(total_norm)
+    def step(self, step: int, total_norm: float, skip: bool = False) -> None:
+        """Update the weights unless `skip`, clipping by the norm over both roles."""
+        self._engine.step(math.inf if skip else total_norm)
         self.weights_changed()
         self.clock.stepped()
         self.metrics.served(self._service.take_served())
@@ -109,7 +115,8 @@ class PoolRank:
         return {}
 
     def restore(self, state: dict[str, Any], steps: int, shift: int) -> None:
-        """Use the weights that the engine has loaded."""
+        """Use the weights that the engine has loaded; see `load_checkpoint` for the state."""
+        restore_norms(self.norms, state)
         self.weights_changed()
 
     @property

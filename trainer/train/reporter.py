@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple
+from dataclasses import asdict, astuple
+from operator import itemgetter
 from pathlib import Path
 from statistics import fmean
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from pool.topology import Topology
 from trainer.checkpoint.format import OwnershipRecord
 from trainer.cluster.process_groups import Job
-from trainer.common.strict_json import dumps
+from trainer.common.strict_json import dumps, loads, name_not_finite
 from trainer.config.recipe import Recipe
 from trainer.planning.fit import memory_warnings
 from trainer.planning.hardware import peak_flops
@@ -23,11 +24,12 @@ from trainer.planning.memory import CONTEXT
 from trainer.planning.model_costs import count_flops
 from trainer.telemetry.console import Progress, say
 from trainer.telemetry.measured import peak_memory
-from trainer.telemetry.over_steps import Stragglers
+from trainer.telemetry.over_steps import Spikes, Stragglers
 from trainer.telemetry.run_folder import RunFolder
 from trainer.telemetry.step_scalars import Efficiency, StepScalars, padded
 from trainer.telemetry.time_breakdown import ACTIVITIES, Usage, shares
 from trainer.telemetry.trainjob import TrainJobProgress, trainjob_progress
+from trainer.train.evaluation.tasks import BackgroundTasks, Scored
 from trainer.train.pool_rank import PoolRank
 from trainer.train.trunk_rank import TrunkRank
 
@@ -46,6 +48,9 @@ class Reporter:
         self._flops = count_flops(recipe).training
         self._peak: float | None = None
         self._stragglers = Stragglers(peers(job.topology, job.rank), job.rank)
+        self._spikes = {"loss": Spikes(), "gradient norm": Spikes()}
+        self._in_spike: set[str] = set()
+        self._tasks: BackgroundTasks | None = None
         self._progress: Progress | None = None
         self._trainjob: TrainJobProgress | None = None
         if job.rank:
@@ -64,6 +69,8 @@ class Reporter:
         role.metrics.set("unipool_target_steps", recipe.train.steps)
         if self._peak:
             role.metrics.set("unipool_peak_flops_per_second", self._peak)
+        if recipe.tasks:
+            self._tasks = BackgroundTasks(recipe.tasks, folder.checkpoints)
         role.metrics.checkpoints_from(done, recipe.checkpoint.every)
         self._trainjob = trainjob_progress(recipe.train.steps, done)
 
@@ -100,6 +107,7 @@ class Reporter:
             self._role.metrics.set("unipool_straggler_score", score)
         if not isinstance(self._role, TrunkRank) or scalars is None:
             return
+        self._look_for_spikes(done, {"loss": scalars.loss, "gradient norm": scalars.grad_norm})
         spent = self._spent(usage[:activities])
         efficiency = self._efficiency(scalars, memory)
         shown = scalars.flat() | efficiency.flat() | {f"train/{name}": share for name, share in spent.items()}
@@ -110,6 +118,25 @@ class Reporter:
             if self._trainjob:
                 self._trainjob.step(done, {"loss": scalars.loss, "tokens_per_second": scalars.tokens_per_second})
             self._folder.append_metrics({"step": done, **scalars.record(), **efficiency.record(), **spent})
+
+    def _look_for_spikes(self, done: int, values: Mapping[str, float]) -> None:
+        """Report the first of adjacent steps whose loss or gradient norm jumps, with the data of the highest loss."""
+        found = {name: spike for name, value in values.items() if (spike := self._spikes[name].add(value))}
+        new, self._in_spike = found.keys() - self._in_spike, set(found)
+        if not new or not isinstance(self._role, TrunkRank):
+            return
+        key = f"spike/{done}"
+        worst = max(self._role.losses_by_rows(done - 1))  # all trunk ranks find the same spikes
+        self._job.shared.put(key, dumps(name_not_finite({"loss": worst[0], "rows": worst[1]})))
+        if not self._progress:
+            return
+        of_ranks = [loads(self._job.shared.get(f"{key}/{rank}")) for rank in range(self._job.role_size)]
+        highest = max((own for own in of_ranks if own["loss"] is not None), key=itemgetter("loss"), default=None)
+        worst_loss = f"{highest['loss']:.4f} on {highest['rows']}" if highest else "not finite"
+        for name in sorted(new):
+            self._progress.spike(done, name, found[name], f"the highest loss of a micro-batch is {worst_loss}")
+            record = {"of": name, **asdict(found[name]), "highest": highest}
+            self._folder.append_metrics({"step": done, "spike": record})
 
     def _efficiency(self, scalars: StepScalars, memory: Sequence[float]) -> Efficiency:
         """Return the efficiency of a step. Only rank 0 knows the peak of the hardware and the goodput.
@@ -166,6 +193,25 @@ class Reporter:
 
         role.monitors.write_image("load", draw, done)
 
+    def samples(self, done: int, samples: Sequence[tuple[str, str]]) -> None:
+        """Report prompts and their continuations by the model after `done` steps."""
+        self._role.monitors.write_samples(samples, done)
+        if self._progress:
+            told = [{"prompt": prompt, "text": text} for prompt, text in samples]
+            self._folder.append_metrics({"step": done, "samples": told})
+
+    def tasks(self, done: int, saved: int) -> None:
+        """Let the newest checkpoint, after `saved` steps, be scored on tasks, and report scores that have come."""
+        if self._tasks and (scored := self._tasks.follow(saved)):
+            self._scored(done, scored)
+
+    def _scored(self, done: int, scored: Scored) -> None:
+        assert isinstance(self._role, TrunkRank), "rank 0 is a trunk rank"
+        self._role.monitors.write_late(scored.flat(), scored.step)
+        self._folder.append_metrics({"step": done, "tasks_of": scored.step, "tasks": scored.values})
+        told = ", ".join(f"{name.removeprefix('tasks/')} {value:.4f}" for name, value in scored.flat().items())
+        say(f"step {done}: tasks, with the checkpoint after step {scored.step}: {told}")
+
     def assigned(self, done: int) -> None:
         """Report which layer owns which expert, if they have been assigned after `done` steps."""
         record = self._role.ownership
@@ -204,9 +250,23 @@ class Reporter:
         record = {"step": done, "probe_loss": loss, "probe_tokens": tokens, "random_routing": mean}
         self._folder.append_metrics({**record, "random_routing_by_layer": named})
 
+    def end(self, status: int, done: int) -> None:
+        """Wait for what is not done by the regular end of the run, once no other rank waits for this one.
+
+        Args:
+            status: The exit status; only a run that ends with 0 waits for scores on tasks.
+            done: Optimizer steps done.
+        """
+        if self._tasks:
+            for scored in self._tasks.rest() if status == 0 else ():
+                self._scored(done, scored)
+            self._tasks.stop()
+        if isinstance(self._role, TrunkRank):
+            self._role.monitors.close()
+
     def close(self) -> None:
         """End the reports at the regular end of the run: Prometheus no longer looks for its metrics."""
-        if self._progress:
+        if self._progress and isinstance(self._role, TrunkRank):
             self._progress.close()
             if self._trainjob:
                 self._trainjob.close()

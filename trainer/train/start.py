@@ -15,6 +15,7 @@ from trainer.config.recipe import Recipe
 from trainer.data.prepare import prepare_for
 from trainer.data.prepared_data import PreparedData
 from trainer.engine.deterministic import use_deterministic_kernels
+from trainer.engine.weights_and_biases import wandb_run
 from trainer.export.initial import load_initial
 from trainer.model.document_mask import document_end
 from trainer.telemetry.console import say
@@ -23,7 +24,7 @@ from trainer.telemetry.run_folder import RunFolder
 from trainer.telemetry.serving import Stage, serve_joined
 from trainer.train.agreement import agreed_data, agreed_placement, agreed_schedule
 from trainer.train.pool_rank import PoolRank
-from trainer.train.profile import StepProfile
+from trainer.train.profiling.profile import StepProfile
 from trainer.train.reporter import Reporter, warn_of_memory
 from trainer.train.trunk_rank import TrunkRank
 
@@ -77,6 +78,8 @@ def start(recipe: Recipe, launch: Launch, folder: RunFolder, stage: Stage, force
         folder.announce(member.shared.gather("metrics"))
         for line in (f"ranks by host: {member.roster}", *member.devices.lines):
             say(line)
+        if recipe.router.force:
+            say("unipool: router.force: tokens go to all experts in turn. For measuring only: nothing learns to route")
 
     # Trunk ranks prepare the data. All ranks agree on the schedule, then form their process groups.
     prepared = None
@@ -132,6 +135,8 @@ def start(recipe: Recipe, launch: Launch, folder: RunFolder, stage: Stage, force
     recorded = int(job.shared.broadcast("recorded", lambda: str(folder.recorded)))
     job.barrier()  # loading may take longer on one rank than a step may wait
     job.limit_waits()
+    if job.rank == 0 and isinstance(role, TrunkRank):
+        role.monitors.wandb = wandb_run(recipe, folder.path, done)
     reporter = Reporter(recipe, job, folder, role, done, schedule.lanes)
     profile = StepProfile(recipe, job, folder, isinstance(role, TrunkRank) and role.trunk.compiled)
     return Run(recipe, job, folder, prepared, role, saver, reporter, profile, stage, done, recorded, held_out_rows)

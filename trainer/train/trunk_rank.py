@@ -26,6 +26,7 @@ from trainer.config.recipe import Recipe
 from trainer.data.batches import SequenceStream
 from trainer.engine.monitors import Monitors
 from trainer.engine.role_engine import build_engine, squared_norm
+from trainer.model.lock import forced_reaches
 from trainer.model.micro_batch import (
     MicroBatchResult,
     Objective,
@@ -41,8 +42,10 @@ from trainer.telemetry.console import say
 from trainer.telemetry.prometheus import MetricsServer
 from trainer.telemetry.step_scalars import StepScalars
 from trainer.telemetry.time_breakdown import UsageClock
+from trainer.train.ends.early_stop import early_stop
 from trainer.train.evaluation.held_out import HeldOut, sequences, to_device
 from trainer.train.lock import RunLock
+from trainer.train.norm_guard import guarded_norms, restore_norms
 from trainer.train.pool_side import PoolSide
 from trainer.train.step_results import StepResults, lock_scalars, over_all_experts, reduce_results, step_scalars
 
@@ -52,7 +55,8 @@ LOAD_STEPS = 100
 
 def _pool_map(recipe: Recipe, placement: Placement, device: torch.device) -> PoolMap:
     position_M = placement.position_M.to(device)
-    return PoolMap(position_M, recipe.experts_per_layer, recipe.model.layers // recipe.model.groups)
+    sharing = recipe.model.layers // recipe.model.groups
+    return PoolMap(position_M, recipe.experts_per_layer, sharing, forced_reaches(recipe, device))
 
 
 class TrunkRank:
@@ -66,6 +70,8 @@ class TrunkRank:
         schedule, plan: What all ranks do; what this one does in an optimizer step.
         clock: Measures what its training steps are spent on.
         lock: Which experts the layers own; None in a run without a lock.
+        norms: Gradient norms of the last steps, by which steps are skipped; None if none are.
+        early_stop: What may end the run before its last step; None if nothing may.
         load_LM: Assignments of the last step by layer and the experts that it sees, over all trunk ranks.
     """
 
@@ -88,6 +94,8 @@ class TrunkRank:
         self.trunk = Trunk(recipe, job.device, document_end).requires_grad_(recipe.train.freeze != "trunk")
         self._pool_map = _pool_map(recipe, placement, job.device) if placement else None
         self.lock = RunLock(recipe, job.device) if recipe.lock else None
+        self.early_stop = early_stop(recipe.eval)
+        self.norms = guarded_norms(recipe)
         self._compile()
         trunk_engine = build_engine(self.trunk, recipe, "trunk", job.role_size)
         self._pool_side = PoolSide(recipe, job, placement)
@@ -202,10 +210,10 @@ class TrunkRank:
         entropy = self.lock.entropy(step) if self.lock else None
         return Objective(1 / recipe.micro_batches, coefficients, recipe.router.z_loss, recipe.train.recompute, entropy)
 
-    def step(self, step: int, total_norm: float) -> StepScalars:
-        """Update the weights, clipping by the norm over both roles; return the step's scalars."""
+    def step(self, step: int, total_norm: float, skip: bool = False) -> StepScalars:
+        """Update the weights unless `skip`, clipping by the norm over both roles; return the step's scalars."""
         lr = self.engines["trunk"].learning_rate
-        outcomes = [engine.step(total_norm) for engine in self.engines.values()]
+        outcomes = [engine.step(math.inf if skip else total_norm) for engine in self.engines.values()]
         self._pool_side.weights_changed()
         scalars = step_scalars(
             self._recipe,
@@ -249,18 +257,23 @@ class TrunkRank:
             load_LM = over_all_experts(self.load_LM, self._recipe.model.groups).numpy()
             metrics.count_load(load_LM, load_LM.sum(0))
 
-    def nonfinite_rows(self, step: int) -> str:
-        """Name this rank's micro-batches of the last step whose loss is not finite, and their rows of the data."""
+    def losses_by_rows(self, step: int) -> list[tuple[float, str]]:
+        """Return the loss of each of this rank's micro-batches of the last step, and its rows of the data."""
         recipe, job = self._recipe, self._job
         places = self._training.places(
             step, recipe.train.global_batch, job.rank, job.role_size, recipe.train.micro_batch
         )
+        named = (f"rows {', '.join(map(self._training.name, rows))}" for rows in places)
+        return list(zip(self._results.own_losses, named, strict=True))
+
+    def nonfinite_rows(self, step: int) -> str:
+        """Name this rank's micro-batches of the last step whose loss is not finite, and their rows of the data."""
         found = [
-            f"micro-batch {index} has loss {loss} (rows {', '.join(map(self._training.name, rows))})"
-            for index, (loss, rows) in enumerate(zip(self._results.own_losses, places, strict=True))
+            f"micro-batch {index} has loss {loss} ({rows})"
+            for index, (loss, rows) in enumerate(self.losses_by_rows(step))
             if not math.isfinite(loss)
         ]
-        return f"{job.name}: {', '.join(found)}" if found else ""
+        return f"{self._job.name}: {', '.join(found)}" if found else ""
 
     def evaluate(self, batches: int, step: int, random_layer: int | None = None) -> tuple[float, Tensor]:
         """See `HeldOut.evaluate`; the same on every trunk rank."""
@@ -282,6 +295,8 @@ class TrunkRank:
             "recent_load_LM": self._recent_load_LM.clone(),
             "rng": torch.get_rng_state(),
             **({"lock": self.lock.state_dict()} if self.lock else {}),
+            **({"norms": list(self.norms.values)} if self.norms else {}),
+            **({"early_stop": self.early_stop.state_dict()} if self.early_stop else {}),
         }
 
     def restore(self, state: dict[str, Any], steps: int, shift: int) -> None:
@@ -301,6 +316,9 @@ class TrunkRank:
         torch.set_rng_state(state["rng"].cpu())
         if self.lock and "lock" in state:
             self.lock.restore(state["lock"])
+        restore_norms(self.norms, state)
+        if self.early_stop and "early_stop" in state:
+            self.early_stop.restore(state["early_stop"])
         self._pool_side.weights_changed()
 
     @property

@@ -15,6 +15,7 @@ from rich.live import Live
 
 from trainer.common.errors import UserError
 from trainer.common.strict_json import dumps
+from trainer.train.ends.early_stop import ended_early
 from trainer.view.frame import Frame
 from trainer.view.pages import TARGETS_FILE, fetch, page_url, targets
 from trainer.view.records import Records, is_run, saved_recipe
@@ -107,4 +108,6 @@ def _state(folder: Path, records: Records, was_running: bool) -> str:
     if not records.steps:
         return "has not begun"
     recipe = saved_recipe(folder)
-    return "ended" if recipe and records.steps[-1] >= recipe.train.steps else "stopped"
+    if recipe and (records.steps[-1] >= recipe.train.steps or ended_early(recipe.eval, records.val_losses)):
+        return "ended"
+    return "stopped"

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.machinery
 import math
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -15,9 +12,8 @@ from torch import Tensor, nn
 
 from tests.distributed import join, run_ranks
 from tests.training import tiny
-from trainer.common.errors import UserError
 from trainer.config.recipe import Recipe
-from trainer.engine.ds_config import deepspeed_config, scheduled_rate
+from trainer.engine.ds_config import scheduled_rate
 from trainer.model.trunk import Trunk
 
 CLIP, TOTAL_NORM = 0.7, 40.0
@@ -87,12 +83,32 @@ def rates(recipe: Recipe) -> list[float]:
     return found
 
 
-@pytest.mark.parametrize("warmup", [0.0, 0.4])
-def test_a_frozen_role_knows_the_rate_of_the_other(warmup: float) -> None:
-    recipe = tiny(train={"steps": 12, "warmup_fraction": warmup})
+@pytest.mark.parametrize("schedule, warmup", [("cosine", 0.0), ("cosine", 0.4), ("linear", 0.4), ("wsd", 0.4)])
+def test_a_frozen_role_knows_the_rate_of_the_other(schedule: str, warmup: float) -> None:
+    recipe = tiny(train={"steps": 12, "warmup_fraction": warmup, "schedule": schedule, "decay_fraction": 0.5})
     (found,) = run_ranks(1, rates, recipe)
     assert found == pytest.approx([scheduled_rate(recipe, step) for step in range(13)], rel=1e-12)
     assert len(set(found)) > 5
+
+
+@pytest.mark.parametrize(
+    "schedule, shares",
+    [
+        ("linear", [1 - n / 8 for n in range(1, 9)]),
+        ("wsd", [1, 1, 1, 1, *(1 - (n / 4) ** 0.5 for n in range(1, 5))]),
+    ],
+)
+def test_the_rate_after_the_warm_up(schedule: str, shares: list[float]) -> None:
+    """Two of ten steps warm up; with `wsd` four decay. The last step has the lowest rate, and so have later ones."""
+    train = {"steps": 10, "warmup_fraction": 0.2, "lr": 3.0, "min_lr": 1.0, "decay_fraction": 0.4}
+    recipe = tiny(train={**train, "schedule": schedule})
+    found = [scheduled_rate(recipe, update) for update in range(12)]
+    assert found == pytest.approx([1.5, 2.25, *(1 + 2 * share for share in shares), 1.0, 1.0])
+
+
+def test_a_decay_must_leave_room_for_the_warm_up() -> None:
+    with pytest.raises(ValueError, match=r"train.decay_fraction = 0.9: must be at most 1 - train.warmup_fraction"):
+        tiny(train={"schedule": "wsd", "warmup_fraction": 0.2, "decay_fraction": 0.9})
 
 
 def misaligned(recipe: Recipe) -> list[str]:
@@ -113,48 +129,6 @@ def test_weights_stay_aligned(stage: int) -> None:
     """
     recipe = tiny(router={"kind": "norm"}, parallel={"trunk_zero": stage})
     assert run_ranks(1, misaligned, recipe) == [[]]
-
-
-class Wandb(ModuleType):
-    """The package, as far as DeepSpeed uses it."""
-
-    def __init__(self) -> None:
-        super().__init__("wandb")
-        self.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
-        self.runs: list[dict[str, Any]] = []
-        self.logged: list[tuple[dict[str, float], int]] = []
-
-    def init(self, **settings: Any) -> None:
-        self.runs.append(settings)
-
-    def log(self, data: dict[str, float], step: int, commit: bool | None) -> None:
-        self.logged.append((data, step))
-
-
-def log_to_wandb(recipe: Recipe) -> Any:
-    from trainer.engine.role_engine import RoleEngine
-
-    wandb = Wandb()
-    sys.modules["wandb"] = wandb
-    job = join(recipe)
-    monitors = RoleEngine(nn.Linear(2, 2), recipe, "trunk", job.role_size).monitors
-    monitors.write({"train/loss": 1.5, "train/z_loss": math.nan}, 7)
-    job.close()
-    return wandb.runs, wandb.logged
-
-
-def test_weights_and_biases_gets_the_project_and_the_finite_scalars(tmp_path: Path) -> None:
-    recipe = tiny(run={"dir": str(tmp_path)}, metrics={"tensorboard": False, "wandb": "pools"})
-    ((runs, logged),) = run_ranks(1, log_to_wandb, recipe)
-    assert [run["project"] for run in runs] == ["pools"]
-    assert logged == [({"train/loss": 1.5}, 7)]
-
-
-def test_weights_and_biases_must_be_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer.engine.ds_config.find_spec", lambda name: None)
-    with pytest.raises(UserError, match="metrics.wandb = pools: wandb is not installed: pip install wandb"):
-        deepspeed_config(tiny(metrics={"wandb": "pools"}), "trunk", 1, 10)
-    assert deepspeed_config(tiny(), "trunk", 1, 10)["wandb"]["enabled"] is False
 
 
 def norm_of_infinite_gradients(recipe: Recipe) -> float:

@@ -20,7 +20,7 @@ from tests.training import END, tiny, tokens
 from trainer.common.errors import UserError
 from trainer.config.recipe import Recipe
 from trainer.model import segments
-from trainer.model.lock import Reaches
+from trainer.model.lock import Reaches, forced_reaches
 from trainer.model.micro_batch import (
     MicroBatchResult,
     Objective,
@@ -43,7 +43,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "model": {"groups": 3, "kv_heads": 4},
         "pool": {"experts": 12},
     },
-    "norm, normalized": {"router": {"top_k": 2, "z_loss": 0.03}, "balance": {"scores": "normalized"}},
+    "norm, normalized, forced": {
+        "router": {"top_k": 2, "z_loss": 0.03, "force": "balanced"},
+        "balance": {"scores": "normalized"},
+    },
     "norm, documents, recompute": {
         "data": {"document_mask": True},
         "train": {"recompute": True},
@@ -100,9 +103,8 @@ def map_of(recipe: Recipe) -> PoolMap | None:
     if recipe.model.ffn == "dense":
         return None
     layers_per_group = recipe.model.layers // recipe.model.groups
-    return PoolMap(
-        contiguous(recipe.pool.experts, recipe.model.groups, 1).position_M, recipe.experts_per_layer, layers_per_group
-    )
+    position_M = contiguous(recipe.pool.experts, recipe.model.groups, 1).position_M
+    return PoolMap(position_M, recipe.experts_per_layer, layers_per_group, forced_reaches(recipe, CPU))
 
 
 def answered(coroutine: MicroBatch[T]) -> T:
@@ -125,7 +127,7 @@ def trained(trunk: Trunk, recipe: Recipe, number: int = 0, reaches: Sequence[Rea
     pool_map = map_of(recipe)
     if pool_map is None:
         return answered(train_dense_micro_batch(trunk, sequences_BS1, objective))
-    seen = replace(pool_map, reaches=reaches)
+    seen = replace(pool_map, reaches=reaches or pool_map.reaches)
     return answered(train_micro_batch(trunk, seen, sequences_BS1, number, objective))
 
 

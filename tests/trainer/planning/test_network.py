@@ -86,6 +86,13 @@ def test_the_end_of_a_step_by_hand() -> None:
     assert end.seconds == end.reductions + end.optimizer + end.hosts
     one_node = step_end(recipe, replace(H100, node=0))
     assert one_node.reductions == pytest.approx((trunk * 400 + pool * 50) / 450)
+    whole = ("parallel.trunk_zero=0", "parallel.pool_zero=0")
+    adamw, muon = (step_end(at_182m(16, 0, 8, *whole, f"train.optimizer={name}"), H100) for name in ("adamw", "muon"))
+    D, KV, F, products = 768, 256, 3072, 0
+    for rows, columns, matrices in ((D, D, 24), (KV, D, 24), (D, F, 3 * 96 // 8)):
+        products += matrices * 5 * (4 * rows * rows * columns + 2 * rows**3)
+    rates = H100.rates("bf16")
+    assert muon.optimizer - adamw.optimizer == pytest.approx(products / rates.flops / rates.experts)
     without = step_end(at_182m(16, 0, 8, "parallel.trunk_zero=0"), H100)
     assert without.reductions == pytest.approx(trunk * 2 / 3 + pool), "ZeRO 1 gathers the weights besides"
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from trainer.telemetry.catalogue import STEP_SECONDS
-from trainer.telemetry.over_steps import LossSpikes, Stragglers
+from trainer.telemetry.over_steps import Spikes, Stragglers
 
 
 def test_buckets_follow_each_other_closely() -> None:
@@ -22,19 +22,27 @@ def test_spikes_of_a_loss() -> None:
     """A noisy loss that falls has none; each of three spikes counts; so does a loss that stays high, for a while."""
     noise = np.random.default_rng(0).standard_normal(3000)
     falling = 2 + 8 * np.exp(-np.arange(3000) / 300) + 0.03 * noise
-    spikes = LossSpikes()
+    spikes = Spikes()
     assert not any(map(spikes.add, falling.tolist()))
-    assert [spikes.add(loss) for loss in (2.0, 5.0, 2.0, 9.0, math.nan, math.inf, 2.0, 2.5, 2.0)] == [
+    assert [spikes.add(loss) is not None for loss in (2.0, 5.0, 2.0, 9.0, math.nan, math.inf, 2.0, 2.5, 2.0)] == [
         *(False, True, False, True, False, False, False, True, False),
     ]
-    stays = [spikes.add(4 + 0.03 * float(n)) for n in noise[:200]]
+    stays = [spikes.add(4 + 0.03 * float(n)) is not None for n in noise[:200]]
     assert all(stays[:40]) and not any(stays[60:])
 
 
+def test_a_spike_says_how_far_away_it_is() -> None:
+    spikes = Spikes(deviations=3.0)
+    for value in (1.0, 2.0, 3.0) * 8:
+        spikes.add(value)
+    found = spikes.add(9.0)
+    assert found and (found.value, found.median) == (9.0, 2.0) and found.deviations == pytest.approx(7 / 1.4826)
+
+
 def test_few_losses_tell_nothing_and_a_constant_one_may_move_a_little() -> None:
-    spikes = LossSpikes()
+    spikes = Spikes()
     assert not any(spikes.add(loss) for loss in [1.0] * 19 + [50.0])
-    assert [spikes.add(loss) for loss in (1.01, 1.03)] == [False, True]
+    assert [spikes.add(loss) is not None for loss in (1.01, 1.03)] == [False, True]
 
 
 @pytest.mark.parametrize(("peers", "rank"), [(range(3), 1), (range(3, 7), 5), (range(3, 4), 3)])

@@ -88,14 +88,15 @@ def test_steps_that_were_done_before_are_lost(monkeypatch: pytest.MonkeyPatch) -
     """Resumed after step 2 where 4 were done: steps 3 and 4 are done again. Skipped again, they are still lost."""
     outcomes = iter([(True, "lost"), (False, "lost"), (True, "training"), (False, "skipped"), (True, "training")])
     stage = Stage(MagicMock(stop_asked=False), MagicMock())
-    run = SimpleNamespace(role=MagicMock(), job=None, stage=stage, saver=MagicMock(), reporter=MagicMock(), recorded=4)
+    saver, reporter = MagicMock(saved=0), MagicMock()
+    run = SimpleNamespace(role=MagicMock(), job=None, stage=stage, saver=saver, reporter=reporter, recorded=4, start=2)
     run.reporter.usage.return_value = []
     run.recipe = MagicMock()
     run.recipe.train.max_skipped_steps = 9
     causes = []
     steps = loop.Loop(run)  # type: ignore[arg-type]
     for step, (finite, cause) in enumerate(outcomes, 2):
-        outcome = loop.StepOutcome(None, finite, [0.0, 0.0])
+        outcome = loop.StepOutcome(None, finite, finite, [0.0, 0.0])
         monkeypatch.setattr(loop, "update", lambda *_, outcome=outcome: outcome)
         steps._step(step)
         causes.append(cause)

@@ -245,7 +245,7 @@ def test_a_run_that_gets_worse_ends_and_does_not_go_on(tmp_path: Path) -> None:
 
 def test_a_finished_run_does_not_end_in_another_way_when_it_is_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """The loss after the last step may exceed the limit: the run has had all its steps."""
-    run = MagicMock(start=4, role=MagicMock(spec=PoolRank))
+    run = MagicMock(start=4, role=MagicMock(spec=PoolRank), saver=MagicMock(saved=4))
     run.recipe.train.steps = 4
     run.job.sum_over_ranks.return_value = (0.0,)
     monkeypatch.setattr(Loop, "_measure", lambda *_: True)

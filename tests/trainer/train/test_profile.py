@@ -20,8 +20,8 @@ from tests.training import optimizer_step, tiny
 from trainer.common.errors import UserError
 from trainer.config.recipe import Recipe, check_recipe
 from trainer.model.micro_batch import Request
-from trainer.train.profile import costs
-from trainer.train.profile_ranges import WORK, lanes_of, named_segments
+from trainer.train.profiling.profile import costs
+from trainer.train.profiling.profile_ranges import WORK, lanes_of, named_segments
 
 LAYERS = 3
 
@@ -30,8 +30,8 @@ def record(recipe: Recipe, steps: int) -> list[str]:
     """Train; return the classes' methods that are not what they were before."""
     from tests.benchmarks.our_role import make_role
     from trainer.telemetry.run_folder import RunFolder
-    from trainer.train import profile_ranges
-    from trainer.train.profile import StepProfile
+    from trainer.train.profiling import profile_ranges
+    from trainer.train.profiling.profile import StepProfile
 
     def methods() -> dict[str, Any]:
         clients = [(client, "run") for client in (profile_ranges.RemotePool, profile_ranges.LocalPool)]
@@ -116,7 +116,7 @@ def record_on_a_full_disk(recipe: Recipe) -> list[str]:
     said: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("torch.profiler.profile.export_chrome_trace", lambda profiler, path: None)
-        patch.setattr("trainer.train.profile.say", said.append)
+        patch.setattr("trainer.train.profiling.profile.say", said.append)
         record(recipe, 1)
     return said
 
@@ -157,7 +157,9 @@ def test_segments_are_named_by_what_they_compute() -> None:
         return "result"
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("trainer.train.profile_ranges.record_function", lambda name: names.append(name) or _nothing)
+        patch.setattr(
+            "trainer.train.profiling.profile_ranges.record_function", lambda name: names.append(name) or _nothing
+        )
         running = named_segments(micro_batch(), 2, 7)
         running.send(None)  # type: ignore[arg-type]
         for _ in range(3):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import MagicMock
@@ -71,3 +72,35 @@ def test_what_a_rank_tells_is_of_the_time_since_the_last_step(reporters: list[Re
     own._role.clock.total = Usage(10.5, waiting=2.25)
     assert own.usage()[4:8] == [0.5, 0.25, 0.0, 0.0]
     assert own.usage()[-5:] == [0.0] * 5
+
+
+def test_the_first_step_of_a_spike_is_reported_with_its_rows(
+    reporters: list[Reporter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All trunk ranks tell their highest loss, and rank 0 reports the highest of these, once."""
+    store: dict[str, str] = {}
+    said: list[str] = []
+    monkeypatch.setattr("trainer.telemetry.console.say", said.append)
+    for own in reporters[:3]:
+        job, role = own._job, own._role
+        job.role_size = 3  # type: ignore[misc]
+        job.shared.put.side_effect = lambda key, text, rank=job.rank: store.update({f"{key}/{rank}": text})  # type: ignore[attr-defined]
+        job.shared.get.side_effect = store.__getitem__  # type: ignore[attr-defined]
+        losses = [(1.0, "rows 4"), (5.0 + job.rank, f"rows {job.rank}")]
+        role.losses_by_rows.return_value = losses  # type: ignore[attr-defined, union-attr]
+    for step, (loss, norm) in enumerate([(2.0, 1.0)] * 30 + [(6.0, 1.0), (6.0, 9.0), (2.0, 1.0), (9.0, 1.0)], 1):
+        for own in reversed(reporters[:3]):
+            own._look_for_spikes(step, {"loss": loss, "gradient norm": norm})
+    assert [line[:41] for line in said if "spike" in line] == [
+        "step 31: the loss has a spike: 6.0000, wh",
+        "step 32: the gradient norm has a spike: 9",
+        "step 34: the loss has a spike: 9.0000, wh",
+    ]
+    assert said[-1].endswith("the highest loss of a micro-batch is 7.0000 on rows 2")
+    lines = [json.loads(line) for line in reporters[0]._folder.metrics_file.read_text().splitlines()]
+    assert [(line["step"], line["spike"]["of"]) for line in lines] == [
+        (31, "loss"),
+        (32, "gradient norm"),
+        (34, "loss"),
+    ]
+    assert lines[0]["spike"]["highest"] == {"loss": 7.0, "rows": "rows 2"} and lines[0]["spike"]["median"] == 2.0

@@ -78,7 +78,7 @@ class UniPoolAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Return the output and, if the attention function provides them, its weights (B, H, S, positions)."""
         q, k, v = self.q_proj(x_BSD), self.k_proj(x_BSD), self.v_proj(x_BSD)
-        if self.q_norm is not None:
+        if self.q_norm is not None and self.k_norm is not None:
             q, k = _normed(self.q_norm, q), _normed(self.k_norm, k)
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for y in (q, k, v))
         q, k = _rotate(q, rope), _rotate(k, rope)

@@ -40,7 +40,7 @@ def _grouped_linear(x_ND: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> Tenso
 
 
 def _grouped_linear_of_subclass(x_ND: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> Tensor:
-    """The same for weights in a subclass of Tensor, for example quantised ones, which need not support more than this."""
+    """The same for a subclass of Tensor, for example quantised weights, which need not support more than this."""
     parts = x_ND.split(counts_E.tolist())
     return torch.cat([F.linear(x_nD, weight_EFD[expert]) for expert, x_nD in enumerate(parts) if len(x_nD)])
 
@@ -118,14 +118,14 @@ class UniPoolExperts(nn.Module):
         """
         width, hidden = self.down_proj.shape[2], self.down_proj.shape[1]
         for expert, (gate_up, down) in enumerate(zip(self.gate_up_proj, self.down_proj, strict=True)):
+            gate, up = gate_up.chunk(2)
             with torch.device("meta"):
                 mlp = UniPoolMLP(hidden, width)
-            for linear, weight in zip(
-                (mlp.gate_proj, mlp.up_proj, mlp.down_proj), (*gate_up.chunk(2), down), strict=True
-            ):
-                linear.weight = nn.Parameter(weight.clone(), requires_grad=self.down_proj.requires_grad)
+            weights = {"gate_proj": gate, "up_proj": up, "down_proj": down}
+            mlp.load_state_dict({f"{name}.weight": weight.clone() for name, weight in weights.items()}, assign=True)
             self.add_module(str(expert), mlp)
-        self.gate_up_proj = self.down_proj = None
+        for name in ("gate_up_proj", "down_proj"):
+            self.register_parameter(name, None)
 
     def forward(self, x_TD: Tensor, topk_expert_ids_TK: Tensor, topk_scores_TK: Tensor) -> Tensor:
         """Return sum_i g_i(x) e_i(x) over the chosen experts, summed in fp32."""

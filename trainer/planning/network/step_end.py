@@ -1,4 +1,4 @@
-"""What happens after a step's last gradient: reductions of gradients, AdamW, and what the hosts tell each other."""
+"""What happens after a step's last gradient: reductions, the optimizer, and what the hosts tell each other."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from trainer.config.recipe import Recipe
 from trainer.planning.hardware import Hardware
-from trainer.planning.model_costs import FP32, count_parameters
+from trainer.planning.model_costs import FP32, count_parameters, muon_flops
 from trainer.planning.network.links import nodes_of
 
 
@@ -19,7 +19,7 @@ class StepEnd:
 
     Attributes:
         reductions: Reductions of the gradients and, with ZeRO, gathering of the new weights.
-        optimizer: AdamW.
+        optimizer: AdamW or Muon.
         hosts: Sums over the hosts, each of which waits for the one before.
     """
 
@@ -37,20 +37,26 @@ def step_end(recipe: Recipe, hardware: Hardware) -> StepEnd:
     """Compute how long the end of a step takes.
 
     AdamW reads the weight, the gradient and two moments and writes all but the gradient; with ZeRO 1 and above each
-    rank updates its part.
+    rank updates its part. Muon's products come on top; every rank of a role updates all that it holds.
     """
     parameters, grid, p = count_parameters(recipe), recipe.grid, recipe.parallel
 
-    def role(parameters: float, groups: Sequence[range], zero: int) -> StepEnd:
+    rates = hardware.rates(recipe.train.precision)
+    muon = muon_flops(recipe) if recipe.train.optimizer == "muon" else (0, 0)
+    trunk_products, pool_products = (flops / (rates.flops * rates.experts) for flops in muon)
+
+    def role(parameters: float, groups: Sequence[range], zero: int, products: float) -> StepEnd:
         reductions = max(_reduction(recipe, hardware, FP32 * parameters, ranks, zero) for ranks in groups)
         updated = parameters / (len(groups[0]) if zero else 1)
-        return StepEnd(reductions, 7 * FP32 * updated / hardware.memory_bandwidth, hosts=0.0)
+        return StepEnd(reductions, 7 * FP32 * updated / hardware.memory_bandwidth + products, hosts=0.0)
 
     everyone = range(grid.trunk_ranks)
     first, last = grid.first_pool_rank, grid.world_size
     of_shards = [range(first + shard, last, grid.expert_parallel) for shard in range(grid.expert_parallel)]
-    trunk = role(parameters.trunk, [everyone], p.trunk_zero)
-    pool = role(parameters.pool / grid.expert_parallel, [everyone] if grid.colocated else of_shards, p.pool_zero)
+    trunk = role(parameters.trunk, [everyone], p.trunk_zero, trunk_products)
+    holding = [everyone] if grid.colocated else of_shards
+    shard = parameters.pool / grid.expert_parallel
+    pool = role(shard, holding, p.pool_zero, pool_products / grid.expert_parallel)
     # Losses and loads are summed over the trunk ranks, then the norm and more over all ranks.
     hosts = hardware.hop * (rounds_of_a_sum(grid.trunk_ranks) + rounds_of_a_sum(grid.world_size))
     if grid.dedicated:

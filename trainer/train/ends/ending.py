@@ -85,16 +85,16 @@ class Ending:
 
     def finish(self, saved_at: int, val_loss: float, held_out_LM: Tensor | None) -> None:
         """Write the generated sample, the load picture and the summary."""
-        r, steps = self._r, self._r.recipe.train.steps
+        r = self._r
         r.stage.enter("stopping", "the sample at the end")
         if isinstance(r.role, PoolRank):
-            r.role.generate(SAMPLE_TOKENS, steps)
+            r.role.generate(SAMPLE_TOKENS, saved_at)
             return
         assert r.prepared, "trunk ranks have data"
         tokenizer = r.prepared.tokenizer()
         (sequence_1S1,) = r.prepared.stream("validation", None).micro_batches(0, 1, 0, 1, 1)
         prompt = sequence_1S1[0, :PROMPT_TOKENS].tolist()
-        sample = r.role.generate(prompt, SAMPLE_TOKENS, steps)
+        sample = r.role.generate(prompt, SAMPLE_TOKENS, saved_at)
         r.reporter.close()
         if r.job.rank == 0:
             load_LM = held_out_LM if r.recipe.model.ffn == "pool" else None

@@ -102,7 +102,12 @@ class HeldOut:
     def generate(
         self, prompt: list[int], tokens: int, step: int, pool_map: PoolMap | None, temperature: float = 0.8
     ) -> list[int] | None:
-        """Continue `prompt` by `tokens` sampled tokens, the same on every trunk rank.
+        """Continue `prompt` by `tokens` tokens, the same on every trunk rank.
+
+        Args:
+            step: Optimizer steps done.
+            pool_map: Where the experts are; None in a dense model.
+            temperature: Of the sampling; 0 takes the most probable token.
 
         Returns:
             The tokens, or None if logits were not finite; the pool receives as many requests in either case.
@@ -119,6 +124,11 @@ class HeldOut:
             with self._trunk.autocast():
                 logits_V = self._trunk.head(h_1SD[:, -1]).float().cpu()[0]
             finite = finite and bool(logits_V.isfinite().all())
-            probabilities_V = (logits_V / temperature).softmax(0)
-            ids.append(int(torch.multinomial(probabilities_V, 1, generator=generator)) if finite else 0)
+            ids.append(_choose(logits_V, temperature, generator) if finite else 0)
         return ids[len(prompt) :] if finite else None
+
+
+def _choose(logits_V: Tensor, temperature: float, generator: torch.Generator) -> int:
+    if not temperature:
+        return int(logits_V.argmax())
+    return int(torch.multinomial((logits_V / temperature).softmax(0), 1, generator=generator))

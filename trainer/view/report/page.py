@@ -19,6 +19,7 @@ from trainer.common.figure_style import SERIES
 from trainer.config.recipe import Recipe
 from trainer.telemetry.console import describe
 from trainer.telemetry.time_breakdown import ACTIVITIES
+from trainer.train.ends.early_stop import ended_early
 from trainer.view.rates import ROLES, Shares
 from trainer.view.records import RECIPE_FILE, Records, facts_of, is_run, recorded_load, recorded_owners, saved_recipe
 from trainer.view.report import facts
@@ -82,7 +83,9 @@ def _missing(records: Records, recipe: Recipe | None, load_LM: NDArray[np.int64]
     if not records.steps:
         lines.append("No step is recorded yet, so there are no curves.")
     elif recipe and records.steps[-1] < recipe.train.steps:
-        lines.append(f"The run is not finished: it has made {records.steps[-1]:,} of {recipe.train.steps:,} steps.")
+        early = ended_early(recipe.eval, records.val_losses)
+        state = "has ended early (eval.patience or eval.stop_below)" if early else "is not finished"
+        lines.append(f"The run {state}: it has made {records.steps[-1]:,} of {recipe.train.steps:,} steps.")
     if not records.val_losses:
         lines.append("No evaluation is recorded yet, so there is no validation loss.")
     if pooled and load_LM is None:

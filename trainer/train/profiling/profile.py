@@ -52,7 +52,7 @@ class StepProfile:
     def _record(self, number: int) -> Iterator[None]:
         from torch.profiler import ProfilerActivity, profile, record_function
 
-        from trainer.train.profile_ranges import named_ranges
+        from trainer.train.profiling.profile_ranges import named_ranges
 
         if self._profiler is None:
             activities = [ProfilerActivity.CPU]

@@ -1,0 +1,196 @@
+"""A server and the clients of the OpenAI API, with a small model."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import torch
+import uvicorn
+
+from tests.trainer.export.test_transformers import model_with
+from tests.trainer.serve.test_text import tokenizer
+from trainer.export.loaded_model import LoadedModel
+from trainer.serve.application import LARGEST_BODY, Service, application
+from trainer.serve.engine import Engine
+from trainer.telemetry.prometheus import parse
+
+BATCH, QUEUE, WINDOW = 3, 4, 24
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}{{ raise_exception('no answers') }}{% endif %}"
+    "{{ m.role[0] }}: {{ m.content }}\n{% endfor %}"
+)
+
+
+@dataclass
+class Server:
+    """A server in a thread of its own."""
+
+    engine: Engine
+    service: Service
+    address: str
+    loaded: LoadedModel
+
+    def client(self, key: str = "secret") -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.address}/v1", api_key=key, max_retries=0, timeout=60)
+
+    def complete(self, **settings: Any) -> Any:
+        given = {"model": "small", "prompt": "def size", "temperature": 0, "max_tokens": 6} | settings
+        return self.client().completions.create(**given)
+
+    def generated(self, prompt: str, tokens: int) -> str:
+        """What `generate` continues a prompt with."""
+        ids = torch.tensor([tokenizer()(prompt)["input_ids"]])
+        made = self.loaded.model.generate(ids, max_new_tokens=tokens, do_sample=False)[0, ids.shape[1] :]
+        return str(tokenizer().decode(made, skip_special_tokens=True))
+
+    def get(self, path: str) -> Any:
+        return self.client().with_options(timeout=5)._client.get(self.address + path)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    model = model_with(seed=2, vocab_size=270, max_position_embeddings=WINDOW)
+    chat = tokenizer()
+    chat.bos_token = chat.eos_token = chat.decode([0])
+    chat.chat_template = TEMPLATE
+    loaded = LoadedModel(Path("small"), model, chat, None)
+    engine = Engine(loaded, BATCH, QUEUE)
+    service = Service(engine, chat, "small", "secret")
+    listener = socket.create_server(("127.0.0.1", 0))
+    http = uvicorn.Server(uvicorn.Config(application(service), log_level="warning"))
+    engine.start()
+    thread = threading.Thread(target=http.run, kwargs={"sockets": [listener]})
+    thread.start()
+    yield Server(engine, service, f"http://127.0.0.1:{listener.getsockname()[1]}", loaded)
+    http.should_exit = True
+    thread.join()
+    engine.stop()
+    assert not engine.alive
+
+
+def test_parallel_requests_give_what_generate_gives(server: Server) -> None:
+    """Seven at once, where three are computed together: answers are those of `generate` one after the other."""
+    prompts = ["def size", "return", "size def return", "d", "\n\n", "return size\n", "e"]
+    with ThreadPoolExecutor(len(prompts)) as clients:
+        answers = list(clients.map(lambda prompt: server.complete(prompt=prompt, max_tokens=9), prompts))
+    assert [answer.choices[0].text for answer in answers] == [server.generated(prompt, 9) for prompt in prompts]
+    assert len({answer.choices[0].text for answer in answers}) > 4
+    together = server.complete(prompt=prompts[:3], max_tokens=9)
+    assert [choice.text for choice in together.choices] == [answer.choices[0].text for answer in answers[:3]]
+    lengths = [len(tokenizer()(prompt)["input_ids"]) for prompt in prompts[:3]]
+    assert together.usage.prompt_tokens == sum(lengths) and together.usage.completion_tokens == 27
+
+
+def test_streams(server: Server) -> None:
+    chunks = list(server.complete(stream=True, max_tokens=9, stream_options={"include_usage": True}))
+    assert "".join(chunk.choices[0].text for chunk in chunks[:-1]) == server.generated("def size", 9)
+    assert len(chunks) > 3 and chunks[-2].choices[0].finish_reason == "length"
+    assert chunks[-1].choices == [] and chunks[-1].usage.completion_tokens == 9
+    left = server.complete(stream=True, max_tokens=15)
+    next(iter(left))
+    left.close()
+    deadline = time.monotonic() + 10
+    while server.engine.running and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert (server.engine.running, server.engine.waiting) == (0, 0), "a client that goes away ends its answer"
+
+
+def test_stop_sequences_and_echo(server: Server) -> None:
+    whole = server.generated("def size", 12)
+    stop = whole[len(whole) // 2 :][:2]
+    cut = server.complete(max_tokens=12, stop=[stop, "never"], echo=True).choices[0]
+    assert cut.text == "def size" + whole[: whole.find(stop)] and cut.finish_reason == "stop"
+    streamed = server.complete(max_tokens=12, stop=stop, stream=True)
+    assert "".join(chunk.choices[0].text for chunk in streamed) == whole[: whole.find(stop)]
+
+
+def test_seeds(server: Server) -> None:
+    """The answer follows from the seed, whatever is computed beside it; top_k=1 and a tiny top_p are greedy."""
+    first = server.complete(temperature=1, seed=5, n=3, max_tokens=12)
+    texts = [choice.text for choice in first.choices]
+    assert len(set(texts)) == 3
+    assert server.complete(temperature=1, seed=6, max_tokens=12).choices[0].text == texts[1]
+    for narrow in ({"top_p": 1e-6}, {"extra_body": {"top_k": 1}}):
+        answer = server.complete(temperature=1, seed=5, max_tokens=9, **narrow)
+        assert answer.choices[0].text == server.generated("def size", 9)
+    assert server.complete(temperature=1, max_tokens=12).choices[0].text != texts[0], "without a seed it is another"
+
+
+def test_chat(server: Server) -> None:
+    messages = [{"role": "developer", "content": "be"}, {"role": "user", "content": [{"type": "text", "text": "def"}]}]
+    settings: Any = {"model": "small", "messages": messages, "temperature": 0, "max_completion_tokens": 5}
+    answer = server.client().chat.completions.create(**settings)
+    expected = server.generated("s: be\nu: def\n", 5)
+    assert answer.choices[0].message.content == expected and answer.choices[0].message.role == "assistant"
+    chunks = list(server.client().chat.completions.create(**settings, stream=True))
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == expected
+    del settings["max_completion_tokens"]
+    rest = server.client().chat.completions.create(**settings)
+    assert rest.usage.total_tokens == WINDOW or rest.choices[0].finish_reason == "stop"
+    settings["messages"] = [{"role": "assistant", "content": "hello"}]
+    with pytest.raises(openai.BadRequestError, match="no answers"):
+        server.client().chat.completions.create(**settings)
+
+
+REFUSED: list[tuple[dict[str, Any], int, str | None, str]] = [
+    ({"model": "large"}, 404, "model", "model_not_found"),
+    ({"max_tokens": 0}, 400, "max_tokens", "invalid_value"),
+    ({"max_tokens": WINDOW}, 400, "prompt", "context_length_exceeded"),
+    ({"temperature": "hot"}, 400, "temperature", "invalid_value"),
+    ({"top_p": 0}, 400, "top_p", "invalid_value"),
+    ({"stop": ["a"] * 5}, 400, "stop", ""),
+    ({"stop": ""}, 400, "stop", ""),
+    ({"frequency_penalty": 1}, 400, "frequency_penalty", "invalid_value"),
+    ({"logprobs": 3}, 400, "logprobs", "invalid_value"),
+    ({"prompt": [[1, 270]]}, 400, "prompt", ""),
+    ({"prompt": []}, 400, "prompt", ""),
+    ({"extra_body": {"beams": 2}}, 400, "beams", "unknown_parameter"),
+    ({"n": BATCH + QUEUE + 1}, 503, None, "queue_full"),
+]
+
+
+@pytest.mark.parametrize(("settings", "status", "param", "code"), REFUSED, ids=lambda value: str(value)[:30])
+def test_bad_requests(server: Server, settings: dict[str, Any], status: int, param: str | None, code: str) -> None:
+    with pytest.raises(openai.APIStatusError) as caught:
+        server.complete(**settings)
+    body: Any = caught.value.body
+    assert (caught.value.status_code, body["param"], body["code"] or "") == (status, param, code)
+    assert body["message"] and body["type"] == ("server_error" if status == 503 else "invalid_request_error")
+    assert (server.engine.running, server.engine.waiting) == (0, 0)
+
+
+def test_what_is_no_request(server: Server) -> None:
+    http = server.client()._client
+    headers = {"authorization": "Bearer secret", "content-type": "application/json"}
+    bodies = [b"{", b"[]", b'{"model": "small", "prompt": "\\ud800"}', b"x" * (LARGEST_BODY + 1)]
+    answers = [http.post(f"{server.address}/v1/completions", content=body, headers=headers) for body in bodies]
+    assert [answer.status_code for answer in answers] == [400, 400, 400, 413]
+    assert all(json.loads(answer.text)["error"]["type"] == "invalid_request_error" for answer in answers)
+    assert server.get("/v2").status_code == 404 and "error" in json.loads(server.get("/v2").text)
+    with pytest.raises(openai.AuthenticationError, match="Incorrect API key"):
+        server.client("wrong").models.list()
+    assert [model.id for model in server.client().models.list()] == ["small"]
+    assert server.client().models.retrieve("small").id == "small"
+
+
+def test_health_and_metrics(server: Server) -> None:
+    """Both need no key, and the page counts what was done."""
+    before = parse(server.get("/metrics").text)
+    server.complete(max_tokens=5)
+    after = parse(server.get("/metrics").text)
+    for name, grown in (("new_tokens_total", 5), ("first_text_seconds_count", 1), ("request_seconds_count", 1)):
+        assert after[f"unipool_serve_{name}"][0][1] - before[f"unipool_serve_{name}"][0][1] == grown
+    done = {tuple(labels.values()): number for labels, number in after["unipool_serve_requests_total"]}
+    assert done["/v1/completions", "200"] > 0 and after["unipool_serve_running"] == [({}, 0)]
+    assert json.loads(server.get("/health").text) == {"status": "ok"}

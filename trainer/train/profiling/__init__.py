@@ -1,0 +1,1 @@
+"""Recordings of optimizer steps by torch's profiler."""
