@@ -119,6 +119,16 @@ def test_no_more_is_read_than_a_part_ahead(training):
     assert sorted(path.name for path in stream._parts.folder.glob("0*[0-9]")) == ["000000", "000001"]
 
 
+def test_a_part_in_the_making_holds_up_nobody_who_needs_another(training, alone):
+    parts = SourceParts(training, SIZE, QUIET)
+    parts.reach(0)
+    with parts._lock:
+        reader = threading.Thread(target=parts.reach, args=(0,), daemon=True)
+        reader.start()
+        reader.join(30)
+        assert not reader.is_alive()
+
+
 def test_text_that_changes_meanwhile_is_refused(training, alone, jsonl, tmp_path):
     source = tmp_path / "copy.jsonl"
     source.write_text(jsonl.read_text())

@@ -79,6 +79,8 @@ class SourceParts:
         Raises:
             UserError: The source cannot be read or has changed; see `Documents` and `make_once`.
         """
+        if number < len(self._rows):  # while another thread may be making the next one
+            return
         with self._lock:
             while len(self._rows) <= number and self.total is None:
                 place = len(self._rows)
