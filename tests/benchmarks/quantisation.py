@@ -34,10 +34,10 @@ from trainer.evaluate.loss import summed_loss
 from trainer.export.loaded_model import prepare_libraries
 from trainer.export.saved_run import data_of, find_run
 
-ROWS = 256
+ROWS = 64
 """Held-out windows."""
 
-PROMPT, NEW_TOKENS, ROUNDS = 16, 64, 5
+PROMPT, NEW_TOKENS, ROUNDS = 16, 32, 4
 MATRICES = r"re:.*\.(experts\.(gate_up|down)_proj|self_attn\.\w_proj)"
 GROUP = 32
 """Weights that share a scale in 4 bits."""

@@ -55,7 +55,6 @@ def worker(export: Path) -> None:
 
     before = process.memory_info().rss
     model = load_model(export, "cpu").model
-    torch.zeros(1)
     config = model.config
     expert_bytes = sum(tensor[0].nbytes for tensor in model.model.experts.parameters())
     facts = {
@@ -66,47 +65,58 @@ def worker(export: Path) -> None:
         "resident_bytes": process.memory_info().rss - before,
     }
     print(json.dumps(facts), flush=True)
+    touched: dict[int, dict[str, float]] = {}
     for line in sys.stdin:
-        print(json.dumps(_answer(model, int(line))), flush=True)
+        batch = int(line)
+        generator = torch.Generator().manual_seed(batch)
+        prompts = torch.randint(1, config.vocab_size, (batch, PROMPT), generator=generator).tolist()
+        if batch not in touched:
+            touched[batch] = experts_touched(model, prompts)
+        print(json.dumps({"tokens_per_second": speed(model, prompts), **touched[batch]}), flush=True)
 
 
-def _answer(model: Any, batch: int) -> dict[str, float]:
-    """Answer a batch of requests: new tokens per second, and experts touched by a decoding step, by hooks, untimed."""
-    import torch
-    from transformers import ContinuousBatchingConfig, GenerationConfig
+def speed(model: Any, prompts: list[list[int]]) -> float:
+    """Return the new tokens per second of requests that are computed together."""
+    from transformers import ContinuousBatchingConfig
 
-    settings = GenerationConfig(max_new_tokens=NEW, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    batch = len(prompts)
     paging = ContinuousBatchingConfig(
         page_size=32, num_blocks=2 * batch + 2, max_batch_tokens=512, max_requests_per_batch=batch, safety_margin=0.0
     )
-    generator = torch.Generator().manual_seed(batch)
-    prompts = torch.randint(1, model.config.vocab_size, (batch, PROMPT), generator=generator).tolist()
-    outputs = model.generate_batch(prompts, generation_config=settings, continuous_batching_config=paging)
+    outputs = model.generate_batch(prompts, generation_config=_settings(), continuous_batching_config=paging)
     spans = [output.lifespan for output in outputs.values()]
-    seconds = max(end for _, end in spans) - min(start for start, _ in spans)
-    assert all(len(output.generated_tokens) == NEW for output in outputs.values())
-    layers = model.config.num_hidden_layers
-    touched: list[set[int]] = []
-    per_layer: list[int] = []
+    assert len(spans) == batch and all(len(output.generated_tokens) == NEW for output in outputs.values())
+    return batch * NEW / (max(end for _, end in spans) - min(start for start, _ in spans))
+
+
+def experts_touched(model: Any, prompts: list[list[int]]) -> dict[str, float]:
+    """Return how many different experts a decoding step takes, in all layers together and in one."""
+    import torch
+
+    layers, batch = model.config.num_hidden_layers, len(prompts)
+    steps: list[set[int]] = []
+    counts: list[int] = []
 
     def note(_module: Any, inputs: Any) -> None:
-        if len(inputs[0]) == batch:  # a decoding step
+        if len(inputs[0]) == batch:  # a decoding step, one token of each request
+            if len(counts) % layers == 0:
+                steps.append(set())
             chosen = set(inputs[1].flatten().tolist())
-            if len(per_layer) % layers == 0:
-                touched.append(set())
-            per_layer.append(len(chosen))
-            touched[-1] |= chosen
+            counts.append(len(chosen))
+            steps[-1] |= chosen
 
     hook = model.model.experts.register_forward_pre_hook(note)
     ids = torch.tensor(prompts)
     with torch.inference_mode():
-        model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
+        model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=_settings())
     hook.remove()
-    return {
-        "tokens_per_second": batch * NEW / seconds,
-        "experts_per_step": statistics.mean(map(len, touched)),
-        "experts_per_layer": statistics.mean(per_layer),
-    }
+    return {"experts_per_step": statistics.mean(map(len, steps)), "experts_per_layer": statistics.mean(counts)}
+
+
+def _settings() -> Any:
+    from transformers import GenerationConfig
+
+    return GenerationConfig(max_new_tokens=NEW, do_sample=False, eos_token_id=-1, pad_token_id=0)
 
 
 def exports(runs: Path, folder: Path) -> dict[str, Path]:
@@ -251,6 +261,7 @@ def main(runs: Path | None, out: Path | None, rounds: int, export: Path | None) 
         return worker(export)
     if runs is None:
         raise click.UsageError("--runs is missing")
+    rounds = max(rounds, 3)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         servers = {name: stack.enter_context(Server(path)) for name, path in exports(runs, Path(folder)).items()}
         rows = measure(servers, rounds)

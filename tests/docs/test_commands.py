@@ -16,7 +16,7 @@ from trainer.cli import cli
 from trainer.config.recipe import load_recipe, recipe_names
 from trainer.sweep.spec import load_sweep
 
-PLACEHOLDER = re.compile(r"[A-Z_]+(\.\w+)?|my\.yaml|recipe\.yaml")
+PLACEHOLDER = re.compile(r"[A-Z_]+(\.\w+)?|my\.yaml|([\w-]+/)*recipe\.yaml")
 """Recipes, numbers and the like that a reader replaces."""
 
 

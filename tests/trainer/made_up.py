@@ -162,6 +162,7 @@ def write_run(folder: Path, steps: int = 60, recipe: str = "quickstart", overrid
             record |= {"effective_experts": experts * (0.8 - 0.4 * left), "distinct_experts": 7 - 2 * left}
             record["specialisation"] = 0.6 - 0.4 * left
             record |= {"layer_gate": 0.5 + 0.5 * left, "smallest_gate": 0.3 + 0.6 * left}
+            record["layer_gates"] = [0.3 + 0.6 * left + 0.01 * layer for layer in range(checked.model.layers)]
             for role, shares in SHARES.items():
                 waiting = shares[1] + 0.02 * d
                 for activity, share in zip(ACTIVITIES, (shares[0] - 0.02 * d, waiting, *shares[2:]), strict=True):

@@ -28,8 +28,11 @@ def report_errors() -> Iterator[None]:
         sys.stdout.flush()  # here, where an error can still be reported
     except UserError as error:
         _exit(str(error), error.status)
+    except click.exceptions.NoArgsIsHelpError as error:  # a group without a command: the message is its help
+        error.show()
+        sys.exit(2)
     except click.ClickException as error:
-        _exit(error.format_message(), 2)
+        _exit(error.format_message() + _where_to_look(error), 2)
     except BrokenModel as error:
         _exit(str(error), 1)
     except (click.Abort, KeyboardInterrupt):
@@ -59,6 +62,13 @@ def end_process(status: int) -> NoReturn:
         with suppress(OSError, ValueError):  # closed, or on a full disk
             stream.flush()
     os._exit(status)
+
+
+def _where_to_look(error: click.ClickException) -> str:
+    """Name the help of the command whose argument is missing."""
+    if isinstance(error, click.MissingParameter) and error.ctx is not None:
+        return f" See {error.ctx.command_path} --help."
+    return ""
 
 
 def _exit(line: str, status: int) -> NoReturn:

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import shutil
+import sys
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, TypedDict
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 _PIPE_WIDTH = 250
 """Columns that a table may have where stdout is no terminal; rich would cut it to 80."""
+
+
+class _Words(TypedDict):
+    break_long_words: bool
+    break_on_hyphens: bool
+
+
+_WORDS: _Words = {"break_long_words": False, "break_on_hyphens": False}
 
 
 def new_table(title: str, *columns: str) -> Table:
@@ -45,5 +56,16 @@ def print_tables(*tables: Table, notes: Sequence[str] = ()) -> None:
         console.width = _PIPE_WIDTH
     for table in tables:
         console.print(table)
+    width = console.width if in_terminal else 10**6
     for note in notes:
-        console.print(f"- {note}", style="dim", soft_wrap=not in_terminal)
+        text = textwrap.fill(f"- {note}", width, subsequent_indent="  ", **_WORDS)
+        console.print(text, style="dim", soft_wrap=True)
+
+
+def print_names(texts: Mapping[str, str]) -> None:
+    """Print names, and beside each what it is. In a terminal, a text that is too long goes on below itself."""
+    column = 2 + max(map(len, texts), default=0)
+    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else 10**6
+    for name, text in texts.items():
+        width = max(column + 20, columns)
+        print(textwrap.fill(f"{name:<{column}}{text}", width, subsequent_indent=" " * column, **_WORDS))

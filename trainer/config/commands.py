@@ -10,13 +10,14 @@ from trainer.common.atomic import atomic_write
 from trainer.common.errors import UserError
 from trainer.common.format import plural
 from trainer.common.strict_json import dumps
+from trainer.common.tables import print_names
 from trainer.config.completion import SHELLS, complete_recipe, script
 from trainer.config.options import count_option
-from trainer.config.recipe import recipe_names
+from trainer.config.recipe import headline, recipe_names
 
 
 @click.command()
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON list.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON list of the names.")
 def recipes(as_json: bool) -> None:
     """List the recipes that come with the trainer.
 
@@ -24,7 +25,10 @@ def recipes(as_json: bool) -> None:
     Example:
       unipool recipes
     """
-    print(dumps(recipe_names()) if as_json else "\n".join(recipe_names()))
+    if as_json:
+        print(dumps(recipe_names()))
+    else:
+        print_names({name: headline(name) for name in recipe_names()})
 
 
 @click.command(short_help="Write a commented recipe to start from.")

@@ -16,7 +16,7 @@ from click.shell_completion import split_arg_string as split_words
 from pydantic import BaseModel
 
 from trainer.config.key_errors import sections_in
-from trainer.config.recipe import Recipe, recipe_names
+from trainer.config.recipe import Recipe, headline, recipe_names
 
 Items = list[CompletionItem[str]]
 
@@ -109,7 +109,7 @@ def script(root: click.Command, shell: str) -> str:
 
 def complete_recipe(context: click.Context, parameter: click.Parameter, begun: str) -> Items:
     """Complete a recipe: the names, and YAML files that lie where the user looks."""
-    names = [CompletionItem(name) for name in recipe_names() if name.startswith(begun)]
+    names = [CompletionItem(name, help=headline(name)) for name in recipe_names() if name.startswith(begun)]
     files = [CompletionItem(file) for file in _entries(begun, _is_recipe)]
     return [*names, *files] or [CompletionItem(begun, "file")]
 

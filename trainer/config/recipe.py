@@ -99,6 +99,12 @@ def recipe_names() -> list[str]:
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
+def headline(name: str) -> str:
+    """Return the first comment of a recipe that comes with the trainer."""
+    text = (resources.files("trainer.config") / "recipes" / f"{name}.yaml").read_text()
+    return text.partition("\n")[0].removeprefix("# ")
+
+
 def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe by name or from a file, apply `key.path=value` overrides, and check it.
 

@@ -81,10 +81,10 @@ def examine(checks: Sequence[Check], recipe: Recipe | None, done: Callable[[], o
     found: dict[str, list[Finding]] = {}
     for check in checks:
         ours, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=_run, args=(check, recipe, theirs), daemon=True)
-        process.start()
+        started = context.Process(target=_run, args=(check, recipe, theirs), daemon=True)
+        started.start()
         theirs.close()
-        running[ours] = check, process, time.monotonic() + check.seconds
+        running[ours] = check, started, time.monotonic() + check.seconds
     while running:
         soonest = min(deadline for _, _, deadline in running.values())
         answered = wait(list(running), max(0.0, soonest - time.monotonic()))

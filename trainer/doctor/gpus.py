@@ -31,6 +31,8 @@ _FIELDS = (
     *("index", "driver_version", "memory.total", "memory.used", "mig.mode.current", "ecc.mode.current"),
     "ecc.errors.uncorrected.volatile.total",
 )
+_PROCESS = 450 * 10**6
+"""Assumed: bytes of a rank's process with torch and deepspeed loaded, which the estimate leaves out."""
 _BUSY_MIB = 1024
 """Memory in use of a GPU from which on somebody else computes there: a driver's own takes some hundred MiB."""
 
@@ -86,7 +88,8 @@ def _recipe(recipe: Recipe, facts: GpuFacts, memory: Sequence[int]) -> Iterator[
     try:
         devices = check_machine(recipe.grid, recipe.parallel.device, facts)
     except UserError as problem:
-        yield error("ranks", str(problem), "or use more machines (docs/operations/hostfile.md)")
+        several = "or start it on several machines (docs/operations/hostfile.md)"
+        yield error("ranks", str(problem), several if facts.gpus else "see GPUs")
         return
     line = devices.lines[0].removeprefix("devices: ")
     yield ok("ranks", f"{plural(recipe.grid.world_size, 'rank')} of {recipe.run.dir} on {line}")
@@ -99,7 +102,7 @@ def _fit(recipe: Recipe, devices: Devices, memory: Sequence[int]) -> Iterator[Fi
     needs = [part for part in estimate_memory(recipe, lanes) for _ in range(part.ranks)]
     usable = usable_memory()
     on_gpus: Counter[int] = Counter()
-    on_host = 0
+    on_host = _PROCESS * len(needs)
     for need, ordinal in zip(needs, devices.ordinals, strict=True):
         if ordinal is None:
             on_host += need.tensors

@@ -33,7 +33,8 @@ def folder_of_run(recipe: Recipe | None) -> Iterator[Finding]:
     needed, needs = _SPARE, ""
     if recipe is not None:
         each, kept = _SAVED_BYTES * count_parameters(recipe).total, recipe.checkpoint.keep + 1
-        needed, needs = each * kept, f"; {plural(kept, 'checkpoint')} of {size(each)} need {size(each * kept)}"
+        needs = f"; {plural(kept, 'checkpoint')} of {size(each)} need {size(each * kept)}"
+        needed = max(each, each * kept - _held(Path(recipe.run.dir) / "checkpoints"))
     yield _folder("run.dir", Path(recipe.run.dir if recipe else "runs"), needed, needs, "checkpoint.keep")
 
 
@@ -70,6 +71,10 @@ def _folder(about: str, folder: Path, needed: float, needs: str, key: str) -> Fi
     if free < needed:
         return error(about, found, f"free some space, set another folder, or lower {key}")
     return warning(about, found, _SLOW_MEND) if speed < _SLOW else ok(about, found)
+
+
+def _held(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def _existing(folder: Path) -> Path:

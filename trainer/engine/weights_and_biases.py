@@ -83,7 +83,7 @@ class WandbRun:
     def finish(self) -> None:
         """Wait until wandb has everything, but not for long."""
         self._add(None)
-        if not self._idle.wait(LAST_WAIT if self._on else 1.0):
+        if not self._idle.wait(LAST_WAIT if self._on else min(LAST_WAIT, 1.0)):
             self._give_up(f"not everything is sent after {LAST_WAIT:g} s; `wandb sync` sends the rest")
         if not self._on:
             for process in psutil.Process().children():  # otherwise the interpreter waits for it at its end

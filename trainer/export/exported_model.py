@@ -71,7 +71,30 @@ def load_export(path: Path) -> tuple[UniPoolForCausalLM, PreTrainedTokenizerFast
     Raises:
         UserError: The folder holds another kind of model, or the export is damaged.
     """
-    config, tensors = _read_config(path), StoredTensors(path)
+    config = _read_config(path)
+    if "quantization_config" in read_object(path / "config.json"):
+        model = _load_quantised(path)
+    else:
+        model = _load_plain(path, config)
+    tokenizer = _read_tokenizer(path, config)
+    ends = _end_ids(path, config.vocab_size) or tokenizer.eos_token_id
+    model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id)
+    return model, tokenizer
+
+
+def _load_quantised(path: Path) -> UniPoolForCausalLM:
+    """Load a model that transformers quantised and saved, with our own code and the library that quantised it."""
+    try:
+        return UniPoolForCausalLM.from_pretrained(path, local_files_only=True)
+    except Exception as error:  # transformers and the libraries each raise their own kinds
+        raise UserError(
+            f"{path}: the quantised model cannot be loaded ({first_line(error)}); it needs the library that quantised "
+            "it, for torchao: pip install torchao"
+        ) from error
+
+
+def _load_plain(path: Path, config: UniPoolConfig) -> UniPoolForCausalLM:
+    tensors = StoredTensors(path)
     # A config.json that asks for far more tensors than there are is refused before a model of its size is built.
     if max(config.num_hidden_layers, config.num_experts if config.ffn == "pool" else 0) > len(tensors.shapes):
         raise UserError(f"{path}: has fewer tensors than its config.json has layers or experts; export the run again")
@@ -80,11 +103,7 @@ def load_export(path: Path) -> tuple[UniPoolForCausalLM, PreTrainedTokenizerFast
     kind = tensors.types["lm_head.weight"]
     if kind not in _TYPES:
         raise UserError(f"{path}: the type of the weights is {kind}; it must be one of {', '.join(_TYPES)}")
-    model = filled_model(config, tensors.read, _TYPES[kind])
-    tokenizer = _read_tokenizer(path, config)
-    ends = _end_ids(path, config.vocab_size) or tokenizer.eos_token_id
-    model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id)
-    return model, tokenizer
+    return filled_model(config, tensors.read, _TYPES[kind])
 
 
 def _read_config(path: Path) -> UniPoolConfig:

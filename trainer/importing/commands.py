@@ -8,15 +8,17 @@ from typing import Any
 import click
 
 from trainer.common.strict_json import dumps
+from trainer.config.completion import RunPath, complete_recipe
 from trainer.config.options import Decorator, count_option, json_option, seed_option, set_option
 
 _WRITES: tuple[Decorator, ...] = (
-    click.argument("source", type=click.Path(path_type=Path)),
+    click.argument("source", type=RunPath()),
     click.argument("out", type=click.Path(path_type=Path)),
     click.option(
         "--recipe",
         "base",
         metavar="RECIPE",
+        shell_complete=complete_recipe,
         help="Recipe of which OUT/recipe.yaml has all but the model.  [default: that of a run SOURCE, or quickstart]",
     ),
     set_option,

@@ -22,7 +22,7 @@ from trainer.serve.engine import Engine, Sampling
 from trainer.serve.metrics import ServerMetrics
 from trainer.serve.requests import Chat, Completion, RequestError, invalid
 
-LARGEST_BODY = 4 * 2**20
+LARGEST_BODY = 2**20
 """Bytes of the largest body of a request."""
 
 
@@ -87,11 +87,7 @@ class Service:
     def prompt(self, text: str | list[int], param: str) -> list[int]:
         """Return the tokens of a prompt; an empty one starts a document."""
         if isinstance(text, str):
-            try:
-                text.encode()
-            except UnicodeEncodeError:
-                raise RequestError(f"'{param}' has half of a surrogate pair", param) from None
-            text = list(self.tokenizer(text)["input_ids"])
+            text = self._encoded(text, param)
         largest = self.engine.vocabulary - 1
         if not all(0 <= token <= largest for token in text):
             raise RequestError(f"'{param}' has a token that is not from 0 to {largest}", param)
@@ -108,7 +104,14 @@ class Service:
             text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         except Exception as error:  # templates refuse conversations by errors of their own
             raise RequestError(f"The chat template refuses these messages: {one_line(error)}", "messages") from None
-        return self.prompt(self.tokenizer(text, add_special_tokens=False)["input_ids"], "messages")
+        return self.prompt(self._encoded(text, "messages", add_special_tokens=False), "messages")
+
+    def _encoded(self, text: str, param: str, **settings: bool) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise RequestError(f"'{param}' has half of a surrogate pair", param) from None
+        return list(self.tokenizer(text, **settings)["input_ids"])
 
     async def watched(self, asked: Asked) -> AsyncGenerator[Piece, None]:
         """Yield the pieces of the answers, and measure them."""
@@ -264,6 +267,11 @@ def application(service: Service) -> FastAPI:
     async def unknown(request: Request, error: HTTPException) -> Response:
         what = f"{request.method} {request.url.path}: {error.detail}"
         return await refused(request, RequestError(what, status=error.status_code))
+
+    @app.exception_handler(Exception)
+    async def failed(request: Request, _error: Exception) -> Response:
+        """Starlette logs the error."""
+        return await refused(request, RequestError("The server had an error while processing your request", status=500))
 
     app.add_middleware(Gate, metrics=service.metrics)
     return app

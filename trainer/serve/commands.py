@@ -6,11 +6,12 @@ from pathlib import Path
 
 import click
 
+from trainer.config.completion import RunPath
 from trainer.config.options import count_option, device_option
 
 
 @click.command(short_help="Serve a model over HTTP, as the OpenAI API does.")
-@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("source", type=RunPath())
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0: all of them.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="Port; 0: a free one.")
 @click.option("--name", help="Name of the model for clients.  [default: the run's or the export's folder]")

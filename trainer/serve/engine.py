@@ -134,10 +134,12 @@ class Engine:
             raise RequestError("the model has stopped computing; start the server again", status=503)
         free = self._batch + self._queue - self.running - self.waiting
         if answers > free:
-            raise RequestError("The engine is currently overloaded, please try again later", None, "queue_full", 503)
+            raise _overloaded()
 
     @asynccontextmanager
     async def _place(self) -> AsyncGenerator[None, None]:
+        if self._places.locked() and self.waiting >= self._queue:  # others were admitted at the same time
+            raise _overloaded()
         self.waiting += 1
         try:
             await self._places.acquire()
@@ -185,3 +187,7 @@ class Engine:
                 if not finished:
                     self._manager.cancel_request(name)
                     self._manager.output_router.result_handlers.pop(name, None)
+
+
+def _overloaded() -> RequestError:
+    return RequestError("The engine is currently overloaded, please try again later", None, "queue_full", 503)

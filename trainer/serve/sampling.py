@@ -25,6 +25,9 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
 GREEDY = 0
 """The key of a row without noise."""
 
+SMALLEST_TEMPERATURE = 1e-5
+"""Below, scores over the temperature may be infinite."""
+
 
 def add_sampling(processors: Any) -> None:
     """Let requests give `temperature`, `top_k`, `top_p` and `seed`.
@@ -47,8 +50,8 @@ def add_sampling(processors: Any) -> None:
 
 
 def sampling_arguments(temperature: float, top_k: int, top_p: float, seed: int, vocabulary: int) -> dict[str, Any]:
-    """Return a request's arguments for the processors; a temperature of 0 takes the most likely token."""
-    if temperature == 0:
+    """Return a request's arguments for the processors; a temperature near 0 takes the most likely token."""
+    if temperature < SMALLEST_TEMPERATURE:
         return {"temperature": 1.0, "top_k": vocabulary, "top_p": 1.0, "seed": -1}
     return {"temperature": temperature, "top_k": top_k or vocabulary, "top_p": top_p, "seed": seed}
 

@@ -11,6 +11,7 @@ import click
 
 from trainer.common.errors import UserError
 from trainer.common.strict_json import dumps
+from trainer.common.tables import print_names
 from trainer.config.completion import complete_setting
 
 if TYPE_CHECKING:
@@ -74,7 +75,10 @@ def sweep(
 
     if listed:
         names = {name: headline(name) for name in sweep_names()}
-        print(dumps(names) if as_json else "\n".join(f"{name:<24}{text}" for name, text in names.items()))
+        if as_json:
+            print(dumps(names))
+        else:
+            print_names(names)
         return
     if source is None:
         raise UserError("sweep: give the name of a sweep (see unipool sweep --list), its file, or its folder")

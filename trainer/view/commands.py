@@ -38,16 +38,19 @@ def watch(sources: tuple[str, ...], interval: float, once: bool, as_json: bool) 
     show(sources, interval, once, as_json)
 
 
-@click.command(short_help="Write a report of a run as one HTML file.")
-@click.argument("run", type=RunPath())
+@click.command(short_help="Write a report of a run, or of several beside one another, as one HTML file.")
+@click.argument("runs", nargs=-1, required=True, type=RunPath(), metavar="RUN...")
 @click.option(
     "--out",
     type=click.Path(dir_okay=False, path_type=Path),
     metavar="FILE.html",
-    help="File to write; default: report.html in RUN.",
+    help="File to write; default: report.html in RUN, or comparison.html in the first RUN.",
 )
-def report(run: Path, out: Path | None) -> None:
-    """Write a report of a run as one HTML file: curves, a heat map of the experts' load, and facts.
+def report(runs: tuple[Path, ...], out: Path | None) -> None:
+    """Write a report of a run as one HTML file: curves, what the time went into, the experts by depth, and facts.
+
+    Of several runs, up to eight, the file shows what differs: results and recipes side by side, curves over tokens and
+    over hours, and the difference to the first run.
 
     The file opens without a network. The report of an unfinished run shows what it has recorded so far.
 
@@ -55,10 +58,16 @@ def report(run: Path, out: Path | None) -> None:
     Examples:
       unipool report runs/quickstart
       unipool report runs/quickstart --out quickstart.html
+      unipool report runs/quickstart runs/unipool-182m
     """
+    if len(runs) > 1:
+        from trainer.view.report.comparison import write_comparison
+
+        print(write_comparison(runs, out))
+        return
     from trainer.view.report.page import write_report
 
-    print(write_report(run, out))
+    print(write_report(runs[0], out))
 
 
 @click.command(short_help="Show which layer owns, or would own, which experts.")

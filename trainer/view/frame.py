@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -54,7 +55,7 @@ class Frame:
 def frame_lines(view: View, width: int, height: int) -> list[Text]:
     """Return the lines of a frame; where there are too few, the last sections are cut, which matter least."""
     head = [*_title(view, width), *_progress(view, width), *_flow(_facts(view.scalars), width)]
-    head += [Text(f"! {note}", style="bold bright_red") for note in view.notes]
+    head += [line for note in view.notes for line in _note(note, width)]
     sides = _sides(view, width)
     load = [_rule(width, Text("load of the experts", "bold"), Text(view.load_window, "dim"))] if view.experts else []
     load += _flow(_load_facts(view), width) if view.experts else []
@@ -159,6 +160,12 @@ def _cells(scalars: Mapping[str, float], *facts: tuple[str, str, str, str]) -> l
     return [(name, format(n, spec), style if math.isfinite(n) else "bold bright_red") for name, n, spec, style in known]
 
 
+def _note(note: str, width: int) -> list[Text]:
+    """Return a problem in as many lines as it needs: which ranks are silent stands at its end."""
+    lines = textwrap.wrap(note, max(width - 2, 8), break_on_hyphens=False) or [""]
+    return [Text(f"{'  ' if place else '! '}{line}", style="bold bright_red") for place, line in enumerate(lines)]
+
+
 def _loss(view: View, width: int, height: int) -> list[Text]:
     """Draw the curve, with its first value at the upper left and its last value at the lower right."""
     if not height:
@@ -227,6 +234,7 @@ def _load_facts(view: View) -> list[Cell]:
         *layers,
         *_cells(s, ("shards", "shard_imbalance", ".2f", "")),
         ("dead", f"{dead:,.0f}", "bold bright_red" if dead else "green"),
+        *([("on their own experts", percent(s["own_share"]), "")] if "own_share" in s else []),
         *_cells(
             s, ("effective", "effective_experts", ".1f", ""), ("distinct per token", "distinct_experts", ".1f", "")
         ),
@@ -240,8 +248,7 @@ def _grid(view: View, width: int, room: int) -> Grid:
 def _bars(view: View, width: int, room: int) -> list[Text]:
     """Return rows of bars, one per expert, that begin with the first expert's number, and what a full bar is."""
     g = _grid(view, width, room)
-    known, mean = finite(view.experts), finite_mean(view.experts)
-    most = float(known.max())
+    mean, most = finite_mean(view.experts), float(finite(view.experts).max())
     full = min(most, _CLIP.get(g.height, 4.0) * mean)
     indent = " " * (len(_id(view, 0)) + 1)
     lines = []
@@ -255,11 +262,19 @@ def _bars(view: View, width: int, room: int) -> list[Text]:
             for line, cell in zip(row, cells, strict=True):
                 line.append(gap).append(cell * g.width, style=style)
         lines += row
-    each = "one bar per expert" if g.merged == 1 else f"one bar per {g.merged} experts, for the busiest of them"
-    above = " or more" if most > full else ""
-    legend = f"{each}; full: {full / mean:.1f} x mean{above}, {full:,.0f} tokens per step" if mean else each
-    legend += ("; x: dead" if 0 in known else "") + ("; ?: not known" if len(known) < len(view.experts) else "")
-    return [*lines, Text(indent + legend, style="dim")]
+    return [*lines, Text(indent + _legend(view, g, full, mean, width - len(indent)), style="dim")]
+
+
+def _legend(view: View, g: Grid, full: float, mean: float, width: int) -> str:
+    """Say what a bar is, how high a full one is, and what its marks mean; in fewer words where there is no room."""
+    known = finite(view.experts)
+    marks = ("; x: dead" if 0 in known else "") + ("; ?: not known" if len(known) < len(view.experts) else "")
+    level = f"full: {full / mean:.1f} x mean{' or more' if known.max() > full else ''}" if mean else ""
+    each = f"one bar per {g.merged} experts, for the busiest of them" if g.merged > 1 else "one bar per expert"
+    long = f"{each}; {level}, {full:,.0f} tokens per step" if mean else each
+    if len(long + marks) <= width or not mean:
+        return long + marks
+    return (f"the busiest of {g.merged} each; " if g.merged > 1 else "") + level + marks
 
 
 def _bar(tokens: float, mean: float, full: float, height: int) -> tuple[str, str]:

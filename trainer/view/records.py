@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from array import array
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -30,6 +31,9 @@ CHECKPOINTS = "checkpoints"
 
 SCALARS = [field for table in (StepScalars, Efficiency) for field in fields(table) if not field.metadata["each"]]
 """Fields of a step's record that are single numbers, besides the shares of time."""
+
+BY_LAYER = [field.name for field in fields(StepScalars) if field.metadata["each"]]
+"""Fields of a step's record that have a number per layer."""
 
 _LARGEST = float(np.finfo(np.float32).max)
 """No metric is larger; sums of larger numbers would overflow."""
@@ -73,6 +77,8 @@ class Records:
         val_losses: Validation losses of the evaluations.
         probe_steps: Steps of the routing probes.
         random_routing: Nats that random experts in a layer add to the loss, mean over the probed layers.
+        val_tokens: Tokens of each evaluation.
+        by_layer: The last values of metrics that have one per layer, by name: of up to RECENT steps.
     """
 
     def __init__(self, run: Path):
@@ -83,6 +89,8 @@ class Records:
         self._inode, self._read = inode, 0
         self.steps, self.val_steps, self.val_losses = array("q"), array("q"), array("d")
         self.probe_steps, self.random_routing = array("q"), array("d")
+        self.val_tokens = array("d")
+        self.by_layer = {name: deque[Numbers](maxlen=RECENT) for name in BY_LAYER}
         shares = [f"{role}_{activity}" for role in ROLES for activity in ACTIVITIES]
         self.columns = {name: array("d") for name in (*(field.name for field in SCALARS), *shares)}
         self._rare = {
@@ -115,8 +123,13 @@ class Records:
             steps, values = self._rare[name]
             steps.append(step)
             values.append(_number(record[name]))
+        if "val_loss" in record:
+            self.val_tokens.append(_number(record.get("val_tokens")))
         if "loss" in record:
             self.steps.append(step)
+            for name, rows in self.by_layer.items():
+                if (values := record.get(name)) and isinstance(values, list):
+                    rows.append(np.array([_number(value) for value in values]))
             for name, column in self.columns.items():
                 number: Any = record.get(name)
                 usual = type(number) is float and -_LARGEST <= number <= _LARGEST
@@ -134,6 +147,11 @@ class Records:
     def mean(self, name: str, last: int = 0) -> float:
         """Average the finite values of the last records, or of all; NaN without any."""
         return finite_mean(self.columns[name][-last:])
+
+    def layers(self, name: str, layers: int) -> Numbers:
+        """Average a metric by layer over the last records, (L); NaN where it is not recorded."""
+        rows = [row for row in self.by_layer[name] if len(row) == layers]
+        return np.array([finite_mean(column) for column in zip(*rows, strict=True)] or [math.nan] * layers)
 
     def last(self) -> dict[str, float]:
         """Return the scalars of the last step that are recorded."""

@@ -150,6 +150,8 @@ class Follower:
             self._info = {name: "".join(filter(str.isprintable, text)) for name, text in labels.items()}
         scalars = {name: value(page.samples, metric) for name, metric in _GAUGES.items() if metric in page.samples}
         scalars |= self._speed(page, scalars)
+        if owned := [share for _, share in page.samples.get("unipool_layer_own_share_ratio", ())]:
+            scalars["own_share"] = sum(owned) / len(owned)
         if saved := value(page.samples, "unipool_checkpoint_timestamp_seconds"):
             scalars["checkpoint_age"] = max(page.seconds - saved, 0.0)
         step = scalars["step"]

@@ -55,6 +55,21 @@ def test_streams_of_every_kind(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize("words", [(), ("probe",), ("train",), ("export", "runs/a")], ids=" ".join)
+def test_what_is_missing(words: tuple[str, ...], capfd: pytest.CaptureFixture[str]) -> None:
+    """A group alone shows its help, as it is; a command without its argument says where to look."""
+    with pytest.raises(SystemExit) as ended, report_errors():
+        cli.main(list(words), prog_name="unipool", standalone_mode=False)
+    out, said = capfd.readouterr()
+    assert (ended.value.code, out) == (2, "")
+    if words[:1] in ((), ("probe",)):
+        assert said.splitlines()[0] == f"Usage: {' '.join(['unipool', *words])} [OPTIONS] COMMAND [ARGS]..."
+        assert "\\n" not in said and "\nCommands:\n" in said
+    else:
+        missing = "RECIPE" if words == ("train",) else "OUT"
+        assert said == f"error: Missing argument '{missing}'. See unipool {words[0]} --help.\n"
+
+
 def leaves() -> list[tuple[str, ...]]:
     """Every command with its groups."""
 

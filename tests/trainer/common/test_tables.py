@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import io
+import re
+import sys
+
 import pytest
 
-from trainer.common.tables import new_table, print_tables
+from trainer.common.tables import new_table, print_names, print_tables
 
 
 def test_a_table_with_notes(capsys: pytest.CaptureFixture[str]) -> None:
@@ -33,3 +37,34 @@ def test_without_headings_there_is_no_heading_line(capsys: pytest.CaptureFixture
         ["facts"],
         ["layers", "8"],
     ]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_long_texts_go_on_below_themselves(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a terminal of 40 columns; in a pipe they stay on one line."""
+    monkeypatch.setenv("COLUMNS", "40")
+    out = Terminal() if terminal else io.StringIO()
+    monkeypatch.setattr(sys, "stdout", out)
+    print_names({"a": "one", "longer": "a text that needs-a second line here"})
+    print_tables(new_table("t"), notes=("a note that goes on, below itself as well",))
+    said = re.sub(r"\x1b\[\d+m", "", out.getvalue()).splitlines()
+    assert [line for line in said if line.strip() not in ("", "t")] == (
+        [
+            "a       one",
+            "longer  a text that needs-a second line",
+            "        here",
+            "- a note that goes on, below itself as",
+            "  well",
+        ]
+        if terminal
+        else [
+            "a       one",
+            "longer  a text that needs-a second line here",
+            "- a note that goes on, below itself as well",
+        ]
+    )

@@ -65,6 +65,13 @@ def test_sources(tmp_path: Path) -> None:
         start_from("small", "runs/x", str(tmp_path / "none"), None, None)
 
 
+def test_recipes_are_listed_with_a_sentence_each() -> None:
+    lines = CliRunner().invoke(cli, ["recipes"]).output.splitlines()
+    assert [line.split()[0] for line in lines] == recipe_names()
+    assert [line for line in lines if not line.endswith(".") or len(line.split()) < 5] == []
+    assert len({line.partition(" ")[2] for line in lines}) == len(lines)
+
+
 def init(*arguments: str) -> Result:
     return CliRunner().invoke(cli, ["init", *arguments])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -80,6 +81,10 @@ def test_every_check_gets_its_answer(capfd: pytest.CaptureFixture[str]) -> None:
         GOOD,
     ]
     assert len(done) == len(kinds)
+    deadline = time.monotonic() + 20
+    while multiprocessing.active_children() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert multiprocessing.active_children() == []
     assert capfd.readouterr() == ("", "")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import resource
 import socket
@@ -120,6 +121,11 @@ def test_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(os, "statvfs", lambda place: SimpleNamespace(f_bavail=2, f_frsize=10**8))
     (found,) = storage.folder_of_run(two_ranks(f"run.dir={tmp_path}/run"))
     assert found.status == "error" and "200 MB free" in found.found and "lower checkpoint.keep" in found.mend
+    (tmp_path / "run/checkpoints/step_1").mkdir(parents=True)  # has some of what it needs
+    with open(tmp_path / "run/checkpoints/step_1/model", "wb") as file:
+        file.truncate(10**8)
+    (found,) = storage.folder_of_run(two_ranks(f"run.dir={tmp_path}/run"))
+    assert found.status != "error"
     monkeypatch.setenv("XDG_CACHE_HOME", f"{tmp_path}/file")
     assert {f.about: f.status for f in storage.temporary(None)} == {"/tmp": "ok", "cache": "error"}
 
@@ -170,15 +176,27 @@ def test_interfaces(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         assert {f.about: f.status for f in network.interfaces(None)}["InfiniBand"] == status
 
 
-def test_ports() -> None:
+def test_ports(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         s.listen()
         port = s.getsockname()[1]
-        (found,) = network.ports(two_ranks(f"metrics.port={port - 1}"))
-        assert found.status == "error" and found.found == f"{port - 1} to {port} on 127.0.0.1: {port} in use"
-    assert [f.status for f in network.ports(two_ranks(f"metrics.port={port}"))] == ["ok"]
-    assert [f.status for f in network.ports(two_ranks())] == ["ok"]
+        (found,) = network.ports(load_recipe("small", [f"metrics.port={port}"]))
+    assert (found.status, found.found) == ("error", f"{port} on 127.0.0.1: {port} in use")
+
+    class Socket(socket.socket):
+        def bind(self, address: tuple[str, int]) -> None:  # type: ignore[override]
+            if address == ("0.0.0.0", 9401):
+                raise OSError(errno.EADDRINUSE, "in use")
+
+    monkeypatch.setattr(socket, "socket", Socket)
+    for sets, status, text in (
+        (("metrics.port=9400", "metrics.host=0.0.0.0"), "error", "9400 to 9401 on 0.0.0.0: 9401 in use"),
+        (("metrics.port=9400",), "ok", "9400 to 9401 on 127.0.0.1: free"),
+        ((), "ok", "0: each rank takes a free one"),
+    ):
+        (found,) = network.ports(two_ranks(*sets))
+        assert (found.status, found.found) == (status, text)
 
 
 def test_packages(monkeypatch: pytest.MonkeyPatch) -> None:

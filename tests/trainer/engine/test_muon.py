@@ -61,6 +61,8 @@ class Reference:
 def parts_of(name: str, weight: Tensor) -> list[Any]:
     """Indices of the matrices in a parameter: 4 heads and 2 key and value heads of width 6; W1 and W3; every expert."""
     rows: list[Any] = [slice(None)]
+    if weight.ndim == 1:
+        return []
     if "qkv" in name:
         rows = [slice(0, 24), slice(24, 36), slice(36, 48)]
     elif "w13" in name:

@@ -46,24 +46,12 @@ MODELS: dict[str, dict[str, Any]] = {
         "parallel": {"pool_ranks": 2, "trunk_zero": 2, "pool_zero": 1},
     },
     "norm_bias, private expert": {
-        "model": {"private_ffn": 7},
+        "model": {"private_ffn": 7, "private_gate": True, "head_dim": 8, "qk_norm": "head", "qkv_bias": True},
         "router": {"kind": "norm_bias", "bias_rate": 0.3},
         "balance": {"pool": 0.0},
     },
-    "softmax, groups": GROUPS | {"router": {"kind": "softmax"}},
-    "keys of imported models": GROUPS
-    | {
-        "model": {
-            **GROUPS["model"],
-            "head_dim": 8,
-            "qk_norm": "head",
-            "qkv_bias": True,
-            "private_ffn": 7,
-            "private_gate": True,
-        },
-        "router": {"kind": "softmax", "renormalize": True, "logit_bias": True},
-        "parallel": {"trunk_zero": 3},
-    },
+    "softmax, groups": GROUPS
+    | {"router": {"kind": "softmax", "renormalize": True, "logit_bias": True}, "parallel": {"trunk_zero": 3}},
     "dense": {"model": {"ffn": "dense"}, "pool": {"experts": 0}, "balance": {"pool": 0.0}},
 }
 VOCAB = 300
@@ -199,8 +187,7 @@ def test_weights_are_the_runs_bit_for_bit_and_stored_once(model: str) -> None:
 
 def learned_rows(tensors: Any) -> list[bytes]:
     """Return every row of every tensor; fused and split tensors have the same rows."""
-    shaped = (tensor.reshape(-1, tensor.shape[-1] if tensor.ndim > 1 else 1) for tensor in tensors)
-    return [row.numpy().tobytes() for tensor in shaped for row in tensor]
+    return [row.numpy().tobytes() for t in tensors for row in t.reshape(-1, t.shape[-1] if t.ndim > 1 else 1)]
 
 
 @torch.no_grad()

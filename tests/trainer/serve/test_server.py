@@ -91,6 +91,24 @@ def test_parallel_requests_give_what_generate_gives(server: Server) -> None:
     assert together.usage.prompt_tokens == sum(lengths) and together.usage.completion_tokens == 27
 
 
+def test_a_full_queue(server: Server) -> None:
+    """Of thirty at once, seven fit; the others are told so, and nothing is left behind."""
+
+    def status(_: int) -> tuple[int, bool]:
+        """The status, and whether it says that the server is overloaded."""
+        try:
+            server.complete(max_tokens=12)
+        except openai.InternalServerError as error:
+            return error.status_code, "overloaded" in error.message and error.response.headers["retry-after"] == "1"
+        return 200, False
+
+    with ThreadPoolExecutor(30) as clients:
+        statuses = list(clients.map(status, range(30)))
+    assert set(statuses) == {(200, False), (503, True)} and statuses.count((200, False)) >= BATCH + QUEUE
+    assert (server.engine.running, server.engine.waiting) == (0, 0)
+    assert server.complete().choices[0].text == server.generated("def size", 6)
+
+
 def test_streams(server: Server) -> None:
     chunks = list(server.complete(stream=True, max_tokens=9, stream_options={"include_usage": True}))
     assert "".join(chunk.choices[0].text for chunk in chunks[:-1]) == server.generated("def size", 9)
@@ -120,8 +138,8 @@ def test_seeds(server: Server) -> None:
     texts = [choice.text for choice in first.choices]
     assert len(set(texts)) == 3
     assert server.complete(temperature=1, seed=6, max_tokens=12).choices[0].text == texts[1]
-    for narrow in ({"top_p": 1e-6}, {"extra_body": {"top_k": 1}}):
-        answer = server.complete(temperature=1, seed=5, max_tokens=9, **narrow)
+    for narrow in ({"top_p": 1e-6}, {"extra_body": {"top_k": 1}}, {"temperature": 1e-40}):
+        answer = server.complete(**{"temperature": 1, "seed": 5, "max_tokens": 9} | narrow)
         assert answer.choices[0].text == server.generated("def size", 9)
     assert server.complete(temperature=1, max_tokens=12).choices[0].text != texts[0], "without a seed it is another"
 

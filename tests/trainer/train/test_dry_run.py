@@ -32,7 +32,7 @@ def test_every_part_works_and_an_existing_run_is_not_touched(tmp_path: Path, lay
     status, log = dry_run(tmp_path, f"parallel.layout={layout}", *ranks[layout], 'eval.prompts=["def"]')
     assert status == 0, log
     rows = [line for line in log.splitlines() if line.rstrip().endswith(" works")]
-    assert {row[: row.index("  ")] for row in rows} == {*PARTS, "look for checkpoints"}, log
+    assert {row.strip().partition("  ")[0] for row in rows} == {*PARTS, "look for checkpoints"}, log
     assert "A step needs" in log and "FAILED" not in log
     left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.suffix != ".log"}
     assert left == {"run", "run/checkpoints", "run/mine", "text.jsonl", "tiny.yaml"}
@@ -42,7 +42,7 @@ def test_a_part_that_fails_is_named(tmp_path: Path) -> None:
     status, log = dry_run(tmp_path, "model.init_std=1e30", "parallel.pool_ranks=0")
     assert status == 1
     (row,) = [line for line in log.splitlines() if "FAILED" in line]
-    assert row.startswith("an optimizer step ") and "gradients of the first step are not finite" in row
+    assert row.strip().startswith("an optimizer step ") and "gradients of the first step are not finite" in row
     assert "unipool: the gradients of the first step are not finite" in log
     assert not list(tmp_path.glob(".run*"))
 

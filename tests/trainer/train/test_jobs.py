@@ -15,13 +15,16 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from nbclient import NotebookClient
 
 from tests.trainer.forked import Fault, ForkedJob, Place, stop, train_as_forked
 from tests.trainer.job import (
     EXTENSIONS,
+    ROOT,
     TIME_LIMIT,
     TOKEN,
     run,
@@ -159,6 +162,25 @@ def test_eval_says_the_validation_loss_that_training_said(folder: Path) -> None:
     assert found["bits_per_byte"] == pytest.approx(bits, rel=1e-3)
     kept = json.loads((folder / "run" / "eval.json").read_text())
     assert kept == {"step_00000004": {"validation": found}}
+
+
+@pytest.mark.usefixtures("reference")
+def test_the_notebook_reads_the_run(folder: Path) -> None:
+    """All of its cells, which draw as many pictures as are stored in it, and the code of docs/python.md."""
+    notebook = nbformat.read(ROOT / "docs" / "notebooks" / "a-run.ipynb", as_version=4)
+    stored = pictures(notebook)
+    (block,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "python.md").read_text(), re.MULTILINE | re.DOTALL)
+    notebook.cells.append(nbformat.v4.new_code_cell(block))
+    for cell in notebook.cells:
+        cell.source = re.sub(r'load_run\("[./]*runs/quickstart"\)', f"load_run({str(folder / 'run')!r})", cell.source)
+    assert sum(str(folder) in cell.source for cell in notebook.cells) == 2
+    NotebookClient(notebook, timeout=int(TIME_LIMIT), resources={"metadata": {"path": str(ROOT)}}).execute()
+    assert pictures(notebook) == stored >= 4
+
+
+def pictures(notebook: nbformat.NotebookNode) -> int:
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    return sum("image/png" in output.get("data", {}) for output in outputs)
 
 
 @pytest.mark.usefixtures("reference")

@@ -160,6 +160,31 @@ def test_a_frame_fits_and_shows_every_expert(experts: int, width: int, height: i
     assert "pool ranks' share" in lines[-1]
 
 
+def test_80_columns_cut_nothing_off() -> None:
+    """The notes wrap, and the legend takes fewer words; which ranks are silent and what a mark means is still there."""
+    follower = Follower()
+    live = pages(job(10, 512, pool_ranks=16))
+    follower.view(live)
+    silent = [
+        replace(page, samples={}, error="connection refused") if rank > 12 else page for rank, page in enumerate(live)
+    ]
+    view = follower.view(silent)
+    lines = shown(view, 80, 24)
+    assert not any(line.endswith("…") for line in lines) and max(map(len, lines)) <= 80
+    text = " ".join(line.strip() for line in lines)
+    assert "pool rank 13 at h:9413" in text and "pool rank 15 at h:9415 and 2 more" in text
+    assert shown(view, 80, 20)[-2].strip() == "the busiest of 2 each; full: 2.0 x mean or more; x: dead; ?: not known"
+    assert "one bar per 2 experts, for the busiest of them; full: " in " ".join(shown(view, 160, 14))
+
+
+def test_a_run_with_a_lock_shows_what_its_layers_own() -> None:
+    lines = "".join(f'unipool_layer_own_share_ratio{{layer="{layer}"}} {0.5 + layer / 10}\n' for layer in range(4))
+    first, *others = job(10, 8)
+    view = Follower().view(pages([first + lines + 'unipool_lock_stage{role="trunk",rank="0"} 1\n', *others]))
+    text = " ".join(shown(view, 80, 24))
+    assert "on their own experts 65%" in text and "stage of the lock anneal" in text
+
+
 def test_a_bar_a_role_and_a_rank() -> None:
     lines = shown(Follower().view(pages(job(10, 64, pool_ranks=2))), 80, 50)
     bars = {line[:7].strip(): line[7:] for line in lines if "%" in line and line[7] == "█"}

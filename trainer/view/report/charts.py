@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
@@ -38,6 +39,9 @@ COLOURS = {
     **dict(zip(SERIES, ("var(--first)", "var(--second)", "var(--third)", "var(--fourth)"), strict=True)),
 }
 """The page's variable for each colour that matplotlib draws with."""
+
+STYLES = tuple((colour, dashes) for dashes in ("-", "--") for colour in SERIES)
+"""Colour and dashes of each line of a chart."""
 
 _SIZE = (4.3, 2.6)
 _LEAST_SCALE = 0.85
@@ -77,26 +81,35 @@ def draw_chart(
     clip: bool = False,
     from_zero: bool = False,
     lines: Mapping[str, float] = MappingProxyType({}),
+    over: str = "step",
 ) -> str:
     """Draw curves over the steps as an SVG element.
 
     Args:
         title: Title on the page, which has no other chart of this title.
-        curves: Steps and values of its lines by their names in the legend; each has at least one finite value.
+        curves: Steps, or what `over` says, and values of its lines by their names in the legend, as many as STYLES has.
+            A line may have no points, but not all; each other has a finite value.
         log: Use a logarithmic scale if the values are far apart.
         clip: Cut off the few highest values if they would flatten all others.
         from_zero: Begin the scale at 0.
         lines: Horizontal lines by name.
+        over: What the curves are over, as written below the axis.
     """
-    figure, axes = _figure()
-    drawn = [thin(steps, values) for steps, values in curves.values()]
-    for name, thinned, colour in zip(curves, drawn, SERIES, strict=False):
+    figure, axes = _figure(over)
+    styled = [
+        (name, thin(*curve), style)
+        for (name, curve), style in zip(curves.items(), STYLES, strict=False)
+        if len(curve[0])
+    ]
+    for name, thinned, (colour, dashes) in styled:
         mark = "o" if len(thinned.steps) <= _MARKED else None
-        axes.plot(thinned.steps, thinned.mean, marker=mark, ms=3, color=colour, lw=1.4, label=name)
+        shape: dict[str, Any] = {"marker": mark, "ms": 3, "color": colour, "ls": dashes, "lw": 1.4}
+        axes.plot(thinned.steps, thinned.mean, label=_plain(name), **shape)
         if thinned.low is not thinned.high:
             axes.fill_between(thinned.steps, thinned.low, thinned.high, color=colour, alpha=0.25, lw=0)
     for name, value in lines.items():
-        axes.axhline(value, color=QUIET, ls="--", lw=1, label=name)
+        axes.axhline(value, color=QUIET, ls="--", lw=1, label=_plain(name))
+    drawn = [thinned for _, thinned, _ in styled]
     low, high = min(t.low.min() for t in drawn), max(t.high.max() for t in drawn)
     if log and low > 0 and high > 30 * low:
         axes.set_yscale("log")
@@ -126,36 +139,47 @@ def draw_shares(title: str, steps: Numbers, shares: Mapping[str, Numbers]) -> st
     return _svg(figure, title)
 
 
-def draw_load(load_LM: NDArray[np.int64], groups: int, owners: Sequence[int] | None = None) -> str:
+def draw_load(load_LM: NDArray[np.int64], groups: int, owners: Sequence[int] | None = None, salt: str = "load") -> str:
     """Draw the heat map of layers and experts as an SVG element.
 
     Args:
         load_LM: Assignments of each layer to all experts of the pool, (L, M), also where a layer does not reach.
         groups: Sub-pools across depth.
         owners: The layer that owns each expert, framed.
+        salt: Another text for each picture of a page.
     """
     layers = np.arange(len(load_LM))
     reached = load_LM.reshape(len(layers), groups, -1)[layers, layers * groups // len(layers)]
-    figure = draw_heat_map(reached, "", groups, owners)
+    return draw_map(draw_heat_map(reached, "", groups, owners), salt)
+
+
+def draw_map(figure: Figure, salt: str) -> str:
+    """Convert a figure whose first panel is a map to an SVG element; `salt` is another one for each of a page."""
     figure.patch.set_alpha(0)
     for axes in figure.axes[1:]:  # but not the map, whose background shows where a layer does not reach
         axes.patch.set_alpha(0)
     least = round(_LEAST_SCALE * figure.get_figwidth() * 72)
-    return _svg(figure, "load").replace("<svg", f'<svg style="min-width: {least}px"', 1)
+    return _svg(figure, salt).replace("<svg", f'<svg style="min-width: {least}px"', 1)
 
 
-def _figure() -> tuple[Figure, Axes]:
+def _figure(over: str = "step") -> tuple[Figure, Axes]:
     figure = new_figure(*_SIZE)
     figure.patch.set_alpha(0)
     axes = figure.subplots()
     axes.patch.set_alpha(0)
     style_axes(axes)
     axes.tick_params(labelsize=8.5, length=3)
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.set_xlabel("step", color=INK, fontsize=8.5)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=over in ("step", "layer")))
+    if over != "hours":
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.set_xlabel(over, color=INK, fontsize=8.5)
     axes.margins(x=0.01)
     return figure, axes
+
+
+def _plain(name: str) -> str:
+    """Return a name as matplotlib shows it in a legend: without formulas, and also if it begins with an underscore."""
+    return ("\u200b" if name.startswith("_") else "") + name.replace("$", r"\$")
 
 
 def _label_values(axes: Axes) -> None:
@@ -184,7 +208,7 @@ def _svg(figure: Figure, salt: str) -> str:
     svg = file.getvalue()
     svg = svg[svg.index("<svg") :].replace("xlink:href", "href")
     svg = re.sub(r"<!--.*?-->|<style.*?</style>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'<g id="[^"]*">', "<g>", svg)  # figure_1, axes_1: the same in every figure
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # figure_1, axes_1: the same in every figure
     svg = re.sub(r"font-family: [^;\"]*", "font-family: system-ui, sans-serif", svg)
     for colour, variable in COLOURS.items():
         svg = svg.replace(colour, variable)

@@ -14,7 +14,8 @@ from trainer.config.recipe import Recipe
 from trainer.config.sections import source_names
 from trainer.planning.model_costs import count_parameters
 from trainer.view.rates import ROLES
-from trainer.view.records import CHECKPOINTS, RECENT, Numbers, Records, facts_of
+from trainer.view.records import CHECKPOINTS, RECENT, Records, facts_of
+from trainer.view.report.phases import step_seconds
 
 Facts = list[tuple[str, str]]
 """Names and values."""
@@ -37,6 +38,19 @@ def headline(records: Records, recipe: Recipe | None) -> Facts:
     return [(name, text) for name, text in facts if text != ABSENT]
 
 
+def progress(records: Records, recipe: Recipe | None) -> Facts:
+    """Return the same numbers by names that every run has, to compare runs by; ABSENT where one is not known."""
+    steps, speeds, tokens = records.steps, records.finite("tokens_per_second"), records.finite("tokens")
+    done = f"{steps[-1]:,}" if steps else "0"
+    return [
+        ("steps", f"{done} of {recipe.train.steps:,}" if recipe else done),
+        ("tokens seen", count(tokens.sum()) if len(tokens) else ABSENT),
+        (f"loss, nats per token, mean of {RECENT} steps", loss(records.mean("loss", RECENT))),
+        (f"load imbalance, mean of {RECENT} steps", number(records.mean("load_imbalance", RECENT), ".2f")),
+        ("tokens per second, median step", f"{np.median(speeds):,.0f}" if len(speeds) else ABSENT),
+    ]
+
+
 def outcome(run: Path, records: Records) -> Facts:
     """Return the results, the time they took, and what was lost."""
     facts: Facts = []
@@ -48,7 +62,7 @@ def outcome(run: Path, records: Records) -> Facts:
         (last, _), (lowest, at) = losses[-1], min(losses)
         facts.append(("last validation loss", f"{loss(last)}, perplexity {perplexity(last)}"))
         facts.append(("best validation loss", f"{loss(lowest)} at step {at:,.0f}"))
-    seconds = _seconds(records)
+    seconds = step_seconds(records)
     total = float(seconds.sum())
     if total:
         facts.append(("time in training steps", duration(total)))
@@ -139,11 +153,3 @@ def _finite_pairs(records: Records, name: str) -> list[tuple[float, float]]:
     """Return (value, step) where the value is finite."""
     steps, values = records.series(name)
     return [(value, step) for value, step in zip(values, steps, strict=True) if math.isfinite(value)]
-
-
-def _seconds(records: Records) -> Numbers:
-    """Return the time of each step, from its throughput if it is not recorded; 0 if that is not known either."""
-    seconds, tokens, speed = (np.array(records.columns[name]) for name in ("seconds", "tokens", "tokens_per_second"))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        seconds = np.where(np.isfinite(seconds), seconds, tokens / speed)
-    return np.where(np.isfinite(seconds), seconds, 0.0)

@@ -1,13 +1,11 @@
-"""The page that `report` writes: a run as one HTML file that needs nothing else."""
+"""The page that `report` writes of a run: one HTML file that needs nothing else."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping
 from html import escape
-from importlib import resources
 from pathlib import Path
-from string import Template
 from typing import Any
 
 import numpy as np
@@ -16,6 +14,7 @@ from numpy.typing import NDArray
 from trainer.common.atomic import atomic_write
 from trainer.common.errors import UserError
 from trainer.common.figure_style import SERIES
+from trainer.common.format import duration, number, percent, seconds
 from trainer.config.recipe import Recipe
 from trainer.telemetry.console import describe
 from trainer.telemetry.time_breakdown import ACTIVITIES
@@ -23,7 +22,10 @@ from trainer.train.ends.early_stop import ended_early
 from trainer.view.rates import ROLES, Shares
 from trainer.view.records import RECIPE_FILE, Records, facts_of, is_run, recorded_load, recorded_owners, saved_recipe
 from trainer.view.report import facts
-from trainer.view.report.charts import COLOURS, POINTS, draw_chart, draw_load, draw_shares
+from trainer.view.report.charts import COLOURS, POINTS, draw_chart, draw_load, draw_map, draw_shares
+from trainer.view.report.depth import by_depth
+from trainer.view.report.parts import curves, fact_list, figure, fill_page, missing, quiet, table, titled, wide
+from trainer.view.report.phases import Phase, elapsed, phases
 from trainer.view.view import who_waits
 
 REPORT_FILE = "report.html"
@@ -37,8 +39,15 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     """
     if not is_run(run):
         raise UserError(f"{run}: not a run; give the folder of a run (run.dir)")
-    path = out or run / REPORT_FILE
-    page = make_page(run)
+    return write_page(make_page(run), out or run / REPORT_FILE)
+
+
+def write_page(page: str, path: Path) -> Path:
+    """Write a page whole or not at all; return its path.
+
+    Raises:
+        UserError: It cannot be written.
+    """
     try:
         atomic_write(path, lambda temporary: temporary.write_text(page, encoding="utf-8"))
     except OSError as error:
@@ -51,31 +60,28 @@ def make_page(run: Path) -> str:
     records = Records(run)
     records.read()
     recipe, load_LM = saved_recipe(run), recorded_load(run)
-    sections = {
-        "Learning": _thinned(records) + _curves(*_learning(records, recipe)),
-        "Time": _time(records, recipe, run),
-        "Experts": _curves(*_experts(records, recipe)),
-        "Load of the experts, by layer": _load(load_LM, recipe, recorded_owners(run, recipe)),
-        "Facts": _facts(run, records, recipe),
-        "Recipe": _recipe_text(run),
-    }
-    bodies = [f"<section><h2>{title}</h2>{body}</section>" for title, body in sections.items() if body]
-    files = resources.files("trainer.view.report")
-    return Template((files / "report.html").read_text()).substitute(
-        name=escape(run.resolve().name),
-        style=(files / "report.css").read_text(),
-        about=_about(recipe) + _missing(records, recipe, load_LM),
-        sections="\n".join([_list(facts.headline(records, recipe), "tiles"), *bodies]),
-    )
+    sections = [
+        ("Learning", _thinned(records) + curves(*_learning(records, recipe))),
+        ("Time", _time(records, recipe, run)),
+        ("Experts", curves(*_experts(records, recipe))),
+        ("By depth", curves(*_depth(records, recipe, load_LM))),
+        ("Load of the experts, by layer", load_picture(load_LM, recipe, recorded_owners(run, recipe))),
+        ("Who owns which expert", ownership_picture(run)),
+        ("Facts", _facts(run, records, recipe)),
+        ("Recipe", _recipe_text(run)),
+    ]
+    about = about_run(recipe) + quiet(f"As of {time.strftime('%Y-%m-%d %H:%M %Z')}")
+    top = fact_list(facts.headline(records, recipe), "tiles")
+    return fill_page(run.resolve().name, about + missing(what_is_missing(records, recipe, load_LM)), sections, top)
 
 
-def _about(recipe: Recipe | None) -> str:
-    what = f"<p>{escape(describe(recipe).removeprefix(f'{recipe.run.dir}: '))}</p>" if recipe else ""
-    return f'{what}<p class="quiet">As of {time.strftime("%Y-%m-%d %H:%M %Z")}</p>'
+def about_run(recipe: Recipe | None) -> str:
+    """Describe a run in a line; nothing without its recipe."""
+    return f"<p>{escape(describe(recipe).removeprefix(f'{recipe.run.dir}: '))}</p>" if recipe else ""
 
 
-def _missing(records: Records, recipe: Recipe | None, load_LM: NDArray[np.int64] | None) -> str:
-    """Say what the page cannot show, and why."""
+def what_is_missing(records: Records, recipe: Recipe | None, load_LM: NDArray[np.int64] | None) -> list[str]:
+    """Say what a page cannot show, and why."""
     pooled = recipe is None or recipe.model.ffn == "pool"
     lines = []
     if recipe is None:
@@ -92,7 +98,7 @@ def _missing(records: Records, recipe: Recipe | None, load_LM: NDArray[np.int64]
         lines.append("No load of the experts is recorded yet; it is saved with the first evaluation or checkpoint.")
     if records.steps and not len(records.finite("trunk_computing")):
         lines.append("No shares of time are recorded, because an older version trained this run.")
-    return f'<div class="missing">{"".join(f"<p>{escape(line)}</p>" for line in lines)}</div>' if lines else ""
+    return lines
 
 
 def _learning(records: Records, recipe: Recipe | None) -> list[str]:
@@ -122,14 +128,48 @@ def _experts(records: Records, recipe: Recipe | None) -> list[str]:
     ]
 
 
+def _depth(records: Records, recipe: Recipe | None, load_LM: NDArray[np.int64] | None) -> list[str]:
+    known = by_depth(records, recipe, load_LM)
+    layers = {title: np.arange(len(values), dtype=float) for title, values in known.items()}
+    return [
+        titled(title, draw_chart(title, {"": (layers[title], values)}, from_zero=True, over="layer"))
+        for title, values in known.items()
+    ]
+
+
 def _time(records: Records, recipe: Recipe | None, run: Path) -> str:
-    """Say who waits for whom, and draw what the roles did with their time."""
+    """Say who waits for whom, draw what the roles did with their time, and say what the time went into."""
     shares = {role: records.shares(role) for role in ROLES}
     said = who_waits(shares, facts_of(recipe, run) if recipe else {}) if shares["trunk"] else ""
     both = recipe is not None and not recipe.grid.dedicated
     figures = [_shares(records, role, mean, both) for role, mean in shares.items() if mean]
     speed = _chart(records, "Tokens per second", {"tokens_per_second": "tokens"}, from_zero=True)
-    return (f"<p>{escape(said)}</p>" if said else "") + _curves(*figures, speed)
+    drawn = (f"<p>{escape(said)}</p>" if said else "") + curves(*figures, speed)
+    return drawn + _phases(phases(run, records, recipe), elapsed(records))
+
+
+def _phases(found: list[Phase], ends: NDArray[np.float64]) -> str:
+    """Return the table of what the time until the last step went into."""
+    if not found:
+        return ""
+    known = sum(phase.seconds for phase in found)
+    total = float(ends[-1]) if np.isfinite(ends).all() else known
+    tokens = sum(phase.tokens for phase in found[:1])
+    rows = [
+        (
+            phase.name,
+            duration(phase.seconds),
+            percent(phase.seconds / known if known else None),
+            f"{len(phase.pauses):,}",
+            seconds(float(np.median(phase.pauses))),
+            seconds(float(phase.pauses.max())),
+            number(phase.tokens / phase.seconds if phase.tokens and phase.seconds else None, ",.0f"),
+        )
+        for phase in found
+    ]
+    rows.append(("in all", duration(total), "", "", "", "", number(tokens / total if total else None, ",.0f")))
+    head = ("until the last step", "time", "share", "how often", "median", "longest", "tokens per second")
+    return table(head, rows)
 
 
 def _shares(records: Records, role: str, mean: Shares, both: bool) -> str:
@@ -140,7 +180,7 @@ def _shares(records: Records, role: str, mean: Shares, both: bool) -> str:
         for activity, colour in zip(ACTIVITIES, SERIES, strict=True)
     )
     picture = draw_shares(f"{role} time", np.array(records.steps, float), columns)
-    return _figure(f"<b>Time of a {'' if both else f'{role} '}rank</b><br>{keys}", picture)
+    return figure(f"<b>Time of a {'' if both else f'{role} '}rank</b><br>{keys}", picture)
 
 
 def _thinned(records: Records) -> str:
@@ -148,7 +188,7 @@ def _thinned(records: Records) -> str:
     if len(records.steps) <= POINTS:
         return ""
     each = f"{len(records.steps) / POINTS:,.0f}"
-    return f'<p class="quiet">A point is the mean of about {each} steps; the band shows the whole range.</p>'
+    return quiet(f"A point is the mean of about {each} steps; the band shows the whole range.")
 
 
 def _chart(records: Records, title: str, names: Mapping[str, str], **options: Any) -> str:
@@ -161,20 +201,14 @@ def _chart(records: Records, title: str, names: Mapping[str, str], **options: An
         options: Those of `draw_chart`.
     """
     series = {label: records.series(name) for name, label in names.items()}
-    curves = {label: (steps, values) for label, (steps, values) in series.items() if np.isfinite(values).any()}
-    return _figure(f"<b>{escape(title)}</b>", draw_chart(title, curves, **options)) if curves else ""
+    known = {label: (steps, values) for label, (steps, values) in series.items() if np.isfinite(values).any()}
+    return titled(title, draw_chart(title, known, **options)) if known else ""
 
 
-def _curves(*figures: str) -> str:
-    inside = "".join(figures)
-    return f'<div class="curves">{inside}</div>' if inside else ""
-
-
-def _figure(caption: str, picture: str) -> str:
-    return f"<figure><figcaption>{caption}</figcaption>{picture}</figure>"
-
-
-def _load(load_LM: NDArray[np.int64] | None, recipe: Recipe | None, owners: tuple[int, ...] | None) -> str:
+def load_picture(
+    load_LM: NDArray[np.int64] | None, recipe: Recipe | None, owners: tuple[int, ...] | None, salt: str = "load"
+) -> str:
+    """Return the heat map of layers and experts; nothing without a load."""
     if load_LM is None:
         return ""
     caption = (
@@ -183,25 +217,30 @@ def _load(load_LM: NDArray[np.int64] | None, recipe: Recipe | None, owners: tupl
     )
     if owners:
         caption += " Framed: the experts that each layer owns."
-    groups = recipe.model.groups if recipe else 1
-    return _figure(caption, f'<div class="scroll">{draw_load(load_LM, groups, owners)}</div>')
+    return figure(caption, wide(draw_load(load_LM, recipe.model.groups if recipe else 1, owners, salt)))
+
+
+def ownership_picture(run: Path, salt: str = "owners") -> str:
+    """Return who owns which expert, or would by the recorded load, as `own` does; nothing where that has no meaning."""
+    from trainer.view.ownership import read_ownership
+
+    try:
+        found = read_ownership(run, None)
+    except UserError:  # no pool that all layers share evenly, or no load yet
+        return ""
+    return figure(escape(" ".join(found.notes())), wide(draw_map(found.draw(), salt)))
 
 
 def _facts(run: Path, records: Records, recipe: Recipe | None) -> str:
-    groups = [("Results", _list(facts.outcome(run, records)))]
+    groups = [("Results", fact_list(facts.outcome(run, records)))]
     if recipe:
-        groups.append(("Model", _list(facts.model_facts(recipe))))
-        groups.append(("Training and layout", _list(facts.training_facts(run, recipe))))
+        groups.append(("Model", fact_list(facts.model_facts(recipe))))
+        groups.append(("Training and layout", fact_list(facts.training_facts(run, recipe))))
     rows = "".join(f"<tr><td>{step:,}</td><td>{loss:.4f}</td></tr>" for step, loss in facts.evaluations(records))
     if rows:
         groups.append(("Evaluations", f"<table><tr><th>step</th><th>validation loss</th></tr>{rows}</table>"))
     inside = "".join(f"<section><h3>{title}</h3>{body}</section>" for title, body in groups)
     return f'<div class="facts">{inside}</div>'
-
-
-def _list(found: facts.Facts, style: str = "") -> str:
-    items = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in found)
-    return f'<dl class="{style}">{items}</dl>' if items else ""
 
 
 def _recipe_text(run: Path) -> str:
