@@ -136,7 +136,10 @@ class SourceParts:
     def _open(self, number: int) -> _Reader:
         """Open the source where a part begins."""
         s = self.settings
-        position, rest_T = self._end_of(number - 1) if number else ({"reader": None, "documents": 0}, _NOTHING)
+        position: dict[str, Any] = {"reader": None, "documents": 0}
+        rest_T = _NOTHING
+        if number:
+            position, rest_T = self._end_of(number - 1)
         documents = Documents(s.source, s.text_field, s.max_bad_share, position["reader"])
         splitter = Splitter(s.split, None, position["documents"])
         return _Reader(number, documents, splitter, _tokens(s, documents, splitter), rest_T)

@@ -45,4 +45,5 @@ class PartStream(SequenceStream):
         return np.concatenate([self._parts.rows(part)[[row]] for part, row in places]).astype(np.int64)
 
     def _order_of_part(self, part: int, epoch: int) -> NDArray[np.uint32]:
+        assert self._seed is not None, "parts are always shuffled"
         return permutation(len(self._parts.rows(part)), self._seed, epoch, part)
