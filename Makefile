@@ -41,7 +41,7 @@ lock: $(BIN)/python
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet 'uv>=0.9'
 	printf '%s\n' 'torch==$(TORCH)' 'setuptools>=77' wheel | $(BIN)/uv pip compile --quiet --no-config --upgrade \
 	  --universal --fork-strategy fewest --python-version 3.11 --no-annotate --custom-compile-command 'make lock' \
-	  --output-file $(VENV)/resolved requirements.txt requirements-dev.txt requirements-eval.txt - > /dev/null
+	  --output-file $(VENV)/resolved requirements.txt requirements-dev.txt requirements-eval.txt requirements-serve.txt - > /dev/null
 	sed -E '/^(cuda|nvidia)-|^(httpx2-jsfetch|triton|tzdata)=/d' $(VENV)/resolved > $(VENV)/lock
 	mv $(VENV)/lock constraints.txt
 	$(BIN)/uv pip compile --quiet --no-config requirements.txt --constraint constraints.txt --generate-hashes \

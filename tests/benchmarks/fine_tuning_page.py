@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -90,7 +91,8 @@ def draw(runs: Sequence[Run], chosen: Mapping[Pair, float], path: Path) -> None:
     groups = reported(runs, chosen)
     for axes, model in zip(panels, NAMES, strict=True):
         base = before(runs, model)
-        axes.plot(base.new, base.old, "*", color=QUIET, ms=12, label="before", zorder=3)
+        label = "before" if model == "unipool" else None
+        axes.plot(base.new, base.old, "*", color=QUIET, ms=12, label=label, zorder=3)
         for colour, method in zip(colours, fine_tuning.METHODS, strict=True):
             if model == "unipool":
                 some = tried(runs, method)
@@ -101,7 +103,11 @@ def draw(runs: Sequence[Run], chosen: Mapping[Pair, float], path: Path) -> None:
         axes.set_xlabel("loss on the new text (C++), nats")
         style_axes(axes, "both")
     panels[0].set_ylabel("loss on the old text (Python), nats")
-    add_legend(panels[0])
+    panels[0].plot([], [], "o", color=QUIET, ms=6, mfc="none", label="the same, other seeds")
+    panels[0].set_xlim(min(run.new for run in runs) - 0.1, max(before(runs, model).new for model in NAMES) + 0.3)
+    highest = max(run.old for pair in groups.values() for run in pair.values())
+    panels[0].set_ylim(min(run.old for run in runs) - 0.1, highest + 0.4)
+    add_legend(figure, loc="outside right upper")
     for file in write_png_and_svg(figure, path):
         if file.suffix == ".png":
             file.unlink()  # documents show the SVG
@@ -125,21 +131,26 @@ def page(runs: Sequence[Run], chosen: Mapping[Pair, float]) -> str:
         "",
         "## Shared and private experts",
         "",
-        "| experts | trained | parameters | learning rate | new text, minus before | old text, minus before |",
-        "|---|---|---|---|---|---|",
+        "| experts | trained | parameters | rate | new text, minus before | old text, minus before | old over new |",
+        "|---|---|---|---|---|---|---|",
     ]
     for model, name in NAMES.items():
         base = before(runs, model)
-        lines.append(f"| {name} | nothing | 0 |  | (loss {base.new:.3f}) | (loss {base.old:.3f}) |")
+        lines.append(f"| {name} | nothing | 0 |  | (loss {base.new:.3f}) | (loss {base.old:.3f}) |  |")
         for pair, made in groups.items():
             if pair[0] == model:
                 some = list(made.values())
                 gain = interval([run.new - base.new for run in some], "+.3f")
                 rise = interval([run.old - base.old for run in some], "+.3f")
-                lines.append(f"| {name} | {pair[1]} | {some[0].parameters:,} | {chosen[pair]:g} | {gain} | {rise} |")
+                price = interval([(run.old - base.old) / (base.new - run.new) for run in some], ".2f")
+                first = f"| {name} | {pair[1]} | {some[0].parameters:,} | {chosen[pair]:g}"
+                lines.append(f"{first} | {gain} | {rise} | {price} |")
     lines += [
         "",
-        f"Intervals are 95 % over seeds {', '.join(map(str, f.SEEDS))}. The rate of a method, for both models, is the "
+        "The last column is what a nat learned of the new text cost on the old one. "
+        f"Intervals are 95 % over seeds {', '.join(map(str, f.SEEDS))}; of each model only one was trained, so "
+        "they say nothing about other trained models. The model with private experts was behind before. The rate of a "
+        "method, for both models, is the "
         f"best one below by other new text with seed 0. LoRA has rank {f.RANK}: one adapter for each expert.",
         "",
         "Paired by seed, change of the loss by the first minus that by the second (95 %):",
@@ -165,11 +176,12 @@ def page(runs: Sequence[Run], chosen: Mapping[Pair, float]) -> str:
         "By layer, each of the 8 layers has adapters of its own for the pool, of rank 1, so that there are as many "
         "parameters as with one adapter of rank 8 for all layers.",
         "",
-        "![Losses on old over new text: dots joined by lines are learning rates with seed 0](fine-tuning.svg)",
+        "![Losses on old over new text; lines join learning rates and may leave the frame](fine-tuning.svg)",
         "",
         "[All runs](runs.csv).",
     ]
-    return "\n".join(lines) + "\n"
+    wrapped = [line if line.startswith(("|", "!")) else textwrap.fill(line, 125) for line in lines]
+    return "\n".join(wrapped) + "\n"
 
 
 def write_page(runs: Sequence[Run], chosen: Mapping[Pair, float], out: Path) -> None:

@@ -17,7 +17,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any
@@ -162,32 +162,34 @@ class Server:
         self._process.communicate(timeout=30)
 
 
-def measure(servers: dict[str, Server], rounds: int) -> list[dict[str, Any]]:
-    """Return the rows: one for each model and batch size."""
+def measure(servers: dict[str, Server], rounds: int) -> Iterator[list[dict[str, Any]]]:
+    """After every round, yield the rows so far: one for each model and batch size."""
     found: dict[tuple[str, int], list[dict[str, float]]] = {}
     for _ in tqdm(range(rounds), desc="rounds"):
         for batch in BATCHES:
             for name, server in servers.items():
                 found.setdefault((name, batch), []).append(server.answer(batch))
-    rows = []
-    for (name, batch), samples in found.items():
-        speeds = [sample["tokens_per_second"] for sample in samples]
-        vanilla = [sample["tokens_per_second"] for sample in found["vanilla", batch]]
-        ratios = [speed / other for speed, other in zip(speeds, vanilla, strict=True)]
-        rows.append(
-            {
-                "model": name,
-                "batch": batch,
-                "tokens_per_second": round(statistics.median(speeds), 1),
-                "speed_over_vanilla": round(statistics.median(ratios), 3),
-                "lowest_ratio": round(min(ratios), 3),
-                "highest_ratio": round(max(ratios), 3),
-                "experts_per_step": round(samples[0]["experts_per_step"], 1),
-                "experts_per_layer": round(samples[0]["experts_per_layer"], 2),
-                **servers[name].facts,
-            }
-        )
-    return rows
+        yield [_row(found, name, batch, servers[name].facts) for name, batch in found]
+
+
+def _row(
+    found: dict[tuple[str, int], list[dict[str, float]]], name: str, batch: int, facts: dict[str, float]
+) -> dict[str, Any]:
+    samples = found[name, batch]
+    speeds = [sample["tokens_per_second"] for sample in samples]
+    vanilla = [sample["tokens_per_second"] for sample in found["vanilla", batch]]
+    ratios = [speed / other for speed, other in zip(speeds, vanilla, strict=True)]
+    return {
+        "model": name,
+        "batch": batch,
+        "tokens_per_second": round(statistics.median(speeds), 1),
+        "speed_over_vanilla": round(statistics.median(ratios), 3),
+        "lowest_ratio": round(min(ratios), 3),
+        "highest_ratio": round(max(ratios), 3),
+        "experts_per_step": round(samples[0]["experts_per_step"], 1),
+        "experts_per_layer": round(samples[0]["experts_per_layer"], 2),
+        **facts,
+    }
 
 
 def page(rows: Sequence[dict[str, Any]], rounds: int) -> str:
@@ -261,21 +263,25 @@ def main(runs: Path | None, out: Path | None, rounds: int, export: Path | None) 
         return worker(export)
     if runs is None:
         raise click.UsageError("--runs is missing")
-    rounds = max(rounds, 3)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         servers = {name: stack.enter_context(Server(path)) for name, path in exports(runs, Path(folder)).items()}
-        rows = measure(servers, rounds)
-    text = page(rows, rounds)
+        for done, rows in enumerate(measure(servers, rounds), start=1):
+            text = page(rows, done)
+            if out:
+                write(out, text, rows)
     print(text)
-    if out:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "README.md").write_text(text)
-        with (out / "measurements.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-        draw(rows, out / "serving.svg")
     return None
+
+
+def write(out: Path, text: str, rows: Sequence[dict[str, Any]]) -> None:
+    """Write the page, the table and the picture."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "README.md").write_text(text)
+    with (out / "measurements.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    draw(rows, out / "serving.svg")
 
 
 if __name__ == "__main__":

@@ -30,15 +30,11 @@ DENSE_STEPS, STEPS = 160, 100
 AFTER = ("run.seed=1", f"train.steps={STEPS}", "train.lr=1e-3", "train.min_lr=1e-4")
 """The seed gives random starts other weights, and the text another order than the dense model saw."""
 EXACT = ("--experts", "32", "--top-k", "2")
-NORM = ("--experts", "16", "--top-k", "1", "--router", "norm", "--noise", "0.01")
 STARTS: dict[str, tuple[str, ...]] = {
     "dense, trained on": (),
     "softmax, exact": EXACT,
     "softmax, 3 nats and noise 0.01": (*EXACT, "--distance", "3", "--noise", "0.01"),
-    "softmax, 0 nats and noise 0.01": (*EXACT, "--distance", "0", "--noise", "0.01"),
-    "norm, noise 0.01": NORM,
     "softmax, random": EXACT,
-    "norm, random": NORM,
 }
 SHOWN = (1, 5, 20, 50, 100)
 
@@ -89,8 +85,7 @@ def write(found: dict[str, tuple[list[float], float, float]]) -> None:
     """Write the page and the picture."""
     figure = new_figure(8, 4.5)
     axes = figure.subplots()
-    colours = (*SERIES, "#222222", SERIES[0], SERIES[2])
-    for (name, (loss, _, _)), colour in zip(found.items(), colours, strict=True):
+    for (name, (loss, _, _)), colour in zip(found.items(), SERIES, strict=True):
         smooth = np.convolve(loss, np.ones(5) / 5, mode="valid")
         dashes = "--" if name.endswith("random") else "-"
         axes.plot(np.arange(len(smooth)) + 3, smooth, dashes, color=colour, label=name)

@@ -54,6 +54,18 @@ def test_small_reproduction(name: str) -> None:
     assert (differ, random) == (shown(r["specialisation"], ".2f"), shown(r["random_routing"], "+.3f"))
 
 
+@pytest.mark.parametrize("name", results_of("small-muon"))
+def test_small_muon(name: str) -> None:
+    r = results_of("small-muon")[name]
+    assert row_of(RESULTS, f"`{name}`") == [
+        r["val_loss_n"],
+        shown(r["val_loss_mean"], ".3f"),
+        shown(r["val_loss_sd"], ".3f"),
+        shown(r["difference_mean"], "+.3f"),
+        shown(r["load_imbalance"], ".1f"),
+    ]
+
+
 @pytest.mark.parametrize(("coefficient", "label"), [("0.001", "1e-3"), ("0.01", "**1e-2**"), ("0.1", "1e-1")])
 def test_small_scores(coefficient: str, label: str) -> None:
     results = results_of("small-scores")

@@ -40,9 +40,15 @@ class Monitors:
             self.wandb.log(scalars, step)
 
     def write_late(self, scalars: dict[str, float], step: int) -> None:
-        """Write the scalars of a step after those of later steps."""
-        if self._monitor.enabled:
-            self._write([(name, value, step) for name, value in scalars.items()])
+        """Write the scalars of a step after those of later steps, to TensorBoard and W&B.
+
+        The ranks may have left the job by then, which DeepSpeed's `write_events` does not allow.
+        """
+        board = self._monitor.tb_monitor
+        if self._monitor.enabled and board is not None:
+            for name, value in scalars.items():
+                self._on_disk(partial(board.summary_writer.add_scalar, name, value, step))
+            self._on_disk(board.summary_writer.flush)
         if self.wandb:
             self.wandb.log_late(scalars, step)
 

@@ -85,12 +85,13 @@ def load_export(path: Path) -> tuple[UniPoolForCausalLM, PreTrainedTokenizerFast
 def _load_quantised(path: Path) -> UniPoolForCausalLM:
     """Load a model that transformers quantised and saved, with our own code and the library that quantised it."""
     try:
-        return UniPoolForCausalLM.from_pretrained(path, local_files_only=True)
+        model: UniPoolForCausalLM = UniPoolForCausalLM.from_pretrained(path, local_files_only=True)
     except Exception as error:  # transformers and the libraries each raise their own kinds
         raise UserError(
             f"{path}: the quantised model cannot be loaded ({first_line(error)}); it needs the library that quantised "
             "it, for torchao: pip install torchao"
         ) from error
+    return model
 
 
 def _load_plain(path: Path, config: UniPoolConfig) -> UniPoolForCausalLM:

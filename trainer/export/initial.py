@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from trainer.engine.parameter_state import ParameterState
     from trainer.engine.role_engine import Engine
 
-_MAY_DIFFER = {"max_position_embeddings", "initializer_range"}
+MAY_DIFFER = {"max_position_embeddings", "initializer_range"}
+"""Fields of config.json that say nothing about the weights."""
+
 _ONLY_OF_A_POOL = {
     "private_intermediate_size",
     "num_experts",
@@ -77,7 +79,7 @@ class ExportedWeights:
                 "use all of them; add one (as in --set lock.allocation=learned), which assigns the experts again"
             )
         for field, key in CONFIG_KEYS.items():
-            ignored = field in _MAY_DIFFER or (self._recipe.model.ffn == "dense" and field in _ONLY_OF_A_POOL)
+            ignored = field in MAY_DIFFER or (self._recipe.model.ffn == "dense" and field in _ONLY_OF_A_POOL)
             found = stored.get(field, OPTIONAL.get(field, required[field]))
             if not ignored and found != required[field]:
                 raise UserError(

@@ -57,7 +57,7 @@ def merged(source: Source, experts: int | None, text: Path, seed: int) -> Source
         raise UserError(f"{source.path}: router.kind = {router.get('kind', 'norm')}: merging needs softmax")
     if not max(2, least) <= experts < M:
         raise UserError(f"--experts {experts}: must be from {max(2, least)} to {M - 1}, fewer than {source.path} has")
-    loaded = load_model(source.path, device="cpu")
+    loaded = load_model(source.path)
     result = redundancy(adapt(loaded), read_text(loaded, text, TOKENS), seed=seed)
     clusters = clustered(np.array(result.banks[0].outputs_matrix), experts)
     kept = [members[stays] for members, stays in clusters]

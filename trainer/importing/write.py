@@ -19,7 +19,8 @@ from trainer.common.strict_json import loads
 from trainer.config.recipe import Recipe, check_recipe, parse_override, read_tree, save_recipe
 from trainer.data.tokenizer import chat_settings, end_of_document_id, load_tokenizer, vocabulary
 from trainer.export.exported_model import chat_arguments, tokenizer_settings
-from trainer.export.names import Shape, exported_shapes
+from trainer.export.initial import MAY_DIFFER
+from trainer.export.names import CONFIG_KEYS, Shape, exported_shapes
 from trainer.export.saved_run import model_config
 from trainer.export.write import check_free, write_model_files, write_weights
 from trainer.importing.source import Source
@@ -43,19 +44,23 @@ def recipe_for(source: Source, out: Path, base: str | None, overrides: Sequence[
         overrides: Texts as `--set` takes them.
 
     Raises:
-        UserError: `base` does not exist, or a key or a value is wrong.
+        UserError: `base` does not exist, or a key or a value is wrong or would make it another model.
     """
     whole = source.tree if source.tree and base is None else read_tree(base or "quickstart")
     tree = {name: value for name, value in whole.items() if name not in (*source.sections, "lock")}
     if source.sections["model"]["ffn"] == "dense":
         ranks = dict(tree.get("parallel") or {})
         tree["parallel"] = {key: ranks[key] for key in ranks if key not in ("pool_ranks", "layout", "expert_parallel")}
-    settings = [
+    settings: list[tuple[str, Any]] = [
         ("run.dir", str(Path("runs") / out.name)),
         ("train.init_from", str(out)),
         ("data.tokenizer", str(out)),
-        *(parse_override(text) for text in overrides),
     ]
+    fixed = {key for field, key in CONFIG_KEYS.items() if field not in MAY_DIFFER} | {"model.head_dim"}
+    for key, value in map(parse_override, overrides):
+        if key in {*fixed, *source.sections}:
+            raise UserError(f"--set {key}: must be left out: it is what the weights in {source.path} are")
+        settings.append((key, value))
     return check_recipe({**tree, **source.sections}, settings, str(source.path))
 
 

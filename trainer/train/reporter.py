@@ -257,12 +257,15 @@ class Reporter:
             status: The exit status; only a run that ends with 0 waits for scores on tasks.
             done: Optimizer steps done.
         """
-        if self._tasks:
-            for scored in self._tasks.rest() if status == 0 else ():
-                self._scored(done, scored)
-            self._tasks.stop()
-        if isinstance(self._role, TrunkRank):
-            self._role.monitors.close()
+        try:
+            if self._tasks:
+                for scored in self._tasks.rest() if status == 0 else ():
+                    self._scored(done, scored)
+                self._tasks.stop()
+            if isinstance(self._role, TrunkRank):
+                self._role.monitors.close()
+        except Exception as error:  # the run has ended, and its status is known
+            say(f"warning: a report after the end of the run failed ({type(error).__name__}: {error})")
 
     def close(self) -> None:
         """End the reports at the regular end of the run: Prometheus no longer looks for its metrics."""

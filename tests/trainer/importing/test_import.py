@@ -101,6 +101,7 @@ def test_damaged_checkpoints_are_refused(tmp_path: Path) -> None:
     checkpoint("llama", tmp_path / "theirs")
     arguments = ("import", tmp_path / "theirs", tmp_path / "ours")
     assert "--seq-len 64: must be at most max_position_embeddings (32)" in refusal(*arguments, "--seq-len", "64")
+    assert "--set model.hidden: must be left out" in refusal(*arguments, "--set", "model.hidden=32")
     file = tmp_path / "theirs" / "config.json"
     whole = file.read_text()
     file.write_text(json.dumps(json.loads(whole) | {"vocab_size": 301}))

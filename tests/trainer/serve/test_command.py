@@ -43,7 +43,8 @@ def test_a_signal_ends_it_when_answers_are_complete(tmp_path: Path) -> None:
     """SIGTERM comes in the middle of a stream: the stream goes on to its end, new clients are refused, status 0."""
     log = tmp_path / "log"
     log.touch()
-    arguments = ["serve", str(export(tmp_path / "small")), "--port", "0", "--batch", "2", "--device", "cpu"]
+    options = ["--port", "0", "--batch", "2", "--device", "cpu", "--grace", "300"]
+    arguments = ["serve", str(export(tmp_path / "small")), *options]
     server = context.Process(target=run, args=(arguments, log), daemon=True)
     server.start()
     try:
@@ -52,19 +53,19 @@ def test_a_signal_ends_it_when_answers_are_complete(tmp_path: Path) -> None:
             assert server.is_alive() and time.monotonic() < deadline, log.read_text()
             time.sleep(0.05)
         client = openai.OpenAI(base_url=f"{found[1]}/v1", api_key="none", max_retries=0)
-        settings = {"model": "small", "prompt": "def size", "max_tokens": 400, "seed": 1, "extra_body": {"top_k": 9}}
+        settings = {"model": "small", "prompt": "def size", "max_tokens": 200, "seed": 1, "extra_body": {"top_k": 9}}
         stream = iter(client.completions.create(**settings, stream=True, stream_options={"include_usage": True}))  # type: ignore[call-overload]
         chunks = [next(stream)]
         server.terminate()
         chunks += stream
-        assert chunks[-1].usage.completion_tokens == 400 or chunks[-2].choices[0].finish_reason == "stop"
+        assert chunks[-1].usage.completion_tokens == 200 or chunks[-2].choices[0].finish_reason == "stop"
         server.join(30)
         assert server.exitcode == 0, log.read_text()
         with pytest.raises(openai.APIConnectionError):
             client.models.list()
     finally:
         server.kill()
-    assert len(log.read_text().splitlines()) == 1
+    assert "Traceback" not in log.read_text()
 
 
 def test_what_a_user_gets_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 import time
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 
 from trainer.common.errors import UserError
 from trainer.config.job_sections import Tasks
+from trainer.engine.monitors import Monitors
 from trainer.train.evaluation import tasks
 from trainer.train.evaluation.tasks import BackgroundTasks, Scored
 
@@ -105,3 +108,11 @@ def test_it_ends_with_the_run_and_needs_the_harness(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(tasks, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="tasks.names = own, other: requires lm-evaluation-harness"):
         background(tmp_path, "")
+
+
+def test_scores_that_come_when_the_ranks_have_left_reach_tensorboard(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+    deepspeeds = MagicMock(enabled=True)
+    deepspeeds.write_events.side_effect = AssertionError("DeepSpeed backend not set")
+    Monitors(deepspeeds).write_late({"tasks/own/acc": 0.25}, 2)
+    deepspeeds.tb_monitor.summary_writer.add_scalar.assert_called_once_with("tasks/own/acc", 0.25, 2)

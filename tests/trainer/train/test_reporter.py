@@ -83,7 +83,7 @@ def test_the_first_step_of_a_spike_is_reported_with_its_rows(
     monkeypatch.setattr("trainer.telemetry.console.say", said.append)
     for own in reporters[:3]:
         job, role = own._job, own._role
-        job.role_size = 3  # type: ignore[misc]
+        job.role_size = 3
         job.shared.put.side_effect = lambda key, text, rank=job.rank: store.update({f"{key}/{rank}": text})  # type: ignore[attr-defined]
         job.shared.get.side_effect = store.__getitem__  # type: ignore[attr-defined]
         losses = [(1.0, "rows 4"), (5.0 + job.rank, f"rows {job.rank}")]

@@ -41,6 +41,9 @@ def _grouped_linear(x_ND: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> Tenso
 
 def _grouped_linear_of_subclass(x_ND: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> Tensor:
     """The same for a subclass of Tensor, for example quantised weights, which need not support more than this."""
+    if torch.is_inference_mode_enabled():  # in which torchao's stacks cannot be indexed
+        with torch.inference_mode(False):
+            return _grouped_linear_of_subclass(x_ND, weight_EFD, counts_E)
     parts = x_ND.split(counts_E.tolist())
     return torch.cat([F.linear(x_nD, weight_EFD[expert]) for expert, x_nD in enumerate(parts) if len(x_nD)])
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -95,7 +95,8 @@ def dry_run(original: Recipe, recipe: Recipe, launch: Launch) -> int:
     watch = FaultWatch(launch.rank, names[launch.rank])
     parts = Parts(watch, serve_early(recipe, launch))
     try:
-        with nothing_left(original) if launch.rank == 0 else nullcontext():
+        leaves: AbstractContextManager[None] = nothing_left(original) if launch.rank == 0 else nullcontext()
+        with leaves:
             try:
                 folder = RunFolder(recipe)
                 if launch.rank == 0:  # what a dry run that was killed has left; the data may be of this one
