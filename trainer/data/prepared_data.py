@@ -107,7 +107,8 @@ class PreparedData:
     """All data of a run.
 
     Attributes:
-        training: The sources, each with its share of the training sequences; shares add up to 1.
+        training: The sources, each with its share of the training sequences; shares add up to 1. Empty if they are
+            read while a run trains.
         held_out: The same for validation: the validation splits of these sources, or held-out text of its own.
     """
 
@@ -196,4 +197,6 @@ def describe(data: PreparedData) -> str:
             if facts.documents or facts.tokens:
                 counts = f"{facts.documents:,} documents, {facts.tokens:,} tokens, {facts.sequences:,} sequences"
                 lines.append(f"{split:<12}{counts}, unigram entropy {facts.unigram_entropy:.4f} nats")
+    if not data.training:
+        lines.append(f"{data.files('train')}, in which training text is kept as it is read")
     return "\n".join(lines)

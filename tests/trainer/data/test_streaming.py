@@ -7,15 +7,17 @@ from bisect import bisect_left
 import numpy as np
 import pytest
 
-from trainer.common.errors import UserError
+from trainer.common.errors import Unavailable, UserError
 from trainer.config.recipe import load_recipe
 from trainer.data import source_builder
 from trainer.data.batches import permutation
 from trainer.data.cache import Conduct
 from trainer.data.prepare import prepare_for, prepare_source
+from trainer.data.prepared_data import describe
 from trainer.data.streaming import parts as parts_module
 from trainer.data.streaming.parts import SourceParts
 from trainer.data.streaming.stream import PartStream
+from trainer.train.dry_run.rehearsal import folder_of, rehearsal
 
 QUIET = Conduct(show=False)
 SIZE = 7
@@ -143,6 +145,43 @@ def test_text_that_changes_meanwhile_is_refused(training, alone, jsonl, tmp_path
         parts.reach(10**6)
 
 
+def test_a_reader_that_fails_ends_the_run_with_its_error(training, jsonl, tmp_path):
+    source = tmp_path / "copy.jsonl"
+    source.write_text(jsonl.read_text())
+    stream = stream_of(dataclasses.replace(training, source=str(source)))
+    stream._parts.reach(1)
+    source.unlink()
+    with pytest.raises(UserError, match="copy.jsonl"):
+        _ = [sequences(stream, step) for step in range(100)]
+
+
+def test_waiting_for_another_thread_has_a_limit(training, alone):
+    parts = SourceParts(training, SIZE, Conduct(show=False, patience=0.05))
+    with parts._lock, pytest.raises(Unavailable, match="part 0 is not read after"):
+        parts.reach(0)
+
+
+def test_nobody_sees_the_last_part_before_the_end_is_known(training, alone, monkeypatch):
+    parts, look = SourceParts(training, SIZE, QUIET), parts_module._is_last
+    seen = []
+
+    def looking(path):
+        seen.append(len(parts._rows) == int(path.name))
+        return look(path)
+
+    monkeypatch.setattr(parts_module, "_is_last", looking)
+    parts.reach(10**6)
+    assert len(seen) > 2 and all(seen)
+
+
+def test_a_damaged_part_is_named(training, alone):
+    parts = SourceParts(training, SIZE, QUIET)
+    parts.reach(0)
+    (parts.folder / "000000" / parts_module.FACTS_FILE).write_text("{")
+    with pytest.raises(UserError, match="000000/facts.json: is damaged"):
+        SourceParts(training, SIZE, QUIET).reach(0)
+
+
 def recipe_of(training, tmp_path, **data):
     held_out = tmp_path / "held-out.txt"
     held_out.write_text("lane expert router\n" * 50)
@@ -168,6 +207,24 @@ def test_the_data_of_a_recipe(training, alone, tmp_path):
     assert data.identity == prepare_for(recipe_of(training, tmp_path), progress=False).identity
     assert data.identity != prepare_for(recipe_of(training, tmp_path, stream_window=8), progress=False).identity
     assert sequences(data.stream("train", 3), 0).shape == (4, training.seq_len + 1)
+    assert str(data.parts.folder) in describe(data)
+
+
+def test_a_trained_tokenizer_may_be_anywhere(training, alone, tmp_path):
+    """Runs with other folders of data go on from each other's checkpoints."""
+    folders = (training.directory, training.directory + "-2")
+    recipes = [recipe_of(training, tmp_path, tokenizer="train", dir=folder) for folder in folders]
+    first, second = (prepare_for(recipe, progress=False) for recipe in recipes)
+    assert first.parts.settings.tokenizer != second.parts.settings.tokenizer
+    assert first.identity == second.identity
+    assert (sequences(first.stream("train", 3), 0) == sequences(second.stream("train", 3), 0)).all()
+
+
+def test_a_dry_run_makes_no_part(training, tmp_path):
+    recipe = recipe_of(training, tmp_path)
+    prepare_for(recipe, progress=False)
+    data = rehearsal(recipe).data
+    assert data.stream_window is None and data.dir == str(folder_of(recipe) / "data")
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,8 @@ from zipfile import BadZipFile
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.common.errors import UserError
+from trainer.common.errors import Unavailable, UserError
+from trainer.common.format import duration
 from trainer.common.strict_json import dumps, loads
 from trainer.data.cache import Conduct, make_once
 from trainer.data.encoding import Encoder
@@ -78,19 +79,29 @@ class SourceParts:
 
         Raises:
             UserError: The source cannot be read or has changed; see `Documents` and `make_once`.
+            Unavailable: Another thread or process has not made a part within `Conduct.patience`; see `make_once`.
         """
         if number < len(self._rows):  # while another thread may be making the next one
             return
-        with self._lock:
+        if not self._lock.acquire(timeout=self._conduct.patience):
+            raise Unavailable(
+                f"data.source {self.settings.source}: part {number} is not read after "
+                f"{duration(self._conduct.patience)} (parallel.start_timeout_seconds); lower data.stream_window, or "
+                "see whether the source still answers"
+            )
+        try:
             while len(self._rows) <= number and self.total is None:
                 place = len(self._rows)
                 path = make_once(self.folder, _name(place), partial(self._fill, place), self._conduct)
-                self._rows.append(SplitRows(path / ROWS_FILE))
-                if loads((path / FACTS_FILE).read_text())["last"]:
-                    self.total = place * self.size + len(self._rows[-1])
+                rows, last = SplitRows(path / ROWS_FILE), _is_last(path)
+                if last:  # known before others may see the part, because it is shorter
+                    self.total = place * self.size + len(rows)
+                self._rows.append(rows)
+        finally:
+            self._lock.release()
 
     def reach_in_background(self, number: int) -> None:
-        """Begin to make a part. An error is raised when `reach` is called for it."""
+        """Begin to make a part. If that fails, `reach` tries it again, and raises the error if it fails again."""
 
         def work() -> None:
             with suppress(Exception):
@@ -151,7 +162,19 @@ class SourceParts:
             with np.load(path, allow_pickle=False) as arrays:
                 return loads(str(arrays["position"])), arrays["tokens"].astype(np.uint32)
         except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
-            raise UserError(f"{path}: is damaged ({error}); delete {self.folder}, and it will be made again") from error
+            raise _damaged(path, error) from error
+
+
+def _is_last(part: Path) -> bool:
+    try:
+        last: bool = loads((part / FACTS_FILE).read_text())["last"]
+        return last
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _damaged(part / FACTS_FILE, error) from error
+
+
+def _damaged(file: Path, error: Exception) -> UserError:
+    return UserError(f"{file}: is damaged ({error}); delete {file.parent.parent}, and it will be made again")
 
 
 def _name(number: int) -> str:

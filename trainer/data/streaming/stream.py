@@ -31,8 +31,7 @@ class PartStream(SequenceStream):
         return str(part * self._parts.size + row)
 
     def _place(self, source: int, number: int) -> Place:
-        if self._parts.total is None:
-            self._parts.reach(number // self._parts.size)
+        self._parts.reach(number // self._parts.size)
         total = self._parts.total
         epoch, index = (0, number) if total is None else divmod(number, total)
         part, row = divmod(index, self._parts.size)
