@@ -65,7 +65,7 @@ def orthogonalized(matrices_nRC: Tensor, dtype: torch.dtype) -> Tensor:
     a, b, c = COEFFICIENTS
     wide = matrices_nRC if matrices_nRC.shape[-2] <= matrices_nRC.shape[-1] else matrices_nRC.mT
     norm_n11 = torch.linalg.vector_norm(wide, dim=(-2, -1), keepdim=True)
-    x = (wide / (norm_n11 + EPS)).to(dtype)
+    x: Tensor = (wide / (norm_n11 + EPS)).to(dtype)
     for _ in range(ITERATIONS):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)

@@ -53,9 +53,11 @@ class Progress:
         """Show a step."""
         text = f"{scalars.console()}, {efficiency.console()}"
         if not scalars.applied:
-            spike = f"their norm is {scalars.grad_norm:.4g}, a spike (train.skip_spikes)"
-            finite = math.isfinite(scalars.grad_norm)
-            say(f"step {done}: skipped because {spike if finite else 'gradients are not finite'}")
+            norm = scalars.grad_norm
+            if math.isfinite(norm):
+                say(f"step {done}: skipped because the gradient norm, {norm:.4g}, is a spike (train.skip_spikes)")
+            else:
+                say(f"step {done}: skipped because gradients are not finite")
         self._bar.set_postfix_str(text, refresh=False)
         self._bar.update()
         now = time.monotonic()

@@ -195,7 +195,8 @@ class Reporter:
 
     def samples(self, done: int, samples: Sequence[tuple[str, str]]) -> None:
         """Report prompts and their continuations by the model after `done` steps."""
-        self._role.monitors.write_samples(samples, done)
+        if isinstance(self._role, TrunkRank):
+            self._role.monitors.write_samples(samples, done)
         if self._progress:
             told = [{"prompt": prompt, "text": text} for prompt, text in samples]
             self._folder.append_metrics({"step": done, "samples": told})

@@ -128,8 +128,8 @@ class Records:
         if "loss" in record:
             self.steps.append(step)
             for name, rows in self.by_layer.items():
-                if (values := record.get(name)) and isinstance(values, list):
-                    rows.append(np.array([_number(value) for value in values]))
+                if (row := record.get(name)) and isinstance(row, list):
+                    rows.append(np.array([_number(value) for value in row]))
             for name, column in self.columns.items():
                 number: Any = record.get(name)
                 usual = type(number) is float and -_LARGEST <= number <= _LARGEST

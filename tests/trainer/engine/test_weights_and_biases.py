@@ -40,6 +40,7 @@ def records(folder: Path) -> Iterator[Any]:
     """The records of the only file of wandb in a folder."""
     from wandb.proto import wandb_internal_pb2
 
+    messages: Any = wandb_internal_pb2  # whose names are made on import
     (file,) = folder.rglob("run-*.wandb")
     data, at, part = file.read_bytes(), HEADER, b""
     while at + HEADER < len(data):
@@ -52,7 +53,7 @@ def records(folder: Path) -> Iterator[Any]:
         part += data[at + HEADER : at + HEADER + length]
         at += HEADER + length
         if kind in (1, 4):  # whole, or the last part
-            record = wandb_internal_pb2.Record()
+            record = messages.Record()
             record.ParseFromString(part)
             part = b""
             yield record

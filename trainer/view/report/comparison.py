@@ -48,7 +48,8 @@ class Compared:
     @cached_property
     def tokens(self) -> Numbers:
         """Tokens seen after each step."""
-        return np.nan_to_num(np.array(self.records.columns["tokens"])).cumsum()
+        tokens: Numbers = np.nan_to_num(np.array(self.records.columns["tokens"])).cumsum()
+        return tokens
 
     @cached_property
     def hours(self) -> Numbers:

@@ -56,7 +56,8 @@ def elapsed(records: Records) -> Numbers:
     """Return the seconds from the run's first start to the end of each step; NaN where the goodput is not recorded."""
     counted = np.where(np.array(records.columns["applied"]) == 0, 0.0, step_seconds(records)).cumsum()
     goodput = np.array(records.columns["goodput"])
-    return np.divide(counted, goodput, out=np.full(len(counted), np.nan), where=goodput > 0)
+    seconds: Numbers = np.divide(counted, goodput, out=np.full(len(counted), np.nan), where=goodput > 0)
+    return seconds
 
 
 def phases(run: Path, records: Records, recipe: Recipe | None) -> list[Phase]:
