@@ -124,8 +124,8 @@ def page(runs: Sequence[Run], chosen: Mapping[Pair, float]) -> str:
         "",
         f"`python -m tests.benchmarks.fine_tuning`, commit {commit()}, {machine()}, torch {torch.__version__}.",
         "",
-        "Two trained quickstarts with as many parameters (one seed each), one with a pool of 64 experts that 8 layers "
-        "share and one with 8 private experts in each layer, learn C++: the headers of torch. The old text is Python's "
+        "Two trained quickstarts with nearly as many parameters (one seed each), one with a pool of 64 experts that 8 "
+        "layers share and one with 8 private experts in each layer, learn C++: the headers of torch. The old text is Python's "
         f"library, on which they were trained. A run has {f.STEPS} steps of {f.BATCH} windows of {f.WINDOW} tokens, in "
         f"an order that its seed decides; losses are over {f.TEST_ROWS} windows of each text that no run has seen.",
         "",

@@ -2,9 +2,9 @@
 
 python -m tests.benchmarks.quantisation [--runs runs/exports] [--out docs/results/quantisation]
 
-Both models are quickstarts with as many parameters (tests/benchmarks/exported.py trains them if needed). The loss is
-that on held-out text; differences are paired by window. Tokens are generated one sequence at a time, greedily. Speeds
-are ratios to fp32, measured in turns. What was measured is kept, model by model, in FOLDER.
+Both models are quickstarts with nearly as many parameters (tests/benchmarks/exported.py trains them if needed). The
+loss is that on held-out text; differences are paired by window. Tokens are generated one sequence at a time, greedily.
+Speeds are ratios to fp32, measured in turns. What was measured is kept, model by model, in the folder --out.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ class StoredTensors:
         types: The types of all tensors, by name, as safetensors spells them.
 
     Raises:
-        UserError: The folder is not an export, or a file is damaged.
+        UserError: The folder is not an export, a file is damaged, or two files have the same tensor.
     """
 
     def __init__(self, folder: Path):
@@ -36,6 +36,8 @@ class StoredTensors:
         for path in sorted(folder.glob("model*.safetensors")):
             with self._opened(path, "numpy") as file:
                 for name in file.keys():  # noqa: SIM118  not a dict
+                    if name in self._files:
+                        raise UserError(f"{path}: has {name}, and so has {self._files[name].name}; remove one of them")
                     part = file.get_slice(name)
                     self._files[name], self.types[name] = path, part.get_dtype()
                     self.shapes[name] = tuple(part.get_shape())

@@ -19,7 +19,7 @@ from trainer.common.strict_json import dumps
 from trainer.config.lock import OWNERSHIP_FILE
 from trainer.config.recipe import save_recipe
 from trainer.export.exported_model import CHAT_TEMPLATE_FILE
-from trainer.export.folder import MODEL_FILES
+from trainer.export.folder import MODEL_FILES, first_line
 from trainer.export.hub.card import write_card
 from trainer.export.model_files.configuration_unipool import UniPoolConfig
 from trainer.export.names import Shape, exported_shapes
@@ -164,8 +164,13 @@ class Readable(Protocol):
 
 
 def write_weights(weights: Readable, folder: Path, dtype: torch.dtype, shard_size: str = SHARD_SIZE) -> None:
-    """Write model.safetensors, or several files of at most `shard_size` with an index."""
+    """Write model.safetensors, or several files of at most `shard_size` with an index.
+
+    Raises:
+        OSError: A file cannot be written.
+    """
     from huggingface_hub import split_torch_state_dict_into_shards
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
     from tqdm import tqdm
 
@@ -184,7 +189,10 @@ def write_weights(weights: Readable, folder: Path, dtype: torch.dtype, shard_siz
                 # Parts of a fused tensor share memory, which safetensors refuses, so they are copied.
                 tensors[name] = weights.read(name).to(empty[name].dtype, copy=True).contiguous()
                 bar.update(tensors[name].nbytes)
-            save_file(tensors, folder / file, metadata={"format": "pt"})
+            try:
+                save_file(tensors, folder / file, metadata={"format": "pt"})
+            except SafetensorError as error:  # as which it raises those of a full disk
+                raise OSError(first_line(error)) from None
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / "model.safetensors.index.json").write_text(dumps(index, indent=2) + "\n")

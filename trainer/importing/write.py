@@ -52,7 +52,7 @@ def recipe_for(source: Source, out: Path, base: str | None, overrides: Sequence[
         ranks = dict(tree.get("parallel") or {})
         tree["parallel"] = {key: ranks[key] for key in ranks if key not in ("pool_ranks", "layout", "expert_parallel")}
     settings: list[tuple[str, Any]] = [
-        ("run.dir", str(Path("runs") / out.name)),
+        ("run.dir", str(Path("runs") / f"{out.resolve().name}-tuned")),  # not OUT itself
         ("train.init_from", str(out)),
         ("data.tokenizer", str(out)),
     ]

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from trainer.serve.engine import Engine, Sampling
-from trainer.serve.requests import RequestError
 from trainer.serve.text import AnswerText
 
 
@@ -91,7 +90,7 @@ async def pieces(engine: Engine, tokenizer: Any, asked: Asked) -> AsyncGenerator
     Raises:
         RequestError: An answer cannot be computed.
     """
-    made: asyncio.Queue[Piece | RequestError] = asyncio.Queue()
+    made: asyncio.Queue[Piece | Exception] = asyncio.Queue()
 
     async def make(number: int) -> None:
         prompt, repetition = divmod(number, asked.number)
@@ -99,7 +98,7 @@ async def pieces(engine: Engine, tokenizer: Any, asked: Asked) -> AsyncGenerator
         try:
             async for piece in _one(engine, tokenizer, asked.prompts[prompt], sampling, asked.stops):
                 made.put_nowait(replace(piece, answer=number))
-        except RequestError as error:
+        except Exception as error:  # passed on, because the client waits
             made.put_nowait(error)
 
     tasks = [asyncio.create_task(make(number)) for number in range(asked.answers)]
@@ -107,7 +106,7 @@ async def pieces(engine: Engine, tokenizer: Any, asked: Asked) -> AsyncGenerator
         unfinished = len(tasks)
         while unfinished:
             piece = await made.get()
-            if isinstance(piece, RequestError):
+            if isinstance(piece, Exception):
                 raise piece
             unfinished -= piece.finish is not None
             yield piece

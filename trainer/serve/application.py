@@ -243,7 +243,9 @@ def application(service: Service) -> FastAPI:
     @app.post("/v1/completions", dependencies=key)
     async def completions(request: Request, body: Completion) -> Response:
         service.check_model(body.model)
-        prompts = [service.prompt(prompt, "prompt") for prompt in body.prompts()]
+        given = body.prompts()
+        service.engine.admit(len(given) * body.n)  # before many are encoded
+        prompts = [service.prompt(prompt, "prompt") for prompt in given]
         echoed = [prompt for prompt in prompts for _ in range(body.n) if body.echo]
         echoes = [service.tokenizer.decode(prompt, skip_special_tokens=True) for prompt in echoed]
         asked = service.asked(body, prompts, body.max_tokens, "prompt")

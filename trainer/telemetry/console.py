@@ -52,12 +52,11 @@ class Progress:
     def step(self, done: int, scalars: StepScalars, efficiency: Efficiency) -> None:
         """Show a step."""
         text = f"{scalars.console()}, {efficiency.console()}"
-        if not scalars.applied:
-            norm = scalars.grad_norm
-            if math.isfinite(norm):
-                say(f"step {done}: skipped because the gradient norm, {norm:.4g}, is a spike (train.skip_spikes)")
-            else:
-                say(f"step {done}: skipped because gradients are not finite")
+        if not scalars.applied and math.isfinite(scalars.grad_norm) and not scalars.nonfinite_router_tokens:
+            norm = f"{scalars.grad_norm:.4g}"
+            say(f"step {done}: skipped because the gradient norm, {norm}, is a spike (train.skip_spikes)")
+        elif not scalars.applied:
+            say(f"step {done}: skipped because gradients are not finite")
         self._bar.set_postfix_str(text, refresh=False)
         self._bar.update()
         now = time.monotonic()

@@ -72,8 +72,10 @@ class RunFolder:
         """Create the folder.
 
         Raises:
-            UserError: It cannot be created or written.
+            UserError: It cannot be created or written, or is an export, which commands would read instead of the run.
         """
+        if (self.path / "config.json").is_file():
+            raise UserError(f"run.dir = {self.path}: is an export (it has a config.json); choose another folder")
         self._created = not self.path.exists()
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)

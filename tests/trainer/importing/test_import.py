@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import resource
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +60,7 @@ def test_the_recipe_trains_on_from_it(tmp_path: Path) -> None:
     assert unipool("import", tmp_path / "theirs", tmp_path / "ours", "--seq-len", "9").exit_code == 0
     recipe = tiny_recipe(tmp_path / "ours" / "recipe.yaml")
     assert recipe.train.init_from == recipe.data.tokenizer == str(tmp_path / "ours")
+    assert recipe.run.dir == "runs/ours-tuned"
     sequences = torch.from_numpy(tokens(recipe)[: recipe.train.global_batch])
     with torch.no_grad():
         logits = theirs(sequences[:, :-1]).logits
@@ -102,6 +105,9 @@ def test_damaged_checkpoints_are_refused(tmp_path: Path) -> None:
     arguments = ("import", tmp_path / "theirs", tmp_path / "ours")
     assert "--seq-len 64: must be at most max_position_embeddings (32)" in refusal(*arguments, "--seq-len", "64")
     assert "--set model.hidden: must be left out" in refusal(*arguments, "--set", "model.hidden=32")
+    save_file({"lm_head.weight": torch.zeros(300, 24)}, tmp_path / "theirs" / "model.other.safetensors")
+    assert re.search(r"has lm_head.weight, and so has model\S+; remove one of them", refusal(*arguments))
+    (tmp_path / "theirs" / "model.other.safetensors").unlink()
     file = tmp_path / "theirs" / "config.json"
     whole = file.read_text()
     file.write_text(json.dumps(json.loads(whole) | {"vocab_size": 301}))
@@ -117,3 +123,17 @@ def test_damaged_checkpoints_are_refused(tmp_path: Path) -> None:
         shard.unlink()
     assert "has no model*.safetensors" in refusal(*arguments)
     assert not (tmp_path / "ours").exists()
+
+
+def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
+    checkpoint("llama", tmp_path / "theirs")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))  # all other files are smaller
+    try:
+        said = refusal("import", tmp_path / "theirs", tmp_path / "ours")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert re.search(r"ours: cannot be written \(.*File too large", said)
+    assert [path.name for path in tmp_path.iterdir()] == ["theirs"]

@@ -22,6 +22,7 @@ from tests.trainer.serve.test_text import tokenizer
 from trainer.export.loaded_model import LoadedModel
 from trainer.serve.application import LARGEST_BODY, Service, application
 from trainer.serve.engine import Engine
+from trainer.serve.text import AnswerText
 from trainer.telemetry.prometheus import parse
 
 BATCH, QUEUE, WINDOW = 3, 4, 24
@@ -191,15 +192,32 @@ def test_bad_requests(server: Server, settings: dict[str, Any], status: int, par
 def test_what_is_no_request(server: Server) -> None:
     http = server.client()._client
     headers = {"authorization": "Bearer secret", "content-type": "application/json"}
-    bodies = [b"{", b"[]", b'{"model": "small", "prompt": "\\ud800"}', b"x" * (LARGEST_BODY + 1)]
+    bodies = [b"{", b"[]", b'{"model": "small", "prompt": "\\ud800"}']
+    bodies += [b'{"\\ud800": 1, "model": "small"}', b"x" * (LARGEST_BODY + 1)]
     answers = [http.post(f"{server.address}/v1/completions", content=body, headers=headers) for body in bodies]
-    assert [answer.status_code for answer in answers] == [400, 400, 400, 413]
+    assert [answer.status_code for answer in answers] == [400, 400, 400, 400, 413]
     assert all(json.loads(answer.text)["error"]["type"] == "invalid_request_error" for answer in answers)
     assert server.get("/v2").status_code == 404 and "error" in json.loads(server.get("/v2").text)
     with pytest.raises(openai.AuthenticationError, match="Incorrect API key"):
         server.client("wrong").models.list()
     assert [model.id for model in server.client().models.list()] == ["small"]
     assert server.client().models.retrieve("small").id == "small"
+
+
+def test_too_many_prompts_are_refused_before_they_are_encoded(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server.service, "prompt", None)
+    with pytest.raises(openai.InternalServerError) as caught:
+        server.complete(prompt=["def"] * (BATCH + QUEUE + 1))
+    assert caught.value.status_code == 503
+
+
+def test_an_unexpected_error_leaves_no_client_waiting(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(AnswerText, "add", lambda *_: 1 // 0)
+        with pytest.raises(openai.InternalServerError) as caught:
+            server.complete()
+    assert caught.value.status_code == 500
+    assert server.complete().choices[0].text == server.generated("def size", 6)
 
 
 def test_health_and_metrics(server: Server) -> None:

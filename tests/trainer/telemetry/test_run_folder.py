@@ -50,6 +50,14 @@ def test_only_a_folder_that_was_made_for_nothing_is_removed(tmp_path: Path, ther
     assert folder.exists() == there
 
 
+def test_an_export_is_not_taken_for_a_run(tmp_path: Path) -> None:
+    """Commands would read the export in it, and not what was trained."""
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"is an export .* choose another folder"):
+        RunFolder(tiny(run={"dir": str(tmp_path)})).make()
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
 def test_a_full_disk_loses_whole_lines_and_says_so_once(tmp_path: Path) -> None:
     (said,) = run_ranks(1, write_on_a_full_disk, tmp_path / "run")
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
