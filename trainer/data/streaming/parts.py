@@ -120,6 +120,7 @@ class SourceParts:
         self._reader = None
         found, count = [reader.rest_T], len(reader.rest_T)
         report.begin(f"tokenising {s.short_name}, part {number}", "tokens")
+        report.at(count)
         wanted = (size + 1) * s.seq_len + 1  # one row more, to see whether this is the last part
         if s.max_tokens is not None:
             wanted = min(wanted, s.max_tokens - number * size * s.seq_len)
