@@ -210,16 +210,6 @@ def test_the_data_of_a_recipe(training, alone, tmp_path):
     assert str(data.parts.folder) in describe(data)
 
 
-def test_a_trained_tokenizer_may_be_anywhere(training, alone, tmp_path):
-    """Runs with other folders of data go on from each other's checkpoints."""
-    folders = (training.directory, training.directory + "-2")
-    recipes = [recipe_of(training, tmp_path, tokenizer="train", dir=folder) for folder in folders]
-    first, second = (prepare_for(recipe, progress=False) for recipe in recipes)
-    assert first.parts.settings.tokenizer != second.parts.settings.tokenizer
-    assert first.identity == second.identity
-    assert (sequences(first.stream("train", 3), 0) == sequences(second.stream("train", 3), 0)).all()
-
-
 def test_a_dry_run_makes_no_part(training, tmp_path):
     recipe = recipe_of(training, tmp_path)
     prepare_for(recipe, progress=False)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from trainer.common.strict_json import dumps
 from trainer.data.prepared_data import PreparedData
-from trainer.data.settings import TRAIN
 from trainer.data.streaming.parts import SourceParts
 
 if TYPE_CHECKING:
@@ -24,9 +23,8 @@ class StreamedData(PreparedData):
     @property
     def identity(self) -> str:
         """A hash of the settings and files of the training text, and of the held-out text."""
-        held_out = [[source.identity, share] for source, share in self.held_out]  # and their tokenizer
-        elsewhere = replace(self.parts.settings, tokenizer=TRAIN)  # wherever the tokenizer is kept
-        read = [elsewhere.fingerprint(), self.parts.size, held_out]
+        held_out = [[source.identity, share] for source, share in self.held_out]
+        read = [self.parts.settings.fingerprint(), self.parts.size, held_out]
         return hashlib.sha256(dumps(read).encode()).hexdigest()[:16]
 
     def stream(self, split: str, seed: int | None) -> SequenceStream:
