@@ -76,6 +76,10 @@ def _check_data(r: Recipe) -> None:
     _require(d.split[0] > 0, r, "data.split", "the first part (training) must be above 0")
     allowed = "the second part (validation) must be above 0, or data.validation must name held-out text"
     _require(d.split[1] > 0 or d.validation is not None, r, "data.split", allowed)
+    if d.stream_window is not None:
+        key = "data.stream_window"
+        _require(isinstance(d.source, str), r, key, "must be left out with several sources")
+        _require(d.validation is not None, r, key, "needs data.validation, held-out text that is prepared first")
     started = r.train.freeze == "none" or r.train.init_from is not None
     _require(started, r, "train.freeze", "needs train.init_from, which provides the trained weights to freeze")
 

@@ -287,6 +287,11 @@ class Data(Section):
         None, description="Token that ends a document, such as `<|endoftext|>`; default: the tokenizer's own."
     )
     dir: str = Field("data", description="Folder in which prepared data is kept.")
+    stream_window: Positive | None = Field(
+        None,
+        description="Read, tokenise and pack the training text while the run trains, in parts of this many sequences, "
+        "each shuffled on its own; default: all of it is prepared first.",
+    )
     document_mask: bool = Field(
         False, description="Let a token attend to its own document only, not to its whole sequence."
     )

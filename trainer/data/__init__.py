@@ -11,5 +11,6 @@ encoding        texts into token ids, many at once
 splitting       which text is trained on and which is held out
 packing         one split's tokens, packed into rows of an Arrow file
 prepared_data   the prepared folders as a run reads them
+streaming/      text that is read while the run trains
 batches         a step's sequences: mixed by weight, shuffled by seed, divided among trunk ranks
 """

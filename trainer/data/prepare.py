@@ -29,6 +29,8 @@ from trainer.data.settings import TRAIN, SourceSettings
 from trainer.data.source_builder import SourceBuilder
 from trainer.data.splitting import SPLITS, Parts, choose_splitter
 from trainer.data.status import Report
+from trainer.data.streaming.parts import SourceParts
+from trainer.data.streaming.streamed_data import StreamedData
 from trainer.data.tokenizer import SMALLEST_VOCABULARY, train_tokenizer
 
 TOKENIZER_SAMPLE_BYTES = 50_000_000
@@ -51,7 +53,7 @@ def prepare_for(recipe: Recipe, progress: bool = True, ends_on_signals: bool = F
     Raises:
         UserError: See `prepare_source`.
     """
-    return prepare(*_mixtures(recipe), Conduct(progress, recipe.parallel.start_timeout_seconds, ends_on_signals))
+    return _prepare(recipe, Conduct(progress, recipe.parallel.start_timeout_seconds, ends_on_signals))
 
 
 def is_prepared(recipe: Recipe) -> bool:
@@ -61,10 +63,18 @@ def is_prepared(recipe: Recipe) -> bool:
         UserError: See `prepare_source`.
     """
     try:
-        prepare(*_mixtures(recipe), Conduct(show=False, only_looks=True))
+        _prepare(recipe, Conduct(show=False, only_looks=True))
     except NotPrepared:
         return False
     return True
+
+
+def _prepare(recipe: Recipe, conduct: Conduct) -> PreparedData:
+    training, held_out = _mixtures(recipe)
+    if recipe.data.stream_window is None:
+        return prepare(training, held_out, conduct)
+    assert held_out is not None, "the recipe's check asks for it"
+    return _begin_stream(training, held_out, recipe.data.stream_window, conduct)
 
 
 def _mixtures(recipe: Recipe) -> tuple[Mixture, Mixture | None]:
@@ -73,6 +83,18 @@ def _mixtures(recipe: Recipe) -> tuple[Mixture, Mixture | None]:
     train, validation, test = d.split
     training = _mixture(recipe, d.source, d.split if d.validation is None else (train + validation, 0, test))
     return training, None if d.validation is None else _mixture(recipe, d.validation, (0, 1, 0))
+
+
+def _begin_stream(training: Mixture, held_out: Mixture, window: int, conduct: Conduct) -> StreamedData:
+    """Prepare the held-out text and the first part of the training text, which has `window` sequences."""
+    ((settings, _),) = training
+    if settings.tokenizer == TRAIN:
+        settings = replace(settings, tokenizer=_train_on(training, conduct))
+        held_out = [(replace(other, tokenizer=settings.tokenizer), share) for other, share in held_out]
+    parts = SourceParts(settings, window, conduct, ahead=conduct.show)
+    data = StreamedData((), _prepare_held_out(held_out, conduct), parts)
+    parts.reach(0)
+    return data
 
 
 def _mixture(recipe: Recipe, sources: Sources, split: Parts) -> Mixture:
@@ -118,11 +140,14 @@ def prepare(training: Mixture, held_out: Mixture | None, conduct: Conduct) -> Pr
     own = tuple((prepare_source(settings, conduct), share) for settings, share in sources[: len(training)])
     if held_out is None:
         return PreparedData(own, own)
+    return PreparedData(own, _prepare_held_out(sources[len(training) :], conduct))
+
+
+def _prepare_held_out(sources: Mixture, conduct: Conduct) -> tuple[tuple[PreparedSource, float], ...]:
     try:
-        others = tuple((prepare_source(settings, conduct), share) for settings, share in sources[len(training) :])
+        return tuple((prepare_source(settings, conduct), share) for settings, share in sources)
     except UserError as error:
         raise type(error)(str(error).replace("data.source", "data.validation", 1)) from error
-    return PreparedData(own, others)
 
 
 def _check_space(sources: Sequence[SourceSettings], show: bool) -> None:

@@ -107,7 +107,8 @@ class PreparedData:
     """All data of a run.
 
     Attributes:
-        training: The sources, each with its share of the training sequences; shares add up to 1.
+        training: The sources, each with its share of the training sequences; shares add up to 1. Empty if they are
+            read while a run trains.
         held_out: The same for validation: the validation splits of these sources, or held-out text of its own.
     """
 
@@ -138,20 +139,24 @@ class PreparedData:
         """Return the paths of the sequences of "train" or "validation", for a message."""
         return ", ".join(str(source.path / f"{split}.arrow") for source, _ in self.sources(split))
 
+    @property
+    def _first(self) -> PreparedSource:
+        return (self.training or self.held_out)[0][0]
+
     def tokenizer(self) -> Tokenizer:
         """Return the tokenizer of all sources."""
-        return self.training[0][0].tokenizer()
+        return self._first.tokenizer()
 
     def tokenizer_files(self) -> dict[str, str]:
         """Return the texts of the files that a run keeps of its tokenizer, by name."""
-        chat = self.training[0][0].path / CHAT_FILE
+        chat = self._first.path / CHAT_FILE
         kept = {CHAT_FILE: chat.read_text(encoding="utf-8")} if chat.is_file() else {}
         return {TOKENIZER_FILE: self.tokenizer().to_str(), **kept}
 
     @property
     def end_id(self) -> int:
         """The id of the token that ends a document."""
-        end: int | None = self.tokenizer().token_to_id(self.training[0][0].end_of_document)
+        end: int | None = self.tokenizer().token_to_id(self._first.end_of_document)
         assert end is not None, "the tokenizer is the one that the text was prepared with"
         return end
 
@@ -192,4 +197,6 @@ def describe(data: PreparedData) -> str:
             if facts.documents or facts.tokens:
                 counts = f"{facts.documents:,} documents, {facts.tokens:,} tokens, {facts.sequences:,} sequences"
                 lines.append(f"{split:<12}{counts}, unigram entropy {facts.unigram_entropy:.4f} nats")
+    if not data.training:
+        lines.append(f"{data.files('train')}, in which training text is kept as it is read")
     return "\n".join(lines)

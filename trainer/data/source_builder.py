@@ -101,7 +101,7 @@ class SourceBuilder:
             UserError: See `trainer.data.prepare.prepare_source`.
         """
         settings, folder = self.settings, self.folder
-        tokenizer = _load_tokenizer(settings)
+        tokenizer = load_fitting_tokenizer(settings)
         if skipped := find_files(settings.source).skipped_line(settings.source):
             self.report.note(skipped)
         end_id = end_of_document_id(tokenizer)
@@ -294,7 +294,12 @@ class SourceBuilder:
             self.report.note(f"{what}: {'; '.join(read.first_bad)}")
 
 
-def _load_tokenizer(settings: SourceSettings) -> Tokenizer:
+def load_fitting_tokenizer(settings: SourceSettings) -> Tokenizer:
+    """Load the tokenizer of a source.
+
+    Raises:
+        UserError: It is none (see `load_tokenizer`), or does not fit into the model's vocabulary.
+    """
     tokenizer = load_tokenizer(settings.tokenizer, settings.end_of_document)
     entries = vocabulary(tokenizer)
     if entries > settings.vocab:

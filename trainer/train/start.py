@@ -105,6 +105,8 @@ def start(recipe: Recipe, launch: Launch, folder: RunFolder, stage: Stage, force
     role: TrunkRank | PoolRank
     if prepared:
         training = prepared.stream("train", recipe.run.seed)
+        if recipe.data.stream_window:  # what the first step reads may be made now; a step may not wait so long
+            next(training.places(done, recipe.train.global_batch, job.rank, job.role_size, recipe.train.micro_batch))
         validation = prepared.stream("validation", None)
         end = document_end(recipe, prepared)
         role = TrunkRank(recipe, job, schedule, placement, training, validation, end, metrics)

@@ -13,7 +13,7 @@ from trainer.data.prepare import is_prepared
 from trainer.engine.ds_config import check_wandb
 
 MOST_DOCUMENTS, MOST_TOKENS = 500, 2_000_000
-"""What is read of each source if its data is not prepared yet."""
+"""What is read of each source if its data is not prepared yet, or if it is read while a run trains."""
 
 
 def folder_of(recipe: Recipe) -> Path:
@@ -30,7 +30,7 @@ def rehearsal(recipe: Recipe) -> Recipe:
     """
     check_wandb(recipe)
     folder, data = folder_of(recipe), recipe.data
-    if not is_prepared(recipe):
+    if data.stream_window or not is_prepared(recipe):  # no part of a stream is made, which nobody might want
         limits = {"max_documents": MOST_DOCUMENTS, "max_tokens": MOST_TOKENS}
         data = data.model_copy(
             update={
@@ -38,6 +38,7 @@ def rehearsal(recipe: Recipe) -> Recipe:
                 "source": _little(data.source),
                 "validation": None if data.validation is None else _little(data.validation),
                 "dir": str(folder / "data"),
+                "stream_window": None,
             }
         )
     changed = {
