@@ -14,6 +14,7 @@ from typing import Any
 import click
 from matplotlib.axes import Axes
 
+from tests.soak.summary import GROWTH, GROWTH_FDS, LONG_MINUTES
 from trainer.common.figure_style import (
     INK,
     QUIET,
@@ -83,7 +84,7 @@ def page(summary: Record) -> str:
     rows = [f"| {name} | {number} | {_seconds(faults, name)} |" for name, number in sorted(faults["by kind"].items())]
     grown = [
         f"| {p['process']} of the {p['job']} job | {p['minutes']} | {p['rss'][0] / 2**20:.0f} | "
-        f"{p['rss'][1] / 2**20:.0f} | {p['fds'][0]:g} | {p['fds'][1]:g} |"
+        f"{p['rss'][1] / 2**20:.0f} | {p['rss'][2] / 2**20:.0f} | {p['fds'][0]:g} | {p['fds'][2]:g} |"
         for p in sorted(summary["processes"], key=lambda p: -p["minutes"])[:8]
     ]
     verdict = "Nothing was found." if not summary["problems"] else "Found:"
@@ -110,6 +111,8 @@ def page(summary: Record) -> str:
             f"- **Scrapes:** {scrapes['undisturbed']['good']} pages of the undisturbed job were read, "
             f"{scrapes['undisturbed']['failed']} could not be; the slowest took "
             f"{scrapes['undisturbed']['slowest']:.2f} s.",
+            f"- **Growth** is judged from the second third of a life to the last, if it lasted {LONG_MINUTES} minutes: "
+            f"at most {GROWTH:.0%} of the memory and {GROWTH_FDS} open files.",
             "",
             "![Steps, memory and open files of both jobs](soak.svg)",
             "",
@@ -117,10 +120,10 @@ def page(summary: Record) -> str:
             "|---|---|---|",
             *rows,
             "",
-            "The processes that lived longest: medians of the first and of the last third of their lives.",
+            "The processes that lived longest: medians of the thirds of their lives.",
             "",
-            "| process | minutes | MiB, first | MiB, last | open files, first | last |",
-            "|---|---|---|---|---|---|",
+            "| process | minutes | MiB, first | second | last | open files, first | last |",
+            "|---|---|---|---|---|---|---|",
             *grown,
             "",
         ]

@@ -15,10 +15,16 @@ from tests.trainer.job import untimed
 from trainer.common.atomic import atomic_write
 
 GROWTH, GROWTH_BYTES, GROWTH_FDS = 0.05, 30 << 20, 2
-"""What a process may grow between the first and the last third of its life: both of the first two, or the last one."""
+"""What a process may grow from the second to the last third of its life: both of the first two, or the last one."""
+
+LONG_MINUTES = 30
+"""The shortest life of a process that says whether it grows: at first allocators keep what a process needs at most."""
 
 WARM_SECONDS, LEAST_SAMPLES = 120.0, 12
 """What is left out at the start of a process; the fewest samples that say something."""
+
+AS_EXPECTED = (75, 143, -9)
+"""Statuses of the disturbed job's supervisor: it has saved, was asked to stop between two attempts, was killed."""
 
 Record = Mapping[str, Any]
 
@@ -45,7 +51,7 @@ def summarise(out: Path, quiet: WatchedJob, job: WatchedJob, every: int) -> dict
     for event in _of(events, "supervisor ended"):
         if event["job"] == quiet.name:
             problems.append(f"the undisturbed job ended with status {event['status']} at {event['at']:.0f} s")
-        elif event["status"] not in (75, -9):
+        elif event["status"] not in AS_EXPECTED:
             problems.append(f"the disturbed job's supervisor ended with status {event['status']}")
     for event in _of(events, "stopped"):
         if event["status"] != 75:
@@ -138,16 +144,18 @@ def _processes(samples: Sequence[Record]) -> list[dict[str, Any]]:
         third = len(warm) // 3
         grown = {"job": job, "process": who, "minutes": round((life[-1][0] - life[0][0]) / 60, 1)}
         for what in ("rss", "fds", "threads"):
-            first, last = (statistics.median(sizes[what] for sizes in part) for part in (warm[:third], warm[-third:]))
-            grown |= {what: [first, last]}
+            parts = (warm[:third], warm[third:-third], warm[-third:])
+            grown |= {what: [statistics.median(sizes[what] for sizes in part) for part in parts]}
         found.append(grown)
     return found
 
 
 def _judge_growth(processes: Sequence[Record], problems: list[str]) -> None:
     for grown in processes:
+        if grown["minutes"] < LONG_MINUTES:
+            continue
         name = f"{grown['process']} of the {grown['job']} job, in {grown['minutes']} min"
-        (rss, rss_last), (fds, fds_last) = grown["rss"], grown["fds"]
+        (_, rss, rss_last), (_, fds, fds_last) = grown["rss"], grown["fds"]
         if rss_last - rss > max(GROWTH * rss, GROWTH_BYTES):
             problems.append(f"{name}: memory grew from {rss / 2**20:.0f} to {rss_last / 2**20:.0f} MiB")
         if fds_last - fds > GROWTH_FDS:

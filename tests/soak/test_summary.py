@@ -23,8 +23,8 @@ def sample(at: float, fds: int, rss: int) -> dict[str, Any]:
 def find(
     folder: Path, events: list[dict[str, Any]], losses: list[float], growth: tuple[int, int] = (0, 0)
 ) -> list[str]:
-    """The problems of a soak of ten minutes, in which a rank's files and MiB grow by `growth`."""
-    samples = [sample(10.0 * n, 50 + growth[0] * n // STEPS, 700 + growth[1] * n // STEPS) for n in range(STEPS + 1)]
+    """The problems of a soak of an hour, in which a rank's files and MiB grow by `growth`."""
+    samples = [sample(60.0 * n, 50 + growth[0] * n // STEPS, 700 + growth[1] * n // STEPS) for n in range(STEPS + 1)]
     for name, lines in (("events", [{"kind": "begin", "at": 0.0}, *events]), ("samples", samples)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
@@ -55,8 +55,8 @@ def test_all_is_well(tmp_path: Path) -> None:
         ([KILL, resumed(20)], [5.0], (0, 0), "resumed after step 20, though step 40 was saved"),
         ([KILL | {"saved": 0}, resumed(5)], [5.0], (0, 0), "45 steps were repeated after kill -9 of a rank"),
         ([{"kind": "hang", "at": 9.0, "step": 3}], [5.0], (0, 0), "hang: no step after 3 at 9 s"),
-        ([], [5.0], (8, 0), "rank 0 of the undisturbed job, in 10.0 min: open files grew from 52 to 56"),
-        ([], [5.0], (0, 100), "rank 0 of the undisturbed job, in 10.0 min: memory grew from 732 to 787 MiB"),
+        ([], [5.0], (12, 0), "rank 0 of the undisturbed job, in 60.0 min: open files grew from 56 to 60"),
+        ([], [5.0], (0, 150), "rank 0 of the undisturbed job, in 60.0 min: memory grew from 777 to 827 MiB"),
         ([{"kind": "supervisor ended", "at": 9.0, "job": "disturbed", "status": 2}], [5.0], (0, 0), "status 2"),
     ],
 )
