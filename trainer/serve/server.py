@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from trainer.common.errors import UserError, os_reason
+from trainer.common.format import size
 from trainer.common.safe_read import read_text
 from trainer.export.loaded_model import load_model
 
@@ -77,9 +78,8 @@ def serve(
         signal.signal(signal.SIGTERM, lambda *_: None)
         if key is None and host not in ("127.0.0.1", "::1", "localhost"):
             print(f"warning: whoever can reach {address} can use the model; see --api-key", file=sys.stderr)
-        cache = engine.cache_bytes / 2**20
         print(
-            f"{address}/v1 serves {name}: {batch} answers at once (KV cache {cache:,.0f} MB), {queue} may wait",
+            f"{address}/v1 serves {name}: {batch} answers at once (KV cache {size(engine.cache_bytes)}), {queue} may wait",
             file=sys.stderr,
             flush=True,
         )
