@@ -79,7 +79,8 @@ def serve(
         if key is None and host not in ("127.0.0.1", "::1", "localhost"):
             print(f"warning: whoever can reach {address} can use the model; see --api-key", file=sys.stderr)
         print(
-            f"{address}/v1 serves {name}: {batch} answers at once (KV cache {size(engine.cache_bytes)}), {queue} may wait",
+            f"{address}/v1 serves {name}: {batch} answers at once "
+            f"(KV cache {size(engine.cache_bytes)}), {queue} may wait",
             file=sys.stderr,
             flush=True,
         )
