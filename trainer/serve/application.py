@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import json
 import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
@@ -17,6 +16,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from trainer.common.errors import one_line
+from trainer.common.strict_json import dumps
 from trainer.serve.answers import Answer, Answers, Asked, Piece, pieces
 from trainer.serve.engine import Engine, Sampling
 from trainer.serve.metrics import ServerMetrics
@@ -328,4 +328,4 @@ def _usage(asked: Asked, tokens: int) -> dict[str, int]:
 
 
 def _event(body: dict[str, Any]) -> str:
-    return f"data: {json.dumps(body)}\n\n"
+    return f"data: {dumps(body)}\n\n"

@@ -158,6 +158,8 @@ def variant_result(cell: Cell, runs: Sequence[RunResult], baseline: Sequence[Run
     parameters = count_parameters(r)
     losses = {run.seed: run.val_loss for run in runs}
     means = {name: float(np.mean([getattr(run, name) for run in runs])) if runs else math.nan for name in MEASURES}
+    # Some runs may have ended early.
+    steps = max((run.val_steps[-1] for run in runs if run.val_steps), default=r.train.steps)
     return VariantResult(
         name=cell.name,
         variant=cell.variant,
@@ -167,8 +169,7 @@ def variant_result(cell: Cell, runs: Sequence[RunResult], baseline: Sequence[Run
         hidden=r.model.hidden,
         experts=r.pool.experts,
         parameters={"total": parameters.total, "active": parameters.active},
-        tokens=max((run.val_steps[-1] for run in runs), default=r.train.steps)  # some may have ended early
-        * (r.train.global_batch * r.model.seq_len),
+        tokens=steps * r.train.global_batch * r.model.seq_len,
         settings={key: attrgetter(key)(r) for key in SETTINGS} | {"data.source": source_names(r.data.source)},
         planned_runs=len(cell.runs),
         val_loss=spread(list(losses.values())),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 
 from trainer.common.errors import UserError
 from trainer.common.format import ABSENT, duration, loss_change, number, percent
+from trainer.common.strict_json import dumps
 from trainer.config.recipe import Recipe
 from trainer.view.rates import ROLES
 from trainer.view.records import Numbers, Records, is_run, recorded_load, recorded_owners, saved_recipe
@@ -166,7 +166,7 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         if isinstance(value, dict):
             flat |= _flat(value, f"{prefix}{name}.")
         else:
-            flat[prefix + name] = value if isinstance(value, str) else json.dumps(value)
+            flat[prefix + name] = value if isinstance(value, str) else dumps(value)
     return flat
 
 
