@@ -202,8 +202,8 @@ def page(rows: Sequence[dict[str, Any]], rounds: int) -> str:
         "# Serving from one pool",
         "Written by `python -m tests.benchmarks.serving`: quickstart (8 layers, 64 experts in one pool), its "
         "vanilla counterpart (8 private experts in each layer: nearly as many parameters, as many of them active), and "
-        f"the same with half the pool, which is not trained. fp32, {os.cpu_count()} CPU cores that other work used at "
-        f"a low share, torch {torch.__version__}, transformers {transformers.__version__}; {rounds} rounds in which "
+        f"the same with half the pool, which is not trained. fp32, {os.cpu_count()} CPU cores, "
+        f"torch {torch.__version__}, transformers {transformers.__version__}; {rounds} rounds in which "
         f"the models take turns. A request has {PROMPT} tokens and gets {NEW}. Speeds are medians; ratios are of the "
         "same round, median (lowest to highest).",
         "![Speed and experts touched by batch size](serving.svg)",
