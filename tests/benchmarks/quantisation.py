@@ -214,7 +214,7 @@ def page(results: dict[str, dict[str, Any]]) -> str:
     lines += [
         "",
         "- **unipool** shares 64 experts among 8 layers; **vanilla** has 8 experts of its own in each layer. Both are "
-        "quickstarts with the same number of parameters, one seed each.",
+        "quickstarts with nearly as many parameters, one seed each.",
         f"- The loss is the mean in nats over {ROWS} held-out windows; intervals (95 %) are over windows, paired.",
         f"- int8 has a scale for each row, int4 for each {GROUP} weights of a row. Attention and experts are "
         "quantised; routers, norms, embedding and output projection are not.",
@@ -240,7 +240,7 @@ def main(folder: Path, out: Path) -> None:
     results = {name: measured(folder.resolve(), name) for name in ("unipool", "vanilla")}
     out.mkdir(parents=True, exist_ok=True)
     atomic_write(out / "README.md", lambda file: file.write_text(page(results)))
-    atomic_write(out / "result.json", lambda file: file.write_text(json.dumps(results, indent=1) + "\n"))
+    atomic_write(out / "measurements.json", lambda file: file.write_text(json.dumps(results, indent=1) + "\n"))
 
 
 if __name__ == "__main__":

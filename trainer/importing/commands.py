@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
+from trainer.common.errors import UserError
 from trainer.common.strict_json import dumps
 from trainer.config.completion import RunPath, complete_recipe
 from trainer.config.options import Decorator, count_option, json_option, seed_option, set_option
@@ -85,6 +87,19 @@ def import_(
         _show(write(model, recipe, out, dtype, tokenizer), as_json)
 
 
+def _refuse_unused(dense: bool, text: Path | None) -> None:
+    """Refuse options of `upcycle` that its source has no use for.
+
+    Raises:
+        UserError: One of them was given.
+    """
+    unused = ("router", "top_k", "noise", "distance") if text else () if dense else ("router", "top_k")
+    why = "not used where experts are merged (--text)" if text else "SOURCE has experts and routers of its own"
+    for name in unused:
+        if click.get_current_context().get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            raise UserError(f"--{name.replace('_', '-')}: {why}; leave it out")
+
+
 @click.command(short_help="Make a dense or vanilla model one with a pool that computes the same.")
 @_writes
 @count_option(
@@ -144,6 +159,7 @@ def upcycle(
     from trainer.importing.write import recipe_for, write
 
     with opened(source) as model:
+        _refuse_unused(model.sections["model"]["ffn"] == "dense", text)
         if text is None:
             from trainer.importing.upcycle import How, upcycled
 

@@ -219,7 +219,7 @@ class ChatForm(Form):
 
 def application(service: Service) -> FastAPI:
     """Return the application."""
-    app = FastAPI(title="unipool serve", docs_url=None, redoc_url=None)
+    app = FastAPI(title="unipool serve", openapi_url=None)
     key = [Depends(service.check_key)]
 
     @app.get("/health")

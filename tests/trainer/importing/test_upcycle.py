@@ -105,9 +105,12 @@ def test_what_cannot_be_exact_is_refused(tmp_path: Path) -> None:
     assert "must have --top-k 1 and --experts 6" in refusal("upcycle", dense, pool, "--router", "norm")
     assert unipool("upcycle", dense, pool).exit_code == 0
     assert "its layers share one pool already" in refusal("upcycle", pool, tmp_path / "again")
+    unused = refusal("upcycle", pool, tmp_path / "again", "--top-k", "2")
+    assert "--top-k: SOURCE has experts and routers of its own; leave it out" in unused
     text = tmp_path / "text.txt"
     text.write_text("def main(argument):\n    return argument\n" * 20)
     merge = ("upcycle", pool, tmp_path / "fewer", "--text", text, "--experts")
+    assert "--noise: not used where experts are merged (--text)" in refusal(*merge, "3", "--noise", "0")
     assert "--experts 6: must be from 2 to 5" in refusal(*merge, "6")
     assert "share no pool" in refusal("upcycle", dense, tmp_path / "fewer", "--text", text, "--experts", "4")
 

@@ -227,7 +227,8 @@ def test_an_unexpected_error_leaves_no_client_waiting(server: Server, monkeypatc
 
 
 def test_health_and_metrics(server: Server) -> None:
-    """Both need no key, and the page counts what was done."""
+    """Only these two need no key, and the page counts what was done."""
+    assert server.get("/openapi.json").status_code == 404
     before = parse(server.get("/metrics").text)
     server.complete(max_tokens=5)
     after = parse(server.get("/metrics").text)
