@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from tests.benchmarks.contenders import ROOT
 from trainer.common.atomic import atomic_write
-from trainer.common.figure_style import SERIES, add_legend, figure_title, new_figure, style_axes, write_png
+from trainer.common.figure_style import SERIES, add_legend, figure_title, new_figure, style_axes, write_png_and_svg
 
 PAGE = ROOT / "docs" / "results" / "upcycling"
 DENSE = ("model.ffn=dense", "pool.experts=0", "balance.pool=0", "parallel.pool_ranks=0")
@@ -94,7 +94,7 @@ def write(found: dict[str, tuple[list[float], float, float]]) -> None:
     figure_title(figure, "Upcycled and random starts at the same tokens")
     add_legend(axes)
     PAGE.mkdir(parents=True, exist_ok=True)
-    write_png(figure, PAGE / "loss.png")
+    write_png_and_svg(figure, PAGE / "loss.png")
     head = "| start | " + " | ".join(f"step {step}" for step in SHOWN) + " | validation | distinct experts of a token |"
     rows = [head, "|---" * (len(SHOWN) + 3) + "|"]
     for name, (loss, validation, distinct) in found.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import os
 import random
 import signal
@@ -55,16 +56,29 @@ def launched() -> bool:
 
 
 def free_port() -> int:
-    """Return an unused TCP port, preferably one that is never assigned to outgoing connections."""
+    """Return an unused TCP port, preferably one that is never assigned to outgoing connections.
+
+    Nobody else who asks gets the same port for the next minute: the kernel holds it (TIME_WAIT) for servers that set
+    SO_REUSEADDR, as those of PyTorch, Prometheus and Python's `http.server` do.
+    """
     first_ephemeral = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     candidates = range(min(10_000, first_ephemeral - 1), first_ephemeral)
-    for port in random.SystemRandom().sample(candidates, min(100, len(candidates))):
-        with socket.socket() as s, suppress(OSError):
-            s.bind(("", port))
-            return port
-    with socket.socket() as s:
-        s.bind(("", 0))
-        return int(s.getsockname()[1])
+    for port in (*random.SystemRandom().sample(candidates, min(100, len(candidates))), 0):
+        with socket.socket() as listener, suppress(OSError):
+            listener.bind(("", port))
+            _hold(listener)
+            return int(listener.getsockname()[1])
+    raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+
+
+def _hold(listener: socket.socket) -> None:
+    """Leave a closed connection on the port of a bound socket, whose own side was closed first."""
+    # Set only now: the socket was not to be bound to a port that is held, but others shall be.
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.listen(1)
+    with socket.create_connection(("127.0.0.1", listener.getsockname()[1]), timeout=5) as client:
+        listener.accept()[0].close()
+        client.recv(1)
 
 
 def restarts() -> int:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,7 +21,7 @@ import pytest
 from tests.deploy.pods import can_isolate
 from tests.trainer.job import ROOT, environment, wait_for
 from trainer.cluster import launch
-from trainer.cluster.launch import MAX_RESTARTS, RESTARTS, restart_limit, run_locally
+from trainer.cluster.launch import MAX_RESTARTS, RESTARTS, free_port, restart_limit, run_locally
 from trainer.config.job_sections import Metrics
 from trainer.config.recipe import load_recipe
 from trainer.telemetry.prometheus import MetricsServer
@@ -291,3 +293,14 @@ def test_a_launcher_that_is_killed_is_no_success() -> None:
     done = subprocess.run(user, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 128 + 9
     assert done.stderr == "unipool: the job ended because its launcher was killed\n"
+
+
+def test_a_port_is_given_to_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even to one who draws the same, before the port is used; a server may take it, and a third job still not."""
+    monkeypatch.setattr(random.SystemRandom, "sample", lambda self, candidates, k: list(candidates[-k:]))
+    port = free_port()
+    assert free_port() != port
+    with socket.create_server(("", port)):  # sets SO_REUSEADDR
+        assert free_port() != port
+    with socket.socket() as other, pytest.raises(OSError, match="in use"):
+        other.bind(("", port))
