@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -46,7 +47,13 @@ def publish_folder(partial: Path, path: Path, check: Callable[[], object] = lamb
 
 
 def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write(temporary_path)` write a file, then rename it to `path`."""
+    """Let `write(temporary_path)` write a file, then rename it to `path`.
+
+    Raises:
+        OSError: It cannot be written, or `path` is that of a folder: an empty path is the current one.
+    """
+    if not path.name:
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     temporary = path.with_name(f".{path.name}.partial")
     with naming(path):
         write(temporary)

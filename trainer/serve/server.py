@@ -10,7 +10,7 @@ from pathlib import Path
 
 from trainer.common.errors import UserError, os_reason
 from trainer.common.format import size
-from trainer.common.safe_read import read_text
+from trainer.common.safe_read import Unreadable, read_text
 from trainer.export.loaded_model import load_model
 
 try:
@@ -52,13 +52,18 @@ def serve(
         grace: Seconds to complete answers after a signal.
 
     Raises:
-        UserError: The source cannot be loaded, the address is in use, or the variable is not set.
+        UserError: The source or the template cannot be read, the address is in use, or the variable is not set.
         BrokenModel: The model's logits are not finite.
     """
     key = None if api_key is None else os.environ.get(api_key)
     if api_key is not None and not key:
         raise UserError(f"--api-key: the environment variable {api_key} is not set; it must hold the key")
-    template = None if chat_template is None else read_text(chat_template)
+    try:
+        template = None if chat_template is None else read_text(chat_template)
+    except Unreadable as error:
+        raise UserError(
+            f"--chat-template {chat_template}: cannot be read ({error}); give a file with a template (Jinja)"
+        ) from None
     listener = _listener(host, port)
     loaded = load_model(source, device)
     if template is not None:

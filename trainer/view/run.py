@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.checkpoint import format as checkpoint
-from trainer.common.errors import UserError
+from trainer.common.errors import UserError, os_reason
 from trainer.config.recipe import Recipe, load_recipe
 from trainer.export.folder import is_export
 from trainer.view.records import CHECKPOINTS, METRICS_FILE, RECIPE_FILE, is_run, parse_record, read_load
@@ -36,18 +36,26 @@ def load_run(path: str | Path, device: str | None = None, precision: str | None 
         precision: "fp32" or "bf16"; by default that of the weights, which is fp32 for a run.
 
     Raises:
-        UserError: The folder is none of these.
+        UserError: The folder is none of these, or cannot be read.
     """
     folder = Path(path)
+    try:
+        kind = _kind(folder)
+        problem = "not a run"
+    except OSError as error:  # the path is too long, or the folder is closed to this user
+        kind, problem = None, f"cannot be read ({os_reason(error)})"
+    if kind is None:
+        wanted = "give the folder of a run (run.dir), of one of its checkpoints or of an export"
+        raise UserError(f"{folder}: {problem}; {wanted}")
+    return Run(folder, kind, device, precision)
+
+
+def _kind(folder: Path) -> Kind | None:
     if is_export(folder):
-        return Run(folder, "export", device, precision)
+        return "export"
     if (folder / checkpoint.MARKER_FILE).is_file():
-        return Run(folder, "checkpoint", device, precision)
-    if is_run(folder):
-        return Run(folder, "run", device, precision)
-    raise UserError(
-        f"{folder}: not a run; give the folder of a run (run.dir), of one of its checkpoints or of an export"
-    )
+        return "checkpoint"
+    return "run" if is_run(folder) else None
 
 
 @dataclass(frozen=True)

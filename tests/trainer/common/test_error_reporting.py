@@ -18,6 +18,7 @@ import pytest
 from tests.tools import ended
 from tests.trainer.job import ROOT, write_recipe
 from trainer.cli import cli
+from trainer.common.atomic import atomic_write
 from trainer.common.error_reporting import report_errors
 
 UNIPOOL = (sys.executable, "-m", "trainer")
@@ -114,6 +115,12 @@ def test_an_error_that_is_ours_keeps_its_traceback() -> None:
         raise ConnectionRefusedError(errno.ECONNREFUSED, "refused")
     with pytest.raises(ValueError, match="ours"), report_errors():
         raise ValueError("ours")
+
+
+def test_an_empty_path_is_no_file() -> None:
+    """As of `--out ""`: it is the current folder."""
+    with pytest.raises(IsADirectoryError, match="'.'"):
+        atomic_write(Path(""), lambda _: pytest.fail("written"))
 
 
 PATHS: dict[str, Callable[[Path], Path]] = {

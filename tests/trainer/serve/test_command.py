@@ -81,6 +81,7 @@ def test_what_a_user_gets_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     for arguments, text in (
         (["--api-key", "NO_KEY"], "--api-key: the environment variable NO_KEY is not set; it must hold the key"),
         (["--host", "no.such.host.invalid", "--port", "0"], "--port: cannot listen on port 0 of no.such.host.invalid"),
+        (["--chat-template", "none.jinja"], "--chat-template none.jinja: cannot be read (no such file or directory)"),
     ):
         caught = CliRunner().invoke(cli, ["serve", str(tmp_path), *arguments]).exception
         assert isinstance(caught, UserError) and str(caught).startswith(text)

@@ -70,6 +70,8 @@ def test_load_and_ownership_over_the_checkpoints(tmp_path: Path) -> None:
 def test_what_is_not_there_is_said(tmp_path: Path) -> None:
     assert "not a run; give" in str(user_error(lambda: load_run(tmp_path)))
     assert "not a run; give" in str(user_error(lambda: load_run(tmp_path / "nothing")))
+    assert "not a run; give" in str(user_error(lambda: load_run("a\0b")))
+    assert "cannot be read (file name too long); give" in str(user_error(lambda: load_run("a" * 5000)))
     folder = write_run(tmp_path / "run", 2)
     for name in ("metrics.jsonl", "load.npy"):
         (folder / name).unlink()
