@@ -24,6 +24,7 @@ from trainer.common.versions import software
 from trainer.config.lock import OWNERSHIP_FILE
 from trainer.config.recipe import Recipe, save_recipe
 from trainer.telemetry.console import say
+from trainer.telemetry.step_scalars import parse_record
 
 STARTED = "started"
 """Key of plan.json: Unix time at which the run was started for the first time."""
@@ -115,7 +116,8 @@ class RunFolder:
         """
         started, recorded = (self._kept(key) for key in (STARTED, RECORDED))
         lines = self._lines()
-        self.recorded = max(_step_of(lines[-1]) if lines else 0, int(recorded or 0))
+        last, _ = (lines and parse_record(lines[-1])) or (0, {})
+        self.recorded = max(last, int(recorded or 0))
         self._started = psutil.Process().create_time() if started is None else started
         more = {"devices": devices, "software": software(), STARTED: self._started, RECORDED: self.recorded}
         plan = dumps(loads(schedule) | more)
@@ -210,23 +212,12 @@ class RunFolder:
 
 def _counted_seconds(line: str) -> float:
     """Return the duration of a record's step, 0 if it is the record of something else or of a step that was skipped."""
-    record = loads(line)
+    _, record = parse_record(line) or (0, {})
     seconds = record.get("seconds")
     return float(seconds) if record.get("applied") and isinstance(seconds, int | float) else 0.0
 
 
-def _step_of(line: str) -> int:
-    """Return the step of a record; 0 if it cannot be read."""
-    try:
-        return int(loads(line)["step"])
-    except (ValueError, TypeError, LookupError, OverflowError):
-        return 0
-
-
 def _is_before(line: str, done_steps: int) -> bool:
-    """Return whether a record precedes the checkpoint after `done_steps`; an unreadable one does not."""
-    try:
-        record = loads(line)
-        return int(record["step"]) < done_steps + ("loss" in record)
-    except (ValueError, TypeError, LookupError, OverflowError):
-        return False
+    """Return whether a record precedes the checkpoint after `done_steps`; a damaged one does not."""
+    step, record = parse_record(line) or (done_steps + 1, {})
+    return step < done_steps + ("loss" in record)

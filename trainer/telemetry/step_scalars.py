@@ -13,6 +13,11 @@ from dataclasses import Field, dataclass, field, fields
 from typing import Any, Literal
 
 from trainer.common.format import percent, quantity, size
+from trainer.common.strict_json import loads
+
+_LARGEST = 2.0**128
+"""All metrics are smaller, as fp32 is; sums of such numbers do not overflow in fp64."""
+_LAST_STEP = 2**53
 
 
 @dataclass(frozen=True)
@@ -224,3 +229,27 @@ STEP_METRICS = tuple(
 def padded(number: int, total: int) -> str:
     """Return how metrics name the number of one of `total` experts or layers: "007"."""
     return f"{number:0{len(str(max(total - 1, 0)))}d}"
+
+
+def parse_record(line: bytes | str) -> tuple[int, dict[str, Any]] | None:
+    """Return the step and the values of a line of metrics.jsonl; None if it is damaged.
+
+    A line is damaged if it is not a whole record, or if a number is one that no run records: a number that was not
+    finite is recorded as null.
+    """
+    if line[-1:] not in (b"\n", "\n"):
+        return None  # it is still being written, or the run was killed while it was
+    try:
+        record = loads(line)
+        step = int(record["step"])
+    except (ValueError, TypeError, LookupError, OverflowError):
+        return None
+    return (step, record) if 0 <= step <= _LAST_STEP and _possible(record) else None
+
+
+def _possible(value: Any) -> bool:
+    if isinstance(value, float | int):
+        return -_LARGEST < value < _LARGEST
+    if isinstance(value, dict):
+        return all(map(_possible, value.values()))
+    return all(map(_possible, value)) if isinstance(value, list) else True

@@ -18,7 +18,7 @@ from trainer.common.errors import UserError
 from trainer.common.safe_read import read_array
 from trainer.common.strict_json import loads
 from trainer.config.recipe import Recipe, load_recipe
-from trainer.telemetry.step_scalars import Efficiency, StepScalars
+from trainer.telemetry.step_scalars import Efficiency, StepScalars, parse_record
 from trainer.telemetry.time_breakdown import ACTIVITIES
 from trainer.view.pages import TARGETS_FILE
 from trainer.view.rates import ROLES, Shares, known_shares
@@ -35,10 +35,6 @@ SCALARS = [field for table in (StepScalars, Efficiency) for field in fields(tabl
 BY_LAYER = [field.name for field in fields(StepScalars) if field.metadata["each"]]
 """Fields of a step's record that have a number per layer."""
 
-_LARGEST = float(np.finfo(np.float32).max)
-"""No metric is larger; sums of larger numbers would overflow."""
-_LAST_STEP = 2**53
-
 RECENT = 20
 """Number of last steps over which values are averaged."""
 
@@ -53,18 +49,6 @@ def finite_mean(values: Sequence[float]) -> float:
     """Average the finite ones of some values; NaN without any."""
     numbers = finite(values)
     return float(numbers.mean()) if len(numbers) else math.nan
-
-
-def parse_record(line: bytes) -> tuple[int, dict[str, Any]] | None:
-    """Return the step and the values of a line of metrics.jsonl; None if it is not a whole record."""
-    if not line.endswith(b"\n"):
-        return None  # it is still being written, or the run was killed while it was
-    try:
-        record = loads(line)
-        step = int(record["step"])
-    except (ValueError, TypeError, KeyError, OverflowError):
-        return None
-    return (step, record) if 0 <= step <= _LAST_STEP else None
 
 
 class Records:
@@ -131,9 +115,7 @@ class Records:
                 if (row := record.get(name)) and isinstance(row, list):
                     rows.append(np.array([_number(value) for value in row]))
             for name, column in self.columns.items():
-                number: Any = record.get(name)
-                usual = type(number) is float and -_LARGEST <= number <= _LARGEST
-                column.append(number if usual else _number(number))  # the short way for most values
+                column.append(_number(record.get(name)))
 
     def series(self, name: str) -> tuple[Numbers, Numbers]:
         """Return steps and values of a column, of `val_loss`, or of `random_routing`."""
@@ -225,9 +207,5 @@ def facts_of(recipe: Recipe, run: Path) -> dict[str, str]:
 
 
 def _number(value: Any) -> float:
-    """Convert what a record holds: infinite beyond fp32, NaN if it is no number."""
-    if not isinstance(value, int | float):
-        return math.nan
-    if abs(value) > _LARGEST:
-        return math.inf if value > 0 else -math.inf
-    return float(value)
+    """Return a number of a record; NaN for what is none."""
+    return float(value) if isinstance(value, float | int) else math.nan

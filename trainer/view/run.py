@@ -15,7 +15,8 @@ from trainer.checkpoint import format as checkpoint
 from trainer.common.errors import UserError, os_reason
 from trainer.config.recipe import Recipe, load_recipe
 from trainer.export.folder import is_export
-from trainer.view.records import CHECKPOINTS, METRICS_FILE, RECIPE_FILE, is_run, parse_record, read_load
+from trainer.telemetry.step_scalars import parse_record
+from trainer.view.records import CHECKPOINTS, METRICS_FILE, RECIPE_FILE, is_run, read_load
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from matplotlib.axes import Axes
 
 from trainer.common.figure_style import SERIES, add_legend, new_figure, panel_title, style_axes, write_png
-from trainer.common.strict_json import loads
+from trainer.telemetry.step_scalars import parse_record
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -36,18 +35,13 @@ def read_curves(run: Path, steps: int) -> dict[str, Curve]:
     """
     curves = {name: Curve() for name in ("loss", "val_loss", "load_imbalance")}
     try:
-        lines = (run / METRICS_FILE).read_bytes().splitlines()
+        lines = (run / METRICS_FILE).read_bytes().splitlines(keepends=True)
     except OSError:
         return curves
-    for line in lines:
-        try:
-            record = loads(line)
-            step = int(record["step"])
-        except (ValueError, TypeError, KeyError, OverflowError):  # a killed run may leave an incomplete line
-            continue
+    for step, record in filter(None, map(parse_record, lines)):
         for name, curve in curves.items():
             value = record.get(name)
-            if type(value) in (int, float) and math.isfinite(value) and step <= steps:
+            if type(value) in (int, float) and step <= steps:
                 curve.steps.append(step)
                 curve.values.append(value)
     return curves
