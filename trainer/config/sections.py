@@ -72,6 +72,13 @@ class Model(Section):
     rope_base: PositiveFloat = Field(1e6, description="Base of the rotary position embeddings.")
     norm_eps: PositiveFloat = Field(1e-5, description="Term of RMSNorm that prevents division by zero.")
 
+    @field_validator("head_dim")
+    @classmethod
+    def _as_by_default(cls, value: int | None, info: ValidationInfo) -> int | None:
+        """The default written out is the default: recipes of one model are equal."""
+        heads = info.data.get("heads")
+        return None if value and heads and value * heads == info.data.get("hidden") else value
+
     @property
     def head_size(self) -> int:
         """Width of an attention head."""

@@ -70,10 +70,8 @@ def sections_of(config: PretrainedConfig, file: Path, seq_len: int | None = None
         "init_std": float(c.initializer_range),
         "rope_base": float(c.rope_parameters["rope_theta"]),
         "norm_eps": float(c.rms_norm_eps),
+        "head_dim": getattr(c, "head_dim", None),
     }
-    head_dim = getattr(c, "head_dim", None)
-    if head_dim is not None and head_dim * c.num_attention_heads != c.hidden_size:
-        model["head_dim"] = head_dim
     if kind in ("qwen3", "qwen3_moe", "olmoe"):
         model["qk_norm"] = "all" if kind == "olmoe" else "head"
     if kind == "qwen2" or (kind == "qwen2_moe" and c.qkv_bias):

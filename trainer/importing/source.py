@@ -92,8 +92,7 @@ def _of_export(path: Path, stored: dict[str, Any]) -> Source:
         if name in stored:
             sections[section][leaf] = stored[name]
     model = sections["model"]
-    if stored.get("head_dim", 0) * model.get("heads", 0) != model.get("hidden"):
-        model["head_dim"] = stored.get("head_dim")
+    model["head_dim"] = stored.get("head_dim")
     if model.get("ffn") == "dense":
         sections |= {"router": {}, "pool": {}}
     del sections["balance"]  # config.json does not say

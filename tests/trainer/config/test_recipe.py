@@ -104,6 +104,15 @@ def test_a_lock_is_switched_on_and_off(tmp_path: Path) -> None:
     assert load_recipe(str(tmp_path / "recipe.yaml"), ["lock=null"]) == load_recipe("quickstart")
 
 
+def test_the_default_width_of_a_head_may_be_written_out() -> None:
+    """It is no other model to a resume, a sweep or a schedule; another width is."""
+    recipe = load_recipe("quickstart")
+    assert load_recipe("quickstart", [f"model.head_dim={recipe.model.head_size}"]) == recipe
+    assert load_recipe("quickstart", ["model.head_dim=2"]).model.head_dim == 2
+    with pytest.raises(UserError, match="model.hidden: missing"):
+        load_recipe("quickstart", ["model={layers: 1, heads: 2, head_dim: 4, ffn_hidden: 8, vocab: 9}"])
+
+
 def test_probed_layers() -> None:
     """The deep half, or those that are named; a dense model has no routing to probe."""
     assert load_recipe("quickstart").probed_layers == (4, 5, 6, 7)
