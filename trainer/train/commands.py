@@ -97,9 +97,10 @@ def train(
 
         if dry_run:
             from trainer.train.dry_run.job import dry_run as try_rank
-            from trainer.train.dry_run.rehearsal import rehearsal
+            from trainer.train.dry_run.rehearsal import folder_of, rehearsal
 
-            end_process(try_rank(checked, rehearsal(checked), read_launch()))
+            launch = read_launch()
+            end_process(try_rank(checked, rehearsal(checked, folder_of(checked, launch.master_port)), launch))
         from trainer.train.loop import train as train_rank
 
         end_process(train_rank(checked, read_launch(), force))
@@ -144,12 +145,14 @@ def _try_out(recipe: Recipe, node: Node | None) -> NoReturn:
     """Run the job of `--dry-run`, and remove what it leaves even if its ranks are killed."""
     from trainer.cluster.launch import run_locally, run_node
     from trainer.data.prepare import prepare_for
-    from trainer.train.dry_run.rehearsal import nothing_left, rehearsal
+    from trainer.train.dry_run.rehearsal import FOLDER, folder_of, new_folder, nothing_left, rehearsal
 
     for number in (signal.SIGTERM, signal.SIGUSR1):  # until there are ranks, to which signals go
         signal.signal(number, lambda number, _: sys.exit(128 + number))
-    with nothing_left(recipe):
-        rehearsed, arguments = rehearsal(recipe), sys.argv[1:]
+    folder = folder_of(recipe, node.master_port) if node else new_folder(recipe)
+    os.environ[FOLDER] = str(folder)
+    with nothing_left(folder):
+        rehearsed, arguments = rehearsal(recipe, folder), sys.argv[1:]
         if node is None or node.has_trunk_ranks:
             prepare_for(rehearsed)
         status = run_node(rehearsed, node, arguments) if node else run_locally(rehearsed, arguments, 0)

@@ -17,7 +17,7 @@ from trainer.config.recipe import Recipe, load_recipe
 from trainer.data import prepare
 from trainer.engine import ds_config
 from trainer.train.commands import train
-from trainer.train.dry_run.rehearsal import folder_of, nothing_left, rehearsal
+from trainer.train.dry_run.rehearsal import FOLDER, folder_of, new_folder, nothing_left, rehearsal
 
 PARTS = (
     *("the ranks meet", "data", "schedule and process groups", "model, optimizer and connections"),
@@ -56,10 +56,28 @@ def test_a_part_that_fails_is_named(tmp_path: Path) -> None:
 
 
 def test_folders_above_that_were_missing_go_too(tmp_path: Path) -> None:
-    recipe = load_recipe(str(write_recipe(tmp_path)), [f"run.dir={tmp_path}/a/b/run"])
-    with nothing_left(recipe):
-        folder_of(recipe).mkdir(parents=True)
+    folder = new_folder(load_recipe(str(write_recipe(tmp_path)), [f"run.dir={tmp_path}/a/b/run"]))
+    with nothing_left(folder):
+        folder.mkdir(parents=True)
     assert not (tmp_path / "a").exists()
+
+
+def test_each_has_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of the same recipe at the same time; what a process that was killed has left goes with the next one."""
+    recipe = load_recipe(str(write_recipe(tmp_path)), [f"run.dir={tmp_path}/[run]"])
+    folders = {}
+    for pid in (1, 2**22 + 1):  # one runs, the other cannot: Linux has no larger number than 2^22
+        monkeypatch.setattr(os, "getpid", lambda pid=pid: pid)
+        folders[pid] = new_folder(recipe)
+        (folders[pid] / "data").mkdir(parents=True)
+    by_port = folder_of(recipe, 29500)  # under a launcher
+    assert by_port != folder_of(recipe, 29501)
+    by_port.mkdir()
+    monkeypatch.undo()
+    assert new_folder(recipe) not in folders.values()
+    assert {path for path in tmp_path.iterdir() if path.is_dir()} == {folders[1], by_port}
+    monkeypatch.setenv(FOLDER, str(folders[1]))
+    assert folder_of(recipe, 29500) == folders[1], "that of the command that has started this rank"
 
 
 @pytest.fixture
@@ -78,6 +96,7 @@ def test_nothing_is_left_by_a_signal_while_data_is_prepared(tmp_path: Path, monk
         os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(prepare, "prepare_for", interrupted)
+    monkeypatch.setenv(FOLDER, "")  # which the command sets
     sets = ["--set", "parallel.device=cpu"]
     result = CliRunner().invoke(train, [str(write_recipe(tmp_path)), "--dry-run", *sets])
     assert result.exit_code == 128 + signal.SIGTERM, result.output
@@ -87,10 +106,10 @@ def test_nothing_is_left_by_a_signal_while_data_is_prepared(tmp_path: Path, monk
 def test_the_current_folder_may_be_that_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     recipe = load_recipe(str(write_recipe(tmp_path)), ["run.dir=."])
-    assert folder_of(recipe) == tmp_path.with_name(f".{tmp_path.name}.dry-run")
+    assert folder_of(recipe, 29500) == tmp_path.with_name(f".{tmp_path.name}.dry-run-29500")
 
 
 def test_wandb_is_missed_before_training_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ds_config, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="metrics.wandb = mine: wandb is not installed"):
-        rehearsal(load_recipe(str(write_recipe(tmp_path)), ["metrics.wandb=mine"]))
+        rehearsal(load_recipe(str(write_recipe(tmp_path)), ["metrics.wandb=mine"]), tmp_path / "tried")

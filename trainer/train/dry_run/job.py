@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from trainer.checkpoint.resume import choose, load_checkpoint
@@ -95,11 +96,11 @@ def dry_run(original: Recipe, recipe: Recipe, launch: Launch) -> int:
     watch = FaultWatch(launch.rank, names[launch.rank])
     parts = Parts(watch, serve_early(recipe, launch))
     try:
-        leaves: AbstractContextManager[None] = nothing_left(original) if launch.rank == 0 else nullcontext()
+        leaves: AbstractContextManager[None] = nothing_left(Path(recipe.run.dir)) if launch.rank == 0 else nullcontext()
         with leaves:
             try:
                 folder = RunFolder(recipe)
-                if launch.rank == 0:  # what a dry run that was killed has left; the data may be of this one
+                if launch.rank == 0:  # a dry run that was killed may have left some; the data may be of this one
                     shutil.rmtree(folder.checkpoints, ignore_errors=True)
                 run = start(recipe, launch, folder, parts, False)
                 _rehearse(run, parts)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import glob
+import os
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+import psutil
 
 from trainer.config.recipe import Recipe
 from trainer.config.sections import Sources
@@ -16,20 +21,43 @@ MOST_DOCUMENTS, MOST_TOKENS = 500, 2_000_000
 """What is read of each source if its data is not prepared yet, or if it is read while a run trains."""
 
 
-def folder_of(recipe: Recipe) -> Path:
-    """Return the folder of the dry run: beside `run.dir`, so that the same disk is tried."""
+FOLDER = "UNIPOOL_DRY_RUN"
+"""Environment variable: the folder of the dry run of which this process is a rank."""
+
+
+def folder_of(recipe: Recipe, port: int) -> Path:
+    """Return the folder of a dry run: beside `run.dir`, so that the same disk is tried.
+
+    Args:
+        port: The job's port, by which ranks without the environment variable `FOLDER` tell their dry run from others.
+    """
+    return Path(os.environ.get(FOLDER) or _beside(recipe, str(port)))
+
+
+def new_folder(recipe: Recipe) -> Path:
+    """Return a folder for a dry run of this process; remove those of processes of this machine that were killed."""
+    machine = f"{socket.gethostname()}-"
+    own = _beside(recipe, f"{machine}{os.getpid()}")
+    for left in own.parent.glob(glob.escape(_beside(recipe, machine).name) + "*"):
+        number = left.name.rpartition("-")[2]
+        if number.isdecimal() and not psutil.pid_exists(int(number)):
+            shutil.rmtree(left, ignore_errors=True)
+    return own
+
+
+def _beside(recipe: Recipe, which: str) -> Path:
     path = Path(recipe.run.dir).absolute()
-    return path.with_name(f".{path.name}.dry-run")
+    return path.with_name(f".{path.name}.dry-run-{which}")
 
 
-def rehearsal(recipe: Recipe) -> Recipe:
-    """Return the recipe of a dry run.
+def rehearsal(recipe: Recipe, folder: Path) -> Recipe:
+    """Return the recipe of a dry run in a folder of its own.
 
     Raises:
         UserError: It wants Weights & Biases, to which a dry run sends nothing, and wandb is not installed.
     """
     check_wandb(recipe)
-    folder, data = folder_of(recipe), recipe.data
+    data = recipe.data
     if data.stream_window or not is_prepared(recipe):  # no part of a stream is made, which nobody might want
         limits = {"max_documents": MOST_DOCUMENTS, "max_tokens": MOST_TOKENS}
         data = data.model_copy(
@@ -58,9 +86,8 @@ def _little(sources: Sources) -> Sources:
 
 
 @contextmanager
-def nothing_left(recipe: Recipe) -> Iterator[None]:
-    """Remove the folder of the dry run of `recipe` after the `with` block, and folders above it that it has created."""
-    folder = folder_of(recipe).absolute()
+def nothing_left(folder: Path) -> Iterator[None]:
+    """Remove the folder of a dry run after the `with` block, and folders above it that it has created."""
     missing = [path for path in folder.parents if not path.exists()]
     try:
         yield
