@@ -1,7 +1,9 @@
 """Training text in parts: the rows are those of a whole preparation, and their order depends on the step alone."""
 
 import dataclasses
+import itertools
 import threading
+import time
 from bisect import bisect_left
 
 import numpy as np
@@ -17,7 +19,7 @@ from trainer.data.prepared_data import describe
 from trainer.data.streaming import parts as parts_module
 from trainer.data.streaming.parts import SourceParts
 from trainer.data.streaming.stream import PartStream
-from trainer.train.dry_run.rehearsal import folder_of, rehearsal
+from trainer.train.dry_run.rehearsal import rehearsal
 
 QUIET = Conduct(show=False)
 SIZE = 7
@@ -124,6 +126,21 @@ def test_no_more_is_read_than_a_part_ahead(training):
     assert sorted(path.name for path in stream._parts.folder.glob("0*[0-9]")) == ["000000", "000001"]
 
 
+def test_a_process_that_ends_leaves_no_part_half_made(training):
+    parts = SourceParts(training, SIZE, QUIET)
+    parts.reach(0)
+    before = set(parts.folder.iterdir())
+    parts._reader = dataclasses.replace(parts._reader, tokens=itertools.repeat(np.empty(0, np.uint32)))  # no end
+    parts.reach_in_background(1)
+    deadline = time.monotonic() + 60
+    while not (parts.folder / ".partial-000001").exists() and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert set(parts.folder.iterdir()) > before
+    parts.close()
+    assert set(parts.folder.iterdir()) == before
+    SourceParts(training, SIZE, QUIET).reach(1)
+
+
 def test_a_part_in_the_making_holds_up_nobody_who_needs_another(training, alone):
     parts = SourceParts(training, SIZE, QUIET)
     parts.reach(0)
@@ -213,8 +230,8 @@ def test_the_data_of_a_recipe(training, alone, tmp_path):
 def test_a_dry_run_makes_no_part(training, tmp_path):
     recipe = recipe_of(training, tmp_path)
     prepare_for(recipe, progress=False)
-    data = rehearsal(recipe).data
-    assert data.stream_window is None and data.dir == str(folder_of(recipe) / "data")
+    data = rehearsal(recipe, tmp_path / "tried").data
+    assert data.stream_window is None and data.dir == str(tmp_path / "tried" / "data")
 
 
 @pytest.mark.parametrize(

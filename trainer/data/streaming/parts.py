@@ -7,6 +7,7 @@ next part begins: the position in the source, and the tokens that have been read
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -36,6 +37,13 @@ ROWS_FILE, NEXT_FILE, FACTS_FILE = "train.arrow", "next.npz", "facts.json"
 
 _NOTHING: NDArray[np.uint32] = np.empty(0, np.uint32)
 
+_STOP_SECONDS = 5.0
+"""How long the end of a process waits for a part in the making, which may itself wait for its source."""
+
+
+class _Stopped(Exception):
+    """The process ends."""
+
 
 @dataclass(frozen=True)
 class _Reader:
@@ -64,6 +72,7 @@ class SourceParts:
 
     Attributes:
         total: The number of rows of the whole source; None until its end has been reached.
+        close: Stops what `reach_in_background` has begun, and removes it; called when the process ends.
     """
 
     def __init__(self, settings: SourceSettings, size: int, conduct: Conduct, ahead: bool = True):
@@ -73,6 +82,9 @@ class SourceParts:
         self._rows: list[SplitRows] = []
         self._lock = threading.Lock()
         self._reader: _Reader | None = None  # kept open, because going back to a place may mean to read up to it
+        self._stopped = threading.Event()
+        self._threads: list[threading.Thread] = []
+        self.close = weakref.finalize(self, _stop, self._stopped, self._threads)
 
     def reach(self, number: int) -> None:
         """Make the parts up to this one, as far as the source has so many.
@@ -108,7 +120,9 @@ class SourceParts:
                 self.reach(number)
 
         if self._ahead:
-            threading.Thread(target=work, name="next part", daemon=True).start()
+            self._threads[:] = [thread for thread in self._threads if thread.is_alive()]
+            self._threads.append(threading.Thread(target=work, name="next part", daemon=True))
+            self._threads[-1].start()
 
     def rows(self, number: int) -> SplitRows:
         """Return the rows of a part that has been reached."""
@@ -125,6 +139,8 @@ class SourceParts:
         if s.max_tokens is not None:
             wanted = min(wanted, s.max_tokens - number * size * s.seq_len)
         while count < wanted and (tokens_T := next(reader.tokens, None)) is not None:
+            if self._stopped.is_set():
+                raise _Stopped
             found.append(tokens_T)
             count += len(tokens_T)
             report.at(count, min(count / wanted, 1.0))
@@ -164,6 +180,13 @@ class SourceParts:
                 return loads(str(arrays["position"])), arrays["tokens"].astype(np.uint32)
         except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
             raise _damaged(path, error) from error
+
+
+def _stop(stopped: threading.Event, threads: list[threading.Thread]) -> None:
+    stopped.set()
+    for thread in threads:
+        if thread is not threading.current_thread():  # which may have had the last reference to its `SourceParts`
+            thread.join(_STOP_SECONDS)
 
 
 def _is_last(part: Path) -> bool:
