@@ -87,11 +87,20 @@ def scored_flat() -> dict[str, float]:
         ("import time; time.sleep(60)", "it took longer than tasks.minutes (0.01)"),
         ("print('hello')", "the answer cannot be read"),
         ("import os; os._exit(9)", "status 9"),
+        (
+            "import os, sys; print('100%', file=sys.stderr); os.kill(os.getpid(), 9)",
+            "was killed by SIGKILL, as when mem",
+        ),
+        (
+            "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)",
+            "longer than tasks.minutes (0.01), did not end within 1 s of SIGTERM, and was killed",
+        ),
     ],
 )
 def test_what_goes_wrong_is_a_warning(
-    script: str, reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    script: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(tasks, "_GRACE_SECONDS", 1)
     found = background(tmp_path, script, minutes=0.01 if "minutes" in reason else 60.0)
     assert found.follow(2) is None and not list(found.rest())
     warned = [

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -32,6 +33,9 @@ _OF_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "
 
 _ENDS_WITH_RANK = ("setpriv", "--pdeathsig", "TERM") if shutil.which("setpriv") else ()
 """A rank that is killed takes the process with it; without this command, `timeout` ends it some day."""
+
+_GRACE_SECONDS = 10
+"""Time between SIGTERM, after `tasks.minutes`, and SIGKILL."""
 
 Values = dict[str, dict[str, float]]
 """Scores by task and metric."""
@@ -121,7 +125,7 @@ class BackgroundTasks:
         try:
             output, errors = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115 (closed by `_ended`)
             process = subprocess.Popen(
-                [*_ENDS_WITH_RANK, "nice", "-n", "10", "timeout", "-k", "10", seconds, *command],
+                [*_ENDS_WITH_RANK, "nice", "-n", "10", "timeout", "-v", "-k", str(_GRACE_SECONDS), seconds, *command],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=errors,
@@ -139,17 +143,31 @@ class BackgroundTasks:
         if running is None or (status := running.process.poll()) is None:
             return None
         said, errors = self._ended(running)
-        if status == 124:
-            self._warn(running.step, f"it took longer than tasks.minutes ({self._keys.minutes:g})")
-        elif status:
-            words = [line for line in errors.splitlines() if line.strip()] or [f"status {status}"]
-            self._warn(running.step, words[-1])
+        if status:
+            self._warn(running.step, self._why(status, [line for line in errors.splitlines() if line.strip()]))
         else:
             try:
                 return Scored(running.step, _values(said))
             except (ValueError, LookupError, TypeError, AttributeError) as error:
                 self._warn(running.step, f"the answer cannot be read ({error})")
         return None
+
+    def _why(self, status: int, errors: Sequence[str]) -> str:
+        """Return why there are no scores.
+
+        Args:
+            status: Of `timeout`: 124 if the time was up, otherwise that of the command; negative for a signal.
+            errors: What the command has written to stderr, and `timeout` about the signals that it has sent.
+        """
+        last = errors[-1] if errors else f"status {status}"
+        late = f"it took longer than tasks.minutes ({self._keys.minutes:g})"
+        if status == 124:
+            return late
+        if status not in (-signal.SIGKILL, 128 + signal.SIGKILL):
+            return last
+        if last.startswith("timeout: ") and "KILL" in last:
+            return f"{late}, did not end within {_GRACE_SECONDS} s of SIGTERM, and was killed"
+        return "it was killed by SIGKILL, as when memory is short"
 
     def _ended(self, running: _Running) -> tuple[str, str]:
         """Forget a process that has ended; return what it has written to stdout and stderr."""
