@@ -16,6 +16,17 @@ from trainer.engine.weights_and_biases import WandbRun
 from trainer.telemetry.console import say
 
 
+def quiet_writers() -> None:
+    """Let the threads of TensorBoard, yet to be started, print no exceptions: they pass them on to the next write."""
+    report = threading.excepthook
+
+    def report_others(failure: threading.ExceptHookArgs) -> None:
+        if not type(failure.thread).__module__.startswith("tensorboard."):
+            report(failure)
+
+    threading.excepthook = report_others
+
+
 class Monitors:
     """DeepSpeed's monitor, to which its engine writes too. A full or missing disk turns it off; training continues.
 
@@ -29,8 +40,8 @@ class Monitors:
     def __init__(self, monitor: Any):
         self._monitor = monitor
         self.wandb: WandbRun | None = None
-        self._write_events, self._report = monitor.write_events, threading.excepthook
-        monitor.write_events, threading.excepthook = self._write, self._report_others
+        self._write_events = monitor.write_events
+        monitor.write_events = self._write
 
     def write(self, scalars: dict[str, float], step: int) -> None:
         """Write the finite scalars of a step. Only rank 0 of the role writes."""
@@ -89,8 +100,3 @@ class Monitors:
         except OSError as error:
             self._monitor.enabled = False
             say(f"warning: TensorBoard and other monitors are off until the next start ({error.strerror})")
-
-    def _report_others(self, failure: threading.ExceptHookArgs) -> None:
-        # TensorBoard's thread passes its exception on to the next `write_events`.
-        if not type(failure.thread).__module__.startswith("tensorboard."):
-            self._report(failure)

@@ -25,7 +25,7 @@ from trainer.common.safe_read import read_tensors
 from trainer.config.recipe import Recipe
 from trainer.engine.ds_config import deepspeed_config, scheduled_rate
 from trainer.engine.frozen_role import FrozenRole
-from trainer.engine.monitors import Monitors
+from trainer.engine.monitors import Monitors, quiet_writers
 from trainer.engine.muon import MuonWithAdamW, muon_optimizer
 from trainer.engine.parameter_state import CHECKPOINT_TAG, ParameterState
 from trainer.engine.replica_group import ReplicaGroup
@@ -326,6 +326,7 @@ def squared_norm(norm: float) -> float:
 
 def build_engine(module: nn.Module, recipe: Recipe, role: str, role_size: int, group: Any = None) -> Engine:
     """Return the engine of a role; see `RoleEngine` for the arguments."""
+    quiet_writers()
     if recipe.train.freeze != role:
         return RoleEngine(module, recipe, role, role_size, group)
     deepspeed = _import_deepspeed()

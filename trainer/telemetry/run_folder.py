@@ -18,7 +18,7 @@ import psutil
 from numpy.typing import NDArray
 
 from trainer.common.atomic import atomic_write
-from trainer.common.errors import UserError
+from trainer.common.errors import Unavailable, UserError
 from trainer.common.strict_json import dumps, loads, name_not_finite
 from trainer.common.versions import software
 from trainer.config.lock import OWNERSHIP_FILE
@@ -89,6 +89,9 @@ class RunFolder:
         """Remove the folder after an exception in the `with` block, if `make` created it and it is still empty.
 
         A user's mistake also takes back what `announce` wrote: such a run has not begun.
+
+        Raises:
+            Unavailable: A disk is full, whatever was to be written: TensorBoard, for one, does not say.
         """
         try:
             yield
@@ -99,6 +102,11 @@ class RunFolder:
                 with suppress(OSError):
                     self.checkpoints.rmdir()
                     self.path.rmdir()
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                where = error.filename or f"this folder, or {tempfile.gettempdir()}"
+                raise Unavailable(
+                    f"run.dir = {self.path}: {error.strerror} ({where}); free some space or choose another folder"
+                ) from None
             raise
 
     def begin(self, recipe: Recipe, schedule: str, devices: str, tokenizer: Mapping[str, str], done_steps: int) -> None:

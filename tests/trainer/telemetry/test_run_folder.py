@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import resource
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +17,7 @@ import pytest
 
 from tests.distributed import run_ranks
 from tests.training import tiny
-from trainer.common.errors import UserError
+from trainer.common.errors import Unavailable, UserError
 from trainer.common.versions import software
 from trainer.engine.monitors import Monitors
 from trainer.telemetry import run_folder
@@ -48,6 +50,20 @@ def test_only_a_folder_that_was_made_for_nothing_is_removed(tmp_path: Path, ther
     with pytest.raises(KeyError), run.removed_if_unused():
         raise KeyError
     assert folder.exists() == there
+
+
+@pytest.mark.parametrize("file", ["plan.json", None])
+def test_a_disk_that_is_full_before_the_first_step_is_named(file: str | None, tmp_path: Path) -> None:
+    """Whoever was to write there; not all say where, as TensorBoard does not. Then the folder is gone again."""
+    run = RunFolder(tiny(run={"dir": str(tmp_path / "run")}))
+    run.make()
+    with pytest.raises(Unavailable) as caught, run.removed_if_unused():
+        raise OSError(errno.ENOSPC, "No space left on device", *([file] if file else []))
+    where = file or f"this folder, or {tempfile.gettempdir()}"
+    assert str(caught.value) == (
+        f"run.dir = {tmp_path}/run: No space left on device ({where}); free some space or choose another folder"
+    )
+    assert caught.value.status == 1 and not run.path.exists()
 
 
 def test_an_export_is_not_taken_for_a_run(tmp_path: Path) -> None:

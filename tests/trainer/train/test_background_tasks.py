@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import threading
 import time
 from pathlib import Path
 from unittest.mock import MagicMock
@@ -155,8 +154,7 @@ time.sleep(60)
     raise AssertionError("it goes on without its rank")
 
 
-def test_scores_that_come_when_the_ranks_have_left_reach_tensorboard(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+def test_scores_that_come_when_the_ranks_have_left_reach_tensorboard() -> None:
     deepspeeds = MagicMock(enabled=True)
     deepspeeds.write_events.side_effect = AssertionError("DeepSpeed backend not set")
     Monitors(deepspeeds).write_late({"tasks/own/acc": 0.25}, 2)

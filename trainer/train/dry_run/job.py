@@ -102,7 +102,8 @@ def dry_run(original: Recipe, recipe: Recipe, launch: Launch) -> int:
                 folder = RunFolder(recipe)
                 if launch.rank == 0:  # a dry run that was killed may have left some; the data may be of this one
                     shutil.rmtree(folder.checkpoints, ignore_errors=True)
-                run = start(recipe, launch, folder, parts, False)
+                with folder.removed_if_unused():
+                    run = start(recipe, launch, folder, parts, False)
                 _rehearse(run, parts)
                 notes = _memory(run.job, recipe, run.role.schedule.lanes)
                 if launch.rank == 0:
