@@ -140,7 +140,7 @@ time.sleep(60)
 """
     rank = os.fork()
     if rank == 0:
-        background(tmp_path, f"import time; time.sleep(0.1){script}").follow(2)
+        background(tmp_path, script).follow(2)
         while not (tmp_path / "started").exists():
             time.sleep(0.01)
         os._exit(0)

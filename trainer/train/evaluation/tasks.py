@@ -14,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,6 +32,9 @@ _OF_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "
 
 _ENDS_WITH_RANK = ("setpriv", "--pdeathsig", "TERM") if shutil.which("setpriv") else ()
 """A rank that is killed takes the process with it; without this command, `timeout` ends it some day."""
+
+_FIRST_WITHOUT_MEMORY = ("sh", "-c", 'echo 1000 2>&- >/proc/self/oom_score_adj; exec "$@"', "sh")
+"""When memory is short, the kernel ends the process before a rank. It begins with that: its children inherit it."""
 
 _GRACE_SECONDS = 10
 """Time between SIGTERM, after `tasks.minutes`, and SIGKILL."""
@@ -114,7 +116,7 @@ class BackgroundTasks:
 
     def _begin(self, step: int) -> None:
         keys, self._begun = self._keys, step
-        seconds = f"{60 * keys.minutes:g}"
+        limit = ["timeout", "-v", "-k", str(_GRACE_SECONDS), f"{60 * keys.minutes:g}"]
         options = ["--tasks", ",".join(keys.names), "--device", keys.device, "--json"]
         options += ["--limit", str(keys.limit)] if keys.limit else []
         options += ["--include-path", keys.include_path] if keys.include_path else []
@@ -125,7 +127,7 @@ class BackgroundTasks:
         try:
             output, errors = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115 (closed by `_ended`)
             process = subprocess.Popen(
-                [*_ENDS_WITH_RANK, "nice", "-n", "10", "timeout", "-v", "-k", str(_GRACE_SECONDS), seconds, *command],
+                [*_ENDS_WITH_RANK, *_FIRST_WITHOUT_MEMORY, "nice", "-n", "10", *limit, *command],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=errors,
@@ -134,8 +136,6 @@ class BackgroundTasks:
         except OSError as error:  # such as a full disk
             self._warn(step, str(error))
         else:
-            with suppress(OSError):  # when memory is short, the kernel ends it before a rank
-                Path(f"/proc/{process.pid}/oom_score_adj").write_text("1000")
             self._running = _Running(step, process, output, errors)
 
     def _done(self) -> Scored | None:
