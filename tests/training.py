@@ -192,6 +192,7 @@ def _train(
         saver.start(start)
     if start:
         evaluate(start)
+    generator = torch.get_rng_state()
     for step in range(start, steps):
         before_update(role, lambda: result["gradients"].append(of_all(role, full_gradients)))
         scalars = optimizer_step(job, role, step)
@@ -221,6 +222,7 @@ def _train(
     if isinstance(role, TrunkRank):
         result["load_LM"] = role.load_LM
         result["owners"] = role.ownership.owners if role.ownership else None
+    assert torch.equal(generator, torch.get_rng_state()), "no checkpoint holds its state"
     result["weights"] = of_all(role, full_parameters)
     job.close()
     return result

@@ -252,10 +252,6 @@ HALF = 4
 """Steps done in `Reference.half`."""
 
 
-_GENERATOR = "rng"
-"""Key of the state of torch's generator, from which no step draws; every process seeds it anew."""
-
-
 def weights_of(run: Path) -> dict[str, str]:
     """Return a checksum of the tensors and numbers in each file of the newest checkpoint, by its name.
 
@@ -282,7 +278,7 @@ def _numbers(state: Any) -> Iterator[bytes]:
     if isinstance(state, torch.Tensor):
         yield repr(state.shape).encode() + state.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
     elif isinstance(state, dict):
-        for key in sorted(state.keys() - {_GENERATOR}, key=str):
+        for key in sorted(state, key=str):
             yield str(key).encode()
             yield from _numbers(state[key])
     elif isinstance(state, list | tuple):

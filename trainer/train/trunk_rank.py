@@ -289,11 +289,10 @@ class TrunkRank:
         return self.engines["trunk"].monitors
 
     def state_dict(self) -> dict[str, Any]:
-        """Return copies of the state that the engines do not hold."""
+        """Return copies of the state that the engines do not hold. No step draws from torch's generator."""
         return {
             "statistics": self._statistics.state_dict(),
             "recent_load_LM": self._recent_load_LM.clone(),
-            "rng": torch.get_rng_state(),
             **({"lock": self.lock.state_dict()} if self.lock else {}),
             **({"norms": list(self.norms.values)} if self.norms else {}),
             **({"early_stop": self.early_stop.state_dict()} if self.early_stop else {}),
@@ -313,7 +312,6 @@ class TrunkRank:
         else:
             self._statistics.begin_at(steps if by_step else steps * self._recipe.micro_batches)
         self._recent_load_LM = state["recent_load_LM"].cpu()
-        torch.set_rng_state(state["rng"].cpu())
         if self.lock and "lock" in state:
             self.lock.restore(state["lock"])
         restore_norms(self.norms, state)

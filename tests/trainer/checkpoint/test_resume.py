@@ -16,6 +16,7 @@ from tests.training import Outcome, assert_same, run_training, tiny
 from trainer.checkpoint import format as checkpoint
 from trainer.checkpoint.resume import affects_results, check, check_data, choose
 from trainer.common.errors import UserError
+from trainer.common.safe_read import read_tensors
 from trainer.config.recipe import Recipe
 
 RECIPE: dict[str, Any] = {"parallel": {"pool_ranks": 1}}
@@ -33,6 +34,12 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def checkpoints(saved: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(saved, tmp_path / "checkpoints"))
+
+
+def test_a_checkpoint_has_no_state_that_differs_between_equal_runs(saved: Path) -> None:
+    """As that of torch's generator, which checkpoints of earlier versions have: no step draws from it."""
+    state = read_tensors(checkpoint.state_file(checkpoint.folder_of(saved, 2), 0))
+    assert state.keys() == {"statistics", "recent_load_LM"}
 
 
 def test_keys_that_affect_results() -> None:

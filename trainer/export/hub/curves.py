@@ -41,7 +41,7 @@ def read_curves(run: Path, steps: int) -> dict[str, Curve]:
     for step, record in filter(None, map(parse_record, lines)):
         for name, curve in curves.items():
             value = record.get(name)
-            if type(value) in (int, float) and step <= steps:
+            if isinstance(value, int | float) and not isinstance(value, bool) and step <= steps:
                 curve.steps.append(step)
                 curve.values.append(value)
     return curves
