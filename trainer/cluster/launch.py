@@ -26,7 +26,7 @@ from trainer.common.strict_json import dumps
 from trainer.config.recipe import Recipe
 
 DONE_FILE = "UNIPOOL_DONE_FILE"
-"""Environment variable: a file that local rank 0 creates when the job has done all its steps."""
+"""Environment variable: a file into which local rank 0 writes the exit status of a job that ends with all saved."""
 
 RESTARTS = "UNIPOOL_RESTARTS"
 """Environment variable: how often this job has been restarted."""
@@ -143,10 +143,10 @@ def _names(recipe: Recipe) -> list[str]:
     return provisional_names(recipe.grid, recipe.topology.order, recipe.grid.world_size)
 
 
-def mark_end(local_rank: int) -> None:
-    """Tell the `LocalJob` that has started this rank, if one has, that the job has done all its steps."""
+def mark_end(local_rank: int, status: int) -> None:
+    """Tell the `LocalJob` that has started this rank, if one has, with which exit status the job ends."""
     if local_rank == 0 and DONE_FILE in os.environ:
-        Path(os.environ[DONE_FILE]).touch()
+        Path(os.environ[DONE_FILE]).write_text(str(status))
 
 
 def end_on_signals() -> None:
@@ -217,8 +217,11 @@ class LocalJob:
             status = self._launcher.returncode
             _wait_for_session(self._launcher.pid)
             self._launcher = None
-            self.came_to_end = done.exists()
-            if self.ended_by and status != START_AGAIN and not done.exists():
+            ended = done.read_text() if done.exists() else ""
+            self.came_to_end = ended not in ("", str(START_AGAIN))
+            if ended and status == 1:  # as of a launcher that was asked to end, whatever its ranks make of that
+                status = int(ended)
+            if self.ended_by and status != START_AGAIN and not self.came_to_end:
                 return 128 + self.ended_by[0]
             if status < 0:
                 print("unipool: the job ended because its launcher was killed", file=sys.stderr)

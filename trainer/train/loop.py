@@ -50,12 +50,12 @@ def train(recipe: Recipe, launch: Launch, force: bool = False) -> int:
         loop = Loop(run)
         status = loop.run()
         stage.end(status)
-        if status == DIVERGED:  # the launcher ends all ranks as soon as the first one ends with this status
-            mark_end(launch.local_rank)
+        if status:  # the launcher ends all ranks as soon as the first one ends with this status
+            mark_end(launch.local_rank, status)
         run.job.close()
         run.reporter.end(status, loop.done)
         if status == 0:
-            mark_end(launch.local_rank)
+            mark_end(launch.local_rank, status)
         return status
     except BaseException as error:
         stage.metrics.time.enter("failed")

@@ -104,6 +104,22 @@ def test_signals(ranks: list[str], signals: list[int], status: int, tmp_path: Pa
         assert told.count(f"rank got {int(signals[0])}") == len(ranks)
 
 
+@pytest.mark.parametrize(
+    ("marked", "of_launcher", "status"),
+    [("75", 1, 75), ("0", 1, 0), ("3", 1, 3), ("", 1, 1), ("0", 134, 134), ("75", 134, 134)],
+)
+def test_the_status_is_the_jobs_if_its_launcher_was_asked_to_end(
+    marked: str, of_launcher: int, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by SIGTERM to a whole process group: deepspeed's launcher then ends with 1, although the ranks have saved."""
+    monkeypatch.setattr(launch.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(launch, "POLL_SECONDS", 0.01)
+    job = launch.LocalJob({})
+    script = f'test -z "{marked}" || printf "{marked}" > "${launch.DONE_FILE}"; exit {of_launcher}'
+    assert job.run(["sh", "-c", script], {}) == status
+    assert job.came_to_end == (marked in ("0", "3"))
+
+
 def test_a_node_whose_ranks_have_saved_ends_well_if_it_is_asked_to_stop_too(tmp_path: Path) -> None:
     """When one node was asked to stop, a cluster may ask the others while their launchers are about to end."""
     log = tmp_path / "log"

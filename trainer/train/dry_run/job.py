@@ -114,7 +114,7 @@ def dry_run(original: Recipe, recipe: Recipe, launch: Launch) -> int:
                 if launch.rank == 0:
                     parts.report(fault=f"{type(error).__name__}: {error}".splitlines()[0])
                 raise
-        mark_end(launch.local_rank)
+        mark_end(launch.local_rank, 0)
     except BaseException as error:
         watch.fail(error)
     return 0
