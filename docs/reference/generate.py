@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config.recipe import Recipe
-from trainer.config.sections import LARGEST, Source
+from trainer.config.sections import LARGEST, LARGEST_NUMBER, Source
 from trainer.telemetry.catalogue import CATALOGUE, DEVICE_MEMORY
 from trainer.telemetry.rank_time import CAUSES, PHASES
 from trainer.telemetry.time_breakdown import ACTIVITIES
@@ -95,7 +95,7 @@ def _allowed(field: dict[str, Any]) -> str:
     limits = []
     if "minimum" in field or "exclusiveMinimum" in field:
         limits.append(f"at least {field['minimum']}" if "minimum" in field else f"above {field['exclusiveMinimum']}")
-    if field.get("maximum", LARGEST) != LARGEST:
+    if field.get("maximum", LARGEST) not in (LARGEST, LARGEST_NUMBER):
         limits.append(f"at most {field['maximum']:g}")
     if "exclusiveMaximum" in field:
         limits.append(f"below {field['exclusiveMaximum']}")

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from trainer.config.sections import NonNegative, Positive, PositiveFloat, Section
+from trainer.config.sections import NonNegative, Positive, PositiveFloat, Seconds, Section
 
 
 class Parallel(Section):
@@ -48,8 +48,8 @@ class Parallel(Section):
         description="`auto`: NCCL if every rank has a GPU of its own, otherwise gloo with copies through the host; "
         "`gloo`: always gloo.",
     )
-    timeout_seconds: PositiveFloat = Field(60.0, description="Longest wait for another rank inside a step.")
-    start_timeout_seconds: PositiveFloat = Field(
+    timeout_seconds: Seconds = Field(60.0, description="Longest wait for another rank inside a step.")
+    start_timeout_seconds: Seconds = Field(
         1800.0, description="Longest wait for another rank at the start, at a checkpoint and at the end."
     )
     check: bool = Field(

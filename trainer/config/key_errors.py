@@ -35,6 +35,7 @@ def first_line(error: ValidationError, root: type[BaseModel]) -> str:
         line = f"{key}: missing"
     else:
         message = re.sub(r"^\w+ should (be|have)", r"must \1", first["msg"])
+        message = re.sub(r"\d{20,}", lambda number: f"{float(number[0]):g}", message)  # a bound of floats
         message = message.replace("a valid tuple", "a list").replace(" after validation", "")
         message = re.sub(r"a valid dictionary or instance of \w+", "a mapping, as in {key: value}", message)
         line = f"{key} = {show(first['input'])}: {message[0].lower()}{message[1:]}"

@@ -15,13 +15,17 @@ from trainer.config.constraints import sources_or_list
 LARGEST = 2**62
 """Largest integer in a recipe; products of larger ones could overflow floats and tensors."""
 
+LARGEST_NUMBER = 1e38
+"""Largest other number in a recipe, as tensors in fp32 can hold it."""
+
 LOSS_CHUNK = 4096
 """Tokens whose logits exist at once, unless a recipe says otherwise."""
 
 Positive = Annotated[int, Field(ge=1, le=LARGEST)]
 NonNegative = Annotated[int, Field(ge=0, le=LARGEST)]
-NonNegativeFloat = Annotated[float, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0, le=LARGEST_NUMBER)]
+PositiveFloat = Annotated[float, Field(gt=0, le=LARGEST_NUMBER)]
+Seconds = Annotated[float, Field(gt=0, le=1e9)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 

@@ -6,7 +6,6 @@ Seconds are FLOPs over (peak x share of the peak that such work reaches), and by
 from __future__ import annotations
 
 import difflib
-import math
 import os
 import re
 from collections.abc import Sequence
@@ -30,6 +29,10 @@ Above0 = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 AtLeast0 = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 _STRICT = ConfigDict(extra="forbid", strict=True)
+
+
+_SLOWEST, _FASTEST = 1e-3, 1e6
+"""Gbit/s of links for which times can be predicted."""
 
 
 @dataclass(frozen=True)
@@ -274,7 +277,7 @@ def with_link(hardware: Hardware, gbit_per_s: float) -> Hardware:
     """Return the hardware with another speed of all links of a rank, in Gbit/s each way.
 
     Raises:
-        UserError: The speed is not a number above 0.
+        UserError: The speed is not one that a link may have.
     """
     speed = _bytes_per_s("--interconnect", gbit_per_s)
     return replace(hardware, wire_bandwidth=speed, network_bandwidth=speed if hardware.node else 0.0)
@@ -284,7 +287,7 @@ def with_network(hardware: Hardware, gbit_per_s: float) -> Hardware:
     """Return the hardware with another speed of a rank's link to other nodes, in Gbit/s each way.
 
     Raises:
-        UserError: The speed is not a number above 0, or the hardware has no nodes.
+        UserError: The speed is not one that a link may have, or the hardware has no nodes.
     """
     if not hardware.node:
         raise UserError(f"--network {gbit_per_s:g}: the profile has one link for all ranks; use --interconnect")
@@ -292,8 +295,8 @@ def with_network(hardware: Hardware, gbit_per_s: float) -> Hardware:
 
 
 def _bytes_per_s(option: str, gbit_per_s: float) -> float:
-    if not (math.isfinite(gbit_per_s) and gbit_per_s > 0):
-        raise UserError(f"{option} {gbit_per_s:g}: must be a number of Gbit/s above 0")
+    if not _SLOWEST <= gbit_per_s <= _FASTEST:  # nor if it is NaN
+        raise UserError(f"{option} {gbit_per_s:g}: must be a number of Gbit/s from {_SLOWEST:g} to {_FASTEST:,.0f}")
     return gbit_per_s * 1e9 / 8
 
 

@@ -25,6 +25,8 @@ WRONG = {
     "pool.experts=0": "pool.experts = 0: must be at least 1 with model.ffn = pool",
     "router.top_k=65": "router.top_k = 65: must be at most the experts a layer sees (64)",
     "router={kind: softmax, constant_factor: 2}": "router.constant_factor = 2.0: must be 1 with router.kind = softmax",
+    "router.bias_rate=1e308": "router.bias_rate = 1e+308: must be less than or equal to 1e+38",
+    "parallel.timeout_seconds=1e30": "parallel.timeout_seconds = 1e+30: must be less than or equal to",
     "lock={alocation: random}": "lock.alocation: unknown key; did you mean allocation?",
     "lock.full_fraction=0": "lock.full_fraction = 0: must be greater than 0",
     "lock={anneal_fraction: 0.99}": "lock.anneal_fraction = 0.99: must be at most 1 - lock.full_fraction (0.983333)",

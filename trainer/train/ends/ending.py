@@ -108,4 +108,5 @@ class Ending:
                 prompt=tokenizer.decode(prompt),
                 sample=None if sample is None else tokenizer.decode(sample),
                 load_LM=None if load_LM is None else load_LM.numpy(),
+                owners=r.role.ownership.owners if r.role.ownership else None,
             )

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.checkpoint.format import read_ownership
 from trainer.config.recipe import Recipe
 from trainer.telemetry.run_folder import RunFolder
 
@@ -24,6 +24,7 @@ def write_summary(
     prompt: str,
     sample: str | None,
     load_LM: NDArray[np.integer] | None,
+    owners: Sequence[int] | None,
 ) -> None:
     """Draw the picture of the load, and print the summary to stdout.
 
@@ -33,6 +34,7 @@ def write_summary(
         unigram_entropy: Entropy of the training tokens, nats: the loss that token frequencies alone give.
         prompt, sample: Held-out text and the model's continuation, None if its logits are not finite.
         load_LM: Assignments on held-out text by layer and the experts that it sees; None for a dense model.
+        owners: The layer that owns each expert, in a run with a lock after the assignment.
     """
     loss = f"{val_loss:.4f} nats per token, perplexity {perplexity(val_loss):.1f}"
     if not math.isfinite(val_loss):
@@ -51,8 +53,6 @@ def write_summary(
 
         title = f"{folder.path.name}: experts chosen on held-out text"
         try:
-            record = read_ownership(folder.path) if recipe.lock else None
-            owners = record.owners if record else None
             write_heat_map(load_LM, folder.load_picture, title, recipe.model.groups, owners)
             lines.append(f"load picture      {folder.load_picture}")
         except OSError as error:
