@@ -19,11 +19,11 @@ from pool.placement import contiguous
 from tests.distributed import RankFailed
 from tests.training import Outcome, assert_same, run_training, tiny
 from trainer.checkpoint.format import Layout, layout_of, newest, read_load
-from trainer.checkpoint.reshard import SavedCheckpoint, convert
+from trainer.checkpoint.reshard import SavedCheckpoint, SavedRole, convert
 from trainer.common.errors import UserError
 from trainer.config.recipe import Recipe
 from trainer.engine import role_engine as engine
-from trainer.engine.parameter_state import ParameterState
+from trainer.engine.parameter_state import CHECKPOINT_TAG, ParameterState
 from trainer.model.trunk import Trunk
 
 pytestmark = pytest.mark.slow
@@ -96,6 +96,17 @@ def test_moments_are_the_same_ones(after: str, tmp_path: Path) -> None:
         for key in ("weight", "exp_avg", "exp_avg_sq"):
             assert torch.equal(getattr(state, key), getattr(other, key)), (name, key)
         assert state.exp_avg_sq.abs().max() > 0, name
+
+
+def test_without_zero_there_are_no_moments_if_all_steps_were_skipped(tmp_path: Path) -> None:
+    weight = torch.ones(3, 2)
+    saved = {"module": {"w": weight}, "buffer_names": [], "lr_scheduler": {"last_batch_iteration": 0}}
+    saved |= {"optimizer": {"state": {}, "param_groups": [{"params": [0]}]}}
+    (tmp_path / CHECKPOINT_TAG).mkdir()
+    torch.save(saved, tmp_path / CHECKPOINT_TAG / "mp_rank_00_model_states.pt")
+    state = SavedRole(tmp_path, tmp_path).read("w")
+    assert torch.equal(state.weight, weight) and state.exp_avg_sq is not None
+    assert torch.equal(state.exp_avg, weight * 0) and torch.equal(state.exp_avg_sq, weight * 0)
 
 
 @pytest.mark.parametrize(("stage", "same"), [(0, True), (1, False), (2, False), (3, True)])
