@@ -52,11 +52,11 @@ class SavedRole:
     def read(self, name: str) -> ParameterState:
         """Return a parameter and its moments by its name in the module; zeros if it has never been updated."""
         weight = self.weight(name)
-        if not self.frozen and name not in self._places:
-            return ParameterState(weight, self._part(name, "exp_avg"), self._part(name, "exp_avg_sq"))
-        moments = None if self.frozen else self._saved["optimizer"]["state"].get(self._places[name])
-        if moments is None:  # at ZeRO 0 they do not exist before the first step that is not skipped
+        if self.frozen or not self.updates:  # no moments exist before the first step that is not skipped
             return ParameterState(weight, torch.zeros_like(weight), torch.zeros_like(weight))
+        if name not in self._places:
+            return ParameterState(weight, self._part(name, "exp_avg"), self._part(name, "exp_avg_sq"))
+        moments = self._saved["optimizer"]["state"][self._places[name]]
         return ParameterState(weight, moments["exp_avg"], moments.get("exp_avg_sq"))  # Muon has one moment
 
     def weight(self, name: str) -> Tensor:

@@ -1,4 +1,8 @@
-"""How far a preparation is: lines on stderr, and a file in which processes that wait for it see that it goes on."""
+"""How far a preparation is: lines on stderr, and a file in which processes that wait for it see that it goes on.
+
+The lines are not tqdm's: they are also what the file says, so that a process that waits can quote them; the log of a
+cluster gets a whole line now and then; and a stage may know its share of the whole without knowing a total.
+"""
 
 from __future__ import annotations
 

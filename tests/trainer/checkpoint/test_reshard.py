@@ -98,7 +98,7 @@ def test_moments_are_the_same_ones(after: str, tmp_path: Path) -> None:
         assert state.exp_avg_sq.abs().max() > 0, name
 
 
-def test_without_zero_there_are_no_moments_if_all_steps_were_skipped(tmp_path: Path) -> None:
+def test_there_are_no_moments_if_all_steps_were_skipped(tmp_path: Path) -> None:
     weight = torch.ones(3, 2)
     saved = {"module": {"w": weight}, "buffer_names": [], "lr_scheduler": {"last_batch_iteration": 0}}
     saved |= {"optimizer": {"state": {}, "param_groups": [{"params": [0]}]}}
