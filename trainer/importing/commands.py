@@ -164,13 +164,13 @@ def upcycle(
         _show(write(made, recipe_for(made, out, base, overrides), out, dtype, tokenizer), as_json)
 
 
-@click.command(short_help="Split the busiest experts of a model, or remove those that are used least.")
+@click.command(short_help="Split the busiest experts of a model, or remove those that add least.")
 @_writes
 @count_option("--experts", "Experts of the new model, at most twice as many.  [required]", metavar="M")
 @click.option(
     "--text",
     type=click.Path(path_type=Path),
-    help="File on which the load of the experts is counted.  [default: the load of a run's last step]",
+    help="File on which the use of experts is measured.  [default: a run's last step to grow, held-out text to prune]",
 )
 @click.option("--merge", is_flag=True, help="Prune by merging the experts that are most alike on --text.")
 @_noise_option
@@ -193,7 +193,7 @@ def resize(
 
     SOURCE is a run, an export, or a Hugging Face checkpoint that `import` accepts. With more experts, the busiest are
     split in two, so that with --noise 0 the logits stay the same; noise lets the halves become different. With fewer,
-    the least used are removed, or, with --merge, those that `probe redundancy` finds most alike become one.
+    those that add least are removed, or, with --merge, those that `probe redundancy` finds most alike become one.
 
     \b
     Examples:
@@ -201,7 +201,7 @@ def resize(
       unipool resize runs/quickstart runs/smaller --experts 48
       unipool resize runs/olmoe-pool runs/olmoe-half --experts 512 --merge --text corpus.txt
     """
-    from trainer.importing.resize import check_experts, load_of, resized
+    from trainer.importing.resize import check_experts, measured, recorded, resized
     from trainer.importing.source import opened
     from trainer.importing.upcycle import How
     from trainer.importing.write import recipe_for, write
@@ -219,7 +219,8 @@ def resize(
 
             made, said = merged(model, experts, text, how["seed"]), {}
         else:
-            made, summary = resized(model, experts, load_of(model, text), How(**how))
+            usage = recorded(model) if grows and text is None else measured(model, text)
+            made, summary = resized(model, experts, usage, How(**how))
             said = {"resized": summary}
         model.check(recipe_for(model, out, base))
         recipe = recipe_for(made, out, base, overrides)

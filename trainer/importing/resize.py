@@ -1,4 +1,4 @@
-"""A model with more experts, the busiest of which are split in two, or with fewer, without those of the least load.
+"""A model with more experts, the busiest of which are split in two, or with fewer, without those that add least.
 
 Growing keeps what the model computes, if no noise is asked for. Both halves of a split expert have its weights. What
 the routers do about them depends on whether a token can choose one of the two without a change of anything else:
@@ -18,8 +18,9 @@ the routers do about them depends on whether a token can choose one of the two w
                     selection bias by its rate, a NormRouter's row by the pool loss over normalised scores. A
                     NormRouter with raw scores and no bias gives it no gradient, unless noise is added.
 
-Pruning leaves the weights and rows of the other experts as they are. A token that chose a removed expert chooses the
-next best. A softmax divides the removed probability among the others, in proportion to theirs. The norm of a NormRouter
+Pruning removes the experts that add least to the residual stream of all layers, by the sum of the squares of their
+outputs, and leaves the weights and rows of the others as they are. A token that chose a removed expert chooses the next
+best. A softmax divides the removed probability among the others, in proportion to theirs. The norm of a NormRouter
 loses the removed logits, which sigma makes up for on average.
 
 Sigma follows from the rows W, as if a token's squared norm were in proportion to the sum of the squares of all entries,
@@ -32,7 +33,7 @@ Letters: M experts, G sub-pools (`model.groups`), E = M / G experts that a layer
 from __future__ import annotations
 
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -54,26 +55,55 @@ TOKENS = 16_384
 """Tokens of a text on which the load is counted."""
 
 
-def load_of(source: Source, text: Path | None) -> NDArray[np.int64]:
-    """Return how many tokens each expert got from all layers: on a text, or in a run's last step; (M,).
+@dataclass(frozen=True)
+class Usage:
+    """How the experts are used, by all layers together.
+
+    Attributes:
+        load_M: The tokens that each got, int64.
+        added_M: What each added to the residual stream: the sum of its outputs' squared norms, gate values included,
+            float64. None if only the load is known.
+    """
+
+    load_M: NDArray[np.int64]
+    added_M: NDArray[np.float64] | None = None
+
+
+def recorded(source: Source) -> Usage:
+    """Return the load of a run's last step, as its checkpoint has it.
 
     Raises:
-        UserError: There is no text and no record, or the text cannot be read.
+        UserError: It is no run, or the checkpoint is damaged.
     """
-    if text is None:
-        if is_export(source.path):
-            raise UserError(f"{source.path}: has no record of its experts' load; count it on a text with --text FILE")
-        total_M: NDArray[np.int64] = read_load(find_run(source.path).folder).sum(0)
-        return total_M
-    from trainer.probe.adapters import load as load_source
-    from trainer.probe.load import load
-    from trainer.probe.text import read_text
+    if is_export(source.path):
+        raise UserError(f"{source.path}: has no record of its experts' load; count it on a text with --text FILE")
+    return Usage(read_load(find_run(source.path).folder).sum(0))
 
-    model = load_source(str(source.path), own_text=False)
-    counted = load(model, read_text(model.loaded, text, TOKENS))
-    counts_LE = np.array(counted.counts)
-    total_GE: NDArray[np.int64] = counts_LE.reshape(counted.groups, -1, counts_LE.shape[1]).sum(1)
-    return total_GE.flatten()
+
+def measured(source: Source, text: Path | None) -> Usage:
+    """Measure the usage on a text; None: on the held-out text of a run.
+
+    Raises:
+        UserError: The text cannot be read, or there is none.
+    """
+    from trainer.probe.adapters import Choice, MoELayer
+    from trainer.probe.adapters import load as load_source
+    from trainer.probe.text import read, read_text
+
+    model = load_source(str(source.path), own_text=text is None)
+    usage = Usage(np.zeros(model.experts, np.int64), added_M := np.zeros(model.experts))
+
+    @torch.no_grad()
+    def see(layer: MoELayer, choice: Choice) -> None:
+        for expert in choice.topk_expert_ids_TK.unique().tolist():
+            tokens, places = (choice.topk_expert_ids_TK == expert).nonzero(as_tuple=True)
+            y_nD = layer.bank.run(expert - layer.bank.first, choice.x_TD[tokens]).float()
+            gate_n1 = choice.topk_scores_TK[tokens, places].float().unsqueeze(1)
+            usage.load_M[expert] += len(tokens)
+            added_M[expert] += float((gate_n1 * y_nD).square().sum())
+
+    read(model, read_text(model.loaded, text, TOKENS), see)
+    return usage
 
 
 def check_experts(source: Source, experts: int) -> bool:
@@ -93,7 +123,7 @@ def check_experts(source: Source, experts: int) -> bool:
     return experts > int(M)
 
 
-def resized(source: Source, experts: int, load_M: NDArray[np.int64], how: How) -> tuple[Source, str]:
+def resized(source: Source, experts: int, usage: Usage, how: How) -> tuple[Source, str]:
     """Return a model with another number of experts, in each sub-pool equally many, and what was done, in a line.
 
     New experts follow the others of their sub-pool, whose order stays.
@@ -101,7 +131,7 @@ def resized(source: Source, experts: int, load_M: NDArray[np.int64], how: How) -
     Args:
         source: A model whose layers have experts.
         experts: M', up to twice the number that the model has.
-        load_M: How many tokens each expert got: the busiest are split, and those of the least load are removed.
+        usage: Those of the largest load are split; those that add least, which must be known then, are removed.
         how: Noise of the second halves, the distance of waiting ones in a softmax, and the seed.
 
     Raises:
@@ -114,7 +144,9 @@ def resized(source: Source, experts: int, load_M: NDArray[np.int64], how: How) -
     kind, top_k = router.get("kind", "norm"), router.get("top_k", 1)
     has_norm, given = kind in ("norm", "norm_bias"), bool(router.get("logit_bias"))
 
-    order_GE = (-load_M.reshape(groups, E)).argsort(axis=1, kind="stable")
+    rank_M = usage.load_M if grows else usage.added_M
+    assert rank_M is not None
+    order_GE = (-rank_M.reshape(groups, E)).argsort(axis=1, kind="stable")
     if grows:
         changed_Gn = np.sort(order_GE[:, : e - E])
         from_Ge = np.concatenate([np.tile(np.arange(E), (groups, 1)), changed_Gn], axis=1)
@@ -160,8 +192,11 @@ def resized(source: Source, experts: int, load_M: NDArray[np.int64], how: How) -
             weight = 2 * weight
         return noisy(weight, weight, name, how) if place >= E else weight
 
-    share = np.take_along_axis(load_M.reshape(groups, E), changed_Gn, axis=1).sum() / max(1, load_M.sum())
-    which = f"the {changed_Gn.size} with the {'most' if grows else 'least'} load ({share:.1%} of it)"
-    what = f"are split into {'equal' if equal else 'waiting'} halves" if grows else "are gone"
+    changed = (changed_Gn + E * np.arange(groups)[:, None]).flatten()
+    loads = f"{usage.load_M[changed].sum() / max(1, usage.load_M.sum()):.1%} of the load"
+    if grows:
+        said = f"the busiest {len(changed)} ({loads}) are split into {'equal' if equal else 'waiting'} halves"
+    else:
+        said = f"the {len(changed)} that add least ({rank_M[changed].sum() / rank_M.sum():.1%}, at {loads}) are gone"
     sections = source.sections | {"router": router, "pool": source.sections["pool"] | {"experts": experts}}
-    return replace(source, sections=sections, read=read), f"{M} -> {experts} experts: {which} {what}"
+    return replace(source, sections=sections, read=read), f"{M} -> {experts} experts: {said}"

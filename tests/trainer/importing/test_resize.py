@@ -1,7 +1,8 @@
-"""Models with more experts compute the same, and both halves get tokens; what is pruned is what is used least."""
+"""Models with more experts compute the same, and both halves get tokens; what is pruned is what adds least."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from tests.trainer.importing.checkpoints import (
@@ -29,12 +30,14 @@ from trainer.export.loaded_model import load_model
 from trainer.export.names import exported_shapes
 from trainer.export.saved_run import model_config
 from trainer.importing.merge import clustered
-from trainer.importing.resize import resized
-from trainer.importing.source import SECTIONS, Source
+from trainer.importing.resize import TOKENS, Usage, measured, resized
+from trainer.importing.source import SECTIONS, Source, opened
 from trainer.importing.upcycle import How
+from trainer.probe.text import read_text
 
 EXPERTS = 12
 LOAD = np.array([5, 9, 0, 1, 3, 8, 2, 6, 4, 7, 10, 3])
+ADDED = np.array([5.0, 9, 1, 1.5, 3, 8, 2, 6, 4, 7, 10, 3.5])
 ROUTERS: dict[str, dict[str, Any]] = {
     "norm": {"kind": "norm"},
     "norm_bias": {"kind": "norm_bias"},
@@ -91,7 +94,7 @@ def test_growing_keeps_the_logits(name: str, top_k: int, groups: int) -> None:
     model = model_of(ROUTERS[name] | {"top_k": top_k}, groups)
     expected = model.logits(model.source)
     for experts in (EXPERTS + 3, 2 * EXPERTS):
-        made, summary = resized(model.source, experts, LOAD, How())
+        made, summary = resized(model.source, experts, Usage(LOAD), How())
         assert made.sections["pool"]["experts"] == experts
         assert_close(model.logits(made), expected)
         equal = top_k == 1 and (experts == 2 * EXPERTS or name == "sigmoid_bias")
@@ -101,7 +104,7 @@ def test_growing_keeps_the_logits(name: str, top_k: int, groups: int) -> None:
 @pytest.mark.parametrize("groups", [1, 3])
 @pytest.mark.parametrize("name", ROUTERS)
 def test_experts_that_no_token_chooses_leave_no_trace(name: str, groups: int) -> None:
-    """The least used of each sub-pool go; here their rows or their biases keep all tokens from them."""
+    """Those that add least in each sub-pool go, whatever the load; here rows or biases keep all tokens from them."""
     model = model_of(ROUTERS[name] | {"top_k": 2, "logit_bias": name.startswith("softmax")}, groups)
     gone = [2, 6, 11] if groups == 3 else [2, 3, 6]
     gone_GE = torch.isin(torch.arange(EXPERTS), torch.tensor(gone)).reshape(groups, -1)
@@ -114,16 +117,16 @@ def test_experts_that_no_token_chooses_leave_no_trace(name: str, groups: int) ->
             elif part != "weight" and name != "norm_bias":
                 tensor[without] = -60
     expected = model.logits(model.source)
-    made, summary = resized(model.source, EXPERTS - 3, LOAD, How())
-    share = LOAD[gone].sum() / LOAD.sum()
-    assert summary == f"12 -> 9 experts: the 3 with the least load ({share:.1%} of it) are gone"
+    made, summary = resized(model.source, EXPERTS - 3, Usage(10 - LOAD, ADDED), How())
+    added, load = ADDED[gone].sum() / ADDED.sum(), (10 - LOAD)[gone].sum() / (10 - LOAD).sum()
+    assert summary == f"12 -> 9 experts: the 3 that add least ({added:.1%}, at {load:.1%} of the load) are gone"
     assert_close(model.logits(made), expected)
 
 
 def test_noise_is_that_of_the_second_halves() -> None:
     """Relative to their weights and rows; with it a NormRouter takes equal halves although not all are split."""
     model = model_of(ROUTERS["norm"] | {"top_k": 1})
-    made, summary = resized(model.source, EXPERTS + 1, LOAD, How(noise=0.1))
+    made, summary = resized(model.source, EXPERTS + 1, Usage(LOAD), How(noise=0.1))
     assert summary.endswith("equal halves")
     split = int(LOAD.argmax())
     row_MD = made.read("model.layers.1.router.weight")
@@ -140,7 +143,7 @@ def test_a_run_goes_on_with_both_halves(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(tokenizer())
     done = unipool("resize", tmp_path, tmp_path / "12", "--experts", "12", "--noise", "0.01")
     assert done.exit_code == 0, done.exception
-    assert done.output.startswith("8 -> 12 experts: the 4 with the most load (")
+    assert done.output.startswith("8 -> 12 experts: the busiest 4 (")
     recipe = load_recipe(str(tmp_path / "12" / "recipe.yaml"))
     load_LM = run_training(recipe, 2).load_LM
     split = np.sort(np.load(next(tmp_path.glob("checkpoints/*/load.npy"))).sum(0).argsort()[-4:])
@@ -155,10 +158,10 @@ def test_sizes_that_cannot_be_are_refused() -> None:
     vanilla = model_of(ROUTERS["softmax"] | {"top_k": 2}, 3).source
     for experts in (0, 3, 12, 13, 27):
         with pytest.raises(UserError, match=rf"--experts {experts}: must be a multiple of the 3 .* from 6 to 24, and"):
-            resized(vanilla, experts, LOAD, How())
+            resized(vanilla, experts, Usage(LOAD), How())
     dense = replace(vanilla, sections={"model": {"ffn": "dense"}})
     with pytest.raises(UserError, match="is dense; `unipool upcycle` makes it a model with a pool"):
-        resized(dense, 12, LOAD, How())
+        resized(dense, 12, Usage(LOAD), How())
 
 
 def text_file(folder: Path) -> Path:
@@ -210,6 +213,40 @@ def test_exports_and_checkpoints_need_a_text(tmp_path: Path) -> None:
         done = unipool("resize", tmp_path / name, tmp_path / experts, "--experts", experts, "--text", text)
         assert done.exit_code == 0, done.exception
         assert_close(logits(tmp_path / experts), expected)
+
+
+@torch.no_grad()
+def assert_measured(folder: Path, text: Path) -> None:
+    """What each expert adds is what the pool's own module computes for it alone, gate value included."""
+    loaded, added_M = load_model(folder), torch.zeros(12)
+
+    def see(router: nn.Module, inputs: Any, output: Any) -> None:
+        x_TD, (*_, scores_TK, ids_TK) = inputs[0].flatten(0, -2), output
+        for k in range(ids_TK.shape[1]):
+            y_TD = loaded.model.model.experts(x_TD, ids_TK[:, k : k + 1], scores_TK[:, k : k + 1])
+            added_M.index_add_(0, ids_TK[:, k], y_TD.square().sum(1))
+
+    for layer in loaded.model.model.layers:
+        layer.router.register_forward_hook(see)
+    loaded.model(read_text(loaded, text, TOKENS).rows_NS1[:, :-1])
+    with opened(folder) as source:
+        np.testing.assert_allclose(measured(source, text).added_M, added_M.numpy(), rtol=1e-4)
+
+
+def test_an_expert_that_adds_nothing_goes_first(tmp_path: Path) -> None:
+    """Whether it gets tokens or not."""
+    model = checkpoint("mixtral", tmp_path / "theirs")
+    with torch.no_grad():
+        model.model.layers[1].mlp.experts.down_proj[2] = 0
+    model.save_pretrained(tmp_path / "theirs")
+    assert unipool("upcycle", tmp_path / "theirs", tmp_path / "12").exit_code == 0
+    done = unipool("resize", tmp_path / "12", tmp_path / "11", "--experts", "11", "--text", text_file(tmp_path))
+    assert done.exit_code == 0, done.exception
+    found = re.match(r"12 -> 11 experts: the 1 that add least \(0\.0%, at (.+)% of the load\) are gone", done.output)
+    assert found and float(found[1]) > 1
+    assert_measured(tmp_path / "12", text_file(tmp_path))
+    kept, before = (load_model(tmp_path / name).model.model.experts.down_proj for name in ("11", "12"))
+    torch.testing.assert_close(kept, torch.cat([before[:6], before[7:]]), rtol=0, atol=0)
 
 
 def test_clusters_by_mean_cosine() -> None:
