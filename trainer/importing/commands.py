@@ -201,15 +201,18 @@ def resize(
       unipool resize runs/quickstart runs/smaller --experts 48
       unipool resize runs/olmoe-pool runs/olmoe-half --experts 512 --merge --text corpus.txt
     """
+    from trainer.export.write import check_free
     from trainer.importing.resize import check_experts, measured, recorded, resized
     from trainer.importing.source import opened
     from trainer.importing.upcycle import How
     from trainer.importing.write import recipe_for, write
 
+    check_free(out.resolve())
     if experts is None:
         raise UserError("--experts: must be given, the number of experts of the new model")
     with opened(source) as model:
         grows = check_experts(model, experts)
+        model.check(recipe_for(model, out, base))
         if not grows or merge:
             _refuse(("noise", "distance"), "no expert is split")
         if merge:
@@ -222,7 +225,6 @@ def resize(
             usage = recorded(model) if grows and text is None else measured(model, text)
             made, summary = resized(model, experts, usage, How(**how))
             said = {"resized": summary}
-        model.check(recipe_for(model, out, base))
         recipe = recipe_for(made, out, base, overrides)
         if grows and recipe.train.freeze != "none":
             raise UserError(
