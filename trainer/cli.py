@@ -15,7 +15,7 @@ from trainer.data.commands import prepare
 from trainer.doctor.commands import doctor
 from trainer.evaluate.commands import evaluate
 from trainer.export.commands import export, generate
-from trainer.importing.commands import import_, upcycle
+from trainer.importing.commands import import_, resize, upcycle
 from trainer.planning.commands import plan
 from trainer.probe.commands import probe
 from trainer.scaling_law.commands import law
@@ -68,6 +68,7 @@ for command in (
     export,
     import_,
     upcycle,
+    resize,
     generate,
     serve,
     evaluate,

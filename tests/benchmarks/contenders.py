@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from trainer.cluster.launch import free_port
+from trainer.cluster.launch import free_port, malloc_settings
 
 START_LIMIT = 300.0
 RUN_LIMIT = 900.0
@@ -51,6 +51,7 @@ class Contender:
             "OMP_NUM_THREADS": str(threads),
             "DS_ACCELERATOR": "cpu",
             "TOKENIZERS_PARALLELISM": "false",
+            **malloc_settings(),  # the trainer sets it for its ranks, and the peers shall not lack it
         }
         self._ranks: list[subprocess.Popen[bytes]] = []
 

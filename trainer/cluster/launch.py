@@ -21,7 +21,7 @@ import psutil
 from trainer.cluster.hostfile import Node
 from trainer.cluster.rank_assignment import provisional_names
 from trainer.common.errors import START_AGAIN
-from trainer.common.gpus import VISIBLE
+from trainer.common.gpus import VISIBLE, gpus_on_machine
 from trainer.common.strict_json import dumps
 from trainer.config.recipe import Recipe
 
@@ -33,6 +33,15 @@ RESTARTS = "UNIPOOL_RESTARTS"
 
 MAX_RESTARTS = "UNIPOOL_MAX_RESTARTS"
 """Environment variable: how often this job may be restarted before it fails for good."""
+
+_MALLOC = {
+    "hugetlb": "1",  # ask for huge pages (madvise)
+    "mmap_threshold": "1099511627776",  # take tensors from the heap
+    "trim_threshold": "1099511627776",  # and keep the heap
+    "top_pad": "67108864",
+}
+"""How glibc shall supply memory to ranks on CPUs. Their tensors have the same sizes in every step, and without this
+the kernel hands most of them out anew, page by page."""
 
 GRACE_SECONDS = 20.0
 """How long the ranks have to end by themselves after their launcher has ended."""
@@ -113,7 +122,7 @@ def run_locally(recipe: Recipe, arguments: Sequence[str], max_restarts: int) -> 
         counted = {RESTARTS: str(before + restart)}
         if max_restarts:
             counted[MAX_RESTARTS] = str(before + max_restarts)
-        status = job.run(command, _environment() | counted)
+        status = job.run(command, _environment(recipe) | counted)
         if job.came_to_end or status in (0, 2) or job.ended_by or restart == max_restarts:
             return status
         restart += 1
@@ -136,7 +145,7 @@ def run_node(recipe: Recipe, node: Node, arguments: Sequence[str]) -> int:
     first = sum(list(node.slots.values())[: node.rank])
     own = list(node.slots.values())[node.rank]
     names = dict(list(enumerate(_names(recipe)))[first : first + own])
-    return LocalJob(names).run(command, _environment())
+    return LocalJob(names).run(command, _environment(recipe))
 
 
 def _names(recipe: Recipe) -> list[str]:
@@ -179,10 +188,22 @@ def launcher(
     ]
 
 
-def _environment() -> dict[str, str]:
+def _environment(recipe: Recipe) -> dict[str, str]:
     """Return the environment of the launcher, which needs no GPU itself."""
     path = os.pathsep.join(path or os.getcwd() for path in sys.path)
-    return os.environ | {"PYTHONPATH": path, "DS_ACCELERATOR": "cpu"}
+    on_cpus = recipe.parallel.device == "cpu" or not gpus_on_machine()
+    return (malloc_settings() if on_cpus else {}) | os.environ | {"PYTHONPATH": path, "DS_ACCELERATOR": "cpu"}
+
+
+def malloc_settings() -> dict[str, str]:
+    """Return an environment for ranks on CPUs, in which a step is a few percent faster. Without glibc 2.35 it is empty.
+
+    A GPU's rank does not need it, and would keep the memory into which it has copied a checkpoint.
+    """
+    name, _, version = (os.confstr("CS_GNU_LIBC_VERSION") or "").partition(" ")
+    if name != "glibc" or tuple(map(int, version.split("."))) < (2, 35):
+        return {}
+    return {"GLIBC_TUNABLES": ":".join(f"glibc.malloc.{key}={value}" for key, value in _MALLOC.items())}
 
 
 class LocalJob:

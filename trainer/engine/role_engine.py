@@ -89,7 +89,7 @@ class RoleEngine:
         deepspeed = _import_deepspeed()
         self.module = module
         self.stage = recipe.parallel.trunk_zero if role == "trunk" else recipe.parallel.pool_zero
-        self._clip = recipe.train.clip
+        self._clip, self._ranks = recipe.train.clip, role_size
         self._group = ReplicaGroup(group) if group is not None else None
         assert self._group is None or self.stage < 3, "ZeRO-3 broadcasts from rank 0 of the default group"
         config = deepspeed_config(recipe, role, role_size, sum(p.numel() for p in module.parameters()))
@@ -106,7 +106,7 @@ class RoleEngine:
             )
         self.monitors = Monitors(self._engine.monitor)
         self._total_norm = math.nan
-        self._replace_internals()
+        self._replace_internals(role)
         if recipe.train.schedule != "cosine":
             t, schedule = recipe.train, self._schedule
             ratio = lambda: scheduled_rate(recipe, schedule.last_batch_iteration) / t.lr  # noqa: E731
@@ -128,7 +128,7 @@ class RoleEngine:
         finally:
             groups.mpu = before
 
-    def _replace_internals(self) -> None:
+    def _replace_internals(self, role: str) -> None:
         """Replace what DeepSpeed offers no interface for. `tests/trainer/engine/test_role_engine.py` checks all of it.
 
         Gradients are clipped by the norm over both roles instead of the role's own, which also says whether they are
@@ -137,6 +137,8 @@ class RoleEngine:
         """
         if self.stage == 0:
             self._replace(self._engine, "clip_fp32_gradients", self._clip_gradients)
+            if role == "pool":
+                self._replace(self._engine, "allreduce_and_copy", self._reduce_in_place)
         elif self.stage == 3:
             self._own_norms = self._replace(self._optimizer, "_get_norm_groups", lambda: [self._deepspeed_norm()])
         else:
@@ -163,13 +165,24 @@ class RoleEngine:
         if self.stage == 0:
             yield
             self._fill_missing_gradients()
-            with self._in_group():
-                self._engine.allreduce_gradients()
+            if self._ranks > 1:
+                with self._in_group():
+                    self._engine.allreduce_gradients()
             return
         with self._engine.coalesce_grad_reduction():
             yield
             if self.stage != 3:
                 self._fill_missing_gradients()
+
+    @staticmethod
+    def _reduce_in_place(gradients: list[Tensor], group: Any, size: int) -> None:
+        """Average gradients over the ranks, each where it is. DeepSpeed would copy them into one tensor, and back.
+
+        The experts have two gradients, both large; the trunk has many small ones, for which one message is better.
+        """
+        for gradient in gradients:
+            torch.distributed.all_reduce(gradient, group=group)
+            gradient.mul_(1 / size)
 
     def _fill_missing_gradients(self) -> None:
         """Add zeros where there is no gradient: replicas must reduce the same set of gradients."""

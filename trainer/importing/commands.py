@@ -1,7 +1,8 @@
-"""`import` and `upcycle` on the command line."""
+"""`import`, `upcycle` and `resize` on the command line."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ _WRITES: tuple[Decorator, ...] = (
     ),
     json_option,
 )
-"""Arguments and options of both commands."""
+"""Arguments and options of all three commands."""
 
 
 def _writes(command: Any) -> Any:
@@ -49,6 +50,8 @@ def _show(written: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print(dumps(written))
         return
+    if "resized" in written:
+        print(written["resized"])
     print("{path}: {parameters:,} parameters, {dtype}".format(**written))
     for name, size in written["files"].items():
         print(f"{size:>16,} bytes  {name}")
@@ -87,27 +90,36 @@ def import_(
         _show(write(model, recipe, out, dtype, tokenizer), as_json)
 
 
-def _refuse_unused(dense: bool, text: Path | None) -> None:
-    """Refuse options of `upcycle` that its source has no use for.
+def _refuse(names: Iterable[str], why: str) -> None:
+    """Refuse options that a command has no use for.
 
     Raises:
         UserError: One of them was given.
     """
-    unused = ("router", "top_k", "noise", "distance") if text else () if dense else ("router", "top_k")
-    why = "not used where experts are merged (--text)" if text else "SOURCE has experts and routers of its own"
-    for name in unused:
+    for name in names:
         if click.get_current_context().get_parameter_source(name) is ParameterSource.COMMANDLINE:
-            raise UserError(f"--{name.replace('_', '-')}: {why}; leave it out")
+            raise UserError(f"--{name}: {why}; leave it out".replace("_", "-", 1))
+
+
+_noise_option = click.option(
+    "--noise",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    show_default=True,
+    help="Standard deviation of the noise on copies and on new rows of routers, relative to that of the weights.",
+)
+_distance_option = click.option(
+    "--distance",
+    type=click.FloatRange(min=0),
+    default=30.0,
+    show_default=True,
+    help="How far below the others a softmax router begins with experts that no token shall choose yet, in nats.",
+)
 
 
 @click.command(short_help="Make a dense or vanilla model one with a pool that computes the same.")
 @_writes
-@count_option(
-    "--experts",
-    "Experts of the pool, for a dense model (default: two for each layer), or to merge a pool to.",
-    metavar="M",
-)
-@click.option("--text", type=click.Path(path_type=Path), help="File whose tokens say which experts of a pool to merge.")
+@count_option("--experts", "Experts of the pool, for a dense model.  [default: two for each layer]", metavar="M")
 @count_option("--top-k", "Experts per token, for a dense model.", 2, metavar="K")
 @click.option(
     "--router",
@@ -116,20 +128,8 @@ def _refuse_unused(dense: bool, text: Path | None) -> None:
     show_default=True,
     help="Router, for a dense model; norm needs two experts for each layer and top-1.",
 )
-@click.option(
-    "--noise",
-    type=click.FloatRange(min=0),
-    default=0.0,
-    show_default=True,
-    help="Standard deviation of the noise on copies and on routers' rows of foreign experts, relative to theirs.",
-)
-@click.option(
-    "--distance",
-    type=click.FloatRange(min=0),
-    default=30.0,
-    show_default=True,
-    help="How far below a layer's own experts its softmax router begins with foreign ones, in nats.",
-)
+@_noise_option
+@_distance_option
 @seed_option
 def upcycle(
     source: Path,
@@ -139,34 +139,96 @@ def upcycle(
     dtype: str | None,
     tokenizer: Path | None,
     as_json: bool,
-    text: Path | None,
     **how: Any,
 ) -> None:
     """Make SOURCE a model whose layers share one pool, and write it as an export to OUT, as `import` does.
 
     SOURCE is a run, an export, or a Hugging Face checkpoint that `import` accepts. If it is dense, the pool has copies
     of each layer's FFN. If its layers have their own experts, the pool has all of them. Each layer's router starts at
-    the layer's own experts, so that with --noise 0 the logits stay the same; from there, training decides. If its
-    layers share one pool already, --experts M --text FILE merges the experts that `probe redundancy` finds most alike.
+    the layer's own experts, so that with --noise 0 the logits stay the same; from there, training decides.
 
     \b
     Examples:
       unipool upcycle runs/dense runs/upcycled --experts 32 --noise 0.01
       unipool upcycle downloads/OLMoE-1B-7B runs/olmoe-pool --distance 5
-      unipool upcycle runs/olmoe-pool runs/olmoe-half --experts 512 --text corpus.txt
     """
     from trainer.importing.source import opened
+    from trainer.importing.upcycle import How, upcycled
     from trainer.importing.write import recipe_for, write
 
     with opened(source) as model:
-        _refuse_unused(model.sections["model"]["ffn"] == "dense", text)
-        if text is None:
-            from trainer.importing.upcycle import How, upcycled
-
-            made = upcycled(model, How(**how))
-        else:
-            from trainer.importing.merge import merged
-
-            made = merged(model, how["experts"], text, how["seed"])
+        if model.sections["model"]["ffn"] != "dense":
+            _refuse(("router", "top_k"), "SOURCE has experts and routers of its own")
+        made = upcycled(model, How(**how))
         model.check(recipe_for(model, out, base))
         _show(write(made, recipe_for(made, out, base, overrides), out, dtype, tokenizer), as_json)
+
+
+@click.command(short_help="Split the busiest experts of a model, or remove those that add least.")
+@_writes
+@count_option("--experts", "Experts of the new model, at most twice as many.  [required]", metavar="M")
+@click.option(
+    "--text",
+    type=click.Path(path_type=Path),
+    help="File on which the use of experts is measured.  [default: a run's last step to grow, held-out text to prune]",
+)
+@click.option("--merge", is_flag=True, help="Prune by merging the experts that are most alike on --text.")
+@_noise_option
+@_distance_option
+@seed_option
+def resize(
+    source: Path,
+    out: Path,
+    base: str | None,
+    overrides: tuple[str, ...],
+    dtype: str | None,
+    tokenizer: Path | None,
+    as_json: bool,
+    experts: int | None,
+    text: Path | None,
+    merge: bool,
+    **how: Any,
+) -> None:
+    """Give SOURCE more or fewer experts, and write it as an export to OUT, as `import` does.
+
+    SOURCE is a run, an export, or a Hugging Face checkpoint that `import` accepts. With more experts, the busiest are
+    split in two, so that with --noise 0 the logits stay the same; noise lets the halves become different. With fewer,
+    those that add least are removed, or, with --merge, those that `probe redundancy` finds most alike become one.
+
+    \b
+    Examples:
+      unipool resize runs/quickstart runs/larger --experts 128 --noise 0.01
+      unipool resize runs/quickstart runs/smaller --experts 48
+      unipool resize runs/olmoe-pool runs/olmoe-half --experts 512 --merge --text corpus.txt
+    """
+    from trainer.export.write import check_free
+    from trainer.importing.resize import check_experts, measured, recorded, resized
+    from trainer.importing.source import opened
+    from trainer.importing.upcycle import How
+    from trainer.importing.write import recipe_for, write
+
+    check_free(out.resolve())
+    if experts is None:
+        raise UserError("--experts: must be given, the number of experts of the new model")
+    with opened(source) as model:
+        grows = check_experts(model, experts)
+        model.check(recipe_for(model, out, base))
+        if not grows or merge:
+            _refuse(("noise", "distance"), "no expert is split")
+        if merge:
+            if text is None:
+                raise UserError("--merge: needs --text, a file on whose tokens the experts are compared")
+            from trainer.importing.merge import merged
+
+            made, said = merged(model, experts, text, how["seed"]), {}
+        else:
+            usage = recorded(model) if grows and text is None else measured(model, text)
+            made, summary = resized(model, experts, usage, How(**how))
+            said = {"resized": summary}
+        recipe = recipe_for(made, out, base, overrides)
+        if grows and recipe.train.freeze != "none":
+            raise UserError(
+                f"train.freeze = {recipe.train.freeze}: the halves of a split expert could not become different; "
+                "add --set train.freeze=none"
+            )
+        _show(write(made, recipe, out, dtype, tokenizer) | said, as_json)

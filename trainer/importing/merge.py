@@ -32,31 +32,26 @@ TOKENS = 4096
 """Tokens of the text that the probe reads."""
 
 
-def merged(source: Source, experts: int | None, text: Path, seed: int) -> Source:
+def merged(source: Source, experts: int, text: Path, seed: int) -> Source:
     """Return a model with one pool as one with fewer experts.
 
     Args:
-        source: A run or an export whose layers share one pool, with a softmax router.
+        source: A run or an export whose layers have experts.
         experts: m.
         text: The file on whose tokens outputs are compared.
         seed: Seed of the choice of tokens.
 
     Raises:
-        UserError: The model is none of these, or `experts` is not below the number that it has.
+        UserError: Its layers share no pool, its router is no softmax, or `experts` is not below the number that it has.
     """
     model, router = source.sections["model"], dict(source.sections["router"])
-    if model["ffn"] == "dense" or model.get("groups", 1) > 1:
-        raise UserError(
-            f"--text: {source.path}: its layers share no pool; `upcycle` without --text makes it one that does"
-        )
-    if experts is None:
-        raise UserError("--text: needs --experts, the number of experts to merge the pool to")
     M = source.sections["pool"]["experts"]
-    least = router.get("top_k", 1)
+    if model.get("groups", 1) > 1:
+        raise UserError(f"--merge: {source.path}: its layers share no pool; `unipool upcycle` makes it one that does")
     if router.get("kind", "norm") != "softmax":
-        raise UserError(f"{source.path}: router.kind = {router.get('kind', 'norm')}: merging needs softmax")
-    if not max(2, least) <= experts < M:
-        raise UserError(f"--experts {experts}: must be from {max(2, least)} to {M - 1}, fewer than {source.path} has")
+        raise UserError(f"--merge: {source.path}: router.kind = {router.get('kind', 'norm')}: merging needs softmax")
+    if not max(2, router.get("top_k", 1)) <= experts < M:
+        raise UserError(f"--merge: --experts {experts}: must be from {max(2, router.get('top_k', 1))} to {M - 1}")
     loaded = load_model(source.path)
     result = redundancy(adapt(loaded), read_text(loaded, text, TOKENS), seed=seed)
     clusters = clustered(np.array(result.banks[0].outputs_matrix), experts)

@@ -102,7 +102,7 @@ def _from_dense(source: Source, how: How) -> Source:
         if not found:
             return source.read(name)
         weight = source.read(f"model.layers.{int(found[1]) // copies}.mlp.{found[2]}")
-        return _noisy(weight, weight, name, how)
+        return noisy(weight, weight, name, how)
 
     sections = {"model": model | {"ffn": "pool", "groups": 1}, "router": router, "pool": {"experts": M}}
     return _routed(source, sections | {"balance": {"pool": 1e-2}}, read, own_value, copies, how)
@@ -113,10 +113,10 @@ def _from_experts(source: Source, how: How) -> Source:
     model, router, M = sections["model"], dict(sections["router"]), sections["pool"]["experts"]
     groups = model.get("groups", 1)
     if groups == 1:
-        raise UserError(f"{path}: its layers share one pool already; --experts and --text merge it to fewer experts")
+        raise UserError(f"{path}: its layers share one pool already; `unipool resize` changes its size")
     if how.experts not in (None, M):
         raise UserError(
-            f"--experts {how.experts}: must be left out: the pool has all {M} experts of {path}; merge them after that"
+            f"--experts {how.experts}: must be left out: the pool has all {M} experts of {path}; see `unipool resize`"
         )
     E, kind, balance = M // groups, router.get("kind", "norm"), sections.get("balance", {})
     if kind == "softmax":
@@ -172,7 +172,7 @@ def _routed(
             return torch.cat([own_value(f"model.layers.{other}.router.expert_bias") for other in firsts])
         own = own_value(name).float()
         if part == "weight":
-            all_M = _noisy(torch.zeros(M, own.shape[1]), own, name, how)
+            all_M = noisy(torch.zeros(M, own.shape[1]), own, name, how)
         else:
             all_M = torch.full((M,), -how.distance if part == "bias" else float(own.min()) - BELOW)
         all_M[first : first + E] = own
@@ -181,7 +181,7 @@ def _routed(
     return replace(source, sections=sections, read=whole)
 
 
-def _noisy(weight: Tensor, like: Tensor, name: str, how: How) -> Tensor:
+def noisy(weight: Tensor, like: Tensor, name: str, how: How) -> Tensor:
     """Add noise to a tensor, of `how.noise` times the standard deviation of another."""
     if not how.noise:
         return weight

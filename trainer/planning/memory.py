@@ -141,18 +141,21 @@ def _without_frozen(recipe: Recipe, memory: Memory) -> Memory:
     return replace(memory, gradients=0, optimizer=0, stash=0, step_end=0, host=0) if frozen else memory
 
 
-def _state(parameters: int, largest: int, zero: int, ranks: int, by_muon: int) -> dict[str, int]:
+def _state(
+    parameters: int, largest: int, zero: int, ranks: int, by_muon: int, in_place: bool = False
+) -> dict[str, int]:
     """Bytes of the state on each of `ranks` ranks that hold the same parameters, and of buffers at the step's end.
 
     Args:
         largest: Elements of the largest parameter.
+        in_place: Whether gradients are reduced where they are, at ZeRO 0.
         by_muon: Elements of the parameters that Muon updates, which have one moment.
     """
     whole, part = FP32 * parameters, FP32 * -(-parameters // ranks)
     bucket = FP32 * min(parameters, BUCKET)
     if zero == 0:
         # Gradients are concatenated up to the bucket's size, and reduced in that copy. One that is larger is its own.
-        copy = 0 if largest > BUCKET else FP32 * min(parameters, BUCKET + largest)
+        copy = 0 if in_place or ranks == 1 or largest > BUCKET else FP32 * min(parameters, BUCKET + largest)
         # Muon has the momentum ahead, the iteration's matrices before and after, and two of their products.
         working = 5 * FP32 * min(by_muon, MUON_AT_A_TIME)
         moments = 2 * whole - FP32 * by_muon
@@ -255,7 +258,8 @@ def _pool_memory(recipe: Recipe, in_flight: int, freed: int) -> Memory:
     D, F = m.hidden, m.ffn_hidden
     parameters = count_parameters(recipe).pool // grid.expert_parallel
     of_muon = parameters if by_muon(recipe) else 0
-    state = _state(parameters, parameters * 2 // 3, recipe.parallel.pool_zero, grid.replicas, of_muon)  # W1, W3: one
+    # W1 and W3 are one parameter.
+    state = _state(parameters, parameters * 2 // 3, recipe.parallel.pool_zero, grid.replicas, of_muon, in_place=True)
     assignments = served_trunk_ranks(recipe) * recipe.train.micro_batch * m.seq_len * recipe.router.top_k
     launch = in_flight * -(-assignments // grid.expert_parallel)  # rows, if every lane asks at once
     kept, deferred = pool_row_bytes(recipe)

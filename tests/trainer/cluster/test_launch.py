@@ -21,7 +21,7 @@ import pytest
 from tests.deploy.pods import can_isolate
 from tests.trainer.job import ROOT, environment, wait_for
 from trainer.cluster import launch
-from trainer.cluster.launch import MAX_RESTARTS, RESTARTS, free_port, restart_limit, run_locally
+from trainer.cluster.launch import MAX_RESTARTS, RESTARTS, free_port, malloc_settings, restart_limit, run_locally
 from trainer.config.job_sections import Metrics
 from trainer.config.recipe import load_recipe
 from trainer.telemetry.prometheus import MetricsServer
@@ -170,8 +170,10 @@ class Job:
         self.limits: set[str | None] = set()
         self.ports: list[str] = []
         self.pauses: list[float] = []
+        self.environment: dict[str, str] = {}
 
     def run(self, command: list[str], environment: dict[str, str]) -> int:
+        self.environment = environment
         self.restarts.append(environment[RESTARTS])
         self.limits.add(environment.get(MAX_RESTARTS))
         self.ports += [word.removeprefix("--master_port=") for word in command if word.startswith("--master_port=")]
@@ -320,3 +322,47 @@ def test_a_port_is_given_to_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None
         assert free_port() != port
     with socket.socket() as other, pytest.raises(OSError, match="in use"):
         other.bind(("", port))
+
+
+@pytest.mark.parametrize(
+    ("keys", "gpus", "own", "expected"),
+    [
+        ((), 0, None, True),
+        ((), 2, None, False),
+        (("parallel.device=cpu",), 2, None, True),
+        ((), 0, "glibc.malloc.check=3", False),
+    ],
+    ids=["no GPU", "GPUs", "GPUs that are not used", "the user's own"],
+)
+def test_ranks_on_cpus_keep_their_memory(
+    keys: tuple[str, ...], gpus: int, own: str | None, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the ranks of `train` have in their environment."""
+    job: Any = Job([0], [], True)
+    monkeypatch.setattr(launch, "LocalJob", lambda names: job)
+    monkeypatch.setattr(launch, "gpus_on_machine", lambda: gpus)
+    monkeypatch.setattr("os.confstr", lambda name: "glibc 2.36")
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    if own:
+        monkeypatch.setenv("GLIBC_TUNABLES", own)
+    assert run_locally(load_recipe("quickstart", keys), ["train", "quickstart"], 0) == 0
+    assert ("trim_threshold" in (job.environment.get("GLIBC_TUNABLES") or "")) == expected
+    assert own is None or job.environment["GLIBC_TUNABLES"] == own
+    monkeypatch.setattr("os.confstr", lambda name: "glibc 2.31")
+    assert malloc_settings() == {}
+
+
+def test_malloc_takes_the_settings() -> None:
+    """What a freed array leaves stays in the heap: the next one finds it, and no page fault follows."""
+    code = """
+import resource
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+bytearray(2**25); before = faults()
+for _ in range(4): bytearray(2**25)
+print(faults() - before)
+"""
+    settings = malloc_settings()
+    if not settings:
+        pytest.skip("needs glibc 2.35")
+    run = subprocess.run([sys.executable, "-c", code], env=environment() | settings, capture_output=True, check=True)
+    assert int(run.stdout) < 1000, "of 32 MiB each: 8,192 pages of 4 KiB"

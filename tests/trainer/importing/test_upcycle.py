@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -22,7 +21,6 @@ from tests.trainer.importing.checkpoints import (
 from tests.training import run_training, tiny
 from trainer.config.recipe import load_recipe
 from trainer.export.loaded_model import load_model
-from trainer.importing.merge import clustered
 
 DENSE: dict[str, Any] = {"model": {"ffn": "dense"}, "pool": {"experts": 0}, "balance": {"pool": 0.0}}
 VANILLA: dict[str, Any] = {"model": {"groups": 3}, "pool": {"experts": 12}, "balance": {"layer": 0.05, "pool": 0.0}}
@@ -104,40 +102,8 @@ def test_what_cannot_be_exact_is_refused(tmp_path: Path) -> None:
     assert "--top-k 2: must be from 2 to the copies" in refusal("upcycle", dense, pool, "--experts", "3")
     assert "must have --top-k 1 and --experts 6" in refusal("upcycle", dense, pool, "--router", "norm")
     assert unipool("upcycle", dense, pool).exit_code == 0
-    assert "its layers share one pool already" in refusal("upcycle", pool, tmp_path / "again")
+    assert "its layers share one pool already; `unipool resize` changes its size" in refusal(
+        "upcycle", pool, tmp_path / "again"
+    )
     unused = refusal("upcycle", pool, tmp_path / "again", "--top-k", "2")
     assert "--top-k: SOURCE has experts and routers of its own; leave it out" in unused
-    text = tmp_path / "text.txt"
-    text.write_text("def main(argument):\n    return argument\n" * 20)
-    merge = ("upcycle", pool, tmp_path / "fewer", "--text", text, "--experts")
-    assert "--noise: not used where experts are merged (--text)" in refusal(*merge, "3", "--noise", "0")
-    assert "--experts 6: must be from 2 to 5" in refusal(*merge, "6")
-    assert "share no pool" in refusal("upcycle", dense, tmp_path / "fewer", "--text", text, "--experts", "4")
-
-
-def test_equal_experts_become_one(tmp_path: Path) -> None:
-    """Layers whose experts are the same need them once, and the logits stay the same; then the most alike follow."""
-    model = checkpoint("mixtral", tmp_path / "theirs")
-    first, second = (layer.mlp.experts for layer in model.model.layers[:2])
-    with torch.no_grad():
-        for name, weight in first.named_parameters():
-            second.get_parameter(name).copy_(weight)
-    model.save_pretrained(tmp_path / "theirs")
-    text = tmp_path / "text.txt"
-    text.write_text("def main(argument):\n    return argument\n" * 20)
-    assert unipool("upcycle", tmp_path / "theirs", tmp_path / "12").exit_code == 0
-    for experts in (8, 3):
-        arguments = ("upcycle", tmp_path / "12", tmp_path / str(experts), "--experts", str(experts), "--text", text)
-        done = unipool(*arguments)
-        assert done.exit_code == 0, done.exception
-    assert_close(logits(tmp_path / "8"), logits(tmp_path / "12"))
-    assert load_model(tmp_path / "3").model.config.num_experts == 3 and logits(tmp_path / "3").isfinite().all()
-
-
-def test_clusters_by_mean_cosine() -> None:
-    """Two pairs and one alone; the middle one of three stays."""
-    cosine = np.full((5, 5), 0.1)
-    cosine[0, 3] = cosine[3, 0] = 0.9
-    cosine[1, 2] = cosine[2, 1] = cosine[2, 4] = cosine[4, 2] = 0.8
-    cosine[1, 4] = cosine[4, 1] = 0.5
-    assert clustered(cosine, 2) == [([0, 3], 0), ([1, 2, 4], 1)]
