@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import errno
 import os
+import platform
 import random
 import signal
 import socket
@@ -40,8 +41,8 @@ _MALLOC = {
     "trim_threshold": "1099511627776",  # and keep the heap
     "top_pad": "67108864",
 }
-"""How glibc shall supply memory to ranks on CPUs. Their tensors have the same sizes in every step, and without this
-the kernel hands most of them out anew, page by page."""
+"""How glibc shall supply memory to ranks on CPUs. Most of their tensors have the same sizes in every step, and without
+this the kernel supplies large ones anew, page by page."""
 
 GRACE_SECONDS = 20.0
 """How long the ranks have to end by themselves after their launcher has ended."""
@@ -73,8 +74,11 @@ def free_port() -> int:
     first_ephemeral = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     candidates = range(min(10_000, first_ephemeral - 1), first_ephemeral)
     for port in (*random.SystemRandom().sample(candidates, min(100, len(candidates))), 0):
-        with socket.socket() as listener, suppress(OSError):
-            listener.bind(("", port))
+        with socket.socket() as listener:
+            try:
+                listener.bind(("", port))
+            except OSError:
+                continue
             _hold(listener)
             return int(listener.getsockname()[1])
     raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
@@ -155,7 +159,8 @@ def _names(recipe: Recipe) -> list[str]:
 def mark_end(local_rank: int, status: int) -> None:
     """Tell the `LocalJob` that has started this rank, if one has, with which exit status the job ends."""
     if local_rank == 0 and DONE_FILE in os.environ:
-        Path(os.environ[DONE_FILE]).write_text(str(status))
+        with suppress(OSError):  # the disk may be full, and all is saved
+            Path(os.environ[DONE_FILE]).write_text(str(status))
 
 
 def end_on_signals() -> None:
@@ -196,12 +201,14 @@ def _environment(recipe: Recipe) -> dict[str, str]:
 
 
 def malloc_settings() -> dict[str, str]:
-    """Return an environment for ranks on CPUs, in which a step is a few percent faster. Without glibc 2.35 it is empty.
+    """Return an environment for ranks on CPUs, in which a step is a few percent faster.
 
-    A GPU's rank does not need it, and would keep the memory into which it has copied a checkpoint.
+    It is empty without glibc 2.35, and if the environment has settings of malloc already. A GPU's rank does not need
+    it, and would keep the memory into which it has copied a checkpoint.
     """
-    name, _, version = (os.confstr("CS_GNU_LIBC_VERSION") or "").partition(" ")
-    if name != "glibc" or tuple(map(int, version.split("."))) < (2, 35):
+    name, version = platform.libc_ver()
+    chosen = any(variable.startswith("MALLOC_") for variable in os.environ)  # by the user, as for older versions
+    if name != "glibc" or tuple(map(int, version.split("."))) < (2, 35) or chosen:
         return {}
     return {"GLIBC_TUNABLES": ":".join(f"glibc.malloc.{key}={value}" for key, value in _MALLOC.items())}
 

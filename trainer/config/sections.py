@@ -54,7 +54,9 @@ class Model(Section):
     hidden: Positive = Field(description="Hidden size D.")
     heads: Positive = Field(description="Attention heads.")
     kv_heads: Positive = Field(4, description="Key and value heads of grouped-query attention.")
-    head_dim: Positive | None = Field(None, description="Width of an attention head; default: `hidden` / `heads`.")
+    head_dim: Positive | None = Field(
+        None, description="Width of an attention head; default, and kept as such: `hidden` / `heads`."
+    )
     qk_norm: Literal["none", "head", "all"] = Field(
         "none",
         description="RMSNorm of queries and keys before their rotation. `head`: of each head, as in Qwen3; `all`: of "

@@ -160,7 +160,7 @@ def upcycle(
         if model.sections["model"]["ffn"] != "dense":
             _refuse(("router", "top_k"), "SOURCE has experts and routers of its own")
         made = upcycled(model, How(**how))
-        model.check(recipe_for(model, out, base))
+        model.check(recipe_for(model, out, None))
         _show(write(made, recipe_for(made, out, base, overrides), out, dtype, tokenizer), as_json)
 
 
@@ -170,7 +170,7 @@ def upcycle(
 @click.option(
     "--text",
     type=click.Path(path_type=Path),
-    help="File on which the use of experts is measured.  [default: a run's last step to grow, held-out text to prune]",
+    help="File on which the use of experts is measured.  [default: a run's last steps to grow, held-out text to prune]",
 )
 @click.option("--merge", is_flag=True, help="Prune by merging the experts that are most alike on --text.")
 @_noise_option
@@ -212,7 +212,7 @@ def resize(
         raise UserError("--experts: must be given, the number of experts of the new model")
     with opened(source) as model:
         grows = check_experts(model, experts)
-        model.check(recipe_for(model, out, base))
+        model.check(recipe_for(model, out, None))
         if not grows or merge:
             _refuse(("noise", "distance"), "no expert is split")
         if merge:

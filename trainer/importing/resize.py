@@ -70,7 +70,7 @@ class Usage:
 
 
 def recorded(source: Source) -> Usage:
-    """Return the load of a run's last step, as its checkpoint has it.
+    """Return the load of a run's last steps, as its checkpoint has it, averaged.
 
     Raises:
         UserError: It is no run, or the checkpoint is damaged.
@@ -197,6 +197,7 @@ def resized(source: Source, experts: int, usage: Usage, how: How) -> tuple[Sourc
     if grows:
         said = f"the busiest {len(changed)} ({loads}) are split into {'equal' if equal else 'waiting'} halves"
     else:
-        said = f"the {len(changed)} that add least ({rank_M[changed].sum() / rank_M.sum():.1%}, at {loads}) are gone"
+        added = rank_M[changed].sum() / max(rank_M.sum(), np.finfo(np.float64).tiny)
+        said = f"the {len(changed)} that add least ({added:.1%}, at {loads}) are gone"
     sections = source.sections | {"router": router, "pool": source.sections["pool"] | {"experts": experts}}
     return replace(source, sections=sections, read=read), f"{M} -> {experts} experts: {said}"

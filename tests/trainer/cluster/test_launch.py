@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
 import socket
@@ -341,14 +342,19 @@ def test_ranks_on_cpus_keep_their_memory(
     job: Any = Job([0], [], True)
     monkeypatch.setattr(launch, "LocalJob", lambda names: job)
     monkeypatch.setattr(launch, "gpus_on_machine", lambda: gpus)
-    monkeypatch.setattr("os.confstr", lambda name: "glibc 2.36")
-    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    monkeypatch.setattr("platform.libc_ver", lambda: ("glibc", "2.36"))
+    for variable in [name for name in os.environ if name.startswith(("MALLOC_", "GLIBC_TUNABLES"))]:
+        monkeypatch.delenv(variable)
     if own:
         monkeypatch.setenv("GLIBC_TUNABLES", own)
     assert run_locally(load_recipe("quickstart", keys), ["train", "quickstart"], 0) == 0
     assert ("trim_threshold" in (job.environment.get("GLIBC_TUNABLES") or "")) == expected
     assert own is None or job.environment["GLIBC_TUNABLES"] == own
-    monkeypatch.setattr("os.confstr", lambda name: "glibc 2.31")
+    monkeypatch.setattr("platform.libc_ver", lambda: ("glibc", "2.31"))
+    assert malloc_settings() == {}
+    monkeypatch.setattr("platform.libc_ver", lambda: ("glibc", "2.36"))
+    assert malloc_settings()
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "33554432")
     assert malloc_settings() == {}
 
 
@@ -366,3 +372,8 @@ print(faults() - before)
         pytest.skip("needs glibc 2.35")
     run = subprocess.run([sys.executable, "-c", code], env=environment() | settings, capture_output=True, check=True)
     assert int(run.stdout) < 1000, "of 32 MiB each: 8,192 pages of 4 KiB"
+
+
+def test_a_job_that_has_saved_ends_well_on_a_full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(launch.DONE_FILE, "/dev/full")
+    launch.mark_end(0, 0)

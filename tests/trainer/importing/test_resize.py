@@ -24,7 +24,7 @@ from tests.trainer.importing.checkpoints import (
 )
 from tests.training import run_training, tiny
 from trainer.common.errors import UserError
-from trainer.config.recipe import Recipe, load_recipe
+from trainer.config.recipe import Recipe, load_recipe, save_recipe
 from trainer.export.exported_model import filled_model
 from trainer.export.loaded_model import load_model
 from trainer.export.names import exported_shapes
@@ -240,7 +240,10 @@ def test_an_expert_that_adds_nothing_goes_first(tmp_path: Path) -> None:
         model.model.layers[1].mlp.experts.down_proj[2] = 0
     model.save_pretrained(tmp_path / "theirs")
     assert unipool("upcycle", tmp_path / "theirs", tmp_path / "12").exit_code == 0
-    done = unipool("resize", tmp_path / "12", tmp_path / "11", "--experts", "11", "--text", text_file(tmp_path))
+    # The layout must fit the new number of experts only.
+    save_recipe(load_recipe("quickstart", ["parallel.pool_ranks=11", "pool.experts=66"]), tmp_path / "eleven.yaml")
+    resize = ("resize", tmp_path / "12", tmp_path / "11", "--experts", "11", "--recipe", tmp_path / "eleven.yaml")
+    done = unipool(*resize, "--text", text_file(tmp_path))
     assert done.exit_code == 0, done.exception
     found = re.match(r"12 -> 11 experts: the 1 that add least \(0\.0%, at (.+)% of the load\) are gone", done.output)
     assert found and float(found[1]) > 1

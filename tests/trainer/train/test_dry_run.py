@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -70,12 +71,14 @@ def test_each_has_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.Monkey
         monkeypatch.setattr(os, "getpid", lambda pid=pid: pid)
         folders[pid] = new_folder(recipe)
         (folders[pid] / "data").mkdir(parents=True)
+    longer = tmp_path / f".[run].dry-run-{socket.gethostname()}-1-{2**22 + 1}"  # of the machine "...-1"
+    longer.mkdir()
     by_port = folder_of(recipe, 29500)  # under a launcher
     assert by_port != folder_of(recipe, 29501)
     by_port.mkdir()
     monkeypatch.undo()
     assert new_folder(recipe) not in folders.values()
-    assert {path for path in tmp_path.iterdir() if path.is_dir()} == {folders[1], by_port}
+    assert {path for path in tmp_path.iterdir() if path.is_dir()} == {folders[1], longer, by_port}
     monkeypatch.setenv(FOLDER, str(folders[1]))
     assert folder_of(recipe, 29500) == folders[1], "that of the command that has started this rank"
 

@@ -22,6 +22,7 @@ from trainer.export.hub.curves import read_curves
 from trainer.telemetry.prometheus import parse
 from trainer.telemetry.rank_time import PHASES
 from trainer.telemetry.run_folder import RunFolder
+from trainer.telemetry.step_scalars import parse_record
 from trainer.view.bars import column, grid, spark
 from trainer.view.frame import Frame, frame_lines
 from trainer.view.pages import Page, page_url, targets
@@ -328,6 +329,7 @@ def test_a_record_with_a_number_that_no_run_records_is_damaged(text: str, tmp_pa
     recipe = load_recipe("quickstart", [f"run.dir={run}"])
     RunFolder(recipe).begin(recipe, "{}", "CPU", {}, done_steps=9)
     assert file.read_text() == whole
+    assert parse_record('{"step": 9, "tasks": {"wikitext": {"word_perplexity": 1e40}}}\n'), "as of an untrained model"
 
 
 def test_records_are_read_as_they_grow(tmp_path: Path) -> None:

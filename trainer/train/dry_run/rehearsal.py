@@ -38,8 +38,9 @@ def new_folder(recipe: Recipe) -> Path:
     """Return a folder for a dry run of this process; remove those of processes of this machine that were killed."""
     machine = f"{socket.gethostname()}-"
     own = _beside(recipe, f"{machine}{os.getpid()}")
-    for left in own.parent.glob(glob.escape(_beside(recipe, machine).name) + "*"):
-        number = left.name.rpartition("-")[2]
+    prefix = _beside(recipe, machine).name
+    for left in own.parent.glob(glob.escape(prefix) + "*"):
+        number = left.name.removeprefix(prefix)
         if number.isdecimal() and not psutil.pid_exists(int(number)):
             shutil.rmtree(left, ignore_errors=True)
     return own
