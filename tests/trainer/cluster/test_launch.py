@@ -289,7 +289,7 @@ def test_ranks_have_the_users_devices(
         if value is not None:
             monkeypatch.setenv(name, value)
     command = launch.launcher({"a": 1, "b": 2}, 1, "127.0.0.1", 1234, ["train", "--set", "a=b c"])
-    own = launch._environment() | {"FOLDER": str(tmp_path), "PYTHONPATH": str(tmp_path)}
+    own = launch._environment(load_recipe("quickstart")) | {"FOLDER": str(tmp_path), "PYTHONPATH": str(tmp_path)}
     done = subprocess.run(command, cwd=tmp_path, env=own, capture_output=True, text=True, timeout=240, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     for rank, local_rank in (("1", "1"), ("2", "0")):
