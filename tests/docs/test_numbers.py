@@ -87,6 +87,8 @@ def test_small_constant() -> None:
 
 def slower(name: str) -> str:
     """A ratio of speeds as the documents say it."""
+    if name not in MEDIANS:
+        return "not measured"
     ratio = MEDIANS[name]
     return f"{1 / ratio:.2f}x slower" if ratio < 1 else f"{ratio:.2f}x faster"
 
@@ -95,9 +97,10 @@ def slower(name: str) -> str:
     ("first", "benchmark"),
     [
         (
-            "UniPool, two ranks with both roles, and the best peer (Hugging Face Qwen3-MoE, DeepSpeed MoE)",
-            "every_rank_over_best_peer",
+            "UniPool in its fastest layout, and the best peer (Hugging Face Qwen3-MoE, DeepSpeed MoE)",
+            "best_layout_over_best_peer",
         ),
+        ("UniPool, two ranks with both roles, and the best peer", "every_rank_over_best_peer"),
         ("UniPool, 1 trunk + 1 pool rank, and the best peer", "one_plus_one_over_best_peer"),
         ("UniPool, 1 trunk + 1 pool rank, and our dense model", "one_plus_one_over_dense"),
         ("UniPool colocated, and our dense model", "colocated_over_dense"),
@@ -119,7 +122,7 @@ def test_loads(layout: str) -> None:
 
 
 def test_the_front_page() -> None:
-    peer, peer_bf16 = slower("every_rank_over_best_peer_fp32"), slower("every_rank_over_best_peer_bf16")
+    peer, peer_bf16 = slower("best_layout_over_best_peer_fp32"), slower("best_layout_over_best_peer_bf16")
     assert f"{peer} than the best peer ({peer_bf16.partition(' ')[0]} in bf16)" in README
     assert f"{slower('lanes4_over_lockstep_fp32')} than lock step with four lanes" in README
     r = results_of("small-reproduction")["unipool"]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -102,6 +103,7 @@ class KeyValueStore:
     def __init__(self, store: dist.Store, liveness: Liveness, rank: int, world_size: int, limit: timedelta):
         self._store, self._liveness, self._rank, self._world_size = store, liveness, rank, world_size
         self._limit = limit
+        self._broadcasts: Counter[str] = Counter()
 
     def set(self, key: str, value: str) -> None:
         """Set a key that one rank writes and any rank may `get`."""
@@ -116,7 +118,9 @@ class KeyValueStore:
         return self._liveness.meet(lambda: self._store.get(key), self._limit).decode()
 
     def broadcast(self, key: str, make: Callable[[], str]) -> str:
-        """Return what `make` returns on rank 0, on all ranks."""
+        """Return what `make` returns on rank 0, on all ranks. A later call with the same key makes it anew."""
+        self._broadcasts[key] += 1
+        key = f"{key}/{self._broadcasts[key]}"  # a rank that comes first shall not get what the last call left
         if self._rank == 0:
             self.set(key, make())
         return self.get(key)

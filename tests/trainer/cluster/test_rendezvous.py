@@ -17,7 +17,7 @@ from tests.distributed import run_ranks
 from tests.trainer.forked import Fault, ForkedJob, Place, kill, stop
 from tests.trainer.job import steps, write_recipe
 from tests.training import tiny
-from trainer.cluster.rendezvous import Launch, _take_device
+from trainer.cluster.rendezvous import KeyValueStore, Launch, _take_device
 from trainer.common.errors import UserError
 from trainer.config.recipe import Recipe, load_recipe
 
@@ -161,3 +161,27 @@ def test_only_ranks_on_the_cpu_limit_their_threads(monkeypatch: pytest.MonkeyPat
     assert threads == []
     assert _take_device(None, launch) == torch.device("cpu")
     assert threads == [2]
+
+
+def test_a_broadcast_is_not_what_the_last_one_left() -> None:
+    """A rank that comes to the second one first must wait for rank 0; here it finds no key."""
+
+    class Store(dict[str, bytes]):
+        get = dict.__getitem__
+
+        def set(self, key: str, value: str) -> None:
+            self[key] = value.encode()
+
+    class Liveness:
+        def meet(self, call: Any, limit: timedelta) -> Any:
+            return call()
+
+    store: Any = Store()
+    alive: Any = Liveness()
+    first, second = (KeyValueStore(store, alive, rank, 2, timedelta(seconds=1)) for rank in (0, 1))
+    for value in ("old", "new"):
+        with pytest.raises(KeyError):
+            KeyValueStore.broadcast(second, "checkpoints", lambda: "unused")
+        second._broadcasts["checkpoints"] -= 1
+        assert first.broadcast("checkpoints", lambda value=value: value) == value
+        assert second.broadcast("checkpoints", lambda: "unused") == value
