@@ -63,7 +63,8 @@ WHILE_SAVING = r"(the (checkpoint|evaluation|probe) after step [24]|[a-z ]*step 
 LAST_SAVE = Place("trainer.train.ends.ending:Ending.finish_saving")
 PLACES = {
     "start-up": (START_UP, [Place("trainer.cluster.process_groups:Job._cross_group")] * 2),
-    "engines": (START_UP, [Place("trainer.engine.role_engine:RoleEngine.__init__")] * 2),
+    # The other rank may have its engine already, and wait for rank 0's list of checkpoints.
+    "engines": (f"({START_UP}|reading checkpoints)", [Place("trainer.engine.role_engine:RoleEngine.__init__")] * 2),
     "forward": (
         STEP,
         [
