@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
+import atexit
+import os
+import shutil
+import tempfile
+
 import pytest
+
+# The Python files of exports are imported from here. Processes do not share them, and within a process the folder never
+# changes: once transformers has imported one of them, it looks for all others in the same folder.
+MODULES = tempfile.mkdtemp(prefix="unipool-modules-")
+os.environ["HF_MODULES_CACHE"] = MODULES
+atexit.register(shutil.rmtree, MODULES, ignore_errors=True)
 
 FIRST = (
     "trainer/train/test_jobs.py",
