@@ -17,7 +17,8 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 from trainer.cluster.devices import Sight
-from trainer.common.gpus import Gpu, boot_id
+from trainer.common.gpus import Gpu
+from trainer.common.machine import process_namespace
 from trainer.common.strict_json import dumps, loads
 
 T = TypeVar("T")
@@ -30,11 +31,6 @@ _SETTLE_SECONDS = 2.0
 
 class PeerLost(RuntimeError):
     """A rank has died, does not respond, or has not joined."""
-
-
-def _machine() -> str:
-    """Identify the PID namespace: containers on one host may share a host name but not process numbers."""
-    return boot_id() + os.readlink("/proc/self/ns/pid")
 
 
 @dataclass(frozen=True)
@@ -52,7 +48,7 @@ class Arrival:
     numbering: str
     sight: Sight
     address: str = ""
-    machine: str = field(default_factory=_machine)
+    machine: str = field(default_factory=process_namespace)
     pid: int = field(default_factory=os.getpid)
 
     @classmethod
@@ -112,7 +108,7 @@ class Liveness:
 
     def dead(self) -> list[int]:
         """Return the ranks of this machine whose process is gone."""
-        me = _machine()
+        me = process_namespace()
         return [rank for rank, peer in enumerate(self._arrivals) if peer.machine == me and not _alive(peer.pid)]
 
     def silent(self) -> list[int]:
