@@ -131,6 +131,15 @@ def test_nothing_is_left_by_a_signal_while_data_is_prepared(tmp_path: Path, monk
     assert {path.name for path in tmp_path.iterdir()} == {"text.jsonl", "tiny.yaml"}
 
 
+@pytest.mark.usefixtures("handlers")
+def test_a_folder_that_training_refuses_is_refused(tmp_path: Path) -> None:
+    recipe = str(write_recipe(tmp_path))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("{}")
+    caught = CliRunner().invoke(train, [recipe, "--dry-run", "--set", "parallel.device=cpu"]).exception
+    assert isinstance(caught, UserError) and "is an export" in str(caught)
+
+
 def test_the_current_folder_may_be_that_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     recipe = load_recipe(str(write_recipe(tmp_path)), ["run.dir=."])
