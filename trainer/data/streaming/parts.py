@@ -160,7 +160,7 @@ class SourceParts:
                 if self._stopped.is_set():
                     raise _Stopped
                 own_T = tokens_T[: max(0, min(end + 1, wanted) - count)]
-                checksum = zlib.crc32(own_T, checksum)
+                checksum = zlib.crc32(own_T.tobytes(), checksum)
                 writer.add(own_T, 0)
                 rest.append(tokens_T[max(0, end - count) :].copy())  # a view would keep all of them
                 count += len(tokens_T)
