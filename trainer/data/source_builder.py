@@ -290,8 +290,7 @@ class SourceBuilder:
         (self.folder / FACTS_FILE).write_text(dumps(facts, indent=1) + "\n")
         self.report.note(f"documents end with {end}")
         if read.bad_records:
-            what = f"{read.bad_records:,} of {read.records:,} records were skipped"
-            self.report.note(f"{what}: {'; '.join(read.first_bad)}")
+            self.report.note(read.skipped_line())
 
 
 def load_fitting_tokenizer(settings: SourceSettings) -> Tokenizer:

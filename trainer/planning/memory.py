@@ -22,7 +22,6 @@ from trainer.planning.model_costs import (
     served_trunk_ranks,
 )
 
-MOMENTS = 2 * FP32
 FP64 = 8
 MUON_AT_A_TIME = 2**24
 """Elements that Muon updates at once: `WEIGHTS_AT_A_TIME` of `trainer.engine.muon`."""

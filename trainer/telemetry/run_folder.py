@@ -70,14 +70,18 @@ class RunFolder:
     def _not_writable(self, error: OSError) -> UserError:
         return UserError(f"run.dir = {self.path}: cannot be written ({error.strerror}); choose another folder")
 
+    def refuse_export(self) -> None:
+        """Raise a UserError if the folder is an export, which commands would read instead of the run."""
+        if (self.path / "config.json").is_file():
+            raise UserError(f"run.dir = {self.path}: is an export (it has a config.json); choose another folder")
+
     def make(self) -> None:
         """Create the folder.
 
         Raises:
-            UserError: It cannot be created or written, or is an export, which commands would read instead of the run.
+            UserError: It cannot be created or written, or is an export.
         """
-        if (self.path / "config.json").is_file():
-            raise UserError(f"run.dir = {self.path}: is an export (it has a config.json); choose another folder")
+        self.refuse_export()
         self._created = not self.path.exists()
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)

@@ -129,6 +129,7 @@ def train(
     if checked.parallel.hardware:  # find a wrong name before anything starts
         find_hardware(checked.parallel.hardware, "parallel.hardware =")
     folder = RunFolder(checked)
+    folder.refuse_export()
     if not early_check(checked, folder.checkpoints, force) and checked.train.init_from:
         ExportedWeights(checked).check()
     if dry_run:

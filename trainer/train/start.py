@@ -14,6 +14,7 @@ from trainer.common.gpus import check_queues, load_kernels_at_start, use_many_qu
 from trainer.config.recipe import Recipe
 from trainer.data.prepare import prepare_for
 from trainer.data.prepared_data import PreparedData
+from trainer.data.streaming.stream import PartStream
 from trainer.engine.deterministic import use_deterministic_kernels
 from trainer.engine.weights_and_biases import wandb_run
 from trainer.export.initial import load_initial
@@ -105,8 +106,6 @@ def start(recipe: Recipe, launch: Launch, folder: RunFolder, stage: Stage, force
     role: TrunkRank | PoolRank
     if prepared:
         training = prepared.stream("train", recipe.run.seed)
-        if recipe.data.stream_window:  # what the first step reads may be made now; a step may not wait so long
-            next(training.places(done, recipe.train.global_batch, job.rank, job.role_size, recipe.train.micro_batch))
         validation = prepared.stream("validation", None)
         end = document_end(recipe, prepared)
         role = TrunkRank(recipe, job, schedule, placement, training, validation, end, metrics)
@@ -135,6 +134,9 @@ def start(recipe: Recipe, launch: Launch, folder: RunFolder, stage: Stage, force
         folder.begin(recipe, schedule.to_json(), job.devices.summary, prepared.tokenizer_files(), done)
         saver.clean()
     recorded = int(job.shared.broadcast("recorded", lambda: str(folder.recorded)))
+    if prepared and isinstance(training, PartStream) and done < recipe.train.steps:
+        # A step may not wait for as long as this may: neither the first one, nor the one in which an earlier start did.
+        training.reach(min(max(done, recorded), recipe.train.steps - 1), recipe.train.global_batch)
     job.barrier()  # loading may take longer on one rank than a step may wait
     job.limit_waits()
     if job.rank == 0 and isinstance(role, TrunkRank):

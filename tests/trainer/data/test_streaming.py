@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 import threading
 import time
 from bisect import bisect_left
@@ -14,8 +15,10 @@ from trainer.config.recipe import load_recipe
 from trainer.data import source_builder
 from trainer.data.batches import permutation
 from trainer.data.cache import Conduct
+from trainer.data.packing import SplitWriter
 from trainer.data.prepare import prepare_for, prepare_source
 from trainer.data.prepared_data import describe
+from trainer.data.settings import SourceSettings
 from trainer.data.streaming import parts as parts_module
 from trainer.data.streaming.parts import SourceParts
 from trainer.data.streaming.stream import PartStream
@@ -191,12 +194,60 @@ def test_nobody_sees_the_last_part_before_the_end_is_known(training, alone, monk
     assert len(seen) > 2 and all(seen)
 
 
-def test_a_damaged_part_is_named(training, alone):
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        (parts_module.FACTS_FILE, b"{"),
+        (parts_module.ROWS_FILE, b""),
+        (parts_module.ROWS_FILE, b"no Arrow"),
+        (parts_module.ROWS_FILE, None),
+    ],
+)
+def test_a_damaged_part_is_named(name, content, training, alone):
     parts = SourceParts(training, SIZE, QUIET)
     parts.reach(0)
-    (parts.folder / "000000" / parts_module.FACTS_FILE).write_text("{")
-    with pytest.raises(UserError, match="000000/facts.json: is damaged"):
+    if content is None:  # whole messages are missing at the end, which Arrow takes for the end
+        writer = SplitWriter(parts.folder / "000000" / name, training.seq_len, training.vocab)
+        writer.add(np.zeros(2 * training.seq_len + 1, np.uint32), 0)
+        writer.close()
+    else:
+        (parts.folder / "000000" / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"000000/{name}: is damaged"):
         SourceParts(training, SIZE, QUIET).reach(0)
+
+
+def test_a_start_makes_what_a_step_reads(training, alone):
+    """All of it, which may be several parts, for all trunk ranks."""
+    stream = stream_of(training)
+    stream.reach(5, 4)  # sequences 20 to 23, of which the first is in part 2
+    made = sorted(path.name for path in stream._parts.folder.glob("0*[0-9]"))
+    assert made == [f"{part:06d}" for part in range(4)]
+
+
+def test_text_that_is_left_out_is_mentioned(training, alone, corpus, tmp_path, capsys):
+    """As by a whole preparation: files of unknown types, and records without a text, in whichever part they are."""
+    folder = tmp_path / "source"
+    folder.mkdir()
+    (folder / "other.docx").write_text("")
+    lines = [json.dumps({"text": text}) for text in corpus] * 2
+    (folder / "text.jsonl").write_text("\n".join([*lines, "{}"]))
+    parts = SourceParts(dataclasses.replace(training, source=str(folder)), 10 * SIZE, Conduct())
+    parts.reach(0)
+    assert "skipped 1 of" in (said := capsys.readouterr().err) and "records were skipped" not in said
+    parts.reach(10**6)
+    said = capsys.readouterr().err
+    assert said.count("1 of 201 records were skipped: ") == 1 and "text.jsonl, line 201" in said
+
+
+def test_other_text_under_the_same_name_is_other_data(training, tmp_path, monkeypatch):
+    """As of a data set on the hub, of which the settings have the name only."""
+    monkeypatch.setattr(SourceSettings, "fingerprint", lambda settings: settings.short_name)
+    source, identities = tmp_path / "text.txt", []
+    for words in ("lane expert router ", "lane expert router ", "router expert lane "):
+        source.write_text(words * 200)
+        recipe = recipe_of(training, tmp_path, source=source, dir=tmp_path / f"data-{len(identities)}")
+        identities.append(prepare_for(recipe, progress=False).identity)
+    assert identities[0] == identities[1] != identities[2]
 
 
 def recipe_of(training, tmp_path, **data):

@@ -7,18 +7,24 @@ import signal
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 from click.testing import CliRunner
 
 from tests.trainer.forked import ForkedJob
 from tests.trainer.job import write_recipe
+from trainer.checkpoint.format import RECIPE_FILE
+from trainer.checkpoint.format import folder_of as folder_of_steps
+from trainer.checkpoint.resume import check
 from trainer.common.errors import UserError
-from trainer.config.recipe import Recipe, load_recipe
+from trainer.config.recipe import Recipe, load_recipe, save_recipe
 from trainer.data import prepare
 from trainer.engine import ds_config
 from trainer.train.commands import train
-from trainer.train.dry_run.rehearsal import FOLDER, folder_of, new_folder, nothing_left, rehearsal
+from trainer.train.dry_run import job
+from trainer.train.dry_run.rehearsal import FOLDER, MOST_DOCUMENTS, folder_of, new_folder, nothing_left, rehearsal
+from trainer.train.pool_rank import PoolRank
 
 PARTS = (
     *("the ranks meet", "data", "schedule and process groups", "model, optimizer and connections"),
@@ -54,6 +60,25 @@ def test_a_part_that_fails_is_named(tmp_path: Path) -> None:
     assert row.strip().startswith("an optimizer step ") and "gradients of the first step are not finite" in row
     assert "unipool: the gradients of the first step are not finite" in log
     assert not list(tmp_path.glob(".run*"))
+
+
+def test_pool_ranks_need_no_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine that sees no source, or no prepared data: then their recipe has less data than the checkpoint's."""
+    file = write_recipe(tmp_path)
+    missing = load_recipe(str(file), [f"data.source={tmp_path}/elsewhere.jsonl"])
+    recipe = rehearsal(missing, tmp_path / "tried")
+    assert recipe.data.max_documents == MOST_DOCUMENTS
+    with pytest.raises(UserError, match="elsewhere.jsonl"):
+        prepare.prepare_for(recipe)
+    saved = folder_of_steps(tmp_path, 1)
+    saved.mkdir()
+    save_recipe(recipe.model_copy(update={"data": missing.data}), saved / RECIPE_FILE)
+    monkeypatch.setattr(job, "choose", lambda _, own, folder, force: (1, check(own, saved, force)))
+    monkeypatch.setattr(job, "load_checkpoint", MagicMock())
+    run = MagicMock(recipe=recipe, role=MagicMock(spec=PoolRank, norms=None))
+    run.role.evaluate.return_value = (1.0, None)
+    run.job.sum_over_ranks.return_value = [0.0]
+    job._rehearse(run, MagicMock())
 
 
 def test_folders_above_that_were_missing_go_too(tmp_path: Path) -> None:
@@ -112,6 +137,15 @@ def test_nothing_is_left_by_a_signal_while_data_is_prepared(tmp_path: Path, monk
     result = CliRunner().invoke(train, [str(write_recipe(tmp_path)), "--dry-run", *sets])
     assert result.exit_code == 128 + signal.SIGTERM, result.output
     assert {path.name for path in tmp_path.iterdir()} == {"text.jsonl", "tiny.yaml"}
+
+
+@pytest.mark.usefixtures("handlers")
+def test_a_folder_that_training_refuses_is_refused(tmp_path: Path) -> None:
+    recipe = str(write_recipe(tmp_path))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("{}")
+    caught = CliRunner().invoke(train, [recipe, "--dry-run", "--set", "parallel.device=cpu"]).exception
+    assert isinstance(caught, UserError) and "is an export" in str(caught)
 
 
 def test_the_current_folder_may_be_that_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

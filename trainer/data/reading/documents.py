@@ -55,6 +55,10 @@ class Progress:
     bad_records: int = 0
     first_bad: list[str] = field(default_factory=list)
 
+    def skipped_line(self) -> str:
+        """Return one line that says how many records were skipped, and why the first ones were."""
+        return f"{self.bad_records:,} of {self.records:,} records were skipped: {'; '.join(self.first_bad)}"
+
     def refuse_bad_share(self, largest: float) -> None:
         """Raise a UserError if too many records are bad.
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import threading
 import weakref
+import zlib
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -26,6 +28,7 @@ from trainer.data.cache import Conduct, make_once
 from trainer.data.encoding import Encoder
 from trainer.data.packing import SplitRows, SplitWriter, token_type
 from trainer.data.reading.documents import Documents
+from trainer.data.reading.sources import find_files
 from trainer.data.settings import SourceSettings, limited
 from trainer.data.source_builder import BATCH_CHARACTERS, load_fitting_tokenizer
 from trainer.data.splitting import Passage, Splitter
@@ -105,7 +108,8 @@ class SourceParts:
             while len(self._rows) <= number and self.total is None:
                 place = len(self._rows)
                 path = make_once(self.folder, _name(place), partial(self._fill, place), self._conduct)
-                rows, last = SplitRows(path / ROWS_FILE), _is_last(path)
+                last = _is_last(path)
+                rows = _rows(path / ROWS_FILE, self.size, last)
                 if last:  # known before others may see the part, because it is shorter
                     self.total = place * self.size + len(rows)
                 self._rows.append(rows)
@@ -128,37 +132,58 @@ class SourceParts:
         """Return the rows of a part that has been reached."""
         return self._rows[number]
 
+    @property
+    def checksum(self) -> int:
+        """A checksum of the tokens of the first part, which must have been reached.
+
+        The settings of a data set on the hub have its name, but do not say which version of it has been read.
+        """
+        checksum: int = _fact(self.folder / _name(0), "checksum")
+        return checksum
+
     def _fill(self, number: int, folder: Path, report: Report) -> None:
-        s, size = self.settings, self.size
+        s, end = self.settings, self.size * self.settings.seq_len
         reader = self._reader if self._reader and self._reader.part == number else self._open(number)
         self._reader = None
-        found, count = [reader.rest_T], len(reader.rest_T)
-        report.begin(f"tokenising {s.short_name}, part {number}", "tokens")
-        report.at(count)
-        wanted = (size + 1) * s.seq_len + 1  # one row more, to see whether this is the last part
+        progress = reader.documents.progress
+        bad_before = progress.bad_records
+        if number == 0 and (skipped := find_files(s.source).skipped_line(s.source)):
+            report.note(skipped)
+        wanted = end + s.seq_len + 1  # one row more, to see whether this is the last part
         if s.max_tokens is not None:
-            wanted = min(wanted, s.max_tokens - number * size * s.seq_len)
-        while count < wanted and (tokens_T := next(reader.tokens, None)) is not None:
-            if self._stopped.is_set():
-                raise _Stopped
-            found.append(tokens_T)
-            count += len(tokens_T)
-            report.at(count, min(count / wanted, 1.0))
+            wanted = min(wanted, s.max_tokens - number * end)
+        writer = SplitWriter(folder / ROWS_FILE, s.seq_len, s.vocab)
+        rest, count, checksum = [_NOTHING], 0, 0
+        report.begin(f"tokenising {s.short_name}, part {number}", "tokens")
+        try:
+            for tokens_T in chain([reader.rest_T], reader.tokens):
+                if self._stopped.is_set():
+                    raise _Stopped
+                own_T = tokens_T[: max(0, min(end + 1, wanted) - count)]
+                checksum = zlib.crc32(own_T.tobytes(), checksum)
+                writer.add(own_T, 0)
+                rest.append(tokens_T[max(0, end - count) :].copy())  # a view would keep all of them
+                count += len(tokens_T)
+                report.at(count, min(count / wanted, 1.0))
+                if count >= wanted:
+                    break
+            writer.close()
+        finally:
+            writer.abandon()
         report.end(count)
-        tokens_T = np.concatenate(found)
+        if progress.bad_records > bad_before:
+            report.note(progress.skipped_line())
         there = max(0, min(count, wanted) - 1) // s.seq_len
         if there == 0:
             raise UserError(
-                f"data.source {s.source}: its training text is shorter than one sequence, {count} of {s.seq_len + 1} "
-                "tokens; provide more text or a shorter model.seq_len"
+                f"data.source {s.source}: its training text is shorter than one sequence, {min(count, wanted)} of "
+                f"{s.seq_len + 1} tokens; provide more text or a shorter model.seq_len"
             )
-        writer = SplitWriter(folder / ROWS_FILE, s.seq_len, s.vocab)
-        writer.add(tokens_T[: min(size * s.seq_len + 1, wanted)], 0)
-        writer.close()
-        rest_T = tokens_T[size * s.seq_len :]
+        rest_T = np.concatenate(rest)
         position = dumps({"reader": reader.documents.state_dict(), "documents": reader.splitter.documents})
         np.savez(folder / NEXT_FILE, position=np.array(position), tokens=rest_T.astype(token_type(s.vocab)))
-        (folder / FACTS_FILE).write_text(dumps({"last": there <= size}) + "\n")
+        facts = {"last": there <= self.size, "checksum": checksum}
+        (folder / FACTS_FILE).write_text(dumps(facts) + "\n")
         self._reader = replace(reader, part=number + 1, rest_T=rest_T)
 
     def _open(self, number: int) -> _Reader:
@@ -190,11 +215,26 @@ def _stop(stopped: threading.Event, threads: list[threading.Thread]) -> None:
 
 
 def _is_last(part: Path) -> bool:
+    last: bool = _fact(part, "last")
+    return last
+
+
+def _fact(part: Path, name: str) -> Any:
     try:
-        last: bool = loads((part / FACTS_FILE).read_text())["last"]
-        return last
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return loads((part / FACTS_FILE).read_text())[name]
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise _damaged(part / FACTS_FILE, error) from error
+
+
+def _rows(file: Path, size: int, last: bool) -> SplitRows:
+    """Open the rows of a part: `size`, or fewer in the last one."""
+    try:
+        rows = SplitRows(file)
+        if not (0 < len(rows) <= size and (last or len(rows) == size)):
+            raise ValueError(f"it has {len(rows):,} of {size:,} sequences")
+        return rows
+    except (OSError, ValueError, LookupError) as error:  # pyarrow's own kinds are some of these
+        raise _damaged(file, error) from error
 
 
 def _damaged(file: Path, error: Exception) -> UserError:

@@ -25,6 +25,14 @@ class PartStream(SequenceStream):
         self._begun = -1
         self._order = lru_cache(maxsize=4)(self._order_of_part)
 
+    def reach(self, step: int, global_batch: int) -> None:
+        """Make the parts that a step reads, and those before them.
+
+        Raises:
+            UserError, Unavailable: See `SourceParts.reach`.
+        """
+        self._parts.reach(((step + 1) * global_batch - 1) // self._parts.size)
+
     def name(self, place: Place) -> str:
         """Return a place for people to read: the row in the whole source."""
         part, row = place

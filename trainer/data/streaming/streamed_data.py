@@ -22,9 +22,9 @@ class StreamedData(PreparedData):
 
     @property
     def identity(self) -> str:
-        """A hash of the settings and files of the training text, and of the held-out text."""
+        """A hash of the settings, files and first part of the training text, and of the held-out text."""
         held_out = [[source.identity, share] for source, share in self.held_out]
-        read = [self.parts.settings.fingerprint(), self.parts.size, held_out]
+        read = [self.parts.settings.fingerprint(), self.parts.size, self.parts.checksum, held_out]
         return hashlib.sha256(dumps(read).encode()).hexdigest()[:16]
 
     def stream(self, split: str, seed: int | None) -> SequenceStream:

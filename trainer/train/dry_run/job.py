@@ -151,7 +151,8 @@ def _rehearse(run: Run, parts: Parts) -> None:
     if not run.saver.save(1):
         raise JobError("the checkpoint could not be saved" + (f": {run.saver.error}" if run.saver.error else ""))
     parts.enter("loading", "the checkpoint read back")
-    found: Any = choose(job, recipe, run.folder.checkpoints, False)
+    # A pool rank that does not see the trunk's prepared data has a recipe with less: see `rehearsal`.
+    found: Any = choose(job, recipe, run.folder.checkpoints, force=True)
     load_checkpoint(job, recipe, found[1], role)
     again, _ = role.evaluate(1, 1)
     (changed,) = job.sum_over_ranks([float(job.is_trunk and again != loss)])

@@ -14,6 +14,7 @@ from urllib.parse import quote
 
 import psutil
 
+from trainer.common.errors import UserError
 from trainer.common.machine import process_namespace
 from trainer.config.recipe import Recipe
 from trainer.config.sections import Sources
@@ -67,7 +68,7 @@ def rehearsal(recipe: Recipe, folder: Path) -> Recipe:
     """
     check_wandb(recipe)
     data = recipe.data
-    if data.stream_window or not is_prepared(recipe):  # no part of a stream is made, which nobody might want
+    if data.stream_window or not _is_there(recipe):  # no part of a stream is made, which nobody might want
         limits = {"max_documents": MOST_DOCUMENTS, "max_tokens": MOST_TOKENS}
         data = data.model_copy(
             update={
@@ -85,6 +86,17 @@ def rehearsal(recipe: Recipe, folder: Path) -> Recipe:
     }
     sections = {name: getattr(recipe, name).model_copy(update=keys) for name, keys in changed.items()}
     return recipe.model_copy(update={**sections, "data": data})
+
+
+def _is_there(recipe: Recipe) -> bool:
+    """Return whether the data is prepared; False where its source is not seen.
+
+    A pool rank needs none. A trunk rank finds the same again when it prepares the data.
+    """
+    try:
+        return is_prepared(recipe)
+    except UserError:
+        return False
 
 
 def _little(sources: Sources) -> Sources:
