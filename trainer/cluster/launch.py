@@ -27,7 +27,10 @@ from trainer.common.strict_json import dumps
 from trainer.config.recipe import Recipe
 
 DONE_FILE = "UNIPOOL_DONE_FILE"
-"""Environment variable: a file into which local rank 0 writes the exit status of a job that ends with all saved."""
+"""Environment variable: a path, at which local rank 0 of a job that ends with all saved makes an empty file.
+
+The job's exit status is appended to the name: on a full disk a file can often be made, but not filled.
+"""
 
 RESTARTS = "UNIPOOL_RESTARTS"
 """Environment variable: how often this job has been restarted."""
@@ -77,9 +80,9 @@ def free_port() -> int:
         with socket.socket() as listener:
             try:
                 listener.bind(("", port))
+                _hold(listener)
             except OSError:
                 continue
-            _hold(listener)
             return int(listener.getsockname()[1])
     raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
 
@@ -89,6 +92,7 @@ def _hold(listener: socket.socket) -> None:
     # Set only now: the socket was not to be bound to a port that is held, but others shall be.
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.listen(1)
+    listener.settimeout(5)
     with socket.create_connection(("127.0.0.1", listener.getsockname()[1]), timeout=5) as client:
         listener.accept()[0].close()
         client.recv(1)
@@ -159,8 +163,8 @@ def _names(recipe: Recipe) -> list[str]:
 def mark_end(local_rank: int, status: int) -> None:
     """Tell the `LocalJob` that has started this rank, if one has, with which exit status the job ends."""
     if local_rank == 0 and DONE_FILE in os.environ:
-        with suppress(OSError):  # the disk may be full, and all is saved
-            Path(os.environ[DONE_FILE]).write_text(str(status))
+        with suppress(OSError):  # all is saved
+            Path(f"{os.environ[DONE_FILE]}{status}").touch()
 
 
 def end_on_signals() -> None:
@@ -236,8 +240,8 @@ class LocalJob:
     def run(self, command: list[str], environment: dict[str, str]) -> int:
         """Start the launcher, wait until it and all its ranks have ended, and return the exit status of the job."""
         with tempfile.TemporaryDirectory() as folder:
-            done = Path(folder) / "done"
-            self._launcher = subprocess.Popen(command, env=environment | {DONE_FILE: str(done)}, start_new_session=True)
+            own = environment | {DONE_FILE: f"{folder}/"}
+            self._launcher = subprocess.Popen(command, env=own, start_new_session=True)
             self._had_ranks = False
             if self.ended_by:  # the signal came while the launcher was starting
                 _signal_session(self._launcher.pid, signal.SIGTERM)
@@ -245,7 +249,7 @@ class LocalJob:
             status = self._launcher.returncode
             _wait_for_session(self._launcher.pid)
             self._launcher = None
-            ended = done.read_text() if done.exists() else ""
+            ended = next((file.name for file in Path(folder).iterdir()), "")
             self.came_to_end = ended not in ("", str(START_AGAIN))
             if ended and status == 1:  # as of a launcher that was asked to end, whatever its ranks make of that
                 status = int(ended)

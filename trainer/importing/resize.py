@@ -135,7 +135,7 @@ def resized(source: Source, experts: int, usage: Usage, how: How) -> tuple[Sourc
         how: Noise of the second halves, the distance of waiting ones in a softmax, and the seed.
 
     Raises:
-        UserError: The model has no experts, or cannot have this number of them.
+        UserError: The model has no experts, cannot have this number of them, or computes values that are not finite.
     """
     grows = check_experts(source, experts)
     model, router = source.sections["model"], dict(source.sections["router"])
@@ -146,6 +146,8 @@ def resized(source: Source, experts: int, usage: Usage, how: How) -> tuple[Sourc
 
     rank_M = usage.load_M if grows else usage.added_M
     assert rank_M is not None
+    if broken := np.count_nonzero(~np.isfinite(rank_M)):
+        raise UserError(f"{source.path}: the outputs of {broken} of its {M} experts are not finite on this text")
     order_GE = (-rank_M.reshape(groups, E)).argsort(axis=1, kind="stable")
     if grows:
         changed_Gn = np.sort(order_GE[:, : e - E])

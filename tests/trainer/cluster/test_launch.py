@@ -116,7 +116,7 @@ def test_the_status_is_the_jobs_if_its_launcher_was_asked_to_end(
     monkeypatch.setattr(launch.signal, "signal", lambda *_: None)
     monkeypatch.setattr(launch, "POLL_SECONDS", 0.01)
     job = launch.LocalJob({})
-    script = f'test -z "{marked}" || printf "{marked}" > "${launch.DONE_FILE}"; exit {of_launcher}'
+    script = f'test -z "{marked}" || touch "${{{launch.DONE_FILE}}}{marked}"; exit {of_launcher}'
     assert job.run(["sh", "-c", script], {}) == status
     assert job.came_to_end == (marked in ("0", "3"))
 
@@ -374,6 +374,9 @@ print(faults() - before)
     assert int(run.stdout) < 1000, "of 32 MiB each: 8,192 pages of 4 KiB"
 
 
-def test_a_job_that_has_saved_ends_well_on_a_full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(launch.DONE_FILE, "/dev/full")
+def test_a_job_that_has_saved_ends_well_on_a_full_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv(launch.DONE_FILE, f"{tmp_path}/")
+    (tmp_path / "3").symlink_to("/dev/full")  # nothing can be written into it
+    launch.mark_end(0, 3)
+    monkeypatch.setenv(launch.DONE_FILE, "/dev/null/")
     launch.mark_end(0, 0)

@@ -162,6 +162,9 @@ def test_sizes_that_cannot_be_are_refused() -> None:
     dense = replace(vanilla, sections={"model": {"ffn": "dense"}})
     with pytest.raises(UserError, match="is dense; `unipool upcycle` makes it a model with a pool"):
         resized(dense, 12, Usage(LOAD), How())
+    broken = Usage(LOAD, np.where(ADDED > 8, np.nan, ADDED))
+    with pytest.raises(UserError, match="the outputs of 2 of its 12 experts are not finite on this text"):
+        resized(vanilla, 6, broken, How())
 
 
 def text_file(folder: Path) -> Path:
