@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from pool.schedule_timing import Floats
 from trainer.common.errors import UserError
 from trainer.common.format import count, percent, plural, quantity, seconds, size
 from trainer.common.tables import new_table, print_tables
@@ -114,24 +113,20 @@ class StepTime:
         return f"{self.trunk_ranks} {self.layout}"
 
 
-def step_time(recipe: Recipe, hardware: Hardware, load_LS: Floats | None = None) -> StepTime:
-    """Predict the step of a recipe's own layout and lanes.
-
-    Args:
-        load_LS: Share of each layer's assignments that goes to each shard (L, S); None means even.
-    """
+def step_time(recipe: Recipe, hardware: Hardware) -> StepTime:
+    """Predict the step of a recipe's own layout and lanes, at an even load over the shards."""
     topology = recipe.grid
     lanes = lanes_on(recipe, hardware)
     costs = costs_in_seconds(recipe, hardware, lanes)
     end = step_end(recipe, hardware).seconds
-    simulated, trunk_busy, pool_busy = accumulation_time(recipe, lanes, costs, load_LS)
+    simulated, trunk_busy, pool_busy = accumulation_time(recipe, lanes, costs)
     host = busiest_host(recipe, hardware, costs)[1]
     accumulated = max(simulated, host)
     wire = None
     link = busiest_link(recipe, hardware.links)
     if link:
         traffic = _traffic(recipe, link)
-        free = max(host, accumulation_time(recipe, lanes, replace(costs, transfer=0.0), load_LS)[0])
+        free = max(host, accumulation_time(recipe, lanes, replace(costs, transfer=0.0))[0])
         accumulated = max(accumulated, traffic / link.bandwidth)
         slowdown = (accumulated + end) / (free + end)
         wire = WireUse(link.role, link.across, traffic / free, link.bandwidth, slowdown)
