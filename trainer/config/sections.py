@@ -265,6 +265,11 @@ Sources = Annotated[
 ]
 
 
+def source_list(sources: Sources) -> tuple[Source, ...]:
+    """Return the sources, also if it is a single one."""
+    return (Source(source=sources),) if isinstance(sources, str) else sources
+
+
 def source_names(sources: Sources) -> str:
     """A short text for people: "a", or "2 x a, 1 x b"."""
     if isinstance(sources, str):

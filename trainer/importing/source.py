@@ -65,7 +65,7 @@ def opened(path: Path, seq_len: int | None = None) -> Iterator[Source]:
         run = find_run(path)
         if run.recipe.lock:
             raise UserError(f"{path}: the layers of this run own their experts; give a run without a section lock")
-        own = run.folder.resolve().parent.parent / TOKENIZER
+        own = run.home / TOKENIZER
         tokenizer = own if own.is_file() else Path(run.recipe.data.tokenizer)
         tree = run.recipe.model_dump(mode="json")
         with open_weights(run) as weights:
