@@ -29,15 +29,15 @@ def count(value: float, digits: int = 4) -> str:
     return text + unit
 
 
-def quantity(value: float, unit: str, digits: int = 3) -> str:
-    """Format a physical quantity with an SI prefix: 12.3 GB/s, 1.5 TFLOP/s, 350 us."""
+def quantity(value: float, unit: str) -> str:
+    """Format a physical quantity with an SI prefix and three significant digits: 12.3 GB/s, 1.5 TFLOP/s, 350 us."""
     for prefix, scale in _SI:
-        rounded = float(f"{value:.{digits}g}")
+        rounded = float(f"{value:.3g}")
         if abs(rounded) >= scale or prefix == "n":
             break
     if rounded == 0:
         return f"0 {unit}"
-    return f"{value / scale:.{digits}g} {prefix}{unit}"
+    return f"{value / scale:.3g} {prefix}{unit}"
 
 
 def size(number_of_bytes: float) -> str:
