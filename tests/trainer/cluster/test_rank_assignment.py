@@ -11,7 +11,6 @@ from trainer.cluster.rank_assignment import (
     payload_device,
     ranks_by_order,
     roster,
-    spans,
 )
 from trainer.common.errors import UserError
 
@@ -128,7 +127,6 @@ def test_the_roster_names_ranks_by_host_and_devices_where_they_differ() -> None:
     assert roster(grid, ["a", "a", "b", "c", "b"], ["cuda"] * 2 + ["cpu"] * 3) == (
         "a: trunk 0-1 on cuda; b: pool 0,2 on cpu; c: pool 1 on cpu"
     )
-    assert spans([0, 1, 2, 5, 7, 8]) == "0-2,5,7-8"
 
 
 EVERY_RANK = Topology(4, 4, 2, every_rank=True)
