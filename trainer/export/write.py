@@ -23,15 +23,7 @@ from trainer.export.folder import MODEL_FILES, first_line
 from trainer.export.hub.card import write_card
 from trainer.export.model_files.configuration_unipool import UniPoolConfig
 from trainer.export.names import Shape, exported_shapes
-from trainer.export.saved_run import (
-    SavedRun,
-    end_ids,
-    export_tokenizer,
-    find_run,
-    open_weights,
-    run_chat,
-    run_config,
-)
+from trainer.export.saved_run import SavedRun, end_ids, export_tokenizer, find_run, open_weights, run_chat, run_config
 from trainer.planning.model_costs import count_parameters
 
 Format = Literal["hf", "llama", "safetensors"]
