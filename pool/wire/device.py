@@ -90,6 +90,10 @@ class DeviceEnd(End):
         """See `TrunkWire.settle`."""
         self.watcher.settle()
 
+    def stop(self) -> None:
+        """See `PoolWire.stop`."""
+        self.watcher.fail(WireError(f"{self.me} has stopped"))
+
     def _send_header(self, exchange: Exchange, counts: Sequence[int], rows_ND: Tensor, tag: int, doing: str) -> Header:
         """Send the header of a payload."""
         return self._send_message(self._header(exchange, counts, rows_ND), exchange, tag, doing)
@@ -353,10 +357,6 @@ class DevicePool(DeviceEnd):
                         self.refuse("the tokens of", wrong, exchange)
             slot = Slot(requests, self.streams.record(), time.perf_counter())
         self.watcher.keep_promise(coming.arrived.future, slot)
-
-    def stop(self) -> None:
-        """See `PoolWire.stop`."""
-        self.watcher.fail(WireError(f"{self.me} has stopped"))
 
     def answer(
         self, keys: Sequence[RequestKey], step: int, rows: Sequence[Tensor], served: Sequence[Sequence[int]]

@@ -336,10 +336,6 @@ class ExchangePool(DeviceEnd):
             for sent_header in request.headers:
                 sent_header.wait()  # all ranks have its slot before them, as this one had
 
-    def stop(self) -> None:
-        """See `PoolWire.stop`."""
-        self.watcher.fail(WireError(f"{self.me} has stopped"))
-
     def answer(
         self, keys: Sequence[RequestKey], step: int, rows: Sequence[Tensor], served: Sequence[Sequence[int]]
     ) -> None:
