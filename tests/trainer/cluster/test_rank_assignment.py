@@ -5,13 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pool.topology import Topology
-from trainer.cluster.rank_assignment import (
-    assign_ranks,
-    number_of_ranks,
-    payload_device,
-    ranks_by_order,
-    roster,
-)
+from trainer.cluster.rank_assignment import assign_ranks, number_of_ranks, payload_device, ranks_by_order, roster
 from trainer.common.errors import UserError
 
 GRIDS = [Topology(trunk, pool, max(1, pool)) for trunk in range(1, 10) for pool in range(18)]
