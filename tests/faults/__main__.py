@@ -10,7 +10,6 @@ command goes on where it was ended. As root, Linux only; needs util-linux, iprou
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import sys
@@ -23,10 +22,11 @@ from pathlib import Path
 
 import click
 
+from tests.benchmarks.report import commit, machine
 from tests.faults.catalogue import choose_cases
 from tests.faults.jobs import Reference, undisturbed
-from tests.faults.report import write_report
-from tests.faults.running import Outcome, run_case
+from tests.faults.report import Record, read_records, write_report
+from tests.faults.running import run_case
 from tests.faults.scene import Case
 from tests.trainer.job import write_recipe
 
@@ -58,9 +58,8 @@ def main(count: int, seed: int, only: tuple[str, ...], jobs: int, limit: float, 
     """Run the cases that have no result yet, and print the table."""
     _own_mounts()
     out.mkdir(parents=True, exist_ok=True)
-    results = out / "outcomes.jsonl"
-    done = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
-    numbers = {record["number"] for record in done}
+    records, on = read_records(out), (commit(), machine())
+    numbers = {record.outcome.number for record in records}
     cases = [case for case in choose_cases(count, seed) if case.number not in numbers and _is_meant(case, only)]
     since, lock = time.monotonic(), threading.Lock()
     with tempfile.TemporaryDirectory(prefix="unipool-faults-") as temporary:
@@ -68,36 +67,30 @@ def main(count: int, seed: int, only: tuple[str, ...], jobs: int, limit: float, 
         recipe = write_recipe(folder)
         references = _references(folder, recipe, cases)
 
-        def run(case: Case) -> Outcome | None:
+        def run(case: Case) -> None:
             if time.monotonic() - since > limit:
-                return None
+                return
             own = folder / str(case.number)
             outcome = run_case(case, own, recipe, references[case.layout])
-            with lock, results.open("a") as file:
-                file.write(json.dumps(outcome.to_json()) + "\n")
-            print(_line(outcome), flush=True)
+            with lock:
+                records.append(Record(outcome, *on))
+                write_report(records, count, out)
+                found = records[-1]
+                print(f"{found.place}: status {outcome.status}, {outcome.seconds} s: {found.verdict}", flush=True)
             if keep and outcome.problems:
                 shutil.copytree(own, out / f"case{case.number}", dirs_exist_ok=True)
             shutil.rmtree(own, ignore_errors=True)
-            return outcome
 
         with ThreadPoolExecutor(jobs) as pool:
-            outcomes = [outcome for outcome in pool.map(run, cases) if outcome]
-    records = [*done, *(outcome.to_json() for outcome in outcomes)]
+            list(pool.map(run, cases))
     write_report(records, count, out)
-    bad = sum(bool(record["problems"]) for record in records)
+    bad = sum(bool(record.outcome.problems) for record in records)
     print(f"{len(records)} faults, {bad} with problems; {out / 'README.md'}")
     sys.exit(bool(bad))
 
 
 def _is_meant(case: Case, only: tuple[str, ...]) -> bool:
     return not only or any(word == str(case.number) or word in f"{case.fault} | {case.phase}" for word in only)
-
-
-def _line(outcome: Outcome) -> str:
-    verdict = "; ".join(outcome.problems or []) or "ok"
-    where = f"{outcome.layout}, {outcome.phase}, {outcome.victim}"
-    return f"{outcome.number:3} {outcome.fault} ({where}): status {outcome.status}, {outcome.seconds} s: {verdict}"
 
 
 if __name__ == "__main__":

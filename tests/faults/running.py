@@ -6,9 +6,8 @@ import random
 import re
 import shutil
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tests.faults.catalogue import ALL_PLACES, FAULTS, PREPARING
 from tests.faults.jobs import EVERY, START_TIMEOUT, TIMEOUT, Reference, Setting, Start, resumed_after, weights_of
@@ -52,9 +51,6 @@ class Outcome:
     resumed: list[int] | None = None
     lost: int = 0
     problems: list[str] | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def run_case(case: Case, folder: Path, recipe: Path, reference: Reference) -> Outcome:

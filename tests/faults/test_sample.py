@@ -11,7 +11,8 @@ import pytest
 
 from tests.faults.catalogue import ALL_PLACES, FAULTS, PLACES, choose_cases
 from tests.faults.jobs import Pause, undisturbed
-from tests.faults.running import run_case
+from tests.faults.report import Record, read_records, write_report
+from tests.faults.running import Outcome, run_case
 from tests.faults.scene import Case
 from tests.trainer.job import write_recipe
 
@@ -41,3 +42,17 @@ def test_every_fault_has_a_place_that_exists() -> None:
     cases = choose_cases(2 * len(FAULTS), seed=3)
     assert cases == choose_cases(2 * len(FAULTS), seed=3) != choose_cases(2 * len(FAULTS), seed=4)
     assert {case.fault for case in cases} == set(FAULTS)
+
+
+def test_results_are_read_again(tmp_path: Path) -> None:
+    """The command goes on from its own file, and the page tells what hung and what was lost."""
+    assert read_records(tmp_path) == []
+    well = Outcome(2, "1+1", "kill -9", "shutdown", "train", False, -9, 0.4, 'said "a, b"', [0], [], 0, [])
+    hung = Outcome(1, "2+1", "SIGSTOP", "rendezvous", "rank 1", False, None, 90.0, "", [], [2], 1, ["HUNG for 90 s"])
+    records = [Record(well, "abc", "a machine"), Record(hung, "def", "another")]
+    write_report(records, 5, tmp_path)
+    assert read_records(tmp_path) == [records[1], records[0]]
+    page = (tmp_path / "README.md").read_text()
+    assert "2 of the 5 cases have run" in page and "abc (a machine); def (another)" in page
+    assert "1 hung, 0 lost anything, 1 were not as they should be" in page
+    assert "- 1 SIGSTOP (2+1, rendezvous, rank 1): HUNG for 90 s" in page

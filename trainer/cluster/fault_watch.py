@@ -17,7 +17,7 @@ from typing import NoReturn
 
 import psutil
 
-from pool.wire.reasons import from_peers
+from pool.wire.reasons import from_peers, ran_out
 from trainer.cluster.launch import has_ended
 from trainer.cluster.liveness import Liveness
 from trainer.cluster.rendezvous import Member
@@ -127,8 +127,12 @@ class FaultWatch:
             dead = self._dead_peers()
         if dead:
             return f"{dead} died first"
-        if self._liveness and from_peers(str(error)) and (silent := self._liveness.silent()):
+        if self._liveness is None or not from_peers(str(error)):
+            return ""
+        if silent := self._liveness.silent():
             return f"{self._liveness.describe(silent)} does not respond"
+        if ran_out(str(error)) and (late := self._liveness.late()):
+            return f"{self._liveness.describe(late)} has not reached this point"
         return ""
 
     def _let_others_end_first(self) -> None:

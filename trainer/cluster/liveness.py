@@ -17,7 +17,8 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 from trainer.cluster.devices import Sight
-from trainer.common.gpus import Gpu, boot_id
+from trainer.common.gpus import Gpu
+from trainer.common.machine import process_namespace
 from trainer.common.strict_json import dumps, loads
 
 T = TypeVar("T")
@@ -30,11 +31,6 @@ _SETTLE_SECONDS = 2.0
 
 class PeerLost(RuntimeError):
     """A rank has died, does not respond, or has not joined."""
-
-
-def _machine() -> str:
-    """Identify the PID namespace: containers on one host may share a host name but not process numbers."""
-    return boot_id() + os.readlink("/proc/self/ns/pid")
 
 
 @dataclass(frozen=True)
@@ -52,7 +48,7 @@ class Arrival:
     numbering: str
     sight: Sight
     address: str = ""
-    machine: str = field(default_factory=_machine)
+    machine: str = field(default_factory=process_namespace)
     pid: int = field(default_factory=os.getpid)
 
     @classmethod
@@ -71,10 +67,15 @@ class Liveness:
         names: How errors name each launcher rank.
         store: Where the ranks announce their arrivals.
         beats: The same store for heartbeats, over a connection of its own.
+
+    Attributes:
+        meetings: How often this rank has come to where all ranks wait for each other. They come to the same places in
+            the same order, so a rank for which others wait has a lower number, which its heartbeat tells.
     """
 
     def __init__(self, rank: int, names: Sequence[str], store: Any, beats: Any):
         self.names = names
+        self.meetings = 0
         self._rank = rank
         self._store, self._beats = store, beats
         self._arrivals: list[Arrival] = []
@@ -86,7 +87,7 @@ class Liveness:
 
         Launcher rank 0 returns last: it hosts the store, and may end at once because of what it has read.
         """
-        self._beats.set(str(self._rank), "joined")
+        self._beats.set(str(self._rank), "0 0")
         self._heartbeat.start()
         self._store.set(f"arrival/{self._rank}", dumps(asdict(own)))
         for rank in self._ranks:  # one at a time, because a rank that has joined may die before others join
@@ -106,13 +107,13 @@ class Liveness:
         while not self._stopped.wait(BEAT_SECONDS):
             count += 1
             try:
-                self._beats.set(str(self._rank), str(count))
+                self._beats.set(str(self._rank), f"{count} {self.meetings}")
             except RuntimeError:  # the store's host is gone, which whoever waits for it reports
                 return
 
     def dead(self) -> list[int]:
         """Return the ranks of this machine whose process is gone."""
-        me = _machine()
+        me = process_namespace()
         return [rank for rank, peer in enumerate(self._arrivals) if peer.machine == me and not _alive(peer.pid)]
 
     def silent(self) -> list[int]:
@@ -120,6 +121,12 @@ class Liveness:
         future = _in_thread(self._without_heartbeat)
         answered = wait([future], 6 * BEAT_SECONDS).done and not future.exception()
         return future.result() if answered else [0]
+
+    def late(self) -> list[int]:
+        """Return the ranks that have not come to the last meeting of this one, by their last heartbeats."""
+        future = _in_thread(self._behind)
+        answered = wait([future], 6 * BEAT_SECONDS).done and not future.exception()
+        return future.result() if answered else []
 
     def describe(self, ranks: Sequence[int]) -> str:
         """Return the names of some ranks."""
@@ -175,6 +182,10 @@ class Liveness:
         before = self._last_beats()
         time.sleep(3 * BEAT_SECONDS)
         return [rank for rank, (a, b) in enumerate(zip(before, self._last_beats(), strict=True)) if a == b]
+
+    def _behind(self) -> list[int]:
+        meetings = [int(beat.split()[1]) for beat in self._last_beats()]
+        return [rank for rank, number in enumerate(meetings) if number < self.meetings and rank != self._rank]
 
     def _last_beats(self) -> list[bytes]:
         """Return every rank's last heartbeat, by rank. Blocks while the store's host is stopped."""

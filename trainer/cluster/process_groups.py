@@ -125,6 +125,7 @@ class Job:
 
     def sum_over_ranks(self, values: Sequence[float]) -> list[float]:
         """Return the sum of every rank's values, in float64, the same on all ranks. A collective of all ranks."""
+        self.liveness.meetings += 1
         total = torch.tensor(values, dtype=torch.float64)
         add_up(self._control, total, self.timeout)
         return total.tolist()
@@ -136,6 +137,7 @@ class Job:
 
     def barrier(self) -> None:
         """Wait for all ranks with the start-up's time limit: at the start, around checkpoints, at the end."""
+        self.liveness.meetings += 1
         options = dist.AllreduceOptions()
         options.timeout = self.start_timeout
         self._control.allreduce([torch.zeros(1)], options).wait(self.start_timeout)

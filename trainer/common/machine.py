@@ -14,12 +14,17 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from trainer.common.errors import UserError
-from trainer.common.gpus import look, why_none
+from trainer.common.gpus import boot_id, look, why_none
 
 if TYPE_CHECKING:
     import torch
 
 _SELF = Path("/proc/self")
+
+
+def process_namespace() -> str:
+    """Identify where process numbers are the same: containers on one host may share its name, but not its numbers."""
+    return boot_id() + os.readlink("/proc/self/ns/pid")
 
 
 def usable_cores(process: Path = _SELF) -> int:

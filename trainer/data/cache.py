@@ -85,8 +85,10 @@ def make_once(directory: Path, name: str, fill: Callable[[Path, Report], None], 
             with suppress(TakenOver):
                 _make(path, fill, conduct)
     except OSError as error:
-        raise (UserError if error.errno in PATH_ERRORS else Unavailable)(
-            f"data.dir {directory}: prepared data cannot be written ({error}); free some space or set another folder"
+        of_path = error.errno in PATH_ERRORS
+        mend = "set another folder" if of_path else "free some space or set another folder"
+        raise (UserError if of_path else Unavailable)(
+            f"data.dir {directory}: prepared data cannot be written ({error}); {mend}"
             + ("; the next start resumes the preparation" if _resumable(partial_folder(path)) else "")
         ) from error
     return path

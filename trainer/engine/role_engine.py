@@ -246,6 +246,8 @@ class RoleEngine:
         A collective of all ranks of the default group: DeepSpeed waits for all of them even if the role's group is
         another one.
         """
+        if self.stage == 3 and not self.updates:  # the conversion into another layout asks for moments
+            self._make_moments(0)
         self._write = write
         self._engine.save_checkpoint(str(folder), tag=CHECKPOINT_TAG, save_latest=False)
 

@@ -7,6 +7,7 @@ import math
 import os
 import tempfile
 import time
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -91,7 +92,8 @@ class RunFolder:
         A user's mistake also takes back what `announce` wrote: such a run has not begun.
 
         Raises:
-            Unavailable: A disk is full, whatever was to be written: TensorBoard, for one, does not say.
+            Unavailable: The system says that there is no space left, whatever was to be written. TensorBoard, for one,
+                does not say where, and other limits of the system have the same number (`inotify_add_watch`).
         """
         try:
             yield
@@ -103,10 +105,12 @@ class RunFolder:
                     self.checkpoints.rmdir()
                     self.path.rmdir()
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-                where = error.filename or f"this folder, or {tempfile.gettempdir()}"
-                raise Unavailable(
-                    f"run.dir = {self.path}: {error.strerror} ({where}); free some space or choose another folder"
-                ) from None
+                where, mend = str(error.filename), "free some space or choose another folder"
+                if error.filename is None:
+                    frame = traceback.extract_tb(error.__traceback__)[-1]
+                    where = f"{frame.name} in {Path(frame.filename).name} names no file"
+                    mend = f"if the disk of this folder or of {tempfile.gettempdir()} is full, {mend}"
+                raise Unavailable(f"run.dir = {self.path}: {error.strerror} ({where}); {mend}") from None
             raise
 
     def begin(self, recipe: Recipe, schedule: str, devices: str, tokenizer: Mapping[str, str], done_steps: int) -> None:

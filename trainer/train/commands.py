@@ -145,7 +145,7 @@ def _try_out(recipe: Recipe, node: Node | None) -> NoReturn:
 
     for number in (signal.SIGTERM, signal.SIGUSR1):  # until there are ranks, to which signals go
         signal.signal(number, lambda number, _: sys.exit(128 + number))
-    folder = folder_of(recipe, node.master_port) if node else new_folder(recipe)
+    folder = folder_of(recipe, node.master_port, next(iter(node.slots))) if node else new_folder(recipe)
     os.environ[FOLDER] = str(folder)
     with nothing_left(folder):
         rehearsed, arguments = rehearsal(recipe, folder), sys.argv[1:]

@@ -109,6 +109,13 @@ def test_there_are_no_moments_if_all_steps_were_skipped(tmp_path: Path) -> None:
     assert torch.equal(state.exp_avg, weight * 0) and torch.equal(state.exp_avg_sq, weight * 0)
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_checkpoint_before_the_first_update_begins_anew(stage: int, tmp_path: Path) -> None:
+    """Nothing has been learned, so the run in the other layout is that of a start."""
+    run_training(recipe({"trunk_ranks": 2, "trunk_zero": stage, "pool_zero": 2}), 0, save_to=tmp_path)
+    assert_same(undisturbed(), run_training(recipe(COLOCATED), WHOLE, resume_from=tmp_path))
+
+
 @pytest.mark.parametrize(("stage", "same"), [(0, True), (1, False), (2, False), (3, True)])
 def test_a_trunk_that_is_not_aligned_is_another_layout(stage: int, same: bool) -> None:
     """DeepSpeed refuses its partitions, so they are resharded."""

@@ -251,6 +251,7 @@ def test_directory_that_cannot_be_written(settings, tmp_path):
     (tmp_path / "a-file").write_text("not a folder")
     said = message_of(replace(settings, directory=str(tmp_path / "a-file")))
     assert said.startswith(f"data.dir {tmp_path}/a-file: prepared data cannot be written")
+    assert said.endswith("; set another folder"), "there is enough space"
 
 
 @pytest.mark.parametrize("limit", [100, 8000])  # of the bytes of a file: in tokenizer.json, in train.arrow

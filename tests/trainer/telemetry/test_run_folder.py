@@ -54,14 +54,16 @@ def test_only_a_folder_that_was_made_for_nothing_is_removed(tmp_path: Path, ther
 
 @pytest.mark.parametrize("file", ["plan.json", None])
 def test_a_disk_that_is_full_before_the_first_step_is_named(file: str | None, tmp_path: Path) -> None:
-    """Whoever was to write there; not all say where, as TensorBoard does not. Then the folder is gone again."""
+    """Whoever was to write there. Not all say where, and then it need not be a disk. The folder is gone again."""
     run = RunFolder(tiny(run={"dir": str(tmp_path / "run")}))
     run.make()
     with pytest.raises(Unavailable) as caught, run.removed_if_unused():
         raise OSError(errno.ENOSPC, "No space left on device", *([file] if file else []))
-    where = file or f"this folder, or {tempfile.gettempdir()}"
+    here = f"{test_a_disk_that_is_full_before_the_first_step_is_named.__name__} in {Path(__file__).name} names no file"
+    guess = "" if file else f"if the disk of this folder or of {tempfile.gettempdir()} is full, "
     assert str(caught.value) == (
-        f"run.dir = {tmp_path}/run: No space left on device ({where}); free some space or choose another folder"
+        f"run.dir = {tmp_path}/run: No space left on device ({file or here}); "
+        f"{guess}free some space or choose another folder"
     )
     assert caught.value.status == 1 and not run.path.exists()
 

@@ -64,7 +64,10 @@ def test_folders_above_that_were_missing_go_too(tmp_path: Path) -> None:
 
 
 def test_each_has_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also of the same recipe at the same time; what a process that was killed has left goes with the next one."""
+    """Also of the same recipe at the same time; what a process that was killed has left goes with the next one.
+
+    Another container with the same host name has process numbers of its own.
+    """
     recipe = load_recipe(str(write_recipe(tmp_path)), [f"run.dir={tmp_path}/[run]"])
     folders = {}
     for pid in (1, 2**22 + 1):  # one runs, the other cannot: Linux has no larger number than 2^22
@@ -73,12 +76,17 @@ def test_each_has_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.Monkey
         (folders[pid] / "data").mkdir(parents=True)
     longer = tmp_path / f".[run].dry-run-{socket.gethostname()}-1-{2**22 + 1}"  # of the machine "...-1"
     longer.mkdir()
+    monkeypatch.setattr("trainer.train.dry_run.rehearsal.process_namespace", lambda: "another container's")
+    contained = new_folder(recipe)
+    contained.mkdir()
     by_port = folder_of(recipe, 29500)  # under a launcher
-    assert by_port != folder_of(recipe, 29501)
+    with_hostfile = {host: folder_of(recipe, 29500, host) for host in ("a", "b", "a/b")}
+    assert len({by_port, folder_of(recipe, 29501), *with_hostfile.values()}) == 5
+    assert {path.parent for path in with_hostfile.values()} == {tmp_path}
     by_port.mkdir()
     monkeypatch.undo()
     assert new_folder(recipe) not in folders.values()
-    assert {path for path in tmp_path.iterdir() if path.is_dir()} == {folders[1], longer, by_port}
+    assert {path for path in tmp_path.iterdir() if path.is_dir()} == {folders[1], longer, contained, by_port}
     monkeypatch.setenv(FOLDER, str(folders[1]))
     assert folder_of(recipe, 29500) == folders[1], "that of the command that has started this rank"
 

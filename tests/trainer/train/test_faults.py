@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -54,6 +55,11 @@ def requested(kind: Kind, _wire: Any, key: RequestKey, step: int, *_: Any) -> bo
 def served(kind: Kind, _service: Any, served_kind: Kind, keys: list[RequestKey], _requests: Any, step: int) -> bool:
     """Whether a pool rank serves this in step 1."""
     return served_kind == kind and step >= 1 and bool(keys)
+
+
+def of_last_save(path: Path, _write: Any) -> bool:
+    """Whether a file of the checkpoint after the last step is written."""
+    return "step_00000004" in str(path)
 
 
 START_UP = "start-up"
@@ -187,8 +193,17 @@ STOPS = {
     ),
     "evaluation": (POOL, PLACES["evaluation"][0], PLACES["evaluation"][1][POOL], LIMIT, "does not respond"),
     "last save": (TRUNK, "the last checkpoint", LAST_SAVE, SAVE_LIMIT, "does not respond"),
+    "writing the last save": (
+        POOL,
+        "the last checkpoint",
+        Place("trainer.checkpoint.save:_write", of_last_save),
+        SAVE_LIMIT,
+        "has not reached this point",
+    ),
     "shutdown": (POOL, "shutdown", Place("trainer.cluster.process_groups:Job.close"), SAVE_LIMIT, "does not respond"),
 }
+STUCK = {"writing the last save"}
+"""Those in which the rank is alive, and sends heartbeats."""
 STOPPED_WITH_BOTH_ROLES = "forward"
 """The one of them in which every rank has both roles."""
 REPLICAS = {"parallel__trunk_ranks": 2, "parallel__pool_ranks": 0}
@@ -208,13 +223,19 @@ def stopped(recipe: Callable[..., Recipe], tmp_path_factory: pytest.TempPathFact
             limits |= REPLICAS
         if limit != LIMIT:
             limits["parallel__start_timeout_seconds"] = limit
-        jobs[name] = ForkedJob(recipe(folder / "run", **limits), folder, Fault(victim, place, stop))
+        act = get_stuck if name in STUCK else stop
+        jobs[name] = ForkedJob(recipe(folder / "run", **limits), folder, Fault(victim, place, act))
     return jobs
+
+
+def get_stuck() -> None:
+    """As on a file system that hangs."""
+    time.sleep(3600)
 
 
 @pytest.mark.parametrize("name", STOPS)
 def test_a_stopped_rank_is_named(name: str, stopped: dict[str, ForkedJob]) -> None:
-    """SIGSTOP: nothing is closed, only time tells."""
+    """SIGSTOP, or a wait without end: nothing is closed, only time tells."""
     victim, phase, _, limit, fate = STOPS[name]
     job = stopped[name]
     statuses = job.end(limit + GRACE, without=victim)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 import os
 import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from urllib.parse import quote
 
 import psutil
 
+from trainer.common.machine import process_namespace
 from trainer.config.recipe import Recipe
 from trainer.config.sections import Sources
 from trainer.data.prepare import is_prepared
@@ -25,18 +28,23 @@ FOLDER = "UNIPOOL_DRY_RUN"
 """Environment variable: the folder of the dry run of which this process is a rank."""
 
 
-def folder_of(recipe: Recipe, port: int) -> Path:
+def folder_of(recipe: Recipe, port: int, host: str = "") -> Path:
     """Return the folder of a dry run: beside `run.dir`, so that the same disk is tried.
 
     Args:
         port: The job's port, by which ranks without the environment variable `FOLDER` tell their dry run from others.
+        host: The first host of the job, where all its nodes know it by the same name.
     """
-    return Path(os.environ.get(FOLDER) or _beside(recipe, str(port)))
+    return Path(os.environ.get(FOLDER) or _beside(recipe, f"{port}-{quote(host, '')}" if host else str(port)))
 
 
 def new_folder(recipe: Recipe) -> Path:
-    """Return a folder for a dry run of this process; remove those of processes of this machine that were killed."""
-    machine = f"{socket.gethostname()}-"
+    """Return a folder for a dry run of this process; remove those of processes of this machine that were killed.
+
+    Another container is another machine, even if it has the same name: its processes are not seen here.
+    """
+    digest = hashlib.sha256(process_namespace().encode()).hexdigest()
+    machine = f"{socket.gethostname()}-{digest[:8]}-"
     own = _beside(recipe, f"{machine}{os.getpid()}")
     prefix = _beside(recipe, machine).name
     for left in own.parent.glob(glob.escape(prefix) + "*"):
