@@ -77,10 +77,7 @@ def backward(
 
 
 def add_weight_gradients(
-    grad13_e2FD: Tensor,
-    grad2_eDF: Tensor,
-    work: Sequence[tuple[Tensor, Tensor, ForWeights, Counts]],
-    experts: slice,
+    grad13_e2FD: Tensor, grad2_eDF: Tensor, work: Sequence[tuple[Tensor, Tensor, ForWeights, Counts]], experts: slice
 ) -> None:
     """See `loop_experts.add_weight_gradients`. Only for a part of the experts must the host know the counts."""
     first, end, _ = experts.indices(len(grad2_eDF))

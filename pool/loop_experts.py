@@ -83,10 +83,7 @@ def backward(
 
 
 def add_weight_gradients(
-    grad13_e2FD: Tensor,
-    grad2_eDF: Tensor,
-    work: Sequence[tuple[Tensor, Tensor, ForWeights, Counts]],
-    experts: slice,
+    grad13_e2FD: Tensor, grad2_eDF: Tensor, work: Sequence[tuple[Tensor, Tensor, ForWeights, Counts]], experts: slice
 ) -> None:
     """Add weight gradients of some experts in place, expert by expert, so that its gradient stays in the cache.
 

@@ -145,12 +145,7 @@ def build_evaluation_schedule(
 
 
 def _build(
-    topology: Topology,
-    segments: list[Segment],
-    micro_batches: int,
-    lanes: int,
-    starts_T: Sequence[float],
-    costs: Costs,
+    topology: Topology, segments: list[Segment], micro_batches: int, lanes: int, starts_T: Sequence[float], costs: Costs
 ) -> PoolSchedule:
     """Replicas serve different trunk ranks and are independent of each other, so each is simulated on its own."""
     if topology.every_rank:

@@ -88,12 +88,10 @@ class Topology:
     def role_world(self, rank: int) -> tuple[str, int, int]:
         """Return (name, rank, size) of the role's group: all trunk ranks, or all replicas of one shard.
 
-        Where every rank has both roles, this is the group of the trunk; see `shard_world`.
+        Where every rank has both roles, this is the group of the trunk.
         """
-        return ("trunk", rank, self.trunk_ranks) if self.is_trunk(rank) else self.shard_world(rank)
-
-    def shard_world(self, rank: int) -> tuple[str, int, int]:
-        """Return (name, rank, size) of the group of all replicas of the shard that pool rank `rank` holds."""
+        if self.is_trunk(rank):
+            return "trunk", rank, self.trunk_ranks
         return f"pool{self.shard(rank)}", self.replica(rank), self.replicas
 
     def describe(self, rank: int) -> str:

@@ -16,16 +16,7 @@ Every wait has a time limit, and every error names the ranks, the lane, the laye
 
 from __future__ import annotations
 
-from pool.wire.contract import (
-    Answer,
-    Arrived,
-    DeviceGroups,
-    PoolWire,
-    TrunkWire,
-    WireError,
-    WireGroups,
-    WireSettings,
-)
+from pool.wire.contract import Answer, Arrived, DeviceGroups, PoolWire, TrunkWire, WireError, WireGroups, WireSettings
 from pool.wire.device import DevicePool, DeviceTrunk
 from pool.wire.exchange import ExchangePool, ExchangeTrunk
 from pool.wire.host import HostPool, HostTrunk

@@ -90,6 +90,10 @@ class DeviceEnd(End):
         """See `TrunkWire.settle`."""
         self.watcher.settle()
 
+    def stop(self) -> None:
+        """See `PoolWire.stop`."""
+        self.watcher.fail(WireError(f"{self.me} has stopped"))
+
     def _send_header(self, exchange: Exchange, counts: Sequence[int], rows_ND: Tensor, tag: int, doing: str) -> Header:
         """Send the header of a payload."""
         return self._send_message(self._header(exchange, counts, rows_ND), exchange, tag, doing)
@@ -167,7 +171,7 @@ class DeviceAnswer:
 
 
 @dataclass
-class _Request:
+class Request:
     """A request of a trunk rank.
 
     Attributes:
@@ -195,9 +199,9 @@ class DeviceTrunk(DeviceEnd):
         self._sending, self._receiving = self.streams.new(), self.streams.new()
         topology = settings.topology
         self._shards = [topology.pool_rank(shard, settings.rank) for shard in range(topology.expert_parallel)]
-        self._open: dict[tuple[int, ...], _Request] = {}  # requests that have been sent, by the fields of their headers
+        self._open: dict[tuple[int, ...], Request] = {}  # requests that have been sent, by the fields of their headers
         self._sent_headers: dict[int, list[Header]] = {}  # the last ones, by lane
-        self._sender: Worker[_Request] = Worker("sender", self._send, self.watcher)
+        self._sender: Worker[Request] = Worker("sender", self._send, self.watcher)
         self._receiver: Worker[int] = Worker("receiver", self._receive, self.watcher)
 
     def request(self, key: RequestKey, step: int, rows_ND: Tensor, tokens_per_expert_M: Tensor) -> DeviceAnswer:
@@ -205,10 +209,10 @@ class DeviceTrunk(DeviceEnd):
         answer = DeviceAnswer(self.watcher.promise(), self.streams)
         sent_ND = rows_ND.to(self.settings.dtype).contiguous()
         counts_M = self.streams.to_host(tokens_per_expert_M)
-        self._sender.put(_Request(key, step, sent_ND, counts_M, self.streams.record(), answer))
+        self._sender.put(Request(key, step, sent_ND, counts_M, self.streams.record(), answer))
         return answer
 
-    def _send(self, request: _Request) -> None:
+    def _send(self, request: Request) -> None:
         """Launch the sends of a request once it has been computed, then say so."""
         request.ready.synchronize()
         rows_ND, request.rows_ND = request.rows_ND, None  # from here on the watcher keeps them
@@ -353,10 +357,6 @@ class DevicePool(DeviceEnd):
                         self.refuse("the tokens of", wrong, exchange)
             slot = Slot(requests, self.streams.record(), time.perf_counter())
         self.watcher.keep_promise(coming.arrived.future, slot)
-
-    def stop(self) -> None:
-        """See `PoolWire.stop`."""
-        self.watcher.fail(WireError(f"{self.me} has stopped"))
 
     def answer(
         self, keys: Sequence[RequestKey], step: int, rows: Sequence[Tensor], served: Sequence[Sequence[int]]

@@ -34,7 +34,7 @@ from pool.counts import Counts
 from pool.schedule import RequestKey
 from pool.wire.check import altered, not_conserved
 from pool.wire.contract import Exchange, WireError, WireGroups, WireSettings
-from pool.wire.device import ANSWER_TAG, REQUEST_TAG, DeviceAnswer, DeviceArrived, DeviceEnd, Header, Slot
+from pool.wire.device import ANSWER_TAG, REQUEST_TAG, DeviceAnswer, DeviceArrived, DeviceEnd, Header, Request, Slot
 from pool.wire.streams import Event, Streams
 from pool.wire.watcher import Worker
 
@@ -53,28 +53,16 @@ class _Answer(DeviceAnswer):
 
 
 @dataclass
-class _Request:
+class _Request(Request):
     """A request of this rank.
 
     Attributes:
-        counts_M: Pinned; filled at `ready`, as the rows are.
-        counts_se: The same by shard, once they are known.
-        rows: By shard, from then on until they have been launched.
+        rows: By shard, from when the counts are known until they have been launched.
         headers: To all other ranks.
     """
 
-    key: RequestKey
-    step: int
-    rows_ND: Tensor | None
-    counts_M: Tensor
-    ready: Event
-    answer: DeviceAnswer
-    counts_se: list[list[int]] = field(default_factory=list)
     rows: Sequence[Tensor] = ()
     headers: list[Header] = field(default_factory=list)
-
-    def exchange(self, peer: int) -> Exchange:
-        return Exchange(peer, self.key, self.step)
 
 
 @dataclass
@@ -335,10 +323,6 @@ class ExchangePool(DeviceEnd):
         for request in own.values():
             for sent_header in request.headers:
                 sent_header.wait()  # all ranks have its slot before them, as this one had
-
-    def stop(self) -> None:
-        """See `PoolWire.stop`."""
-        self.watcher.fail(WireError(f"{self.me} has stopped"))
 
     def answer(
         self, keys: Sequence[RequestKey], step: int, rows: Sequence[Tensor], served: Sequence[Sequence[int]]

@@ -74,15 +74,10 @@ def _launches(device: torch.device, new_event: Callable[[], Any]) -> tuple[float
     for _ in range(4):
         torch.mm(a, a)
     begin.record()
-    seconds = _host_seconds(launch)
+    seconds = timed(launch, torch.device("cpu"))  # until the host goes on, whether or not the device is done
     end.record()
     synchronize(device)
     return seconds / LAUNCHES, begin.elapsed_time(end) / 1000 / LAUNCHES
-
-
-def _host_seconds(function: Callable[[], None]) -> float:
-    """Seconds until the host goes on, whether or not the device is done."""
-    return timed(function, torch.device("cpu"))
 
 
 def _copies(device: torch.device, on_host: Tensor) -> tuple[float, float]:

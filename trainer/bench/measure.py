@@ -162,8 +162,7 @@ class _Precision:
     """All measurements in one precision; `figures` has their results."""
 
     def __init__(self, recipe: Recipe, precision: Precision, device: torch.device, effort: Effort):
-        train = recipe.train.model_copy(update={"precision": precision})
-        self._recipe = recipe.model_copy(update={"train": train})
+        self._recipe = recipe.changed("train", precision=precision)
         self._flops, self._dtype = count_flops(recipe), compute_dtype(self._recipe)
         self._precision, self._device, self._effort = precision, device, effort
         self.figures: list[Figure] = []
@@ -241,8 +240,7 @@ class _Precision:
         return reached
 
     def _server(self, experts: int) -> ExpertServer:
-        pool = self._recipe.pool.model_copy(update={"experts": experts, "stash_bytes": 2**62})
-        recipe = self._recipe.model_copy(update={"pool": pool})
+        recipe = self._recipe.changed("pool", experts=experts, stash_bytes=2**62)
         return ExpertServer(build_shard(recipe, contiguous(experts, 1, 1), 0, self._device))
 
     def launch_latency(self) -> float:
@@ -299,9 +297,7 @@ class _Precision:
 
 def _two_layers(recipe: Recipe) -> Recipe:
     """The recipe's shapes with two layers, and with as many experts as one of its layers sees."""
-    model = recipe.model.model_copy(update={"layers": 2, "groups": 1})
-    pool = recipe.pool.model_copy(update={"experts": recipe.experts_per_layer})
-    return recipe.model_copy(update={"model": model, "pool": pool})
+    return recipe.changed("model", layers=2, groups=1).changed("pool", experts=recipe.experts_per_layer)
 
 
 def _name(device: torch.device) -> str:

@@ -87,10 +87,8 @@ def _pair(recipe: Recipe, device: torch.device) -> Recipe:
     """The recipe in fp32 with one trunk rank, one pool rank and one lane."""
     two_gpus = device.type == "cuda" and torch.cuda.device_count() > 1
     layout: dict[str, int | str] = {"trunk_ranks": 1, "pool_ranks": 1, "expert_parallel": 1, "lanes": 1}
-    layout |= {"wire": "auto" if two_gpus else "gloo", "device": device.type}
-    parallel = recipe.parallel.model_copy(update=layout | {"check": False})
-    train = recipe.train.model_copy(update={"precision": "fp32"})
-    return recipe.model_copy(update={"parallel": parallel, "train": train})
+    layout |= {"wire": "auto" if two_gpus else "gloo", "device": device.type, "check": False}
+    return recipe.changed("train", precision="fp32").changed("parallel", **layout)
 
 
 def _rank(

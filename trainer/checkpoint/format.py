@@ -136,32 +136,25 @@ class Role(Protocol):
     @property
     def placement(self) -> Placement | None:
         """Where the experts are; None for a dense model."""
-        ...
 
     def state_dict(self) -> dict[str, Any]:
         """Return this rank's state apart from its engines."""
-        ...
 
     def restore(self, state: dict[str, Any], steps: int, shift: int) -> None:
         """Restore what `state_dict` returned, after the engines have been loaded."""
-        ...
 
     @property
     def ownership(self) -> OwnershipRecord | None:
         """The experts of each layer, if this rank knows them, in a run with a lock after the assignment."""
-        ...
 
     def recorded_load(self) -> NDArray[np.int64] | None:
         """Return the load to save, (L, M), if this rank knows it."""
-        ...
 
     def move_to(self, placement: Placement) -> None:
         """Use another placement with as many shards from here on; the weights of the experts are loaded afterwards."""
-        ...
 
     def weights_changed(self) -> None:
         """Use new weights of the experts from here on."""
-        ...
 
 
 def folder_of(checkpoints: Path, steps: int) -> Path:

@@ -18,6 +18,7 @@ from typing import NoReturn
 import psutil
 
 from pool.wire.reasons import from_peers, ran_out
+from trainer.cluster.launch import has_ended
 from trainer.cluster.liveness import Liveness
 from trainer.cluster.rendezvous import Member
 from trainer.common.credentials import redacted
@@ -72,7 +73,7 @@ class FaultWatch:
                 number = os.read(read_end, 1)[0]
                 if number in _WATCHED:
                     self._on_signal(number)
-            elif any(_gone(p) for p in self._launchers):
+            elif any(has_ended(p) for p in self._launchers):
                 self._exit("its launcher is gone", 1)
 
     def _on_signal(self, number: int) -> None:
@@ -149,13 +150,6 @@ def _launchers() -> list[psutil.Process]:
         is_launcher = "deepspeed.launcher" in " ".join(process.cmdline())
         process = process.parent() if is_launcher else None
     return found
-
-
-def _gone(process: psutil.Process) -> bool:
-    try:
-        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
 
 
 def _say(text: str) -> None:

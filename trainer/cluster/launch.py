@@ -275,7 +275,7 @@ class LocalJob:
                     with suppress(psutil.Error, LookupError):
                         ranks[self._names[int(process.environ()["RANK"])]] = process
                 self._had_ranks = bool(ranks)
-            first = first or [name for name, process in ranks.items() if _has_ended(process)]
+            first = first or [name for name, process in ranks.items() if has_ended(process)]
             if not running:
                 return first[0] if len(first) == 1 else "a rank"
             time.sleep(POLL_SECONDS)
@@ -323,9 +323,10 @@ def _ranks(launcher: int) -> Iterator[psutil.Process]:
             yield child
 
 
-def _has_ended(process: psutil.Process) -> bool:
+def has_ended(process: psutil.Process) -> bool:
+    """Return whether a process has ended, even if its parent has not looked yet."""
     try:
-        return bool(process.status() == psutil.STATUS_ZOMBIE)
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return True
 

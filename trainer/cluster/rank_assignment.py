@@ -9,12 +9,13 @@ else uses launcher ranks, so losses, checkpoints and the schedule do not depend 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import count
 from typing import Literal
 
 from pool.topology import Topology
 from trainer.common.errors import SharedUserError
+from trainer.common.format import spans
 
 ROLE = "UNIPOOL_ROLE"
 """Environment variable: the role of this rank, "trunk" or "pool". It overrides `topology.order`."""
@@ -136,14 +137,3 @@ def roster(grid: Topology, hosts: Sequence[str], devices: Sequence[str]) -> str:
         f"{host}: " + ", ".join(text.format(spans(numbers)) for text, numbers in roles.items())
         for host, roles in found.items()
     )
-
-
-def spans(numbers: Iterable[int]) -> str:
-    """Abbreviate ascending numbers: "0-2,5"."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

@@ -6,6 +6,8 @@ A value that is not known (None or NaN) is written as ABSENT. Nothing here is fo
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from itertools import groupby
 
 ABSENT = "-"
 """Text of a value that is not known."""
@@ -29,15 +31,15 @@ def count(value: float, digits: int = 4) -> str:
     return text + unit
 
 
-def quantity(value: float, unit: str, digits: int = 3) -> str:
-    """Format a physical quantity with an SI prefix: 12.3 GB/s, 1.5 TFLOP/s, 350 us."""
+def quantity(value: float, unit: str) -> str:
+    """Format a physical quantity with an SI prefix and three significant digits: 12.3 GB/s, 1.5 TFLOP/s, 350 us."""
     for prefix, scale in _SI:
-        rounded = float(f"{value:.{digits}g}")
+        rounded = float(f"{value:.3g}")
         if abs(rounded) >= scale or prefix == "n":
             break
     if rounded == 0:
         return f"0 {unit}"
-    return f"{value / scale:.{digits}g} {prefix}{unit}"
+    return f"{value / scale:.3g} {prefix}{unit}"
 
 
 def size(number_of_bytes: float) -> str:
@@ -102,3 +104,9 @@ def plus_minus(value: float | None, error: float | None, spec: str = ".4f") -> s
 def plural(n: int, noun: str) -> str:
     """Format a number of things with a regular noun: 1 seed, 3 seeds, 1,024 seeds."""
     return f"{n:,} {noun}" + ("" if n == 1 else "s")
+
+
+def spans(numbers: Iterable[int], between: str = ",") -> str:
+    """Abbreviate ascending numbers: 0-2,5,7-8."""
+    runs = [[n for _, n in own] for _, own in groupby(enumerate(numbers), lambda placed: placed[1] - placed[0])]
+    return between.join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)

@@ -57,26 +57,28 @@ def cgroup_cores(process: Path = _SELF) -> float | None:
 
 def usable_memory(process: Path = _SELF) -> int:
     """Return bytes of memory: the machine's, or the smallest cgroup limit (`memory.max`, `memory.limit_in_bytes`)."""
-    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    for folder in _cgroup_folders(process, "memory"):
-        for name in ("memory.max", "memory.limit_in_bytes"):
-            with suppress(OSError, ValueError):  # "max" is no limit
-                limits.append(int((folder / name).read_text()))
-    return min(limits)
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min([machine, *_limits(process, "memory", "memory.max", "memory.limit_in_bytes")])
 
 
-def cgroup_tasks(process: Path = _SELF) -> int | None:
+def cgroup_tasks() -> int | None:
     """Return the processes and threads that cgroups allow (`pids.max`), or None without a limit."""
-    limits = []
-    for folder in _cgroup_folders(process, "pids"):
-        with suppress(OSError, ValueError):  # "max" is no limit
-            limits.append(int((folder / "pids.max").read_text()))
-    return min(limits, default=None)
+    return min(_limits(_SELF, "pids", "pids.max"), default=None)
 
 
 def peak_resident_memory() -> int:
     """Return the most bytes of memory that this process has had resident."""
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _limits(process: Path, controller: str, *files: str) -> list[int]:
+    """Return the limits that the process's cgroup and its parents have in these files; "max" is none."""
+    limits = []
+    for folder in _cgroup_folders(process, controller):
+        for name in files:
+            with suppress(OSError, ValueError):
+                limits.append(int((folder / name).read_text()))
+    return limits
 
 
 def _quota(folder: Path) -> float | None:

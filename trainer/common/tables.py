@@ -34,12 +34,7 @@ def new_table(title: str, *columns: str) -> Table:
     from rich.table import Table
 
     table = Table(
-        box=SIMPLE,
-        pad_edge=False,
-        title=title,
-        title_justify="left",
-        title_style="bold",
-        show_header=any(columns),
+        box=SIMPLE, pad_edge=False, title=title, title_justify="left", title_style="bold", show_header=any(columns)
     )
     for place, column in enumerate(columns):
         table.add_column(column, justify="right" if place else "left", no_wrap=place == 0)

@@ -4,33 +4,38 @@ from __future__ import annotations
 
 import platform
 import subprocess
-from importlib.metadata import PackageNotFoundError, version
+from contextlib import suppress
+from importlib import metadata
 from pathlib import Path
 
 from trainer import __version__
 
-_LIBRARIES = ("torch", "deepspeed", "transformers")
+ROOT = Path(__file__).parents[2]
+"""The folder that this program is run from, such as a checkout of its repository."""
+LIBRARIES = ("torch", "deepspeed", "transformers")
 
 
 def software() -> dict[str, str]:
     """Return versions by name; "commit" is there only in a checkout of this project's repository."""
     found = {"unipool": __version__}
-    if commit := _commit(Path(__file__).parents[2]):
-        found["commit"] = commit
+    if known := commit(digits=12):
+        found["commit"] = known
     found["python"] = platform.python_version()
-    for name in _LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+    return found | {name: version for name in LIBRARIES if (version := installed(name))}
 
 
-def _commit(root: Path) -> str | None:
-    """Return the commit of a checkout, with "-dirty" if tracked files differ from it; None if `root` is none."""
-    if not (root / ".git").exists():  # else git would look in the folders above
+def installed(name: str) -> str | None:
+    """Return the version of a package that is installed."""
+    with suppress(metadata.PackageNotFoundError):
+        return metadata.version(name)
+    return None
+
+
+def commit(digits: int) -> str | None:
+    """Return the commit of the checkout, with "-dirty" if tracked files differ from it; None if this is none."""
+    if not (ROOT / ".git").exists():  # else git would look in the folders above
         return None
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*", "--abbrev=12"]
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*", f"--abbrev={digits}"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):

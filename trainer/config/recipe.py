@@ -87,6 +87,10 @@ class Recipe(Section):
         """Micro-batches per trunk rank and optimizer step."""
         return self.train.global_batch // (self.train.micro_batch * self.parallel.trunk_ranks)
 
+    def changed(self, section: str, **keys: object) -> Recipe:
+        """Return the recipe with other values of keys of a section, which nothing checks."""
+        return self.model_copy(update={section: getattr(self, section).model_copy(update=keys)})
+
     @model_validator(mode="after")
     def _constraints(self) -> Self:
         check_constraints(self)

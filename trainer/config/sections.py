@@ -215,8 +215,7 @@ class Train(Section):
     )
     warmup_fraction: Share = Field(0.01, description="Share of the steps in which the learning rate rises.")
     optimizer: Literal["adamw", "muon"] = Field(
-        "adamw",
-        description="`muon`: Muon for the matrices of attention and of experts or FFNs, AdamW for the rest.",
+        "adamw", description="`muon`: Muon for the matrices of attention and of experts or FFNs, AdamW for the rest."
     )
     weight_decay: NonNegativeFloat = Field(0.1, description="Weight decay of matrices, as in AdamW.")
     betas: tuple[Beta, Beta] = Field((0.9, 0.95), strict=False, description="AdamW's decay rates of its moments.")
@@ -263,6 +262,11 @@ Sources = Annotated[
     Annotated[str, Tag(_ONE)] | Annotated[tuple[Source, ...], Field(strict=False), Tag(_SEVERAL)],
     Discriminator(lambda value: _SEVERAL if isinstance(value, list | tuple) else _ONE),
 ]
+
+
+def source_list(sources: Sources) -> tuple[Source, ...]:
+    """Return the sources, also if it is a single one."""
+    return (Source(source=sources),) if isinstance(sources, str) else sources
 
 
 def source_names(sources: Sources) -> str:

@@ -21,7 +21,7 @@ from trainer.common.errors import UserError
 from trainer.common.format import size
 from trainer.common.strict_json import dumps
 from trainer.config.recipe import Recipe
-from trainer.config.sections import Source, Sources
+from trainer.config.sections import Sources, source_list
 from trainer.data.cache import Conduct, NotPrepared, make_once
 from trainer.data.prepared_data import TOKENIZER_FILE, PreparedData, PreparedSource, open_prepared
 from trainer.data.reading.documents import Progress
@@ -100,7 +100,7 @@ def _begin_stream(training: Mixture, held_out: Mixture, window: int, conduct: Co
 def _mixture(recipe: Recipe, sources: Sources, split: Parts) -> Mixture:
     """The settings and the share of each source. `data.max_tokens` applies to what is trained on."""
     d, m = recipe.data, recipe.model
-    listed = (Source(source=sources),) if isinstance(sources, str) else sources
+    listed = source_list(sources)
     total = sum(s.weight for s in listed)
     return [
         (

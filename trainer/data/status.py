@@ -172,7 +172,8 @@ class Waiting:
         """Look; return whether to stop waiting, because the folder is there or nothing happens any more."""
         now = time.monotonic()
         status = Status.read(self._file)
-        if status is not None and (self.status is None or (status.owner, status.done) != self._seen):
+        seen = self.status and (self.status.owner, self.status.done)
+        if status is not None and (status.owner, status.done) != seen:
             self._since = now
         self.status = status or self.status
         if self._show and now >= self._next_line:
@@ -180,11 +181,6 @@ class Waiting:
             print(f"waiting for another process, {self.where()}", file=sys.stderr, flush=True)
         self.gave_up = now - self._since > self._patience
         return self.gave_up or self._path.is_dir()
-
-    @property
-    def _seen(self) -> tuple[str, int]:
-        assert self.status
-        return self.status.owner, self.status.done
 
     def where(self) -> str:
         """Return which process it is and what it was doing when it last said so."""

@@ -225,9 +225,9 @@ def _from_hub(name: str) -> Tokenizer:
         logging.set_verbosity(level)
 
 
-def _special_tokens(tokenizer: Tokenizer, count: int = 20) -> str:
+def _special_tokens(tokenizer: Tokenizer) -> str:
     names = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
-    return f"its special tokens: {', '.join(map(dumps, names[:count])) or 'none'}{', ...' * (len(names) > count)}"
+    return f"its special tokens: {', '.join(map(dumps, names[:20])) or 'none'}{', ...' * (len(names) > 20)}"
 
 
 def _check_end(tokenizer: Tokenizer, name: str) -> None:

@@ -3,31 +3,27 @@
 from __future__ import annotations
 
 import platform
-import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
 from importlib import metadata
-from pathlib import Path
 
 from packaging.requirements import Requirement
 from packaging.utils import NormalizedName, canonicalize_name
 from packaging.version import Version
 
 from trainer import __version__
+from trainer.common.versions import LIBRARIES, ROOT, commit, installed
 from trainer.config.recipe import Recipe
 from trainer.doctor.findings import Finding, error, ok, warning
 
-ROOT = Path(__file__).parents[2]
 _LOCK = ROOT / "constraints.txt"
 _PROJECT = "unipool"
-_NAMED = ("torch", "deepspeed", "transformers")
 _INSTALL = "python -m pip install -r requirements.txt"
 
 
 def python(recipe: Recipe | None) -> Iterator[Finding]:
     """The interpreter, whose version pip has checked."""
-    yield ok("Python", f"{platform.python_version()} in {sys.prefix}; unipool {__version__} in {ROOT}{commit()}")
+    yield ok("Python", f"{platform.python_version()} in {sys.prefix}; unipool {__version__} in {ROOT}{_commit()}")
 
 
 def packages(recipe: Recipe | None) -> Iterator[Finding]:
@@ -51,8 +47,7 @@ def packages(recipe: Recipe | None) -> Iterator[Finding]:
         yield error("packages", f"not installed: {', '.join(absent)}", _INSTALL)
     if outside:
         yield warning("packages", f"outside the ranges that were tested: {', '.join(outside)}", _INSTALL)
-    named = ", ".join(f"{name} {version}" for name in _NAMED if (version := installed(name)))
-    yield ok("packages", f"{named}; {len(within)} packages in the tested ranges{_beside_the_lock()}")
+    yield ok("packages", f"{_libraries()}; {len(within)} packages in the tested ranges{_beside_the_lock()}")
 
 
 def _beside_the_lock() -> str:
@@ -85,23 +80,18 @@ def locked(text: str) -> dict[NormalizedName, Version]:
     return versions
 
 
-def installed(name: str) -> str | None:
-    """The version of a package that is installed."""
-    with suppress(metadata.PackageNotFoundError):
-        return metadata.version(name)
-    return None
-
-
 def versions() -> str:
     """What a report of an error should name, in two lines."""
-    named = ", ".join(f"{name} {version}" for name in _NAMED if (version := installed(name)))
-    return f"unipool {__version__}{commit()}\nPython {platform.python_version()}, {named}, {platform.platform()}"
+    return (
+        f"unipool {__version__}{_commit()}\nPython {platform.python_version()}, {_libraries()}, {platform.platform()}"
+    )
 
 
-def commit() -> str:
-    """The commit of the repository that this program is run from, as text in brackets; "" without one."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=9", "--exclude=*"]
-    with suppress(OSError, subprocess.SubprocessError):
-        asked = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
-        return f" (commit {asked.stdout.strip()})"
-    return ""
+def _libraries() -> str:
+    return ", ".join(f"{name} {version}" for name in LIBRARIES if (version := installed(name)))
+
+
+def _commit() -> str:
+    """The commit that this program is run from, as text in brackets; "" without one."""
+    found = commit(digits=9)
+    return f" (commit {found})" if found else ""

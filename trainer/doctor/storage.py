@@ -11,7 +11,7 @@ from pathlib import Path
 from trainer.common.errors import os_reason
 from trainer.common.format import plural, quantity, size
 from trainer.config.recipe import Recipe
-from trainer.config.sections import Source
+from trainer.config.sections import source_list
 from trainer.data.reading.hub import can_connect
 from trainer.data.reading.sources import HUB_PREFIX, find_files
 from trainer.data.settings import TRAIN
@@ -102,8 +102,7 @@ def text(recipe: Recipe | None) -> Iterator[Finding]:
     if recipe is None:
         return
     d = recipe.data
-    listed = [(Source(source=s),) if isinstance(s, str) else s for s in (d.source, d.validation) if s]
-    names = [source.source for sources in listed for source in sources]
+    names = [source.source for sources in (d.source, d.validation) if sources for source in source_list(sources)]
     hub = [name for name in names if name.startswith(HUB_PREFIX)]
     for name in (name for name in names if name not in hub):
         yield ok("data.source", f"{name}: {plural(len(find_files(name).read), 'file')}")

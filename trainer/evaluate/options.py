@@ -30,9 +30,7 @@ def task_options(command: Callable[..., None]) -> Callable[..., None]:
 
     @click.option("--tasks", metavar="TASK,...", help="Score tasks of lm-evaluation-harness.")
     @click.option(
-        "--num-fewshot",
-        type=click.IntRange(0),
-        help="Solved examples before a question.  [with --tasks; default: 0]",
+        "--num-fewshot", type=click.IntRange(0), help="Solved examples before a question.  [with --tasks; default: 0]"
     )
     @count_option("--limit", "Use only the first N examples of each task.  [with --tasks]", metavar="N")
     @click.option(

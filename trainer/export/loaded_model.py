@@ -43,7 +43,7 @@ class LoadedModel:
     @property
     def folder(self) -> Path:
         """The folder of the run or of the export, where results are kept."""
-        return self.run.folder.resolve().parent.parent if self.run else self.path
+        return self.run.home if self.run else self.path
 
     @property
     def window(self) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -38,6 +37,11 @@ class SavedRun:
 
     recipe: Recipe
     folder: Path
+
+    @property
+    def home(self) -> Path:
+        """The folder of the run that the checkpoint is in."""
+        return self.folder.resolve().parent.parent
 
 
 def find_run(path: Path) -> SavedRun:
@@ -78,7 +82,6 @@ class Weights:
 
     Attributes:
         shapes: The shapes of all tensors, by name.
-        parameters: The number of trained values.
     """
 
     def __init__(self, run: SavedRun, saved: SavedCheckpoint):
@@ -90,8 +93,6 @@ class Weights:
             for stack, parts in expert_names(run.recipe, expert).items():
                 self._fused |= dict.fromkeys(parts, (partial(saved.expert_weight, stack, expert), parts))
         self.shapes = exported_shapes(run.recipe)
-        learned = (shape for name, shape in self.shapes.items() if not name.endswith(".expert_bias"))
-        self.parameters = sum(map(math.prod, learned))
 
     def read(self, name: str) -> Tensor:
         """Read a tensor.
@@ -161,7 +162,7 @@ def export_tokenizer(run: SavedRun) -> tuple[Tokenizer, dict[str, Any]]:
     Raises:
         UserError: The run's own tokenizer is missing.
     """
-    name, own = run.recipe.data.tokenizer, run.folder.resolve().parent.parent / TOKENIZER_FILE
+    name, own = run.recipe.data.tokenizer, run.home / TOKENIZER_FILE
     if name == TRAIN and not own.is_file():
         raise UserError(
             f"{own}: no such file, but the run was trained with it; copy it there, or export with --format safetensors"
@@ -178,7 +179,7 @@ def export_tokenizer(run: SavedRun) -> tuple[Tokenizer, dict[str, Any]]:
 
 def run_chat(run: SavedRun) -> dict[str, Any]:
     """Return what the run's tokenizer says about conversations (see `chat_settings`); {} without a chat template."""
-    kept = run.folder.resolve().parent.parent / CHAT_FILE
+    kept = run.home / CHAT_FILE
     return read_object(kept) if kept.is_file() else {}
 
 

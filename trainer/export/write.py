@@ -23,15 +23,8 @@ from trainer.export.folder import MODEL_FILES, first_line
 from trainer.export.hub.card import write_card
 from trainer.export.model_files.configuration_unipool import UniPoolConfig
 from trainer.export.names import Shape, exported_shapes
-from trainer.export.saved_run import (
-    SavedRun,
-    end_ids,
-    export_tokenizer,
-    find_run,
-    open_weights,
-    run_chat,
-    run_config,
-)
+from trainer.export.saved_run import SavedRun, end_ids, export_tokenizer, find_run, open_weights, run_chat, run_config
+from trainer.planning.model_costs import count_parameters
 
 Format = Literal["hf", "llama", "safetensors"]
 
@@ -75,12 +68,11 @@ def export(source: Path, out: Path, form: Format, dtype: str, shard_size: str = 
                     shutil.copyfile(run.folder / OWNERSHIP_FILE, partial / OWNERSHIP_FILE)
             with open_weights(run, out.parent) as weights:
                 write_weights(weights, partial, getattr(torch, dtype), shard_size)
-                parameters = weights.parameters
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror or error})") from error
     files = {file.name: file.stat().st_size for file in sorted(out.iterdir())}
     where = {"path": str(out), "checkpoint": str(run.folder)}
-    return where | {"parameters": parameters, "dtype": dtype, "files": files}
+    return where | {"parameters": count_parameters(run.recipe).total, "dtype": dtype, "files": files}
 
 
 def _llama_config(run: SavedRun) -> LlamaConfig:

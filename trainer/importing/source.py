@@ -65,22 +65,19 @@ def opened(path: Path, seq_len: int | None = None) -> Iterator[Source]:
         run = find_run(path)
         if run.recipe.lock:
             raise UserError(f"{path}: the layers of this run own their experts; give a run without a section lock")
-        own = run.folder.resolve().parent.parent / TOKENIZER
+        own = run.home / TOKENIZER
         tokenizer = own if own.is_file() else Path(run.recipe.data.tokenizer)
         tree = run.recipe.model_dump(mode="json")
         with open_weights(run) as weights:
             sections = {name: tree[name] for name in SECTIONS}
-            yield Source(path, sections, weights.read, _unchecked, "float32", tokenizer, tree, run_chat(run))
+            # The weights of a checkpoint are checked when they are read.
+            yield Source(path, sections, weights.read, lambda _: None, "float32", tokenizer, tree, run_chat(run))
         return
     stored = read_object(path / "config.json")
     if stored.get("model_type") == UniPoolConfig.model_type:
         yield _of_export(path, stored)
     else:
         yield _of_checkpoint(path, seq_len)
-
-
-def _unchecked(_recipe: Recipe) -> None:
-    """Check nothing: a checkpoint's weights are checked when they are read."""
 
 
 def _of_export(path: Path, stored: dict[str, Any]) -> Source:

@@ -132,11 +132,7 @@ def _from_experts(source: Source, how: How) -> Source:
             return torch.zeros(E)
         return source.read(name) * sigma if name.endswith(".sigma") else source.read(name)
 
-    new = {
-        "model": model | {"groups": 1},
-        "router": router,
-        "pool": sections["pool"],
-    }
+    new = {"model": model | {"groups": 1}, "router": router, "pool": sections["pool"]}
     if balance:
         new["balance"] = balance
     return _routed(source, new, source.read, own_value, E, how)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from trainer.export.names import CONFIG_KEYS, Shape, exported_shapes
 from trainer.export.saved_run import model_config
 from trainer.export.write import check_free, write_model_files, write_weights
 from trainer.importing.source import Source
+from trainer.planning.model_costs import count_parameters
 
 RECIPE = "recipe.yaml"
 
@@ -82,17 +82,16 @@ def write(source: Source, recipe: Recipe, out: Path, dtype: str | None, tokenize
     kind = dtype or source.dtype
     chat = source.chat if tokenizer is None else None
     arguments = _tokenizer(tokenizer or source.tokenizer, chat, recipe)
-    shapes = exported_shapes(recipe)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_folder(path) as partial:
             write_model_files(model_config(recipe), *arguments, partial, kind)
             save_recipe(recipe, partial / RECIPE)
-            write_weights(_Tensors(shapes, source.read), partial, getattr(torch, kind))
+            write_weights(_Tensors(exported_shapes(recipe), source.read), partial, getattr(torch, kind))
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
-    parameters = sum(math.prod(shape) for name, shape in shapes.items() if not name.endswith(".expert_bias"))
     files = {file.name: file.stat().st_size for file in sorted(path.iterdir())}
+    parameters = count_parameters(recipe).total
     return {"path": str(path), "source": str(source.path), "parameters": parameters, "dtype": kind, "files": files}
 
 

@@ -26,17 +26,7 @@ from torch import Tensor
 
 from pool.schedule import Kind
 from router import Reach, Routing, distinct_experts
-from trainer.model.segments import (
-    Dispatch,
-    Opened,
-    Roots,
-    Seen,
-    Surroundings,
-    combined,
-    dense_layer,
-    dispatched,
-    route,
-)
+from trainer.model.segments import Dispatch, Opened, Roots, Seen, Surroundings, combined, dense_layer, dispatched, route
 from trainer.model.trunk import Trunk
 
 R = TypeVar("R", bound=tuple[Tensor | None, ...])
@@ -120,12 +110,7 @@ class _Segment(Generic[R, Found]):
     without gradient. With `recompute` only the leaves are kept, and the function runs `again` in backward.
     """
 
-    def __init__(
-        self,
-        function: Callable[..., tuple[R, Found]],
-        inputs: tuple[Tensor, ...],
-        recompute: bool,
-    ):
+    def __init__(self, function: Callable[..., tuple[R, Found]], inputs: tuple[Tensor, ...], recompute: bool):
         self._function = function
         self._recompute = recompute
         self._leaves = tuple(t.detach().requires_grad_() for t in inputs)
@@ -297,12 +282,7 @@ def _dense_hidden(trunk: Trunk, tokens_BS: Tensor, layer: Callable[..., Tensor])
 
 
 def _to_request(
-    trunk: Trunk,
-    pool_map: PoolMap,
-    layer: int,
-    around: Surroundings,
-    tokens_BS: Tensor,
-    before: Dispatch | None,
+    trunk: Trunk, pool_map: PoolMap, layer: int, around: Surroundings, tokens_BS: Tensor, before: Dispatch | None
 ) -> Callable[..., tuple[Roots, Opened]]:
     """Return segment `layer`: from the previous layer's answer (or the tokens) to this layer's request."""
     block, seen = trunk.blocks[layer], pool_map.seen_by(layer)

@@ -10,13 +10,7 @@ import torch
 from trainer.common.errors import UserError, short_line
 from trainer.config.recipe import Recipe
 from trainer.model.lock import kinds_of_reach
-from trainer.model.micro_batch import (
-    MicroBatchResult,
-    Objective,
-    PoolMap,
-    train_dense_micro_batch,
-    train_micro_batch,
-)
+from trainer.model.micro_batch import MicroBatchResult, Objective, PoolMap, train_dense_micro_batch, train_micro_batch
 from trainer.model.pool_client import MicroBatch
 from trainer.model.trunk import Trunk
 

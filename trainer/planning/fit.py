@@ -50,19 +50,19 @@ def _changes(recipe: Recipe, lanes: int) -> Iterator[tuple[str, Recipe, int]]:
     for fewer in range(lanes - 1, 0, -1):
         yield f"parallel.lanes={fewer}", recipe, fewer
     if p.trunk_zero and p.trunk_ranks == 1:
-        yield "parallel.trunk_zero=0", _with(recipe, "parallel", trunk_zero=0), lanes
+        yield "parallel.trunk_zero=0", recipe.changed("parallel", trunk_zero=0), lanes
     if p.pool_zero and experts and recipe.grid.replicas == 1:
-        yield "parallel.pool_zero=0", _with(recipe, "parallel", pool_zero=0), lanes
+        yield "parallel.pool_zero=0", recipe.changed("parallel", pool_zero=0), lanes
     half = recipe.train.micro_batch // 2
     while half and recipe.train.micro_batch % half == 0:
-        yield f"train.micro_batch={half}", _with(recipe, "train", micro_batch=half), lanes
+        yield f"train.micro_batch={half}", recipe.changed("train", micro_batch=half), lanes
         half //= 2
     if experts:
-        yield "pool.recompute=true", _with(recipe, "pool", recompute=True), lanes
-        yield "train.recompute=true", _with(recipe, "train", recompute=True), lanes
+        yield "pool.recompute=true", recipe.changed("pool", recompute=True), lanes
+        yield "train.recompute=true", recipe.changed("train", recompute=True), lanes
     in_order = p.trunk_zero == 3 and p.trunk_ranks > 1  # then ZeRO-3 allows nothing else between two roles
     if experts and recipe.grid.expert_parallel < p.trunk_ranks and not recipe.grid.dedicated:
-        shared = _with(recipe, "parallel", layout="every_rank", expert_parallel=None)
+        shared = recipe.changed("parallel", layout="every_rank", expert_parallel=None)
         if experts % p.trunk_ranks == 0:
             one_lane = " and parallel.lanes=1" if in_order else ""
             text = f"parallel.layout=every_rank with a shard on each rank{one_lane}"
@@ -72,13 +72,9 @@ def _changes(recipe: Recipe, lanes: int) -> Iterator[tuple[str, Recipe, int]]:
         dedicated = "parallel.layout=dedicated " if p.layout == "colocated" else ""
         unstaggered = " parallel.stagger=false" if in_order and p.stagger else ""
         while more <= experts and experts % more == 0:
-            layout = _with(recipe, "parallel", layout="dedicated", pool_ranks=more, expert_parallel=None)
+            layout = recipe.changed("parallel", layout="dedicated", pool_ranks=more, expert_parallel=None)
             if not in_order:
                 yield f"{dedicated}parallel.pool_ranks={more}", layout, lanes
             if in_order or lanes > 1:
                 yield f"{dedicated}parallel.pool_ranks={more} with parallel.lanes=1{unstaggered}", layout, 1
             more *= 2
-
-
-def _with(recipe: Recipe, section: str, **keys: object) -> Recipe:
-    return recipe.model_copy(update={section: getattr(recipe, section).model_copy(update=keys)})

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from pool.schedule_builder import Costs, build_training_schedule, staggered_starts
-from pool.schedule_timing import Floats, time_schedule
+from pool.schedule_timing import time_schedule
 from pool.topology import Topology
 from trainer.config.recipe import Recipe
 from trainer.planning.fit import fits
@@ -34,15 +34,10 @@ def deferred_requests(recipe: Recipe) -> float:
     return recipe.stash_limit / (rows * pool_row_bytes(recipe)[1])
 
 
-def accumulation_time(
-    recipe: Recipe, lanes: int, costs: Costs, load_LS: Floats | None = None
-) -> tuple[float, float, float]:
-    """Time a step up to its last gradient.
+def accumulation_time(recipe: Recipe, lanes: int, costs: Costs) -> tuple[float, float, float]:
+    """Time a step up to its last gradient, at an even load over the shards.
 
     Replicas do not wait for each other before, so only the last one to end is simulated.
-
-    Args:
-        load_LS: Share of each layer's assignments that goes to each shard (L, S); None means even.
 
     Returns:
         The time, in the unit of the costs, and the shares of it during which trunk and pool compute.
@@ -52,16 +47,16 @@ def accumulation_time(
         return _colocated_time(recipe, lanes, costs)
     most_deferred, shards, stagger = deferred_requests(recipe), grid.expert_parallel, recipe.parallel.stagger
     replica, late = grid, 0.0
-    if grid.every_rank and load_LS is None:  # all ranks do the same, so one stands for those whose requests it serves
+    if grid.every_rank:  # all ranks do the same, so one stands for those whose requests it serves
         replica = Topology(1, 1, 1, every_rank=True)
         costs, most_deferred = replace(costs, pool_layer=shards * costs.pool_layer), most_deferred / shards
     elif grid.trunk_ranks % grid.replicas == 0:
-        replica = Topology(grid.trunk_ranks // grid.replicas, shards, shards, grid.every_rank)
+        replica = Topology(grid.trunk_ranks // grid.replicas, shards, shards)
         if stagger:  # what the last replica's first trunk rank waits for
             late = max(staggered_starts(grid, layers, costs)[: grid.replicas])
     schedule = build_training_schedule(replica, layers, micro_batches, lanes, stagger, costs)
     starts_T = staggered_starts(replica, layers, costs) if stagger else None
-    step = time_schedule(schedule, replica, layers, costs, load_LS, starts_T=starts_T, most_deferred=most_deferred)
+    step = time_schedule(schedule, replica, layers, costs, starts_T=starts_T, most_deferred=most_deferred)
     seconds = step.seconds + late
     trunk, pool = (float(busy.mean()) * step.seconds / seconds for busy in (step.trunk_busy_T, step.pool_busy_P))
     return seconds, trunk, pool

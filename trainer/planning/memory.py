@@ -124,11 +124,6 @@ def estimate_memory(recipe: Recipe, lanes: int) -> tuple[Memory, ...]:
     return (Memory(role="trunk + pool", ranks=trunk.ranks, **both),)
 
 
-def by_muon(recipe: Recipe) -> bool:
-    """Whether Muon updates the matrices of attention and of experts or FFNs."""
-    return recipe.train.optimizer == "muon"
-
-
 def fullest_rank(recipe: Recipe, lanes: int) -> int:
     """Estimate the bytes on the rank that needs most memory."""
     return max(memory.total for memory in estimate_memory(recipe, lanes))
@@ -197,7 +192,7 @@ def _trunk_memory(recipe: Recipe, in_flight: int) -> Memory:
         messages=in_flight * tokens * between,
         working=tokens * layer,
         device=_device_memory((p.trunk_ranks,), recipe.grid.expert_parallel),
-        **_state(parameters, head, p.trunk_zero, p.trunk_ranks, matrices if by_muon(recipe) else 0),
+        **_state(parameters, head, p.trunk_zero, p.trunk_ranks, matrices if recipe.train.optimizer == "muon" else 0),
     )
 
 
@@ -256,7 +251,7 @@ def _pool_memory(recipe: Recipe, in_flight: int, freed: int) -> Memory:
     m, grid, compute = recipe.model, recipe.grid, compute_bytes(recipe)
     D, F = m.hidden, m.ffn_hidden
     parameters = count_parameters(recipe).pool // grid.expert_parallel
-    of_muon = parameters if by_muon(recipe) else 0
+    of_muon = parameters if recipe.train.optimizer == "muon" else 0
     # W1 and W3 are one parameter.
     state = _state(parameters, parameters * 2 // 3, recipe.parallel.pool_zero, grid.replicas, of_muon, in_place=True)
     assignments = served_trunk_ranks(recipe) * recipe.train.micro_batch * m.seq_len * recipe.router.top_k

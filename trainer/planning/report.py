@@ -97,6 +97,8 @@ def make_cost_report(recipe: Recipe, hardware: Hardware | None = None) -> CostRe
     tokens_per_step = recipe.train.global_batch * recipe.model.seq_len
     tokens = tokens_per_step * recipe.train.steps
     topology, pooled = recipe.grid, recipe.model.ffn == "pool"
+    owner = hardware or DATA_SHEETS["h100"]
+    named = owner.name if hardware else f"{owner.name} (--hardware names another)"
     return CostReport(
         name=recipe.run.dir,
         parameters=count_parameters(recipe),
@@ -108,18 +110,11 @@ def make_cost_report(recipe: Recipe, hardware: Hardware | None = None) -> CostRe
         training_flops=flops.training * tokens,
         lanes=lanes,
         memory=estimate_memory(recipe, lanes),
-        warnings=_warnings(recipe, lanes, hardware),
+        warnings=memory_warnings(recipe, lanes, owner.memory, named),
         trunk_to_pool=flops.trunk / flops.pool if pooled else None,
         split=_split(flops, topology.trunk_ranks, topology.pool_ranks) if topology.dedicated else None,
         recommended=_recommend_split(recipe, flops) if pooled else None,
     )
-
-
-def _warnings(recipe: Recipe, lanes: int, hardware: Hardware | None) -> list[str]:
-    if hardware:
-        return memory_warnings(recipe, lanes, hardware.memory, hardware.name)
-    h100 = DATA_SHEETS["h100"]
-    return memory_warnings(recipe, lanes, h100.memory, f"{h100.name} (--hardware names another)")
 
 
 def _split(flops: Flops, trunk_ranks: int, pool_ranks: int) -> Split:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-from pool.schedule_timing import Floats
 from trainer.common.errors import UserError
 from trainer.common.format import count, percent, plural, quantity, seconds, size
 from trainer.common.tables import new_table, print_tables
@@ -114,24 +113,20 @@ class StepTime:
         return f"{self.trunk_ranks} {self.layout}"
 
 
-def step_time(recipe: Recipe, hardware: Hardware, load_LS: Floats | None = None) -> StepTime:
-    """Predict the step of a recipe's own layout and lanes.
-
-    Args:
-        load_LS: Share of each layer's assignments that goes to each shard (L, S); None means even.
-    """
+def step_time(recipe: Recipe, hardware: Hardware) -> StepTime:
+    """Predict the step of a recipe's own layout and lanes, at an even load over the shards."""
     topology = recipe.grid
     lanes = lanes_on(recipe, hardware)
     costs = costs_in_seconds(recipe, hardware, lanes)
     end = step_end(recipe, hardware).seconds
-    simulated, trunk_busy, pool_busy = accumulation_time(recipe, lanes, costs, load_LS)
+    simulated, trunk_busy, pool_busy = accumulation_time(recipe, lanes, costs)
     host = busiest_host(recipe, hardware, costs)[1]
     accumulated = max(simulated, host)
     wire = None
     link = busiest_link(recipe, hardware.links)
     if link:
         traffic = _traffic(recipe, link)
-        free = max(host, accumulation_time(recipe, lanes, replace(costs, transfer=0.0), load_LS)[0])
+        free = max(host, accumulation_time(recipe, lanes, replace(costs, transfer=0.0))[0])
         accumulated = max(accumulated, traffic / link.bandwidth)
         slowdown = (accumulated + end) / (free + end)
         wire = WireUse(link.role, link.across, traffic / free, link.bandwidth, slowdown)
@@ -191,7 +186,7 @@ def _fastest(layouts: Iterable[Recipe], hardware: Hardware) -> list[StepTime]:
         requests = 10 * 2 * layout.model.layers * layout.micro_batches * served
         lanes = choose_fitting_lanes(layout, hardware)
         if lanes:
-            found.append(step_time(_in_layout(layout, lanes=lanes), hardware))
+            found.append(step_time(layout.changed("parallel", lanes=lanes), hardware))
         if len(found) >= max(3, min(SIMULATED, REQUESTS_SIMULATED // requests)):
             break
     return _sorted(found)
@@ -201,19 +196,16 @@ def _sorted(steps: Iterable[StepTime]) -> list[StepTime]:
     return sorted(steps, key=lambda step: (-step.tokens_per_second, step.lanes))
 
 
-def _in_layout(recipe: Recipe, **parallel: Any) -> Recipe:
-    return recipe.model_copy(update={"parallel": recipe.parallel.model_copy(update=parallel)})
-
-
 def _dedicated(recipe: Recipe, devices: int) -> Iterator[Recipe]:
     """The recipe in every split of the devices that divides evenly, with every possible number of replicas."""
     batches = recipe.train.global_batch // recipe.train.micro_batch
     for trunk_ranks in range(1, devices):
         if batches % trunk_ranks:
             continue
-        split = _in_layout(recipe, layout="dedicated", trunk_ranks=trunk_ranks, pool_ranks=devices - trunk_ranks)
-        for layout in _with_shards(split, devices - trunk_ranks):
-            yield _in_layout(layout, stagger=False) if runs_in_order(layout) else layout
+        pool_ranks = devices - trunk_ranks
+        split = recipe.changed("parallel", layout="dedicated", trunk_ranks=trunk_ranks, pool_ranks=pool_ranks)
+        for layout in _with_shards(split, pool_ranks):
+            yield layout.changed("parallel", stagger=False) if runs_in_order(layout) else layout
 
 
 def _every_rank(recipe: Recipe, devices: int) -> Iterator[Recipe]:
@@ -222,20 +214,20 @@ def _every_rank(recipe: Recipe, devices: int) -> Iterator[Recipe]:
     With a single shard it would be the colocated layout, in which nothing has to be scheduled.
     """
     if recipe.train.global_batch // recipe.train.micro_batch % devices == 0:
-        both = _in_layout(recipe, layout="every_rank", trunk_ranks=devices, pool_ranks=0)
+        both = recipe.changed("parallel", layout="every_rank", trunk_ranks=devices, pool_ranks=0)
         yield from (layout for layout in _with_shards(both, devices) if layout.grid.expert_parallel > 1)
 
 
 def _colocated(recipe: Recipe, devices: int) -> Iterator[Recipe]:
     """The recipe with the whole pool on each of the devices."""
     if recipe.train.global_batch // recipe.train.micro_batch % devices == 0:
-        yield _in_layout(recipe, layout="colocated", trunk_ranks=devices, pool_ranks=0, expert_parallel=1)
+        yield recipe.changed("parallel", layout="colocated", trunk_ranks=devices, pool_ranks=0, expert_parallel=1)
 
 
 def _with_shards(recipe: Recipe, pool_ranks: int) -> Iterator[Recipe]:
     for shards in range(1, pool_ranks + 1):
         if pool_ranks % shards == 0 and recipe.pool.experts % shards == 0:
-            yield _in_layout(recipe, expert_parallel=shards)
+            yield recipe.changed("parallel", expert_parallel=shards)
 
 
 def _least_seconds(layout: Recipe, hardware: Hardware) -> float:

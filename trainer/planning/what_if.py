@@ -135,11 +135,7 @@ def _placements(spec: ScheduleSpec, load_LM: Counts | None) -> list[Placement]:
 
 
 def _time(
-    spec: ScheduleSpec,
-    schedule: PoolSchedule,
-    load_LM: Counts | None,
-    placement: Placement,
-    record: bool = False,
+    spec: ScheduleSpec, schedule: PoolSchedule, load_LM: Counts | None, placement: Placement, record: bool = False
 ) -> StepTiming:
     load_LS = None if load_LM is None else shard_loads(load_LM, placement)
     recipe = spec.recipe

@@ -193,13 +193,7 @@ def redundancy(model: MoEModel, text: Text, sampled: int = 64, seed: int = 0) ->
         both = (_cosines([pair.weights for pair in pairs]), _cosines([pair.outputs for pair in pairs]))
         found.append(BankResult(layers, bank.first, *both, tuple(pairs[:_PAIRS]), weights_EE, outputs_EE))
     return RedundancyResult(
-        model.name,
-        text.name,
-        len(inputs[model.layers[0].number]),
-        seed,
-        model.experts,
-        tuple(found),
-        model.owners,
+        model.name, text.name, len(inputs[model.layers[0].number]), seed, model.experts, tuple(found), model.owners
     )
 
 

@@ -8,6 +8,7 @@ import click
 
 from trainer.common.errors import UserError
 from trainer.common.strict_json import dumps
+from trainer.config.options import json_option
 
 _PICTURE = "law.png"
 
@@ -21,7 +22,7 @@ _PICTURE = "law.png"
     metavar="FILE.png",
     help=f"File for the picture, also written as .svg; default: {_PICTURE} beside the first result.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@json_option
 def law(sources: tuple[Path, ...], variants: tuple[str, ...], out: Path | None, as_json: bool) -> None:
     """Fit a law of the validation loss over pool size, active parameters and depth to the results of finished sweeps.
 

@@ -8,7 +8,8 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from trainer.serve.engine import Engine, Sampling
+from trainer.serve.engine import Engine
+from trainer.serve.sampling import Sampling
 from trainer.serve.text import AnswerText
 
 

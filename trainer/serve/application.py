@@ -18,9 +18,10 @@ from starlette.exceptions import HTTPException
 from trainer.common.errors import one_line
 from trainer.common.strict_json import dumps
 from trainer.serve.answers import Answer, Answers, Asked, Piece, pieces
-from trainer.serve.engine import Engine, Sampling
+from trainer.serve.engine import Engine
 from trainer.serve.metrics import ServerMetrics
 from trainer.serve.requests import Chat, Completion, RequestError, invalid
+from trainer.serve.sampling import Sampling
 
 LARGEST_BODY = 2**20
 """Bytes of the largest body of a request."""

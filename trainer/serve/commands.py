@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -29,18 +30,7 @@ from trainer.config.options import count_option, device_option
 @click.option(
     "--grace", type=click.IntRange(0), default=30, show_default=True, help="Seconds to complete answers after SIGTERM."
 )
-def serve(
-    source: Path,
-    host: str,
-    port: int,
-    name: str | None,
-    batch: int,
-    queue: int,
-    api_key: str | None,
-    chat_template: Path | None,
-    device: str | None,
-    grace: int,
-) -> None:
+def serve(source: Path, **settings: Any) -> None:
     """Serve SOURCE, a run, a checkpoint of it, or an export of format hf, to clients of the OpenAI API.
 
     It answers /v1/completions, /v1/chat/completions (with a chat template), /v1/models, /health and /metrics. Requests
@@ -54,4 +44,4 @@ def serve(
     """
     from trainer.serve.server import serve as run
 
-    run(source, host, port, name, batch, queue, api_key, chat_template, device, grace)
+    run(source, **settings)

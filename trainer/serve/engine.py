@@ -7,7 +7,6 @@ import itertools
 import math
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,32 +14,13 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from trainer.export.loaded_model import LoadedModel, finite_outputs
 from trainer.serve.requests import RequestError
-from trainer.serve.sampling import add_sampling, sampling_arguments
+from trainer.serve.sampling import Sampling, add_sampling
 
 _PAGE = {"cpu": 32, "cuda": 256}
 """Tokens of a page of the KV cache. Kernels for paged attention on GPUs need 256."""
 
 _PREFILL = 512
 """Tokens of a forward pass, in which long prompts are divided."""
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How an answer is made.
-
-    Attributes:
-        tokens: Largest number of new tokens.
-        temperature: 0 takes the most likely token.
-        top_k: Sample from this many of the most likely tokens; 0 for all.
-        top_p: Sample from the smallest set of tokens with this total probability.
-        seed: The seed, at least 0.
-    """
-
-    tokens: int
-    temperature: float
-    top_k: int
-    top_p: float
-    seed: int
 
 
 class Engine:
@@ -164,15 +144,8 @@ class Engine:
             self._manager.register_result_handler(name, made.put_nowait)
             finished, known = False, 0
             try:
-                arguments = sampling_arguments(
-                    sampling.temperature,
-                    sampling.top_k,
-                    sampling.top_p,
-                    sampling.seed,
-                    self.vocabulary,
-                )
                 accepted = self._manager.add_request(
-                    prompt, name, max_new_tokens=sampling.tokens, streaming=True, **arguments
+                    prompt, name, max_new_tokens=sampling.tokens, streaming=True, **sampling.arguments(self.vocabulary)
                 )
                 if accepted is None:
                     raise RequestError("the server is stopping", status=503)

@@ -10,6 +10,7 @@ Dimensions: R rows, one for each request with a new token; V vocabulary.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,6 +28,32 @@ GREEDY = 0
 
 SMALLEST_TEMPERATURE = 1e-5
 """Below, scores over the temperature may be infinite."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How an answer is made.
+
+    Attributes:
+        tokens: Largest number of new tokens.
+        temperature: 0 takes the most likely token.
+        top_k: Sample from this many of the most likely tokens; 0 for all.
+        top_p: Sample from the smallest set of tokens with this total probability.
+        seed: The seed, at least 0.
+    """
+
+    tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int
+
+    def arguments(self, vocabulary: int) -> dict[str, Any]:
+        """Return a request's arguments for the processors; a temperature near 0 takes the most likely token."""
+        if self.temperature < SMALLEST_TEMPERATURE:
+            return {"temperature": 1.0, "top_k": vocabulary, "top_p": 1.0, "seed": -1}
+        top_k = min(self.top_k or vocabulary, vocabulary)
+        return {"temperature": self.temperature, "top_k": top_k, "top_p": self.top_p, "seed": self.seed}
 
 
 def add_sampling(processors: Any) -> None:
@@ -47,13 +74,6 @@ def add_sampling(processors: Any) -> None:
         processors.supported_keys |= processor.supported_kwargs
     processors.tensors_required = len(processors.logits_processor)
     processors.do_processing = True
-
-
-def sampling_arguments(temperature: float, top_k: int, top_p: float, seed: int, vocabulary: int) -> dict[str, Any]:
-    """Return a request's arguments for the processors; a temperature near 0 takes the most likely token."""
-    if temperature < SMALLEST_TEMPERATURE:
-        return {"temperature": 1.0, "top_k": vocabulary, "top_p": 1.0, "seed": -1}
-    return {"temperature": temperature, "top_k": min(top_k or vocabulary, vocabulary), "top_p": top_p, "seed": seed}
 
 
 class SeededNoise(ContinuousBatchingLogitsProcessor):  # type: ignore[misc]  # transformers has no types

@@ -15,16 +15,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 
-from trainer.common.figure_style import (
-    FAINT,
-    INK,
-    SERIES,
-    add_legend,
-    new_figure,
-    panel_title,
-    style_axes,
-    write_png,
-)
+from trainer.common.figure_style import FAINT, INK, SERIES, add_legend, new_figure, panel_title, style_axes, write_png
 
 
 def write_heat_map(

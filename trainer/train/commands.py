@@ -22,11 +22,7 @@ if TYPE_CHECKING:
 @click.command(short_help="Train a recipe, or resume it from its newest checkpoint.")
 @recipe_arguments
 @click.option("--force", is_flag=True, help="Resume even if settings that affect results have changed.")
-@click.option(
-    "--dry-run",
-    is_flag=True,
-    help="Do every part of the job once, report each, and leave nothing behind.",
-)
+@click.option("--dry-run", is_flag=True, help="Do every part of the job once, report each, and leave nothing behind.")
 @click.option(
     "--max-restarts",
     type=click.IntRange(min=0),

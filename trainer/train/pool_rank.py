@@ -32,11 +32,12 @@ class PoolRank:
         schedule, plan: What all ranks do; what this one does in an optimizer step.
         clock: Measures what its training steps are spent on.
         norms: See `TrunkRank`; the same on all ranks.
-        lock: None: only trunk ranks know which layer owns which expert.
+        lock, ownership: None: only trunk ranks know which layer owns which expert.
         early_stop: None: only trunk ranks know the validation loss.
     """
 
     lock: RunLock | None = None
+    ownership: None = None
     early_stop: EarlyStop | None = None
 
     def __init__(
@@ -118,11 +119,6 @@ class PoolRank:
         """Use the weights that the engine has loaded; see `load_checkpoint` for the state."""
         restore_norms(self.norms, state)
         self.weights_changed()
-
-    @property
-    def ownership(self) -> None:
-        """Nothing, as `lock`."""
-        return
 
     def recorded_load(self) -> None:
         """Return nothing: only trunk ranks know the load of each layer."""

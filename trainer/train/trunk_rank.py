@@ -27,13 +27,7 @@ from trainer.data.batches import SequenceStream
 from trainer.engine.monitors import Monitors
 from trainer.engine.role_engine import build_engine, squared_norm
 from trainer.model.lock import forced_reaches
-from trainer.model.micro_batch import (
-    MicroBatchResult,
-    Objective,
-    PoolMap,
-    train_dense_micro_batch,
-    train_micro_batch,
-)
+from trainer.model.micro_batch import MicroBatchResult, Objective, PoolMap, train_dense_micro_batch, train_micro_batch
 from trainer.model.pool_client import MicroBatch
 from trainer.model.trunk import Trunk
 from trainer.model.warm_up import warm_up

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ from router import Ownership, assign
 from trainer.checkpoint.format import OwnershipRecord
 from trainer.checkpoint.format import read_ownership as read_record
 from trainer.common.errors import UserError
+from trainer.common.format import spans
 from trainer.common.tables import new_table
 from trainer.config.recipe import Recipe
 from trainer.view.records import is_run, recorded_load, saved_recipe
@@ -97,9 +97,8 @@ class RunOwnership:
         made.add_column("experts", justify="left")
         for layer, experts in enumerate(own.experts_by_layer):
             shortfall = f"{own.shortfalls[layer]:.1%}" if own.shortfalls[layer] else ""
-            made.add_row(
-                str(layer), f"{own.shares[layer]:.1%}", shortfall, f"{self._compared_L[layer]:.1%}", ranges(experts)
-            )
+            compared_to = f"{self._compared_L[layer]:.1%}"
+            made.add_row(str(layer), f"{own.shares[layer]:.1%}", shortfall, compared_to, spans(experts, ", "))
         made.add_section()
         made.add_row("mean", f"{np.mean(own.shares):.1%}", "", f"{self._compared_L.mean():.1%}", "")
         return made
@@ -130,12 +129,6 @@ class RunOwnership:
 
         owners, load_LM = self.ownership.owners, self.load_LM.astype(float)
         return draw_ownership(load_LM, owners, self._title, self.recorded_L.tolist(), self.coverage)
-
-
-def ranges(numbers: tuple[int, ...]) -> str:
-    """Write ascending numbers with runs of neighbours as ranges: 0-3, 7, 9-10."""
-    runs = [[n for _, n in own] for _, own in groupby(enumerate(numbers), lambda placed: placed[1] - placed[0])]
-    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def read_ownership(run: Path, coverage: float | None) -> RunOwnership:

@@ -167,7 +167,7 @@ class Run:
         """All records of a step together, by step, ascending."""
         folder, last = self.path, math.inf
         if self.kind == "checkpoint":
-            folder, last = self._run_folder, checkpoint.read_info(self.path).steps
+            folder, last = self.path.resolve().parent.parent, checkpoint.read_info(self.path).steps
         try:
             lines = (folder / METRICS_FILE).read_bytes().splitlines(keepends=True)
         except OSError:
@@ -177,10 +177,6 @@ class Run:
             if step <= last:
                 found.setdefault(step, {}).update(record)
         return dict(sorted(found.items()))
-
-    @property
-    def _run_folder(self) -> Path:
-        return self.path.resolve().parent.parent
 
     @cached_property
     def checkpoints(self) -> dict[int, Path]:

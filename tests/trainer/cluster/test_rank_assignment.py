@@ -5,14 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pool.topology import Topology
-from trainer.cluster.rank_assignment import (
-    assign_ranks,
-    number_of_ranks,
-    payload_device,
-    ranks_by_order,
-    roster,
-    spans,
-)
+from trainer.cluster.rank_assignment import assign_ranks, number_of_ranks, payload_device, ranks_by_order, roster
 from trainer.common.errors import UserError
 
 GRIDS = [Topology(trunk, pool, max(1, pool)) for trunk in range(1, 10) for pool in range(18)]
@@ -128,7 +121,6 @@ def test_the_roster_names_ranks_by_host_and_devices_where_they_differ() -> None:
     assert roster(grid, ["a", "a", "b", "c", "b"], ["cuda"] * 2 + ["cpu"] * 3) == (
         "a: trunk 0-1 on cuda; b: pool 0,2 on cpu; c: pool 1 on cpu"
     )
-    assert spans([0, 1, 2, 5, 7, 8]) == "0-2,5,7-8"
 
 
 EVERY_RANK = Topology(4, 4, 2, every_rank=True)

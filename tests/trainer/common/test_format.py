@@ -76,3 +76,8 @@ def test_shares_and_tests() -> None:
 
 def test_plurals() -> None:
     assert [fmt.plural(n, "seed") for n in (0, 1, 2, 1024)] == ["0 seeds", "1 seed", "2 seeds", "1,024 seeds"]
+
+
+def test_spans() -> None:
+    assert fmt.spans(iter([0, 1, 2, 5, 7, 8])) == "0-2,5,7-8"
+    assert fmt.spans((0, 1, 2, 7, 9, 10), ", ") == "0-2, 7, 9-10"

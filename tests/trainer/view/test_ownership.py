@@ -15,9 +15,10 @@ from router import assign
 from tests.trainer.fuzzing import user_error
 from tests.trainer.made_up import write_run
 from trainer.cli import cli
+from trainer.common.format import spans
 from trainer.config.recipe import load_recipe
 from trainer.view.frame import frame_lines
-from trainer.view.ownership import ranges, read_ownership
+from trainer.view.ownership import read_ownership
 from trainer.view.records import facts_of
 from trainer.view.view import View
 
@@ -43,7 +44,7 @@ def test_table_json_and_picture(tmp_path: Path) -> None:
     assert picture.read_bytes().startswith(b"\x89PNG") and str(picture) in printed
     assert "a run: what each layer would own" in printed
     assert "8 of 8 layers lack up to" in printed and f"{found['share']:.1%}" in printed
-    assert ranges(expected.experts_by_layer[0]) in printed
+    assert spans(expected.experts_by_layer[0], ", ") in printed
 
 
 def test_coverage_that_is_met(tmp_path: Path) -> None:
@@ -133,7 +134,3 @@ def test_watch_names_the_stage(stage: float | None, said: str) -> None:
     text = "\n".join(line.plain for line in frame_lines(View("r", "running", info, scalars, {}, ()), 120, 40))
     assert ("stage of the lock " + said in text) if said else ("stage" not in text)
     assert " 1 lane " in text
-
-
-def test_ranges() -> None:
-    assert ranges((0, 1, 2, 7, 9, 10)) == "0-2, 7, 9-10"

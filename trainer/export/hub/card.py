@@ -16,7 +16,7 @@ from trainer.common.format import count, loss, perplexity, plural, plus_minus
 from trainer.common.strict_json import loads
 from trainer.common.versions import software
 from trainer.config.recipe import Recipe
-from trainer.config.sections import Source
+from trainer.config.sections import source_list
 from trainer.data.reading.sources import HUB_PREFIX
 from trainer.export.hub.curves import Curve, read_curves, write_picture
 from trainer.planning.model_costs import count_parameters
@@ -107,11 +107,11 @@ def write_card(run: SavedRun, folder: Path, dtype: str, code: bool) -> None:
     Raises:
         UserError: The run's eval.json is not a record of `eval`.
     """
-    recipe, home = run.recipe, run.folder.resolve().parent.parent
-    curves = read_curves(home, read_info(run.folder).steps)
+    recipe = run.recipe
+    curves = read_curves(run.home, read_info(run.folder).steps)
     pooled = recipe.model.ffn == "pool"
     picture = write_picture(curves, folder / PICTURE_FILE, pooled)
-    scores, harness = _evaluated(home, run.folder.name)
+    scores, harness = _evaluated(run)
     kind = "dense" if not pooled else "unipool" if recipe.model.groups < recipe.model.layers else "mixture-of-experts"
     name = Path(recipe.run.dir).name
     data = ModelCardData(
@@ -130,7 +130,7 @@ def write_card(run: SavedRun, folder: Path, dtype: str, code: bool) -> None:
         pooled=kind == "unipool",
         code=code,
         model=_model(recipe, dtype),
-        training=_training(run, home, curves["val_loss"]),
+        training=_training(run, curves["val_loss"]),
         picture=PICTURE_FILE if picture else None,
         scores=[(_text(task), _text(metric), plus_minus(value, error)) for task, metric, value, error in scores],
         harness=_text(harness),
@@ -157,7 +157,7 @@ def _model(recipe: Recipe, dtype: str) -> Rows:
     ]
 
 
-def _training(run: SavedRun, home: Path, val_loss: Curve) -> Rows:
+def _training(run: SavedRun, val_loss: Curve) -> Rows:
     recipe, info = run.recipe, read_info(run.folder)
     t = recipe.train
     tokens = info.steps * t.global_batch * recipe.model.seq_len
@@ -176,19 +176,14 @@ def _training(run: SavedRun, home: Path, val_loss: Curve) -> Rows:
         ("layout", describe(recipe).split("; ")[-2]),
         ("seed", str(recipe.run.seed)),
     ]
-    if by := _trained_by(home):
+    if by := _trained_by(run.home):
         rows.append(("trained by", by))
     return [*rows, ("exported by", _versions(software()))]
 
 
-def _sources(recipe: Recipe) -> tuple[Source, ...]:
-    sources = recipe.data.source
-    return (Source(source=sources),) if isinstance(sources, str) else sources
-
-
 def _data(recipe: Recipe) -> str:
     """The sources, each with its weight if there are several."""
-    listed = _sources(recipe)
+    listed = source_list(recipe.data.source)
     weights = [f"{source.weight:g} x " if len(listed) > 1 else "" for source in listed]
     return ", ".join(weight + _public_name(source.source) for weight, source in zip(weights, listed, strict=True))
 
@@ -199,7 +194,7 @@ def _public_name(path: str) -> str:
 
 
 def _hub_data_sets(recipe: Recipe) -> list[str]:
-    names = [source.source for source in _sources(recipe)]
+    names = [source.source for source in source_list(recipe.data.source)]
     return [name.removeprefix(HUB_PREFIX).partition(":")[0] for name in names if name.startswith(HUB_PREFIX)]
 
 
@@ -214,11 +209,11 @@ def _versions(found: dict[str, str]) -> str:
     return ", ".join(f"{name} {version}" for name, version in found.items())
 
 
-def _evaluated(home: Path, checkpoint: str) -> tuple[list[tuple[str, str, Any, Any]], str]:
+def _evaluated(run: SavedRun) -> tuple[list[tuple[str, str, Any, Any]], str]:
     """What `eval` found: task, metric, value and standard error of each score, and the harness's version."""
-    path = home / "eval.json"
+    path = run.home / "eval.json"
     try:
-        record = loads(path.read_bytes()).get(checkpoint, {}).get("tasks") if path.exists() else None
+        record = loads(path.read_bytes()).get(run.folder.name, {}).get("tasks") if path.exists() else None
         if record is None:
             return [], ""
         scores = [

@@ -69,10 +69,7 @@ def phases(run: Path, records: Records, recipe: Recipe | None) -> list[Phase]:
     """
     seconds, tokens = step_seconds(records), np.array(records.columns["tokens"])
     applied = np.array(records.columns["applied"]) != 0
-    found = [
-        Phase(TRAINING, seconds[applied], float(np.nansum(tokens[applied]))),
-        Phase(SKIPPED, seconds[~applied]),
-    ]
+    found = [Phase(TRAINING, seconds[applied], float(np.nansum(tokens[applied]))), Phase(SKIPPED, seconds[~applied])]
     ends = elapsed(records)
     if len(ends) and np.isfinite(ends).all():
         pauses = np.diff(ends, prepend=0.0) - seconds
