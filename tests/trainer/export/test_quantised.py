@@ -78,7 +78,7 @@ def test_experts_as_linear_layers(tmp_path: Path) -> None:
     quantize_(single, config, lambda module, name: isinstance(module, nn.Linear) and "experts" in name)
     kinds = {type(expert.up_proj.weight).__name__ for expert in single.model.experts.children()}
     assert kinds == {"Int4OpaqueTensor"}
-    assert 0 < distance(single(tokens).logits, model(tokens).logits) < 0.6
+    assert 0 < distance(single(tokens).logits, model(tokens).logits) < 0.5
 
 
 @pytest.mark.parametrize(
