@@ -34,7 +34,7 @@ def test_the_list_of_pictures_is_complete() -> None:
 def test_results_hold_what_their_tables_say() -> None:
     """result.json and result.csv of every recorded result agree."""
     results = sorted((IMAGES.parent / "results").glob("*/result.json"))
-    assert len(results) == 5
+    assert results
     for file in results:
         tree = json.loads(file.read_text())
         lines = file.with_name("result.csv").read_text().splitlines()[1:]
