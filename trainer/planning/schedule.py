@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import MISSING, asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -128,15 +129,25 @@ def make_schedule(recipe: Recipe) -> ScheduleSpec:
 def schedule_of(recipe: Recipe, file: Path, resume: bool) -> ScheduleSpec:
     """Return the run's saved schedule if it resumes with the same shape and layout, else a new one.
 
+    A damaged file is renamed to damaged_plan.json with a warning: the recipe alone gives the same schedule again, unless
+    the profile of `parallel.hardware` has changed meanwhile.
+
     Raises:
-        UserError: The file is damaged.
+        UserError: The file cannot be read or renamed.
     """
     saved = None
     if resume and file.exists():
         try:
             saved = ScheduleSpec.from_json(recipe, file.read_text())
-        except (OSError, ValueError):
-            raise UserError(f"{file}: is damaged; delete it, and the run will make a new schedule") from None
+        except ValueError:
+            aside = file.with_name(f"damaged_{file.name}")
+            try:
+                file.replace(aside)
+            except OSError as error:
+                raise UserError(f"{file}: is damaged and cannot be renamed ({error.strerror}); delete it") from None
+            print(f"WARNING: {file} is damaged and now {aside.name}; the recipe gives the schedule", file=sys.stderr)
+        except OSError as error:
+            raise UserError(f"{file}: cannot be read ({error.strerror})") from None
     return saved or make_schedule(recipe)
 
 

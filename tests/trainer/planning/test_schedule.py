@@ -91,8 +91,15 @@ def test_a_resumed_run_keeps_the_schedule_of_an_earlier_version(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("text", ["", OLD_FILE.replace('"head"', '"heads"'), OLD_FILE.replace("524288", "-1")])
-def test_a_damaged_schedule_is_named(text: str, tmp_path: Path) -> None:
-    file = tmp_path / "plan.json"
+def test_a_damaged_schedule_is_set_aside(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe, file = load_recipe("quickstart"), tmp_path / "plan.json"
     file.write_text(text)
-    with pytest.raises(UserError, match=r"plan.json: is damaged; delete it"):
-        schedule_of(load_recipe("quickstart"), file, resume=True)
+    assert schedule_of(recipe, file, resume=True) == make_schedule(recipe)
+    assert not file.exists() and (tmp_path / "damaged_plan.json").read_text() == text
+    assert f"WARNING: {file} is damaged and now damaged_plan.json" in capsys.readouterr().err
+
+
+def test_a_schedule_that_cannot_be_read_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "plan.json").mkdir()
+    with pytest.raises(UserError, match=r"plan.json: cannot be read \(Is a directory\)"):
+        schedule_of(load_recipe("quickstart"), tmp_path / "plan.json", resume=True)
