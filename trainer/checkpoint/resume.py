@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +12,7 @@ from trainer.common.strict_json import dumps, loads
 from trainer.config.lock import OWNERSHIP_FILE, assigned_after
 from trainer.config.recipe import Recipe, load_recipe
 from trainer.config.sections import source_names
+from trainer.telemetry.console import say
 
 if TYPE_CHECKING:
     from trainer.cluster.process_groups import Job
@@ -177,7 +177,7 @@ def choose(job: Job, recipe: Recipe, checkpoints: Path, force: bool) -> tuple[in
             if job.rank == 0:
                 _set_aside(checkpoints, damaged, name)
                 if differing:
-                    print(f"the recipe differs from that of {name}: {', '.join(differing)}", file=sys.stderr)
+                    say(f"the recipe differs from that of {name}: {', '.join(differing)}")
             job.barrier()
             return checkpoint.steps_of(folder), folder
         damaged[name] = problem
@@ -209,10 +209,9 @@ def _set_aside(checkpoints: Path, damaged: dict[str, str], chosen: str) -> None:
             number += 1
             aside = checkpoints / f"damaged_{name}.{number}"
         (checkpoints / name).rename(aside)
-        print(
+        say(
             f"WARNING: checkpoint {name} is damaged: {problem}. RESUMING FROM {chosen} INSTEAD; the damaged one is now "
-            f"{aside}",
-            file=sys.stderr,
+            f"{aside}"
         )
 
 
@@ -226,7 +225,7 @@ def load_checkpoint(job: Job, recipe: Recipe, folder: Path, role: checkpoint.Rol
         from trainer.checkpoint.reshard import reshard
 
         if job.rank == 0:
-            print(f"checkpoint {folder.name} has another layout: resharding it", file=sys.stderr)
+            say(f"checkpoint {folder.name} has another layout: resharding it")
         reshard(job, folder, role.engines)
     state: dict[str, Any] = {}
     if job.is_trunk or recipe.train.skip_spikes is not None:  # pool ranks skip the same steps

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import MISSING, asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +17,7 @@ from trainer.config.recipe import Recipe
 from trainer.planning.hardware import costs_in_seconds, find_hardware
 from trainer.planning.lanes import choose_lanes, lanes_on
 from trainer.planning.model_costs import count_flops
+from trainer.telemetry.console import say
 
 LAUNCH_SHARE = 0.4
 """Cost of a launch, which reads a shard's weights from memory, over one request's cost. Measured on a CPU with 32 rows
@@ -129,8 +129,8 @@ def make_schedule(recipe: Recipe) -> ScheduleSpec:
 def schedule_of(recipe: Recipe, file: Path, resume: bool) -> ScheduleSpec:
     """Return the run's saved schedule if it resumes with the same shape and layout, else a new one.
 
-    A damaged file is renamed to damaged_plan.json with a warning: the recipe alone gives the same schedule again, unless
-    the profile of `parallel.hardware` has changed meanwhile.
+    A damaged file is renamed to damaged_plan.json with a warning: the recipe gives the same schedule again, unless the
+    profile of `parallel.hardware` has changed meanwhile.
 
     Raises:
         UserError: The file cannot be read or renamed.
@@ -140,12 +140,11 @@ def schedule_of(recipe: Recipe, file: Path, resume: bool) -> ScheduleSpec:
         try:
             saved = ScheduleSpec.from_json(recipe, file.read_text())
         except ValueError:
-            aside = file.with_name(f"damaged_{file.name}")
             try:
-                file.replace(aside)
+                file.replace(file.with_name("damaged_plan.json"))
             except OSError as error:
                 raise UserError(f"{file}: is damaged and cannot be renamed ({error.strerror}); delete it") from None
-            print(f"WARNING: {file} is damaged and now {aside.name}; the recipe gives the schedule", file=sys.stderr)
+            say(f"WARNING: {file} is damaged and now damaged_plan.json; the recipe gives the schedule")
         except OSError as error:
             raise UserError(f"{file}: cannot be read ({error.strerror})") from None
     return saved or make_schedule(recipe)
