@@ -153,7 +153,7 @@ def test_the_engine_leaves_the_compiler_on(tmp_path: Path) -> None:
         "import os, sys; os.environ['DS_ACCELERATOR'] = 'cpu'; import torch, trainer.engine.role_engine as engine\n"
         "from pathlib import Path; from trainer.data.packing import SplitRows; from trainer.train import loop, start\n"
         "start.use_deterministic_kernels(); engine._import_deepspeed()\n"
-        f"print(SplitRows(Path({str(tmp_path)!r}) / 'split.arrow')[[1]])\n"
+        f"print(SplitRows(Path({str(tmp_path)!r}) / 'split.arrow', 9)[[1]])\n"
         "print(torch.are_deterministic_algorithms_enabled())\n"
         "heavy = {'torch._dynamo', 'torch._inductor', 'datasets', 'pandas', 'transformers', 'matplotlib', 'rich'}\n"
         "print(*heavy & set(sys.modules)); calls = []\n"

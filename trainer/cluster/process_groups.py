@@ -61,6 +61,7 @@ class Job:
         self._choose_gpu()
         self.role_name, self.role_rank, self.role_size = self.topology.role_world(self.rank)
         os.environ.update(RANK=str(self.role_rank), WORLD_SIZE=str(self.role_size))
+        self._limit_groups_of_others()
         dist.init_process_group(
             backend="cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo",
             store=dist.PrefixStore(self.role_name, self._store),
@@ -78,6 +79,12 @@ class Job:
                 self.wire_groups = WireGroups(host, device=self._device_groups())
             else:
                 self.wire_groups = WireGroups(host, [self._cross_group(f"lane{lane}") for lane in range(lanes)])
+
+    def _limit_groups_of_others(self) -> None:
+        """Let groups that DeepSpeed makes wait as long as a start may; torch has 30 minutes, and for NCCL 10."""
+        c10d = dist.distributed_c10d
+        c10d.default_pg_timeout = self.start_timeout
+        c10d.default_pg_nccl_timeout = min(self.start_timeout, timedelta(minutes=10))
 
     def _new_shard_group(self) -> Any:
         """Create the groups of all shards, in the same order on all ranks, and return this rank's."""
@@ -116,7 +123,7 @@ class Job:
     def limit_waits(self) -> None:
         """Let all groups that exist wait on the host for at most `parallel.timeout_seconds`, as in a step.
 
-        DeepSpeed makes groups of its own, for the replicas of a role, and torch lets these wait for 30 minutes.
+        Until then, those that DeepSpeed has made for the replicas of a role wait as long as a start may.
         """
         host = torch.device("cpu")
         for group in dist.distributed_c10d._world.pg_map:

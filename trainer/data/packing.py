@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from trainer.common.errors import UserError
+
 ROWS_PER_WRITE = 1000
 _READ_BYTES = 1 << 24
 _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # in Arrow's streaming format
@@ -163,11 +165,18 @@ class SplitRows:
 
     `datasets` could read them too, but importing it takes as long as a step, and so does pandas, which `to_numpy` of
     pyarrow would import.
+
+    Args:
+        vocab: The number of different tokens. Rows are checked as they are read: a larger one means a damaged file.
+
+    Raises:
+        OSError, ValueError, LookupError: The file cannot be read or has other content.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, vocab: int):
         import pyarrow as pa
 
+        self._path, self._vocab = path, vocab
         with pa.ipc.open_stream(pa.memory_map(str(path))) as stream:
             parts = stream.read_all()["tokens"].chunks
         self._parts = [_view(part.flatten()).reshape(len(part), -1) for part in parts]
@@ -177,9 +186,19 @@ class SplitRows:
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def __getitem__(self, rows: Sequence[int]) -> NDArray[Any]:
-        """Return a copy of these rows, (len(rows), S+1)."""
+        """Return a copy of these rows, (len(rows), S+1).
+
+        Raises:
+            UserError: A row holds a token that is not in the vocabulary.
+        """
         parts = np.searchsorted(self._ends, rows, side="right")
-        return np.stack([self._parts[part][row - self._ends[part]] for part, row in zip(parts, rows, strict=True)])
+        found = np.stack([self._parts[part][row - self._ends[part]] for part, row in zip(parts, rows, strict=True)])
+        if (largest := found.max(initial=0)) >= self._vocab:
+            raise UserError(
+                f"{self._path}: is damaged (token {largest} in a vocabulary of {self._vocab}); delete "
+                f"{self._path.parent}, and it will be made again"
+            )
+        return found
 
 
 def _view(tokens: Any) -> NDArray[Any]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from trainer.common.errors import UserError
 from trainer.common.strict_json import dumps, loads
@@ -73,12 +76,47 @@ class PreparedSource:
         return facts
 
     def rows(self, split: str) -> SplitRows:
-        """Return the rows of one of `SPLITS`, seq_len + 1 ids each."""
-        return SplitRows(self.path / f"{split}.arrow")
+        """Return the rows of one of `SPLITS`, seq_len + 1 ids each.
+
+        Raises:
+            UserError: The file is damaged.
+        """
+        file, wanted = self.path / f"{split}.arrow", self.facts(split).sequences
+        with _reading(file):
+            rows = SplitRows(file, self.tokenizer_vocab)
+            if len(rows) != wanted:
+                raise ValueError(f"it has {len(rows):,} of {wanted:,} sequences")
+            return rows
 
     def tokenizer(self) -> Tokenizer:
-        """Return the tokenizer that produced the tokens."""
-        return load_tokenizer(str(self.path))
+        """Return the tokenizer that produced the tokens.
+
+        Raises:
+            UserError: Its file is damaged.
+        """
+        with _reading(self.path / TOKENIZER_FILE):
+            return load_tokenizer(str(self.path))
+
+    def chat_settings(self) -> str | None:
+        """Return the text of `CHAT_FILE`, if there is one.
+
+        Raises:
+            UserError: The file is damaged.
+        """
+        file = self.path / CHAT_FILE
+        with _reading(file):
+            return file.read_text(encoding="utf-8") if file.is_file() else None
+
+    def counts(self) -> NDArray[Any]:
+        """Return how often each token is in the training split.
+
+        Raises:
+            UserError: The file is damaged.
+        """
+        file = self.path / COUNTS_FILE
+        with _reading(file):
+            counts: NDArray[Any] = np.load(file)
+            return counts
 
 
 def open_prepared(path: Path) -> PreparedSource:
@@ -97,9 +135,20 @@ def open_prepared(path: Path) -> PreparedSource:
         return PreparedSource(path, facts["tokenizer_vocab"], facts["end_of_document"], bad, **splits)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         what = error if isinstance(error, OSError | ValueError) else f"{FACTS_FILE} has unexpected content"
-        raise UserError(
-            f"{path}: this prepared data is damaged ({what}); delete the folder, and it will be made again"
-        ) from error
+        raise _damaged(path, what) from error
+
+
+@contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    """Say that the folder is damaged if its file cannot be read."""
+    try:
+        yield
+    except (OSError, ValueError, LookupError, EOFError, UserError) as error:  # pyarrow's own kinds are some of these
+        raise _damaged(file.parent, f"{file.name}: {error}") from error
+
+
+def _damaged(path: Path, what: object) -> UserError:
+    return UserError(f"{path}: this prepared data is damaged ({what}); delete the folder, and it will be made again")
 
 
 @dataclass(frozen=True)
@@ -149,9 +198,8 @@ class PreparedData:
 
     def tokenizer_files(self) -> dict[str, str]:
         """Return the texts of the files that a run keeps of its tokenizer, by name."""
-        chat = self._first.path / CHAT_FILE
-        kept = {CHAT_FILE: chat.read_text(encoding="utf-8")} if chat.is_file() else {}
-        return {TOKENIZER_FILE: self.tokenizer().to_str(), **kept}
+        chat = self._first.chat_settings()
+        return {TOKENIZER_FILE: self.tokenizer().to_str(), **({CHAT_FILE: chat} if chat is not None else {})}
 
     @property
     def end_id(self) -> int:
@@ -172,7 +220,7 @@ class PreparedData:
         """Entropy of the training tokens in nats: the loss of a model that knows only how frequent each token is."""
         if len(self.training) == 1:
             return self.training[0][0].train.unigram_entropy
-        counts = [np.load(source.path / COUNTS_FILE) for source, _ in self.training]
+        counts = [source.counts() for source, _ in self.training]
         mean = sum(share * c / c.sum() for c, (_, share) in zip(counts, self.training, strict=True))
         return unigram_entropy(mean)
 

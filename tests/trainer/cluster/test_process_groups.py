@@ -49,6 +49,22 @@ def _late(recipe: Recipe) -> dict[str, str]:
     return result
 
 
+def test_a_group_of_deepspeeds_waits_as_long_as_a_start() -> None:
+    """It is made without a time limit, and torch's own is half an hour."""
+    colocated = {"trunk_ranks": 2, "pool_ranks": 0, "start_timeout_seconds": 3.0}
+    (said, _) = run_ranks(2, _alone, tiny(parallel=colocated))
+    assert "timeout" in said.lower() or "timed out" in said.lower()
+
+
+def _alone(recipe: Recipe) -> str:
+    """Rank 1 does not come to a new group of its role."""
+    if join(recipe).rank == 1:
+        return ""
+    with pytest.raises(RuntimeError) as error:
+        dist.new_group([0, 1])
+    return str(error.value)
+
+
 class Mailboxes:
     """In the place of a group of gloo: ranks are threads, and what they send is noted."""
 

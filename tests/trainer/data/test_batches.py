@@ -18,7 +18,7 @@ def counting(path, rows: int, first: int) -> SplitRows:
     writer = SplitWriter(path, SEQ_LEN, vocab=1000)
     writer.add(np.arange(first, first + rows * SEQ_LEN + 1), text_bytes=0)
     writer.close()
-    return SplitRows(path)
+    return SplitRows(path, 1000)
 
 
 def rows_of(batches) -> list[int]:

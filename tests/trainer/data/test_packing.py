@@ -10,6 +10,7 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from trainer.common.errors import UserError
 from trainer.data import packing
 from trainer.data.packing import SplitRows, SplitWriter
 
@@ -29,7 +30,7 @@ def pack(documents, seq_len, vocab, restart=None):
                 writer = SplitWriter(path, seq_len, vocab, saved)
             writer.add(np.array(ids), text_bytes=3)
         facts = writer.close()
-        dataset, rows = Dataset.from_file(str(path), in_memory=True), SplitRows(path)
+        dataset, rows = Dataset.from_file(str(path), in_memory=True), SplitRows(path, vocab)
         if len(rows):
             assert rows[range(len(rows))].tolist() == dataset["tokens"][:]
         assert len(rows) == len(dataset)
@@ -70,7 +71,17 @@ def test_rows_stay_on_disk(tmp_path):
         writer.add(np.arange(first, first + 10_000) % 1000, text_bytes=0)
     writer.close()
     before = pa.total_allocated_bytes()
-    rows = SplitRows(tmp_path / "split.arrow")
+    rows = SplitRows(tmp_path / "split.arrow", 1000)
     assert len(rows) == (30_000 - 1) // 4 and pa.total_allocated_bytes() == before
     chosen = [7498, 0, 5000, 2500]
     assert rows[chosen].tolist() == [[(4 * row + i) % 1000 for i in range(5)] for row in chosen]
+
+
+def test_a_token_outside_the_vocabulary_is_named(tmp_path):
+    writer = SplitWriter(tmp_path / "split.arrow", 2, 9)
+    writer.add(np.arange(9), text_bytes=9)
+    writer.close()
+    rows = SplitRows(tmp_path / "split.arrow", 8)
+    assert rows[[0]].tolist() == [[0, 1, 2]]
+    with pytest.raises(UserError, match=r"split.arrow: is damaged \(token 8 in a vocabulary of 8\); delete "):
+        rows[[0, 3]]

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -326,6 +327,24 @@ def test_damaged_prepared_data_say_how_to_make_them_again(settings, damage, what
     said = damaged(path, damage)
     assert said.startswith(f"{path}: this prepared data is damaged (") and what in said and "\n" not in said
     assert said.endswith("delete the folder, and it will be made again")
+
+
+@pytest.mark.parametrize(
+    "name, read",
+    [
+        ("train.arrow", lambda data: data.rows("train")),
+        ("train-counts.npy", lambda data: data.counts()),
+        ("tokenizer.json", lambda data: data.tokenizer()),
+        ("chat.json", lambda data: data.chat_settings()),
+    ],
+)
+def test_other_content_of_the_same_size_is_named(settings, name, read):
+    """Only reading finds it."""
+    data = prepare_source(settings, QUIET)
+    file = data.path / name
+    file.write_bytes(b"\xff" * (file.stat().st_size if file.is_file() else 9))
+    with pytest.raises(UserError, match=re.escape(f"{data.path}: this prepared data is damaged ({name}: ")):
+        read(data)
 
 
 def test_a_share_of_bad_records_holds_for_data_that_are_there(settings_for, jsonl, tmp_path):

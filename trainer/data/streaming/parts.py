@@ -109,7 +109,7 @@ class SourceParts:
                 place = len(self._rows)
                 path = make_once(self.folder, _name(place), partial(self._fill, place), self._conduct)
                 last = _is_last(path)
-                rows = _rows(path / ROWS_FILE, self.size, last)
+                rows = _rows(path / ROWS_FILE, self.settings.vocab, self.size, last)
                 if last:  # known before others may see the part, because it is shorter
                     self.total = place * self.size + len(rows)
                 self._rows.append(rows)
@@ -226,10 +226,10 @@ def _fact(part: Path, name: str) -> Any:
         raise _damaged(part / FACTS_FILE, error) from error
 
 
-def _rows(file: Path, size: int, last: bool) -> SplitRows:
+def _rows(file: Path, vocab: int, size: int, last: bool) -> SplitRows:
     """Open the rows of a part: `size`, or fewer in the last one."""
     try:
-        rows = SplitRows(file)
+        rows = SplitRows(file, vocab)
         if not (0 < len(rows) <= size and (last or len(rows) == size)):
             raise ValueError(f"it has {len(rows):,} of {size:,} sequences")
         return rows
