@@ -205,6 +205,9 @@ def _remove_metrics(scene: Scene) -> None:
 
 SAVE_FAILS = "warning: the checkpoint after step"
 DATA_DAMAGED = "this prepared data is damaged"
+_RECORDS = {("metrics.jsonl", damage): "record" if "flipped" in damage else "fewer" for damage in DAMAGES}
+"""What becomes of the records if they are damaged themselves: a flipped bit may make another digit."""
+
 UNNOTICED = ("train.arrow", "has a flipped bit")
 """No run reads a checksum of all its data: of changed tokens it finds only those that are in no vocabulary."""
 
@@ -238,7 +241,7 @@ FAULTS: dict[str, Fault] = {
     },
     **{
         f"{name} {damage}": Fault(
-            is_fine, prepare=_damage_file(name, damage), losses="fewer" if name == "metrics.jsonl" else "same"
+            is_fine, prepare=_damage_file(name, damage), losses=_RECORDS.get((name, damage), "same")
         )
         for name in ("plan.json", "recipe.yaml", "tokenizer.json", "metrics.jsonl")
         for damage in DAMAGES

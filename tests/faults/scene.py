@@ -72,8 +72,8 @@ class Fault:
         says: What else the log must say: a regular expression.
         waits: Whether only a time limit reveals the fault.
         seconds: How long the fault itself lasts, at most.
-        losses: "same": all records are those of an undisturbed run; "fewer": some may be missing; "other": values may
-            differ from the fault on.
+        losses: "same": all records are those of an undisturbed run; "fewer": some may be missing; "record": one may be
+            another as well; "other": values may differ from the fault on.
     """
 
     ends: Callable[[int], bool]

@@ -42,8 +42,9 @@ def train(recipe: Recipe, launch: Launch, force: bool = False) -> int:
     """
     names = provisional_names(recipe.grid, recipe.topology.order, launch.world_size)
     watch = FaultWatch(launch.rank, names[launch.rank])
-    stage = Stage(watch, serve_early(recipe, launch))
+    stage: Stage | None = None
     try:
+        stage = Stage(watch, serve_early(recipe, launch))
         folder = RunFolder(recipe)
         with folder.removed_if_unused():
             run = start(recipe, launch, folder, stage, force)
@@ -58,7 +59,8 @@ def train(recipe: Recipe, launch: Launch, force: bool = False) -> int:
             mark_end(launch.local_rank, status)
         return status
     except BaseException as error:
-        stage.metrics.time.enter("failed")
+        if stage:
+            stage.metrics.time.enter("failed")
         watch.fail(error)
 
 

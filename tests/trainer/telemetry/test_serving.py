@@ -20,6 +20,8 @@ from trainer.telemetry import prometheus
 from trainer.telemetry.catalogue import DEVICE_MEMORY
 from trainer.telemetry.prometheus import MetricsServer, parse
 from trainer.telemetry.serving import serve_early, serve_joined
+from trainer.train import loop
+from trainer.train.dry_run import job
 
 FOUR = {"trunk_ranks": 2, "pool_ranks": 2}
 
@@ -38,6 +40,17 @@ def joining(rank: int, gpus: tuple[Gpu, ...] = (), ordinal: int | None = None, u
     devices = SimpleNamespace(ordinals=[ordinal] * 4, names=[gpus[ordinal].name if ordinal is not None else "CPU"] * 4)
     sight = SimpleNamespace(gpus=gpus, unused=unused)
     return SimpleNamespace(rank=rank, local_rank=rank % 2, devices=devices, sight=sight, shared=MagicMock())
+
+
+@pytest.mark.parametrize("module, run", [(loop, "train"), (job, "dry_run")])
+def test_a_rank_that_cannot_serve_is_named(module: Any, run: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken, watch, recipe = ValueError("no port"), MagicMock(), tiny(parallel=FOUR)
+    watch.fail.side_effect = SystemExit
+    monkeypatch.setattr(module, "serve_early", MagicMock(side_effect=broken))
+    monkeypatch.setattr(module, "FaultWatch", lambda rank, name: watch if (rank, name[:6]) == (2, "rank 2") else None)
+    with pytest.raises(SystemExit):
+        getattr(module, run)(*([recipe] * (1 + (run == "dry_run"))), launched(2))
+    watch.fail.assert_called_once_with(broken)
 
 
 def test_a_rank_serves_what_it_does_before_it_has_joined(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,8 +94,8 @@ def dry_run(original: Recipe, recipe: Recipe, launch: Launch) -> int:
     """
     names = provisional_names(recipe.grid, recipe.topology.order, launch.world_size)
     watch = FaultWatch(launch.rank, names[launch.rank])
-    parts = Parts(watch, serve_early(recipe, launch))
     try:
+        parts = Parts(watch, serve_early(recipe, launch))
         leaves: AbstractContextManager[None] = nothing_left(Path(recipe.run.dir)) if launch.rank == 0 else nullcontext()
         with leaves:
             try:
