@@ -104,8 +104,11 @@ def _check_pool(r: Recipe) -> None:
         allowed = "must be a multiple of 8 with train.precision = bf16 (needed by the grouped product on a GPU)"
         _require(fits, r, key, allowed)
     _require(experts > 0, r, "pool.experts", "must be at least 1 with model.ffn = pool")
-    _require(m.layers % m.groups == 0, r, "model.groups", f"must divide model.layers ({m.layers})")
-    _require(experts % m.groups == 0, r, "pool.experts", f"must be divisible by model.groups ({m.groups})")
+    fits = m.layers % m.groups == 0 if isinstance(m.groups, int) else sum(m.groups) == m.layers
+    allowed = f"must divide model.layers ({m.layers}), or be a list of numbers of layers with this sum"
+    _require(fits, r, "model.groups", allowed)
+    allowed = f"must be divisible by the number of groups of layers ({m.num_groups})"
+    _require(experts % m.num_groups == 0, r, "pool.experts", allowed)
     allowed = f"must be at most the experts a layer sees ({r.experts_per_layer})"
     _require(r.router.top_k <= r.experts_per_layer, r, "router.top_k", allowed)
     allowed = f"must be 1 with router.kind = {r.router.kind}; only NormRouter has a constant"

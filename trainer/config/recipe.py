@@ -52,7 +52,7 @@ class Recipe(Section):
     @property
     def experts_per_layer(self) -> int:
         """Experts that the router of a layer chooses from: M / G."""
-        return self.pool.experts // self.model.groups
+        return self.pool.experts // self.model.num_groups
 
     @property
     def grid(self) -> Topology:
