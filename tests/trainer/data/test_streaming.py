@@ -1,11 +1,13 @@
 """Training text in parts: the rows are those of a whole preparation, and their order depends on the step alone."""
 
 import dataclasses
+import errno
 import itertools
 import json
 import threading
 import time
 from bisect import bisect_left
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -213,6 +215,14 @@ def test_a_damaged_part_is_named(name, content, training, alone):
     else:
         (parts.folder / "000000" / name).write_bytes(content)
     with pytest.raises(UserError, match=f"000000/{name}: is damaged"):
+        SourceParts(training, SIZE, QUIET).reach(0)
+
+
+def test_a_part_that_cannot_be_read_now_is_not_called_damaged(training, alone, monkeypatch):
+    SourceParts(training, SIZE, QUIET).reach(0)
+    error = OSError(errno.EMFILE, "Too many open files")
+    monkeypatch.setattr(parts_module, "SplitRows", Mock(side_effect=error))
+    with pytest.raises(Unavailable, match=r"000000/train.arrow: cannot be read \(.*Too many open files\)$"):
         SourceParts(training, SIZE, QUIET).reach(0)
 
 
