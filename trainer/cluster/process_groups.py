@@ -83,8 +83,8 @@ class Job:
     def _limit_groups_of_others(self) -> None:
         """Let groups that DeepSpeed makes wait as long as a start may; torch has 30 minutes.
 
-        Nor less than a step may: their limit on a GPU stays what it is when they are made. NCCL is a part of the default
-        group's backend here, so that torch's own default for NCCL applies to no group.
+        Nor less than a step may: their limit on a GPU stays what it is when they are made. NCCL is only a part of the
+        default group's backend, so that torch's default for NCCL alone applies to no group.
         """
         dist.distributed_c10d.default_pg_timeout = max(self.start_timeout, self.timeout)
 
