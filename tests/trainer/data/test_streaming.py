@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import itertools
 import json
+import sys
 import threading
 import time
 from bisect import bisect_left
@@ -224,6 +225,14 @@ def test_a_part_that_cannot_be_read_now_is_not_called_damaged(training, alone, m
     monkeypatch.setattr(parts_module, "SplitRows", Mock(side_effect=error))
     with pytest.raises(Unavailable, match=r"000000/train.arrow: cannot be read \(.*Too many open files\)$"):
         SourceParts(training, SIZE, QUIET).reach(0)
+
+
+def test_a_full_disk_under_the_log_does_not_end_training(training, alone, monkeypatch):
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(sys, "stderr", Mock(write=Mock(side_effect=full), isatty=lambda: False))
+    parts = SourceParts(training, SIZE, Conduct(show=True))
+    parts.reach(1)
+    assert len(parts.rows(1)) == SIZE and sys.stderr.write.called
 
 
 def test_a_start_makes_what_a_step_reads(training, alone):
