@@ -198,7 +198,8 @@ def _check_words(case: Case, fault: Fault, scene: Scene, log: str, outcome: Outc
             outcome.said = found[0]
         else:
             outcome.problems.append(f"the victim is not named:\n{log[-3000:]}")
-        blamed = set(re.findall(_BLAMES, log, re.M)) - {scene.setting.names[case.victim]}
+        bare = log.replace(", which hosts the job's store,", "")
+        blamed = set(re.findall(_BLAMES, bare, re.M)) - {scene.setting.names[case.victim]}
         if blamed and not scene.setting.nodes:  # two nodes blame each other
             outcome.problems.append(f"others are blamed: {', '.join(sorted(blamed))}:\n{log[-3000:]}")
     if fault.says and not re.search(fault.says, log):

@@ -26,6 +26,8 @@ T = TypeVar("T")
 BEAT_SECONDS = 1.0
 _LOOK_SECONDS = 0.2
 _SETTLE_SECONDS = 2.0
+
+SOMEBODY_IS_LATE = "all ranks are alive, but at least one has not reached this point"
 """A connection breaks some moments before its process is gone."""
 
 
@@ -176,7 +178,7 @@ class Liveness:
             return f"{self.describe(absent)} has not joined"
         if silent := self._without_heartbeat():
             return f"{self.describe(silent)} does not respond"
-        return "all ranks are alive, but at least one has not reached this point"
+        return SOMEBODY_IS_LATE
 
     def _without_heartbeat(self) -> list[int]:
         before = self._last_beats()

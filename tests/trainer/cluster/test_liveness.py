@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import time
 from concurrent.futures import ThreadPoolExecutor
+from unittest.mock import MagicMock
 
+import pytest
 import torch.distributed as dist
 
+from trainer.cluster import fault_watch
 from trainer.cluster.devices import Sight
-from trainer.cluster.liveness import Arrival, Liveness
+from trainer.cluster.fault_watch import FaultWatch
+from trainer.cluster.liveness import SOMEBODY_IS_LATE, Arrival, Liveness
 
 
 def test_a_rank_that_others_wait_for_is_late() -> None:
@@ -25,3 +29,25 @@ def test_a_rank_that_others_wait_for_is_late() -> None:
         time.sleep(0.05)
     for rank in ranks:
         rank.stop()
+
+
+@pytest.mark.parametrize(
+    "error, said",
+    [
+        (RuntimeError("wait timeout after 60000ms"), f"({SOMEBODY_IS_LATE})"),
+        (RuntimeError("shape mismatch"), "RuntimeError: shape mismatch"),
+        (OSError("the read operation timed out"), "OSError: the read operation timed out"),
+    ],
+)
+def test_a_time_limit_whose_cause_is_unknown_is_explained(
+    error: Exception, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every rank is alive and has come to as many meetings."""
+    watch = FaultWatch.__new__(FaultWatch)  # its constructor takes over signals
+    watch.name, watch.phase, watch._leaving = "rank 1 (trunk 1)", "start-up", False
+    watch._liveness = MagicMock(dead=list, silent=list, late=list, describe=lambda ranks: "")
+    monkeypatch.setattr(fault_watch.os, "_exit", MagicMock(side_effect=SystemExit))
+    with pytest.raises(SystemExit):
+        watch.fail(error)
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("unipool: rank 1 (trunk 1) failed during start-up: ") and last.endswith(said)
