@@ -26,9 +26,9 @@ T = TypeVar("T")
 BEAT_SECONDS = 1.0
 _LOOK_SECONDS = 0.2
 _SETTLE_SECONDS = 2.0
+"""A connection breaks some moments before its process is gone."""
 
 SOMEBODY_IS_LATE = "all ranks are alive, but at least one has not reached this point"
-"""A connection breaks some moments before its process is gone."""
 
 
 class PeerLost(RuntimeError):

@@ -81,10 +81,12 @@ class Job:
                 self.wire_groups = WireGroups(host, [self._cross_group(f"lane{lane}") for lane in range(lanes)])
 
     def _limit_groups_of_others(self) -> None:
-        """Let groups that DeepSpeed makes wait as long as a start may; torch has 30 minutes, and for NCCL 10."""
-        c10d = dist.distributed_c10d
-        c10d.default_pg_timeout = self.start_timeout
-        c10d.default_pg_nccl_timeout = min(self.start_timeout, timedelta(minutes=10))
+        """Let groups that DeepSpeed makes wait as long as a start may; torch has 30 minutes.
+
+        Nor less than a step may: their limit on a GPU stays what it is when they are made. NCCL is only a part of the
+        default group's backend, so that torch's default for NCCL alone applies to no group.
+        """
+        dist.distributed_c10d.default_pg_timeout = max(self.start_timeout, self.timeout)
 
     def _new_shard_group(self) -> Any:
         """Create the groups of all shards, in the same order on all ranks, and return this rank's."""

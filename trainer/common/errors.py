@@ -82,6 +82,14 @@ def breaks_lines(character: str) -> bool:
     return unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp")
 
 
+def is_of_content(error: Exception) -> bool:
+    """Whether reading has failed because a file is missing or holds something else, not because it cannot be read now.
+
+    What pyarrow finds in a file may be an OSError too, without a number.
+    """
+    return not isinstance(error, OSError) or error.errno in (None, errno.ENOENT)
+
+
 def os_reason(error: OSError) -> str:
     """Return why a file cannot be read or written, in a few words."""
     return (error.strerror or one_line(error)).lower()

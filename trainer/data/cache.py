@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING
 from trainer.common.atomic import partial_folder, publish_folder
 from trainer.common.errors import PATH_ERRORS, START_AGAIN, Unavailable, UserError
 from trainer.common.format import duration
-from trainer.data.status import Report, TakenOver, Waiting
+from trainer.data.status import Report, TakenOver, Waiting, tell
 
 if TYPE_CHECKING:
     from filelock import SoftFileLease
@@ -213,6 +212,6 @@ def _remove_abandoned(directory: Path, name: str, show: bool) -> None:
                 if not _resumable(partial):
                     shutil.rmtree(partial, ignore_errors=True)
                 elif show:
-                    print(f"{partial}: an unfinished preparation; delete it if it is not needed", file=sys.stderr)
+                    tell(f"{partial}: an unfinished preparation; delete it if it is not needed")
         except Timeout:
             continue  # it is being made right now

@@ -177,9 +177,12 @@ class SplitRows:
         import pyarrow as pa
 
         self._path, self._vocab = path, vocab
-        with pa.ipc.open_stream(pa.memory_map(str(path))) as stream:
-            parts = stream.read_all()["tokens"].chunks
-        self._parts = [_view(part.flatten()).reshape(len(part), -1) for part in parts]
+        try:
+            with pa.ipc.open_stream(pa.memory_map(str(path))) as stream:
+                parts = stream.read_all()["tokens"].chunks
+            self._parts = [_view(part.flatten()).reshape(len(part), -1) for part in parts]
+        except (NotImplementedError, TypeError, AttributeError) as error:  # by its header it has other columns
+            raise ValueError(f"not rows of tokens: {error}") from error
         self._ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
 
     def __len__(self) -> int:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -28,7 +27,7 @@ from trainer.data.reading.documents import Progress
 from trainer.data.settings import TRAIN, SourceSettings
 from trainer.data.source_builder import SourceBuilder
 from trainer.data.splitting import SPLITS, Parts, choose_splitter
-from trainer.data.status import Report
+from trainer.data.status import Report, tell
 from trainer.data.streaming.parts import SourceParts
 from trainer.data.streaming.streamed_data import StreamedData
 from trainer.data.tokenizer import SMALLEST_VOCABULARY, train_tokenizer
@@ -170,7 +169,7 @@ def _check_space(sources: Sequence[SourceSettings], show: bool) -> None:
             f"{line}, but only {size(free)} are free; free some space, set another folder, or lower data.max_tokens"
         )
     if show and (wanted > _LARGE or wanted > free):
-        print(f"{line}, and {size(free)} are free", file=sys.stderr)
+        tell(f"{line}, and {size(free)} are free")
 
 
 def _written(folder: Path) -> int:

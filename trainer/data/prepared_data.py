@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from numpy.typing import NDArray
 
-from trainer.common.errors import UserError
+from trainer.common.errors import Unavailable, UserError, is_of_content
+from trainer.common.safe_read import read_array
 from trainer.common.strict_json import dumps, loads
 from trainer.data.packing import SplitFacts, SplitRows, unigram_entropy
 from trainer.data.splitting import SPLITS
@@ -115,8 +115,7 @@ class PreparedSource:
         """
         file = self.path / COUNTS_FILE
         with _reading(file):
-            counts: NDArray[Any] = np.load(file)
-            return counts
+            return read_array(file)
 
 
 def open_prepared(path: Path) -> PreparedSource:
@@ -124,6 +123,7 @@ def open_prepared(path: Path) -> PreparedSource:
 
     Raises:
         UserError: A file is missing or damaged.
+        Unavailable: A file cannot be read now.
     """
     try:
         facts = loads((path / FACTS_FILE).read_text())
@@ -135,19 +135,21 @@ def open_prepared(path: Path) -> PreparedSource:
         return PreparedSource(path, facts["tokenizer_vocab"], facts["end_of_document"], bad, **splits)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         what = error if isinstance(error, OSError | ValueError) else f"{FACTS_FILE} has unexpected content"
-        raise _damaged(path, what) from error
+        raise _unusable(path, error, what) from error
 
 
 @contextmanager
 def _reading(file: Path) -> Iterator[None]:
-    """Say that the folder is damaged if its file cannot be read."""
+    """Say of the folder that it is damaged, or cannot be read now, if that is so of its file."""
     try:
         yield
-    except (OSError, ValueError, LookupError, EOFError, UserError) as error:  # pyarrow's own kinds are some of these
-        raise _damaged(file.parent, f"{file.name}: {error}") from error
+    except (OSError, ValueError, LookupError, UserError) as error:  # pyarrow's own kinds are some of these
+        raise _unusable(file.parent, error, f"{file.name}: {error}") from error
 
 
-def _damaged(path: Path, what: object) -> UserError:
+def _unusable(path: Path, error: Exception, what: object) -> UserError:
+    if not is_of_content(error):
+        return Unavailable(f"{path}: this prepared data cannot be read ({error})")
     return UserError(f"{path}: this prepared data is damaged ({what}); delete the folder, and it will be made again")
 
 

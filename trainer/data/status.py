@@ -54,6 +54,12 @@ class Status:
             return None
 
 
+def tell(text: str, end: str = "\n") -> None:
+    """Write on stderr. A full disk under the log ends no preparation: a run may be training on what it makes."""
+    with suppress(OSError):
+        print(text, end=end, file=sys.stderr, flush=True)
+
+
 class Report:
     """Reports the progress of the process that prepares one folder.
 
@@ -102,12 +108,12 @@ class Report:
         if self._show:
             self._print(self._line(done, None, time.monotonic() - self._begun))
             if self._terminal:
-                print(file=sys.stderr)
+                tell("")
 
     def note(self, line: str) -> None:
         """Write a line on stderr."""
         if self._show:
-            print(line, file=sys.stderr)
+            tell(line)
 
     def taken_over(self) -> bool:
         """Return whether another process prepares the folder now, or has done so."""
@@ -136,8 +142,10 @@ class Report:
         return "".join(parts)
 
     def _print(self, line: str) -> None:
-        text = f"\r{line:<79}" if self._terminal else f"{line}\n"
-        print(text, end="", file=sys.stderr, flush=True)
+        if self._terminal:
+            tell(f"\r{line:<79}", end="")
+        else:
+            tell(line)
 
     def _put(self, done: int, line: str) -> None:
         status = Status(self._owner, socket.gethostname(), os.getpid(), done, line)
@@ -178,7 +186,7 @@ class Waiting:
         self.status = status or self.status
         if self._show and now >= self._next_line:
             self._next_line = now + LINE_SECONDS
-            print(f"waiting for another process, {self.where()}", file=sys.stderr, flush=True)
+            tell(f"waiting for another process, {self.where()}")
         self.gave_up = now - self._since > self._patience
         return self.gave_up or self._path.is_dir()
 

@@ -65,6 +65,19 @@ def _alone(recipe: Recipe) -> str:
     return str(error.value)
 
 
+def test_a_group_of_deepspeeds_waits_no_less_than_a_step() -> None:
+    """On a GPU its limit stays; and the backend's name there is not NCCL's, for which torch has another default."""
+    alone = {"pool_ranks": 0, "timeout_seconds": 50.0, "start_timeout_seconds": 40.0}
+    assert run_ranks(1, _limits, tiny(parallel=alone)) == [(50.0, 50.0)]
+
+
+def _limits(recipe: Recipe) -> tuple[float, float]:
+    join(recipe)
+    group = dist.new_group([0])._get_backend(torch.device("cpu"))
+    with_a_gpu = dist.distributed_c10d._get_default_timeout(dist.Backend("cpu:gloo,cuda:nccl"))
+    return group.options._timeout.total_seconds(), with_a_gpu.total_seconds()
+
+
 class Mailboxes:
     """In the place of a group of gloo: ranks are threads, and what they send is noted."""
 

@@ -1,6 +1,7 @@
 import math
 import tempfile
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -85,3 +86,26 @@ def test_a_token_outside_the_vocabulary_is_named(tmp_path):
     assert rows[[0]].tolist() == [[0, 1, 2]]
     with pytest.raises(UserError, match=r"split.arrow: is damaged \(token 8 in a vocabulary of 8\); delete "):
         rows[[0, 3]]
+
+
+@pytest.mark.parametrize("type_", [pa.string(), pa.null(), pa.timestamp("s"), pa.list_(pa.string(), 1)], ids=str)
+def test_a_file_with_another_header_is_no_file_of_rows(type_, tmp_path):
+    """As a flipped bit makes it: pyarrow and numpy raise errors of several kinds, all of them become one."""
+    batch = pa.record_batch([pa.nulls(2, type_)], names=["tokens"])
+    with pa.OSFile(str(tmp_path / "split.arrow"), "wb") as file, pa.ipc.new_stream(file, batch.schema) as stream:
+        stream.write_batch(batch)
+    with pytest.raises(ValueError, match="not rows of tokens"):
+        SplitRows(tmp_path / "split.arrow", 9)
+
+
+def test_a_flipped_bit_of_the_schema_is_an_error_of_the_file(tmp_path):
+    """If it is found at all; pyarrow does not implement some of what the schema then describes."""
+    path = tmp_path / "split.arrow"
+    writer = SplitWriter(path, 4, 300)
+    writer.add(np.arange(200), 9)
+    writer.close()
+    content = path.read_bytes()
+    for place in range(8 + int.from_bytes(content[4:8], "little")):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1 << place % 8]) + content[place + 1 :])
+        with suppress(OSError, ValueError, LookupError):
+            SplitRows(path, 300)

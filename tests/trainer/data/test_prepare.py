@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import re
@@ -7,15 +8,16 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import datasets
 import numpy as np
 import pytest
 
 from trainer.common.atomic import partial_folder
-from trainer.common.errors import UserError
+from trainer.common.errors import Unavailable, UserError
 from trainer.data import prepare as module
-from trainer.data import source_builder
+from trainer.data import prepared_data, source_builder
 from trainer.data.cache import Conduct
 from trainer.data.prepare import prepare, prepare_source
 from trainer.data.prepared_data import PreparedData, open_prepared
@@ -345,6 +347,24 @@ def test_other_content_of_the_same_size_is_named(settings, name, read):
     file.write_bytes(b"\xff" * (file.stat().st_size if file.is_file() else 9))
     with pytest.raises(UserError, match=re.escape(f"{data.path}: this prepared data is damaged ({name}: ")):
         read(data)
+
+
+@pytest.mark.parametrize(
+    "name, read",
+    [
+        ("read_array", lambda data: data.counts()),
+        ("SplitRows", lambda data: data.rows("train")),
+        ("loads", lambda data: open_prepared(data.path)),
+    ],
+)
+def test_data_that_cannot_be_read_now_are_not_called_damaged(settings, name, read, monkeypatch):
+    """Nobody shall delete them because of a mount or a limit of open files."""
+    data = prepare_source(settings, QUIET)
+    error = OSError(errno.EMFILE, "Too many open files", str(data.path / name))
+    monkeypatch.setattr(prepared_data, name, Mock(side_effect=error))
+    with pytest.raises(Unavailable, match="cannot be read .*Too many open files") as raised:
+        read(data)
+    assert "delete" not in str(raised.value)
 
 
 def test_a_share_of_bad_records_holds_for_data_that_are_there(settings_for, jsonl, tmp_path):

@@ -1,11 +1,14 @@
 """Training text in parts: the rows are those of a whole preparation, and their order depends on the step alone."""
 
 import dataclasses
+import errno
 import itertools
 import json
+import sys
 import threading
 import time
 from bisect import bisect_left
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -214,6 +217,22 @@ def test_a_damaged_part_is_named(name, content, training, alone):
         (parts.folder / "000000" / name).write_bytes(content)
     with pytest.raises(UserError, match=f"000000/{name}: is damaged"):
         SourceParts(training, SIZE, QUIET).reach(0)
+
+
+def test_a_part_that_cannot_be_read_now_is_not_called_damaged(training, alone, monkeypatch):
+    SourceParts(training, SIZE, QUIET).reach(0)
+    error = OSError(errno.EMFILE, "Too many open files")
+    monkeypatch.setattr(parts_module, "SplitRows", Mock(side_effect=error))
+    with pytest.raises(Unavailable, match=r"000000/train.arrow: cannot be read \(.*Too many open files\)$"):
+        SourceParts(training, SIZE, QUIET).reach(0)
+
+
+def test_a_full_disk_under_the_log_does_not_end_training(training, alone, monkeypatch):
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(sys, "stderr", Mock(write=Mock(side_effect=full), isatty=lambda: False))
+    parts = SourceParts(training, SIZE, Conduct(show=True))
+    parts.reach(1)
+    assert len(parts.rows(1)) == SIZE and sys.stderr.write.called
 
 
 def test_a_start_makes_what_a_step_reads(training, alone):

@@ -111,7 +111,6 @@ def test_unknown_keywords_are_refused() -> None:
         model(tokens, past_key_values=cached, cache=cached)
 
 
-@torch.no_grad()
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
@@ -128,6 +127,7 @@ def test_groups_that_no_model_has(settings: dict[str, Any], said: str) -> None:
         UniPoolConfig(**{"num_hidden_layers": 3, "num_experts": 8} | settings)
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("name", ["past_key_values", "cache"])
 def test_the_cache_has_two_names(name: str) -> None:
     model, tokens = model_with(), some_tokens(2, 6)

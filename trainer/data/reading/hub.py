@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from typing import Any
 from trainer.common.errors import Unavailable, UserError, short_line
 from trainer.data.reading.records import Found, text_of
 from trainer.data.reading.sources import HUB_PREFIX, shown
+from trainer.data.status import tell
 
 _SNAPSHOT_RECORDS = 1000
 _PAUSE_SECONDS = 1.0
@@ -63,7 +63,7 @@ def read_hub(source: str, text_field: str, at: list[Any] | None) -> Found:
                 raise
             failed += 1
             pause = min(_PAUSE_SECONDS * 2**failed, _LONGEST_PAUSE_SECONDS)
-            print(f"{error}; trying again in {pause:.0f} s", file=sys.stderr)
+            tell(f"{error}; trying again in {pause:.0f} s")
             time.sleep(pause)
 
 

@@ -21,7 +21,7 @@ from zipfile import BadZipFile
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.common.errors import Unavailable, UserError
+from trainer.common.errors import Unavailable, UserError, is_of_content
 from trainer.common.format import duration
 from trainer.common.strict_json import dumps, loads
 from trainer.data.cache import Conduct, make_once
@@ -204,7 +204,7 @@ class SourceParts:
             with np.load(path, allow_pickle=False) as arrays:
                 return loads(str(arrays["position"])), arrays["tokens"].astype(np.uint32)
         except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
-            raise _damaged(path, error) from error
+            raise _unusable(path, error) from error
 
 
 def _stop(stopped: threading.Event, threads: list[threading.Thread]) -> None:
@@ -223,7 +223,7 @@ def _fact(part: Path, name: str) -> Any:
     try:
         return loads((part / FACTS_FILE).read_text())[name]
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise _damaged(part / FACTS_FILE, error) from error
+        raise _unusable(part / FACTS_FILE, error) from error
 
 
 def _rows(file: Path, vocab: int, size: int, last: bool) -> SplitRows:
@@ -234,10 +234,12 @@ def _rows(file: Path, vocab: int, size: int, last: bool) -> SplitRows:
             raise ValueError(f"it has {len(rows):,} of {size:,} sequences")
         return rows
     except (OSError, ValueError, LookupError) as error:  # pyarrow's own kinds are some of these
-        raise _damaged(file, error) from error
+        raise _unusable(file, error) from error
 
 
-def _damaged(file: Path, error: Exception) -> UserError:
+def _unusable(file: Path, error: Exception) -> UserError:
+    if not is_of_content(error):
+        return Unavailable(f"{file}: cannot be read ({error})")
     return UserError(f"{file}: is damaged ({error}); delete {file.parent.parent}, and it will be made again")
 
 
