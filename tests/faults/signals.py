@@ -91,7 +91,7 @@ FAULTS: dict[str, Fault] = {
     "SIGSTOP, SIGCONT too late": Fault(is_fault, act=_wake_late, names=True, waits=True),
     "all ranks frozen for a while": Fault(is_fine, act=_freeze_all, seconds=SHORT),
     # Its heart beats: only waits of the wire can say which rank they waited for.
-    "alive but stuck": Fault(is_fault, goes_on=False, waits=True, says="imed out|has not reached this point"),
+    "alive but stuck": Fault(is_fault, goes_on=False, waits=True, says="imed out|has not reached this point|has not joined"),
     "exception": Fault(is_fault, then="raise", names=True, says="ValueError: this row is broken"),
     "SIGTERM": Fault(_is_stop, act=_send(signal.SIGTERM)),
     "SIGUSR1": Fault(_is_stop, act=_send(signal.SIGUSR1)),
