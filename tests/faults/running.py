@@ -62,7 +62,7 @@ def run_case(case: Case, folder: Path, recipe: Path, reference: Reference) -> Ou
         setting.keys["data.dir"] = folder / "data"
     if case.resumes:
         shutil.copytree(reference.half, setting.run)
-    scene = Scene(setting, case.victim, random.Random(case.number))
+    scene = Scene(setting, case.victim, _limit_at(case.phase), random.Random(case.number))
     victim = setting.names[case.victim] if isinstance(case.victim, int) else str(case.victim)
     outcome = Outcome(case.number, case.layout, case.fault, case.phase, victim, problems=[], statuses=[], resumed=[])
     try:
@@ -85,6 +85,11 @@ def run_case(case: Case, folder: Path, recipe: Path, reference: Reference) -> Ou
     return outcome
 
 
+def _limit_at(phase: str) -> float:
+    place = ALL_PLACES.get(phase)
+    return TIMEOUT if place and place.in_step else START_TIMEOUT
+
+
 def _first_start(case: Case, fault: Fault, scene: Scene, outcome: Outcome) -> None:
     """Start the job, let the fault happen, and wait until the job has ended or a restart has done the rest."""
     assert outcome.problems is not None
@@ -103,9 +108,7 @@ def _first_start(case: Case, fault: Fault, scene: Scene, outcome: Outcome) -> No
             start.go_on()
     else:
         outcome.reached, since, reached, before = True, time.monotonic(), None, 0
-    place = ALL_PLACES.get(case.phase)
-    waits = (TIMEOUT if place and place.in_step else START_TIMEOUT) if fault.waits else 0
-    limit = waits + fault.seconds + ENDS
+    limit = (scene.limit if fault.waits else 0) + fault.seconds + ENDS
     attempt = _end_of_attempt(start, limit + (0 if case.pause else PREPARES))
     outcome.seconds = round(time.monotonic() - since, 1)
     log = start.log

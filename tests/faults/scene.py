@@ -17,12 +17,14 @@ class Scene:
 
     Attributes:
         victim: The process that the fault hits: see `Start.process`.
+        limit: How long the others wait for a rank at this place, in seconds.
         start: The job, once it has been started.
         undo: What to do when the case is over, the last first.
     """
 
     setting: Setting
     victim: int | str
+    limit: float
     random: random.Random
     start: Start | None = None
     undo: list[Callable[[], object]] = field(default_factory=list)

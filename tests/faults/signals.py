@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from tests.faults.jobs import PLUG, TIMEOUT
+from tests.faults.jobs import PLUG
 from tests.faults.scene import Fault, Scene, anything, is_fault, is_fine
 
 SHORT = 4.0
@@ -37,7 +37,7 @@ def _wake_late(scene: Scene) -> None:
     """Stop a process, and let it go on when the others have given up, but before it has been killed."""
     process = scene.process
     process.suspend()
-    timer = threading.Timer(TIMEOUT + 18.0, process.resume)
+    timer = threading.Timer(scene.limit + 18.0, process.resume)
     timer.start()
     scene.undo.append(timer.cancel)
 
@@ -91,7 +91,9 @@ FAULTS: dict[str, Fault] = {
     "SIGSTOP, SIGCONT too late": Fault(is_fault, act=_wake_late, names=True, waits=True),
     "all ranks frozen for a while": Fault(is_fine, act=_freeze_all, seconds=SHORT),
     # Its heart beats: only waits of the wire can say which rank they waited for.
-    "alive but stuck": Fault(is_fault, goes_on=False, waits=True, says="imed out|has not reached this point|has not joined"),
+    "alive but stuck": Fault(
+        is_fault, goes_on=False, waits=True, says="imed out|has not reached this point|has not joined"
+    ),
     "exception": Fault(is_fault, then="raise", names=True, says="ValueError: this row is broken"),
     "SIGTERM": Fault(_is_stop, act=_send(signal.SIGTERM)),
     "SIGUSR1": Fault(_is_stop, act=_send(signal.SIGUSR1)),
