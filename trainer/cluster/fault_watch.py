@@ -19,7 +19,7 @@ import psutil
 
 from pool.wire.reasons import from_peers, ran_out
 from trainer.cluster.launch import has_ended
-from trainer.cluster.liveness import SOMEBODY_IS_LATE, Liveness
+from trainer.cluster.liveness import SOMEBODY_IS_LATE, Liveness, PeerLost
 from trainer.cluster.rendezvous import Member
 from trainer.common.credentials import redacted
 from trainer.common.errors import START_AGAIN, JobError, SharedUserError, UserError
@@ -114,9 +114,12 @@ class FaultWatch:
             self._let_others_end_first()
         else:
             lines = "".join(traceback.format_exception(error))
-            late = self._liveness and isinstance(error, RuntimeError) and ran_out(str(error))
+            explained = isinstance(error, PeerLost)
+            late = self._liveness and not explained and isinstance(error, RuntimeError) and ran_out(str(error))
             hint = f" ({SOMEBODY_IS_LATE})" if late else ""
             _say(f"{lines}unipool: {self.name} failed during {self.phase}: {type(error).__name__}: {error}{hint}")
+            if explained:  # others, who wait for the same rank, would say that this one died
+                self._let_others_end_first()
         os._exit(1)
 
     def _lost_peers(self, error: BaseException) -> str:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from trainer.cluster import fault_watch
 from trainer.cluster.devices import Sight
 from trainer.cluster.fault_watch import FaultWatch
-from trainer.cluster.liveness import SOMEBODY_IS_LATE, Arrival, Liveness
+from trainer.cluster.liveness import SOMEBODY_IS_LATE, Arrival, Liveness, PeerLost
 
 
 def test_a_rank_that_others_wait_for_is_late() -> None:
@@ -35,6 +35,7 @@ def test_a_rank_that_others_wait_for_is_late() -> None:
     "error, said",
     [
         (RuntimeError("wait timeout after 60000ms"), f"({SOMEBODY_IS_LATE})"),
+        (PeerLost("rank 2 (pool 0, shard 0) has not joined: waited for 60 s (timed out)"), "for 60 s (timed out)"),
         (RuntimeError("shape mismatch"), "RuntimeError: shape mismatch"),
         (OSError("the read operation timed out"), "OSError: the read operation timed out"),
     ],
@@ -46,6 +47,7 @@ def test_a_time_limit_whose_cause_is_unknown_is_explained(
     watch = FaultWatch.__new__(FaultWatch)  # its constructor takes over signals
     watch.name, watch.phase, watch._leaving = "rank 1 (trunk 1)", "start-up", False
     watch._liveness = MagicMock(dead=list, silent=list, late=list, describe=lambda ranks: "")
+    monkeypatch.setattr(fault_watch, "_COURTESY_SECONDS", 0.0)
     monkeypatch.setattr(fault_watch.os, "_exit", MagicMock(side_effect=SystemExit))
     with pytest.raises(SystemExit):
         watch.fail(error)
