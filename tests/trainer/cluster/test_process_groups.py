@@ -51,7 +51,7 @@ def _late(recipe: Recipe) -> dict[str, str]:
 
 def test_a_group_of_deepspeeds_waits_as_long_as_a_start() -> None:
     """It is made without a time limit, and torch's own is half an hour."""
-    colocated = {"trunk_ranks": 2, "pool_ranks": 0, "start_timeout_seconds": 3.0}
+    colocated = {"trunk_ranks": 2, "pool_ranks": 0, "timeout_seconds": 2.0, "start_timeout_seconds": 3.0}
     (said, _) = run_ranks(2, _alone, tiny(parallel=colocated))
     assert "timeout" in said.lower() or "timed out" in said.lower()
 
