@@ -239,7 +239,8 @@ def test_a_stopped_rank_is_named(name: str, stopped: dict[str, ForkedJob]) -> No
     victim, phase, _, limit, fate = STOPS[name]
     job = stopped[name]
     statuses = job.end(limit + GRACE, without=victim)
-    assert statuses[victim] is None
+    # A rank that is alive learns of the other's end, and may end before it.
+    assert statuses[victim] in ((None, 1) if name in STUCK else (None,)), job.log(victim)
     assert statuses[1 - victim] == 1, job.log(1 - victim)
     names = {STOPPED_WITH_BOTH_ROLES: BOTH_NAMES, STOPPED_REPLICA: REPLICA_NAMES}.get(name, NAMES)
     assert_named(job.log(1 - victim), phase, victim, fate, names)
