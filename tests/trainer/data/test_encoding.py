@@ -4,10 +4,11 @@ from pathlib import Path
 
 import fastokens
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
+from tests.trainer.fuzzing import fuzz
 from trainer.data.encoding import Encoder
 from trainer.data.tokenizer import train_tokenizer
 
@@ -37,7 +38,7 @@ PARTS = st.one_of(
 
 
 @given(texts=st.lists(st.lists(PARTS, max_size=6).map("".join), max_size=4))
-@settings(max_examples=150, deadline=None)
+@fuzz(150)
 def test_the_fast_library_gives_the_same_tokens(tokenizer, texts):
     encoder = Encoder(tokenizer)
     assert ids(encoder, texts) == slowly(tokenizer, texts)
@@ -114,7 +115,7 @@ print(tokens, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
     for library, limit in (("fast", 600), ("slow", 900)):
         command = [sys.executable, "-c", code, library, str(tmp_path / library)]
-        done = subprocess.run(command, cwd=Path(__file__).parents[3], capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, cwd=Path(__file__).parents[3], capture_output=True, text=True, timeout=240)
         assert done.returncode == 0, done.stderr
         tokens, kilobytes = map(int, done.stdout.split())
         assert tokens >= 3_000_000 and kilobytes < limit * 1024, (library, tokens, kilobytes)
