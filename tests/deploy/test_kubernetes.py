@@ -143,7 +143,7 @@ def test_the_pods_train_stop_and_go_on(tmp_path: Path) -> None:
             while True:
                 page = parse(last.read(f"http://{last.address}:9400/metrics"))
                 assert page["unipool_restarts_total"] == [({"role": "pool", "rank": "3"}, 0.0)]
-                if sum(tokens for _, tokens in page["unipool_expert_tokens_total"]) > 0:
+                if sum(tokens for _, tokens in page.get("unipool_expert_tokens_total", ())) > 0:
                     break  # this rank comes to the end of its step after the first one
                 assert time.monotonic() < deadline, last.log
         last.terminate()
