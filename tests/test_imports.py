@@ -136,7 +136,7 @@ def test_start_up_path_is_light() -> None:
         "print(*{'torch', 'transformers', 'pandas', 'matplotlib'} & set(sys.modules))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=120
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=240
     )
     assert done.stdout.split() == []
 

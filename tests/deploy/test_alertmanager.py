@@ -18,6 +18,7 @@ import pytest
 import yaml
 
 from tests.deploy.observability import DEPLOY, rules
+from tests.distributed import TIME_LIMIT
 from tests.tools import need
 from trainer.cluster.launch import free_port
 
@@ -27,7 +28,7 @@ ALERTS = {rule["alert"]: rule["labels"]["severity"] for rule in rules("alert")}
 
 def amtool(*arguments: str) -> str:
     command = [need("amtool", "prometheus-alertmanager"), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIME_LIMIT, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -86,7 +87,7 @@ def alertmanager(folder: Path, webhook: int) -> Iterator[str]:
 def post(url: str, alerts: list[dict[str, Any]]) -> None:
     """Send alerts as Prometheus does, as soon as it is listened to."""
     request = urllib.request.Request(url, json.dumps(alerts).encode(), {"Content-Type": "application/json"})
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + TIME_LIMIT
     while True:
         try:
             urllib.request.urlopen(request, timeout=60).close()
@@ -110,7 +111,7 @@ def test_one_message_per_run(tmp_path: Path) -> None:
     try:
         with alertmanager(tmp_path, server.server_port) as url:
             post(url, alerts)
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + TIME_LIMIT
             while len(Receiver.messages) < 2:
                 assert time.monotonic() < deadline, (tmp_path / "alertmanager.log").read_text()
                 time.sleep(0.1)

@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from tests.deploy.observability import GRAFANA, WATCHING, dashboards, panels
+from tests.distributed import TIME_LIMIT
 
 TYPES = Path(__file__).parent / "grafana"
 DASHBOARDS = dashboards()
@@ -98,7 +99,7 @@ def test_dashboards_are_of_grafanas_types(tmp_path: Path) -> None:
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=TIME_LIMIT,
         check=False,
     )
     complaints = set(re.findall(r"^([\w.-]+)\.ts\(", done.stdout, re.M))

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from tests.deploy.observability import CLUSTER, FAULTS, PROMETHEUS, WATCHING, dashboards, names, panels, rules
+from tests.distributed import TIME_LIMIT
 from tests.tools import need
 from trainer.telemetry.catalogue import CATALOGUE
 
@@ -23,7 +24,7 @@ RUN = r'run="([\w /-]+)"'
 
 def promtool(*arguments: str) -> None:
     done = subprocess.run(
-        [need("promtool", "prometheus"), *arguments], capture_output=True, text=True, timeout=120, check=False
+        [need("promtool", "prometheus"), *arguments], capture_output=True, text=True, timeout=TIME_LIMIT, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
 

@@ -56,7 +56,7 @@ trap 'echo >> asked' USR1
 echo "$*" > "agent.$SLURMD_NODENAME"
 echo "$UNIPOOL_RESTARTS${UNIPOOL_MAX_RESTARTS:+ of $UNIPOOL_MAX_RESTARTS}" >> restarts
 [ "$1" = prepare ] || cp "$UNIPOOL_HOSTS" hosts
-[ "$SLURMD_NODENAME" != "${STUCK:-}" ] || exec /bin/sleep 60
+[ "$SLURMD_NODENAME" != "${STUCK:-}" ] || exec /bin/sleep 600
 read -ra ends <<< "$ENDS"
 [ -z "$ENDS" ] || exit "${ends[UNIPOOL_RESTARTS - ${SLURM_RESTART_COUNT:-0}]}"
 until [ -e asked ]; do /bin/sleep 0.05; done
@@ -70,7 +70,7 @@ echo "$*" >> requeued
 """
 # 25 s are what other nodes have to end after the first one.
 SLEEP = """#!/bin/bash
-[ "$1" != 25 ] || exec /bin/sleep "${PATIENCE:-60}"
+[ "$1" != 25 ] || exec /bin/sleep "${PATIENCE:-600}"
 echo "$1" >> slept
 """
 
@@ -192,7 +192,7 @@ def test_a_stop_does_not_wait_for_nodes_that_know_nothing_of_it(submit: Submit, 
     job = submit("a:1 b:1", "recipe", ends="", stopped=138, STUCK="b", PATIENCE="0.2")
     wait_for(tmp_path / "agent.a", tmp_path / "agent.b")
     job.send_signal(signal.SIGUSR1)
-    assert job.wait(30) == 75
+    assert job.wait(120) == 75
     assert lines(tmp_path / "requeued") == [f"requeue Incomplete {JOB}"]
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from collections import deque
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from pool.wire import clock
 from pool.wire.clock import Clock, HostClock, StreamClock, Waits, clock_of
 from trainer.telemetry.time_breakdown import Usage, UsageClock
 
@@ -46,7 +47,7 @@ class Event:
 def host(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Times that the host's clock shows, in turn."""
     times: list[float] = []
-    monkeypatch.setattr(time, "perf_counter", lambda: times.pop(0))
+    monkeypatch.setattr(clock, "time", SimpleNamespace(perf_counter=lambda: times.pop(0)))  # for this module only
     return times
 
 

@@ -67,6 +67,7 @@ def test_a_folder_of_its_own_where_the_users_cannot_be_written(
 
 @pytest.mark.parametrize("function", [grouped_experts.swiglu, grouped_experts.swiglu_backward])
 def test_the_experts_functions_are_one_graph_for_all_sizes(function: Callable[..., Any]) -> None:
+    torch._dynamo.reset()  # there is a limit to how often a function is compiled, and other tests have compiled it
     graphs: list[Any] = []
     compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=lambda g, _: graphs.append(g) or g)
     for rows in (7, 130, 2):

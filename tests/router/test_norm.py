@@ -5,12 +5,13 @@ Letters: T tokens, M experts, K top-k.
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from router import NormRouter
 from router.norm import norm_route
+from tests.trainer.fuzzing import fuzz
 
 CONSTANT = 2.5
 
@@ -37,7 +38,7 @@ def logits_with_odd_rows(tokens: int, num_experts: int, generator: torch.Generat
     return z_TM
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@fuzz(150)
 @given(
     tokens=st.integers(1, 26),
     num_experts=st.integers(1, 19),

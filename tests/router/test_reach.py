@@ -7,13 +7,14 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from router import Faded, NormRouter, Reach, SoftmaxRouter, entropy_loss, owned
 from router.norm import norm_route
 from tests.router.test_norm import CONSTANT, logits_with_odd_rows, saved_shapes
+from tests.trainer.fuzzing import fuzz
 
 
 def plain_route(
@@ -43,7 +44,7 @@ def reach_of(own: list[int], num_experts: int, alpha: float, dtype: torch.dtype 
     return Faded(factor_M)
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@fuzz(150)
 @given(
     tokens=st.integers(1, 26),
     share=st.sampled_from([(2, 4), (3, 3), (4, 2), (4, 5), (1, 6)]),

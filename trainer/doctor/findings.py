@@ -23,6 +23,9 @@ from trainer.config.recipe import Recipe
 SECONDS = 30.0
 """Longest time of a check."""
 
+_END_SECONDS = 10.0
+"""How long to wait for the end of a process that has answered, or has closed its pipe and is about to end."""
+
 Status = Literal["ok", "warning", "error"]
 
 
@@ -102,9 +105,9 @@ def _answer(check: Check, pipe: Connection, process: BaseProcess, in_time: bool)
     if in_time:
         with suppress(EOFError, OSError):
             answer: list[Finding] = pipe.recv()
-            process.join(1.0)
+            process.join(_END_SECONDS)
             return answer
-        process.join(1.0)
+        process.join(_END_SECONDS)
     else:
         process.kill()
         found = f"no answer within {check.seconds:.0f} s"

@@ -173,9 +173,11 @@ class Step:
         wires = [module for name, module in sys.modules.items() if name.startswith("pool.wire")]
         modules = [*wires, pool.service, trainer.model.pool_client]
         with installed(*modules, ExpertServer=Server, clock_of=lambda device: StreamClock(TimedEvent)):
-            threads = threading.active_count()
+            before = set(threading.enumerate())
             actors = self.world.run({rank: lambda rank=rank, role=role: role(rank) for rank, role in roles.items()})
-            assert threading.active_count() == threads, "the product has started a thread that is not of this world"
+            assert before.issuperset(threading.enumerate()), (
+                "the product has started a thread that is not of this world"
+            )
             return actors
 
     def _settings(self, rank: int) -> WireSettings:

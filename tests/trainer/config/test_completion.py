@@ -103,7 +103,7 @@ def test_a_real_shell(name: str, tmp_path: Path) -> None:
 
 
 def _read_until(terminal: int, wanted: str) -> str:
-    said, deadline = "", time.monotonic() + 60
+    said, deadline = "", time.monotonic() + 240
     while wanted not in said:
         ready, _, _ = select.select([terminal], [], [], max(0.0, deadline - time.monotonic()))
         assert ready, said

@@ -3,12 +3,13 @@
 prepare_worker.py SETTINGS kill N         counts events (a document read, a file synced, removed or renamed, a folder
                                           made), and kills itself by SIGKILL at the N-th; prints the number of events
 prepare_worker.py SETTINGS meet DIR [N]   at its N-th document (default: the first) makes DIR/reading and waits for
-                                          DIR/go; prints the number of documents it read
+                                          DIR/go, all batches before being done; prints the number of documents it read
 Both make small batches and go on from many places. With HOST in the environment they are on another machine, as far as
-locks can tell, whose death is noticed after a second.
+locks can tell, whose death is noticed after LEASE seconds.
 """
 
 import json
+import math
 import os
 import signal
 import socket
@@ -16,7 +17,7 @@ import sys
 import time
 from pathlib import Path
 
-from trainer.data import cache
+from trainer.data import cache, status
 from trainer.data import source_builder as module
 from trainer.data.cache import Conduct
 from trainer.data.prepare import prepare_source
@@ -24,6 +25,7 @@ from trainer.data.settings import SourceSettings
 
 
 def kill_at(last: int) -> None:
+    status._WRITE_SECONDS = math.inf  # a slow process would have more events than a fast one
     count = 0
 
     def event() -> None:
@@ -69,6 +71,7 @@ def meet(folder: Path, at: int) -> None:
                 yield piece
 
     module.Documents = Documents
+    module._read_ahead = lambda batches: batches  # no thread reads while another is in the middle of a batch
     prepare_source(settings, Conduct())
     print(count)
 
@@ -76,7 +79,7 @@ def meet(folder: Path, at: int) -> None:
 module.BATCH_CHARACTERS, module.COMMIT_TOKENS = 400, 500
 if "HOST" in os.environ:
     socket.gethostname = lambda: os.environ["HOST"]
-    cache.LEASE_SECONDS, cache._BEAT_SECONDS = 1.0, 0.2
+    cache.LEASE_SECONDS, cache._BEAT_SECONDS = float(os.environ["LEASE"]), 0.2
 fields = json.loads(sys.argv[1])
 settings = SourceSettings(**fields | {"split": tuple(fields["split"])})
 if sys.argv[2] == "kill":

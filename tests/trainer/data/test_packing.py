@@ -1,3 +1,4 @@
+import gc
 import math
 import tempfile
 from collections import Counter
@@ -8,9 +9,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from datasets import Dataset
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.trainer.fuzzing import fuzz
 from trainer.common.errors import UserError
 from trainer.data import packing
 from trainer.data.packing import SplitRows, SplitWriter
@@ -39,7 +41,7 @@ def pack(documents, seq_len, vocab, restart=None):
 
 
 @given(documents=DOCUMENTS, seq_len=st.integers(1, 12), rows_per_write=st.integers(1, 5), restart=st.integers(0, 20))
-@settings(max_examples=50, deadline=None)
+@fuzz(50)
 def test_rows_are_the_concatenation_and_predict_each_token_once(documents, seq_len, rows_per_write, restart):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(packing, "ROWS_PER_WRITE", rows_per_write)
@@ -71,6 +73,7 @@ def test_rows_stay_on_disk(tmp_path):
     for first in range(0, 30_000, 10_000):
         writer.add(np.arange(first, first + 10_000) % 1000, text_bytes=0)
     writer.close()
+    gc.collect()  # of what other tests have left
     before = pa.total_allocated_bytes()
     rows = SplitRows(tmp_path / "split.arrow", 1000)
     assert len(rows) == (30_000 - 1) // 4 and pa.total_allocated_bytes() == before

@@ -10,26 +10,28 @@ import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from trainer.common import atomic
 from trainer.common.errors import START_AGAIN, Unavailable
-from trainer.data import cache
+from trainer.data import cache, status
 from trainer.data import source_builder as module
 from trainer.data.cache import PREVIOUS_FILE, PROGRESS_FILE, Conduct
 from trainer.data.prepare import prepare_source
 
 WORKER = Path(__file__).with_name("prepare_worker.py")
 REPOSITORY = Path(__file__).parents[3]
-TIMEOUT = 60  # seconds, of a wait that takes one
+TIMEOUT = 240  # seconds, of a wait that takes one
+LEASE = 1.0
 QUIET = Conduct(show=False)
 
 
-def start(settings, *arguments, host=None) -> subprocess.Popen:
+def start(settings, *arguments, host=None, lease=LEASE) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, WORKER, json.dumps(asdict(settings)), *map(str, arguments)],
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY)} | ({"HOST": host} if host else {}),
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)} | ({"HOST": host, "LEASE": str(lease)} if host else {}),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -182,7 +184,7 @@ def test_signals_end_it_at_once_and_keep_what_can_be_resumed(settings, reference
 @pytest.fixture
 def patience_of_seconds(monkeypatch):
     """As the worker has it on another machine."""
-    monkeypatch.setattr(cache, "LEASE_SECONDS", 1.0)
+    monkeypatch.setattr(cache, "LEASE_SECONDS", LEASE)
     monkeypatch.setattr(cache, "_BEAT_SECONDS", 0.2)
 
 
@@ -245,14 +247,19 @@ def test_who_is_overtaken_while_it_writes_to_the_disk_does_not_publish(settings,
     assert content(prepare_source(settings, QUIET).path) == reference and synced
 
 
-def test_a_wait_without_progress_ends(settings, tmp_path, patience_of_seconds):
-    worker = start(settings, "meet", tmp_path, host="elsewhere")
+def test_a_wait_without_progress_ends(settings, tmp_path, monkeypatch):
+    worker = start(settings, "meet", tmp_path, host="elsewhere", lease=cache.LEASE_SECONDS)
     wait_until((tmp_path / "reading").exists, worker)
+    # Patience ends in two seconds, while a worker that the system leaves alone for some more is not taken for dead.
+    monkeypatch.setattr(status, "time", SimpleNamespace(monotonic=lambda: 100 * time.monotonic()))
     with pytest.raises(Unavailable) as error:
-        prepare_source(settings, Conduct(patience=2.0))  # longer than a dead machine is waited for
+        prepare_source(settings, Conduct(patience=180.0))  # longer than a dead machine is waited for
     assert error.value.status == 1
-    said = f"waited 2 s (parallel.start_timeout_seconds) for process {worker.pid} on elsewhere, which prepares"
+    said = f"waited 3 min (parallel.start_timeout_seconds) for process {worker.pid} on elsewhere, which prepares"
     assert said in str(error.value)
+    (lease,) = Path(settings.directory).glob("*.lease")
+    before = lease.stat().st_mtime_ns
+    wait_until(lambda: lease.stat().st_mtime_ns != before, worker)  # it lives
     (tmp_path / "go").touch()
     assert int(worker.communicate(timeout=TIMEOUT)[0]) == 100
 

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.trainer.fuzzing import fuzz
 from trainer.data.reading.documents import Piece
 from trainer.data.splitting import SPLITS, Splitter, choose_splitter, split_of
 
@@ -47,6 +48,7 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40
 PARTS = st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(0, 3))
 
 
+@fuzz(100)
 @given(texts=st.lists(TEXT, min_size=1, max_size=8), parts=PARTS, stop=st.integers(0, 30))
 def test_few_documents_are_split_by_size(texts, parts, stop):
     """The beginning of the text, the middle, the end: nothing lost, of the sizes asked for to within a character."""

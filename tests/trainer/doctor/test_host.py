@@ -107,6 +107,7 @@ def test_launchers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin")
     monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setattr(host, "_ASK_SECONDS", 240.0)
     (found,) = host.launchers(None)
     assert found.found.startswith("unipool train, srun (Slurm, job 7), kubectl (context minikube)")
 

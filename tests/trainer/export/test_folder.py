@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.trainer.export.test_export import VOCAB, exported, invoke, refused, some_tokens, trained
+from tests.trainer.fuzzing import fuzz
 from trainer.common.errors import UserError
 from trainer.export.exported_model import load_export
 
@@ -63,7 +64,7 @@ def test_damaged_exports_are_refused_in_one_line(tmp_path: Path) -> None:
     assert "eos_token_id" in line_after(lambda folder: change(folder / "generation_config.json", eos_token_id="x"))
 
 
-@settings(max_examples=25, deadline=None, database=None)
+@fuzz(25)
 @given(
     file=st.sampled_from(["config.json", "generation_config.json", "tokenizer_config.json"]),
     place=st.integers(0, 99),

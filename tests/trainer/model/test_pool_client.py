@@ -71,7 +71,7 @@ class Echo:
 def test_values_come_in_the_order_of_the_micro_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Though the second, which is shorter, ends first; and what is waited for is counted."""
     ticks = itertools.count()
-    monkeypatch.setattr(clock.time, "perf_counter", lambda: next(ticks))
+    monkeypatch.setattr(clock, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
     pool = RemotePool(cast(TrunkWire, Echo()), 0)
     found = pool.run([micro_batch(0, 2), micro_batch(1, 1), micro_batch(2, 1)], (0, 1, 1, 1, 0, 1, 0, 1, 0, 1, 0), 0)
     assert found == [0, 1, 2]

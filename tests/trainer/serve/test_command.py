@@ -14,7 +14,7 @@ import openai
 import pytest
 from click.testing import CliRunner
 
-from tests.distributed import context
+from tests.distributed import TIME_LIMIT, context
 from tests.trainer.export.test_transformers import model_with
 from tests.trainer.serve.test_text import tokenizer
 from trainer.cli import cli
@@ -48,7 +48,7 @@ def test_a_signal_ends_it_when_answers_are_complete(tmp_path: Path) -> None:
     server = context.Process(target=run, args=(arguments, log), daemon=True)
     server.start()
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + TIME_LIMIT
         while not (found := re.search(r"(http://127\S+)/v1 serves small: 2 answers at once", log.read_text())):
             assert server.is_alive() and time.monotonic() < deadline, log.read_text()
             time.sleep(0.05)
@@ -59,7 +59,7 @@ def test_a_signal_ends_it_when_answers_are_complete(tmp_path: Path) -> None:
         server.terminate()
         chunks += stream
         assert chunks[-1].usage.completion_tokens == 200 or chunks[-2].choices[0].finish_reason == "stop"
-        server.join(30)
+        server.join(TIME_LIMIT)
         assert server.exitcode == 0, log.read_text()
         with pytest.raises(openai.APIConnectionError):
             client.models.list()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,7 @@ from trainer.serve.text import AnswerText
 from trainer.telemetry.prometheus import parse
 
 BATCH, QUEUE, WINDOW = 3, 4, 24
+LIMIT = 240.0  # seconds, of what takes a moment
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'assistant' %}{{ raise_exception('no answers') }}{% endif %}"
     "{{ m.role[0] }}: {{ m.content }}\n{% endfor %}"
@@ -42,7 +46,7 @@ class Server:
     loaded: LoadedModel
 
     def client(self, key: str = "secret") -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.address}/v1", api_key=key, max_retries=0, timeout=60)
+        return openai.OpenAI(base_url=f"{self.address}/v1", api_key=key, max_retries=0, timeout=LIMIT)
 
     def complete(self, **settings: Any) -> Any:
         given = {"model": "small", "prompt": "def size", "temperature": 0, "max_tokens": 6} | settings
@@ -55,7 +59,23 @@ class Server:
         return str(tokenizer().decode(made, skip_special_tokens=True))
 
     def get(self, path: str) -> Any:
-        return self.client().with_options(timeout=5)._client.get(self.address + path)
+        return self.client()._client.get(self.address + path)
+
+    @contextmanager
+    def paused(self, step: int) -> Iterator[threading.Event]:
+        """The engine waits before this step of its computation, from 1 on, until the event is set, or until the end."""
+        go_on, steps = threading.Event(), itertools.count(1)
+
+        def wait(*_: Any) -> None:
+            if next(steps) >= step:
+                go_on.wait(LIMIT)
+
+        hook = self.loaded.model.register_forward_pre_hook(wait)
+        try:
+            yield go_on
+        finally:
+            go_on.set()
+            hook.remove()
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +113,10 @@ def test_parallel_requests_give_what_generate_gives(server: Server) -> None:
 
 
 def test_a_full_queue(server: Server) -> None:
-    """Of thirty at once, seven fit; the others are told so, and nothing is left behind."""
+    """Of thirty at once, seven fit; the others are told so, and nothing is left behind.
+
+    They come before the first answer is complete, which would make room for more.
+    """
 
     def status(_: int) -> tuple[int, bool]:
         """The status, and whether it says that the server is overloaded."""
@@ -103,25 +126,33 @@ def test_a_full_queue(server: Server) -> None:
             return error.status_code, "overloaded" in error.message and error.response.headers["retry-after"] == "1"
         return 200, False
 
-    with ThreadPoolExecutor(30) as clients:
-        statuses = list(clients.map(status, range(30)))
-    assert set(statuses) == {(200, False), (503, True)} and statuses.count((200, False)) >= BATCH + QUEUE
+    fit = BATCH + QUEUE
+    with ThreadPoolExecutor(30) as clients, server.paused(1) as go_on:
+        asked = [clients.submit(status, number) for number in range(30)]
+        refused = [future.result() for future in itertools.islice(as_completed(asked), 30 - fit)]
+        assert refused == [(503, True)] * (30 - fit)
+        go_on.set()
+    assert Counter(future.result() for future in asked) == {(200, False): fit, (503, True): 30 - fit}
     assert (server.engine.running, server.engine.waiting) == (0, 0)
     assert server.complete().choices[0].text == server.generated("def size", 6)
 
 
 def test_streams(server: Server) -> None:
-    chunks = list(server.complete(stream=True, max_tokens=9, stream_options={"include_usage": True}))
+    stream = iter(server.complete(stream=True, max_tokens=9, stream_options={"include_usage": True}))
+    with server.paused(2):
+        chunks = [next(stream)]
+    chunks += stream
     assert "".join(chunk.choices[0].text for chunk in chunks[:-1]) == server.generated("def size", 9)
     assert len(chunks) > 3 and chunks[-2].choices[0].finish_reason == "length"
     assert chunks[-1].choices == [] and chunks[-1].usage.completion_tokens == 9
-    left = server.complete(stream=True, max_tokens=15)
-    next(iter(left))
-    left.close()
-    deadline = time.monotonic() + 10
-    while server.engine.running and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert (server.engine.running, server.engine.waiting) == (0, 0), "a client that goes away ends its answer"
+    with server.paused(2):
+        left = server.complete(stream=True, max_tokens=15)
+        next(iter(left))
+        left.close()
+        deadline = time.monotonic() + LIMIT
+        while server.engine.running and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert (server.engine.running, server.engine.waiting) == (0, 0), "a client that goes away ends its answer"
 
 
 def test_stop_sequences_and_echo(server: Server) -> None:

@@ -40,6 +40,12 @@ def shown(view: View, width: int, height: int) -> list[str]:
     return [line.plain for line in frame_lines(view, width, height)]
 
 
+@pytest.fixture(autouse=True)
+def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With servers in threads of this process, which a busy machine may keep waiting."""
+    monkeypatch.setattr("trainer.view.pages.TIMEOUT_SECONDS", 60.0)
+
+
 def invoke(*arguments: str) -> Any:
     return CliRunner().invoke(cli, ["watch", *arguments])
 
