@@ -186,7 +186,8 @@ def test_dense_backward_is_autograd_s() -> None:
     dense.step(Work([x], [dy], []))
 
 
-def test_contender_answers_stays_and_ends(tmp_path: Path) -> None:
+def test_contender_answers_stays_and_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contenders, "END_LIMIT", 120.0)
     with Contender("two ranks", rank_command(), 2, 1, tmp_path) as contender:
         processes = list(contender._ranks)
         assert contender.run(fail=False) > 0
