@@ -79,7 +79,7 @@ def at_the_door(recipe_file: str, tmp_path_factory: pytest.TempPathFactory) -> d
     for name, rank in ABSENT.items():
         folder = tmp_path_factory.mktemp("absent")
         fault = Fault(rank, Place("trainer.train.start:rendezvous"), stop)
-        recipe = pair(recipe_file, folder, "parallel.start_timeout_seconds=2")
+        recipe = pair(recipe_file, folder, "parallel.start_timeout_seconds=5")
         jobs[name] = ForkedJob(recipe, folder, fault, roles=("pool", "trunk"))
     return jobs
 

@@ -174,7 +174,8 @@ def test_the_notebook_reads_the_run(folder: Path) -> None:
     for cell in notebook.cells:
         cell.source = re.sub(r'load_run\("[./]*runs/quickstart"\)', f"load_run({str(folder / 'run')!r})", cell.source)
     assert sum(str(folder) in cell.source for cell in notebook.cells) == 2
-    NotebookClient(notebook, timeout=int(TIME_LIMIT), resources={"metadata": {"path": str(ROOT)}}).execute()
+    limits = {"timeout": int(TIME_LIMIT), "startup_timeout": int(TIME_LIMIT)}
+    NotebookClient(notebook, resources={"metadata": {"path": str(ROOT)}}, **limits).execute()
     assert pictures(notebook) == stored >= 4
 
 
