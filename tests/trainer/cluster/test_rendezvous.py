@@ -21,7 +21,7 @@ from trainer.cluster.rendezvous import KeyValueStore, Launch, _take_device
 from trainer.common.errors import UserError
 from trainer.config.recipe import Recipe, load_recipe
 
-LIMIT = 120.0
+LIMIT = 240.0
 FOUR = ("parallel.trunk_ranks=2", "parallel.pool_ranks=2", "train.micro_batch=2", "checkpoint.every=2", "eval.every=0")
 
 
