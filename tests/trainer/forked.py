@@ -16,11 +16,14 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from tests.distributed import context, job_environment
+from tests.distributed import TIME_LIMIT, context, job_environment
 from trainer.cluster.rank_assignment import ROLE
 from trainer.config.recipe import Recipe, load_recipe
 
 POLL_SECONDS = 0.01
+
+FAULT = "the fault of the test comes now"
+"""A line of the log of the rank that has the fault."""
 
 NAMES = ("rank 0 (trunk 0)", "rank 1 (pool 0, shard 0)")
 TRUNK, POOL = 0, 1
@@ -108,6 +111,13 @@ class ForkedJob:
     def running(self) -> list[bool]:
         return [rank.is_alive() for rank in self._ranks]
 
+    def wait_for_fault(self, rank: int) -> None:
+        """Until the rank has come to the place of its fault, or has ended."""
+        deadline = time.monotonic() + TIME_LIMIT
+        while FAULT not in self.log(rank) and self.running[rank]:
+            assert time.monotonic() < deadline, self.log(rank)
+            time.sleep(POLL_SECONDS)
+
     def kill(self, rank: int) -> None:
         self._ranks[rank].kill()
 
@@ -194,6 +204,7 @@ def _put(fault: Fault) -> None:
         if fault.place.counts(*arguments, **keywords):
             calls += 1
             if calls == fault.place.number:
+                os.write(2, f"{FAULT}\n".encode())
                 fault.act()
         return original(*arguments, **keywords)
 

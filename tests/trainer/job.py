@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -81,18 +81,23 @@ def unipool(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @contextmanager
-def started(*command: str) -> Iterator[tuple[subprocess.Popen[str], Path]]:
-    """A command running in the background, and the file its output goes to. Whatever is left of it is killed."""
+def started(*command: str, **variables: str) -> Iterator[tuple[subprocess.Popen[str], Path]]:
+    """A command running in the background, and the file its output goes to. Whatever is left of it is killed.
+
+    Args:
+        variables: Of its environment, beside those of the user.
+    """
     log = Path(command[-1].removeprefix("run.dir=")).with_suffix(".log")
     with log.open("w") as output:
         process = subprocess.Popen(
-            command, cwd=ROOT, env=environment(), stdout=output, stderr=subprocess.STDOUT, text=True
+            command, cwd=ROOT, env=environment() | variables, stdout=output, stderr=subprocess.STDOUT, text=True
         )
         try:
             yield process, log
         finally:
             for rank in processes_of(command[-1]):
-                rank.kill()
+                with suppress(psutil.NoSuchProcess):
+                    rank.kill()
             process.kill()
             process.wait()
 

@@ -243,8 +243,8 @@ class LocalJob:
             own = environment | {DONE_FILE: f"{folder}/"}
             self._launcher = subprocess.Popen(command, env=own, start_new_session=True)
             self._had_ranks = False
-            if self.ended_by:  # the signal came while the launcher was starting
-                _signal_session(self._launcher.pid, signal.SIGTERM)
+            if early := self.ended_by[:1]:  # the signal came while the launcher was starting
+                self._pass_on(early[0], first=True)
             first_gone = self._wait()
             status = self._launcher.returncode
             _wait_for_session(self._launcher.pid)
@@ -292,6 +292,11 @@ class LocalJob:
         self.ended_by.append(number)
         if self._launcher is None or (number == signal.SIGUSR1 and not first):
             return  # Slurm sends USR1 before the time limit also to ranks that SIGTERM has asked to save
+        self._pass_on(number, first)
+
+    def _pass_on(self, number: int, first: bool) -> None:
+        """Let the ranks save and end because of a signal, or end everything."""
+        assert self._launcher
         ranks = list(_ranks(self._launcher.pid))
         # Ranks that have ended, as the job has saved, need no signal: their launcher ends by itself with their status.
         save = (bool(ranks) or self._had_ranks) and first and number != signal.SIGINT

@@ -27,6 +27,8 @@ BEAT_SECONDS = 1.0
 _LOOK_SECONDS = 0.2
 _SETTLE_SECONDS = 2.0
 """A connection breaks some moments before its process is gone."""
+_LAST_WORDS_SECONDS = 1.0
+"""What a process has sent may be read some moments after it has ended."""
 
 SOMEBODY_IS_LATE = "all ranks are alive, but at least one has not reached this point"
 
@@ -119,7 +121,7 @@ class Liveness:
         return [rank for rank, peer in enumerate(self._arrivals) if peer.machine == me and not _alive(peer.pid)]
 
     def silent(self) -> list[int]:
-        """Return the ranks whose heartbeat has stopped, after some seconds; the store's host if it does not answer."""
+        """Return the others whose heartbeat has stopped, after some seconds; the store's host if it does not answer."""
         future = _in_thread(self._without_heartbeat)
         answered = wait([future], 6 * BEAT_SECONDS).done and not future.exception()
         return future.result() if answered else [0]
@@ -144,6 +146,8 @@ class Liveness:
         deadline = time.monotonic() + limit.total_seconds()
         while not wait([future], _LOOK_SECONDS).done:
             if dead := self.dead():
+                if wait([future], _LAST_WORDS_SECONDS).done:
+                    break  # that rank had all it needed, and ended because of it
                 raise PeerLost(f"{self.describe(dead)} died")
             if time.monotonic() > deadline:
                 raise PeerLost(f"{self._who_is_late()}: waited for {limit.total_seconds():g} s (timed out)")
@@ -183,7 +187,8 @@ class Liveness:
     def _without_heartbeat(self) -> list[int]:
         before = self._last_beats()
         time.sleep(3 * BEAT_SECONDS)
-        return [rank for rank, (a, b) in enumerate(zip(before, self._last_beats(), strict=True)) if a == b]
+        beats = enumerate(zip(before, self._last_beats(), strict=True))
+        return [rank for rank, (a, b) in beats if a == b and rank != self._rank]
 
     def _behind(self) -> list[int]:
         meetings = [int(beat.split()[1]) for beat in self._last_beats()]

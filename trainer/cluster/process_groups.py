@@ -50,7 +50,13 @@ class Job:
         self.timeout = timedelta(seconds=recipe.parallel.timeout_seconds)
         self.start_timeout = timedelta(seconds=recipe.parallel.start_timeout_seconds)
         self._choose_gpu()
+        self._wait_for_all()
         self.liveness.meet(lambda: self._join(lanes), self.start_timeout)
+
+    def _wait_for_all(self) -> None:
+        """Wait until all ranks are about to create their groups, which wait for each other no longer than in a step."""
+        self.shared.put("before the groups", "")
+        self.shared.broadcast("all before the groups", lambda: "".join(self.shared.gather("before the groups")))
 
     def _choose_gpu(self) -> None:
         if self.device.type == "cuda":

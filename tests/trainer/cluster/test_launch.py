@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
 import socket
@@ -15,14 +14,15 @@ from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import psutil
 import pytest
 
 from tests.deploy.pods import can_isolate
-from tests.trainer.job import ROOT, environment, wait_for
+from tests.trainer.job import ROOT, TIME_LIMIT, environment, wait_for
 from trainer.cluster import launch
-from trainer.cluster.launch import MAX_RESTARTS, RESTARTS, free_port, malloc_settings, restart_limit, run_locally
+from trainer.cluster.launch import MAX_RESTARTS, RESTARTS, free_port, restart_limit, run_locally
 from trainer.config.job_sections import Metrics
 from trainer.config.recipe import load_recipe
 from trainer.telemetry.prometheus import MetricsServer
@@ -59,10 +59,28 @@ time.sleep(float(os.environ.get("LINGER", 0)))
 sys.exit(next(rank.poll() for rank in ranks if rank.poll()))
 """
 USER = """
+# Says once of each rank that it watches it, and that it has ended.
 import os, sys
-from trainer.cluster.launch import LocalJob
-sys.exit(LocalJob({0: 'rank 0 (trunk 0)', 1: 'rank 1 (pool 0, shard 0)'}).run(sys.argv[1:], dict(os.environ)))
+from trainer.cluster import launch
+has_ended, said = launch.has_ended, set()
+def watched(process):
+    ended = has_ended(process)
+    if (process.pid, ended) not in said:
+        said.add((process.pid, ended))
+        os.write(1, b"%d %s\\n" % (process.pid, b"has ended" if ended else b"is watched"))
+    return ended
+launch.has_ended = watched
+names = {0: 'rank 0 (trunk 0)', 1: 'rank 1 (pool 0, shard 0)'}
+sys.exit(launch.LocalJob(names).run(sys.argv[1:], dict(os.environ)))
 """
+
+
+def wait_for_ranks(log: Path, number: int, said: str = "rank is there") -> None:
+    """Until so many ranks, or the user about so many, have said this."""
+    deadline = time.monotonic() + TIME_LIMIT
+    while log.read_text().count(said) < number:
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.02)
 
 
 def rank(seconds: float = 0.0, heeds: bool = True) -> str:
@@ -91,13 +109,15 @@ def test_signals(ranks: list[str], signals: list[int], status: int, tmp_path: Pa
     with log.open("w") as output:
         user = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=output, stderr=subprocess.STDOUT)
         wait_for(log, "launcher is there")
-        while log.read_text().count("rank is there") < len(ranks):
-            assert user.poll() is None, log.read_text()
-        for number in signals:
+        wait_for_ranks(log, len(ranks))
+        for number in signals[:-1]:
             user.send_signal(number)
-            if number != signals[-1]:  # else the two may come as one
+            if ranks == [DEAF]:  # two signals that come as one are handled in this order, too
                 with pytest.raises(subprocess.TimeoutExpired):
                     user.wait(1)
+            else:
+                wait_for(log, f"rank got {number:d}")
+        user.send_signal(signals[-1])
         assert user.wait(120) == status, log.read_text()
     told = log.read_text().splitlines()
     assert (f"launcher got {int(signal.SIGTERM)}" in told) == (status != 75)
@@ -121,6 +141,20 @@ def test_the_status_is_the_jobs_if_its_launcher_was_asked_to_end(
     assert job.came_to_end == (marked in ("0", "3"))
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_a_signal_while_the_launcher_starts_reaches_the_ranks_that_are_there(
+    there: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a rank, it ends the launcher."""
+    rank = MagicMock()
+    monkeypatch.setattr(launch.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(launch, "_ranks", lambda launcher: [rank] * there)
+    job = launch.LocalJob({})
+    job._end(signal.SIGTERM)  # as if it came before the launcher is known
+    assert job.run(["sleep", "0.1" if there else "600"], {}) == 128 + signal.SIGTERM
+    assert [call.args for call in rank.send_signal.call_args_list] == [(signal.SIGTERM,)] * there
+
+
 def test_a_node_whose_ranks_have_saved_ends_well_if_it_is_asked_to_stop_too(tmp_path: Path) -> None:
     """When one node was asked to stop, a cluster may ask the others while their launchers are about to end."""
     log = tmp_path / "log"
@@ -129,7 +163,7 @@ def test_a_node_whose_ranks_have_saved_ends_well_if_it_is_asked_to_stop_too(tmp_
         own = environment() | {"LINGER": "2"}
         user = subprocess.Popen(command, cwd=ROOT, env=own, stdout=output, stderr=subprocess.STDOUT)
         wait_for(log, "rank is there")
-        time.sleep(2 * launch.LOOK_SECONDS)
+        wait_for(log, "is watched")
         (launcher,) = psutil.Process(user.pid).children()
         (leaving,) = launcher.children()
         leaving.send_signal(signal.SIGTERM)
@@ -145,13 +179,11 @@ def test_a_rank_that_was_killed_is_named(tmp_path: Path) -> None:
     command = [sys.executable, "-c", USER, sys.executable, "-c", LAUNCHER, "deepspeed.launcher.launch", SLOW, SLOW]
     with log.open("w") as output:
         user = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=output, stderr=subprocess.STDOUT)
-        while log.read_text().count("rank is there") < 2:
-            assert user.poll() is None, log.read_text()
-        time.sleep(2 * launch.LOOK_SECONDS)
+        wait_for_ranks(log, 2, "is watched")
         (launcher,) = psutil.Process(user.pid).children()
         other, killed = sorted(launcher.children(), key=lambda rank: rank.environ()["RANK"])
         killed.kill()
-        time.sleep(10 * launch.POLL_SECONDS)
+        wait_for(log, f"{killed.pid} has ended")
         other.kill()  # as deepspeed's launcher would
         assert user.wait(120) == 256 - signal.SIGKILL
     assert "unipool: rank 1 (pool 0, shard 0) was killed by SIGKILL" in log.read_text().splitlines()
@@ -323,55 +355,6 @@ def test_a_port_is_given_to_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None
         assert free_port() != port
     with socket.socket() as other, pytest.raises(OSError, match="in use"):
         other.bind(("", port))
-
-
-@pytest.mark.parametrize(
-    ("keys", "gpus", "own", "expected"),
-    [
-        ((), 0, None, True),
-        ((), 2, None, False),
-        (("parallel.device=cpu",), 2, None, True),
-        ((), 0, "glibc.malloc.check=3", False),
-    ],
-    ids=["no GPU", "GPUs", "GPUs that are not used", "the user's own"],
-)
-def test_ranks_on_cpus_keep_their_memory(
-    keys: tuple[str, ...], gpus: int, own: str | None, expected: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What the ranks of `train` have in their environment."""
-    job: Any = Job([0], [], True)
-    monkeypatch.setattr(launch, "LocalJob", lambda names: job)
-    monkeypatch.setattr(launch, "gpus_on_machine", lambda: gpus)
-    monkeypatch.setattr("platform.libc_ver", lambda: ("glibc", "2.36"))
-    for variable in [name for name in os.environ if name.startswith(("MALLOC_", "GLIBC_TUNABLES"))]:
-        monkeypatch.delenv(variable)
-    if own:
-        monkeypatch.setenv("GLIBC_TUNABLES", own)
-    assert run_locally(load_recipe("quickstart", keys), ["train", "quickstart"], 0) == 0
-    assert ("trim_threshold" in (job.environment.get("GLIBC_TUNABLES") or "")) == expected
-    assert own is None or job.environment["GLIBC_TUNABLES"] == own
-    monkeypatch.setattr("platform.libc_ver", lambda: ("glibc", "2.31"))
-    assert malloc_settings() == {}
-    monkeypatch.setattr("platform.libc_ver", lambda: ("glibc", "2.36"))
-    assert malloc_settings()
-    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "33554432")
-    assert malloc_settings() == {}
-
-
-def test_malloc_takes_the_settings() -> None:
-    """What a freed array leaves stays in the heap: the next one finds it, and no page fault follows."""
-    code = """
-import resource
-faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-bytearray(2**25); before = faults()
-for _ in range(4): bytearray(2**25)
-print(faults() - before)
-"""
-    settings = malloc_settings()
-    if not settings:
-        pytest.skip("needs glibc 2.35")
-    run = subprocess.run([sys.executable, "-c", code], env=environment() | settings, capture_output=True, check=True)
-    assert int(run.stdout) < 1000, "of 32 MiB each: 8,192 pages of 4 KiB"
 
 
 def test_a_job_that_has_saved_ends_well_on_a_full_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from unittest.mock import MagicMock
 
 import pytest
 import torch.distributed as dist
 
-from trainer.cluster import fault_watch
+from trainer.cluster import fault_watch, liveness
 from trainer.cluster.devices import Sight
 from trainer.cluster.fault_watch import FaultWatch
 from trainer.cluster.liveness import SOMEBODY_IS_LATE, Arrival, Liveness, PeerLost
@@ -29,6 +31,28 @@ def test_a_rank_that_others_wait_for_is_late() -> None:
         time.sleep(0.05)
     for rank in ranks:
         rank.stop()
+
+
+def two_ranks() -> Liveness:
+    """Rank 0's, whose own heartbeat does not run either."""
+    store = dist.HashStore()
+    for rank in range(2):
+        store.set(str(rank), "5 0")
+    return Liveness(0, ["trunk", "pool"], store, store)
+
+
+def test_a_rank_that_ends_once_all_have_met_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one that finds a user's mistake in what all have told, while another has not yet read its last answer."""
+    ranks, answered = two_ranks(), threading.Event()
+    monkeypatch.setattr(ranks, "dead", lambda: [1] if answered.set() is None else [])
+    monkeypatch.setattr(liveness, "_LAST_WORDS_SECONDS", 60.0)
+    assert ranks.meet(lambda: answered.wait(60), timedelta(seconds=60))
+
+
+def test_a_rank_that_asks_who_is_silent_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its thread for the heartbeat may have been as late as it was itself."""
+    monkeypatch.setattr(liveness, "BEAT_SECONDS", 0.01)
+    assert two_ranks()._without_heartbeat() == [1]
 
 
 @pytest.mark.parametrize(

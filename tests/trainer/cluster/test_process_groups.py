@@ -25,41 +25,55 @@ from trainer.cluster.process_groups import add_up
 from trainer.config.recipe import Recipe
 from trainer.engine.experts import wire_settings
 from trainer.planning.network.step_end import rounds_of_a_sum
+from trainer.planning.schedule import make_schedule
 
 
-def test_a_barrier_waits_longer_than_a_step() -> None:
-    first, second = run_ranks(2, _late, tiny(parallel={"pool_ranks": 1, "timeout_seconds": 1.0}))
-    assert first["barrier"] == second["barrier"] == "passed"
-    assert "Timed out" in first["sum"]
+def test_only_a_step_s_waits_have_its_limit() -> None:
+    """Neither the forming of the groups nor a barrier has it."""
+    first, second = run_ranks(2, _late, tiny(parallel={"pool_ranks": 1, "timeout_seconds": STEP_LIMIT}))
+    assert (first, second) == ("Timed out", "")
 
 
-def _late(recipe: Recipe) -> dict[str, str]:
-    """Rank 1 comes late, by more than the step's time limit, to a barrier and to a sum."""
+STEP_LIMIT = 3.0
 
-    job = join(recipe)
-    result = {}
-    for name, wait in (("barrier", job.barrier), ("sum", lambda: job.sum_over_ranks([1.0]))):
-        if job.rank == 1:
-            time.sleep(3)
-        try:
-            wait()
-            result[name] = "passed"
-        except RuntimeError as error:
-            result[name] = str(error)
-    return result
+
+def _late(recipe: Recipe) -> str:
+    """Rank 1 comes late, by more than the step's time limit, to the groups and to a barrier, and to no sum."""
+    from trainer.cluster.process_groups import Job
+    from trainer.cluster.rendezvous import read_launch, rendezvous
+
+    member, said = rendezvous(recipe, read_launch()), ""
+    if member.rank == 1:
+        time.sleep(STEP_LIMIT + 1)
+    job = Job(recipe, member, make_schedule(recipe).lanes)
+    if job.rank == 1:
+        time.sleep(STEP_LIMIT + 1)
+    job.barrier()
+    if job.rank == 0:
+        with pytest.raises(RuntimeError) as error:
+            job.sum_over_ranks([1.0])
+        said = "Timed out" if "Timed out" in str(error.value) else str(error.value)
+    job.shared.broadcast("rank 0 has given up", str)
+    if job.rank == 0:  # which hosts the store
+        job.shared.get("heard")
+    else:
+        job.shared.set("heard", "")
+    return said
 
 
 def test_a_group_of_deepspeeds_waits_as_long_as_a_start() -> None:
     """It is made without a time limit, and torch's own is half an hour."""
-    colocated = {"trunk_ranks": 2, "pool_ranks": 0, "timeout_seconds": 2.0, "start_timeout_seconds": 3.0}
-    (said, _) = run_ranks(2, _alone, tiny(parallel=colocated))
+    (said, _) = run_ranks(2, _alone, tiny(parallel={"trunk_ranks": 2, "pool_ranks": 0}))
     assert "timeout" in said.lower() or "timed out" in said.lower()
 
 
 def _alone(recipe: Recipe) -> str:
     """Rank 1 does not come to a new group of its role."""
-    if join(recipe).rank == 1:
+    job = join(recipe)
+    if job.rank == 1:
         return ""
+    job.timeout, job.start_timeout = timedelta(seconds=1), timedelta(seconds=2)  # only now: both ranks are there
+    job._limit_groups_of_others()
     with pytest.raises(RuntimeError) as error:
         dist.new_group([0, 1])
     return str(error.value)

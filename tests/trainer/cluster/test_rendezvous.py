@@ -21,7 +21,7 @@ from trainer.cluster.rendezvous import KeyValueStore, Launch, _take_device
 from trainer.common.errors import UserError
 from trainer.config.recipe import Recipe, load_recipe
 
-LIMIT = 120.0
+LIMIT = 240.0
 FOUR = ("parallel.trunk_ranks=2", "parallel.pool_ranks=2", "train.micro_batch=2", "checkpoint.every=2", "eval.every=0")
 
 
@@ -79,7 +79,7 @@ def at_the_door(recipe_file: str, tmp_path_factory: pytest.TempPathFactory) -> d
     for name, rank in ABSENT.items():
         folder = tmp_path_factory.mktemp("absent")
         fault = Fault(rank, Place("trainer.train.start:rendezvous"), stop)
-        recipe = pair(recipe_file, folder, "parallel.start_timeout_seconds=2")
+        recipe = pair(recipe_file, folder, "parallel.start_timeout_seconds=5")
         jobs[name] = ForkedJob(recipe, folder, fault, roles=("pool", "trunk"))
     return jobs
 

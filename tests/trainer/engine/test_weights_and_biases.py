@@ -152,7 +152,7 @@ def test_a_wandb_that_fails_or_hangs_ends_nothing(
     own = MagicMock(**{"children.return_value": [killed, other]})
     monkeypatch.setattr("trainer.engine.weights_and_biases.psutil.Process", lambda: own)
     monkeypatch.setattr(weights_and_biases, "_wandb", lambda: broken)
-    monkeypatch.setattr(weights_and_biases, "LAST_WAIT", 0.2)
+    monkeypatch.setattr(weights_and_biases, "LAST_WAIT", 60.0 if fails else 0.2)
     monkeypatch.setattr(weights_and_biases, "WAITING", 5)
     run = WandbRun("pools", tmp_path, {}, 0)
     for step in range(9 if where != "finish" else 2):

@@ -100,10 +100,8 @@ def test_where_the_environment_has_the_roles_only_the_rendezvous_tells_the_rank(
 
 def test_a_port_that_is_taken_is_tried_again_and_then_an_error() -> None:
     """The rank of an earlier attempt may just be ending; others learn that this one has no address."""
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
+    port = free_port()  # not one that an outgoing connection may get once it is free again
+    with socket.create_server(("127.0.0.1", port)):
         recipe = tiny(parallel=FOUR, metrics={"port": port})
         early, late = serve_early(recipe, launched(0)), serve_early(recipe, launched(0))
         assert early.address == ""

@@ -35,9 +35,9 @@ class Controller(ThreadingHTTPServer):
 class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         server: Any = self.server
-        body = self.rfile.read(int(self.headers["Content-Length"]))
+        body, status = self.rfile.read(int(self.headers["Content-Length"])), server.status
         server.received.append((self.path, self.headers["Authorization"], json.loads(body)))
-        self.send_response(server.status)
+        self.send_response(status)  # of the time before others could know that it has been received
         self.end_headers()
         self.wfile.write(b"{}")
 
@@ -69,6 +69,7 @@ def controller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cont
     monkeypatch.setenv("KUBEFLOW_TRAINER_SERVER_TOKEN", str(tmp_path / "token"))
     monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
     monkeypatch.setattr(trainjob, "INTERVAL_SECONDS", 0.01)
+    monkeypatch.setattr(trainjob, "_TIMEOUT_SECONDS", 60.0)
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     yield server
     server.shutdown()
@@ -113,7 +114,6 @@ def test_a_failure_is_one_warning(controller: Controller, capfd: pytest.CaptureF
         before = len(controller.received)
         progress.step(before, {})
         until(lambda before=before: len(controller.received) > before)
-        time.sleep(0.05)
     progress.close()
     said = [line for line in capfd.readouterr().err.splitlines() if line]
     assert len(said) == 2

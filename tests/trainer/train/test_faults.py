@@ -161,7 +161,7 @@ def test_an_exception_is_named_by_both(
 STOPPED_REPLICA = "gradients of replicas"
 """The stop in which both ranks wait for each other in DeepSpeed only."""
 
-# Long enough that, where all these jobs start at once on a busy machine, only the stopped rank is late.
+# Long enough that only the stopped rank is late, on a busy machine too.
 LIMIT = 8.0
 START_LIMIT = 12.0
 SAVE_LIMIT = 25.0
@@ -212,7 +212,7 @@ REPLICA_NAMES = ("rank 0 (trunk 0)", "rank 1 (trunk 1)")
 
 @pytest.fixture(scope="module")
 def stopped(recipe: Callable[..., Recipe], tmp_path_factory: pytest.TempPathFactory) -> dict[str, ForkedJob]:
-    """All jobs with a stopped rank at once, for they mostly wait."""
+    """All jobs with a stopped rank, for they mostly wait; each starts when the one before has come to its stop."""
     jobs = {}
     for name, (victim, _, place, limit, _) in STOPS.items():
         folder = tmp_path_factory.mktemp("stopped")
@@ -225,6 +225,7 @@ def stopped(recipe: Callable[..., Recipe], tmp_path_factory: pytest.TempPathFact
             limits["parallel__start_timeout_seconds"] = limit
         act = get_stuck if name in STUCK else stop
         jobs[name] = ForkedJob(recipe(folder / "run", **limits), folder, Fault(victim, place, act))
+        jobs[name].wait_for_fault(victim)
     return jobs
 
 

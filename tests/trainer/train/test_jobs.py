@@ -174,7 +174,8 @@ def test_the_notebook_reads_the_run(folder: Path) -> None:
     for cell in notebook.cells:
         cell.source = re.sub(r'load_run\("[./]*runs/quickstart"\)', f"load_run({str(folder / 'run')!r})", cell.source)
     assert sum(str(folder) in cell.source for cell in notebook.cells) == 2
-    NotebookClient(notebook, timeout=int(TIME_LIMIT), resources={"metadata": {"path": str(ROOT)}}).execute()
+    limits = {"timeout": int(TIME_LIMIT), "startup_timeout": int(TIME_LIMIT)}
+    NotebookClient(notebook, resources={"metadata": {"path": str(ROOT)}}, **limits).execute()
     assert pictures(notebook) == stored >= 4
 
 
@@ -295,6 +296,7 @@ def test_metrics_of_every_rank(recipe: str, folder: Path) -> None:
             done == page["unipool_steps_total"][0][1] == page["unipool_step"][0][1]
             and page["unipool_step_duration_seconds_bucket"][-1][1] == done
             and page["unipool_model_flops_total"][0][1] == pytest.approx(done * flops)
+            and "unipool_disk_free_bytes" in page  # for which a page does not wait
         )
 
     job = ForkedJob(load_recipe(recipe, [*LONG, f"run.dir={folder / 'scraped'}"]), folder)

@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import json
 import random
+import re
 import signal
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.trainer.forked import NAMES, POLL_SECONDS, POOL, ForkedJob, saving_recipe
-from tests.trainer.job import TIME_LIMIT, processes_of, rank_process, started, steps, wait_for, write_recipe
+from tests.faults.jobs import PLUG, Pause
+from tests.trainer.forked import NAMES, POLL_SECONDS, POOL, TRUNK, ForkedJob, saving_recipe
+from tests.trainer.job import (
+    ROOT,
+    TIME_LIMIT,
+    processes_of,
+    rank_process,
+    started,
+    steps,
+    wait_for,
+    write_recipe,
+)
 from trainer.checkpoint.format import newest
 from trainer.common.errors import START_AGAIN
 from trainer.config.recipe import Recipe
@@ -60,10 +73,11 @@ def test_training_goes_through_random_kills(
         job = ForkedJob(disturbed, tmp_path)
         _await_moment(job, tmp_path / "disturbed" / "metrics.jsonl", choose)
         victim = choose.randrange(2)
-        assert job.running[1 - victim], job.log(1 - victim)
         job.kill(victim)
         statuses = job.end(TIME_LIMIT)
-        assert statuses[victim] == -9
+        if statuses[1 - victim] == 0:
+            break  # this process was late, and the job had done all its steps
+        assert statuses[victim] == -9, job.log(victim)
         assert statuses[1 - victim] == 1, job.log(1 - victim)
         assert NAMES[victim] in job.log(1 - victim)
     job = ForkedJob(disturbed, tmp_path)
@@ -95,13 +109,18 @@ def test_restarts_after_a_fault(recipe_file: str, undisturbed: list[dict[str, fl
     """`--max-restarts 2`: a rank is killed, and the job comes to the end of an undisturbed run."""
     mark = f"run.dir={tmp_path / 'run'}"
     sets = [word for key, value in KEYS.items() for word in ("--set", f"{key.replace('__', '.')}={value}")]
-    with started(*TRAIN, recipe_file, "--max-restarts", "2", *sets, "--set", mark) as (job, log):
-        while newest(tmp_path / "run" / "checkpoints") is None:
+    place = Pause(POOL, "trainer.engine.role_engine:RoleEngine.step", number=8)  # the second save has awaited the first
+    pause = json.dumps(asdict(place) | {"folder": str(tmp_path)})
+    paused = {"PYTHONPATH": f"{PLUG}:{ROOT}", "UNIPOOL_TEST_PAUSE": pause}
+    with started(*TRAIN, recipe_file, "--max-restarts", "2", *sets, "--set", mark, **paused) as (job, log):
+        while not (tmp_path / "reached").exists():
             assert job.poll() is None, log.read_text()
             time.sleep(POLL_SECONDS)
+        assert newest(tmp_path / "run" / "checkpoints")
         rank_process(mark, POOL).kill()
         text = wait_for(log, "; restart 1 of 2 from the newest checkpoint")
-        assert f"{NAMES[POOL]} died first" in text
+        # The other one says "died first", unless the launcher ends it before: "received SIGTERM after ... died".
+        assert re.search(rf"{re.escape(NAMES[TRUNK])} stopped during .*{re.escape(NAMES[POOL])} died", text), text
         assert f"{START_AGAIN}; restart" not in text
         assert job.wait(TIME_LIMIT) == 0, log.read_text()
         assert processes_of(mark) == []
