@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ import psutil
 from tests.tools import need
 from tests.trainer.job import BIN, ROOT
 from trainer.cluster.launch import free_port
+from trainer.common.atomic import atomic_write
 
 ADDRESSES = "10.88.0"
 """Addresses that exist in the namespaces made here only."""
@@ -227,10 +229,11 @@ class Pod:
                 process.send_signal(signal.SIGSTOP)
 
     def wait_for(self, text: str, limit: float = LIMIT) -> None:
-        """Until `text` stands in the log, at most `limit` seconds."""
+        """Until `text` stands in the log, at most `limit` seconds, in which no pod may end."""
         deadline = time.monotonic() + limit
         while text not in self.log:
-            assert time.monotonic() < deadline and self._process.poll() is None, f"no {text!r} in:\n{self.log}"
+            ended = {pod.name: status for pod in self._cluster._pods if (status := pod.poll()) is not None}
+            assert time.monotonic() < deadline and not ended, f"no {text!r}, ended: {ended}, in:\n{self.log}"
             time.sleep(0.1)
 
     def wait(self, limit: float = LIMIT) -> int:
@@ -331,8 +334,8 @@ class Cluster:
         """The headless service's names, all if not given, and their addresses."""
         names = self._names if names is None else names
         with self.hosts.open("r+") as hosts:  # the same file: pods have mounted it
-            hosts.truncate()
             hosts.write("127.0.0.1 localhost\n" + "".join(f"{address} {name}\n" for name, address in names.items()))
+            hosts.truncate()
 
     def _make_volumes(self, spec: dict[str, Any]) -> None:
         """Folders behind the pods' common volumes, by the path at which pods see them."""
@@ -346,7 +349,8 @@ class Cluster:
         for folder in self.volumes.values():
             folder.mkdir(exist_ok=True)
             for key, text in self.config_maps.get(folder.name, {}).items():
-                (folder / key).write_text(text if self.isolated else self.localize(text))
+                own = text if self.isolated else self.localize(text)
+                atomic_write(folder / key, partial(Path.write_text, data=own))  # others may just be reading it
 
     def localize(self, text: str) -> str:
         """Where there are no mounts: a text with paths on volumes replaced by those of the folders behind them."""
