@@ -243,8 +243,8 @@ class LocalJob:
             own = environment | {DONE_FILE: f"{folder}/"}
             self._launcher = subprocess.Popen(command, env=own, start_new_session=True)
             self._had_ranks = False
-            if early := self.ended_by[:1]:  # the signal came while the launcher was starting
-                self._pass_on(early[0], first=True)
+            for place, early in enumerate(list(self.ended_by)):  # those that came while the launcher was starting
+                self._handle(early, first=place == 0)
             first_gone = self._wait()
             status = self._launcher.returncode
             _wait_for_session(self._launcher.pid)
@@ -290,13 +290,14 @@ class LocalJob:
     def _end(self, number: int) -> None:
         first = not self.ended_by
         self.ended_by.append(number)
-        if self._launcher is None or (number == signal.SIGUSR1 and not first):
-            return  # Slurm sends USR1 before the time limit also to ranks that SIGTERM has asked to save
-        self._pass_on(number, first)
+        if self._launcher:
+            self._handle(number, first)
 
-    def _pass_on(self, number: int, first: bool) -> None:
+    def _handle(self, number: int, first: bool) -> None:
         """Let the ranks save and end because of a signal, or end everything."""
         assert self._launcher
+        if number == signal.SIGUSR1 and not first:
+            return  # Slurm sends USR1 before the time limit also to ranks that SIGTERM has asked to save
         ranks = list(_ranks(self._launcher.pid))
         # Ranks that have ended, as the job has saved, need no signal: their launcher ends by itself with their status.
         save = (bool(ranks) or self._had_ranks) and first and number != signal.SIGINT

@@ -37,7 +37,7 @@ for number in (signal.SIGTERM, signal.SIGUSR1):
     signal.signal(number, leave if "{heeds}" else signal.SIG_IGN)
 signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # without a word, as a rank does in the middle of leaving
 os.write(1, b"rank is there\\n")
-time.sleep(60)
+time.sleep(600)
 """
 LAUNCHER = """
 # Ends as deepspeed's does: with the status of the first rank that fails, or 1 if it is told to.

@@ -138,8 +138,8 @@ def test_a_full_queue(server: Server) -> None:
 
 
 def test_streams(server: Server) -> None:
-    stream = iter(server.complete(stream=True, max_tokens=9, stream_options={"include_usage": True}))
     with server.paused(2):
+        stream = iter(server.complete(stream=True, max_tokens=9, stream_options={"include_usage": True}))
         chunks = [next(stream)]
     chunks += stream
     assert "".join(chunk.choices[0].text for chunk in chunks[:-1]) == server.generated("def size", 9)

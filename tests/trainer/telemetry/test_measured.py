@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from tests.trainer.job import TIME_LIMIT
 from trainer.telemetry import measured
 from trainer.telemetry.measured import DiskSpace, Place, device_memory, node_name, peak_memory, process_age
 from trainer.telemetry.prometheus import MetricsServer
@@ -73,10 +74,12 @@ def test_a_rank_on_the_cpu_has_no_numbers_of_a_device() -> None:
 
 def free_space(disk: DiskSpace) -> int:
     """What it finds; a busy machine may be slower than a page may wait."""
+    deadline = time.monotonic() + TIME_LIMIT
     while disk.free() is None:
+        assert time.monotonic() < deadline
         time.sleep(0.01)
     assert disk._thread
-    disk._thread.join()
+    disk._thread.join(TIME_LIMIT)
     assert disk._free is not None
     return disk._free
 

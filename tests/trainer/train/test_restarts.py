@@ -75,8 +75,10 @@ def test_training_goes_through_random_kills(
         victim = choose.randrange(2)
         job.kill(victim)
         statuses = job.end(TIME_LIMIT)
-        if statuses[1 - victim] == 0:
-            break  # this process was late, and the job had done all its steps
+        if statuses[1 - victim] == 0:  # this process was late, and the job had done all its steps
+            done = newest(tmp_path / "disturbed" / "checkpoints")
+            assert done and done[0] == KEYS["train__steps"], job.log(1 - victim)
+            break
         assert statuses[victim] == -9, job.log(victim)
         assert statuses[1 - victim] == 1, job.log(1 - victim)
         assert NAMES[victim] in job.log(1 - victim)
