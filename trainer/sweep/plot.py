@@ -183,8 +183,8 @@ def draw_curves(result: SweepResult, variants: Sequence[VariantResult]) -> Figur
     if differences:
         all_axes[1].set_ylabel(f"minus {_name(result, result.baseline)}, same seed, nats per token")
         all_axes[1].axhline(0, color=INK, linestyle="--", linewidth=1)
-    seeds = max(len(v.runs) for v in variants)
-    figure_title(figure, f"{result.sweep}: validation loss" + (f", mean over {seeds} seeds" if seeds > 1 else ""))
+    seeds = _seeds(variants)
+    figure_title(figure, f"{result.sweep}: validation loss" + (f", mean over {seeds}" if seeds != "1 seed" else ""))
     return figure
 
 
@@ -236,6 +236,12 @@ def _setting(result: SweepResult, v: VariantResult, key: str) -> str:
 
 
 def _title(result: SweepResult, variants: Sequence[VariantResult]) -> str:
-    seeds = max(len(v.runs) for v in variants)
-    bars = f", {CONFIDENCE:.0%} confidence intervals of the mean" if seeds > 1 else ""
-    return f"{result.sweep}: {plural(seeds, 'seed')}{bars}"
+    seeds = _seeds(variants)
+    bars = f", {CONFIDENCE:.0%} confidence intervals of the mean" if seeds != "1 seed" else ""
+    return f"{result.sweep}: {seeds}{bars}"
+
+
+def _seeds(variants: Sequence[VariantResult]) -> str:
+    """Return how many seeds of each variant are finished, as in "3 to 5 seeds"."""
+    fewest, most = (of(len(v.runs) for v in variants) for of in (min, max))
+    return plural(most, "seed") if fewest == most else f"{fewest} to {plural(most, 'seed')}"

@@ -287,6 +287,7 @@ def test_the_variants_are_drawn_by_effect_beside_what_is_known(made_up: Experime
 
     result = with_picture(made_up, labels={"raw": "raw scores"}, reference={"raw": -0.3}, reference_name="paper")
     figure = draw_variants(result, result.variants)
+    assert figure.get_suptitle().endswith(": 2 to 3 seeds, 95% confidence intervals of the mean")
     losses, differences = figure.axes
     names = [label.get_text() for label in losses.get_yticklabels()]
     assert names == ["normalized", "raw scores", "vanilla", "dense"]
