@@ -183,8 +183,8 @@ def draw_curves(result: SweepResult, variants: Sequence[VariantResult]) -> Figur
     if differences:
         all_axes[1].set_ylabel(f"minus {_name(result, result.baseline)}, same seed, nats per token")
         all_axes[1].axhline(0, color=INK, linestyle="--", linewidth=1)
-    seeds = _seeds(variants)
-    figure_title(figure, f"{result.sweep}: validation loss" + (f", mean over {seeds}" if seeds != "1 seed" else ""))
+    mean = f", mean over {_seeds(variants)}" if _are_repeated(variants) else ""
+    figure_title(figure, f"{result.sweep}: validation loss{mean}")
     return figure
 
 
@@ -236,9 +236,12 @@ def _setting(result: SweepResult, v: VariantResult, key: str) -> str:
 
 
 def _title(result: SweepResult, variants: Sequence[VariantResult]) -> str:
-    seeds = _seeds(variants)
-    bars = f", {CONFIDENCE:.0%} confidence intervals of the mean" if seeds != "1 seed" else ""
-    return f"{result.sweep}: {seeds}{bars}"
+    bars = f", {CONFIDENCE:.0%} confidence intervals of the mean" if _are_repeated(variants) else ""
+    return f"{result.sweep}: {_seeds(variants)}{bars}"
+
+
+def _are_repeated(variants: Sequence[VariantResult]) -> bool:
+    return any(len(v.runs) > 1 for v in variants)
 
 
 def _seeds(variants: Sequence[VariantResult]) -> str:
