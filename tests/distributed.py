@@ -20,6 +20,7 @@ from trainer.cluster.launch import free_port
 from trainer.config.recipe import Recipe
 
 TIME_LIMIT = 240.0
+"""Seconds for whatever takes moments or seconds; only a machine that does much else too needs them."""
 
 context = multiprocessing.get_context("forkserver")
 # The last three deepspeed and the datasets would import in every rank, in two to three seconds.

@@ -24,6 +24,7 @@ from typing import Any
 
 import psutil
 
+from tests.distributed import TIME_LIMIT
 from tests.tools import need
 from tests.trainer.job import BIN, ROOT
 from trainer.cluster.launch import free_port
@@ -31,9 +32,6 @@ from trainer.common.atomic import atomic_write
 
 ADDRESSES = "10.88.0"
 """Addresses that exist in the namespaces made here only."""
-
-LIMIT = 240.0
-"""Seconds that anything may take; only a machine with much else to do needs them."""
 
 # What the container's runtime does before the command; arguments: host name, hosts file, then pairs of folder and path
 # up to "--", then the command.
@@ -60,13 +58,13 @@ def can_isolate() -> bool:
 
 def _works(*command: str) -> bool:
     try:
-        return subprocess.run(command, capture_output=True, check=False, timeout=LIMIT).returncode == 0
+        return subprocess.run(command, capture_output=True, check=False, timeout=TIME_LIMIT).returncode == 0
     except FileNotFoundError:
         return False
 
 
 def _ip(*arguments: str) -> None:
-    subprocess.run(("ip", *arguments), check=True, timeout=LIMIT)
+    subprocess.run(("ip", *arguments), check=True, timeout=TIME_LIMIT)
 
 
 class Network:
@@ -89,7 +87,7 @@ class Network:
 
     def __exit__(self, *_: object) -> None:
         for namespace in reversed(self._namespaces):
-            subprocess.run(("ip", "netns", "del", namespace), check=False, timeout=LIMIT)
+            subprocess.run(("ip", "netns", "del", namespace), check=False, timeout=TIME_LIMIT)
 
     def attach(self) -> tuple[str, str]:
         """A new namespace on the bridge: its name and address."""
@@ -116,7 +114,7 @@ class Network:
         """A page, as something else in the cluster sees it."""
         code = f"import urllib.request as u; print(u.urlopen({url!r}, timeout=60).read().decode())"
         command = ["ip", "netns", "exec", self.switch, sys.executable, "-c", code]
-        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=LIMIT).stdout
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=TIME_LIMIT).stdout
 
     def _make_namespace(self, name: str) -> None:
         _ip("netns", "add", name)
@@ -207,7 +205,7 @@ class Pod:
         """Exit status of a probe, run in the container."""
         command = self._container[name]["exec"]["command"]
         entered = ["nsenter", "--target", str(self._first.pid), "--mount", "--pid", *command]
-        return subprocess.run(entered, check=False, timeout=LIMIT).returncode
+        return subprocess.run(entered, check=False, timeout=TIME_LIMIT).returncode
 
     def read(self, url: str) -> str:
         """A page, read as the cluster's Prometheus would: by the pod's address, from another namespace."""
@@ -228,7 +226,7 @@ class Pod:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.send_signal(signal.SIGSTOP)
 
-    def wait_for(self, text: str, limit: float = LIMIT) -> None:
+    def wait_for(self, text: str, limit: float = TIME_LIMIT) -> None:
         """Until `text` stands in the log, at most `limit` seconds, in which no pod may end."""
         deadline = time.monotonic() + limit
         while text not in self.log:
@@ -236,7 +234,7 @@ class Pod:
             assert time.monotonic() < deadline and not ended, f"no {text!r}, ended: {ended}, in:\n{self.log}"
             time.sleep(0.1)
 
-    def wait(self, limit: float = LIMIT) -> int:
+    def wait(self, limit: float = TIME_LIMIT) -> int:
         """The container's exit status."""
         return self._process.wait(limit)
 
@@ -248,7 +246,7 @@ class Pod:
     def kill(self) -> None:
         """All its processes at once, stopped ones too."""
         self._process.kill()  # unshare takes its children along
-        self._process.wait(LIMIT)
+        self._process.wait(TIME_LIMIT)
 
 
 class Cluster:

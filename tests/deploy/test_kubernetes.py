@@ -19,8 +19,9 @@ from tests.deploy.kubernetes.overlays import (
     split_overlay,
     started,
 )
-from tests.deploy.pods import LIMIT, Cluster
+from tests.deploy.pods import Cluster
 from tests.deploy.schemas import check
+from tests.distributed import TIME_LIMIT
 from trainer.config.recipe import load_recipe
 from trainer.telemetry.prometheus import parse
 
@@ -139,7 +140,7 @@ def test_the_pods_train_stop_and_go_on(tmp_path: Path) -> None:
             cluster.publish()
         first.wait_for("step 1/")
         if cluster.isolated:
-            deadline = time.monotonic() + LIMIT
+            deadline = time.monotonic() + TIME_LIMIT
             while True:
                 page = parse(last.read(f"http://{last.address}:9400/metrics"))
                 assert page["unipool_restarts_total"] == [({"role": "pool", "rank": "3"}, 0.0)]

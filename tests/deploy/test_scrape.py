@@ -18,14 +18,13 @@ import pytest
 import yaml
 
 from tests.deploy.observability import CLUSTER, PROMETHEUS, dashboards, names, panels, rules
+from tests.distributed import TIME_LIMIT
 from tests.tools import need
 from tests.trainer.forked import ForkedJob
 from tests.trainer.job import write_recipe
 from trainer.cluster.launch import free_port
 from trainer.common.errors import START_AGAIN
 from trainer.config.recipe import load_recipe
-
-TIME_LIMIT = 240.0
 
 LAYOUT = ("parallel.trunk_ranks=2", "parallel.pool_ranks=2", "train.steps=1000000", "metrics.per_layer_experts=true")
 OFTEN = ("eval.every=5", "checkpoint.every=5", "checkpoint.keep=1", "router.z_loss=1e-3")

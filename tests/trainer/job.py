@@ -16,12 +16,12 @@ from typing import Any
 
 import psutil
 
+from tests.distributed import TIME_LIMIT
 from trainer.telemetry.step_scalars import Efficiency
 from trainer.telemetry.time_breakdown import ACTIVITIES
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
-TIME_LIMIT = 240.0  # of what takes seconds: on a machine that does much else too
 
 RECIPE = """
 run: {{dir: {folder}/run}}

@@ -13,7 +13,7 @@ import torch
 import torch.distributed
 
 import trainer.cluster.liveness
-from tests.distributed import run_ranks
+from tests.distributed import TIME_LIMIT, run_ranks
 from tests.trainer.forked import Fault, ForkedJob, Place, kill, stop
 from tests.trainer.job import steps, write_recipe
 from tests.training import tiny
@@ -21,7 +21,6 @@ from trainer.cluster.rendezvous import KeyValueStore, Launch, _take_device
 from trainer.common.errors import UserError
 from trainer.config.recipe import Recipe, load_recipe
 
-LIMIT = 240.0
 FOUR = ("parallel.trunk_ranks=2", "parallel.pool_ranks=2", "train.micro_batch=2", "checkpoint.every=2", "eval.every=0")
 
 
@@ -46,7 +45,7 @@ def test_losses_do_not_depend_on_the_order_of_the_ranks(recipe_file: str, tmp_pa
         if name == "pool_first":
             sets.append(f"data.dir={tmp_path / 'data'}")
         job = ForkedJob(load_recipe(recipe_file, sets), tmp_path, roles=roles)
-        assert job.end(LIMIT) == [0] * 4, "".join(job.log(rank) for rank in range(4))
+        assert job.end(TIME_LIMIT) == [0] * 4, "".join(job.log(rank) for rank in range(4))
         first = 2 if name == "pool_first" else 0
         told = [job.log(rank) for rank in range(4)]
         assert re.search(r"^ranks by host: \S+: trunk 0-1, pool 0-1$", told[first], re.M)
@@ -87,7 +86,7 @@ def at_the_door(recipe_file: str, tmp_path_factory: pytest.TempPathFactory) -> d
 @pytest.mark.parametrize("name", MISFITS)
 def test_roles_that_do_not_fit_end_every_rank_in_one_line(name: str, at_the_door: dict[str, ForkedJob]) -> None:
     job = at_the_door[name]
-    assert job.end(LIMIT) == [2, 2], job.log(0) + job.log(1)
+    assert job.end(TIME_LIMIT) == [2, 2], job.log(0) + job.log(1)
     assert job.log(0).startswith(MISFITS[name][1])
     assert len(job.log(0).splitlines()) == 1
 
@@ -96,7 +95,7 @@ def test_roles_that_do_not_fit_end_every_rank_in_one_line(name: str, at_the_door
 def test_a_rank_that_never_comes_is_named_by_the_launchers_number(name: str, at_the_door: dict[str, ForkedJob]) -> None:
     """Its role it has told nobody."""
     job, absent = at_the_door[name], ABSENT[name]
-    assert job.end(LIMIT, without=absent)[1 - absent] == 1
+    assert job.end(TIME_LIMIT, without=absent)[1 - absent] == 1
     wanted = rf"^unipool: launcher rank {1 - absent} failed during .*: PeerLost: .* rank {absent}.* has not joined"
     assert re.search(wanted, job.log(1 - absent), re.M), job.log(1 - absent)
 
@@ -125,7 +124,7 @@ def test_a_store_that_breaks_before_anybody_was_heard_of_names_its_host(monkeypa
 
 def test_a_death_in_data_preparation_is_noticed_by_the_pool(recipe_file: str, tmp_path: Path) -> None:
     job = ForkedJob(pair(recipe_file, tmp_path), tmp_path, Fault(0, Place("trainer.train.start:prepare_for"), kill))
-    assert job.end(LIMIT) == [-9, 1]
+    assert job.end(TIME_LIMIT) == [-9, 1]
     wanted = r"^unipool: rank 1 \(pool 0, shard 0\) stopped during start-up: rank 0 \(trunk 0\) died first"
     assert re.search(wanted, job.log(1), re.M), job.log(1)
 

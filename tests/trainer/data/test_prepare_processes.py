@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from tests.distributed import TIME_LIMIT
 from trainer.common import atomic
 from trainer.common.errors import START_AGAIN, Unavailable
 from trainer.data import cache, status
@@ -23,7 +24,6 @@ from trainer.data.prepare import prepare_source
 
 WORKER = Path(__file__).with_name("prepare_worker.py")
 REPOSITORY = Path(__file__).parents[3]
-TIMEOUT = 240  # seconds, of a wait that takes one
 LEASE = 1.0
 QUIET = Conduct(show=False)
 
@@ -62,7 +62,7 @@ def reference(settings, tmp_path):
 
 
 def test_killed_anywhere_it_goes_on_and_nothing_looks_finished_before_it_is(settings, reference, tmp_path):
-    out, _ = start(replace(settings, directory=str(tmp_path / "whole")), "kill", 0).communicate(timeout=TIMEOUT)
+    out, _ = start(replace(settings, directory=str(tmp_path / "whole")), "kill", 0).communicate(timeout=TIME_LIMIT)
     events = int(out)
     assert events > 100 + 10
     # In the last 30 events the folder is written to the disk and renamed, and what has become useless is removed.
@@ -72,7 +72,7 @@ def test_killed_anywhere_it_goes_on_and_nothing_looks_finished_before_it_is(sett
     for point in points:
         at_point = replace(settings, directory=str(tmp_path / f"killed-{point}"))
         worker = start(at_point, "kill", point)
-        _, err = worker.communicate(timeout=TIMEOUT)
+        _, err = worker.communicate(timeout=TIME_LIMIT)
         assert worker.returncode == -signal.SIGKILL, err
         for folder in folders(at_point):
             if not folder.name.startswith(".partial-"):
@@ -89,9 +89,9 @@ def test_killed_anywhere_it_goes_on_and_nothing_looks_finished_before_it_is(sett
 @pytest.mark.parametrize("point, kept", [(20, False), (-30, True)])
 def test_what_was_left_of_other_settings_is_kept_if_it_can_go_on(settings, tmp_path, point, kept, capfd):
     if point < 0:
-        out, _ = start(replace(settings, directory=str(tmp_path / "whole")), "kill", 0).communicate(timeout=TIMEOUT)
+        out, _ = start(replace(settings, directory=str(tmp_path / "whole")), "kill", 0).communicate(timeout=TIME_LIMIT)
         point += int(out)
-    start(settings, "kill", point).communicate(timeout=TIMEOUT)
+    start(settings, "kill", point).communicate(timeout=TIME_LIMIT)
     (abandoned,) = folders(settings)
     assert abandoned.name.startswith(".partial-")
     prepared = prepare_source(replace(settings, seq_len=7), Conduct())
@@ -146,7 +146,7 @@ def test_after_a_full_disk_it_goes_on(settings, reference, monkeypatch, capfd):
 
 
 def wait_until(happened, worker) -> None:
-    end = time.monotonic() + TIMEOUT
+    end = time.monotonic() + TIME_LIMIT
     while not happened():
         assert worker.poll() is None and time.monotonic() < end, worker.stderr.read()
         time.sleep(0.01)
@@ -160,8 +160,8 @@ def test_two_processes_at_once(settings, reference, tmp_path):
     (partial,) = folders(settings)
     assert partial.name.startswith(".partial-")  # the second one left the first one's alone
     (tmp_path / "go").touch()
-    assert int(first.communicate(timeout=TIMEOUT)[0]) == 100
-    assert int(second.communicate(timeout=TIMEOUT)[0]) == 0
+    assert int(first.communicate(timeout=TIME_LIMIT)[0]) == 100
+    assert int(second.communicate(timeout=TIME_LIMIT)[0]) == 0
     (folder,) = folders(settings)
     assert content(folder) == reference
 
@@ -174,7 +174,7 @@ def test_signals_end_it_at_once_and_keep_what_can_be_resumed(settings, reference
         (partial,) = folders(settings)
         wait_until((partial / PREVIOUS_FILE).exists, worker)
     worker.send_signal(number)
-    assert worker.wait(TIMEOUT) == START_AGAIN
+    assert worker.wait(TIME_LIMIT) == START_AGAIN
     worker.communicate()
     assert [(folder / PROGRESS_FILE).is_file() for folder in folders(settings)] == ([True] if at > 1 else [])
     assert {path.name for path in Path(settings.directory).iterdir()} == {folder.name for folder in folders(settings)}
@@ -204,9 +204,9 @@ def test_another_machine_takes_over_when_the_first_shows_no_life(
     (tmp_path / "go").touch()
     if number == signal.SIGSTOP:
         worker.send_signal(signal.SIGCONT)
-        _, err = worker.communicate(timeout=TIMEOUT)
+        _, err = worker.communicate(timeout=TIME_LIMIT)
         assert worker.returncode == 0 and "another process has taken over" in err
-    worker.communicate(timeout=TIMEOUT)
+    worker.communicate(timeout=TIME_LIMIT)
     assert folders(settings) == [prepared.path] and content(prepared.path) == reference
     assert (prepared.path / "facts.json").read_bytes() == facts
 
@@ -224,7 +224,7 @@ def test_who_is_ended_after_another_has_taken_over_leaves_its_work_alone(
                 if not number:
                     worker.send_signal(signal.SIGTERM)
                     worker.send_signal(signal.SIGCONT)
-                    assert worker.wait(TIMEOUT) == START_AGAIN
+                    assert worker.wait(TIME_LIMIT) == START_AGAIN
                 yield piece
 
     monkeypatch.setattr(module, "Documents", Documents)
@@ -261,7 +261,7 @@ def test_a_wait_without_progress_ends(settings, tmp_path, monkeypatch):
     before = lease.stat().st_mtime_ns
     wait_until(lambda: lease.stat().st_mtime_ns != before, worker)  # it lives
     (tmp_path / "go").touch()
-    assert int(worker.communicate(timeout=TIMEOUT)[0]) == 100
+    assert int(worker.communicate(timeout=TIME_LIMIT)[0]) == 100
 
 
 def flip(file: Path) -> None:
@@ -287,7 +287,7 @@ def test_a_damaged_beginning_is_not_used(settings, reference, tmp_path, what, da
     worker = start(settings, "meet", tmp_path, 90)
     wait_until((tmp_path / "reading").exists, worker)
     worker.kill()
-    worker.communicate(timeout=TIMEOUT)
+    worker.communicate(timeout=TIME_LIMIT)
     (partial,) = folders(settings)
     damage(partial / what)
     assert content(prepare_source(settings, Conduct()).path) == reference
@@ -306,8 +306,8 @@ def test_the_command_ends_with_the_status_of_a_stop_while_it_waits(settings, tmp
     with subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True) as waiting:
         assert "waiting for another process" in waiting.stderr.readline()
         waiting.terminate()
-        assert waiting.wait(TIMEOUT) == START_AGAIN
+        assert waiting.wait(TIME_LIMIT) == START_AGAIN
     (tmp_path / "go").touch()
-    first.communicate(timeout=TIMEOUT)
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=TIMEOUT)
+    first.communicate(timeout=TIME_LIMIT)
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=TIME_LIMIT)
     assert done.returncode == 0 and done.stderr == "" and f"{folders(settings)[0]}, vocabulary 300" in done.stdout

@@ -13,6 +13,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 
+from tests.distributed import TIME_LIMIT
 from trainer.common.errors import Unavailable, UserError
 from trainer.config.recipe import load_recipe
 from trainer.data import source_builder
@@ -29,7 +30,6 @@ from trainer.train.dry_run.rehearsal import rehearsal
 
 QUIET = Conduct(show=False)
 SIZE = 7
-LIMIT = 240  # seconds, of what takes one
 
 
 @pytest.fixture
@@ -129,18 +129,18 @@ def test_no_more_is_read_than_a_part_ahead(training):
     next(stream.micro_batches(0, 4, 0, 1, 2))
     for thread in threading.enumerate():
         if thread.name == "next part":
-            thread.join(LIMIT)
+            thread.join(TIME_LIMIT)
     assert sorted(path.name for path in stream._parts.folder.glob("0*[0-9]")) == ["000000", "000001"]
 
 
 def test_a_process_that_ends_leaves_no_part_half_made(training, monkeypatch):
-    monkeypatch.setattr(parts_module, "_STOP_SECONDS", LIMIT)
+    monkeypatch.setattr(parts_module, "_STOP_SECONDS", TIME_LIMIT)
     parts = SourceParts(training, SIZE, QUIET)
     parts.reach(0)
     before = set(parts.folder.iterdir())
     parts._reader = dataclasses.replace(parts._reader, tokens=itertools.repeat(np.empty(0, np.uint32)))  # no end
     parts.reach_in_background(1)
-    deadline = time.monotonic() + LIMIT
+    deadline = time.monotonic() + TIME_LIMIT
     while not (parts.folder / ".partial-000001").exists() and time.monotonic() < deadline:
         time.sleep(0.001)
     assert set(parts.folder.iterdir()) > before
@@ -155,7 +155,7 @@ def test_a_part_in_the_making_holds_up_nobody_who_needs_another(training, alone)
     with parts._lock:
         reader = threading.Thread(target=parts.reach, args=(0,), daemon=True)
         reader.start()
-        reader.join(LIMIT)
+        reader.join(TIME_LIMIT)
         assert not reader.is_alive()
 
 

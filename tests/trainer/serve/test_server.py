@@ -20,6 +20,7 @@ import pytest
 import torch
 import uvicorn
 
+from tests.distributed import TIME_LIMIT
 from tests.trainer.export.test_transformers import model_with
 from tests.trainer.serve.test_text import tokenizer
 from trainer.export.loaded_model import LoadedModel
@@ -29,7 +30,6 @@ from trainer.serve.text import AnswerText
 from trainer.telemetry.prometheus import parse
 
 BATCH, QUEUE, WINDOW = 3, 4, 24
-LIMIT = 240.0  # seconds, of what takes a moment
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'assistant' %}{{ raise_exception('no answers') }}{% endif %}"
     "{{ m.role[0] }}: {{ m.content }}\n{% endfor %}"
@@ -46,7 +46,7 @@ class Server:
     loaded: LoadedModel
 
     def client(self, key: str = "secret") -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.address}/v1", api_key=key, max_retries=0, timeout=LIMIT)
+        return openai.OpenAI(base_url=f"{self.address}/v1", api_key=key, max_retries=0, timeout=TIME_LIMIT)
 
     def complete(self, **settings: Any) -> Any:
         given = {"model": "small", "prompt": "def size", "temperature": 0, "max_tokens": 6} | settings
@@ -68,7 +68,7 @@ class Server:
 
         def wait(*_: Any) -> None:
             if next(steps) >= step:
-                go_on.wait(LIMIT)
+                go_on.wait(TIME_LIMIT)
 
         hook = self.loaded.model.register_forward_pre_hook(wait)
         try:
@@ -149,7 +149,7 @@ def test_streams(server: Server) -> None:
         left = server.complete(stream=True, max_tokens=15)
         next(iter(left))
         left.close()
-        deadline = time.monotonic() + LIMIT
+        deadline = time.monotonic() + TIME_LIMIT
         while server.engine.running and time.monotonic() < deadline:
             time.sleep(0.01)
         assert (server.engine.running, server.engine.waiting) == (0, 0), "a client that goes away ends its answer"

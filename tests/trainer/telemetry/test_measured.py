@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.trainer.job import TIME_LIMIT
+from tests.distributed import TIME_LIMIT
 from trainer.telemetry import measured
 from trainer.telemetry.measured import DiskSpace, Place, device_memory, node_name, peak_memory, process_age
 from trainer.telemetry.prometheus import MetricsServer
@@ -103,7 +103,7 @@ def test_a_disk_that_does_not_answer_holds_nobody_up(tmp_path: Path, monkeypatch
     assert [disk.free() for _ in range(3)] == [before] * 3
     hangs.set()
     assert disk._thread
-    disk._thread.join()
+    disk._thread.join(TIME_LIMIT)
     assert asked == [tmp_path] and disk._free == 0
 
 

@@ -13,7 +13,7 @@ from unittest.mock import MagicMock
 import psutil
 import pytest
 
-from tests.trainer.job import TIME_LIMIT
+from tests.distributed import TIME_LIMIT
 from trainer.cluster.launch import has_ended
 from trainer.common.errors import UserError
 from trainer.config.job_sections import Tasks
