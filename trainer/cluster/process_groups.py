@@ -20,7 +20,7 @@ from trainer.cluster.rendezvous import Member
 from trainer.config.recipe import Recipe
 
 _WATCHDOG_LIMITS = 5
-"""Limit of torch's own watchdog of NCCL, in limits of the wire, which shall name what takes too long before."""
+"""Limit of torch's own watchdog of NCCL, in limits of a step, whose waits shall name what takes too long before."""
 
 
 class Job:
@@ -87,10 +87,9 @@ class Job:
                 self.wire_groups = WireGroups(host, [self._cross_group(f"lane{lane}") for lane in range(lanes)])
 
     def _limit_groups_of_others(self) -> None:
-        """Let groups that DeepSpeed makes wait as long as a start may; torch has 30 minutes.
+        """Let groups that DeepSpeed makes wait as long as a start may, and no less than a step; torch has 30 minutes.
 
-        Nor less than a step may: their limit on a GPU stays what it is when they are made. NCCL is only a part of the
-        default group's backend, so that torch's default for NCCL alone applies to no group.
+        NCCL is only a part of the default group's backend, so that torch's default for NCCL alone applies to no group.
         """
         dist.distributed_c10d.default_pg_timeout = max(self.start_timeout, self.timeout)
 
@@ -131,12 +130,14 @@ class Job:
     def limit_waits(self) -> None:
         """Let all groups that exist wait on the host for at most `parallel.timeout_seconds`, as in a step.
 
-        Until then, those that DeepSpeed has made for the replicas of a role wait as long as a start may.
+        Until then, those that DeepSpeed has made for the replicas of a role wait as long as a start may. No host waits
+        for NCCL: torch's watchdog ends the process without a word, so it leaves time to those who can name the cause.
         """
-        host = torch.device("cpu")
         for group in dist.distributed_c10d._world.pg_map:
-            if host in group._device_types:
-                group._get_backend(host)._set_default_timeout(self.timeout)
+            for device in group._device_types:
+                backend = group._get_backend(device)
+                limits = _WATCHDOG_LIMITS if backend.name() == "nccl" else 1
+                backend._set_default_timeout(limits * self.timeout)
 
     def sum_over_ranks(self, values: Sequence[float]) -> list[float]:
         """Return the sum of every rank's values, in float64, the same on all ranks. A collective of all ranks."""

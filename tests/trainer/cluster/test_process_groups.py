@@ -21,7 +21,7 @@ from pool.wire.nccl import MAX_CTAS
 from tests.distributed import join, run_ranks
 from tests.pool.host_streams import HostStreams, HostWork
 from tests.training import tiny
-from trainer.cluster.process_groups import add_up
+from trainer.cluster.process_groups import Job, add_up
 from trainer.config.recipe import Recipe
 from trainer.engine.experts import wire_settings
 from trainer.planning.network.step_end import rounds_of_a_sum
@@ -90,6 +90,41 @@ def _limits(recipe: Recipe) -> tuple[float, float]:
     group = dist.new_group([0])._get_backend(torch.device("cpu"))
     with_a_gpu = dist.distributed_c10d._get_default_timeout(dist.Backend("cpu:gloo,cuda:nccl"))
     return group.options._timeout.total_seconds(), with_a_gpu.total_seconds()
+
+
+class Backend:
+    """In the place of one of torch's."""
+
+    def __init__(self, name: str):
+        self.name, self.limit = lambda: name, timedelta(minutes=30)
+
+    def _set_default_timeout(self, limit: timedelta) -> None:
+        self.limit = limit
+
+
+def test_limits_of_torch_s_groups_in_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On GPUs a reduction whose peer has stopped would otherwise hang for as long as a start may take."""
+    gloo, on_host, nccl = Backend("gloo"), Backend("gloo"), Backend("nccl")
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    groups = [
+        SimpleNamespace(_device_types=list(backends), _get_backend=backends.__getitem__)
+        for backends in ({cpu: gloo, gpu: gloo}, {cpu: on_host, gpu: nccl})
+    ]
+    monkeypatch.setattr(dist.distributed_c10d, "_world", SimpleNamespace(pg_map=groups))
+    Job.limit_waits(SimpleNamespace(timeout=timedelta(seconds=60)))  # type: ignore[arg-type]
+    assert [backend.limit.total_seconds() for backend in (gloo, on_host, nccl)] == [60, 60, 300]
+
+
+def test_limits_of_gloo_in_a_step() -> None:
+    """The same with torch's own groups."""
+    assert run_ranks(1, _limits_in_a_step, tiny(parallel={"pool_ranks": 0, "timeout_seconds": 50.0})) == [[50.0] * 2]
+
+
+def _limits_in_a_step(recipe: Recipe) -> list[float]:
+    job, cpu = join(recipe), torch.device("cpu")
+    dist.new_group([0], timeout=timedelta(seconds=70))
+    job.limit_waits()
+    return [group._get_backend(cpu).options._timeout.total_seconds() for group in dist.distributed_c10d._world.pg_map]
 
 
 class Mailboxes:
