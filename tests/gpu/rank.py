@@ -19,6 +19,7 @@ from tests.training import optimizer_step
 from trainer.bench.wire import synchronize
 from trainer.cluster.process_groups import Job
 from trainer.cluster.rendezvous import read_launch, rendezvous
+from trainer.common.gpus import load_kernels_at_start, use_many_queues
 from trainer.common.strict_json import dumps
 from trainer.config.recipe import load_recipe
 from trainer.engine.deterministic import use_deterministic_kernels
@@ -29,6 +30,9 @@ def main(file: Path, profile: bool, name: str, sets: list[str]) -> None:
     """Take the recipe's steps."""
     use_deterministic_kernels()  # as `train` does: its cost is part of a step
     recipe = load_recipe(name, sets)
+    if not recipe.grid.colocated:
+        load_kernels_at_start()
+        use_many_queues()
     member = rendezvous(recipe, read_launch())
     for line in member.devices.lines if member.rank == 0 else ():
         print(line, flush=True)

@@ -19,6 +19,7 @@ from pool.placement import contiguous
 from pool.schedule import Kind, RequestKey
 from pool.wire import PoolWire, TrunkWire, pool_wire, trunk_wire
 from trainer.cluster.launch import free_port
+from trainer.common.gpus import load_kernels_at_start, use_many_queues
 from trainer.config.recipe import Recipe
 from trainer.planning.model_costs import FP32
 
@@ -105,6 +106,8 @@ def _rank(
     from trainer.cluster.rendezvous import Launch, rendezvous
     from trainer.engine.experts import wire_settings
 
+    load_kernels_at_start()
+    use_many_queues()
     job = Job(pair, rendezvous(pair, Launch(rank, 2, rank, 2, "127.0.0.1", port)), lanes=1)
     settings = wire_settings(pair, job, contiguous(1, 1, 1))
     # Either end must live until the job is closed, or the pool's last answer could be lost before it is sent.
