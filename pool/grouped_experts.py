@@ -127,8 +127,11 @@ def swiglu_backward(h_N2F: Tensor, dact_NF: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _fused(function: Callable[..., Any], x: Tensor) -> Callable[..., Any]:
-    """Return the function compiled into one kernel on a GPU, or as it is on a CPU, where tests use this back end."""
-    return compiled(function, dynamic=True) if x.is_cuda and len(x) else function
+    """Return the function compiled into one kernel on a GPU, or as it is on a CPU, where tests use this back end.
+
+    One row would have a graph of its own, and torch would compile it in the middle of a step.
+    """
+    return compiled(function, dynamic=True) if x.is_cuda and len(x) > 1 else function
 
 
 def _product(x_NI: Tensor, w_eIO: Tensor, offsets_e: Tensor) -> Tensor:

@@ -73,6 +73,14 @@ def test_launches(shape: tuple[int, int, int], recompute: bool, monkeypatch: pyt
     assert {grad.device for grad in shard.gradients()} == {GPU}
 
 
+@on_a_fake_gpu
+def test_one_row_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The warm-up compiles the graph of all other sizes; see `tests/pool/test_compiling.py`."""
+    monkeypatch.setattr(grouped_experts, "compiled", lambda function, dynamic: "compiled")
+    launched = [grouped_experts._fused(grouped_experts.swiglu, torch.empty(n, 8, device=GPU)) for n in range(4)]
+    assert launched == [grouped_experts.swiglu, grouped_experts.swiglu, "compiled", "compiled"]
+
+
 class Event:
     """In the place of torch's: a GPU that has done nothing, or everything."""
 
