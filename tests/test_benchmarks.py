@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -87,18 +88,28 @@ def test_step_ratios_leave_out_what_was_not_measured() -> None:
     assert step_ratios(measured, "fp32").keys() == {"colocated_over_dense_fp32"}
 
 
-def test_step_keeps_the_fastest_form(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A form that fails is named; every other one that is not kept is ended."""
+def test_step_keeps_the_fastest_form() -> None:
+    """A form that fails is named; the fastest is tried with larger micro-batches; all that are not kept are ended."""
     one, two, three = Form(2, 1), Form(1, 2), Form(1, 2, compiled=True)
-    forms = {one: FakeContender(3.0), two: FakeContender(None), three: FakeContender(2.0)}
+    pairs, whole = replace(three, micro_batches=2), replace(three, micro_batches=1)
+    seconds = {one: 3.0, two: None, three: 2.0, pairs: 1.0, whole: 4.0}
+    forms = {form: FakeContender(taken) for form, taken in seconds.items()}
     with ExitStack() as stack:
-        kept = choose(list(forms.items()), stack)  # type: ignore[arg-type]
-        assert kept.form == three and kept.contender is forms[three]
-        assert kept.slower == {one: "0.67 times as fast", two: "failed: no compiler"}
-        assert [form.ended for form in forms.values()] == [True, True, False]
-    assert forms[three].ended
+        kept = choose([one, two, three], forms.__getitem__, stack)  # type: ignore[arg-type]
+        assert kept.form == pairs and kept.contender is forms[pairs]
+        slower = {one: "0.67", three: "0.50", whole: "0.25"}
+        assert kept.slower == {form: f"{taken} times as fast" for form, taken in slower.items()} | {
+            two: "failed: no compiler"
+        }
+        assert [form.ended for form in forms.values()] == [True, True, True, False, True]
+    assert forms[pairs].ended
     with pytest.raises(ContenderFailed, match="runs in no form: failed: no compiler"):
-        choose([(two, FakeContender(None))], stack)  # type: ignore[list-item]
+        choose([two], forms.__getitem__, stack)  # type: ignore[arg-type]
+
+
+def test_step_takes_a_known_form_as_it_is() -> None:
+    with ExitStack() as stack:
+        assert choose([Form(1, 2)], lambda _: FakeContender(1.0), stack).slower == {}  # type: ignore[arg-type,return-value]
 
 
 class FakeContender:
@@ -150,19 +161,28 @@ def test_saving_reports_longer_steps_and_seconds() -> None:
 def test_every_form_has_the_same_step(name: str, shape: str, tmp_path: Path) -> None:
     """A step has equally many tokens in every form, and a token can reach equally many experts over all layers."""
     s = step_forms.SHAPES[shape]
-    for form in CONTENDERS[name]:
+    for form in (larger for first in CONTENDERS[name] for larger in with_larger(first)):
         made = recipe(MODEL_OF[name], form, s, "fp32", tmp_path)
         assert made.grid.world_size == form.ranks
-        assert made.micro_batches * made.parallel.trunk_ranks == 4
+        assert made.micro_batches * made.parallel.trunk_ranks == form.micro_batches
         assert made.train.global_batch * made.model.seq_len == s.tokens
         assert made.pool.experts == (0 if name == "dense" else s.experts)
         assert made.experts_per_layer == {"dense": 0, "vanilla": s.experts // s.layers}.get(name, s.experts)
         assert made.train.compile == form.compiled
 
 
+def with_larger(form: Form) -> list[Form]:
+    """A form, and those with larger micro-batches."""
+    larger = form.larger()
+    return [form, *with_larger(larger)] if larger else [form]
+
+
 def test_forms_fill_two_cores() -> None:
     assert all(x.ranks * x.threads == 2 for forms in CONTENDERS.values() for x in forms)
-    assert str(Form(2, 1, "dedicated", compiled=True)) == "1 trunk + 1 pool rank, compiled"
+    assert str(Form(2, 1, "dedicated", compiled=True)) == "1 trunk + 1 pool rank, compiled, 4 micro-batches a step"
+    assert [form.micro_batches for form in with_larger(Form(2, 1))] == [4, 2]
+    assert [form.micro_batches for form in with_larger(Form(1, 2))] == [4, 2, 1]
+    assert [form.micro_batches for form in with_larger(Form(2, 1, "dedicated"))] == [4, 2, 1]
 
 
 def test_work_has_every_token_once_a_layer_unevenly() -> None:

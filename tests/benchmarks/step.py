@@ -1,13 +1,14 @@
 """A whole training step on two cores: UniPool, our own baselines, Hugging Face Qwen3-MoE and DeepSpeed's MoE.
 
 All have the same active shape: at `--shape small` 8 layers, hidden 256, 4 heads, one SwiGLU of width 512 per token and
-layer, vocabulary 2,048, and 4 micro-batches of 2,048 tokens, with AdamW and clipping. UniPool has one pool of 64
+layer, vocabulary 2,048, and 8,192 tokens a step, with AdamW and clipping. UniPool has one pool of 64
 experts and the other MoEs have 8 private experts per layer, so all of them have equally many parameters; dense has one
 FFN per layer. With this width, trunk and pool take about equally long. On a cluster, the number of ranks of each role
 would be chosen for that; two cores only allow 1 + 1.
 
 Every contender is tried in several forms: two ranks of one thread or one rank of two threads, with torch.compile and
-without. The fastest is kept.
+without, all with 4 micro-batches a step; then the fastest of them with fewer and larger ones, as long as that is faster
+still. The fastest form is kept.
 
 python -m tests.benchmarks.step [--shape 182m] [--precision bf16] [--only NAME] [--forms FILE] [--rounds 8] [--json]
 """
@@ -20,6 +21,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import click
@@ -60,35 +62,45 @@ class Kept:
     slower: dict[Form, str]
 
 
-def choose(forms: Sequence[tuple[Form, Contender]], stack: ExitStack) -> Kept:
-    """Try a contender in all its forms, and keep the fastest alive on the stack.
+def choose(forms: Sequence[Form], make: Callable[[Form], Contender], stack: ExitStack) -> Kept:
+    """Try a contender in all its forms, and the fastest with larger micro-batches; keep the fastest alive on the stack.
 
-    At most two are alive at the same time, because each may need gigabytes.
+    At most two are alive at the same time, because each may need gigabytes. A single form is kept as it is.
 
     Raises:
         ContenderFailed: It runs in none of its forms.
     """
     best: tuple[Form, Contender, ExitStack] | None = None
     slower: dict[Form, str] = {}
-    for form, made in forms:
+    waiting = list(forms)
+    while waiting:
+        form = waiting.pop(0)
+        made = make(form)
         with ExitStack() as own:
             try:
                 own.enter_context(made).run(steps=1)
             except ContenderFailed as error:
                 slower[form] = f"failed: {_last_line(error)}"
-                continue
-            loser = own.pop_all()
-            if best is None:
-                best = form, made, loser
-                continue
-            theirs, ours = _alternately(best[1], made)
-            if ours < theirs:
-                slower[best[0]], best, loser = f"{ours / theirs:.2f} times as fast", (form, made, loser), best[2]
             else:
-                slower[form] = f"{theirs / ours:.2f} times as fast"
-            loser.close()
+                loser = own.pop_all()
+                if best is None:
+                    best = form, made, loser
+                else:
+                    theirs, ours = _alternately(best[1], made)
+                    if ours < theirs:
+                        slower[best[0]], best, loser = (
+                            f"{ours / theirs:.2f} times as fast",
+                            (form, made, loser),
+                            best[2],
+                        )
+                    else:
+                        slower[form] = f"{theirs / ours:.2f} times as fast"
+                    loser.close()
+        larger = best[0].larger() if best and len(forms) > 1 and not waiting else None
+        if larger and larger not in slower:
+            waiting.append(larger)
     if best is None:
-        raise ContenderFailed(f"{forms[0][1].name} runs in no form: {'; '.join(slower.values())}")
+        raise ContenderFailed(f"{made.name} runs in no form: {'; '.join(slower.values())}")
     stack.push(best[2])
     return Kept(best[0], best[1], slower)
 
@@ -132,8 +144,10 @@ def measure(
         for name in names:
             advance(f"{precision} {name}")
             forms = known.to_try(name, shape, precision)
-            made = [(form, contender(name, form, SHAPES[shape], precision, python, Path(folder))) for form in forms]
-            kept[name] = choose(made, stack)
+            make = partial(
+                contender, name, shape=SHAPES[shape], precision=precision, python=python, folder=Path(folder)
+            )
+            kept[name] = choose(forms, make, stack)
             known.keep(name, shape, precision, kept[name].form)
         for _ in range(rounds):
             advance(f"{precision} rounds")

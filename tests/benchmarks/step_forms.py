@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from tests.benchmarks.contenders import Contender
 from trainer.config.recipe import Recipe, save_recipe
 
 MICRO_BATCHES = 4
-"""Micro-batches of a step, over all ranks."""
+"""Micro-batches of a step, over all ranks, in the forms that are tried first."""
 
 SEQ_LEN = 256
 VOCAB = 2048
@@ -25,7 +25,7 @@ class Shape:
 
     Attributes:
         experts: Experts of one UniPool pool, or of all layers of another MoE together.
-        sequences: Sequences of a micro-batch, SEQ_LEN tokens each.
+        sequences: Sequences of a step, SEQ_LEN tokens each.
     """
 
     layers: int
@@ -38,7 +38,7 @@ class Shape:
     @property
     def tokens(self) -> int:
         """Tokens of a step."""
-        return MICRO_BATCHES * self.sequences * SEQ_LEN
+        return self.sequences * SEQ_LEN
 
     @property
     def model(self) -> dict[str, int]:
@@ -48,8 +48,8 @@ class Shape:
 
 
 SHAPES = {
-    "small": Shape(layers=8, hidden=256, heads=4, ffn_hidden=512, experts=64, sequences=8),
-    "182m": Shape(layers=12, hidden=768, heads=12, ffn_hidden=3072, experts=24, sequences=2),
+    "small": Shape(layers=8, hidden=256, heads=4, ffn_hidden=512, experts=64, sequences=32),
+    "182m": Shape(layers=12, hidden=768, heads=12, ffn_hidden=3072, experts=24, sequences=8),
 }
 """`182m` has that recipe's proportions; experts and tokens are as many as fit into 24 GB."""
 
@@ -69,12 +69,20 @@ class Form:
         ranks, threads: Processes, and threads of each.
         layout: Layout of UniPool, as in `parallel.layout`.
         compiled: Whether torch.compile compiles what it can: our trunk, or the whole model of a peer.
+        micro_batches: Into how many micro-batches all ranks together divide a step.
     """
 
     ranks: int
     threads: int
     layout: str = "colocated"
     compiled: bool = False
+    micro_batches: int = MICRO_BATCHES
+
+    def larger(self) -> Form | None:
+        """The same form with micro-batches twice as large, or None if then a rank would have none."""
+        data_parallel = self.ranks - (self.layout == "dedicated")
+        half = self.micro_batches // 2
+        return replace(self, micro_batches=half) if half >= data_parallel else None
 
     def __str__(self) -> str:
         ranks = {
@@ -82,7 +90,8 @@ class Form:
             "every_rank": "two ranks, each trunk and pool",
             "colocated": "two ranks of one thread" if self.ranks == 2 else "one rank of two threads",
         }[self.layout]
-        return f"{ranks}, compiled" if self.compiled else ranks
+        compiled = ", compiled" if self.compiled else ""
+        return f"{ranks}{compiled}, {self.micro_batches} micro-batch{'es' if self.micro_batches > 1 else ''} a step"
 
 
 def _forms(*layouts: Form) -> tuple[Form, ...]:
@@ -120,8 +129,8 @@ def recipe(model: str, form: Form, shape: Shape, precision: str, folder: Path) -
         "model": shape.model,
         "train": {
             "steps": 100_000,
-            "global_batch": shape.sequences * MICRO_BATCHES,
-            "micro_batch": shape.sequences,
+            "global_batch": shape.sequences,
+            "micro_batch": shape.sequences // form.micro_batches,
             "lr": 1e-4,
             "min_lr": 1e-5,
             "precision": precision,
@@ -132,7 +141,7 @@ def recipe(model: str, form: Form, shape: Shape, precision: str, folder: Path) -
             "layout": form.layout,
             "trunk_ranks": trunk_ranks,
             "pool_ranks": pool_ranks,
-            "lanes": MICRO_BATCHES // trunk_ranks,
+            "lanes": form.micro_batches // trunk_ranks,
             "trunk_zero": 0,
             "pool_zero": 0,
             "timeout_seconds": 300.0,
@@ -165,8 +174,8 @@ def contender(name: str, form: Form, shape: Shape, precision: str, python: str, 
             "kind": "step",
             "dtype": PRECISIONS[precision],
             "experts": shape.experts // shape.layers,
-            "sequences": shape.sequences,
-            "micro_batches": MICRO_BATCHES,
+            "sequences": shape.sequences // form.micro_batches,
+            "micro_batches": form.micro_batches,
             "compile": form.compiled,
         }
         command = [python, str(Path(__file__).with_name(PEERS[name])), json.dumps(settings)]
