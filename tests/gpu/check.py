@@ -7,10 +7,11 @@ beside it.
 The parts, in `tests/gpu/parts.py`, run on one GPU; those with NCCL between the roles are skipped unless there are two.
 --rehearse runs all of them on the CPU with tiny shapes, which takes about a minute and shows that the script works.
 
-A machine without network needs the packages of requirements.txt that it lacks, from torch 2.11 on. Fetch their wheels
-elsewhere for its version of Python (`pip download --only-binary=:all: --no-deps --python-version ...`); deepspeed comes
-as source, so build its wheel with `DS_BUILD_OPS=0 pip wheel --no-deps deepspeed`. Install them there with `pip install
---no-index --no-deps --target SITE *.whl`, and run this script with PYTHONPATH=SITE.
+A machine without network needs the packages of requirements.txt that it lacks, from torch 2.11 on, and those that they
+need in turn; the part `machine` lists what it lacks. Fetch their wheels elsewhere for its version of Python (`pip
+download --only-binary=:all: --no-deps --python-version ...`); deepspeed comes as source, so build its wheel with
+`DS_BUILD_OPS=0 pip wheel --no-deps deepspeed`. Install them there with `pip install --no-index --no-deps --target SITE
+*.whl`, and run this script with PYTHONPATH=SITE.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from trainer.common.gpus import VISIBLE, look, set_allocator, why_none
 from trainer.common.strict_json import dumps
 from trainer.config.recipe import Recipe, load_recipe
 
+ROOT = Path(__file__).parents[2]
 TINY = {
     "quickstart": (
         *("model.layers=2", "model.hidden=32", "model.ffn_hidden=32", "model.vocab=300", "model.seq_len=32"),
@@ -84,6 +86,7 @@ def machine(part: Part) -> None:
         driver=facts.driver,
         python=sys.version.split()[0],
         cores=os.cpu_count(),
+        unmet=_unmet(),
         missing=[error for name in PACKAGES if (error := _import_error(name))],
         doctor=[f"{finding.status}: {finding.about}: {finding.found}" for finding in torch_and_gpus(None)],
     )
@@ -94,6 +97,27 @@ def machine(part: Part) -> None:
     properties = torch.cuda.get_device_properties(0)
     part.write(memory=properties.total_memory, sms=properties.multi_processor_count, nccl=torch.cuda.nccl.version())
     part.write(matmul_flops=_matmul_flops(torch.device("cuda"), 8192))
+
+
+def _unmet() -> list[str]:
+    """Return what requirements.txt asks for and is not here, also in turn; what torch needs is torch's affair."""
+    from packaging.requirements import Requirement
+
+    lines = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line and line[0] != "#"]
+    asked, looked, unmet = list(map(Requirement, lines)), {"torch"}, []
+    for wanted in asked:
+        try:
+            here = distribution(wanted.name)
+        except PackageNotFoundError:
+            unmet.append(str(wanted))
+            continue
+        if not wanted.specifier.contains(here.version, prereleases=True):
+            unmet.append(f"{wanted}: here is {here.version}")
+        if wanted.name not in looked:
+            looked.add(wanted.name)
+            further = map(Requirement, here.requires or ())
+            asked += [one for one in further if one.marker is None or one.marker.evaluate({"extra": ""})]
+    return sorted(set(unmet))
 
 
 def _import_error(name: str) -> str:
