@@ -1,6 +1,6 @@
 """Experts by torch's grouped matrix multiplication: the back end for GPUs in bf16.
 
-SwiGLU and its backward are one fused kernel each, and nothing is read from the device. Letters: N rows in expert-major
+SwiGLU is one fused kernel, its backward two, and nothing is read from the device. Letters: N rows in expert-major
 order, D hidden, F expert width, e experts, b requests merged into one launch.
 """
 
@@ -127,7 +127,7 @@ def swiglu_backward(h_N2F: Tensor, dact_NF: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _fused(function: Callable[..., Any], x: Tensor) -> Callable[..., Any]:
-    """Return the function compiled into one kernel on a GPU, or as it is on a CPU, where tests use this back end."""
+    """Return the function compiled on a GPU, or as it is on a CPU, where tests use this back end."""
     return compiled(function, dynamic=True) if x.is_cuda and len(x) else function
 
 
