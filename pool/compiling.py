@@ -9,7 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
@@ -27,11 +27,22 @@ def compiled(function: Callable[P, T], dynamic: bool) -> Callable[P, T]:
 
     Args:
         function: What to compile. It may contain nothing that the compiler cannot trace.
-        dynamic: Whether sizes are variables of the graph; otherwise each new size is compiled anew, 8 at most.
+        dynamic: Whether the function takes tensors only, whose numbers of rows are variables of the graph. Other sizes
+            are not: a kernel would divide by them for each of its elements. Each new one is compiled anew, 8 at most.
     """
     _set_cache_folders()
     # Otherwise the fastest kernels are found by trying, and sums in the kernels of two runs may differ.
-    return torch.compile(function, fullgraph=True, dynamic=dynamic, options={"deterministic": True})
+    graph = torch.compile(function, fullgraph=True, dynamic=False, options={"deterministic": True})
+    if not dynamic:
+        return graph
+
+    @wraps(function)
+    def with_any_rows(*tensors: P.args, **others: P.kwargs) -> T:
+        for tensor in tensors:
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        return graph(*tensors, **others)
+
+    return with_any_rows
 
 
 @cache

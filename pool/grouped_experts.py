@@ -1,6 +1,6 @@
 """Experts by torch's grouped matrix multiplication: the back end for GPUs in bf16.
 
-SwiGLU and its backward are one fused kernel each, and nothing is read from the device. Letters: N rows in expert-major
+SwiGLU is one fused kernel, its backward two, and nothing is read from the device. Letters: N rows in expert-major
 order, D hidden, F expert width, e experts, b requests merged into one launch.
 """
 

@@ -14,14 +14,16 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
 from trainer.common.atomic import atomic_write
-from trainer.common.gpus import look, set_allocator, why_none
+from trainer.common.gpus import VISIBLE, look, set_allocator, why_none
 from trainer.common.strict_json import dumps
 from trainer.config.recipe import Recipe, load_recipe
 
+ROOT = Path(__file__).parents[2]
 TINY = {
     "quickstart": (
         *("model.layers=2", "model.hidden=32", "model.ffn_hidden=32", "model.vocab=300", "model.seq_len=32"),
@@ -38,7 +40,10 @@ TINY = {
 LOSS_TOLERANCE = 1e-2
 """Largest relative difference between losses on a GPU and on the CPU, in fp32."""
 
-PACKAGES = ("deepspeed", "pydantic", "datasets", "tokenizers", "transformers", "matplotlib", "prometheus_client")
+PACKAGES = (
+    *("deepspeed", "pydantic", "datasets", "pyarrow", "tokenizers", "fastokens", "transformers", "safetensors"),
+    *("scipy", "pandas", "matplotlib", "tensorboard", "prometheus_client", "zstandard", "filelock", "psutil", "rich"),
+)
 
 
 class Part:
@@ -71,6 +76,8 @@ def machine(part: Part) -> None:
     """What there is: GPUs, torch, the packages that the trainer needs."""
     import torch
 
+    from trainer.doctor.gpus import torch_and_gpus
+
     facts = look()
     part.write(
         gpus=[gpu.name for gpu in facts.gpus],
@@ -79,7 +86,9 @@ def machine(part: Part) -> None:
         driver=facts.driver,
         python=sys.version.split()[0],
         cores=os.cpu_count(),
+        unmet=_unmet(),
         missing=[error for name in PACKAGES if (error := _import_error(name))],
+        doctor=[f"{finding.status}: {finding.about}: {finding.found}" for finding in torch_and_gpus(None)],
     )
     assert not part.found["missing"], part.found["missing"]
     if part.rehearse:
@@ -88,6 +97,27 @@ def machine(part: Part) -> None:
     properties = torch.cuda.get_device_properties(0)
     part.write(memory=properties.total_memory, sms=properties.multi_processor_count, nccl=torch.cuda.nccl.version())
     part.write(matmul_flops=_matmul_flops(torch.device("cuda"), 8192))
+
+
+def _unmet() -> list[str]:
+    """Return what requirements.txt asks for and is not here, also in turn; what torch needs is torch's affair."""
+    from packaging.requirements import Requirement
+
+    lines = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line and line[0] != "#"]
+    asked, looked, unmet = list(map(Requirement, lines)), {"torch"}, []
+    for wanted in asked:
+        try:
+            here = distribution(wanted.name)
+        except PackageNotFoundError:
+            unmet.append(str(wanted))
+            continue
+        if not wanted.specifier.contains(here.version, prereleases=True):
+            unmet.append(f"{wanted}: here is {here.version}")
+        if wanted.name not in looked:
+            looked.add(wanted.name)
+            further = map(Requirement, here.requires or ())
+            asked += [one for one in further if one.marker is None or one.marker.evaluate({"extra": ""})]
+    return sorted(set(unmet))
 
 
 def _import_error(name: str) -> str:
@@ -109,7 +139,7 @@ def _matmul_flops(device: Any, size: int) -> float:
 
 def quickstart(part: Part) -> None:
     """Both roles of quickstart on one GPU, against the same on the CPU."""
-    os.environ["CUDA_VISIBLE_DEVICES"] = "0"
+    os.environ[VISIBLE] = os.environ.get(VISIBLE, "0").split(",")[0]
     _compare_losses(part)
     if not part.rehearse:
         assert "ranks share a GPU" in part.found["devices"], part.found["devices"]
@@ -163,18 +193,20 @@ def experts(part: Part) -> None:
     import torch
 
     from pool.counts import Counts
-    from pool.placement import contiguous
-    from pool.shard import ExpertServer
+    from pool.shard import ExpertServer, ExpertShard
     from trainer.bench.measure import best_seconds
-    from trainer.engine.experts import build_shard
 
     device = torch.device(part.device)
     found = {}
     for name in ("unipool-182m", "unipool-978m"):
-        recipe = load_recipe(name, part.sets(name, "parallel.pool_ranks=0", f"pool.stash_bytes={2**62}"))
+        recipe = load_recipe(name, part.sets(name))
         m, number = recipe.model, recipe.pool.experts
         tokens = 256 if part.rehearse else recipe.train.micro_batch * m.seq_len
-        server = ExpertServer(build_shard(recipe, contiguous(number, 1, 1), 0, device))
+        with device:
+            shard = ExpertShard(tuple(range(number)), m.hidden, m.ffn_hidden, torch.bfloat16, deferred_bytes=2**62)
+        for weight in shard.parameters():  # on the device: a CPU draws the 5 billion weights of 978M for a minute
+            torch.nn.init.normal_(weight, std=m.init_std)
+        server = ExpertServer(shard)
         x_ND = torch.randn(tokens, m.hidden, device=device, dtype=torch.bfloat16)
         ids_N = torch.randint(number, (tokens,), generator=torch.Generator().manual_seed(0))
         counts = Counts(torch.bincount(ids_N, minlength=number).to(device))
@@ -204,7 +236,7 @@ def experts(part: Part) -> None:
             "matmul_flops": 2 * tokens * m.hidden * m.ffn_hidden / product,
         }
         part.write(shapes=found)
-        del server, x_ND, wide_DF, forward, whole, only_forward
+        del shard, weight, server, x_ND, wide_DF, forward, whole, only_forward
         if device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -213,12 +245,8 @@ def colocated(part: Part) -> None:
     """Thirty steps of the 182M recipe on one GPU: speed, memory beside that of `plan`, and where the time goes."""
     recipe, sets = "unipool-182m", part.sets("unipool-182m", "parallel.trunk_ranks=1", "parallel.pool_ranks=0")
     sets += [] if part.rehearse else ["train.global_batch=64"]
-    planned = _planned_memory(recipe, sets)
-    part.write(sets=sets, planned_memory=planned)
+    part.write(sets=sets, planned_memory=_planned_memory(recipe, sets))
     _take_steps(part, recipe, [*sets, f"train.steps={3 if part.rehearse else 30}"], profile=True)
-    if not part.rehearse:
-        peak = part.found["ranks"][0]["peak_tensors"]
-        part.write(peak_over_planned=peak / sum(planned.values()))
 
 
 def every_rank(part: Part) -> None:
@@ -231,12 +259,14 @@ def every_rank_two(part: Part) -> None:
     _both_roles(part, 2)
 
 
+BATCH = "train.global_batch=128"
+"""Micro-batches stay as large as those of `colocated`, so that the compiler finds the trunk's graphs in its cache."""
+
+
 def _both_roles(part: Part, ranks: int) -> None:
     grid = ("parallel.layout=every_rank", f"parallel.trunk_ranks={ranks}", "parallel.pool_ranks=0", "parallel.lanes=2")
     sets = part.sets("unipool-182m", *grid, f"train.steps={3 if part.rehearse else 10}")
-    _take_steps(
-        part, "unipool-182m", sets if part.rehearse else [*sets, "train.global_batch=64", "train.micro_batch=8"]
-    )
+    _take_steps(part, "unipool-182m", sets if part.rehearse else [*sets, BATCH])
 
 
 def lanes_2(part: Part) -> None:
@@ -262,7 +292,7 @@ def lanes_4_two_channels(part: Part) -> None:
 def _dedicated(part: Part, lanes: int, **environment: str) -> None:
     os.environ.update(environment)
     sets = part.sets("unipool-182m", "parallel.trunk_ranks=1", "parallel.pool_ranks=1", f"parallel.lanes={lanes}")
-    sets += [] if part.rehearse else ["train.global_batch=64", "train.micro_batch=8"]
+    sets += [] if part.rehearse else [BATCH]
     _take_steps(part, "unipool-182m", [*sets, f"train.steps={3 if part.rehearse else 10}"])
 
 
@@ -288,17 +318,27 @@ def _take_steps(part: Part, name: str, sets: Sequence[str], profile: bool = Fals
         file.unlink(missing_ok=True)
         command = [sys.executable, "-m", "tests.gpu.rank", str(file), "profile" if profile else "", name, *sets]
         ranks.append((subprocess.Popen(command, env=own), file))
-    statuses = [process.wait() for process, _ in ranks]
-    found = [json.loads(file.read_text()) for _, file in ranks if file.exists()]
-    part.write(ranks=found)
-    if found:
-        part.write(**_speed(recipe, found[0]["seconds"]))
+    running, written = True, None
+    while running:  # the part may be stopped before its ranks have ended
+        time.sleep(0.5)
+        running = any(process.poll() is None for process, _ in ranks)
+        found = [json.loads(file.read_text()) for _, file in ranks if file.exists()]
+        if found and found != written:
+            part.write(ranks=found, **_speed(recipe, found[0]), **_share_of_plan(part, found[0]))
+            written = found
+    statuses = [process.returncode for process, _ in ranks]
     assert statuses == [0] * world, statuses
 
 
-def _speed(recipe: Recipe, seconds: Sequence[float]) -> dict[str, float]:
+def _share_of_plan(part: Part, rank: dict[str, Any]) -> dict[str, float]:
+    planned = part.found.get("planned_memory")
+    return {"peak_over_planned": rank["peak_tensors"] / sum(planned.values())} if planned and not part.rehearse else {}
+
+
+def _speed(recipe: Recipe, rank: dict[str, Any]) -> dict[str, float]:
     from trainer.planning.model_costs import count_flops
 
+    seconds = rank["seconds"]
     step = statistics.median(seconds[len(seconds) // 3 :])  # the first ones compile
     rate = recipe.train.global_batch * recipe.model.seq_len / step
     flops = rate * count_flops(recipe).training / recipe.grid.world_size

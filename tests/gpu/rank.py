@@ -5,6 +5,7 @@ It writes the time and loss of each step and the memory it took, and if asked to
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
 import time
@@ -19,17 +20,21 @@ from tests.training import optimizer_step
 from trainer.bench.wire import synchronize
 from trainer.cluster.process_groups import Job
 from trainer.cluster.rendezvous import read_launch, rendezvous
+from trainer.common.atomic import atomic_write
 from trainer.common.gpus import load_kernels_at_start, use_many_queues
 from trainer.common.strict_json import dumps
 from trainer.config.recipe import load_recipe
 from trainer.engine.deterministic import use_deterministic_kernels
 from trainer.planning.schedule import make_schedule
 
+ENVIRONMENT = ("CUDA_MODULE_LOADING", "CUDA_DEVICE_MAX_CONNECTIONS", "NCCL_MAX_P2P_NCHANNELS", "PYTORCH_ALLOC_CONF")
+"""Variables that decide how a rank uses its GPU."""
+
 
 def main(file: Path, profile: bool, name: str, sets: list[str]) -> None:
     """Take the recipe's steps."""
-    use_deterministic_kernels()  # as `train` does: its cost is part of a step
     recipe = load_recipe(name, sets)
+    use_deterministic_kernels()  # this and the next as `train` does: its cost is part of a step
     if not recipe.grid.colocated:
         load_kernels_at_start()
         use_many_queues()
@@ -41,6 +46,7 @@ def main(file: Path, profile: bool, name: str, sets: list[str]) -> None:
     job.barrier()
     role.warm_up(job.start_timeout)
     found: dict[str, Any] = {"rank": job.name, "device": member.devices.names[job.rank], "seconds": [], "losses": []}
+    found["environment"] = {variable: os.environ.get(variable) for variable in ENVIRONMENT}
     for step in range(recipe.train.steps):
         started = time.perf_counter()
         scalars = optimizer_step(job, role, step)
@@ -48,12 +54,17 @@ def main(file: Path, profile: bool, name: str, sets: list[str]) -> None:
         found["seconds"].append(time.perf_counter() - started)
         found["losses"].append(None if scalars is None else scalars.loss)
         found |= _memory(job.device)
-        file.write_text(dumps(found))
+        _write(file, found)
     if profile:
         picture = file.with_suffix(".png")
         found["profile"] = draw_step(lambda: optimizer_step(job, role, recipe.train.steps), job.device, picture)
-        file.write_text(dumps(found))
+        _write(file, found)
     job.close()
+
+
+def _write(file: Path, found: dict[str, Any]) -> None:
+    text = dumps(found)
+    atomic_write(file, lambda path: path.write_text(text))
 
 
 def _memory(device: torch.device) -> dict[str, int]:

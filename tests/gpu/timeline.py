@@ -59,6 +59,7 @@ def draw_step(step: Callable[[], object], device: torch.device, picture: Path) -
     picture.with_suffix(".trace.json.gz").write_bytes(gzip.compress(text))
     wanted = ON_DEVICE if on_gpu else ("cpu_op",)
     events = [event for event in json.loads(text)["traceEvents"] if event.get("cat") in wanted and "dur" in event]
+    assert events, f"the profiler saw nothing of {device} (on a GPU it needs CUPTI); its trace lies beside {picture}"
     return _draw(events, picture)
 
 

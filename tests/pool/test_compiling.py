@@ -66,13 +66,27 @@ def test_a_folder_of_its_own_where_the_users_cannot_be_written(
 
 
 @pytest.mark.parametrize("function", [grouped_experts.swiglu, grouped_experts.swiglu_backward])
-def test_the_experts_functions_are_one_graph_for_all_sizes(function: Callable[..., Any]) -> None:
-    """From two rows on: torch compiles anew for one."""
+def test_the_experts_functions_are_one_graph_for_any_number_of_rows(
+    function: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And one for a single row, which is not compiled on a GPU; in both the widths are numbers."""
     torch._dynamo.reset()  # there is a limit to how often a function is compiled, and other tests have compiled it
-    graphs: list[Any] = []
-    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=lambda g, _: graphs.append(g) or g)
-    for rows, number in ((7, 1), (130, 1), (2, 1), (1, 2)):
+    graphs: list[torch.fx.GraphModule] = []
+    compile_ = torch.compile
+    monkeypatch.setattr(
+        torch,
+        "compile",
+        lambda f, options, **how: compile_(f, backend=lambda g, _: graphs.append(g) or g, **how),  # type: ignore[func-returns-value]
+    )
+    compiled = compiling.compiled(function, dynamic=True)
+    for rows in (7, 130, 16, 8, 2, 1, 1, 3):
         arguments = [torch.randn(rows, 16), torch.randn(rows, 8)][: function.__code__.co_argcount]
         torch.testing.assert_close(compiled(*arguments), function(*arguments))
-        assert len(graphs) == number
+    assert len(graphs) == 2
+    for graph, rows_are in zip(graphs, (torch.SymInt, int), strict=True):
+        values = [node.meta["example_value"] for node in graph.graph.find_nodes(op="placeholder")]
+        shapes = [value.shape for value in values if isinstance(value, torch.Tensor)]
+        assert [(type(rows), type(width)) for rows, width in shapes] == [
+            (rows_are, int)
+        ] * function.__code__.co_argcount
     torch._dynamo.reset()

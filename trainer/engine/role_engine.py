@@ -12,6 +12,7 @@ import argparse
 import logging
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -49,6 +50,7 @@ def _import_deepspeed() -> Any:
 
     # No extension may be used; finding out which could be would start a compiler.
     deepspeed.ops.__compatible_ops__ = {}
+    _ask_torch_for_memory()
     _import_muon()
     # DeepSpeed would execute what checkpoint files contain. torch refuses that, except for these types.
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
@@ -56,6 +58,15 @@ def _import_deepspeed() -> Any:
     torch.serialization.add_safe_globals([LossScaler, ZeroStageEnum, fragment_address])
     logging.getLogger("DeepSpeed").setLevel(os.environ.get("UNIPOOL_DEEPSPEED_LOG", "ERROR").upper())
     return deepspeed
+
+
+def _ask_torch_for_memory() -> None:
+    """Let DeepSpeed ask torch how much memory a GPU has, not NVML, where pynvml is installed.
+
+    For NVML it takes the GPUs in CUDA_VISIBLE_DEVICES to be numbers, which fails with UUIDs.
+    """
+    if accelerator := sys.modules.get("deepspeed.accelerator.cuda_accelerator"):
+        accelerator.pynvml = None  # type: ignore[attr-defined]
 
 
 def _import_muon() -> None:

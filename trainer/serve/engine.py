@@ -17,7 +17,7 @@ from trainer.serve.requests import RequestError
 from trainer.serve.sampling import Sampling, add_sampling
 
 _PAGE = {"cpu": 32, "cuda": 256}
-"""Tokens of a page of the KV cache. Kernels for paged attention on GPUs need 256."""
+"""Tokens of a page of the KV cache; on GPUs transformers' default."""
 
 _PREFILL = 512
 """Tokens of a forward pass, in which long prompts are divided."""
@@ -77,6 +77,9 @@ class Engine:
             max_batch_tokens=max(_PREFILL, self._batch),
             max_requests_per_batch=self._batch,
             safety_margin=0.0,
+            # On GPUs with flash attention transformers would turn to it, which computes nothing in fp32, and to CUDA
+            # graphs, in which nobody may ask how many rows each expert gets.
+            auto_switch_to_flash=False,
         )
         self._manager = model.init_continuous_batching(settings, paging)
         add_sampling(self._manager.logit_processor)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -129,6 +133,30 @@ def test_weights_stay_aligned(stage: int) -> None:
     """
     recipe = tiny(router={"kind": "norm"}, parallel={"trunk_zero": stage})
     assert run_ranks(1, misaligned, recipe) == [[]]
+
+
+def memory_of_a_gpu(visible: str) -> int:
+    """What DeepSpeed takes for a GPU's free memory, where pynvml is installed."""
+    from trainer.engine.role_engine import _import_deepspeed
+
+    pynvml = SimpleNamespace(NVMLError=OSError, nvmlInit=lambda: None)
+    properties = SimpleNamespace(total_memory=80)
+    with (
+        mock.patch.dict(sys.modules, {"pynvml": pynvml}),
+        mock.patch.dict(os.environ, {"CUDA_VISIBLE_DEVICES": visible}),
+        mock.patch.object(torch.cuda, "get_device_properties", return_value=properties),
+        mock.patch.object(torch.cuda, "memory_allocated", return_value=30),
+    ):
+        from deepspeed.accelerator import cuda_accelerator
+
+        accelerator = cuda_accelerator.CUDA_Accelerator()
+        assert cuda_accelerator.pynvml is pynvml
+        _import_deepspeed()
+        return int(accelerator.available_memory(0))
+
+
+def test_gpus_may_be_named_by_uuid() -> None:
+    assert run_ranks(1, memory_of_a_gpu, "GPU-8f1b3a5e-7f0c-4f8e-9d53-0a4c4d1e2f30") == [50]
 
 
 def norm_of_infinite_gradients(recipe: Recipe) -> float:

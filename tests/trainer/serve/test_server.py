@@ -112,6 +112,20 @@ def test_parallel_requests_give_what_generate_gives(server: Server) -> None:
     assert together.usage.prompt_tokens == sum(lengths) and together.usage.completion_tokens == 27
 
 
+def test_attention_is_that_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where transformers has flash attention, for which a model in fp32 is none."""
+    from transformers.generation.continuous_batching import continuous_api
+
+    monkeypatch.setattr(continuous_api, "is_flash_attn_3_available", lambda **_: True)
+    model = model_with(seed=2, vocab_size=270, max_position_embeddings=WINDOW)
+    before = model.config._attn_implementation
+    engine = Engine(LoadedModel(Path("small"), model, tokenizer(), None), BATCH, QUEUE)
+    engine.start()
+    assert model.config._attn_implementation == before == "sdpa"
+    assert not any(engine._manager.continuous_batching_config.cuda_graph_booleans)
+    engine.stop()
+
+
 def test_a_full_queue(server: Server) -> None:
     """Of thirty at once, seven fit; the others are told so, and nothing is left behind.
 
