@@ -41,7 +41,9 @@ def bench(recipe: str, overrides: tuple[str, ...], out: Path, device: str | None
     from trainer.bench.measure import run
     from trainer.bench.tables import print_profile
     from trainer.common.machine import pick_device
+    from trainer.engine.deterministic import use_deterministic_kernels
 
+    use_deterministic_kernels()  # as in `train`: on a GPU attention's backward takes longer
     wanted, setting = (device, "--device") if device else (checked.parallel.device, "parallel.device =")
     profile = run(checked, pick_device(None if wanted == "auto" else wanted, setting), out)
     if as_json:
