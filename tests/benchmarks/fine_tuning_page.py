@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 
 from tests.benchmarks import fine_tuning
 from tests.benchmarks.fine_tuning import Run
-from tests.benchmarks.report import commit, machine
+from tests.benchmarks.report import commit, compared, machine
 from trainer.common.atomic import atomic_write
 from trainer.common.figure_style import (
     INK,
@@ -25,7 +25,7 @@ from trainer.common.figure_style import (
     style_axes,
     write_png_and_svg,
 )
-from trainer.sweep.statistics import Difference, paired, spread
+from trainer.sweep.statistics import paired, spread
 
 Pair = tuple[str, str]
 NAMES = {"unipool": "shared pool", "vanilla": "private experts"}
@@ -58,10 +58,6 @@ def interval(values: Sequence[float], form: str = ".3f") -> str:
     """Return mean and half width of the 95 % interval over seeds."""
     found = spread(values)
     return f"{found.mean:{form}} ± {found.high - found.mean:.3f}"
-
-
-def compared(found: Difference) -> str:
-    return f"{found.mean:+.3f} ({found.low:+.3f} to {found.high:+.3f})"
 
 
 def comparisons(runs: Sequence[Run], groups: Mapping[Pair, dict[int, Run]]) -> list[str]:

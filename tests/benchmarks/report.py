@@ -10,6 +10,10 @@ import subprocess
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from trainer.sweep.statistics import Difference
 
 
 def ratios(peer: Sequence[float], ours: Sequence[float]) -> list[float]:
@@ -36,6 +40,11 @@ def commit() -> str:
         text=True,
         check=True,
     ).stdout.strip()
+
+
+def compared(found: Difference) -> str:
+    """Format a difference over seeds and its interval."""
+    return f"{found.mean:+.3f} ({found.low:+.3f} to {found.high:+.3f})"
 
 
 def print_report(
