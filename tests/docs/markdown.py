@@ -54,7 +54,7 @@ def shell_lines(document: str) -> Iterator[str]:
 def trainer_commands(line: str) -> Iterator[list[str]]:
     """Arguments of each call of the trainer in a line of shell."""
     for command in re.split(r"&&|;|\|\|", line):
-        words = shlex.split(re.sub(r"\s<\s.*", "", command), comments=True)
+        words = shlex.split(re.sub(r"\s[<>]\s.*", "", command), comments=True)
         for place, word in enumerate(words):
             module = word == "trainer" and words[place - 1] in ("-m", "--module")
             if module or (place == 0 and Path(word).name == "unipool"):
