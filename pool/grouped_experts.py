@@ -127,7 +127,7 @@ def swiglu_backward(h_N2F: Tensor, dact_NF: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _fused(function: Callable[..., Any], x: Tensor) -> Callable[..., Any]:
-    """Return the function compiled into one kernel on a GPU, or as it is on a CPU, where tests use this back end.
+    """Return the function compiled on a GPU, or as it is on a CPU, where tests use this back end.
 
     One row would have a graph of its own, and torch would compile it in the middle of a step.
     """

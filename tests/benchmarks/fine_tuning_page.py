@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
 from pathlib import Path
 
 from matplotlib.axes import Axes
 
 from tests.benchmarks import fine_tuning
 from tests.benchmarks.fine_tuning import Run
-from tests.benchmarks.report import commit, compared, machine
+from tests.benchmarks.report import commit, compared, machine, write_csv
 from trainer.common.atomic import atomic_write
 from trainer.common.figure_style import (
     INK,
@@ -23,7 +20,7 @@ from trainer.common.figure_style import (
     new_figure,
     panel_title,
     style_axes,
-    write_png_and_svg,
+    write_svg,
 )
 from trainer.sweep.statistics import paired, spread
 
@@ -104,9 +101,7 @@ def draw(runs: Sequence[Run], chosen: Mapping[Pair, float], path: Path) -> None:
     highest = max(run.old for pair in groups.values() for run in pair.values())
     panels[0].set_ylim(min(run.old for run in runs) - 0.1, highest + 0.4)
     add_legend(figure, loc="outside right upper")
-    for file in write_png_and_svg(figure, path):
-        if file.suffix == ".png":
-            file.unlink()  # documents show the SVG
+    write_svg(figure, path)
 
 
 def page(runs: Sequence[Run], chosen: Mapping[Pair, float]) -> str:
@@ -184,10 +179,6 @@ def page(runs: Sequence[Run], chosen: Mapping[Pair, float]) -> str:
 def write_page(runs: Sequence[Run], chosen: Mapping[Pair, float], out: Path) -> None:
     """Write page, picture and the table of all runs."""
     out.mkdir(parents=True, exist_ok=True)
-    table = io.StringIO()
-    writer = csv.DictWriter(table, [field.name for field in fields(Run)], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(asdict(run) for run in sorted(runs, key=lambda run: run.key))
-    atomic_write(out / "runs.csv", lambda file: file.write_text(table.getvalue()))
+    write_csv(out / "runs.csv", sorted(runs, key=lambda run: run.key))
     atomic_write(out / "README.md", lambda file: file.write_text(page(runs, chosen)))
-    draw(runs, chosen, out / "fine-tuning")
+    draw(runs, chosen, out / "fine-tuning.svg")

@@ -8,8 +8,6 @@ VARIANT-SEED.json. The table is printed; OUT gets `randomized.csv` and `randomiz
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +16,8 @@ import click
 import numpy as np
 from matplotlib.axes import Axes
 
-from tests.benchmarks.report import compared
-from trainer.common.atomic import atomic_write
-from trainer.common.figure_style import SERIES, add_legend, new_figure, panel_title, style_axes, write_png_and_svg
+from tests.benchmarks.report import compared, write_csv
+from trainer.common.figure_style import SERIES, add_legend, new_figure, panel_title, style_axes, write_svg
 from trainer.common.strict_json import loads
 from trainer.sweep.statistics import paired, spread
 
@@ -56,7 +53,7 @@ def read(folder: Path) -> list[Increase]:
     for file in sorted(folder.glob("*-*.json")):
         variant, seed = file.stem.rsplit("-", 1)
         for one in loads(file.read_text())["layers"]:
-            found.append(Increase(variant, int(seed), one["layer"], one["over"], one["increase"]))
+            found.append(Increase(variant, int(seed), one["layer"], one["over"], round(one["increase"], 6)))
     if not found:
         raise click.ClickException(f"{folder}: has no results named VARIANT-SEED.json")
     return found
@@ -99,10 +96,13 @@ def _mean(values: Mapping[int, float]) -> str:
 
 
 def draw(increases: Sequence[Increase], path: Path) -> None:
-    """Draw the nats by layer, experts drawn from the layer's own, with 95 % intervals over seeds."""
+    """Draw the nats by layer, experts drawn from the layer's own, with 95 % intervals over seeds.
+
+    Variants without a label are left out.
+    """
     figure = new_figure(8.0, 4.2)
     axes: Axes = figure.subplots()
-    variants = _variants(increases)
+    variants = [variant for variant in _variants(increases) if variant in LABELS]
     depth = 1 + max(one.layer for one in increases)
     for number, (variant, colour) in enumerate(zip(variants, SERIES, strict=False)):
         spreads = [spread(list(by_seed(increases, variant, OWN, [layer]).values())) for layer in range(depth)]
@@ -110,7 +110,7 @@ def draw(increases: Sequence[Increase], path: Path) -> None:
         means = [s.mean for s in spreads]
         axes.errorbar(x, means, [s.high - s.mean for s in spreads], fmt="o", color=colour, ms=5, lw=1.2, capsize=2)
         axes.plot(x, means, color=colour, lw=0.8, alpha=0.5)
-        axes.plot([], [], "o-", color=colour, ms=5, lw=1, label=LABELS.get(variant, variant))
+        axes.plot([], [], "o-", color=colour, ms=5, lw=1, label=LABELS[variant])
     axes.set_xticks(range(depth))
     axes.set_xlabel("layer")
     axes.set_ylabel("nats that random experts add")
@@ -118,9 +118,7 @@ def draw(increases: Sequence[Increase], path: Path) -> None:
     panel_title(axes, "Random experts of the layer's own in one layer")
     style_axes(axes)
     add_legend(axes, loc="upper right")
-    for file in write_png_and_svg(figure, path):
-        if file.suffix == ".png":
-            file.unlink()  # documents show the SVG
+    write_svg(figure, path)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -135,12 +133,8 @@ def main(probes: Path, out: Path) -> None:
       python -m tests.benchmarks.randomized runs/probes docs/results/narrow
     """
     increases = read(probes)
-    draw(increases, out / "randomized.png")
-    lines = io.StringIO()
-    writer = csv.writer(lines, lineterminator="\n")
-    writer.writerow(("variant", "seed", "layer", "over", "nats"))
-    writer.writerows((one.variant, one.seed, one.layer, one.over, f"{one.nats:.6f}") for one in increases)
-    atomic_write(out / "randomized.csv", lambda path: path.write_text(lines.getvalue()))
+    draw(increases, out / "randomized.svg")
+    write_csv(out / "randomized.csv", increases)
     print("\n".join(table(increases)))
 
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
 import platform
 import statistics
 import subprocess
 from collections.abc import Sequence
+from dataclasses import asdict, fields
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from trainer.common.atomic import atomic_write
 
 if TYPE_CHECKING:
     from trainer.sweep.statistics import Difference
@@ -45,6 +50,15 @@ def commit() -> str:
 def compared(found: Difference) -> str:
     """Format a difference over seeds and its interval."""
     return f"{found.mean:+.3f} ({found.low:+.3f} to {found.high:+.3f})"
+
+
+def write_csv(path: Path, records: Sequence[Any]) -> None:
+    """Write dataclasses of one kind, at least one, as a table: a row for each."""
+    table = io.StringIO()
+    writer = csv.DictWriter(table, [field.name for field in fields(records[0])], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(map(asdict, records))
+    atomic_write(path, lambda file: file.write_text(table.getvalue()))
 
 
 def print_report(

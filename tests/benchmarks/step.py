@@ -82,20 +82,14 @@ def choose(forms: Sequence[Form], make: Callable[[Form], Contender], stack: Exit
             except ContenderFailed as error:
                 slower[form] = f"failed: {_last_line(error)}"
             else:
-                loser = own.pop_all()
+                new = form, made, own.pop_all()
                 if best is None:
-                    best = form, made, loser
+                    best = new
                 else:
                     theirs, ours = _alternately(best[1], made)
-                    if ours < theirs:
-                        slower[best[0]], best, loser = (
-                            f"{ours / theirs:.2f} times as fast",
-                            (form, made, loser),
-                            best[2],
-                        )
-                    else:
-                        slower[form] = f"{theirs / ours:.2f} times as fast"
-                    loser.close()
+                    loser, best = (best, new) if ours < theirs else (new, best)
+                    slower[loser[0]] = f"{min(ours, theirs) / max(ours, theirs):.2f} times as fast"
+                    loser[2].close()
         larger = best[0].larger() if best and len(forms) > 1 and not waiting else None
         if larger and larger not in slower:
             waiting.append(larger)

@@ -45,7 +45,7 @@ def test_table_numbers_and_picture(tmp_path: Path) -> None:
     ]
     numbers = list(csv.DictReader((tmp_path / "randomized.csv").open()))
     assert len(numbers) == 3 * 2 * 4 * 2
-    assert {"variant": "unipool", "seed": "1", "layer": "3", "over": "pool", "nats": "0.660000"} in numbers
+    assert {"variant": "unipool", "seed": "1", "layer": "3", "over": "pool", "nats": "0.66"} in numbers
     assert (tmp_path / "randomized.svg").stat().st_size > 1000
 
 

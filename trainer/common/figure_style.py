@@ -120,7 +120,12 @@ def write_png_and_svg(figure: Figure, path: Path) -> list[Path]:
     """Write a figure as PNG and as SVG, each whole or not at all, beside each other; equal figures make equal files."""
     png, svg = path.with_suffix(".png"), path.with_suffix(".svg")
     write_png(figure, png)
+    write_svg(figure, svg)
+    return [png, svg]
+
+
+def write_svg(figure: Figure, path: Path) -> None:
+    """Write a figure as SVG, whole or not at all; equal figures make equal files."""
     canvas = FigureCanvasSVG(figure)
     with rc_context({"svg.hashsalt": "unipool"}):  # else matplotlib draws ids by chance
-        atomic_write(svg, lambda file: canvas.print_figure(file, format="svg", metadata={"Date": None}))
-    return [png, svg]
+        atomic_write(path, lambda file: canvas.print_figure(file, format="svg", metadata={"Date": None}))
