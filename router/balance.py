@@ -2,22 +2,17 @@
 
 "Eq. M17" and the like are equations of docs/method.md.
 
-Letters: L layers, M experts that a layer's router can choose from (the pool's experts / G).
+Letters: L layers, M experts that a layer's router can choose from (the pool's experts / groups).
 """
 
-from collections.abc import Callable, Sequence
-from itertools import groupby
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 Scope = Literal["micro_batch", "global_batch"]
 
 
-def balance_coefficients(
-    fractions_LM: Tensor, layer_coeff: float, pool_coeff: float, group_sizes: Sequence[int]
-) -> Tensor:
+def balance_coefficients(fractions_LM: Tensor, layer_coeff: float, pool_coeff: float, groups: int) -> Tensor:
     """Compute d(balance loss) / d(mean scores) of every layer (Eq. M17).
 
     Loads are constants, so the balance loss is linear in the mean scores: layer l adds
@@ -29,30 +24,28 @@ def balance_coefficients(
         fractions_LM: The loads f of Eq. M13; each row sums to 1.
         layer_coeff: Coefficient of the loss per layer.
         pool_coeff: Coefficient of the loss over the pool.
-        group_sizes: Number of adjacent layers that share each sub-pool; only L is UniPool.
+        groups: Number of sub-pools, each shared by L / groups adjacent layers; 1 is UniPool.
 
     Returns:
         The coefficients (L, M), in the dtype of `fractions_LM`.
+
+    Raises:
+        ValueError: `groups` does not divide L.
     """
-    of_pool_LM = _by_group(fractions_LM, group_sizes, lambda f_GnM: pool_coeff / f_GnM.shape[1] * f_GnM.mean(dim=1))
-    return fractions_LM.shape[1] * (layer_coeff * fractions_LM + of_pool_LM)
+    num_layers, num_experts = fractions_LM.shape
+    if num_layers % groups:
+        raise ValueError(f"model.groups is {groups}: it must divide model.layers ({num_layers})")
+    layers_per_group = num_layers // groups
+    group_means = fractions_LM.view(groups, layers_per_group, num_experts).mean(dim=1)
+    fbar_LM = group_means.repeat_interleave(layers_per_group, dim=0)
+    return num_experts * (layer_coeff * fractions_LM + pool_coeff / layers_per_group * fbar_LM)
 
 
-def load_of_groups(tokens_per_expert_LM: Tensor, group_sizes: Sequence[int]) -> Tensor:
+def load_of_groups(tokens_per_expert_LM: Tensor, groups: int) -> Tensor:
     """Return, in the row of every layer, the load summed over the layers of its group: (L, M)."""
-    return _by_group(tokens_per_expert_LM, group_sizes, lambda load_GnM: load_GnM.sum(dim=1))
-
-
-def _by_group(rows_LM: Tensor, group_sizes: Sequence[int], combine: Callable[[Tensor], Tensor]) -> Tensor:
-    """Return, in the row of every layer, what `combine` makes of its group's: (L, M).
-
-    Args:
-        combine: Returns (G, M) for G groups of n layers each, (G, n, M): adjacent groups of one size are one call.
-    """
-    runs = [list(run) for _, run in groupby(group_sizes)]
-    parts = zip(runs, rows_LM.split([sum(run) for run in runs]), strict=True)
-    combined = [combine(rows_nM.unflatten(0, (-1, n))).repeat_interleave(n, dim=0) for (n, *_), rows_nM in parts]
-    return torch.cat(combined)
+    num_layers, num_experts = tokens_per_expert_LM.shape
+    sums_GM = tokens_per_expert_LM.view(groups, num_layers // groups, num_experts).sum(dim=1)
+    return sums_GM.repeat_interleave(num_layers // groups, dim=0)
 
 
 class LoadStatistics:

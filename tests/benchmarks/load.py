@@ -107,9 +107,9 @@ def measure(recipe: Recipe, shards: int, load_NLM: Counts) -> dict[str, list[flo
     lockstep = lockstep_schedule(RANKS, MICRO_BATCHES, layers).slots
     schedule = make_schedule(recipe)
     staggered, open_requests = schedule.step.slots, served * schedule.lanes
-    naive = contiguous(recipe.pool.experts, recipe.model.num_groups, shards)
+    naive = contiguous(recipe.pool.experts, recipe.model.groups, shards)
     placed, both = (
-        balanced(load_LM, shards, recipe.model.num_groups, moments(slots, topology, layers))
+        balanced(load_LM, shards, recipe.model.groups, moments(slots, topology, layers))
         for slots in (lockstep, staggered)
     )
     modes = {

@@ -36,13 +36,13 @@ def record(run: Path, micro_batches: int) -> NDArray[np.int64]:
     found = checkpoint.newest(run / "checkpoints")
     if found is None or recipe.model.ffn == "dense":
         raise ValueError(f"{run}: has no checkpoint of a model with experts")
-    device = torch.device("cpu")
-    placement = contiguous(recipe.pool.experts, recipe.model.num_groups, 1)
+    groups, device = recipe.model.groups, torch.device("cpu")
+    placement = contiguous(recipe.pool.experts, groups, 1)
     trunk, shard = Trunk(recipe, device), build_shard(recipe, placement, 0, device)
     with tempfile.TemporaryDirectory() as work:
         convert(found[1], Path(work))
         load_weights(SavedCheckpoint(found[1], Path(work)), trunk, shard)
-    pool_map = PoolMap(placement.position_M, recipe.experts_per_layer, recipe.model.group_of_layer)
+    pool_map = PoolMap(placement.position_M, recipe.experts_per_layer, recipe.model.layers // groups)
     pool = LocalPool(shard)
     stream = prepare_for(recipe).stream("train", recipe.run.seed + 1)
     size = recipe.train.micro_batch

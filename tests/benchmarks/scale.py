@@ -82,7 +82,7 @@ def stretched(load_NLM: Counts, recipe: Recipe) -> Counts:
 def draw_times(recipe: Recipe, hardware: Hardware, load_NLM: Counts, placed: bool) -> Floats:
     """Times of a step's micro-batches on one replica, up to the last gradient, drawn `DRAWS` times."""
     load_NLM = stretched(load_NLM, recipe)
-    half, groups, shards = len(load_NLM) // 2, recipe.model.num_groups, recipe.grid.expert_parallel
+    half, groups, shards = len(load_NLM) // 2, recipe.model.groups, recipe.grid.expert_parallel
     placement: Placement = contiguous(recipe.pool.experts, groups, shards)
     if placed:
         placement = balanced(torch.from_numpy(load_NLM[:half].sum(0)), shards, groups)

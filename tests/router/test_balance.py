@@ -18,54 +18,53 @@ def random_loads(seed: int) -> Tensor:
     return torch.randint(0, 30, (L, M), generator=torch.Generator().manual_seed(seed))
 
 
-def layers_of(group_sizes: list[int]) -> list[range]:
-    return [range(sum(group_sizes[:group]), sum(group_sizes[: group + 1])) for group in range(len(group_sizes))]
-
-
 def fractions_of(loads_LM: Tensor) -> Tensor:
     return (loads_LM.double() / loads_LM.double().sum(1, keepdim=True)).float()
 
 
-GROUP_SIZES = [[L], [3, 3], [2, 2, 2], [1] * L, [1, 4, 1], [2, 1, 1, 2]]
-
-
-def loop_losses(f: list[list[float]], p: list[list[float]], group_sizes: list[int]) -> tuple[float, float]:
+def loop_losses(f: list[list[float]], p: list[list[float]], groups: int) -> tuple[float, float]:
     """(per-layer loss, pool loss) with coefficients 1, as Eq. M15 and M16 of docs/method.md."""
     layer_loss = sum(M * sum(f[layer][i] * p[layer][i] for i in range(M)) for layer in range(L))
     pool_loss = 0.0
-    for layers in layers_of(group_sizes):
+    shared = L // groups
+    for group in range(groups):
+        layers = range(group * shared, (group + 1) * shared)
         for i in range(M):
-            fbar = sum(f[layer][i] for layer in layers) / len(layers)
-            pbar = sum(p[layer][i] for layer in layers) / len(layers)
+            fbar = sum(f[layer][i] for layer in layers) / shared
+            pbar = sum(p[layer][i] for layer in layers) / shared
             pool_loss += M * fbar * pbar
     return layer_loss, pool_loss
 
 
-@pytest.mark.parametrize("group_sizes", GROUP_SIZES, ids=str)
+@pytest.mark.parametrize("groups", [1, 2, 3, L])
 @pytest.mark.parametrize(("layer_coeff", "pool_coeff"), [(0.03, 0.0), (0.0, 0.02), (0.03, 0.02)])
-def test_sum_over_layers_is_the_loss(group_sizes: list[int], layer_coeff: float, pool_coeff: float) -> None:
+def test_sum_over_layers_is_the_loss(groups: int, layer_coeff: float, pool_coeff: float) -> None:
     fractions_LM = fractions_of(random_loads(1))
     mean_scores_LM = torch.rand(L, M, generator=torch.Generator().manual_seed(2))
-    coeffs_LM = balance_coefficients(fractions_LM, layer_coeff, pool_coeff, group_sizes)
+    coeffs_LM = balance_coefficients(fractions_LM, layer_coeff, pool_coeff, groups)
     total = sum((coeffs_LM[layer] * mean_scores_LM[layer]).sum().item() for layer in range(L))
-    layer_loss, pool_loss = loop_losses(fractions_LM.tolist(), mean_scores_LM.tolist(), group_sizes)
+    layer_loss, pool_loss = loop_losses(fractions_LM.tolist(), mean_scores_LM.tolist(), groups)
     assert total == pytest.approx(layer_coeff * layer_loss + pool_coeff * pool_loss, rel=1e-5)
 
 
-@pytest.mark.parametrize("group_sizes", GROUP_SIZES, ids=str)
-def test_load_of_groups(group_sizes: list[int]) -> None:
-    loads_LM = random_loads(5)
-    rows_LM = load_of_groups(loads_LM, group_sizes).tolist()
-    for layers in layers_of(group_sizes):
-        summed = [sum(int(loads_LM[layer, i]) for layer in layers) for i in range(M)]
-        assert all(rows_LM[layer] == summed for layer in layers)
+@pytest.mark.parametrize("groups", [1, 2, 3, L])
+def test_load_of_groups(groups: int) -> None:
+    loads_LM, shared = random_loads(5), L // groups
+    for layer, row in enumerate(load_of_groups(loads_LM, groups).tolist()):
+        layers = [other for other in range(L) if other // shared == layer // shared]
+        assert row == [sum(int(loads_LM[other, i]) for other in layers) for i in range(M)]
 
 
 def test_private_experts_make_both_losses_equal() -> None:
-    """A group of one layer: its pool loss is the Switch loss."""
+    """groups = L: a group is one layer, whose pool loss is the Switch loss."""
     fractions_LM = fractions_of(random_loads(3))
-    layer = balance_coefficients(fractions_LM, 0.01, 0.0, [1] * L)
-    torch.testing.assert_close(balance_coefficients(fractions_LM, 0.0, 0.01, [1] * L), layer)
+    layer = balance_coefficients(fractions_LM, 0.01, 0.0, groups=L)
+    torch.testing.assert_close(balance_coefficients(fractions_LM, 0.0, 0.01, groups=L), layer)
+
+
+def test_groups_must_divide_layers() -> None:
+    with pytest.raises(ValueError, match=r"groups is 4.*6"):
+        balance_coefficients(fractions_of(random_loads(4)), 0.0, 0.01, groups=4)
 
 
 @pytest.mark.parametrize("scores", ["raw", "normalized"])
@@ -77,7 +76,7 @@ def test_only_the_router_gets_gradient(scores: str) -> None:
     h_TD = torch.randn(9, 7, requires_grad=True)
     routing = router(h_TD)
     fractions_LM = routing.tokens_per_expert_M[None] / (9 * 2)
-    coeffs_LM = balance_coefficients(fractions_LM, 0.1, 0.0, [1])
+    coeffs_LM = balance_coefficients(fractions_LM, 0.1, 0.0, groups=1)
     assert not coeffs_LM.requires_grad and not routing.tokens_per_expert_M.requires_grad
     (coeffs_LM[0] * routing.mean_scores_M).sum().backward()
 

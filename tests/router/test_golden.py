@@ -87,7 +87,7 @@ def test_pool_loss(with_main_loss: bool) -> None:
         if fractions_LM is None:
             assert all(golden["pool_loss"] is None for golden in golden_layers)
             continue
-        coeffs_LM = balance_coefficients(fractions_LM, 0.0, AUX["coeff"], [len(fractions_LM)])
+        coeffs_LM = balance_coefficients(fractions_LM, 0.0, AUX["coeff"], groups=1)
 
         for layer, (golden, routing) in enumerate(zip(golden_layers, routings, strict=True)):
             pool_loss = (coeffs_LM[layer] * routing.mean_scores_M).sum()

@@ -271,8 +271,9 @@ class _Precision:
         """
         m, device = self._recipe.model, self._device
         sequences_BS1 = torch.randint(m.vocab, (sequences, m.seq_len + 1), device=device)
-        experts = self._recipe.experts_per_layer
-        pool_map = PoolMap(torch.arange(experts, device=device), experts, (0, 0))
+        pool_map = PoolMap(
+            torch.arange(self._recipe.experts_per_layer, device=device), self._recipe.experts_per_layer, 2
+        )
         objective = Objective(1.0, lambda load_LM: None, 0.0, self._recipe.train.recompute)
         best = [math.inf] * 5
 

@@ -268,7 +268,7 @@ def choose_placement(recipe: Recipe, folder: Path | None, moments_WL: Tensor | N
 
     if recipe.model.ffn == "dense":
         return None
-    shards, groups = recipe.grid.expert_parallel, recipe.model.num_groups
+    shards, groups = recipe.grid.expert_parallel, recipe.model.groups
     placement = contiguous(recipe.pool.experts, groups, shards)
     if folder is None:
         return placement

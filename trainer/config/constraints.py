@@ -89,7 +89,6 @@ def _check_dense(r: Recipe) -> None:
     _require(r.train.freeze == "none", r, "train.freeze", f"must be none {with_dense}")
     _require(r.model.private_ffn == 0, r, "model.private_ffn", f"must be 0 {with_dense}, whose FFN is all of a layer")
     _require(not r.model.private_gate, r, "model.private_gate", f"must be false {with_dense}")
-    _require(r.train.pool_lr_factor == 1, r, "train.pool_lr_factor", f"must be 1 {with_dense}, which has no pool")
     _require(r.pool.experts == 0, r, "pool.experts", f"must be 0 {with_dense}")
     _require(r.parallel.pool_ranks == 0, r, "parallel.pool_ranks", f"must be 0 {with_dense}")
     _require(r.parallel.layout in (None, "colocated"), r, "parallel.layout", f"must be left out {with_dense}")
@@ -104,11 +103,8 @@ def _check_pool(r: Recipe) -> None:
         allowed = "must be a multiple of 8 with train.precision = bf16 (needed by the grouped product on a GPU)"
         _require(fits, r, key, allowed)
     _require(experts > 0, r, "pool.experts", "must be at least 1 with model.ffn = pool")
-    fits = m.layers % m.groups == 0 if isinstance(m.groups, int) else sum(m.groups) == m.layers
-    allowed = f"must divide model.layers ({m.layers}), or be a list of numbers of layers with this sum"
-    _require(fits, r, "model.groups", allowed)
-    allowed = f"must be divisible by the number of groups of layers ({m.num_groups})"
-    _require(experts % m.num_groups == 0, r, "pool.experts", allowed)
+    _require(m.layers % m.groups == 0, r, "model.groups", f"must divide model.layers ({m.layers})")
+    _require(experts % m.groups == 0, r, "pool.experts", f"must be divisible by model.groups ({m.groups})")
     allowed = f"must be at most the experts a layer sees ({r.experts_per_layer})"
     _require(r.router.top_k <= r.experts_per_layer, r, "router.top_k", allowed)
     allowed = f"must be 1 with router.kind = {r.router.kind}; only NormRouter has a constant"

@@ -27,6 +27,7 @@ from trainer.config.sections import Balance, Data, Lock, Model, Pool, Router, Ru
 
 _LEAST_STASH = 2**30
 _STASHED_ROWS = 2048  # of every expert
+_REMOVED = {("train", "pool_lr_factor"): 1}  # keys that older runs have, with the value that changed nothing
 
 
 class Recipe(Section):
@@ -52,7 +53,7 @@ class Recipe(Section):
     @property
     def experts_per_layer(self) -> int:
         """Experts that the router of a layer chooses from: M / G."""
-        return self.pool.experts // self.model.num_groups
+        return self.pool.experts // self.model.groups
 
     @property
     def grid(self) -> Topology:
@@ -141,6 +142,9 @@ def check_recipe(tree: dict[str, Any], settings: Sequence[tuple[str, Any]], what
                 f"{what}: {key}: contains a credential, which recipe.yaml, checkpoints and logs would repeat; remove "
                 "it and set HF_TOKEN in the environment, or log in on the machine, to read private data from the hub"
             )
+    for (section, key), value in _REMOVED.items():
+        if isinstance(tree.get(section), dict) and tree[section].get(key) == value:
+            del tree[section][key]
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:

@@ -29,13 +29,6 @@ Seconds = Annotated[float, Field(gt=0, le=1e9)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
-_ONE, _SEVERAL = "<one>", "<several>"  # tags of a union, which pydantic puts into the locations of errors
-_ONE_OR_SEVERAL = Discriminator(lambda value: _SEVERAL if isinstance(value, list | tuple) else _ONE)
-Groups = Annotated[
-    Annotated[Positive, Tag(_ONE)] | Annotated[tuple[Positive, ...], Field(strict=False, min_length=1), Tag(_SEVERAL)],
-    _ONE_OR_SEVERAL,
-]
-
 
 class Section(BaseModel):
     """A mapping of known keys: no others, no conversion of types, no NaN or infinity."""
@@ -74,11 +67,7 @@ class Model(Section):
     vocab: Positive = Field(description="Rows of the embedding; at least the tokenizer's vocabulary.")
     seq_len: Positive = Field(1024, description="Tokens per sequence.")
     ffn: Literal["pool", "dense"] = Field("pool", description="`pool`: experts; `dense`: one FFN per layer.")
-    groups: Groups = Field(
-        1,
-        description="Sub-pools across depth: 1 is UniPool, `model.layers` is a vanilla MoE. A list has the number of "
-        "layers of each group instead, as in `[1, 6, 1]`; all groups have equally many experts.",
-    )
+    groups: Positive = Field(1, description="Sub-pools across depth: 1 is UniPool, `model.layers` is a vanilla MoE.")
     private_ffn: NonNegative = Field(
         0, description="Width of a private expert in each layer, which computes every token beside the pool; 0: none."
     )
@@ -96,39 +85,10 @@ class Model(Section):
         heads = info.data.get("heads")
         return None if value and heads and value * heads == info.data.get("hidden") else value
 
-    @field_validator("groups")
-    @classmethod
-    def _as_a_number(cls, value: Groups, info: ValidationInfo) -> Groups:
-        """Groups of one size are their number: recipes of one model are equal."""
-        if isinstance(value, tuple) and len(set(value)) == 1 and sum(value) == info.data.get("layers"):
-            return len(value)
-        return value
-
     @property
     def head_size(self) -> int:
         """Width of an attention head."""
         return self.head_dim or self.hidden // self.heads
-
-    @property
-    def num_groups(self) -> int:
-        """Number G of groups."""
-        return self.groups if isinstance(self.groups, int) else len(self.groups)
-
-    @property
-    def group_sizes(self) -> tuple[int, ...]:
-        """Number of adjacent layers of each group."""
-        return (self.layers // self.groups,) * self.groups if isinstance(self.groups, int) else tuple(self.groups)
-
-    @property
-    def group_of_layer(self) -> tuple[int, ...]:
-        """Number of the group of each layer, from 0."""
-        return tuple(group for group, size in enumerate(self.group_sizes) for _ in range(size))
-
-    @property
-    def described_groups(self) -> str:
-        """The groups for people, as in "3 groups of 1, 6, 1 layers"."""
-        sizes = self.layers // self.groups if isinstance(self.groups, int) else ", ".join(map(str, self.groups))
-        return f"{self.num_groups} groups of {sizes} layers"
 
 
 class Router(Section):
@@ -250,9 +210,6 @@ class Train(Section):
     decay_fraction: Annotated[float, Field(gt=0, le=1)] = Field(
         0.2, description="Share of the steps in which the learning rate falls (`train.schedule: wsd` only)."
     )
-    pool_lr_factor: PositiveFloat = Field(
-        1.0, description="Learning rate of the pool's experts, as a multiple of that of everything else."
-    )
     warmup_fraction: Share = Field(0.01, description="Share of the steps in which the learning rate rises.")
     optimizer: Literal["adamw", "muon"] = Field(
         "adamw", description="`muon`: Muon for the matrices of attention and of experts or FFNs, AdamW for the rest."
@@ -297,8 +254,10 @@ class Source(Section):
     max_tokens: Positive | None = Field(None, description="Most training tokens to take.")
 
 
+_ONE, _SEVERAL = "<one>", "<several>"  # tags of a union, which pydantic puts into the locations of errors
 Sources = Annotated[
-    Annotated[str, Tag(_ONE)] | Annotated[tuple[Source, ...], Field(strict=False), Tag(_SEVERAL)], _ONE_OR_SEVERAL
+    Annotated[str, Tag(_ONE)] | Annotated[tuple[Source, ...], Field(strict=False), Tag(_SEVERAL)],
+    Discriminator(lambda value: _SEVERAL if isinstance(value, list | tuple) else _ONE),
 ]
 
 

@@ -27,13 +27,12 @@ def deepspeed_config(recipe: Recipe, role: str, role_size: int, parameters: int)
     text = (resources.files("ds_configs") / f"{role}_zero{stage}.json").read_text()
     config: dict[str, Any] = loads(text)
     t = recipe.train
-    lr = t.lr if role == "trunk" else t.lr * t.pool_lr_factor  # the end of the cosine is relative to it
     warmup = _warmup_steps(recipe)
     # Gradients are reduced once per step: DeepSpeed's "micro-batch" is all that a rank does between two steps.
     per_rank = max(1, t.global_batch // role_size)
     _fill(config, train_batch_size=per_rank * role_size, train_micro_batch_size_per_gpu=per_rank)
     _fill(config, gradient_clipping=t.clip)
-    _fill(config["optimizer"]["params"], lr=lr, betas=list(t.betas), eps=t.eps, weight_decay=t.weight_decay)
+    _fill(config["optimizer"]["params"], lr=t.lr, betas=list(t.betas), eps=t.eps, weight_decay=t.weight_decay)
     _fill(
         config["scheduler"]["params"],
         total_num_steps=t.steps,

@@ -48,8 +48,7 @@ OPTIONAL = {"qk_norm": "none", "qkv_bias": False, "private_gate": False, "norm_t
 def config_fields(recipe: Recipe) -> dict[str, Any]:
     """Return the fields of config.json that come from the recipe."""
     head_dim = {} if recipe.model.head_dim is None else {"head_dim": recipe.model.head_dim}
-    fields = {field: attrgetter(key)(recipe) for field, key in CONFIG_KEYS.items()} | head_dim
-    return {field: list(value) if isinstance(value, tuple) else value for field, value in fields.items()}
+    return {field: attrgetter(key)(recipe) for field, key in CONFIG_KEYS.items()} | head_dim
 
 
 def trunk_names(recipe: Recipe) -> dict[str, Parts]:

@@ -46,7 +46,7 @@ def merged(source: Source, experts: int, text: Path, seed: int) -> Source:
     """
     model, router = source.sections["model"], dict(source.sections["router"])
     M = source.sections["pool"]["experts"]
-    if model.get("groups", 1) != 1:
+    if model.get("groups", 1) > 1:
         raise UserError(f"--merge: {source.path}: its layers share no pool; `unipool upcycle` makes it one that does")
     if router.get("kind", "norm") != "softmax":
         raise UserError(f"--merge: {source.path}: router.kind = {router.get('kind', 'norm')}: merging needs softmax")

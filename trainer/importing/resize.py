@@ -44,7 +44,6 @@ from torch import Tensor
 from router import norm_constant
 from trainer.checkpoint.format import read_load
 from trainer.common.errors import UserError
-from trainer.config.sections import Model
 from trainer.export.folder import is_export
 from trainer.export.saved_run import find_run
 from trainer.importing.source import Source
@@ -116,7 +115,7 @@ def check_experts(source: Source, experts: int) -> bool:
     model, path = source.sections["model"], source.path
     if model["ffn"] == "dense":
         raise UserError(f"{path}: is dense; `unipool upcycle` makes it a model with a pool of experts")
-    M, groups = source.sections["pool"]["experts"], Model.model_construct(**model).num_groups
+    M, groups = source.sections["pool"]["experts"], model.get("groups", 1)
     least = groups * source.sections["router"].get("top_k", 1)
     if experts == M or experts % groups or not least <= experts <= 2 * M:
         each = f"a multiple of the {groups} sub-pools of {path}, " if groups > 1 else ""
@@ -139,8 +138,8 @@ def resized(source: Source, experts: int, usage: Usage, how: How) -> tuple[Sourc
         UserError: The model has no experts, cannot have this number of them, or computes values that are not finite.
     """
     grows = check_experts(source, experts)
-    model, router = Model.model_construct(**source.sections["model"]), dict(source.sections["router"])
-    M, groups, group_of_layer = source.sections["pool"]["experts"], model.num_groups, model.group_of_layer
+    model, router = source.sections["model"], dict(source.sections["router"])
+    M, groups, layers = source.sections["pool"]["experts"], model.get("groups", 1), model["layers"]
     E, e = M // groups, experts // groups
     kind, top_k = router.get("kind", "norm"), router.get("top_k", 1)
     has_norm, given = kind in ("norm", "norm_bias"), bool(router.get("logit_bias"))
@@ -168,7 +167,7 @@ def resized(source: Source, experts: int, usage: Usage, how: How) -> tuple[Sourc
         return rows_eD
 
     def routers(name: str, layer: int, part: str) -> Tensor:
-        ids_e = from_Ge[group_of_layer[layer]]
+        ids_e = from_Ge[layer * groups // layers]
         weight = f"model.layers.{layer}.router.weight"
         if part == "weight":
             return rows(name, ids_e)

@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 import re
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -27,7 +27,6 @@ from torch import Tensor
 
 from router import norm_constant
 from trainer.common.errors import UserError
-from trainer.config.sections import Model
 from trainer.importing.families import Sections
 from trainer.importing.source import Source
 
@@ -106,20 +105,20 @@ def _from_dense(source: Source, how: How) -> Source:
         return noisy(weight, weight, name, how)
 
     sections = {"model": model | {"ffn": "pool", "groups": 1}, "router": router, "pool": {"experts": M}}
-    return _routed(source, sections | {"balance": {"pool": 1e-2}}, read, own_value, copies, range(layers), how)
+    return _routed(source, sections | {"balance": {"pool": 1e-2}}, read, own_value, copies, how)
 
 
 def _from_experts(source: Source, how: How) -> Source:
     sections, path = source.sections, source.path
     model, router, M = sections["model"], dict(sections["router"]), sections["pool"]["experts"]
-    shape = Model.model_construct(**model)
-    if shape.num_groups == 1:
+    groups = model.get("groups", 1)
+    if groups == 1:
         raise UserError(f"{path}: its layers share one pool already; `unipool resize` changes its size")
     if how.experts not in (None, M):
         raise UserError(
             f"--experts {how.experts}: must be left out: the pool has all {M} experts of {path}; see `unipool resize`"
         )
-    E, kind, balance = M // shape.num_groups, router.get("kind", "norm"), sections.get("balance", {})
+    E, kind, balance = M // groups, router.get("kind", "norm"), sections.get("balance", {})
     if kind == "softmax":
         router["logit_bias"] = True
     if balance.get("layer"):
@@ -136,7 +135,7 @@ def _from_experts(source: Source, how: How) -> Source:
     new = {"model": model | {"groups": 1}, "router": router, "pool": sections["pool"]}
     if balance:
         new["balance"] = balance
-    return _routed(source, new, source.read, own_value, E, shape.group_of_layer, how)
+    return _routed(source, new, source.read, own_value, E, how)
 
 
 def _routed(
@@ -145,7 +144,6 @@ def _routed(
     read: Callable[[str], Tensor],
     own_value: Callable[[str], Tensor],
     E: int,
-    groups: Sequence[int],
     how: How,
 ) -> Source:
     """Return a model whose routers start at their layers' own experts.
@@ -153,9 +151,9 @@ def _routed(
     Args:
         read: Reads every tensor that is not a router's.
         own_value: Returns a router's tensor for the E own experts of its layer, or its sigma.
-        groups: Number of each layer's group, from 0, whose layers have the same own experts.
     """
-    M, kind = sections["pool"]["experts"], sections["router"].get("kind", "norm")
+    M, layers = sections["pool"]["experts"], sections["model"]["layers"]
+    kind = sections["router"].get("kind", "norm")
 
     def whole(name: str) -> Tensor:
         found = re.fullmatch(r"model\.layers\.(\d+)\.router\.(\w+)", name)
@@ -164,9 +162,9 @@ def _routed(
         layer, part = int(found[1]), found[2]
         if part == "sigma":
             return own_value(name)
-        first = groups[layer] * E
+        first = layer * (M // E) // layers * E
         if part == "expert_bias" and kind == "norm_bias":  # all layers have that of all experts
-            firsts = map(groups.index, range(M // E))
+            firsts = range(0, layers, layers * E // M)
             return torch.cat([own_value(f"model.layers.{other}.router.expert_bias") for other in firsts])
         own = own_value(name).float()
         if part == "weight":

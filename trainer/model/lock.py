@@ -66,5 +66,5 @@ def forced_reaches(recipe: Recipe, device: torch.device) -> Sequence[Reach] | No
     """Return what each layer reaches with `router.force`, the same in every step; None without it."""
     if recipe.router.force is None:
         return None
-    places = [place for size in recipe.model.group_sizes for place in range(size)]
-    return [Balanced(torch.tensor(place, device=device)) for place in places]
+    layers, sharing = recipe.model.layers, recipe.model.layers // recipe.model.groups
+    return [Balanced(torch.tensor(layer % sharing, device=device)) for layer in range(layers)]

@@ -57,22 +57,22 @@ class PoolMap:
     Attributes:
         position_M: Position of every global expert in shard-major order (int64, on the compute device).
         experts_per_layer: Number of experts that a layer sees.
-        group_of_layer: Number of each layer's group, whose layers share a sub-pool.
+        layers_per_group: Number of adjacent layers that share a sub-pool.
         reaches: What each layer reaches of its experts, with a lock or forced routing; None: all, as it prefers.
     """
 
     position_M: Tensor
     experts_per_layer: int
-    group_of_layer: Sequence[int]
+    layers_per_group: int
     reaches: Sequence[Reach] | None = None
 
     def first_expert(self, layer: int) -> int:
         """Return the global id of the layer's expert 0."""
-        return self.group_of_layer[layer] * self.experts_per_layer
+        return (layer // self.layers_per_group) * self.experts_per_layer
 
     def first_of(self, layer: int) -> Tensor:
         """Return the same as a scalar on the device, for compiled segments: a number would be part of the graph."""
-        return self._firsts[self.group_of_layer[layer]]
+        return self._firsts[layer // self.layers_per_group]
 
     def seen_by(self, layer: int) -> Seen:
         """Return what the layer sees of the pool."""

@@ -118,13 +118,13 @@ def recommend_splits(recipe: Recipe, load_LM: Counts | None) -> list[ShardSplit]
         return []
     import torch
 
-    return recommend_shards(torch.from_numpy(load_LM), recipe.grid.pool_ranks, recipe.model.num_groups)
+    return recommend_shards(torch.from_numpy(load_LM), recipe.grid.pool_ranks, recipe.model.groups)
 
 
 def _placements(spec: ScheduleSpec, load_LM: Counts | None) -> list[Placement]:
     """The contiguous placement and, with a load, the one that balances it in the recipe's own schedule."""
     recipe, grid = spec.recipe, spec.recipe.grid
-    groups, shards = recipe.model.num_groups, grid.expert_parallel
+    groups, shards = recipe.model.groups, grid.expert_parallel
     placements = [contiguous(recipe.pool.experts, groups, shards)]
     if load_LM is not None:
         import torch

@@ -200,8 +200,8 @@ def adapt(loaded: LoadedModel) -> MoEModel:
     _check_type(loaded.path, model.config.model_type)
     for number, block in enumerate(model.model.layers):
         if model.config.model_type == UNIPOOL and model.config.ffn == "pool":
-            first, size = block.first_expert, model.config.experts_per_layer
-            router, bank = block.router, Bank(first, size, model.model.experts, first)
+            size = model.config.num_experts // model.config.num_expert_groups
+            router, bank = block.router, Bank(block.first_expert, size, model.model.experts, block.first_expert)
             own = _own(model.config, number)
         elif hasattr(block.mlp, "experts"):
             router, bank = block.mlp.gate, Bank(first, block.mlp.experts.num_experts, block.mlp.experts, 0)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 from torch import Tensor
 
 from router import dead_experts, effective_experts, layer_divergence, load_imbalance
@@ -64,7 +64,7 @@ class LoadResult:
 
     Attributes:
         layers: The numbers of the layers with a router.
-        groups: The number of each layer's bank, from 0.
+        groups: The number of banks; each is shared by equally many adjacent layers.
         counts: The assignments of each layer to the experts of its bank.
         owners: The layer that owns each expert, if layers choose from their own experts only.
         usage: The usage by each layer of the experts that it can choose; `pool` is that of all experts by all layers.
@@ -79,7 +79,7 @@ class LoadResult:
     tokens: int
     top_k: int
     layers: tuple[int, ...]
-    groups: tuple[int, ...]
+    groups: int
     counts: tuple[tuple[int, ...], ...]
     usage: tuple[Usage, ...]
     pool: Usage
@@ -91,9 +91,10 @@ class LoadResult:
 
     def rows(self) -> list[dict[str, Any]]:
         total = self.tokens * self.top_k
+        first = [place * self.groups // len(self.layers) * len(self.counts[0]) for place in range(len(self.layers))]
         return [
-            {"layer": layer, "expert": bank * len(counts) + expert, "assignments": count, "share": count / total}
-            for layer, bank, counts in zip(self.layers, self.groups, self.counts, strict=True)
+            {"layer": layer, "expert": start + expert, "assignments": count, "share": count / total}
+            for layer, start, counts in zip(self.layers, first, self.counts, strict=True)
             for expert, count in enumerate(counts)
         ]
 
@@ -120,7 +121,7 @@ class LoadResult:
         ]
         if self.owners is not None:
             lines.append("Each layer chooses from the experts that it owns; no two layers share experts.")
-        if self.groups[-1] > 0:
+        if self.groups > 1:
             shared = self.shared_specialisation
             within = "No two layers share experts" if shared is None else f"It is {shared:.3f} within a sub-pool"
             lines.append(f"{within}.")
@@ -141,7 +142,7 @@ def load(model: MoEModel, text: Text) -> LoadResult:
     counts = ExpertCounts(model)
     read(model, text, counts)
     counts_LE = torch.stack([counts.by_layer[layer.number] for layer in model.layers])
-    groups = tuple(model.banks.index(layer.bank) for layer in model.layers)
+    groups = len(model.banks)
     everywhere_LM = torch.from_numpy(over_all_experts(counts_LE.numpy(), groups)).nan_to_num().long()
     divergence_LL = layer_divergence(everywhere_LM)
     return LoadResult(
@@ -159,7 +160,7 @@ def load(model: MoEModel, text: Text) -> LoadResult:
         pool=_usage(everywhere_LM.sum(0)),
         coverage=tuple(coverage(everywhere_LM, top) for top in TOPS if top <= counts_LE.shape[1]),
         divergence=tuple(tuple(row) for row in divergence_LL.tolist()),
-        specialisation=_mean_over_pairs(divergence_LL, [0] * len(groups)) or 0.0,
+        specialisation=_mean_over_pairs(divergence_LL, 1) or 0.0,
         shared_specialisation=_mean_over_pairs(divergence_LL, groups),
         owners=model.owners,
     )
@@ -179,8 +180,9 @@ def coverage(counts_LM: Tensor, top: int) -> Coverage:
     return Coverage(top, union, union / counts_LM.shape[1], float(share_L.double().mean()))
 
 
-def _mean_over_pairs(divergence_LL: Tensor, groups: Sequence[int]) -> float | None:
-    """Return the mean over pairs of layers of the same group; None if there are no pairs."""
-    group_L = torch.tensor(groups)
-    same_LL = (group_L[:, None] == group_L).fill_diagonal_(False)
+def _mean_over_pairs(divergence_LL: Tensor, groups: int) -> float | None:
+    """Return the mean over pairs of layers in the same of `groups` equal groups; None if there are no pairs."""
+    layers = len(divergence_LL)
+    group_L: NDArray[np.int64] = np.arange(layers) * groups // layers
+    same_LL = torch.from_numpy(group_L[:, None] == group_L).fill_diagonal_(False)
     return float(divergence_LL[same_LL].mean()) if same_LL.any() else None

@@ -23,7 +23,7 @@ def write_heat_map(
     tokens_per_expert_LM: NDArray[np.integer],
     path: Path,
     title: str,
-    groups: Sequence[int] = (),
+    groups: int = 1,
     owners: Sequence[int] | None = None,
 ) -> None:
     """Write the picture as PNG, see `draw_heat_map`; the file appears whole or not at all."""
@@ -31,10 +31,7 @@ def write_heat_map(
 
 
 def heat_map_image(
-    tokens_per_expert_LM: NDArray[np.integer],
-    title: str,
-    groups: Sequence[int] = (),
-    owners: Sequence[int] | None = None,
+    tokens_per_expert_LM: NDArray[np.integer], title: str, groups: int = 1, owners: Sequence[int] | None = None
 ) -> NDArray[np.uint8]:
     """Return the picture as RGB, (height, width, 3), see `draw_heat_map`."""
     canvas = FigureCanvasAgg(draw_heat_map(tokens_per_expert_LM, title, groups, owners))
@@ -43,23 +40,19 @@ def heat_map_image(
 
 
 def draw_heat_map(
-    tokens_per_expert_LM: NDArray[np.integer],
-    title: str,
-    groups: Sequence[int] = (),
-    owners: Sequence[int] | None = None,
+    tokens_per_expert_LM: NDArray[np.integer], title: str, groups: int = 1, owners: Sequence[int] | None = None
 ) -> Figure:
     """Draw each layer's share of tokens by expert, and below it the totals of the pool beside a uniform load.
 
     Colour follows the square root of the share, so that weakly used experts can be told from unused ones.
 
     Args:
-        tokens_per_expert_LM: Assignments of each layer to the experts that it sees, (L, M / G).
+        tokens_per_expert_LM: Assignments of each layer to the experts that it sees, (L, M / groups).
         title: Text above the picture.
-        groups: Number of each layer's group, from 0; empty: one group. The picture shows all M experts, grey where a
-            layer does not reach.
+        groups: Sub-pools across depth. The picture shows all M experts, grey where a layer does not reach.
         owners: The layer that owns each expert (M), which the picture frames.
     """
-    tokens_LM = over_all_experts(tokens_per_expert_LM, groups or [0] * len(tokens_per_expert_LM))
+    tokens_LM = over_all_experts(tokens_per_expert_LM, groups)
     layers, experts = tokens_LM.shape
     width, height = float(np.clip(3 + 0.09 * experts, 8, 20)), float(np.clip(2.6 + 0.24 * layers, 4.2, 12))
     figure = new_figure(width, height)
@@ -108,12 +101,14 @@ def draw_ownership(
     return figure
 
 
-def over_all_experts(tokens_per_expert_LM: NDArray[np.integer], groups: Sequence[int]) -> NDArray[np.float64]:
-    """Spread counts of the experts that a layer sees, (L, M / G), over all M experts; NaN for the others."""
+def over_all_experts(tokens_per_expert_LM: NDArray[np.integer], groups: int) -> NDArray[np.float64]:
+    """Spread counts of the experts that a layer sees, (L, M / groups), over all M experts; NaN for the others."""
     layers, experts_per_layer = tokens_per_expert_LM.shape
-    tokens_LGE = np.full((layers, groups[-1] + 1, experts_per_layer), np.nan)
-    tokens_LGE[range(layers), groups] = tokens_per_expert_LM
-    return tokens_LGE.reshape(layers, -1)
+    tokens_LM = np.full((layers, groups * experts_per_layer), np.nan)
+    for layer, row in enumerate(tokens_per_expert_LM):
+        first = (layer * groups // layers) * experts_per_layer
+        tokens_LM[layer, first : first + experts_per_layer] = row
+    return tokens_LM
 
 
 def draw_shares(figure: Figure, axes: Axes, tokens_LM: NDArray[np.float64]) -> None:

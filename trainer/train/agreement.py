@@ -80,7 +80,7 @@ def agreed_move(job: Job, recipe: Recipe, role: TrunkRank | PoolRank, done: int)
         counts_LM = role.recorded_load()
         assert counts_LM is not None, "rank 0 is a trunk rank"
         load_LM, moments_WL = torch.from_numpy(counts_LM), _moments(job, recipe, role.schedule.step)
-        found = more_even(load_LM, placement, recipe.model.num_groups, moments_WL)
+        found = more_even(load_LM, placement, recipe.model.groups, moments_WL)
         if found != placement:
             before, after = (in_flight(load_LM, p, moments_WL) for p in (placement, found))
             say(

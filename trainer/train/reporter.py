@@ -189,7 +189,7 @@ class Reporter:
 
             title = f"{self._folder.path.name}: experts chosen on held-out text after step {done}"
             owners = role.ownership.owners if role.ownership else None
-            return heat_map_image(load_LM.numpy(), title, self._recipe.model.group_of_layer, owners)
+            return heat_map_image(load_LM.numpy(), title, self._recipe.model.groups, owners)
 
         role.monitors.write_image("load", draw, done)
 
@@ -304,7 +304,7 @@ def peers(topology: Topology, rank: int) -> range:
 
 def _run(recipe: Recipe, job: Job, lanes: int) -> dict[str, object]:
     m, t = recipe.model, job.topology
-    model = "dense" if m.ffn == "dense" else {1: "unipool", m.layers: "vanilla"}.get(m.num_groups, "grouped")
+    model = "dense" if m.ffn == "dense" else {1: "unipool", m.layers: "vanilla"}.get(m.groups, "grouped")
     return {
         "run": Path(recipe.run.dir).name,
         "model": model,

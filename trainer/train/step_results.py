@@ -76,14 +76,14 @@ def reduce_results(results: Sequence[MicroBatchResult], norms: Sequence[Tensor],
     )
 
 
-def over_all_experts(load_LM: Tensor, group_sizes: Sequence[int]) -> Tensor:
+def over_all_experts(load_LM: Tensor, groups: int) -> Tensor:
     """Return the load by layer and global expert id, 0 where a layer does not reach.
 
     Args:
         load_LM: Load by layer and the experts that it sees.
-        group_sizes: Number of adjacent layers of each group.
+        groups: Sharing groups of adjacent layers.
     """
-    return torch.block_diag(*load_LM.split(list(group_sizes)))  # type: ignore[no-any-return]
+    return torch.block_diag(*load_LM.chunk(groups))  # type: ignore[no-any-return]
 
 
 def lock_scalars(recipe: Recipe, step: int, load_LM: Tensor, owners_M: Tensor | None) -> dict[str, Any]:
@@ -121,7 +121,7 @@ def step_scalars(
         lock: What `lock_scalars` returned, in a run with a lock.
     """
     tokens = recipe.train.global_batch * recipe.model.seq_len
-    everywhere_LM = over_all_experts(results.load_LM, recipe.model.group_sizes)
+    everywhere_LM = over_all_experts(results.load_LM, recipe.model.groups)
     load_M = everywhere_LM.sum(0)
     shard_load_s = load_M[torch.tensor(placement.order)].view(placement.shards, -1).sum(1) if placement else load_M
     layer_imbalance_L = load_imbalance(results.load_LM)

@@ -49,8 +49,8 @@ LOAD_STEPS = 100
 
 def _pool_map(recipe: Recipe, placement: Placement, device: torch.device) -> PoolMap:
     position_M = placement.position_M.to(device)
-    groups, reaches = recipe.model.group_of_layer, forced_reaches(recipe, device)
-    return PoolMap(position_M, recipe.experts_per_layer, groups, reaches)
+    sharing = recipe.model.layers // recipe.model.groups
+    return PoolMap(position_M, recipe.experts_per_layer, sharing, forced_reaches(recipe, device))
 
 
 class TrunkRank:
@@ -199,8 +199,7 @@ class TrunkRank:
             fractions_LM = self._statistics.fractions(number, step)
             if fractions_LM is None:
                 return None
-            balance, sizes = recipe.balance, recipe.model.group_sizes
-            return balance_coefficients(fractions_LM, balance.layer, balance.pool, sizes)
+            return balance_coefficients(fractions_LM, recipe.balance.layer, recipe.balance.pool, recipe.model.groups)
 
         entropy = self.lock.entropy(step) if self.lock else None
         return Objective(1 / recipe.micro_batches, coefficients, recipe.router.z_loss, recipe.train.recompute, entropy)
@@ -235,7 +234,7 @@ class TrunkRank:
 
     def _move_expert_bias(self, load_LM: Tensor) -> None:
         if self._recipe.router.kind == "norm_bias":
-            load_LM = load_of_groups(load_LM, self._recipe.model.group_sizes)
+            load_LM = load_of_groups(load_LM, self._recipe.model.groups)
         for load_M, block in zip(load_LM, self.trunk.blocks, strict=True):
             if isinstance(block.router, BiasedRouter):
                 block.router.update_bias(load_M, self._recipe.router.bias_rate)
@@ -249,7 +248,7 @@ class TrunkRank:
         if self._pool_side.service:
             metrics.served(self._pool_side.service.take_served())
         elif metrics.expert_load:
-            load_LM = over_all_experts(self.load_LM, self._recipe.model.group_sizes).numpy()
+            load_LM = over_all_experts(self.load_LM, self._recipe.model.groups).numpy()
             metrics.count_load(load_LM, load_LM.sum(0))
 
     def losses_by_rows(self, step: int) -> list[tuple[float, str]]:
@@ -323,7 +322,7 @@ class TrunkRank:
         """Return the assignments per step by layer and global expert (L, M), averaged over recent steps."""
         if self._pool_map is None:
             return None
-        return over_all_experts(self._recent_load_LM.round(), self._recipe.model.group_sizes).long().numpy()
+        return over_all_experts(self._recent_load_LM.round(), self._recipe.model.groups).long().numpy()
 
     def move_to(self, placement: Placement) -> None:
         """See `trainer.checkpoint.format.Role.move_to`."""

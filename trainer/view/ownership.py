@@ -176,7 +176,7 @@ def _check_model(run: Path, recipe: Recipe) -> None:
         raise UserError(f"{run}: is a dense model (model.ffn), which has no experts to own")
     if m.groups == m.layers:
         raise UserError(f"{run}: every layer has its own experts already (model.groups = model.layers)")
-    if m.groups != 1:
-        raise UserError(f"{run}: has {m.num_groups} groups of layers: only layers that share one pool can divide it")
+    if m.groups > 1:
+        raise UserError(f"{run}: model.groups = {m.groups}: only layers that share one pool (1) can divide it")
     if experts % m.layers:
         raise UserError(f"{run}: pool.experts = {experts} is not a multiple of model.layers ({m.layers})")

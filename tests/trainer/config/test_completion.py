@@ -40,7 +40,7 @@ def test_names_keys_and_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert offered("unipool plan qu") == ["quickstart", "queue.yaml"]
     assert offered("unipool bench elsewhere/") == ["file"]
     assert offered("unipool train --set ") == [f"{section}." for section in Recipe.model_fields]
-    assert offered("unipool train --set train.pool_l") == ["train.pool_lr_factor="]
+    assert offered("unipool train --set train.decay_f") == ["train.decay_fraction="]
     assert offered("unipool sweep x --set lock.al") == ["lock.allocation="]
     assert offered("unipool train --set router.kind=") == [
         f"router.kind={kind}" for kind in ("norm", "norm_bias", "softmax", "sigmoid_bias")

@@ -50,7 +50,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "router": {"kind": "norm_bias", "bias_rate": 0.3},
         "balance": {"pool": 0.0},
     },
-    "softmax, groups of unequal size": {"model": {"groups": [1, 2]}}
+    "softmax, groups": GROUPS
     | {"router": {"kind": "softmax", "renormalize": True, "logit_bias": True}, "parallel": {"trunk_zero": 3}},
     "dense": {"model": {"ffn": "dense"}, "pool": {"experts": 0}, "balance": {"pool": 0.0}},
 }
@@ -114,7 +114,7 @@ def trainer_logits(model: str, tokens_BS: Tensor, reroute: Reroute | None = None
             order = contiguous(recipe.pool.experts, 1, 1)
             shard = ExpertShard(order.order, m.hidden, m.ffn_hidden, torch.float32)
             load_weights(saved, trunk, shard)
-            pool_map = PoolMap(order.position_M, recipe.experts_per_layer, m.group_of_layer)
+            pool_map = PoolMap(order.position_M, recipe.experts_per_layer, m.layers // m.groups)
             coroutine = hidden_states(trunk, pool_map, tokens_BS, 0, reroute)
             ((h_BSD, _),) = LocalPool(shard).run([coroutine], (0,), 0)
         logits_BSV: Tensor = trunk.head(h_BSD)

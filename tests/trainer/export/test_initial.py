@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,6 @@ from trainer.common.errors import UserError
 from trainer.config.recipe import Recipe, load_recipe, save_recipe
 from trainer.data.tokenizer import train_tokenizer
 from trainer.export.initial import ExportedWeights
-from trainer.export.model_files.configuration_unipool import UniPoolConfig
-from trainer.export.names import config_fields
 from trainer.export.write import export
 
 ROUTER = {"kind": "sigmoid_bias", "top_k": 2, "bias_rate": 0.05}
@@ -105,11 +102,3 @@ def test_exports_of_other_models_are_refused(exported: str, run: Path, tmp_path:
     save_recipe(recipe(COLOCATED), tmp_path / "recipe.yaml")
     with pytest.raises(UserError, match=r"train.freeze = 'pool': needs train.init_from"):
         load_recipe(str(tmp_path / "recipe.yaml"), ["train.freeze=pool"])
-
-
-def test_config_json_keeps_groups_of_unequal_size() -> None:
-    """Fields are compared with those that have been read."""
-    fields = config_fields(tiny(model={"groups": [1, 2]}))
-    assert json.loads(json.dumps(fields)) == fields
-    config = UniPoolConfig(**fields)
-    assert [config.first_expert(layer) for layer in range(3)] == [0, 4, 4] and config.experts_per_layer == 4

@@ -112,22 +112,6 @@ def test_unknown_keywords_are_refused() -> None:
         model(tokens, past_key_values=cached, cache=cached)
 
 
-@pytest.mark.parametrize(
-    ("settings", "said"),
-    [
-        ({"num_expert_groups": [1, 1]}, "a list must have numbers of layers, 3 in all"),
-        ({"num_expert_groups": [3, 0]}, "a list must have numbers of layers, 3 in all"),
-        ({"num_expert_groups": [1, 1, True]}, "a list must have numbers of layers, 3 in all"),
-        ({"num_expert_groups": []}, "a list must have numbers of layers, 3 in all"),
-        ({"num_expert_groups": [1, 2], "num_experts": 9}, "num_experts is 9: it must be a multiple of the 2 groups"),
-        ({"num_expert_groups": [1, 2], "num_experts_per_tok": 5}, "a layer has fewer experts"),
-    ],
-)
-def test_groups_that_no_model_has(settings: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
-        UniPoolConfig(**{"num_hidden_layers": 3, "num_experts": 8} | settings)
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["past_key_values", "cache"])
 def test_the_cache_has_two_names(name: str) -> None:

@@ -28,7 +28,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "dense": DENSE,
     "softmax": VANILLA | {"router": {"kind": "softmax"}},
     "norm": VANILLA,
-    "norm_bias": VANILLA | {"model": {"groups": [1, 2]}, "router": {"kind": "norm_bias", "bias_rate": 0.3}},
+    "norm_bias": VANILLA | {"router": {"kind": "norm_bias", "bias_rate": 0.3}},
     "sigmoid_bias": VANILLA | {"router": {"kind": "sigmoid_bias", "bias_rate": 0.3}},
 }
 OPTIONS = {

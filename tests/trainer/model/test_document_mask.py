@@ -50,7 +50,7 @@ def trained(recipe: Recipe, batches: list[tuple[Tensor, float]], end: int | None
 
     placement = contiguous(recipe.pool.experts, 1, 1)
     shard = build_shard(recipe, placement, 0, CPU)
-    pool_map = PoolMap(placement.position_M, recipe.experts_per_layer, recipe.model.group_of_layer)
+    pool_map = PoolMap(placement.position_M, recipe.experts_per_layer, recipe.model.layers)
     for number, (rows_BS1, weight) in enumerate(batches):
         objective = Objective(weight, lambda _: None, 0.0, recipe.train.recompute)
         coroutine = train_micro_batch(trunk, pool_map, rows_BS1, number, objective)
@@ -107,7 +107,7 @@ def _placement(recipe: Recipe) -> Any:
 
 
 def _map(recipe: Recipe) -> PoolMap:
-    return PoolMap(_placement(recipe).position_M, recipe.experts_per_layer, recipe.model.group_of_layer)
+    return PoolMap(_placement(recipe).position_M, recipe.experts_per_layer, recipe.model.layers)
 
 
 def test_the_mask_against_a_loop() -> None:

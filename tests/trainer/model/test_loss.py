@@ -218,7 +218,7 @@ def each_use_of_the_head(recipe: Recipe) -> Iterator[Any]:
     if m.ffn == "pool":
         shard = ExpertShard(tuple(range(recipe.pool.experts)), m.hidden, m.ffn_hidden, trunk.compute_dtype)
         shard.reset_parameters(0.1, 0.1, 0)
-        pool_map = PoolMap(torch.arange(recipe.pool.experts), recipe.experts_per_layer, m.group_of_layer)
+        pool_map = PoolMap(torch.arange(recipe.pool.experts), recipe.experts_per_layer, m.layers)
         client, training = LocalPool(shard), train_micro_batch(trunk, pool_map, sequences_BS1, 0, objective)
     yield client.run([training], (0,), 0)
     ((h_BSD, _),) = client.run([hidden_states(trunk, pool_map, sequences_BS1[:, :-1], 0)], (0,), 0)

@@ -102,7 +102,7 @@ def pool_map(recipe: Recipe) -> PoolMap:
         with no_host_reads():
             reaches = made.at(assigned_after(recipe) + 1)
         assert isinstance(reaches[0], Faded if recipe.lock.allocation == "learned" else Owned)
-    return PoolMap(position_M, recipe.experts_per_layer, recipe.model.group_of_layer, reaches)
+    return PoolMap(position_M, recipe.experts_per_layer, recipe.model.layers // recipe.model.groups, reaches)
 
 
 def objective(recipe: Recipe) -> Objective:
@@ -114,8 +114,7 @@ def objective(recipe: Recipe) -> Objective:
         statistics.record_micro_batch(0, load_LM)
         fractions_LM = statistics.fractions(recipe.balance.delay, 1)  # of a later micro-batch: the first may have none
         assert fractions_LM is not None
-        balance, sizes = recipe.balance, recipe.model.group_sizes
-        return balance_coefficients(fractions_LM, balance.layer, balance.pool, sizes)
+        return balance_coefficients(fractions_LM, recipe.balance.layer, recipe.balance.pool, recipe.model.groups)
 
     entropy = partial(entropy_loss, coefficient=0.01, target=2.0) if recipe.lock else None
     return Objective(0.5, coefficients, recipe.router.z_loss, recipe.train.recompute, entropy)

@@ -102,8 +102,9 @@ def trunk_of(recipe: Recipe, compiled: Segments = EAGER) -> Trunk:
 def map_of(recipe: Recipe) -> PoolMap | None:
     if recipe.model.ffn == "dense":
         return None
-    position_M = contiguous(recipe.pool.experts, recipe.model.num_groups, 1).position_M
-    return PoolMap(position_M, recipe.experts_per_layer, recipe.model.group_of_layer, forced_reaches(recipe, CPU))
+    layers_per_group = recipe.model.layers // recipe.model.groups
+    position_M = contiguous(recipe.pool.experts, recipe.model.groups, 1).position_M
+    return PoolMap(position_M, recipe.experts_per_layer, layers_per_group, forced_reaches(recipe, CPU))
 
 
 def answered(coroutine: MicroBatch[T]) -> T:

@@ -58,7 +58,7 @@ def trunk_traffic(seq_len: int) -> int:
     trunk, found = Trunk(recipe, torch.device("cpu")), 0
     for parameter in trunk.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    pool_map = PoolMap(contiguous(M, 1, 1).position_M, M, (0, 0, 0))
+    pool_map = PoolMap(contiguous(M, 1, 1).position_M, M, 3)
     sequences = torch.randint(61, (2, seq_len + 1))
     objective = Objective(1.0, lambda load: torch.ones(3, M), 0, False)
     coroutine = train_micro_batch(trunk, pool_map, sequences, 0, objective)

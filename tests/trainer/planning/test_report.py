@@ -136,7 +136,7 @@ def train_one_micro_batch(recipe: Recipe, trunk: Trunk) -> None:
         return
     shard = ExpertShard(tuple(range(recipe.pool.experts)), m.hidden, m.ffn_hidden, trunk.compute_dtype)
     shard.reset_parameters(0.1, 0.1, 0)
-    pool_map = PoolMap(torch.arange(recipe.pool.experts), recipe.experts_per_layer, m.group_of_layer)
+    pool_map = PoolMap(torch.arange(recipe.pool.experts), recipe.experts_per_layer, m.layers // m.groups)
     LocalPool(shard).run([train_micro_batch(trunk, pool_map, sequences_BS1, 0, objective)], (0,), 0)
     shard.deferred_dw.drain()
 

@@ -57,7 +57,7 @@ def held_out(kind: str, device: torch.device) -> list[float]:
     balance = {} if kind == "norm" else {"pool": 0.0}
     recipe = tiny(router={"kind": kind}, balance=balance, train={"loss_chunk": 5})
     placement, m = contiguous(recipe.pool.experts, 1, 1), recipe.model
-    pool_map = PoolMap(placement.position_M.to(device), recipe.experts_per_layer, m.group_of_layer)
+    pool_map = PoolMap(placement.position_M.to(device), recipe.experts_per_layer, m.layers)
     trunk, pool = Trunk(recipe, device, document_end=7), LocalPool(build_shard(recipe, placement, 0, device))
     sequences_BS1 = torch.randint(m.vocab, (2, m.seq_len + 1), generator=torch.Generator().manual_seed(1)).to(device)
     losses = []

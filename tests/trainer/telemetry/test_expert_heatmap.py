@@ -71,23 +71,23 @@ def test_layers_without_tokens(tmp_path: Path) -> None:
 
 
 def test_one_group_sees_all_experts() -> None:
-    np.testing.assert_array_equal(over_all_experts(counts(3, 7), [0, 0, 0]), counts(3, 7))
+    np.testing.assert_array_equal(over_all_experts(counts(3, 7), 1), counts(3, 7))
 
 
 def test_groups_are_blocks_on_the_diagonal(tmp_path: Path) -> None:
     nan = np.nan
     tokens_LM = np.array([[1, 2], [3, 4], [5, 6], [7, 8]])
-    expected_LM = [[1, 2, nan, nan], [nan, nan, 3, 4], [nan, nan, 5, 6], [nan, nan, 7, 8]]
-    np.testing.assert_array_equal(over_all_experts(tokens_LM, [0, 1, 1, 1]), expected_LM)
-    vanilla_LM = over_all_experts(counts(4, 3), range(4))
+    expected_LM = [[1, 2, nan, nan], [3, 4, nan, nan], [nan, nan, 5, 6], [nan, nan, 7, 8]]
+    np.testing.assert_array_equal(over_all_experts(tokens_LM, 2), expected_LM)
+    vanilla_LM = over_all_experts(counts(4, 3), 4)
     assert [np.flatnonzero(~np.isnan(row)).tolist() for row in vanilla_LM] == [
         [0, 1, 2],
         [3, 4, 5],
         [6, 7, 8],
         [9, 10, 11],
     ]
-    write_heat_map(tokens_LM, tmp_path / "groups.png", "sub-pools", groups=(0, 0, 1, 1))
-    write_heat_map(tokens_LM, tmp_path / "one.png", "sub-pools")
+    write_heat_map(tokens_LM, tmp_path / "groups.png", "sub-pools", groups=2)
+    write_heat_map(tokens_LM, tmp_path / "one.png", "sub-pools", groups=1)
     assert (tmp_path / "groups.png").read_bytes() != (tmp_path / "one.png").read_bytes()
 
 

@@ -86,12 +86,6 @@ def _train(recipe: Recipe, weights: Numbers) -> tuple[Numbers, list[dict[str, fl
     return gradients, scalars
 
 
-def sizes_of(recipe: Recipe) -> list[int]:
-    """The number of layers of each group."""
-    layers, groups = recipe.model.layers, recipe.model.groups
-    return [layers // groups] * groups if isinstance(groups, int) else list(groups)
-
-
 class Reference:
     """The exported model with the losses written out, under autograd."""
 
@@ -127,7 +121,7 @@ class Reference:
         means, loads, z_losses = [], [], []
         chosen_experts: list[Tensor] = []  # by their ids in the whole pool
         scalars = {"loss": loss}
-        groups = [group for group, size in enumerate(sizes_of(self.recipe)) for _ in range(size)]
+        layers_of_a_group = self.recipe.model.layers // self.recipe.model.groups
         for number, (layer, z_TM) in enumerate(zip(self.model.model.layers, out.router_logits, strict=True)):
             s_TM = self._scores(layer.router, z_TM)
             if self.owners_M is not None:
@@ -135,7 +129,7 @@ class Reference:
                 s_TM, z_TM = s_TM * ~foreign_M, z_TM.masked_fill(foreign_M, -math.inf)
             preference_TM = s_TM + layer.router.expert_bias if layer.router.kind == "sigmoid_bias" else z_TM
             chosen_TK = preference_TM.topk(self.recipe.router.top_k).indices
-            chosen_experts.append(chosen_TK + groups[number] * z_TM.shape[1])
+            chosen_experts.append(chosen_TK + number // layers_of_a_group * z_TM.shape[1])
             gates_T = s_TM.gather(1, chosen_TK).sum(1)
             shares = layer.router.kind == "sigmoid_bias" and self.recipe.router.top_k > 1  # of a sum of 1
             shares = shares or self.recipe.router.renormalize
@@ -162,8 +156,7 @@ class Reference:
         """Layer losses M sum_i f_i P_i, and of each group of layers M sum_i fbar_i Pbar_i (eq. 4-6)."""
         experts, balance = p_LM.shape[1], self.recipe.balance
         total = balance.layer * experts * (f_LM * p_LM).sum()
-        sizes = sizes_of(self.recipe)
-        for f_gM, p_gM in zip(f_LM.split(sizes), p_LM.split(sizes), strict=True):
+        for f_gM, p_gM in zip(f_LM.chunk(self.recipe.model.groups), p_LM.chunk(self.recipe.model.groups), strict=True):
             total = total + balance.pool * experts * (f_gM.mean(0) * p_gM.mean(0)).sum()
         return total
 
@@ -259,13 +252,6 @@ NORMALIZED = {"layer": 0.07, "pool": 0.3, "scope": "micro_batch", "delay": 1, "s
             "parallel": {"trunk_ranks": 2, "pool_ranks": 1},
         },
         {
-            "model": {"layers": 4, "groups": [1, 2, 1]},
-            "pool": {"experts": 12},
-            "router": {"top_k": 2, "z_loss": 0.03},
-            "balance": {"layer": 0.2, "pool": 0.4},
-            "parallel": {"pool_ranks": 2},
-        },
-        {
             "model": {"groups": 3},
             "pool": {"experts": 12},
             "router": {"kind": "sigmoid_bias", "top_k": 2, "z_loss": 0.03, "bias_rate": 0.0},
@@ -301,7 +287,6 @@ NORMALIZED = {"layer": 0.07, "pool": 0.3, "scope": "micro_batch", "delay": 1, "s
         "1+2, recompute",
         "private expert, 2+1",
         "groups, 2+1",
-        "groups of unequal size, 1+2",
         "sigmoid, 2+2 replicas",
         "keys of imported models, every rank",
         "full",

@@ -130,7 +130,6 @@ METHODS: dict[str, dict[str, Any]] = {
         "router": {"kind": "softmax"},
         "balance": {"layer": 0.05},
     },
-    "unequal-groups": {"model": {"groups": [1, 2]}},
     "sigmoid_bias": {
         "router": {"kind": "sigmoid_bias", "bias_rate": 0.01, "z_loss": 1e-2},
         "balance": {"pool": 0.0},
@@ -188,7 +187,7 @@ def test_bf16_tracks_fp32() -> None:
     for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         recipe = tiny(train={**steps, "precision": precision}, **sections)
         order = contiguous(recipe.pool.experts, 1, 1).position_M
-        pool_map = PoolMap(order, recipe.experts_per_layer, recipe.model.group_of_layer)
+        pool_map = PoolMap(order, recipe.experts_per_layer, recipe.model.layers)
         trunk, ids_BS = Trunk(recipe, torch.device("cpu")), torch.zeros(1, 5, dtype=torch.int64)
         assert next(hidden_states(trunk, pool_map, ids_BS, 0)).rows_ND.dtype == dtype
 

@@ -47,7 +47,7 @@ def test_results_are_reduced_over_micro_batches_and_ranks() -> None:
 
 def test_scalars() -> None:
     results = reduce_results(RESULTS, [torch.tensor(0.1), torch.tensor(-1.0)], two_ranks())
-    load_LM = over_all_experts(results.load_LM, (1, 1))
+    load_LM = over_all_experts(results.load_LM, 2)
     assert load_LM.tolist() == [[12, 4, 0, 0], [0, 0, 0, 8]]
     scalars = step_scalars(
         RECIPE,

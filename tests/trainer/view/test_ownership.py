@@ -73,7 +73,7 @@ def test_a_checkpoint(tmp_path: Path) -> None:
     ("overrides", "said"),
     [
         (["model.groups=8"], "every layer has its own experts already (model.groups = model.layers)"),
-        (["model.groups=2"], "has 2 groups of layers: only layers that share one pool can divide it"),
+        (["model.groups=2"], "model.groups = 2: only layers that share one pool (1) can divide it"),
         (["model.ffn=dense", "pool.experts=0", "parallel.pool_ranks=0"], "is a dense model (model.ffn)"),
         (["pool.experts=60"], "pool.experts = 60 is not a multiple of model.layers (8)"),
     ],

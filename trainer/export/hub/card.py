@@ -112,7 +112,7 @@ def write_card(run: SavedRun, folder: Path, dtype: str, code: bool) -> None:
     pooled = recipe.model.ffn == "pool"
     picture = write_picture(curves, folder / PICTURE_FILE, pooled)
     scores, harness = _evaluated(run)
-    kind = "dense" if not pooled else "unipool" if recipe.model.groups != recipe.model.layers else "mixture-of-experts"
+    kind = "dense" if not pooled else "unipool" if recipe.model.groups < recipe.model.layers else "mixture-of-experts"
     name = Path(recipe.run.dir).name
     data = ModelCardData(
         library_name="transformers",
@@ -143,9 +143,7 @@ def _model(recipe: Recipe, dtype: str) -> Rows:
     m, p = recipe.model, count_parameters(recipe)
     rows = [("parameters", f"{count(p.total)}, of which a token uses {count(p.active)}")]
     if m.ffn == "pool":
-        shared = "each layer its own"
-        if m.groups != m.layers:
-            shared = f"{plural(m.num_groups, 'pool')} for {m.layers} layers"
+        shared = f"{plural(m.groups, 'pool')} for {m.layers} layers" if m.groups < m.layers else "each layer its own"
         rows.append(("experts", f"{recipe.pool.experts} of width {m.ffn_hidden:,}: {shared}"))
         rows.append(("router", f"{recipe.router.kind}, top-{recipe.router.top_k}"))
     else:

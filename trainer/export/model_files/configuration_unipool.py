@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import accumulate
 from typing import Any, ClassVar, cast
 
 from transformers import PretrainedConfig
@@ -24,8 +23,7 @@ class UniPoolConfig(PretrainedConfig):
         private_gate: Whether a sigmoid gate of the token multiplies the output of that expert.
         num_experts: Number of experts in the whole pool.
         num_expert_groups: 1 is UniPool. With G groups, num_hidden_layers / G adjacent layers share num_experts / G
-            experts; G = num_hidden_layers is a vanilla mixture of experts. A list has the number of adjacent layers of
-            each group instead; its groups have equally many experts too.
+            experts; G = num_hidden_layers is a vanilla mixture of experts.
         num_experts_per_tok: Number of experts per token, K.
         router: "norm" (Eq. 7 of the paper), "norm_bias" (the same with a bias of the selection), "softmax", or
             "sigmoid_bias" (arXiv:2408.15664).
@@ -69,7 +67,7 @@ class UniPoolConfig(PretrainedConfig):
         private_intermediate_size: int = 0,
         private_gate: bool = False,
         num_experts: int = 96,
-        num_expert_groups: int | list[int] = 1,
+        num_expert_groups: int = 1,
         num_experts_per_tok: int = 1,
         router: str = "norm",
         norm_topk_prob: bool = False,
@@ -124,21 +122,6 @@ class UniPoolConfig(PretrainedConfig):
         super().__init__(tie_word_embeddings=tie_word_embeddings, **others)
 
     @property
-    def layers_of_groups(self) -> list[int]:
-        """The number of adjacent layers of each group."""
-        groups = self.num_expert_groups
-        return groups if isinstance(groups, list) else [self.num_hidden_layers // groups] * groups
-
-    @property
-    def experts_per_layer(self) -> int:
-        """The number of experts that a layer can choose from."""
-        return self.num_experts // len(self.layers_of_groups)
-
-    def first_expert(self, layer_idx: int) -> int:
-        """Return the number of the first of them in the pool."""
-        return sum(layer_idx >= end for end in accumulate(self.layers_of_groups)) * self.experts_per_layer
-
-    @property
     def base_model_tp_plan(self) -> dict[str, str]:
         """How tensor parallelism splits the model's modules: heads, and the width of every FFN and expert."""
         column, row = "colwise", "rowwise"
@@ -174,10 +157,8 @@ class UniPoolConfig(PretrainedConfig):
         if head_dim is None:
             multiples.insert(0, ("hidden_size", "num_attention_heads"))
         if self.ffn == "pool":
-            counts += ["num_experts", "num_experts_per_tok"]
-            if not isinstance(self.num_expert_groups, list):
-                counts.append("num_expert_groups")
-                multiples.append(("num_hidden_layers", "num_expert_groups"))
+            counts += ["num_experts", "num_expert_groups", "num_experts_per_tok"]
+            multiples += [("num_experts", "num_expert_groups"), ("num_hidden_layers", "num_expert_groups")]
         for name in counts:
             value = getattr(self, name)
             if type(value) is not int or value < 1:
@@ -193,8 +174,8 @@ class UniPoolConfig(PretrainedConfig):
         for name, divisor in multiples:
             if getattr(self, name) % getattr(self, divisor):
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be a multiple of {divisor}")
-        if self.ffn == "pool":
-            self._check_groups()
+        if self.ffn == "pool" and self.num_experts_per_tok > self.num_experts // self.num_expert_groups:
+            raise ValueError(f"num_experts_per_tok is {self.num_experts_per_tok}: a layer has fewer experts")
         if self.expert_owners is not None:
             self._check_owners()
         size = self.hidden_size // self.num_attention_heads if head_dim is None else head_dim
@@ -207,16 +188,6 @@ class UniPoolConfig(PretrainedConfig):
                 raise ValueError(f"{name} is {getattr(self, name)!r}: it must be true or false")
         if self.router != "softmax" and (self.norm_topk_prob or self.router_bias):
             raise ValueError(f"router is {self.router!r}: it must be softmax with norm_topk_prob or router_bias")
-
-    def _check_groups(self) -> None:
-        """Raise ValueError if the groups of layers cannot have these experts."""
-        layers, sizes = self.num_hidden_layers, self.layers_of_groups
-        if {type(size) for size in sizes} != {int} or min(sizes) < 1 or sum(sizes) != layers:
-            raise ValueError(f"num_expert_groups is {sizes}: a list must have numbers of layers, {layers} in all")
-        if self.num_experts % len(sizes):
-            raise ValueError(f"num_experts is {self.num_experts}: it must be a multiple of the {len(sizes)} groups")
-        if self.num_experts_per_tok > self.experts_per_layer:
-            raise ValueError(f"num_experts_per_tok is {self.num_experts_per_tok}: a layer has fewer experts")
 
     def _check_owners(self) -> None:
         """Raise ValueError if the layers cannot own their experts."""

@@ -193,7 +193,7 @@ class UniPoolRouter(nn.Module):
         super().__init__()
         self.kind, self.top_k = config.router, config.num_experts_per_tok
         self.constant = config.router_constant * config.router_constant_factor
-        experts = config.experts_per_layer
+        experts = config.num_experts // config.num_expert_groups
         self.weight = nn.Parameter(torch.empty(experts, config.hidden_size))
         if self.kind in ("norm", "norm_bias"):
             self.sigma = nn.Parameter(torch.ones(1))

@@ -71,7 +71,8 @@ class UniPoolDecoderLayer(GradientCheckpointingLayer):
                 self.mlp = UniPoolMLP(config.hidden_size, config.private_intermediate_size)
                 self.private_gate = nn.Linear(config.hidden_size, 1, bias=False) if config.private_gate else None
             self.router = UniPoolRouter(config, layer_idx)
-            self.first_expert = config.first_expert(layer_idx)
+            group = layer_idx * config.num_expert_groups // config.num_hidden_layers
+            self.first_expert = group * (config.num_experts // config.num_expert_groups)
 
     def forward(
         self, h_BSD: Tensor, experts: UniPoolExperts | None, **attention: Any

@@ -53,7 +53,7 @@ def write_summary(
 
         title = f"{folder.path.name}: experts chosen on held-out text"
         try:
-            write_heat_map(load_LM, folder.load_picture, title, recipe.model.group_of_layer, owners)
+            write_heat_map(load_LM, folder.load_picture, title, recipe.model.groups, owners)
             lines.append(f"load picture      {folder.load_picture}")
         except OSError as error:
             lines.append(f"load picture      could not be written ({error.strerror})")

@@ -139,18 +139,17 @@ def draw_shares(title: str, steps: Numbers, shares: Mapping[str, Numbers]) -> st
     return _svg(figure, title)
 
 
-def draw_load(
-    load_LM: NDArray[np.int64], groups: Sequence[int], owners: Sequence[int] | None = None, salt: str = "load"
-) -> str:
+def draw_load(load_LM: NDArray[np.int64], groups: int, owners: Sequence[int] | None = None, salt: str = "load") -> str:
     """Draw the heat map of layers and experts as an SVG element.
 
     Args:
         load_LM: Assignments of each layer to all experts of the pool, (L, M), also where a layer does not reach.
-        groups: Number of each layer's group, from 0.
+        groups: Sub-pools across depth.
         owners: The layer that owns each expert, framed.
         salt: Another text for each picture of a page.
     """
-    reached = load_LM.reshape(len(load_LM), groups[-1] + 1, -1)[range(len(load_LM)), groups]
+    layers = np.arange(len(load_LM))
+    reached = load_LM.reshape(len(layers), groups, -1)[layers, layers * groups // len(layers)]
     return draw_map(draw_heat_map(reached, "", groups, owners), salt)
 
 

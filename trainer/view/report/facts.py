@@ -92,7 +92,9 @@ def model_facts(recipe: Recipe) -> Facts:
     m, p = recipe.model, count_parameters(recipe)
     facts = [("parameters", count(p.total)), ("active per token", count(p.active))]
     if m.ffn == "pool":
-        shared = "one pool, shared by all layers" if m.groups == 1 else m.described_groups
+        shared = (
+            f"{m.groups} groups of {m.layers // m.groups} layers" if m.groups > 1 else "one pool, shared by all layers"
+        )
         balance = {"pool": recipe.balance.pool, "layer": recipe.balance.layer}
         if m.private_ffn:
             shared += f"; beside it one of width {m.private_ffn:,} in each layer"

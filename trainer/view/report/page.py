@@ -217,10 +217,7 @@ def load_picture(
     )
     if owners:
         caption += " Framed: the experts that each layer owns."
-    groups: tuple[int, ...] = (0,) * len(load_LM)
-    if recipe and recipe.model.layers == len(load_LM):
-        groups = recipe.model.group_of_layer
-    return figure(caption, wide(draw_load(load_LM, groups, owners, salt)))
+    return figure(caption, wide(draw_load(load_LM, recipe.model.groups if recipe else 1, owners, salt)))
 
 
 def ownership_picture(run: Path, salt: str = "owners") -> str:
