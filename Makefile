@@ -15,7 +15,7 @@ TORCH := 2.13.0
 
 # pip before 25.3 applies PIP_CONSTRAINT to build dependencies as well; later versions apply PIP_BUILD_CONSTRAINT.
 PIP := $(if $(LOCK),PIP_CONSTRAINT=$(LOCK) PIP_BUILD_CONSTRAINT=$(LOCK)) $(BIN)/python -m pip --disable-pip-version-check
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder --max-worker-restart 1
 
 .PHONY: train test fast lint docs lock newest clean
 
