@@ -13,7 +13,7 @@ from unittest.mock import MagicMock
 import psutil
 import pytest
 
-from tests.distributed import TIME_LIMIT
+from tests.distributed import TIME_LIMIT, fork_rank
 from trainer.cluster.launch import has_ended
 from trainer.common.errors import UserError
 from trainer.config.job_sections import Tasks
@@ -150,13 +150,9 @@ Path({str(tmp_path / "partial")!r}).write_text(f"{{os.getpid()}} {{Path('/proc/s
 os.rename({str(tmp_path / "partial")!r}, {str(tmp_path / "started")!r})
 time.sleep(3600)
 """
-    rank = os.fork()
-    if rank == 0:
-        background(tmp_path, script).follow(2)
-        while not (tmp_path / "started").exists():
-            time.sleep(0.01)
-        os._exit(0)
-    os.waitpid(rank, 0)
+    with fork_rank(_follow_until_started, tmp_path, script) as rank:
+        rank.join(TIME_LIMIT)
+        assert rank.exitcode == 0
     number, score = (tmp_path / "started").read_text().split()
     assert score == "1000"
     deadline = time.monotonic() + TIME_LIMIT
@@ -165,6 +161,13 @@ time.sleep(3600)
         while not has_ended(orphan):
             assert time.monotonic() < deadline, "it goes on without its rank"
             time.sleep(0.01)
+
+
+def _follow_until_started(folder: Path, script: str) -> None:
+    tasks.find_spec = lambda name: name
+    background(folder, script).follow(2)
+    while not (folder / "started").exists():
+        time.sleep(0.01)
 
 
 def test_scores_that_come_when_the_ranks_have_left_reach_tensorboard() -> None:
