@@ -176,8 +176,8 @@ def _ended_by_signals(partial: Path, report: Report, lease: SoftFileLease, condu
     os.set_blocking(write_end, False)
 
     def watch() -> None:
-        while number := os.read(read_end, 1):
-            if number[0] in _STOP:
+        while number := os.read(read_end, 1)[0]:
+            if number in _STOP:
                 with suppress(Exception):  # whatever happens to the files, the process ends
                     _leave(partial, report)
                     lease.release(force=True)
@@ -194,8 +194,9 @@ def _ended_by_signals(partial: Path, report: Report, lease: SoftFileLease, condu
         for number, handler in handlers.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(previous)
-        os.close(write_end)
+        os.write(write_end, b"\0")  # the end of the pipe may never come: a process forked meanwhile has it open too
         thread.join()
+        os.close(write_end)
         os.close(read_end)
 
 

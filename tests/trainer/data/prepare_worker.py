@@ -76,6 +76,7 @@ def meet(folder: Path, at: int) -> None:
     print(count)
 
 
+signal.alarm(600)  # nobody waits for it for ever, and a test that fails leaves none behind
 module.BATCH_CHARACTERS, module.COMMIT_TOKENS = 400, 500
 if "HOST" in os.environ:
     socket.gethostname = lambda: os.environ["HOST"]

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -19,13 +20,13 @@ from trainer.common import atomic
 from trainer.common.errors import START_AGAIN, Unavailable
 from trainer.data import cache, status
 from trainer.data import source_builder as module
-from trainer.data.cache import PREVIOUS_FILE, PROGRESS_FILE, Conduct
+from trainer.data.cache import PREVIOUS_FILE, PROGRESS_FILE, Conduct, make_once
 from trainer.data.prepare import prepare_source
 
 WORKER = Path(__file__).with_name("prepare_worker.py")
 REPOSITORY = Path(__file__).parents[3]
 LEASE = 1.0
-QUIET = Conduct(show=False)
+QUIET, TELLING = Conduct(show=False, patience=TIME_LIMIT), Conduct(patience=TIME_LIMIT)
 
 
 def start(settings, *arguments, host=None, lease=LEASE) -> subprocess.Popen:
@@ -94,7 +95,7 @@ def test_what_was_left_of_other_settings_is_kept_if_it_can_go_on(settings, tmp_p
     start(settings, "kill", point).communicate(timeout=TIME_LIMIT)
     (abandoned,) = folders(settings)
     assert abandoned.name.startswith(".partial-")
-    prepared = prepare_source(replace(settings, seq_len=7), Conduct())
+    prepared = prepare_source(replace(settings, seq_len=7), TELLING)
     assert (f"{abandoned}: an unfinished preparation" in capfd.readouterr().err) == kept
     assert set(folders(settings)) == {prepared.path, *([abandoned] if kept else [])}
 
@@ -125,7 +126,7 @@ def test_going_on_reads_only_what_is_left(settings, reference, monkeypatch, capf
     (partial,) = folders(settings)
     assert (partial / PROGRESS_FILE).is_file()
     before, tokenised = tokenised, 0
-    assert content(prepare_source(settings, Conduct()).path) == reference
+    assert content(prepare_source(settings, TELLING).path) == reference
     assert "resuming the preparation" in capfd.readouterr().err
     assert before > 60 and tokenised < 50
 
@@ -141,7 +142,7 @@ def test_after_a_full_disk_it_goes_on(settings, reference, monkeypatch, capfd):
         patch.setattr(module, "SplitWriter", FullDisk)
         with pytest.raises(Unavailable, match=r"No space left .* free some space .*; the next start resumes"):
             prepare_source(settings, QUIET)
-    assert content(prepare_source(settings, Conduct()).path) == reference
+    assert content(prepare_source(settings, TELLING).path) == reference
     assert "resuming the preparation" in capfd.readouterr().err
 
 
@@ -175,7 +176,7 @@ def test_signals_end_it_at_once_and_keep_what_can_be_resumed(settings, reference
         wait_until((partial / PREVIOUS_FILE).exists, worker)
     worker.send_signal(number)
     assert worker.wait(TIME_LIMIT) == START_AGAIN
-    worker.communicate()
+    worker.communicate(timeout=TIME_LIMIT)
     assert [(folder / PROGRESS_FILE).is_file() for folder in folders(settings)] == ([True] if at > 1 else [])
     assert {path.name for path in Path(settings.directory).iterdir()} == {folder.name for folder in folders(settings)}
     assert content(prepare_source(settings, QUIET).path) == reference  # without waiting for a machine that may be dead
@@ -196,7 +197,7 @@ def test_another_machine_takes_over_when_the_first_shows_no_life(
     worker = start(settings, "meet", tmp_path, 90, host="elsewhere")
     wait_until((tmp_path / "reading").exists, worker)
     worker.send_signal(number)
-    prepared = prepare_source(settings, Conduct())
+    prepared = prepare_source(settings, TELLING)
     said = capfd.readouterr().err
     assert f"waiting for another process, {worker.pid} on elsewhere, which prepares {prepared.path}" in said
     assert "resuming the preparation" in said and content(prepared.path) == reference
@@ -229,7 +230,23 @@ def test_who_is_ended_after_another_has_taken_over_leaves_its_work_alone(
 
     monkeypatch.setattr(module, "Documents", Documents)
     assert content(prepare_source(settings, QUIET).path) == reference
-    worker.communicate()
+    worker.communicate(timeout=TIME_LIMIT)
+
+
+def test_a_process_that_is_forked_meanwhile_holds_up_nobody(tmp_path):
+    """It has all files open, the ends of pipes too."""
+    ended = tmp_path / "ended"
+    forked = multiprocessing.get_context("fork").Process(target=touch_late, args=(ended,), daemon=True)
+    try:
+        make_once(tmp_path, "made", lambda *_: forked.start(), replace(QUIET, ends_on_signals=True))
+        assert not ended.exists()
+    finally:
+        forked.kill()
+
+
+def touch_late(file: Path) -> None:
+    time.sleep(TIME_LIMIT)
+    file.touch()
 
 
 def test_who_is_overtaken_while_it_writes_to_the_disk_does_not_publish(settings, reference, monkeypatch):
@@ -290,7 +307,7 @@ def test_a_damaged_beginning_is_not_used(settings, reference, tmp_path, what, da
     worker.communicate(timeout=TIME_LIMIT)
     (partial,) = folders(settings)
     damage(partial / what)
-    assert content(prepare_source(settings, Conduct()).path) == reference
+    assert content(prepare_source(settings, TELLING).path) == reference
     assert said in capfd.readouterr().err
 
 
@@ -304,9 +321,12 @@ def test_the_command_ends_with_the_status_of_a_stop_while_it_waits(settings, tmp
     first = start(settings, "meet", tmp_path)
     wait_until((tmp_path / "reading").exists, first)
     with subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True) as waiting:
-        assert "waiting for another process" in waiting.stderr.readline()
-        waiting.terminate()
-        assert waiting.wait(TIME_LIMIT) == START_AGAIN
+        try:
+            assert "waiting for another process" in waiting.stderr.readline()
+            waiting.terminate()
+            assert waiting.wait(TIME_LIMIT) == START_AGAIN
+        finally:
+            waiting.kill()
     (tmp_path / "go").touch()
     first.communicate(timeout=TIME_LIMIT)
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=TIME_LIMIT)
