@@ -270,7 +270,8 @@ def test_without_a_network_only_the_hub_s_cache_is_asked(monkeypatch, tmp_path_f
 
     cache, tried, failure = tmp_path_factory.mktemp("cache"), [], httpx.ConnectError("no such name")
 
-    def head(self, url):
+    def head(self, url, timeout):
+        assert timeout, "a hub that never answers"
         tried.append(url)
         raise failure
 

@@ -16,6 +16,8 @@ from trainer.data.status import tell
 _SNAPSHOT_RECORDS = 1000
 _PAUSE_SECONDS = 1.0
 _LONGEST_PAUSE_SECONDS = 60.0
+_ANSWER_SECONDS = 30.0
+"""Longest wait for an answer; without one the library would wait for ever."""
 _TRIES = 8
 """Attempts to go on where the hub was lost, each of which `datasets` itself repeats for a while."""
 
@@ -31,7 +33,7 @@ def can_connect() -> bool:
 
     for pause in (_PAUSE_SECONDS, 0.0):
         try:
-            get_session().head(constants.ENDPOINT)
+            get_session().head(constants.ENDPOINT, timeout=_ANSWER_SECONDS)
         except httpx.ConnectError:  # refused, no route, no such name; a time-out is another class
             time.sleep(pause)
         except Exception:
@@ -93,7 +95,7 @@ def _newest_commit(name: str) -> str | None:
     from huggingface_hub import HfApi
 
     try:
-        return HfApi().dataset_info(name).sha if can_connect() else None
+        return HfApi().dataset_info(name, timeout=_ANSWER_SECONDS).sha if can_connect() else None
     except Exception:  # reading it will say what is wrong
         return None
 
