@@ -8,6 +8,7 @@ import tomllib
 
 from packaging.utils import canonicalize_name
 
+from tests.distributed import TIME_LIMIT
 from tests.locked import NOT_LOCKED, locked, requirements
 from tests.trainer.job import BIN, ROOT
 from trainer import __version__
@@ -16,7 +17,9 @@ DOCKERFILE = ROOT / "deploy" / "Dockerfile"
 
 
 def test_hadolint_finds_nothing() -> None:
-    done = subprocess.run([BIN / "hadolint", "--no-color", DOCKERFILE], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [BIN / "hadolint", "--no-color", DOCKERFILE], capture_output=True, text=True, timeout=TIME_LIMIT
+    )
     assert (done.returncode, done.stdout) == (0, ""), done.stdout + done.stderr
 
 
@@ -65,7 +68,7 @@ def test_every_installation_of_packages_checks_hashes() -> None:
     for program in ("setuptools", "torch"):  # what the programs in the Dockerfile take from the lock
         assert sum(line.startswith(f"{program}==") for line in LOCK) == 1
     command = ["awk", r"/^setuptools==/, !/\\$/", ROOT / "deploy/requirements.lock"]
-    part = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    part = subprocess.run(command, capture_output=True, text=True, check=True, timeout=TIME_LIMIT).stdout
     assert part.startswith("setuptools==") and "==" not in part[13:] and "--hash" in part.splitlines()[-1]
 
 

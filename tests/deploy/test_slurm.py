@@ -13,6 +13,7 @@ from subprocess import Popen
 
 import pytest
 
+from tests.distributed import TIME_LIMIT
 from tests.trainer.job import BIN, ROOT
 
 SCRIPT = ROOT / "deploy/slurm/unipool.sbatch"
@@ -120,7 +121,7 @@ def lines(path: Path) -> list[str]:
 
 def test_shellcheck_finds_nothing() -> None:
     scripts = [SCRIPT, *(ROOT / "tests/deploy").glob("*.sh")]
-    done = subprocess.run([BIN / "shellcheck", *scripts], capture_output=True, text=True, check=False)
+    done = subprocess.run([BIN / "shellcheck", *scripts], capture_output=True, text=True, timeout=TIME_LIMIT)
     assert (done.returncode, done.stdout) == (0, "")
 
 

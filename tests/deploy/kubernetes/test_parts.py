@@ -189,10 +189,13 @@ def test_all_reduce_adds_up_and_says_so() -> None:
     environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
     command = [sys.executable, ALL_REDUCE, "cpu"]
     with subprocess.Popen(command, env=environment | {"RANK": "1"}) as other:
-        done = subprocess.run(
-            command, env=environment | {"RANK": "0"}, capture_output=True, text=True, check=False, timeout=120
-        )
-        assert (done.returncode, other.wait(60)) == (0, 0), done.stderr
+        try:
+            done = subprocess.run(
+                command, env=environment | {"RANK": "0"}, capture_output=True, text=True, check=False, timeout=120
+            )
+            assert (done.returncode, other.wait(60)) == (0, 0), done.stderr
+        finally:
+            other.kill()
     assert done.stdout.startswith("2 ranks: all-reduce of 4 MB in ")
 
 

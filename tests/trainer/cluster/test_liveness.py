@@ -11,6 +11,7 @@ from unittest.mock import MagicMock
 import pytest
 import torch.distributed as dist
 
+from tests.distributed import TIME_LIMIT
 from trainer.cluster import fault_watch, liveness
 from trainer.cluster.devices import Sight
 from trainer.cluster.fault_watch import FaultWatch
@@ -27,7 +28,9 @@ def test_a_rank_that_others_wait_for_is_late() -> None:
     ranks[0].meetings = 1
     assert [rank.late() for rank in ranks] == [[1], []]
     ranks[1].meetings = 1
+    deadline = time.monotonic() + TIME_LIMIT
     while ranks[0].late():  # until the next heartbeat
+        assert time.monotonic() < deadline
         time.sleep(0.05)
     for rank in ranks:
         rank.stop()

@@ -10,6 +10,7 @@ from unittest.mock import MagicMock
 
 import pytest
 
+from tests.distributed import TIME_LIMIT
 from tests.trainer.job import environment
 from trainer.cluster import launch
 from trainer.cluster.launch import malloc_settings, run_locally
@@ -62,5 +63,6 @@ print(faults() - before)
     settings = malloc_settings()
     if not settings:
         pytest.skip("needs glibc 2.35")
-    run = subprocess.run([sys.executable, "-c", code], env=environment() | settings, capture_output=True, check=True)
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, env=environment() | settings, capture_output=True, check=True, timeout=TIME_LIMIT)
     assert int(run.stdout) < 1000, "of 32 MiB each: 8,192 pages of 4 KiB"

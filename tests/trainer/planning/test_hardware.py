@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.distributed import TIME_LIMIT
 from trainer.common.errors import UserError
 from trainer.config.recipe import Recipe, load_recipe
 from trainer.planning.hardware import (
@@ -309,7 +310,7 @@ def test_needs_no_torch() -> None:
         "cli.main(['plan', 'unipool-182m', '--hardware', 'h100', '--json'], standalone_mode=False);"
         "assert 'torch' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL, timeout=TIME_LIMIT)
 
 
 @pytest.mark.parametrize("name", ["unipool-182m", "unipool-469m", "unipool-978m"])

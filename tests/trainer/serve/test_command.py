@@ -52,7 +52,7 @@ def test_a_signal_ends_it_when_answers_are_complete(tmp_path: Path) -> None:
         while not (found := re.search(r"(http://127\S+)/v1 serves small: 2 answers at once", log.read_text())):
             assert server.is_alive() and time.monotonic() < deadline, log.read_text()
             time.sleep(0.05)
-        client = openai.OpenAI(base_url=f"{found[1]}/v1", api_key="none", max_retries=0)
+        client = openai.OpenAI(base_url=f"{found[1]}/v1", api_key="none", max_retries=0, timeout=TIME_LIMIT)
         settings = {"model": "small", "prompt": "def size", "max_tokens": 200, "seed": 1, "extra_body": {"top_k": 9}}
         stream = iter(client.completions.create(**settings, stream=True, stream_options={"include_usage": True}))  # type: ignore[call-overload]
         chunks = [next(stream)]

@@ -88,15 +88,16 @@ def server() -> Iterator[Server]:
     engine = Engine(loaded, BATCH, QUEUE)
     service = Service(engine, chat, "small", "secret")
     listener = socket.create_server(("127.0.0.1", 0))
-    http = uvicorn.Server(uvicorn.Config(application(service), log_level="warning"))
+    settings = uvicorn.Config(application(service), log_level="warning", timeout_graceful_shutdown=int(TIME_LIMIT))
+    http = uvicorn.Server(settings)
     engine.start()
-    thread = threading.Thread(target=http.run, kwargs={"sockets": [listener]})
+    thread = threading.Thread(target=http.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     yield Server(engine, service, f"http://127.0.0.1:{listener.getsockname()[1]}", loaded)
     http.should_exit = True
-    thread.join()
+    thread.join(2 * TIME_LIMIT)
     engine.stop()
-    assert not engine.alive
+    assert not thread.is_alive() and not engine.alive
 
 
 def test_parallel_requests_give_what_generate_gives(server: Server) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed import context
+from tests.distributed import TIME_LIMIT, context
 from tests.trainer.forked import ForkedJob
 from tests.trainer.job import write_recipe
 from trainer.common.errors import UserError
@@ -27,6 +27,7 @@ import json, os, signal, sys, time
 from pathlib import Path
 import yaml
 
+signal.alarm(600)  # nobody waits for it for ever, and a test that fails leaves none behind
 asked = []
 signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
 text = Path(sys.argv[-1]).read_text()
@@ -145,7 +146,7 @@ def test_the_next_start_waits_for_the_runs_of_a_killed_sweep(
     a, b = experiment.runs[:2]
     killed = context.Process(target=_sweep, args=(experiment,))
     killed.start()
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + TIME_LIMIT
     while not all((run.folder / "metrics.jsonl").exists() for run in (a, b)) and time.monotonic() < deadline:
         time.sleep(0.01)
     killed.kill()
@@ -186,7 +187,7 @@ def test_a_run_that_somebody_else_trains_is_waited_for(
         other._fill()
         assert "a seed 0: is being trained by another process" in capsys.readouterr().err
         assert [active.run.name for active in other._active] == ["b seed 0"] and run in other._waiting
-        other._active[0].process.wait()
+        other._active[0].process.wait(TIME_LIMIT)
 
 
 def test_another_run_in_the_place(experiment: Experiment, tmp_path: Path) -> None:
@@ -230,7 +231,7 @@ def test_real_runs_are_known_as_done(tmp_path: Path) -> None:
     for run in experiment.runs:
         job = ForkedJob(run.recipe, run.folder.parent)
         jobs.append(job)
-    assert [job.end(240.0) for job in jobs] == [[0], [0]], [job.log(0) for job in jobs]
+    assert [job.end(TIME_LIMIT) for job in jobs] == [[0], [0]], [job.log(0) for job in jobs]
     check_folders(experiment, force=False)
     nothing = Runner(experiment, command=("false",))
     assert nothing.run() == 0 and len(nothing.done) == 2

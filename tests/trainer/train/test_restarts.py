@@ -92,8 +92,9 @@ def _await_moment(job: ForkedJob, metrics: Path, choose: random.Random) -> None:
     if choose.random() < 0.3:
         time.sleep(choose.uniform(0.2, 1.2))
         return
-    wanted = _lines(metrics) + choose.randint(1, 5)
+    wanted, deadline = _lines(metrics) + choose.randint(1, 5), time.monotonic() + TIME_LIMIT
     while all(job.running) and _lines(metrics) < wanted:
+        assert time.monotonic() < deadline, job.log(0)
         time.sleep(POLL_SECONDS)
     time.sleep(choose.uniform(0.0, 0.05))
 
@@ -115,8 +116,9 @@ def test_restarts_after_a_fault(recipe_file: str, undisturbed: list[dict[str, fl
     pause = json.dumps(asdict(place) | {"folder": str(tmp_path)})
     paused = {"PYTHONPATH": f"{PLUG}:{ROOT}", "UNIPOOL_TEST_PAUSE": pause}
     with started(*TRAIN, recipe_file, "--max-restarts", "2", *sets, "--set", mark, **paused) as (job, log):
+        deadline = time.monotonic() + TIME_LIMIT
         while not (tmp_path / "reached").exists():
-            assert job.poll() is None, log.read_text()
+            assert job.poll() is None and time.monotonic() < deadline, log.read_text()
             time.sleep(POLL_SECONDS)
         assert newest(tmp_path / "run" / "checkpoints")
         rank_process(mark, POOL).kill()
@@ -155,8 +157,9 @@ def test_sigterm_and_sigusr1_save_and_ask_to_be_started_again(
     assert "resuming after step" in log.read_text()
     done = steps(tmp_path / "run")
     other = ForkedJob(recipe(tmp_path / "other", train__steps=100000, eval__every=0), tmp_path)
+    deadline = time.monotonic() + TIME_LIMIT
     while _lines(tmp_path / "other" / "metrics.jsonl") < len(done):
-        assert all(other.running), other.log(0)
+        assert all(other.running) and time.monotonic() < deadline, other.log(0)
         time.sleep(POLL_SECONDS)
     other.end(0.0)
     assert steps(tmp_path / "other")[: len(done)] == done
