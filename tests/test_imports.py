@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.distributed import TIME_LIMIT
 from trainer.data.packing import SplitWriter
 from trainer.export.folder import MODEL_FILES
 
@@ -136,7 +137,7 @@ def test_start_up_path_is_light() -> None:
         "print(*{'torch', 'transformers', 'pandas', 'matplotlib'} & set(sys.modules))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=240
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=TIME_LIMIT
     )
     assert done.stdout.split() == []
 
@@ -161,6 +162,6 @@ def test_the_engine_leaves_the_compiler_on(tmp_path: Path) -> None:
         "print(len(calls))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=240
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=TIME_LIMIT
     )
     assert done.stdout.splitlines()[-4:] == ["[[2 3 4]]", "True", "", "1"]

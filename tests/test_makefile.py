@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.distributed import TIME_LIMIT
 from tests.trainer.job import ROOT
 
 OLD = "#!/bin/sh\n[ $1 = --version ] && echo Python 3.10.13 && exit\nexit 1  # sys.version_info < (3, 11)\n"
@@ -33,7 +34,9 @@ def test_a_python_that_will_not_do_is_one_line(script: str, wanted: str, tmp_pat
     (tmp_path / "without" / "ensurepip.py").write_text("raise ImportError")
     command = ["make", f"PYTHON={python}", f"VENV={venv}", f"{venv}/bin/python"]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=TIME_LIMIT, check=False
+    )
     assert (done.returncode, done.stdout) == (2, "")
     said, make = done.stderr.splitlines()
     assert said.startswith(wanted.format(python=python)) and make.startswith("make"), done.stderr

@@ -75,7 +75,7 @@ def test_every_part_has_a_limit() -> None:
 
 
 def test_a_part_that_fails_or_hangs_keeps_what_it_found(tmp_path: Path) -> None:
-    def part(code: str, limit: float = 240.0) -> dict[str, Any]:
+    def part(code: str, limit: float = TIME_LIMIT) -> dict[str, Any]:
         write = f"import pathlib; pathlib.Path({str(tmp_path / 'part.json')!r}).write_text('{{\"a\": 1}}')"
         return run_part([sys.executable, "-c", f"{write}\n{code}"], limit, tmp_path / "part.json")
 

@@ -147,7 +147,7 @@ def train_as_forked(folder: Path, recipe: str, *sets: str) -> tuple[int | None, 
     """`train RECIPE --set ...` as a launcher's ranks run it: rank 0's exit status, and what it says."""
     command = ["train", recipe, *(word for value in sets for word in ("--set", value))]
     job = ForkedJob(load_recipe(recipe, sets), folder, command=command)
-    return job.end(240.0)[0], job.log(0)
+    return job.end(TIME_LIMIT)[0], job.log(0)
 
 
 def _rank(

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.distributed import fork_rank, join, run_ranks
+from tests.distributed import TIME_LIMIT, fork_rank, join, run_ranks
 from tests.training import optimizer_step, run_training, tiny, tokens
 from trainer.checkpoint import format as checkpoint
 from trainer.checkpoint import save
@@ -99,7 +99,7 @@ def test_killed_at_any_moment_the_newest_complete_checkpoint_is_whole(tmp_path: 
         number += 1
         where = f"seed {seed}, round {number}"
         with fork_rank(save_without_end, recipe, tmp_path) as process:
-            deadline = time.monotonic() + 240
+            deadline = time.monotonic() + TIME_LIMIT
             while _newest_step(tmp_path) < last + 2:
                 assert process.is_alive() and time.monotonic() < deadline, where
                 time.sleep(0.005)

@@ -322,7 +322,9 @@ def test_ranks_have_the_users_devices(
             monkeypatch.setenv(name, value)
     command = launch.launcher({"a": 1, "b": 2}, 1, "127.0.0.1", 1234, ["train", "--set", "a=b c"])
     own = launch._environment(load_recipe("quickstart")) | {"FOLDER": str(tmp_path), "PYTHONPATH": str(tmp_path)}
-    done = subprocess.run(command, cwd=tmp_path, env=own, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=own, capture_output=True, text=True, timeout=TIME_LIMIT, check=False
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     for rank, local_rank in (("1", "1"), ("2", "0")):
         told = json.loads((tmp_path / rank).read_text())
@@ -341,7 +343,9 @@ def test_the_launcher_of_a_node_reads_no_hostfile() -> None:
 def test_a_launcher_that_is_killed_is_no_success() -> None:
     command = [sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]
     user = [sys.executable, "-c", USER, *command]
-    done = subprocess.run(user, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(
+        user, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=TIME_LIMIT, check=False
+    )
     assert done.returncode == 128 + 9
     assert done.stderr == "unipool: the job ended because its launcher was killed\n"
 

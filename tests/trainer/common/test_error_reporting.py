@@ -15,6 +15,7 @@ from typing import Any
 import click
 import pytest
 
+from tests.distributed import TIME_LIMIT
 from tests.tools import ended
 from tests.trainer.job import ROOT, write_recipe
 from trainer.cli import cli
@@ -46,7 +47,7 @@ def test_streams_of_every_kind(tmp_path: Path) -> None:
             ),
         }
     os.close(write_end)
-    found = {name: (job.communicate(timeout=240)[1].decode(), job.returncode) for name, job in jobs.items()}
+    found = {name: (job.communicate(timeout=TIME_LIMIT)[1].decode(), job.returncode) for name, job in jobs.items()}
     assert found == {
         "broken pipe": ("", 1),
         "full": ("error: no space left on device\n", 1),

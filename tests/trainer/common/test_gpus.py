@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tests.distributed import TIME_LIMIT
 from tests.trainer.job import ROOT
 from trainer.common import machine
 from trainer.common.errors import UserError
@@ -151,7 +152,7 @@ def test_the_allocator_is_configured_before_torch_reads_it() -> None:
     ):
         command = [sys.executable, "-c", code]
         done = subprocess.run(
-            command, env=rest | own, cwd=ROOT, capture_output=True, text=True, timeout=240, check=True
+            command, env=rest | own, cwd=ROOT, capture_output=True, text=True, timeout=TIME_LIMIT, check=True
         )
         assert done.stdout == f"{told}\n"
 

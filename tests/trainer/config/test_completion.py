@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from click.shell_completion import ShellComplete
 
+from tests.distributed import TIME_LIMIT
 from tests.trainer.job import ROOT
 from trainer.cli import cli
 from trainer.config.completion import SHELLS
@@ -103,7 +104,7 @@ def test_a_real_shell(name: str, tmp_path: Path) -> None:
 
 
 def _read_until(terminal: int, wanted: str) -> str:
-    said, deadline = "", time.monotonic() + 240
+    said, deadline = "", time.monotonic() + TIME_LIMIT
     while wanted not in said:
         ready, _, _ = select.select([terminal], [], [], max(0.0, deadline - time.monotonic()))
         assert ready, said

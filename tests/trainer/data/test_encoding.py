@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
+from tests.distributed import TIME_LIMIT
 from tests.trainer.fuzzing import fuzz
 from trainer.data.encoding import Encoder
 from trainer.data.tokenizer import train_tokenizer
@@ -120,7 +121,9 @@ print(tokens, peak() - before)
 """
     for library, limit in (("fast", 600), ("slow", 900)):
         command = [sys.executable, "-c", code, library, str(tmp_path / library)]
-        done = subprocess.run(command, cwd=Path(__file__).parents[3], capture_output=True, text=True, timeout=240)
+        done = subprocess.run(
+            command, cwd=Path(__file__).parents[3], capture_output=True, text=True, timeout=TIME_LIMIT
+        )
         assert done.returncode == 0, done.stderr
         tokens, kilobytes = map(int, done.stdout.split())
         assert tokens >= 3_000_000 and kilobytes < limit * 1024, (library, tokens, kilobytes)

@@ -14,6 +14,7 @@ import datasets
 import numpy as np
 import pytest
 
+from tests.distributed import TIME_LIMIT
 from trainer.common.atomic import partial_folder
 from trainer.common.errors import Unavailable, UserError
 from trainer.data import prepare as module
@@ -295,7 +296,9 @@ def test_import_is_quick():
         "assert not {'datasets', 'pyarrow', 'tokenizers', 'torch', 'tqdm', 'filelock'} & set(sys.modules)"
     )
     repository = str(Path(__file__).parents[3])
-    subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": repository}, check=True, timeout=240)
+    subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": repository}, check=True, timeout=TIME_LIMIT
+    )
 
 
 def test_limits_of_held_out_text_are_its_own(settings, settings_for, corpus, tmp_path):

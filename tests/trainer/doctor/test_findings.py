@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from tests.distributed import TIME_LIMIT
 from tests.trainer.job import ROOT
 from trainer.cli import cli
 from trainer.common.errors import UserError
@@ -62,7 +63,8 @@ def broken(recipe: Recipe | None) -> Iterator[Finding]:
 def test_every_check_gets_its_answer(capfd: pytest.CaptureFixture[str]) -> None:
     kinds = (good, hanging, crashing, leaving, wrong, unreadable, broken, good)
     given = [
-        Check(f"{number} {kind.__name__}", kind, 0.3 if kind is hanging else 240) for number, kind in enumerate(kinds)
+        Check(f"{number} {kind.__name__}", kind, 0.3 if kind is hanging else TIME_LIMIT)
+        for number, kind in enumerate(kinds)
     ]
     done: list[int] = []
     assert examine(given, None, lambda: done.append(1)) == [
@@ -81,7 +83,7 @@ def test_every_check_gets_its_answer(capfd: pytest.CaptureFixture[str]) -> None:
         GOOD,
     ]
     assert len(done) == len(kinds)
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + TIME_LIMIT
     while multiprocessing.active_children() and time.monotonic() < deadline:
         time.sleep(0.01)
     assert multiprocessing.active_children() == []
@@ -120,7 +122,7 @@ def test_this_machine(tmp_path: Path) -> None:
     """All real checks of a recipe; whether they find errors depends on the machine, and how long they take."""
     code = (
         "from dataclasses import replace; from trainer.cli import main; from trainer.doctor import checks\n"
-        "checks.CHECKS = tuple(replace(check, seconds=240.0) for check in checks.CHECKS); main()"
+        f"checks.CHECKS = tuple(replace(check, seconds={TIME_LIMIT}) for check in checks.CHECKS); main()"
     )
     command = [
         sys.executable,

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
+from tests.distributed import TIME_LIMIT
 from trainer.cluster.network import INTERFACE
 from trainer.common.errors import UserError
 from trainer.config.recipe import Recipe, load_recipe
@@ -107,7 +108,7 @@ def test_launchers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin")
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    monkeypatch.setattr(host, "_ASK_SECONDS", 240.0)
+    monkeypatch.setattr(host, "_ASK_SECONDS", TIME_LIMIT)
     (found,) = host.launchers(None)
     assert found.found.startswith("unipool train, srun (Slurm, job 7), kubectl (context minikube)")
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from pool.placement import contiguous
 from pool.shard import ExpertShard
 from router import Routing
+from tests.distributed import TIME_LIMIT
 from tests.saved_weights import load_weights
 from tests.training import run_training, tiny
 from trainer.checkpoint.format import newest
@@ -282,7 +283,7 @@ def test_without_this_project(tmp_path: Path) -> None:
         env=environment | {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=TIME_LIMIT,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = torch.load(tmp_path / "found.pt")

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pool.placement import contiguous
 from router import Reach
+from tests.distributed import TIME_LIMIT
 from tests.trainer.model.fused_for_cuda import Counter
 from tests.training import END, tiny, tokens
 from trainer.common.errors import UserError
@@ -282,7 +283,7 @@ def test_nothing_is_compiled_on_cpus_by_default() -> None:
         "list(train_dense_micro_batch(trunk, torch.zeros(1, 10).long(), objective))\n"
         "print('torch._dynamo' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=240)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=TIME_LIMIT)
     assert done.stdout.split() == ["False"]
 
 

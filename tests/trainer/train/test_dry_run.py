@@ -12,6 +12,7 @@ from unittest.mock import MagicMock
 import pytest
 from click.testing import CliRunner
 
+from tests.distributed import TIME_LIMIT
 from tests.trainer.forked import ForkedJob
 from tests.trainer.job import write_recipe
 from trainer.checkpoint.format import RECIPE_FILE
@@ -36,7 +37,7 @@ def dry_run(folder: Path, *sets: str) -> tuple[int | None, str]:
     recipe = str(write_recipe(folder))
     command = ["train", recipe, "--dry-run", *(word for value in sets for word in ("--set", value))]
     job = ForkedJob(load_recipe(recipe, sets), folder, command=command)
-    return job.end(240.0)[0], job.log(0)
+    return job.end(TIME_LIMIT)[0], job.log(0)
 
 
 @pytest.mark.parametrize("layout", ["dedicated", "every_rank"])

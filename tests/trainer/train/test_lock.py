@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pool.placement import contiguous, more_even
 from router import random_ownership
+from tests.distributed import TIME_LIMIT
 from tests.trainer.forked import TRUNK, Fault, ForkedJob, Place
 from tests.trainer.job import write_recipe
 from tests.training import Outcome, assert_same, run_training, tiny
@@ -230,7 +231,7 @@ def test_a_run_that_gets_worse_ends_and_does_not_go_on(tmp_path: Path) -> None:
     for start in ("step 1/10", None):
         fault = Fault(TRUNK, Place("trainer.train.loop:Loop.run"), worse_with_every_step)
         job = ForkedJob(recipe, tmp_path, fault)
-        assert job.end(240) == [DIVERGED, DIVERGED], job.log(0)
+        assert job.end(TIME_LIMIT) == [DIVERGED, DIVERGED], job.log(0)
         log = job.log(0)
         assert "Traceback" not in log + job.log(1)
         assert ("step 1/10" in log) == (start is not None)

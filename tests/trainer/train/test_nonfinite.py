@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.distributed import join, run_ranks
+from tests.distributed import TIME_LIMIT, join, run_ranks
 from tests.trainer.forked import ForkedJob
 from tests.trainer.job import write_recipe
 from tests.training import optimizer_step, tiny, tokens
@@ -108,7 +108,7 @@ def test_a_diverged_run_ends_as_told(tmp_path: Path) -> None:
     rate = ["train.lr=1e20", "train.min_lr=1e20", "checkpoint.every=1", "checkpoint.keep=1", "probe.every=0"]
     recipe = load_recipe(str(write_recipe(tmp_path)), [f"run.dir={tmp_path / 'run'}", *rate])
     job = ForkedJob(recipe, tmp_path)
-    assert job.end(240) == [DIVERGED, DIVERGED], job.log(0)
+    assert job.end(TIME_LIMIT) == [DIVERGED, DIVERGED], job.log(0)
     log = job.log(0)
     assert "Traceback" not in log + job.log(1)
     assert "validation loss   nan: not finite, because the model has diverged" in log
