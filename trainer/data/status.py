@@ -136,7 +136,9 @@ class Report:
         parts = [f"{self._what}: "]
         if share is not None:
             parts.append(f"{percent(share, 1)}, ")
-        parts.append(f"{count(done)} {self._unit}, {count((done - first) / max(elapsed, 1e-3))} {self._unit}/s")
+        parts.append(f"{count(done)} {self._unit}")
+        if done > first:  # otherwise all of it was there when the stage began
+            parts.append(f", {count((done - first) / max(elapsed, 1e-3))} {self._unit}/s")
         if share is not None and share > first_share:
             parts.append(f", {duration(elapsed * max(1 - share, 0) / (share - first_share))} left")
         return "".join(parts)

@@ -237,6 +237,13 @@ def test_a_full_disk_under_the_log_does_not_end_training(training, alone, monkey
     assert len(parts.rows(1)) == SIZE and sys.stderr.write.called
 
 
+def test_a_part_that_was_read_with_the_one_before_has_no_speed(training, alone, monkeypatch, capsys):
+    monkeypatch.setattr(parts_module, "BATCH_CHARACTERS", 10**6)
+    SourceParts(training, SIZE, Conduct()).reach(1)
+    first, second = (line for line in capsys.readouterr().err.splitlines() if "part" in line)
+    assert first.endswith(" tokens/s") and second.endswith(" tokens")
+
+
 def test_a_start_makes_what_a_step_reads(training, alone):
     """All of it, which may be several parts, for all trunk ranks."""
     stream = stream_of(training)
