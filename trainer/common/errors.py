@@ -82,7 +82,7 @@ def breaks_lines(character: str) -> bool:
     return unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp")
 
 
-def is_of_content(error: Exception) -> bool:
+def is_of_content(error: BaseException) -> bool:
     """Whether reading has failed because a file is missing or holds something else, not because it cannot be read now.
 
     What pyarrow finds in a file may be an OSError too, without a number.

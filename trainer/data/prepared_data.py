@@ -148,8 +148,9 @@ def _reading(file: Path) -> Iterator[None]:
 
 
 def _unusable(path: Path, error: Exception, what: object) -> UserError:
-    if not is_of_content(error):
-        return Unavailable(f"{path}: this prepared data cannot be read ({error})")
+    cause = error.__cause__ or error
+    if not is_of_content(cause):
+        return Unavailable(f"{path}: this prepared data cannot be read ({cause})")
     return UserError(f"{path}: this prepared data is damaged ({what}); delete the folder, and it will be made again")
 
 

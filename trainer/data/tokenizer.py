@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.common.errors import Unavailable, UserError, short_line
+from trainer.common.errors import PATH_ERRORS, Unavailable, UserError, os_reason, short_line
 from trainer.common.strict_json import dumps, loads
 from trainer.data.reading.hub import can_connect
 from trainer.data.reading.sources import shown
@@ -107,16 +107,19 @@ def load_tokenizer(name_or_path: str, end_of_document: str | None = None) -> Tok
             the end of a sequence, or else what `end_of_document_id` finds.
 
     Raises:
-        UserError: There is no such file, it is not a tokenizer, the hub cannot be reached, `end_of_document` is not
-            in it or occurs in ordinary text, or the tokenizer drops characters.
+        UserError: There is no such file, it cannot be read, it is not a tokenizer, the hub cannot be reached,
+            `end_of_document` is not in it or occurs in ordinary text, or the tokenizer drops characters.
     """
     from tokenizers import Tokenizer
 
     path = _tokenizer_file(name_or_path)
     where = f"data.tokenizer {shown(path or name_or_path)}"
     try:
-        tokenizer = Tokenizer.from_file(str(path)) if path else _from_hub(name_or_path)
+        tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8")) if path else _from_hub(name_or_path)
     except Exception as error:  # tokenizers raises plain Exceptions
+        if path and isinstance(error, OSError):
+            kind = UserError if error.errno in PATH_ERRORS else Unavailable
+            raise kind(f"{where}: cannot be read ({os_reason(error)})") from error
         if path:
             raise UserError(f"{where}: not a tokenizer.json of `tokenizers` ({short_line(error)})") from error
         reached = can_connect()

@@ -1,12 +1,17 @@
+import errno
 import json
 import logging
 import shutil
+from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
 
-from trainer.common.errors import UserError
+from trainer.common.errors import Unavailable, UserError
 from trainer.data import tokenizer as tokenizer_module
+from trainer.data.cache import Conduct
+from trainer.data.prepare import prepare_source
 from trainer.data.reading import hub
 from trainer.data.tokenizer import (
     END_OF_DOCUMENT_NAMES,
@@ -214,6 +219,15 @@ def test_holes_and_large_ids(tmp_path):
     assert "has the id 4,000,000,000, which is too large for any model" in message_of(path)
     path.write_text(path.read_text().replace("4000000000", "40000000000"))
     assert "not a tokenizer.json" in message_of(path)
+
+
+def test_a_tokenizer_that_cannot_be_read_is_not_called_damaged(settings, monkeypatch):
+    data = prepare_source(settings, Conduct(show=False))
+    monkeypatch.setattr(Path, "read_text", Mock(side_effect=PermissionError(errno.EACCES, "Permission denied")))
+    with pytest.raises(Unavailable, match="this prepared data cannot be read .*Permission denied"):
+        data.tokenizer()
+    with pytest.raises(UserError, match=r"tokenizer.json: cannot be read \(permission denied\)$"):
+        load_tokenizer(str(data.path))
 
 
 def test_bad_tokenizer_files(tmp_path, tokenizer_path):
