@@ -76,6 +76,8 @@ class Report:
         self._what = self._unit = ""
         self._begun = self._written = self._shown = time.monotonic()
         self._first: tuple[int, float] | None = None
+        with suppress(OSError):  # what a killed process has left: a full disk may keep it from being replaced
+            file.unlink()
         self._put(0, "beginning")
 
     def begin(self, what: str, unit: str) -> None:

@@ -22,6 +22,7 @@ from trainer.data import cache, status
 from trainer.data import source_builder as module
 from trainer.data.cache import PREVIOUS_FILE, PROGRESS_FILE, Conduct, make_once
 from trainer.data.prepare import prepare_source
+from trainer.data.status import Report, Status
 
 WORKER = Path(__file__).with_name("prepare_worker.py")
 REPOSITORY = Path(__file__).parents[3]
@@ -262,6 +263,13 @@ def test_who_is_overtaken_while_it_writes_to_the_disk_does_not_publish(settings,
 
     monkeypatch.setattr(atomic, "fsync", slow)
     assert content(prepare_source(settings, QUIET).path) == reference and synced
+
+
+def test_what_a_killed_process_has_left_is_no_other_process_even_on_a_full_disk(tmp_path, monkeypatch):
+    """The preparation would begin again and again, because of another process that there is not."""
+    monkeypatch.setattr(Report, "_put", lambda *_: None)
+    (tmp_path / "status").write_text(json.dumps(asdict(Status("killed", "here", 1, 0, "beginning"))))
+    assert not Report(tmp_path / "status", False, lambda: False).taken_over()
 
 
 def test_a_wait_without_progress_ends(settings, tmp_path, monkeypatch):
