@@ -28,7 +28,7 @@ from trainer.data.streaming.parts import SourceParts
 from trainer.data.streaming.stream import PartStream
 from trainer.train.dry_run.rehearsal import rehearsal
 
-QUIET = Conduct(show=False)
+QUIET = Conduct(show=False, patience=TIME_LIMIT)
 SIZE = 7
 
 

@@ -122,9 +122,11 @@ def test_attention_is_that_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None
     before = model.config._attn_implementation
     engine = Engine(LoadedModel(Path("small"), model, tokenizer(), None), BATCH, QUEUE)
     engine.start()
-    assert model.config._attn_implementation == before == "sdpa"
-    assert not any(engine._manager.continuous_batching_config.cuda_graph_booleans)
-    engine.stop()
+    try:
+        assert model.config._attn_implementation == before == "sdpa"
+        assert not any(engine._manager.continuous_batching_config.cuda_graph_booleans)
+    finally:
+        engine.stop()  # the interpreter would wait for its thread
 
 
 def test_a_full_queue(server: Server) -> None:
