@@ -277,14 +277,9 @@ def test_without_this_project(tmp_path: Path) -> None:
     assert invoke("export", str(trained("unipool")[0]), in_files, "--shard-size", "20KB").exit_code == 0
     folders["unipool in files"] = in_files
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    done = subprocess.run(
-        [sys.executable, "-c", ALONE, json.dumps(folders)],
-        cwd=tmp_path,
-        env=environment | {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=TIME_LIMIT,
-    )
+    environment |= {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", ALONE, json.dumps(folders)]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=TIME_LIMIT)
     assert done.returncode == 0, done.stderr[-3000:]
     found = torch.load(tmp_path / "found.pt")
     for model, values in found.items():
