@@ -57,9 +57,8 @@ class Attention(nn.Module):
         qkv = self.qkv(x_BSD)
         if self.qk_norm is not None:
             qkv = self.qk_norm(qkv)
-        qkv = qkv.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        qk, v = qkv.split((self.heads + self.kv_heads, self.kv_heads), dim=1)
-        q, k = _rotate(qk, rope).split((self.heads, self.kv_heads), dim=1)
+        q, k, v = qkv.unflatten(-1, (-1, self.head_dim)).split((self.heads, self.kv_heads, self.kv_heads), dim=2)
+        q, k, v = (heads.transpose(1, 2) for heads in (_rotate(q, rope), _rotate(k, rope), v))
         if bias_B1SS is None:
             grouped = self.heads != self.kv_heads
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
@@ -71,16 +70,21 @@ class Attention(nn.Module):
 
 
 def rotary_table(seq_len: int, head_dim: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return cos and sin of every position and frequency, each (S, head_dim / 2), fp32 (arXiv:2104.09864)."""
+    """Return cos (S, 1, head_dim / 2) of every position and frequency, and -sin and sin (S, 2, head_dim / 2), in fp32.
+
+    Source: arXiv:2104.09864, with the halves of a head in place of even and odd channels.
+    """
     frequencies = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
     angles = torch.outer(torch.arange(seq_len, dtype=torch.float64), frequencies)
-    return angles.cos().float().to(device), angles.sin().float().to(device)
+    cos, sin = angles.cos().unsqueeze(1), angles.sin()
+    return cos.float().to(device), torch.stack((-sin, sin), dim=1).float().to(device)
 
 
-def _rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    cos, sin = (table[: x.shape[-2]] for table in rope)
-    first, second = x.float().chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+def _rotate(x_BSHD: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    # Without joining the halves: the compiled backward pass would write them once more for each join.
+    cos, sin = (table[: x_BSHD.shape[1], None] for table in rope)
+    halves = x_BSHD.float().unflatten(-1, (2, -1))
+    return (halves * cos + halves.flip(-2) * sin).flatten(-2).to(x_BSHD.dtype)
 
 
 class DenseFFN(nn.Module):
