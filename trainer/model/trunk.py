@@ -84,7 +84,7 @@ def _rotate(x_BSHD: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     # Without joining the halves: the compiled backward pass would write them once more for each join.
     cos, sin = (table[: x_BSHD.shape[1], None] for table in rope)
     halves = x_BSHD.float().unflatten(-1, (2, -1))
-    return (halves * cos + halves.flip(-2) * sin).flatten(-2).to(x_BSHD.dtype)
+    return (halves * cos + halves.flip(-2) * sin).flatten(-2).to(x_BSHD.dtype)  # type: ignore[no-any-return]
 
 
 class DenseFFN(nn.Module):

@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import math
 from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import torch
@@ -21,6 +21,9 @@ _PAGE = {"cpu": 32, "cuda": 256}
 
 _PREFILL = 512
 """Tokens of a forward pass, in which long prompts are divided."""
+
+_LOOK_SECONDS = 5.0
+"""How often an answer that waits looks whether answers are computed at all."""
 
 
 class Engine:
@@ -114,7 +117,7 @@ class Engine:
             RequestError: The queue is full, or the engine has failed.
         """
         if not self.alive:
-            raise RequestError("the model has stopped computing; start the server again", status=503)
+            raise _stopped()
         free = self._batch + self._queue - self.running - self.waiting
         if answers > free:
             raise _overloaded()
@@ -153,7 +156,7 @@ class Engine:
                 if accepted is None:
                     raise RequestError("the server is stopping", status=503)
                 while not finished:
-                    output = await made.get()
+                    output = await self._output(made)
                     finished = output.is_finished()
                     if output.error is not None:
                         raise RequestError(f"the answer could not be computed: {output.error}", status=500)
@@ -163,6 +166,19 @@ class Engine:
                 if not finished:
                     self._manager.cancel_request(name)
                     self._manager.output_router.result_handlers.pop(name, None)
+
+    async def _output(self, made: asyncio.Queue[Any]) -> Any:
+        """Wait for the next output of an answer, as long as answers can be computed at all."""
+        while True:
+            alive = self.alive  # before the wait: what was made until then comes within it
+            with suppress(TimeoutError):
+                return await asyncio.wait_for(made.get(), _LOOK_SECONDS)
+            if not alive:
+                raise _stopped()
+
+
+def _stopped() -> RequestError:
+    return RequestError("the model has stopped computing; start the server again", status=503)
 
 
 def _overloaded() -> RequestError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
 import socket
@@ -14,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import openai
 import pytest
@@ -26,6 +28,8 @@ from tests.trainer.serve.test_text import tokenizer
 from trainer.export.loaded_model import LoadedModel
 from trainer.serve.application import LARGEST_BODY, Service, application
 from trainer.serve.engine import Engine
+from trainer.serve.requests import RequestError
+from trainer.serve.sampling import Sampling
 from trainer.serve.text import AnswerText
 from trainer.telemetry.prometheus import parse
 
@@ -272,6 +276,22 @@ def test_an_unexpected_error_leaves_no_client_waiting(server: Server, monkeypatc
             server.complete()
     assert caught.value.status_code == 500
     assert server.complete().choices[0].text == server.generated("def size", 6)
+
+
+def test_a_model_that_has_stopped_leaves_no_client_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even one whose request came just after the end."""
+    monkeypatch.setattr("trainer.serve.engine._LOOK_SECONDS", 0.01)
+    model = model_with(seed=2, vocab_size=270, max_position_embeddings=WINDOW)
+    stopped = Engine(LoadedModel(Path("small"), model, tokenizer(), None), BATCH, QUEUE)
+    stopped._manager = Mock(is_running=lambda: False)
+
+    async def ask() -> None:
+        async for _ in stopped.tokens([1, 2], Sampling(3, 1.0, 0, 1.0, 0)):
+            pass
+
+    with pytest.raises(RequestError, match="the model has stopped computing") as caught:
+        asyncio.run(asyncio.wait_for(ask(), TIME_LIMIT))
+    assert caught.value.status == 503 and stopped.running == 0
 
 
 def test_health_and_metrics(server: Server) -> None:
