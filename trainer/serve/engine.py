@@ -173,7 +173,7 @@ class Engine:
             alive = self.alive  # before the wait: what was made until then comes within it
             with suppress(TimeoutError):
                 return await asyncio.wait_for(made.get(), _LOOK_SECONDS)
-            if not alive:
+            if not alive and made.empty():
                 raise _stopped()
 
 
