@@ -1,7 +1,7 @@
 """Inputs for the fuzz tests of all rooms: whatever a person may write, and damaged files.
 
 Fixed examples and the few that hypothesis makes of a fixed seed run always; UNIPOOL_FUZZ=10 makes ten times as many, of
-another seed each time.
+another seed each time. `-o faulthandler_timeout=0` lets a test take more than 15 minutes.
 """
 
 from __future__ import annotations

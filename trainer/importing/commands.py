@@ -159,8 +159,8 @@ def upcycle(
     with opened(source) as model:
         if model.sections["model"]["ffn"] != "dense":
             _refuse(("router", "top_k"), "SOURCE has experts and routers of its own")
-        made = upcycled(model, How(**how))
         model.check(recipe_for(model, out, None))
+        made = upcycled(model, How(**how))
         _show(write(made, recipe_for(made, out, base, overrides), out, dtype, tokenizer), as_json)
 
 
@@ -211,8 +211,8 @@ def resize(
     if experts is None:
         raise UserError("--experts: must be given, the number of experts of the new model")
     with opened(source) as model:
-        grows = check_experts(model, experts)
         model.check(recipe_for(model, out, None))
+        grows = check_experts(model, experts)
         if not grows or merge:
             _refuse(("noise", "distance"), "no expert is split")
         if merge:

@@ -77,7 +77,7 @@ def _read(file: Path) -> list[tuple[VariantResult, VariantResult | None]]:
 def _method(p: VariantResult) -> tuple[Any, ...]:
     """Return what all points of a family share: how experts are shared, the router, the kinds of balance loss."""
     s, groups = p.settings, p.settings["model.groups"]
-    sharing = "private" if groups == p.layers else groups
+    sharing = "private" if groups == p.layers else str(groups)  # older results may have a list
     return (sharing, *(s[key] for key in _KINDS), *(s[key] > 0 for key in ("balance.layer", "balance.pool")))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -134,18 +133,13 @@ def frame_cells(axes: Axes, cells: Sequence[tuple[int, int, int]]) -> None:
 
 
 def draw_totals(axes: Axes, tokens_LM: NDArray[np.float64]) -> None:
-    """Draw each expert's share of all tokens beside a uniform load, which is that of each layer's experts."""
+    """Draw each expert's share of all tokens beside a uniform load."""
     totals_M = np.nansum(tokens_LM, axis=0)
     shares_M = totals_M / max(totals_M.sum(), 1)
-    reached_LM = ~np.isnan(tokens_LM)
-    uniform_M = (reached_LM / reached_LM.sum(axis=1, keepdims=True)).mean(axis=0)
-    look: dict[str, Any] = {"color": INK, "linestyle": "--", "linewidth": 1.2}
+    uniform = 1 / len(shares_M)
     axes.bar(np.arange(len(shares_M)), shares_M, width=0.9, color=SERIES[0])
-    if np.allclose(uniform_M, uniform_M[0]):
-        axes.axhline(uniform_M[0], label=f"uniform, {uniform_M[0]:.2%}", **look)
-    else:  # experts of larger groups serve more layers
-        axes.stairs(uniform_M, np.arange(len(shares_M) + 1) - 0.5, label="uniform in each group", **look)
-    axes.set_ylim(0, 1.3 * float(max(shares_M.max(), uniform_M.max())))
+    axes.axhline(uniform, color=INK, linestyle="--", linewidth=1.2, label=f"uniform, {uniform:.2%}")
+    axes.set_ylim(0, 1.3 * max(float(shares_M.max()), uniform))
     add_legend(axes, loc="upper right")
     axes.set_xlabel("expert", color=INK)
     axes.set_ylabel("share of all", color=INK)

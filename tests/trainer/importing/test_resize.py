@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -216,6 +217,19 @@ def test_exports_and_checkpoints_need_a_text(tmp_path: Path) -> None:
         done = unipool("resize", tmp_path / name, tmp_path / experts, "--experts", experts, "--text", text)
         assert done.exit_code == 0, done.exception
         assert_close(logits(tmp_path / experts), expected)
+
+
+def test_an_export_with_groups_of_unequal_size_is_refused_in_one_line(tmp_path: Path) -> None:
+    """As an older version made them."""
+    checkpoint("mixtral", tmp_path / "theirs")
+    assert unipool("import", tmp_path / "theirs", tmp_path / "ours").exit_code == 0
+    config = tmp_path / "ours" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_expert_groups": [1, 2]}))
+    for command, *options in (("upcycle",), ("resize", "--experts", "6")):
+        said = refusal(command, tmp_path / "ours", tmp_path / "out", *options)
+        assert "model.groups = [1, 2]: must be a valid integer" in said
+    with pytest.raises(UserError, match=r"num_expert_groups is \[1, 2\]: it must be a whole number of at least 1"):
+        load_model(tmp_path / "ours")
 
 
 @torch.no_grad()

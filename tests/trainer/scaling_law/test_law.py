@@ -261,6 +261,15 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
     assert "cannot be written" in said_of(first, "--out", str(tmp_path / "none" / "law.png"))
 
 
+def test_groups_of_unequal_size_in_older_results_are_another_method(tmp_path: Path) -> None:
+    folder = write_result(tmp_path / "result", sweep_file(tmp_path), pool_law)
+    families = len(read_families([folder]))
+    tree = json.loads((folder / "result.json").read_text())
+    tree["variants"][-1]["settings"]["model.groups"] = [1, 6, 1]
+    (folder / "result.json").write_text(json.dumps(tree))
+    assert len(read_families([folder])) == families + 1
+
+
 def said_of(folder: Path, *options: str) -> str:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(law_result, "REPLICATES", 20)

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from matplotlib.collections import PatchCollection
 from matplotlib.figure import Figure
-from matplotlib.patches import StepPatch
 from numpy.typing import NDArray
 
 from trainer.telemetry.expert_heatmap import draw_heat_map, draw_ownership, over_all_experts, write_heat_map
@@ -89,18 +88,6 @@ def test_groups_are_blocks_on_the_diagonal(tmp_path: Path) -> None:
     write_heat_map(tokens_LM, tmp_path / "groups.png", "sub-pools", groups=2)
     write_heat_map(tokens_LM, tmp_path / "one.png", "sub-pools", groups=1)
     assert (tmp_path / "groups.png").read_bytes() != (tmp_path / "one.png").read_bytes()
-
-
-def test_a_uniform_load_is_that_of_each_group() -> None:
-    """The expert of three layers gets three times the tokens of that of one."""
-    tokens_LM = np.full((4, 2), 5)
-    (equal,) = draw_heat_map(tokens_LM, "two groups", (0, 0, 1, 1)).axes[1].lines
-    assert equal.get_ydata() == pytest.approx([1 / 4, 1 / 4]) and equal.get_label() == "uniform, 25.00%"
-    bars = draw_heat_map(tokens_LM, "unequal", (0, 1, 1, 1)).axes[1]
-    (uniform,) = (patch for patch in bars.patches if isinstance(patch, StepPatch))
-    assert not bars.lines and uniform.get_label() == "uniform in each group"
-    np.testing.assert_allclose(uniform.get_data().values, [1 / 8, 1 / 8, 3 / 8, 3 / 8])
-    np.testing.assert_allclose([bar.get_height() for bar in bars.containers[0]], [1 / 8, 1 / 8, 3 / 8, 3 / 8])
 
 
 def framed(figure: Figure) -> list[tuple[int, int, int]]:

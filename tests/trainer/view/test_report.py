@@ -169,6 +169,13 @@ def test_runs_that_lack_something(tmp_path: Path) -> None:
     assert "Gradient norm" in text and "No load" not in text and "Gate values" not in text
 
 
+@pytest.mark.parametrize("shape", [(8, 63), (5, 64)])
+def test_a_load_of_another_model_is_one_group(shape: tuple[int, int], tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", 3, overrides=["model.groups=2"])
+    np.save(run / "load.npy", np.ones(shape, np.int64))
+    assert invoke(str(run)).exit_code == 0
+
+
 def test_a_hostile_recipe_is_text(tmp_path: Path) -> None:
     bad = "<script>alert(1)</script>&\"'"
     run = write_run(tmp_path / "<b>run", 5, overrides=[f"data.source={json.dumps(bad)}"])

@@ -217,7 +217,8 @@ def load_picture(
     )
     if owners:
         caption += " Framed: the experts that each layer owns."
-    return figure(caption, wide(draw_load(load_LM, recipe.model.groups if recipe else 1, owners, salt)))
+    known = recipe and load_LM.shape == (recipe.model.layers, recipe.pool.experts)
+    return figure(caption, wide(draw_load(load_LM, recipe.model.groups if recipe and known else 1, owners, salt)))
 
 
 def ownership_picture(run: Path, salt: str = "owners") -> str:
