@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import lru_cache
 
 from pool.schedule_builder import Costs, build_training_schedule, staggered_starts
 from pool.schedule_timing import time_schedule
@@ -54,12 +55,20 @@ def accumulation_time(recipe: Recipe, lanes: int, costs: Costs) -> tuple[float, 
         replica = Topology(grid.trunk_ranks // grid.replicas, shards, shards)
         if stagger:  # what the last replica's first trunk rank waits for
             late = max(staggered_starts(grid, layers, costs)[: grid.replicas])
-    schedule = build_training_schedule(replica, layers, micro_batches, lanes, stagger, costs)
-    starts_T = staggered_starts(replica, layers, costs) if stagger else None
-    step = time_schedule(schedule, replica, layers, costs, starts_T=starts_T, most_deferred=most_deferred)
-    seconds = step.seconds + late
-    trunk, pool = (float(busy.mean()) * step.seconds / seconds for busy in (step.trunk_busy_T, step.pool_busy_P))
-    return seconds, trunk, pool
+    seconds, trunk, pool = _simulated(replica, layers, micro_batches, lanes, stagger, costs, most_deferred)
+    shorter = seconds / (seconds + late)
+    return seconds + late, trunk * shorter, pool * shorter
+
+
+@lru_cache(maxsize=4096)
+def _simulated(
+    topology: Topology, layers: int, micro_batches: int, lanes: int, stagger: bool, costs: Costs, most_deferred: float
+) -> tuple[float, float, float]:
+    """See `accumulation_time`. A command asks for the same step several times, and it can take half a second."""
+    schedule = build_training_schedule(topology, layers, micro_batches, lanes, stagger, costs)
+    starts_T = staggered_starts(topology, layers, costs) if stagger else None
+    step = time_schedule(schedule, topology, layers, costs, starts_T=starts_T, most_deferred=most_deferred)
+    return step.seconds, float(step.trunk_busy_T.mean()), float(step.pool_busy_P.mean())
 
 
 def _colocated_time(recipe: Recipe, lanes: int, costs: Costs) -> tuple[float, float, float]:
