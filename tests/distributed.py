@@ -23,9 +23,13 @@ TIME_LIMIT = 240.0
 """Seconds for whatever takes moments or seconds; only a machine that does much else too needs them."""
 
 context = multiprocessing.get_context("forkserver")
-# The last three deepspeed and the datasets would import in every rank, in two to three seconds.
+# What comes after the loop, deepspeed, the datasets and the tests' own modules would import in every rank, in seconds.
 context.set_forkserver_preload(
-    ["torch", "deepspeed", "trainer.train.loop", "datasets", "torch._dynamo", "torch.utils.tensorboard"]
+    [
+        *("torch", "deepspeed", "trainer.train.loop", "datasets", "torch._dynamo", "torch.utils.tensorboard"),
+        *("deepspeed.comm.mori", "deepspeed.module_inject.auto_ep_layer", "deepspeed.runtime.zero.muon.muon_optimizer"),
+        *("ds_configs", "encodings.idna", "trainer.telemetry.expert_heatmap", "pytest", "tests.training"),
+    ]
 )
 
 

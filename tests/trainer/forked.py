@@ -35,9 +35,12 @@ BOTH_NAMES = ("rank 0 (trunk 0, shard 0)", "rank 1 (trunk 1, shard 1)")
 
 
 def saving_recipe(recipe_file: str, run_dir: Path, **keys: Any) -> Recipe:
-    """The recipe of `write_recipe` with a checkpoint every other step, and with some keys set: `train__steps=9`."""
+    """The recipe of `write_recipe` with a checkpoint every other step, and with some keys set: `train__steps=9`.
+
+    It has no TensorBoard, for which every evaluation would draw a picture, as long as the training takes.
+    """
     sets = [f"{key.replace('__', '.')}={value}" for key, value in keys.items()]
-    return load_recipe(recipe_file, [f"run.dir={run_dir}", "checkpoint.every=2", *sets])
+    return load_recipe(recipe_file, [f"run.dir={run_dir}", "checkpoint.every=2", "metrics.tensorboard=false", *sets])
 
 
 def every_call(*_: Any, **__: Any) -> bool:
