@@ -216,8 +216,8 @@ def _layer_activations(recipe: Recipe) -> int:
     m, compute = recipe.model, compute_bytes(recipe)
     D, Q, KV = m.hidden, query_hidden(recipe), kv_hidden(recipe)
     F, K, M = m.ffn_hidden, recipe.router.top_k, recipe.experts_per_layer
-    # the input of qkv; q and k rotated; qkv, for v; attention's output, twice
-    attention = compute * (D + 4 * Q + 3 * KV)
+    # the input of qkv; q and k rotated; qkv, for v; attention's output
+    attention = compute * (D + 3 * Q + 3 * KV)
     if m.qk_norm != "none":  # the norms' input, which in fp32 is the projections' own output, and normalised input
         attention += FP32 * (2 * Q + (2 if compute != FP32 else 3) * KV)
     # two norms: input and normalised input

@@ -49,16 +49,17 @@ def test_no_warning_where_all_fit_and_a_general_one_where_nothing_helps() -> Non
 
 
 def test_a_colocated_pool_gets_ranks_of_its_own_and_fewer_lanes_if_need_be() -> None:
+    memory = 0.95 * H100.memory
     recipe = load_recipe("unipool-469m", ("parallel.pool_ranks=0", "parallel.trunk_ranks=8"))
-    (warning,) = memory_warnings(recipe, 4, H100.memory, "h100")
+    (warning,) = memory_warnings(recipe, 4, memory, "h100")
     assert ": parallel.pool_ranks=8 with parallel.lanes=1 needs " in warning
     named = load_recipe(
         "unipool-469m", ("parallel.pool_ranks=0", "parallel.trunk_ranks=8", "parallel.layout=colocated")
     )
-    (warning,) = memory_warnings(named, 4, H100.memory, "h100")
+    (warning,) = memory_warnings(named, 4, memory, "h100")
     assert ": parallel.layout=dedicated parallel.pool_ranks=8 with parallel.lanes=1 needs " in warning
     apart = load_recipe("unipool-469m", ("parallel.trunk_ranks=8", "parallel.pool_ranks=8"))
-    assert fits(apart, 1, H100.memory) and not fits(apart, 4, H100.memory)
+    assert fits(apart, 1, memory) and not fits(apart, 4, memory)
 
 
 @pytest.mark.parametrize(
