@@ -132,6 +132,9 @@ def check_recipe(tree: dict[str, Any], settings: Sequence[tuple[str, Any]], what
         UserError: As for `load_recipe`.
     """
     tree = copy.deepcopy(tree)
+    for (section, key), neutral in _REMOVED.items():
+        if isinstance(tree.get(section), dict) and tree[section].get(key) == neutral:
+            del tree[section][key]
     for key, value in settings:
         _put(tree, key, value, what)
     for key, text in texts_of(tree):
@@ -142,9 +145,6 @@ def check_recipe(tree: dict[str, Any], settings: Sequence[tuple[str, Any]], what
                 f"{what}: {key}: contains a credential, which recipe.yaml, checkpoints and logs would repeat; remove "
                 "it and set HF_TOKEN in the environment, or log in on the machine, to read private data from the hub"
             )
-    for (section, key), value in _REMOVED.items():
-        if isinstance(tree.get(section), dict) and tree[section].get(key) == value:
-            del tree[section][key]
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
