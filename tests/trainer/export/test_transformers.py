@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -110,6 +111,20 @@ def test_unknown_keywords_are_refused() -> None:
     cached = expected.get(CACHE)
     with pytest.raises(TypeError, match="give one"):
         model(tokens, past_key_values=cached, cache=cached)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"num_expert_groups": [1, 2]}, "num_expert_groups is [1, 2]: "),
+        ({"num_expert_groups": 2}, "num_hidden_layers is 3: it must be a multiple of num_expert_groups"),
+        ({"num_expert_groups": 3}, "num_experts is 8: it must be a multiple of num_expert_groups"),
+        ({"num_experts_per_tok": 9}, "num_experts_per_tok is 9: a layer has fewer experts"),
+    ],
+)
+def test_groups_that_no_model_has(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(said)):
+        UniPoolConfig(**{"num_hidden_layers": 3, "num_experts": 8} | settings)
 
 
 @torch.no_grad()

@@ -12,9 +12,10 @@ from trainer.telemetry.console import describe
     ("overrides", "model"),
     [
         ([], "8 layers share 64 experts; "),
+        (["model.groups=4"], "4 groups of 2 layers with 16 experts each; "),
         (["lock={full_fraction: 0.1, anneal_fraction: 0.2}"], "8 layers share 64 experts, locked after step 300; "),
         (["lock={allocation: random}"], "8 layers share 64 experts, locked from the first step; "),
     ],
 )
-def test_the_first_line_says_when_layers_are_locked(overrides: list[str], model: str) -> None:
+def test_the_first_line_says_which_layers_share_experts(overrides: list[str], model: str) -> None:
     assert f": {model}" in describe(load_recipe("small", overrides))
