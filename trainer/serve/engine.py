@@ -172,7 +172,8 @@ class Engine:
         while True:
             alive = self.alive  # before the wait: what was made until then comes within it
             with suppress(TimeoutError):
-                return await asyncio.wait_for(made.get(), _LOOK_SECONDS)
+                async with asyncio.timeout(_LOOK_SECONDS):
+                    return await made.get()
             if not alive and made.empty():
                 raise _stopped()
 
