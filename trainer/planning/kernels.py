@@ -2,7 +2,8 @@
 
 The numbers are those of bf16. Without the compiler every operation reads its inputs and writes its result; tests count
 them in the code. For compiled regions they are what inductor's scheduler counts for the kernels that it fuses for an
-H100. Products are counted by their FLOPs elsewhere.
+H100; the 22 R were counted when rotary embeddings copied more, and are now some 8 R too many. Products are counted by
+their FLOPs elsewhere.
 
 Letters: D hidden, F expert width, V vocabulary, M experts that a layer sees, K top-k, R width of queries and keys.
 """
