@@ -15,6 +15,22 @@ MODULES = tempfile.mkdtemp(prefix="unipool-modules-")
 os.environ["HF_MODULES_CACHE"] = MODULES
 atexit.register(shutil.rmtree, MODULES, ignore_errors=True)
 
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Close the pipe to pytest-xdist in forked processes, where it would hide that the worker has ended."""
+    pipes = [
+        plugin.channel.gateway._io.outfile.fileno()
+        for plugin in config.pluginmanager.get_plugins()
+        if type(plugin).__name__ == "WorkerInteractor"
+    ]
+
+    def close() -> None:  # once: a process that is forked by a forked one may use the number for something else
+        while pipes:
+            os.close(pipes.pop())
+
+    os.register_at_fork(after_in_child=close)
+
+
 FIRST = (
     "trainer/train/test_jobs.py",
     "trainer/train/test_restarts.py",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -93,8 +94,13 @@ class Tasks:
         Raises:
             UserError: An answer is longer than the model's window.
         """
-        with _quiet(bars=not brief) as cut, patch.object(evaluator, "add_env_info", lambda _: None, create=True):
-            # add_env_info asks pip, git and the system about this machine, which takes seconds.
+        with (
+            _quiet(bars=not brief) as cut,
+            # It asks pip, git and the system about this machine, which takes seconds.
+            patch.object(evaluator, "add_env_info", lambda _: None, create=True),
+            # Standard errors would be resampled in forked processes, which may hang: this one has threads.
+            patch.dict(os.environ, DISABLE_MULTIPROC="1"),
+        ):
             model = HFLM(
                 pretrained=loaded.model,
                 tokenizer=loaded.tokenizer,

@@ -25,8 +25,10 @@ from trainer.common.error_reporting import report_errors
 UNIPOOL = (sys.executable, "-m", "trainer")
 
 
-def started(arguments: tuple[str, ...], **options: Any) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([*UNIPOOL, *arguments], stderr=subprocess.PIPE, **{"cwd": ROOT, **options})
+def started(arguments: tuple[str, ...], before: str = "", **options: Any) -> subprocess.Popen[bytes]:
+    """Start a command after what a shell does before: Python code between fork and exec may hang beside threads."""
+    shell = ("sh", "-c", f'{before}; exec "$0" "$@"') if before else ()
+    return subprocess.Popen([*shell, *UNIPOOL, *arguments], stderr=subprocess.PIPE, **{"cwd": ROOT, **options})
 
 
 def test_streams_of_every_kind(tmp_path: Path) -> None:
@@ -40,11 +42,9 @@ def test_streams_of_every_kind(tmp_path: Path) -> None:
         jobs = {
             "broken pipe": started(("recipes",), stdout=write_end),
             "full": started(("recipes",), stdout=full),
-            "closed": started(("recipes",), preexec_fn=lambda: [os.close(number) for number in (0, 1)]),
+            "closed": started(("recipes",), "exec <&- >&-"),
             "bare": started(("plan", "quickstart", "--json"), stdout=subprocess.PIPE, env=bare, cwd="/"),
-            "no folder": started(
-                ("plan", "quickstart"), stdout=subprocess.PIPE, env=bare, cwd=gone, preexec_fn=gone.rmdir
-            ),
+            "no folder": started(("plan", "quickstart"), "rmdir ../gone", stdout=subprocess.PIPE, env=bare, cwd=gone),
         }
     os.close(write_end)
     found = {name: (job.communicate(timeout=TIME_LIMIT)[1].decode(), job.returncode) for name, job in jobs.items()}
