@@ -2,16 +2,16 @@
 
     python -m tests.benchmarks.serving --runs FOLDER --out docs/results/serving
 
-The recipe quickstart and its vanilla counterpart are trained and exported, unless FOLDER has them already; a third
-model with half the experts is not trained. Each is loaded by a process of its own, as `unipool serve` does. The
-processes take turns: in every round each answers as many requests as the batch has, together, by continuous batching.
+The recipe quickstart and its vanilla counterpart are trained and exported, unless FOLDER has them already, and both are
+quantised to 8 bits as well; another model with half the experts is not trained. Each is loaded by a process of its own,
+as `unipool serve` does. The processes take turns: in every round each answers as many requests as the batch has,
+together, by continuous batching.
 """
 
 from __future__ import annotations
 
 import csv
 import json
-import os
 import shutil
 import statistics
 import subprocess
@@ -27,6 +27,7 @@ from matplotlib.axes import Axes
 from tqdm import tqdm
 
 from tests.benchmarks.exported import exported
+from tests.benchmarks.report import commit, machine
 from trainer.common.figure_style import (
     SERIES,
     figure_title,
@@ -41,7 +42,7 @@ BATCHES = (1, 2, 4, 8, 16)
 PROMPT, NEW = 32, 24
 """Tokens of a prompt, and of an answer."""
 
-NAMES = ("vanilla", "one pool", "half the pool")
+NAMES = ("vanilla", "one pool", "half the pool", "vanilla, int8", "one pool, int8")
 """8 private experts in each of 8 layers; 64 experts that all layers share; 32 of them. A token takes one in a layer."""
 
 
@@ -55,14 +56,17 @@ def worker(export: Path) -> None:
 
     before = process.memory_info().rss
     model = load_model(export, "cpu").model
+    resident = process.memory_info().rss - before
+    from tests.benchmarks.quantisation import bytes_in_memory
+
     config = model.config
-    expert_bytes = sum(tensor[0].nbytes for tensor in model.model.experts.parameters())
+    experts = model.model.experts
     facts = {
         "parameters": sum(tensor.numel() for tensor in model.parameters()),
-        "weight_bytes": sum(tensor.nbytes for tensor in model.parameters()),
-        "expert_bytes": expert_bytes,
+        "weight_bytes": bytes_in_memory(model),
+        "expert_bytes": bytes_in_memory(experts) // len(next(experts.parameters())),
         "kv_bytes_per_token": 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4,
-        "resident_bytes": process.memory_info().rss - before,
+        "resident_bytes": resident,
     }
     print(json.dumps(facts), flush=True)
     touched: dict[int, dict[str, float]] = {}
@@ -120,9 +124,10 @@ def _settings() -> Any:
 
 
 def exports(runs: Path, folder: Path) -> dict[str, Path]:
-    """Return the models' exports: two of trained runs, and one that is made here."""
+    """Return the models' exports: two of trained runs, and those that are made here."""
     import torch
 
+    from tests.benchmarks.quantisation import in_8_bits
     from trainer.config.recipe import load_recipe
     from trainer.export.model_files.modeling_unipool import UniPoolConfig, UniPoolForCausalLM
     from trainer.export.names import config_fields
@@ -131,9 +136,14 @@ def exports(runs: Path, folder: Path) -> dict[str, Path]:
     torch.manual_seed(0)
     config = UniPoolConfig(**config_fields(load_recipe("quickstart", ["pool.experts=32"])))
     UniPoolForCausalLM(config).save_pretrained(half)
-    for file in pool.glob("token*.json"):
-        shutil.copyfile(file, half / file.name)
-    return dict(zip(NAMES, (vanilla, pool, half), strict=True))
+    in_int8 = []
+    for trained in (vanilla, pool):
+        in_int8.append(folder / trained.parent.name)
+        in_8_bits(trained).save_pretrained(in_int8[-1])
+    for made, source in ((half, pool), *zip(in_int8, (vanilla, pool), strict=True)):
+        for file in source.glob("token*.json"):
+            shutil.copyfile(file, made / file.name)
+    return dict(zip(NAMES, (vanilla, pool, half, *in_int8), strict=True))
 
 
 class Server:
@@ -201,8 +211,9 @@ def page(rows: Sequence[dict[str, Any]], rounds: int) -> str:
     lines = [
         "# Serving from one pool",
         "Written by `python -m tests.benchmarks.serving`: quickstart (8 layers, 64 experts in one pool), its "
-        "vanilla counterpart (8 private experts in each layer: nearly as many parameters, as many of them active), and "
-        f"the same with half the pool, which is not trained. fp32, {os.cpu_count()} CPU cores, "
+        "vanilla counterpart (8 private experts in each layer: nearly as many parameters, as many of them active), "
+        "both in fp32 and with attention and experts in torchao's int8, and the same with half the pool, which is not "
+        f"trained. Commit {commit()}, {machine()}, "
         f"torch {torch.__version__}, transformers {transformers.__version__}; {rounds} rounds in which "
         f"the models take turns. A request has {PROMPT} tokens and gets {NEW}. Speeds are medians; ratios are of the "
         "same round, median (lowest to highest).",
