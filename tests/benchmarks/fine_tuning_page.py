@@ -68,7 +68,8 @@ def comparisons(runs: Sequence[Run], groups: Mapping[Pair, dict[int, Run]]) -> l
     for one, other in (
         (("unipool", "full"), ("vanilla", "full")),
         (("unipool", "LoRA on the pool"), ("vanilla", "LoRA on the pool")),
-        (("unipool", "LoRA on the pool"), ("unipool", "full")),
+        *((("unipool", method), ("unipool", "full")) for method in ("frozen pool", "LoRA on the pool")),
+        (("unipool", "LoRA on the pool"), ("unipool", "LoRA on the pool by layer")),
     ):
         cells = [compared(paired(values(one, what), values(other, what))) for what in ("new", "old")]
         first, second = (f"{method}, {NAMES[model]}" for model, method in (one, other))
@@ -121,7 +122,7 @@ def page(runs: Sequence[Run], chosen: Mapping[Pair, float]) -> str:
         f"tokens, in an order that its seed decides; losses are over {f.TEST_ROWS} windows of each text "
         "that no run has seen.",
         "",
-        "## Shared and private experts",
+        "## What to train, and shared and private experts",
         "",
         "| experts | trained | parameters | rate | new text, minus before | old text, minus before | old over new |",
         "|---|---|---|---|---|---|---|",
@@ -151,9 +152,9 @@ def page(runs: Sequence[Run], chosen: Mapping[Pair, float]) -> str:
         "|---|---|---|---|",
         *comparisons(runs, groups),
         "",
-        "## What to train of a shared pool",
+        "## Learning rates",
         "",
-        "One seed (0), at each learning rate that was tried:",
+        "The shared pool with seed 0, at each learning rate that was tried:",
         "",
         "| trained | parameters | learning rate | new text, minus before | old text, minus before |",
         "|---|---|---|---|---|",
