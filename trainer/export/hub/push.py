@@ -12,11 +12,13 @@ from typing import Any
 
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
-from huggingface_hub.utils import httpx, validate_repo_id
+from huggingface_hub.utils import get_session, httpx, validate_repo_id
 
 from trainer.common.credentials import HIDDEN
 from trainer.common.errors import Unavailable, UserError, short_line
 
+_ANSWER_SECONDS = 120.0
+"""Longest wait for an answer of the hub; without one the library would wait for ever."""
 _WEIGHTS = ["model*.safetensors", "model.safetensors.index.json"]
 
 
@@ -69,11 +71,13 @@ def push(folder: Path, repo: str, private: bool, message: str) -> str:
 
 @contextmanager
 def _reported(repo: str, advice: str) -> Iterator[None]:
-    """Report an error of the hub's library in one line.
+    """Report an error of the hub's library, or that the hub does not answer, in one line.
 
     Args:
         advice: The end of the line.
     """
+    session = get_session()
+    before, session.timeout = session.timeout, httpx.Timeout(_ANSWER_SECONDS)
     try:
         yield
     except OfflineModeIsEnabled:
@@ -81,6 +85,8 @@ def _reported(repo: str, advice: str) -> Iterator[None]:
     except (httpx.HTTPError, OSError, ValueError, RuntimeError) as error:
         kind, what = _meaning(error)
         raise kind(f"--push-to-hub {repo}: {what}{advice}") from None
+    finally:
+        session.timeout = before
 
 
 def _meaning(error: Exception) -> tuple[type[UserError], str]:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
+from huggingface_hub.utils import get_session
 
 from tests.trainer.export.hub.hub_server import REPO, TOKEN, Hub, serving
 from tests.trainer.export.test_export import invoke, trained
 from trainer.common.errors import Unavailable, UserError
+from trainer.export.hub import push as module
 from trainer.export.hub.push import check_push, push
 
 
@@ -112,6 +115,16 @@ def test_what_is_checked_before_the_export(hub: Hub, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
     with pytest.raises(Unavailable, match="the hub cannot be reached"):
         check_push(REPO)
+
+
+def test_a_hub_that_does_not_answer(hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_ANSWER_SECONDS", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        for act in (lambda: check_push(REPO), lambda: push(folder, REPO, False, "message")):
+            with pytest.raises(Unavailable, match="the hub cannot be reached .ReadTimeout.; try again later"):
+                act()
+    assert get_session().timeout.read is None, "other requests have limits of their own"
 
 
 def test_options_that_contradict_each_other() -> None:
