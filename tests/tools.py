@@ -1,13 +1,23 @@
 """Helpers of several test files: programs that may be missing, and the command line run in this process."""
 
+import atexit
 import os
 import shutil
 import sys
+import tempfile
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
 from trainer.cli import main
+
+
+def folder_of_process() -> Path:
+    """Make a folder that is there until this process ends, for what several tests share."""
+    folder = Path(tempfile.mkdtemp(prefix="unipool-tests-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def need(program: str, package: str) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pickle
 import re
 import shutil
-import tempfile
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 
 from pool.placement import contiguous
 from tests.distributed import RankFailed
+from tests.tools import folder_of_process
 from tests.training import Outcome, assert_same, run_training, tiny
 from trainer.checkpoint.format import Layout, layout_of, newest, read_load
 from trainer.checkpoint.reshard import SavedCheckpoint, SavedRole, convert
@@ -56,7 +56,7 @@ def undisturbed() -> Outcome:
 @cache
 def saved(layout: str) -> Path:
     """Folder of a checkpoint after half of the steps."""
-    folder = Path(tempfile.mkdtemp())
+    folder = folder_of_process()
     run_training(recipe(LAYOUTS[layout]), HALF, save_to=folder)
     return folder
 
@@ -202,7 +202,7 @@ def states(checkpoints: Path) -> dict[str, ParameterState]:
     """Every parameter of the newest checkpoint with its moments; the pool's in the order of global ids."""
     found = newest(checkpoints)
     assert found
-    work = Path(tempfile.mkdtemp())
+    work = folder_of_process()
     convert(found[1], work)
     everything = SavedCheckpoint(found[1], work)
     trunk = Trunk(recipe(COLOCATED), torch.device("cpu"))

@@ -23,6 +23,7 @@ from pool.shard import ExpertShard
 from router import Routing
 from tests.distributed import TIME_LIMIT
 from tests.saved_weights import load_weights
+from tests.tools import folder_of_process
 from tests.training import run_training, tiny
 from trainer.checkpoint.format import newest
 from trainer.checkpoint.reshard import SavedCheckpoint, convert
@@ -61,7 +62,7 @@ VOCAB = 300
 @cache
 def home() -> Path:
     """Return a folder for this module."""
-    return Path(tempfile.mkdtemp())
+    return folder_of_process()
 
 
 @cache

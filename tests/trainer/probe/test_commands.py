@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import shutil
-import tempfile
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from click.testing import CliRunner, Result
 from transformers import PreTrainedTokenizerFast
 
+from tests.tools import folder_of_process
 from tests.trainer.probe.tiny_models import VOCAB, built
 from tests.training import Outcome, run_training, tiny, tokens
 from trainer.cli import cli
@@ -33,7 +33,7 @@ DOCUMENT = "def main(argument):\n    return argument + 1\n"
 @cache
 def home() -> Path:
     """Return a folder for this module, with a tokenizer and 60 documents."""
-    folder = Path(tempfile.mkdtemp())
+    folder = folder_of_process()
     (folder / "tokenizer.json").write_text(train_tokenizer([DOCUMENT * 20], VOCAB).to_str())
     (folder / "text").mkdir()
     for number in range(60):
