@@ -57,6 +57,13 @@ def test_streams_of_every_kind(tmp_path: Path) -> None:
     }
 
 
+def test_libraries_add_nothing() -> None:
+    """A wrong folder is one line also for a command that loads transformers, and with it torchao."""
+    job = started(("generate", "none", "--prompt", "x"))
+    said = job.communicate(timeout=TIME_LIMIT)[1].decode()
+    assert job.returncode == 2 and said.count("\n") == 1 and said.startswith("error: none: no such folder"), said
+
+
 @pytest.mark.parametrize("words", [(), ("probe",), ("train",), ("export", "runs/a")], ids=" ".join)
 def test_what_is_missing(words: tuple[str, ...], capfd: pytest.CaptureFixture[str]) -> None:
     """A group alone shows its help, as it is; a command without its argument says where to look."""
