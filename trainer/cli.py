@@ -5,6 +5,8 @@ Exit status: 0 on success, 2 for a user's mistake (one line on stderr), 1 for an
 
 from __future__ import annotations
 
+import logging
+
 import click
 
 from trainer.bench.commands import bench
@@ -24,10 +26,15 @@ from trainer.sweep.commands import sweep
 from trainer.train.commands import train
 from trainer.view.commands import own, report, watch
 
+_TALKATIVE = ("torchao", "torch.utils._pytree")
+"""Loggers whose warnings say nothing to a user: transformers loads torchao, where it is installed, for every model."""
+
 
 def main() -> None:
     """Entry point of `python -m trainer` and of `unipool`."""
     register_shells()
+    for name in _TALKATIVE:
+        logging.getLogger(name).setLevel(logging.ERROR)
     with report_errors():
         cli.main(prog_name=PROGRAM, standalone_mode=False)
 

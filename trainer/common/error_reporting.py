@@ -32,7 +32,7 @@ def report_errors() -> Iterator[None]:
         error.show()
         sys.exit(2)
     except click.ClickException as error:
-        _exit(error.format_message() + _where_to_look(error), 2)
+        _exit(_click_message(error), 2)
     except BrokenModel as error:
         _exit(str(error), 1)
     except (click.Abort, KeyboardInterrupt):
@@ -64,11 +64,12 @@ def end_process(status: int) -> NoReturn:
     os._exit(status)
 
 
-def _where_to_look(error: click.ClickException) -> str:
-    """Name the help of the command whose argument is missing."""
+def _click_message(error: click.ClickException) -> str:
+    """Return click's message; of a missing argument in one line, with the help that describes it."""
+    message = error.format_message()
     if isinstance(error, click.MissingParameter) and error.ctx is not None:
-        return f" See {error.ctx.command_path} --help."
-    return ""
+        return f"{' '.join(message.split()).removesuffix('.')}. See {error.ctx.command_path} --help."
+    return message
 
 
 def _exit(line: str, status: int) -> NoReturn:

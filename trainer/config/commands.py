@@ -11,7 +11,7 @@ from trainer.common.errors import UserError
 from trainer.common.format import plural
 from trainer.common.strict_json import dumps
 from trainer.common.tables import print_names
-from trainer.config.completion import SHELLS, complete_recipe, script
+from trainer.config.completion import SHELLS, complete_file, complete_recipe, script
 from trainer.config.options import count_option
 from trainer.config.recipe import headline, recipe_names
 
@@ -42,7 +42,12 @@ def recipes(as_json: bool) -> None:
     shell_complete=complete_recipe,
     help="Recipe to make it from, by name or file.",
 )
-@click.option("--source", metavar="PATH", help="Text to train on; any data.source.  [default: the recipe's own]")
+@click.option(
+    "--source",
+    metavar="PATH",
+    shell_complete=complete_file,
+    help="Text to train on; any data.source.  [default: the recipe's own]",
+)
 @count_option(
     "--devices", "Ranks, one on each GPU.  [default: this machine's GPUs; without any, as the recipe]", None, "N"
 )
@@ -61,6 +66,8 @@ def init(name: str, base: str, source: str | None, devices: int | None, force: b
     from trainer.common.gpus import look, why_none
     from trainer.config.starter import start_from
 
+    if not Path(name).name.strip("."):
+        raise UserError(f"NAME {name!r}: is no name of a file; give one, as in `unipool init mine`")
     path = Path(name if name.endswith((".yaml", ".yml")) else f"{name}.yaml")
     if path.exists() and not force:
         raise UserError(f"{path}: exists already; choose another name, or overwrite it with --force")

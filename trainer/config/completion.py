@@ -6,7 +6,7 @@ click calls these functions when the user presses Tab, in a process that ends at
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -109,9 +109,19 @@ def script(root: click.Command, shell: str) -> str:
 
 def complete_recipe(context: click.Context, parameter: click.Parameter, begun: str) -> Items:
     """Complete a recipe: the names, and YAML files that lie where the user looks."""
-    names = [CompletionItem(name, help=headline(name)) for name in recipe_names() if name.startswith(begun)]
-    files = [CompletionItem(file) for file in _entries(begun, _is_recipe)]
-    return [*names, *files] or [CompletionItem(begun, "file")]
+    return named_or_file(recipe_names(), headline, begun)
+
+
+def named_or_file(names: Iterable[str], headline: Callable[[str], str], begun: str) -> Items:
+    """Complete one of some names, each with its headline as help, or a YAML file; if there are none, any file."""
+    named = [CompletionItem(name, help=headline(name)) for name in names if name.startswith(begun)]
+    files = [CompletionItem(file) for file in _entries(begun, _is_yaml)]
+    return [*named, *files] or [CompletionItem(begun, "file")]
+
+
+def complete_file(context: click.Context, parameter: click.Parameter, begun: str) -> Items:
+    """Complete any file."""
+    return [CompletionItem(begun, "file")]
 
 
 def complete_setting(context: click.Context, parameter: click.Parameter, begun: str) -> Items:
@@ -178,7 +188,7 @@ def _entries(begun: str, wanted: Callable[[os.DirEntry[str]], bool]) -> list[str
         return []
 
 
-def _is_recipe(entry: os.DirEntry[str]) -> bool:
+def _is_yaml(entry: os.DirEntry[str]) -> bool:
     return entry.name.endswith((".yaml", ".yml")) and not entry.name.startswith(".")
 
 

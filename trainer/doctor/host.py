@@ -42,7 +42,7 @@ def cores(recipe: Recipe | None) -> Iterator[Finding]:
     threads, ranks = os.environ.get("OMP_NUM_THREADS", ""), _ranks(recipe)
     if threads:
         found += f", OMP_NUM_THREADS={threads}"
-    if threads.isdecimal() and ranks * int(threads) > usable:
+    if threads.isdecimal() and int(threads) > max(1, usable // ranks):
         mend = f"unset OMP_NUM_THREADS, or lower it to {max(1, usable // ranks)}"
         yield warning("CPU", f"{found}: {plural(ranks, 'rank')} would have {ranks * int(threads)} threads", mend)
     elif ranks > usable:

@@ -77,7 +77,7 @@ def load_model(
     """
     chosen = pick_device(device)
     prepare_libraries()
-    run = None if is_export(path) else find_run(path)
+    run = None if is_export(path) else find_run(path, ", or an export of format hf")
     model, tokenizer = load_run(run) if run else load_export(path)
     if precision is None and run and as_trained:
         precision = run.recipe.train.precision

@@ -44,18 +44,23 @@ class SavedRun:
         return self.folder.resolve().parent.parent
 
 
-def find_run(path: Path) -> SavedRun:
+def find_run(path: Path, or_else: str = "") -> SavedRun:
     """Find the newest checkpoint in a run's folder, or open the checkpoint folder `path` itself.
+
+    Args:
+        path: The folder.
+        or_else: What else the user could have given, for messages, as in ", or an export".
 
     Raises:
         UserError: There is no complete checkpoint, its recipe cannot be read, or its routing was forced.
     """
+    wanted = f"give a run's folder or one of its checkpoints/step_*{or_else}"
     if not path.is_dir():
-        raise UserError(f"{path}: no such folder; give a run's folder or one of its checkpoints/step_*")
+        raise UserError(f"{path}: no such folder; {wanted}")
     found = newest(path / "checkpoints")
     step = found[1] if found else path
     if not (step / MARKER_FILE).is_file():
-        raise UserError(f"{path}: has no complete checkpoint; give a run's folder or one of its checkpoints/step_*")
+        raise UserError(f"{path}: has no complete checkpoint; {wanted}")
     recipe = load_recipe(str(step / RECIPE_FILE))
     if recipe.router.force is not None:
         raise UserError(

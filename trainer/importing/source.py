@@ -62,7 +62,7 @@ def opened(path: Path, seq_len: int | None = None) -> Iterator[Source]:
     if not path.is_dir():
         raise UserError(f"{path}: no such folder; give a Hugging Face checkpoint, a run or an export")
     if not is_export(path):
-        run = find_run(path)
+        run = find_run(path, ", an export or a Hugging Face checkpoint")
         if run.recipe.lock:
             raise UserError(f"{path}: the layers of this run own their experts; give a run without a section lock")
         own = run.home / TOKENIZER

@@ -114,12 +114,14 @@ class Engine:
         """Check that there is room for more answers.
 
         Raises:
-            RequestError: The queue is full, or the engine has failed.
+            RequestError: The queue is full, there are more than it can ever hold, or the engine has failed.
         """
         if not self.alive:
             raise _stopped()
-        free = self._batch + self._queue - self.running - self.waiting
-        if answers > free:
+        most = self._batch + self._queue
+        if answers > most:
+            raise RequestError(f"The request asks for {answers} answers; this server takes at most {most} at a time")
+        if answers > most - self.running - self.waiting:
             raise _overloaded()
 
     @asynccontextmanager

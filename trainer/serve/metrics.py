@@ -43,7 +43,11 @@ class ServerMetrics:
         for name, text, read in (
             ("running", "Answers that are computed.", lambda: engine.running),
             ("waiting", "Answers that wait.", lambda: engine.waiting),
-            ("cache_used_ratio", "Share of the KV cache that holds tokens.", lambda: engine.cache_used),
+            (
+                "cache_used_ratio",
+                "Share of the KV cache that holds tokens, also those kept for prompts that begin alike.",
+                lambda: engine.cache_used,
+            ),
         ):
             Gauge(f"unipool_serve_{name}", text, registry=own).set_function(read)
 

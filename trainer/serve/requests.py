@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, model_validator
 
 from trainer.common.errors import one_line
 
@@ -49,6 +49,13 @@ class _Request(BaseModel):
     frequency_penalty: Literal[0] | None = 0
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
     user: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_the_default(cls, body: Any) -> Any:
+        if not isinstance(body, dict):
+            return body
+        return {name: value for name, value in body.items() if value is not None or name not in cls.model_fields}
 
     @property
     def stops(self) -> list[str]:
@@ -134,6 +141,8 @@ def invalid(errors: Sequence[Any]) -> RequestError:
     first = errors[0]
     place = [str(part) for part in first["loc"] if part != "body"]
     param = place[0] if place else None
+    if not place and first["type"] == "model_attributes_type":
+        return RequestError("The body must be a JSON object, with the header 'content-type: application/json'.")
     if first["type"] == "extra_forbidden":
         return RequestError(f"Unrecognized request argument supplied: {place[-1]}", place[-1], "unknown_parameter")
     if first["type"] == "json_invalid":

@@ -12,14 +12,21 @@ import click
 from trainer.common.errors import UserError
 from trainer.common.strict_json import dumps
 from trainer.common.tables import print_names
-from trainer.config.completion import complete_setting
+from trainer.config.completion import Items, complete_setting, named_or_file
 
 if TYPE_CHECKING:
     from trainer.sweep.spec import Experiment
 
 
+def _complete(context: click.Context, parameter: click.Parameter, begun: str) -> Items:
+    """Complete a sweep: the names, and YAML files."""
+    from trainer.sweep.spec import headline, sweep_names
+
+    return named_or_file(sweep_names(), headline, begun)
+
+
 @click.command(short_help="Train variants of a recipe and compare them with a baseline.")
-@click.argument("source", required=False, metavar="SWEEP")
+@click.argument("source", required=False, metavar="SWEEP", shell_complete=_complete)
 @click.option(
     "--set",
     "overrides",

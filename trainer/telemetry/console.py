@@ -95,7 +95,9 @@ def describe(recipe: Recipe) -> str:
     elif m.groups == 1:
         model = f"{m.layers} layers share {recipe.pool.experts} experts"
     else:
-        model = f"{m.groups} groups of {m.layers // m.groups} layers with {recipe.experts_per_layer} experts each"
+        model = (
+            f"{m.groups} groups of {plural(m.layers // m.groups, 'layer')} with {recipe.experts_per_layer} experts each"
+        )
     if recipe.lock:
         locked = locked_after(recipe)
         model += f", locked {f'after step {locked}' if locked else 'from the first step'}"

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 Kind = Literal["run", "checkpoint", "export"]
 
+_DEVICES, _PRECISIONS = ("cpu", "cuda"), ("fp32", "bf16")
+
 
 def load_run(path: str | Path, device: str | None = None, precision: str | None = None) -> Run:
     """Open a run, one of its checkpoints, or an export of format hf. Nothing is read before it is asked for.
@@ -37,8 +39,11 @@ def load_run(path: str | Path, device: str | None = None, precision: str | None 
         precision: "fp32" or "bf16"; by default that of the weights, which is fp32 for a run.
 
     Raises:
-        UserError: The folder is none of these, or cannot be read.
+        UserError: The folder is none of these, or cannot be read, or the device or precision is not one of these.
     """
+    for what, given, known in (("device", device, _DEVICES), ("precision", precision, _PRECISIONS)):
+        if given is not None and given not in known:
+            raise UserError(f"load_run: {what} = {given!r}; allowed are {', '.join(map(repr, known))} and None")
     folder = Path(path)
     try:
         kind = _kind(folder)

@@ -57,7 +57,14 @@ def test_streams_of_every_kind(tmp_path: Path) -> None:
     }
 
 
-@pytest.mark.parametrize("words", [(), ("probe",), ("train",), ("export", "runs/a")], ids=" ".join)
+def test_libraries_add_nothing() -> None:
+    """A wrong folder is one line also for a command that loads transformers, and with it torchao."""
+    job = started(("generate", "none", "--prompt", "x"))
+    said = job.communicate(timeout=TIME_LIMIT)[1].decode()
+    assert job.returncode == 2 and said.count("\n") == 1 and said.startswith("error: none: no such folder"), said
+
+
+@pytest.mark.parametrize("words", [(), ("probe",), ("train",), ("export", "runs/a"), ("completion",)], ids=" ".join)
 def test_what_is_missing(words: tuple[str, ...], capfd: pytest.CaptureFixture[str]) -> None:
     """A group alone shows its help, as it is; a command without its argument says where to look."""
     with pytest.raises(SystemExit) as ended, report_errors():
@@ -68,8 +75,10 @@ def test_what_is_missing(words: tuple[str, ...], capfd: pytest.CaptureFixture[st
         assert said.splitlines()[0] == f"Usage: {' '.join(['unipool', *words])} [OPTIONS] COMMAND [ARGS]..."
         assert "\\n" not in said and "\nCommands:\n" in said
     else:
-        missing = "RECIPE" if words == ("train",) else "OUT"
-        assert said == f"error: Missing argument '{missing}'. See unipool {words[0]} --help.\n"
+        missing = {"train": "'RECIPE'", "export": "'OUT'", "completion": "'SHELL'. Choose from: bash, zsh, fish"}[
+            words[0]
+        ]
+        assert said == f"error: Missing argument {missing}. See unipool {words[0]} --help.\n"
 
 
 def leaves() -> list[tuple[str, ...]]:

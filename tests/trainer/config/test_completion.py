@@ -20,6 +20,7 @@ from tests.trainer.job import ROOT
 from trainer.cli import cli
 from trainer.config.completion import SHELLS
 from trainer.config.recipe import Recipe, recipe_names
+from trainer.sweep.spec import sweep_names
 
 
 def offered(line: str) -> list[str]:
@@ -40,6 +41,8 @@ def test_names_keys_and_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert offered("unipool train ") == [*recipe_names(), "queue.yaml"]
     assert offered("unipool plan qu") == ["quickstart", "queue.yaml"]
     assert offered("unipool bench elsewhere/") == ["file"]
+    assert offered("unipool sweep ") == [*sweep_names(), "queue.yaml"]
+    assert offered("unipool init mine --source te") == ["file"]
     assert offered("unipool train --set ") == [f"{section}." for section in Recipe.model_fields]
     assert offered("unipool train --set train.decay_f") == ["train.decay_fraction="]
     assert offered("unipool sweep x --set lock.al") == ["lock.allocation="]

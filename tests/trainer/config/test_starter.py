@@ -86,6 +86,8 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (["mine.yaml"], "mine.yaml: exists already"),
         (["none/mine"], "none/mine.yaml: there is no folder none"),
         (["other", "--from", "quikstart"], "did you mean: quickstart"),
+        ([""], "NAME '': is no name of a file"),
+        (["none/.."], "NAME 'none/..': is no name of a file"),
     ):
         failed = init(*arguments)
         assert isinstance(failed.exception, UserError) and message in str(failed.exception)

@@ -362,8 +362,9 @@ def test_a_folder_in_use_is_refused_and_left_alone(tmp_path: Path) -> None:
 def test_other_folders_are_refused(tmp_path: Path) -> None:
     for command in (["export", str(tmp_path / "out")], ["generate", "--prompt", "x"]):
         name, *rest = command
-        assert "no such folder" in refused(name, str(tmp_path / "nothing"), *rest)
-        assert "has no complete checkpoint" in refused(name, str(tmp_path), *rest)
+        for folder, problem in (("nothing", "no such folder"), (".", "has no complete checkpoint")):
+            message = refused(name, str(tmp_path / folder), *rest)
+            assert problem in message and ("an export of format hf" in message) == (name == "generate")
 
 
 @pytest.mark.parametrize("file", ["trunk/state/mp_rank_00_model_states.pt", "layout.json"])

@@ -73,6 +73,10 @@ def test_what_is_not_there_is_said(tmp_path: Path) -> None:
     assert "not a run; give" in str(user_error(lambda: load_run("a\0b")))
     assert "cannot be read (file name too long); give" in str(user_error(lambda: load_run("a" * 5000)))
     folder = write_run(tmp_path / "run", 2)
+    assert "device = 'cuda:1'; allowed are 'cpu', 'cuda' and None" in str(
+        user_error(lambda: load_run(folder, "cuda:1"))
+    )
+    assert "precision = 'fp8'; allowed" in str(user_error(lambda: load_run(folder, precision="fp8")))
     for name in ("metrics.jsonl", "load.npy"):
         (folder / name).unlink()
     run = load_run(folder)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from huggingface_hub import HfApi, get_token
@@ -58,7 +59,8 @@ def push(folder: Path, repo: str, private: bool, message: str) -> str:
         Unavailable: The hub cannot be reached.
     """
     api = HfApi()
-    with _reported(repo, f"; the export itself is complete, and the command `hf upload {repo} {folder}` uploads it"):
+    again = f"hf upload {repo} {quote(str(folder))}{' --private' if private else ''}"
+    with _reported(repo, f"; the export itself is complete, and the command `{again}` uploads it"):
         url = str(api.create_repo(repo, private=private or None, exist_ok=True))
         if private and not api.model_info(repo).private:
             raise UserError(

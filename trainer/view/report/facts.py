@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from trainer.checkpoint import format as checkpoint
-from trainer.common.format import ABSENT, count, duration, loss, number, percent, perplexity, quantity, size
+from trainer.common.format import ABSENT, count, duration, loss, number, percent, perplexity, plural, quantity, size
 from trainer.config.recipe import Recipe
 from trainer.config.sections import source_names
 from trainer.planning.model_costs import count_parameters
@@ -93,7 +93,9 @@ def model_facts(recipe: Recipe) -> Facts:
     facts = [("parameters", count(p.total)), ("active per token", count(p.active))]
     if m.ffn == "pool":
         shared = (
-            f"{m.groups} groups of {m.layers // m.groups} layers" if m.groups > 1 else "one pool, shared by all layers"
+            f"{m.groups} groups of {plural(m.layers // m.groups, 'layer')}"
+            if m.groups > 1
+            else "one pool, shared by all layers"
         )
         balance = {"pool": recipe.balance.pool, "layer": recipe.balance.layer}
         if m.private_ffn:
@@ -129,7 +131,7 @@ def training_facts(run: Path, recipe: Recipe) -> Facts:
         ("seed", str(recipe.run.seed)),
     ]
     if recipe.grid.colocated:
-        return [*facts, ("layout", f"{p.trunk_ranks} ranks, ZeRO {p.trunk_zero}")]
+        return [*facts, ("layout", f"{plural(p.trunk_ranks, 'rank')}, ZeRO {p.trunk_zero}")]
     if recipe.grid.every_rank:
         both = f"{p.trunk_ranks} ranks with both roles: {shards} shards x {recipe.grid.replicas}"
         zero = f"ZeRO {p.trunk_zero} of the trunk, {p.pool_zero} of the pool"

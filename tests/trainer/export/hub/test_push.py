@@ -92,6 +92,13 @@ def test_what_the_hub_refuses_is_said_in_one_line(
     assert line.startswith(f"--push-to-hub {REPO}: ") and line.endswith(f"`hf upload {REPO} {folder}` uploads it")
 
 
+def test_the_command_that_repeats_a_private_upload_is_private(hub: Hub, folder: Path) -> None:
+    """It may be the one that creates the repository."""
+    hub.answers = {"api/repos/create": (500, "on fire")}
+    with pytest.raises(Unavailable, match=f"`hf upload {REPO} {folder} --private` uploads it"):
+        push(folder, REPO, True, "message")
+
+
 def test_what_is_checked_before_the_export(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(repo: str = REPO) -> str:
         with pytest.raises(UserError) as error:
