@@ -251,10 +251,12 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 def _panel(axes: Axes, rows: Sequence[dict[str, Any]], key: str, title: str) -> None:
     ends = []
-    for place, name in enumerate(NAMES):
+    for name in NAMES:
+        model, _, quantised = name.partition(", ")
+        colour = SERIES[NAMES.index(model)]
         heights = [row[key] for row in rows if row["model"] == name]
-        axes.plot(range(len(BATCHES)), heights, color=SERIES[place], marker="o", markersize=3)
-        ends.append((len(BATCHES) - 1.0, heights[-1], name, SERIES[place]))
+        axes.plot(range(len(BATCHES)), heights, ":" if quantised else "-", color=colour, marker="o", markersize=3)
+        ends.append((len(BATCHES) - 1.0, heights[-1], name, colour))
     axes.set_xticks(range(len(BATCHES)), [str(batch) for batch in BATCHES])
     axes.set_xlabel("requests computed together", fontsize=9)
     axes.set_ylim(0)
