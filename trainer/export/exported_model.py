@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-from trainer.common.errors import UserError
+from trainer.common.errors import UserError, one_line
 from trainer.export.folder import StoredTensors, first_line, read_object
 from trainer.export.model_files.configuration_unipool import EXPORT_VERSION, UniPoolConfig
 from trainer.export.model_files.experts_unipool import UniPoolRouter
@@ -139,6 +139,20 @@ def tokenizer_settings(special: dict[str, str], window: int) -> dict[str, Any]:
         "model_input_names": ["input_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,
     }
+
+
+def mistake_in_template(template: str) -> str | None:
+    """Return the line of a chat template in which its syntax is wrong, and how, or None."""
+    from jinja2 import TemplateSyntaxError  # torch requires it
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    try:
+        render_jinja_template([[{"role": "user", "content": ""}]], chat_template=template)
+    except TemplateSyntaxError as error:
+        return f"line {error.lineno}: {one_line(error)}"
+    except Exception:  # what the template says of this chat, or lacks for it, such as the tokenizer's tokens
+        return None
+    return None
 
 
 def _read_tokenizer(path: Path, config: UniPoolConfig) -> PreTrainedTokenizerFast:

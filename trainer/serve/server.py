@@ -11,6 +11,7 @@ from pathlib import Path
 from trainer.common.errors import UserError, os_reason
 from trainer.common.format import size
 from trainer.common.safe_read import Unreadable, read_text
+from trainer.export.exported_model import mistake_in_template
 from trainer.export.loaded_model import load_model
 
 try:
@@ -58,12 +59,7 @@ def serve(
     key = None if api_key is None else os.environ.get(api_key)
     if api_key is not None and not key:
         raise UserError(f"--api-key: the environment variable {api_key} is not set; it must hold the key")
-    try:
-        template = None if chat_template is None else read_text(chat_template)
-    except Unreadable as error:
-        raise UserError(
-            f"--chat-template {chat_template}: cannot be read ({error}); give a file with a template (Jinja)"
-        ) from None
+    template = None if chat_template is None else _read_template(chat_template)
     listener = _listener(host, port)
     loaded = load_model(source, device)
     if template is not None:
@@ -92,6 +88,19 @@ def serve(
         uvicorn.Server(settings).run(sockets=[listener])
     finally:
         engine.stop()
+
+
+def _read_template(file: Path) -> str:
+    """Read a chat template whose syntax is right."""
+    try:
+        template = read_text(file)
+    except Unreadable as error:
+        raise UserError(
+            f"--chat-template {file}: cannot be read ({error}); give a file with a template (Jinja)"
+        ) from None
+    if mistake := mistake_in_template(template):
+        raise UserError(f"--chat-template {file}: {mistake}")
+    return template
 
 
 def _listener(host: str, port: int) -> socket.socket:

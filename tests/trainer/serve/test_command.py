@@ -78,10 +78,20 @@ def test_what_a_user_gets_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             "free one"
         )
     monkeypatch.delenv("NO_KEY", raising=False)
+    (tmp_path / "open.jinja").write_text("a chat\n{% if messages %}")
+    (tmp_path / "refuses.jinja").write_text("{{ raise_exception('never') }}")
     for arguments, text in (
         (["--api-key", "NO_KEY"], "--api-key: the environment variable NO_KEY is not set; it must hold the key"),
         (["--host", "no.such.host.invalid", "--port", "0"], "--port: cannot listen on port 0 of no.such.host.invalid"),
         (["--chat-template", "none.jinja"], "--chat-template none.jinja: cannot be read (no such file or directory)"),
+        (
+            ["--chat-template", str(tmp_path / "open.jinja")],
+            f"--chat-template {tmp_path / 'open.jinja'}: line 2: Unexp",
+        ),
+        (
+            ["--chat-template", str(tmp_path / "refuses.jinja"), "--port", "0"],
+            f"{tmp_path}: has no complete checkpoint",
+        ),
     ):
         caught = CliRunner().invoke(cli, ["serve", str(tmp_path), *arguments]).exception
         assert isinstance(caught, UserError) and str(caught).startswith(text)
