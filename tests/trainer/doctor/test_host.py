@@ -37,10 +37,11 @@ def test_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     (found,) = host.cores(two_ranks())
     assert found.status == "warning" and found.found.endswith(": 2 ranks would have 6 threads")
     assert found.mend == "unset OMP_NUM_THREADS, or lower it to 2"
-    for threads in ("1", ""):  # fewer than 1 are not possible
-        monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    for _ in ("as few threads as possible", "no number of threads"):
         (found,) = host.cores(two_ranks("parallel.pool_ranks=4"))
         assert found.status == "warning" and found.found.endswith("for 5 ranks") and "fewer ranks" in found.mend
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "getloadavg", lambda: (6, 0, 0))
     (found,) = host.cores(None)
     assert found.status == "warning" and "others compute here" in found.found

@@ -144,6 +144,8 @@ def test_a_full_queue(server: Server) -> None:
         try:
             server.complete(max_tokens=12)
         except openai.InternalServerError as error:
+            body: Any = error.body
+            assert (body["type"], body["code"], body["param"]) == ("server_error", "queue_full", None)
             return error.status_code, "overloaded" in error.message and error.response.headers["retry-after"] == "1"
         return 200, False
 
