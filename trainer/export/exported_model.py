@@ -151,7 +151,7 @@ def mistake_in_template(template: str) -> str | None:
     except TemplateSyntaxError as error:
         return f"line {error.lineno}: {one_line(error)}"
     except Exception:  # what the template says of this chat, or lacks for it, such as the tokenizer's tokens
-        return None
+        pass
     return None
 
 
