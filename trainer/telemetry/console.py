@@ -36,7 +36,7 @@ class Progress:
 
     def __init__(self, recipe: Recipe, done: int, metrics: Sequence[str]):
         self._start = self._last_line = time.monotonic()
-        self._first, self._total = done, recipe.train.steps
+        self._first, self._total, self._has_pool = done, recipe.train.steps, recipe.model.ffn != "dense"
         for line in (describe(recipe), *(f"metrics: {line}" for line in metrics)):
             say(line)
         if done:
@@ -51,7 +51,7 @@ class Progress:
 
     def step(self, done: int, scalars: StepScalars, efficiency: Efficiency) -> None:
         """Show a step."""
-        text = f"{scalars.console()}, {efficiency.console()}"
+        text = f"{scalars.console(self._has_pool)}, {efficiency.console()}"
         if not scalars.applied and math.isfinite(scalars.grad_norm) and not scalars.nonfinite_router_tokens:
             norm = f"{scalars.grad_norm:.4g}"
             say(f"step {done}: skipped because the gradient norm, {norm}, is a spike (train.skip_spikes)")

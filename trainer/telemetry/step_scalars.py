@@ -109,9 +109,12 @@ class Scalars:
         """Return the scalars for metrics.jsonl."""
         return {f.name: value for f, value in self._known()}
 
-    def console(self) -> str:
-        """Return the table's part of the progress line."""
-        return ", ".join(f.metadata["console"](value) for f, value in self._known() if f.metadata["console"])
+    def console(self, has_pool: bool = True) -> str:
+        """Return the table's part of the progress line; a dense model has no pool."""
+        shown = ((f.metadata["metric"], f.metadata["console"], value) for f, value in self._known())
+        return ", ".join(
+            show(value) for metric, show, value in shown if show and (has_pool or not (metric and metric.needs_pool))
+        )
 
     def _known(self) -> Iterator[tuple[Field[Any], Any]]:
         for f in fields(self):  # type: ignore[arg-type]  # a subclass is a dataclass

@@ -142,6 +142,7 @@ def _try_out(recipe: Recipe, node: Node | None) -> NoReturn:
     """Run the job of `--dry-run`, and remove what it leaves even if its ranks are killed."""
     from trainer.cluster.launch import run_locally, run_node
     from trainer.data.prepare import prepare_for
+    from trainer.telemetry.run_folder import RunFolder
     from trainer.train.dry_run.rehearsal import FOLDER, folder_of, new_folder, nothing_left, rehearsal
 
     for number in (signal.SIGTERM, signal.SIGUSR1):  # until there are ranks, to which signals go
@@ -150,6 +151,7 @@ def _try_out(recipe: Recipe, node: Node | None) -> NoReturn:
     os.environ[FOLDER] = str(folder)
     with nothing_left(folder):
         rehearsed, arguments = rehearsal(recipe, folder), sys.argv[1:]
+        RunFolder(rehearsed).make()
         if node is None or node.has_trunk_ranks:
             prepare_for(rehearsed)
         status = run_node(rehearsed, node, arguments) if node else run_locally(rehearsed, arguments, 0)

@@ -148,6 +148,8 @@ def test_a_dense_model_has_no_pool() -> None:
     samples = parse(page_of(server))
     assert samples["unipool_step"][0][1] == 5
     assert not [name for name in samples if "expert" in name or "balance" in name or "gate" in name]
+    assert scalars(loss=2.5, tokens_per_second=1e3).console(has_pool=False) == "loss 2.5000, 1,000 tokens/s"
+    assert scalars(load_imbalance=1.5).console().endswith("tokens/s, load imbalance 1.50")
 
 
 def test_efficiency() -> None:

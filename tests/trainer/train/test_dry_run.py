@@ -149,6 +149,15 @@ def test_a_folder_that_training_refuses_is_refused(tmp_path: Path) -> None:
     assert isinstance(caught, UserError) and "is an export" in str(caught)
 
 
+@pytest.mark.usefixtures("handlers")
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(FOLDER, "")
+    sets = ("run.dir=/proc/unipool/run", "parallel.device=cpu", f"data.dir={tmp_path}/data")
+    command = [str(write_recipe(tmp_path)), "--dry-run", *(word for value in sets for word in ("--set", value))]
+    caught = CliRunner().invoke(train, command).exception
+    assert isinstance(caught, UserError) and str(caught).startswith("run.dir = /proc/unipool/.run.dry-run-")
+
+
 def test_the_current_folder_may_be_that_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     recipe = load_recipe(str(write_recipe(tmp_path)), ["run.dir=."])
