@@ -130,12 +130,12 @@ def complete_setting(context: click.Context, parameter: click.Parameter, begun: 
     name, dot, key = written.partition(".")
     if not dot:
         abouts = {name: (_section(name).__doc__ or "").partition("\n")[0] for name in Recipe.model_fields}
-        return _matching(begun, {f"{name}.": about for name, about in abouts.items()})
+        return matching(begun, {f"{name}.": about for name, about in abouts.items()})
     fields = _section(name).model_fields if name in Recipe.model_fields else {}
     if not equals:
-        return _matching(begun, {f"{name}.{key}=": field.description or "" for key, field in fields.items()})
+        return matching(begun, {f"{name}.{key}=": field.description or "" for key, field in fields.items()})
     values = _values(fields[key].annotation) if key in fields else ()
-    return _matching(begun, {f"{written}={value}": "" for value in values})
+    return matching(begun, {f"{written}={value}": "" for value in values})
 
 
 class RunPath(click.Path):
@@ -157,7 +157,8 @@ def complete_run(context: click.Context, parameter: click.Parameter, begun: str)
     return [CompletionItem(path) for path in found] or [CompletionItem(begun, "dir")]
 
 
-def _matching(begun: str, texts: dict[str, str]) -> Items:
+def matching(begun: str, texts: dict[str, str]) -> Items:
+    """Complete one of some texts, each with its help."""
     return [CompletionItem(text, help=about or None) for text, about in texts.items() if text.startswith(begun)]
 
 

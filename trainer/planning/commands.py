@@ -11,6 +11,7 @@ import click
 from trainer.common.errors import UserError
 from trainer.common.format import plural
 from trainer.common.strict_json import dumps
+from trainer.config.completion import Items, complete_file, matching
 from trainer.config.options import json_option, recipe_arguments
 from trainer.config.recipe import Recipe, load_recipe
 
@@ -20,6 +21,13 @@ if TYPE_CHECKING:
     from trainer.planning.schedule import ScheduleSpec
     from trainer.planning.step_time import StepTime
     from trainer.planning.what_if import Variant
+
+
+def _complete_hardware(context: click.Context, parameter: click.Parameter, begun: str) -> Items:
+    """Complete the name of a data sheet, or any file."""
+    from trainer.planning.hardware import DATA_SHEETS
+
+    return matching(begun, dict.fromkeys(DATA_SHEETS, "")) or complete_file(context, parameter, begun)
 
 
 @click.command(short_help="Show parameters, memory and the trunk:pool split of a recipe.")
@@ -44,6 +52,7 @@ if TYPE_CHECKING:
 @click.option(
     "--hardware",
     metavar="NAME|FILE",
+    shell_complete=_complete_hardware,
     help="Predict the time of a step on h100, h200, a100, or on a profile made by `bench`.",
 )
 @click.option(

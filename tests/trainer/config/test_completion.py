@@ -41,6 +41,8 @@ def test_names_keys_and_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert offered("unipool train ") == [*recipe_names(), "queue.yaml"]
     assert offered("unipool plan qu") == ["quickstart", "queue.yaml"]
     assert offered("unipool bench elsewhere/") == ["file"]
+    assert offered("unipool plan quickstart --hardware h") == ["h100", "h200"]
+    assert offered("unipool plan quickstart --hardware runs/") == ["file"]
     assert offered("unipool sweep ") == [*sweep_names(), "queue.yaml"]
     assert offered("unipool init mine --source te") == ["file"]
     assert offered("unipool train --set ") == [f"{section}." for section in Recipe.model_fields]
