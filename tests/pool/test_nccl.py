@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch._C import _distributed_c10d as c10d
 
-from pool.wire.nccl import NcclCommunicator
+from pool.wire.nccl import MAX_CTAS, NcclCommunicator
 
 
 class Work:
@@ -80,6 +82,17 @@ def test_what_torch_offers() -> None:
     nccl = stub[stub.index("class ProcessGroupNCCL") :]
     for line in ("config: ProcessGroupNCCL.NCCLConfig", "max_ctas: int", "is_high_priority_stream: bool"):
         assert line in nccl
+
+
+@pytest.mark.skipif(not dist.is_nccl_available(), reason="this build of torch has no NCCL")
+def test_what_a_build_with_nccl_offers() -> None:
+    """What `Job` sets before it has a GPU."""
+    options = c10d.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+    options.config.max_ctas, options._timeout = MAX_CTAS, timedelta(seconds=77)
+    assert (options.config.max_ctas, options._timeout) == (MAX_CTAS, timedelta(seconds=77))
+    assert options.is_high_priority_stream
+    offered = {"send", "recv", "eager_connect_single_device", "_start_coalescing", "_end_coalescing", "abort"}
+    assert offered | {"_set_default_timeout"} <= set(dir(c10d.ProcessGroupNCCL))
 
 
 def test_a_limit_would_block_the_host() -> None:
