@@ -48,19 +48,44 @@ def wait_for_listener(host: str, port: int) -> None:
         time.sleep(_LOOK_SECONDS)
 
 
+def loopback_listener(host: str, port: int) -> int | None:
+    """Return the descriptor of a socket on a port of a loopback address, on which torch's store can listen.
+
+    The store itself would listen on all addresses of the machine. None for other addresses, and for names.
+
+    Raises:
+        OSError: The port is in use.
+    """
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return None
+    if not address.is_loopback:
+        return None
+    listener = socket.socket(socket.AF_INET if address.version == 4 else socket.AF_INET6)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        error.filename = f"{host}:{port}"
+        raise
+    return listener.detach()
+
+
 def choose_gloo_interface(own: str, others: Sequence[str]) -> None:
     """Let gloo use the interface through which this rank reaches the others, unless the user has named one.
 
-    Nothing is chosen on a single machine that is reached by a loopback address.
+    On a single machine that is reached by a loopback address it is the loopback interface, which others cannot reach.
 
     Args:
         own: This rank's address towards the host of the job's store.
         others: Those of all ranks.
     """
-    reachable = [address for address in others if not _is_loopback(address)]
-    if INTERFACE in os.environ or not reachable:
+    if INTERFACE in os.environ:
         return
-    if _is_loopback(own):  # the store's host is this machine
+    reachable = [address for address in others if not _is_loopback(address)]
+    if reachable and _is_loopback(own):  # the store's host is this machine
         own = address_towards(reachable[0])
     if interface := interface_with(own):
         os.environ[INTERFACE] = interface

@@ -19,7 +19,7 @@ from pool.topology import Topology
 from trainer.cluster.devices import Devices, Sight, assign_devices, sight, tell_deepspeed
 from trainer.cluster.launch import free_port
 from trainer.cluster.liveness import Arrival, Liveness, reach
-from trainer.cluster.network import address_towards, choose_gloo_interface, wait_for_listener
+from trainer.cluster.network import address_towards, choose_gloo_interface, loopback_listener, wait_for_listener
 from trainer.cluster.rank_assignment import (
     ROLE,
     assign_ranks,
@@ -243,10 +243,12 @@ def _open_stores(launch: Launch, timeout: timedelta) -> tuple[dist.TCPStore, dis
     agent_hosts_it = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if launch.rank:
         wait_for_listener(launch.master_addr, launch.master_port)
+    hosts_it = launch.rank == 0 and not agent_hosts_it
     store = dist.TCPStore(
         launch.master_addr,
         launch.master_port,
-        is_master=launch.rank == 0 and not agent_hosts_it,
+        is_master=hosts_it,
+        master_listen_fd=loopback_listener(launch.master_addr, launch.master_port) if hosts_it else None,
         timeout=timeout,
         wait_for_workers=False,  # the exchange of arrivals waits for them, and can name the missing ones
     )

@@ -28,7 +28,7 @@ from trainer.engine.ds_config import deepspeed_config, scheduled_rate
 from trainer.engine.frozen_role import FrozenRole
 from trainer.engine.monitors import Monitors, quiet_writers
 from trainer.engine.muon import MuonWithAdamW, muon_optimizer
-from trainer.engine.parameter_state import CHECKPOINT_TAG, ParameterState
+from trainer.engine.parameter_state import CHECKPOINT_TAG, ParameterState, refuse_paths
 from trainer.engine.replica_group import ReplicaGroup
 from trainer.model.trunk import parameter_groups
 
@@ -380,7 +380,7 @@ def to_universal(folder: Path, target: Path) -> None:
     from deepspeed.checkpoint.ds_to_universal import main
 
     for file in sorted((folder / CHECKPOINT_TAG).glob("*.pt")):
-        read_tensors(file, mmap=True)  # names a file that must be refused, which the conversion does not
+        refuse_paths(file, read_tensors(file, mmap=True))  # names what must be refused, which the conversion does not
 
     options = argparse.Namespace(
         input_folder=str(folder / CHECKPOINT_TAG),

@@ -73,7 +73,7 @@ def load_export(path: Path) -> tuple[UniPoolForCausalLM, PreTrainedTokenizerFast
     """
     config = _read_config(path)
     if "quantization_config" in read_object(path / "config.json"):
-        model = _load_quantised(path)
+        model = _load_quantised(path, config)
     else:
         model = _load_plain(path, config)
     tokenizer = _read_tokenizer(path, config)
@@ -82,10 +82,10 @@ def load_export(path: Path) -> tuple[UniPoolForCausalLM, PreTrainedTokenizerFast
     return model, tokenizer
 
 
-def _load_quantised(path: Path) -> UniPoolForCausalLM:
+def _load_quantised(path: Path, config: UniPoolConfig) -> UniPoolForCausalLM:
     """Load a model that transformers quantised and saved, with our own code and the library that quantised it."""
     try:
-        model: UniPoolForCausalLM = UniPoolForCausalLM.from_pretrained(path, local_files_only=True)
+        model: UniPoolForCausalLM = UniPoolForCausalLM.from_pretrained(path, config=config, local_files_only=True)
     except Exception as error:  # transformers and the libraries each raise their own kinds
         raise UserError(
             f"{path}: the quantised model cannot be loaded ({first_line(error)}); it needs the library that quantised "
@@ -123,10 +123,13 @@ def _read_config(path: Path) -> UniPoolConfig:
             "the run again with `unipool export RUN --format hf DIR`",
             file=sys.stderr,
         )
+    # Other fields could name code that transformers fetches, as attn_implementation does.
     known = inspect.signature(UniPoolConfig.__init__).parameters.keys() - {"self", "others"}
+    if "quantization_config" in stored:
+        known |= {"quantization_config", "dtype"}
     try:
         return UniPoolConfig(**{name: value for name, value in stored.items() if name in known})
-    except (ValueError, TypeError) as error:
+    except Exception as error:  # transformers has kinds of its own
         raise UserError(f"{path / 'config.json'}: {first_line(error)}") from None
 
 

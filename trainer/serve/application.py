@@ -255,6 +255,7 @@ def application(service: Service) -> FastAPI:
     @app.post("/v1/chat/completions", dependencies=key)
     async def chat_completions(request: Request, body: Chat) -> Response:
         service.check_model(body.model)
+        service.engine.admit(body.n)  # before messages are encoded
         asked = service.asked(body, [service.chat_prompt(body)], body.limit, "messages")
         return await service.respond(request, body, asked, ChatForm(service))
 

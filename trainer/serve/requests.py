@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, model_validator
 
 from trainer.common.errors import one_line
+
+T = TypeVar("T")
+
+_List = Annotated[list[T], Field(fail_fast=True)]
+"""A list that is refused at the first wrong item: an error for each could take a thousand times the body's memory."""
 
 
 class RequestError(Exception):
@@ -42,12 +47,12 @@ class _Request(BaseModel):
     top_k: StrictInt = Field(0, ge=0, description="Sample from this many of the most likely tokens; 0: all.")
     n: StrictInt = Field(1, ge=1, le=16)
     seed: StrictInt | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: StrictStr | list[StrictStr] | None = None
+    stop: StrictStr | _List[StrictStr] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     presence_penalty: Literal[0] | None = 0
     frequency_penalty: Literal[0] | None = 0
-    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+    logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
     user: str | None = None
 
     @model_validator(mode="before")
@@ -74,7 +79,7 @@ class _Request(BaseModel):
 class Completion(_Request):
     """A request to /v1/completions."""
 
-    prompt: StrictStr | list[StrictStr] | list[StrictInt] | list[list[StrictInt]] = ""
+    prompt: StrictStr | _List[StrictStr] | _List[StrictInt] | _List[_List[StrictInt]] = ""
     max_tokens: StrictInt = Field(16, ge=1)
     echo: bool = False
     best_of: Literal[1] | None = None
@@ -106,7 +111,7 @@ class Message(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     role: Literal["system", "developer", "user", "assistant"]
-    content: StrictStr | list[TextPart]
+    content: StrictStr | _List[TextPart]
     name: str | None = None
 
     def plain(self) -> dict[str, str]:
@@ -119,10 +124,10 @@ class Message(BaseModel):
 class Chat(_Request):
     """A request to /v1/chat/completions."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: _List[Message] = Field(min_length=1)
     max_tokens: StrictInt | None = Field(None, ge=1)
     max_completion_tokens: StrictInt | None = Field(None, ge=1)
-    response_format: dict[Literal["type"], Literal["text"]] | None = None
+    response_format: Annotated[dict[Literal["type"], Literal["text"]], Field(fail_fast=True)] | None = None
     logprobs: Literal[False] | None = None
     tools: Annotated[list[Any], Field(max_length=0)] | None = None
 

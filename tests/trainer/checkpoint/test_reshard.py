@@ -185,10 +185,24 @@ def test_a_conversion_runs_nothing_that_a_checkpoint_holds(
 
     with pytest.raises(UserError, match=refusal(altered, file)):
         read()
-    monkeypatch.setattr(engine, "read_tensors", lambda *_, **__: None)  # as if it had been altered a moment later
+    monkeypatch.setattr(engine, "read_tensors", lambda *_, **__: {})  # as if it had been altered a moment later
     with pytest.raises((UserError, pickle.UnpicklingError)):
         read()
     assert not (tmp_path / "proof").exists()
+
+
+@pytest.mark.parametrize("name", ["../../elsewhere", "/elsewhere", ".."])
+@pytest.mark.parametrize("part", ["module", "param_shapes", "param_slice_mappings"])
+def test_a_conversion_writes_nowhere_else(part: str, name: str, tmp_path: Path) -> None:
+    """DeepSpeed names folders after parameters."""
+    table = {name: torch.ones(1)}
+    saved = {"module": {"module": table}, "param_shapes": {"param_shapes": [table]}}
+    saved["param_slice_mappings"] = {"optimizer_state_dict": {"param_slice_mappings": [{}, table]}}
+    file = tmp_path / "trunk" / CHECKPOINT_TAG / MODEL
+    file.parent.mkdir(parents=True)
+    torch.save(saved[part], file)
+    with pytest.raises(UserError, match=f"{MODEL}: refused: .* named {re.escape(name)}, which is a path"):
+        engine.to_universal(tmp_path / "trunk", tmp_path / "work")
 
 
 def test_a_recorded_load_that_is_no_numbers_is_refused(tmp_path: Path) -> None:

@@ -15,9 +15,12 @@ import pytest
 import torch.distributed as dist
 
 from tests.deploy.pods import can_isolate
+from tests.distributed import TIME_LIMIT
 from tests.trainer.job import ROOT
 from trainer.cluster import network
-from trainer.cluster.network import INTERFACE, address_towards, choose_gloo_interface
+from trainer.cluster.launch import free_port
+from trainer.cluster.network import INTERFACE, address_towards, choose_gloo_interface, loopback_listener
+from trainer.cluster.rendezvous import Launch, _open_stores
 
 INTERFACES = {"lo": ["127.0.0.1", "::1"], "eth0": ["10.0.0.1"], "ib0": ["10.1.0.1", "fe80::1%ib0"]}
 
@@ -40,8 +43,9 @@ def made_up_network(monkeypatch: pytest.MonkeyPatch) -> None:
         ("127.0.1.1", ["127.0.1.1", "10.1.0.2"], "ib0"),  # the store's host, which Debian knows by a loopback address
         ("", ["", "10.0.0.2"], "eth0"),
         ("fe80::1%ib0", ["::1", "fe80::1%ib0"], "ib0"),
-        ("127.0.0.1", ["127.0.0.1", "127.0.0.1"], None),  # one machine
-        ("::1", ["::1", "::1"], None),
+        ("127.0.0.1", ["127.0.0.1", "127.0.0.1"], "lo"),  # one machine
+        ("::1", ["::1", "::1"], "lo"),
+        ("", ["", ""], None),
         ("10.9.0.1", ["10.9.0.1", "127.0.0.1"], None),  # an address without an interface
     ],
 )
@@ -59,6 +63,22 @@ def test_the_users_choice_holds(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_addresses_by_route() -> None:
     assert address_towards("127.0.0.1") == "127.0.0.1"
     assert address_towards("no-such-host.invalid") == ""
+
+
+def test_the_store_of_one_machine_listens_on_localhost_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    launch = Launch(0, 1, 0, 1, "127.0.0.1", free_port())
+    stores = _open_stores(launch, timedelta(seconds=TIME_LIMIT))
+    stores[0].set("key", "value")
+    assert stores[1].get("key") == b"value"
+    listening = [own.laddr for own in psutil.Process().net_connections() if own.status == psutil.CONN_LISTEN]
+    assert [address.ip for address in listening if address.port == launch.master_port] == ["127.0.0.1"]
+    with pytest.raises(OSError, match=f"in use: '127.0.0.1:{launch.master_port}'"):
+        loopback_listener("127.0.0.1", launch.master_port)
+
+
+def test_the_store_of_several_machines_listens_on_all_addresses() -> None:
+    assert [loopback_listener(host, 0) for host in ("10.0.0.1", "node0", "localhost", "")] == [None] * 4
 
 
 def test_gloo_takes_its_interface_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from tests.trainer.export.test_export import VOCAB, exported, invoke, refused, s
 from tests.trainer.fuzzing import fuzz
 from trainer.common.errors import UserError
 from trainer.export.exported_model import load_export
+from trainer.export.model_files.modeling_unipool import UniPoolForCausalLM
 
 
 def change(file: Path, **changes: Any) -> None:
@@ -62,6 +63,25 @@ def test_damaged_exports_are_refused_in_one_line(tmp_path: Path) -> None:
         line = line_after(lambda folder, name=name: change(folder / "tokenizer_config.json", **{name: "x!"}))
         assert f"{name} is 'x!', which is not in tokenizer.json" in line
     assert "eos_token_id" in line_after(lambda folder: change(folder / "generation_config.json", eos_token_id="x"))
+
+
+def test_a_quantised_export_names_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers would fetch the kernel of attention that its config.json names, and run it."""
+    folder = shutil.copytree(exported("unipool"), tmp_path / "quantised")
+    quantised = {"quant_method": "torchao", "quant_type": {}}
+    change(folder / "config.json", attn_implementation="some/kernel", dtype="bfloat16", quantization_config=quantised)
+    configs: list[Any] = []
+
+    def fail(*_: Any, config: Any = None, **__: Any) -> None:
+        configs.append(config)
+        raise ValueError
+
+    monkeypatch.setattr(UniPoolForCausalLM, "from_pretrained", fail)
+    with pytest.raises(UserError, match="the quantised model cannot be loaded"):
+        load_export(folder)
+    (config,) = configs
+    assert config._attn_implementation is None
+    assert (config.dtype, config.quantization_config) == (torch.bfloat16, quantised)
 
 
 @fuzz(25)

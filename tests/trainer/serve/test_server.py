@@ -275,8 +275,13 @@ def test_what_is_no_request(server: Server) -> None:
 
 def test_too_many_prompts_are_refused_before_they_are_encoded(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server.service, "prompt", None)
-    with pytest.raises(openai.BadRequestError, match="asks for 8 answers; this server takes at most 7"):
+    monkeypatch.setattr(server.service, "chat_prompt", None)
+    reason = "asks for 8 answers; this server takes at most 7"
+    with pytest.raises(openai.BadRequestError, match=reason):
         server.complete(prompt=["def"] * (BATCH + QUEUE + 1))
+    chat: list[Any] = [{"role": "user", "content": "def"}]
+    with pytest.raises(openai.BadRequestError, match=reason):
+        server.client().chat.completions.create(model="small", messages=chat, n=BATCH + QUEUE + 1)
 
 
 def test_an_unexpected_error_leaves_no_client_waiting(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
