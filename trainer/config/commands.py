@@ -90,11 +90,11 @@ def init(name: str, base: str, source: str | None, devices: int | None, force: b
         print(f"  {command:<32}  # {meaning}")
 
 
-@click.command(short_help="Print the script with which a shell completes commands.")
+@click.command(short_help="Print the completion script for a shell.")
 @click.argument("shell", metavar="SHELL", type=click.Choice(SHELLS))
 @click.pass_context
 def completion(context: click.Context, shell: str) -> None:
-    """Print the script with which SHELL completes commands, options, recipes, keys of --set and folders of runs.
+    """Print the script that completes commands, options, recipes, keys of --set and folders of runs in SHELL.
 
     SHELL is bash, zsh or fish. For bash, put the line eval "$(unipool completion bash)" into ~/.bashrc; for zsh, put
     eval "$(unipool completion zsh)" into ~/.zshrc, behind compinit; for fish, write the script to

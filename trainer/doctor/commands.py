@@ -28,7 +28,7 @@ _COLOURS = {"ok": "green", "warning": "yellow", "error": "red"}
 def doctor(recipe: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
     """Check whether this machine is ready to train: versions, devices, limits, memory, disks, network, clock.
 
-    Each line says what was found and, if it is not well, how to mend it. With RECIPE, also check what the recipe needs:
+    Each line says what was found and, if need be, how to fix it. With RECIPE, also check what the recipe needs:
     devices for its ranks, memory by the estimate of `plan`, space for checkpoints, its text, free ports. Nothing is
     changed; a file is written to the disks and removed to measure their speed. Each check has a time limit.
 

@@ -23,8 +23,8 @@ _BLOCK, _MOST_BYTES, _MOST_SECONDS = 4 << 20, 64 << 20, 2.0
 _SLOW = 20e6
 """Bytes/s below which a checkpoint keeps a run waiting."""
 _SPARE = 10**9
-_SAVED_BYTES = 12
-"""Of a parameter in a checkpoint: the weight and AdamW's two moments, in fp32."""
+_SAVED_BYTES, _SAVED_BYTES_OF_ZERO_1_AND_2 = 12, 16
+"""Of a parameter in a checkpoint: the weight and AdamW's two moments, in fp32. Stages 1 and 2 save the weight twice."""
 _SLOW_MEND = "use another disk: checkpoints take long to save"
 
 
@@ -32,7 +32,7 @@ def folder_of_run(recipe: Recipe | None) -> Iterator[Finding]:
     """Where checkpoints go."""
     needed, needs = _SPARE, ""
     if recipe is not None:
-        each, kept = _SAVED_BYTES * count_parameters(recipe).total, recipe.checkpoint.keep + 1
+        each, kept = _checkpoint_bytes(recipe), recipe.checkpoint.keep + 1
         needs = f"; {plural(kept, 'checkpoint')} of {size(each)} need {size(each * kept)}"
         needed = max(each, each * kept - _held(Path(recipe.run.dir) / "checkpoints"))
     yield _folder("run.dir", Path(recipe.run.dir if recipe else "runs"), needed, needs, "checkpoint.keep")
@@ -71,6 +71,15 @@ def _folder(about: str, folder: Path, needed: float, needs: str, key: str) -> Fi
     if free < needed:
         return error(about, found, f"free some space, set another folder, or lower {key}")
     return warning(about, found, _SLOW_MEND) if speed < _SLOW else ok(about, found)
+
+
+def _checkpoint_bytes(recipe: Recipe) -> int:
+    count, p = count_parameters(recipe), recipe.parallel
+    by_stage = ((count.trunk, p.trunk_zero), (count.pool, p.pool_zero))
+    return sum(
+        parameters * (_SAVED_BYTES_OF_ZERO_1_AND_2 if stage in (1, 2) else _SAVED_BYTES)
+        for parameters, stage in by_stage
+    )
 
 
 def _held(folder: Path) -> int:

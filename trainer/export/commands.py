@@ -63,9 +63,9 @@ def export(
     """Export a run's newest checkpoint, or the checkpoint RUN (checkpoints/step_*), to the folder OUT.
 
     An export of format hf is loaded by transformers without this trainer: AutoModelForCausalLM.from_pretrained(OUT,
-    trust_remote_code=True). Both formats contain the same tensors, which are named as in LLaMA. The pool is stored
-    once, as model.experts.I.{gate,up,down}_proj.weight. An export of format hf also has a model card, README.md, with
-    the run's facts.
+    trust_remote_code=True). All formats contain the same tensors, which are named as in LLaMA. The pool is stored
+    once, as model.experts.I.{gate,up,down}_proj.weight. Exports of formats hf and llama also have a model card,
+    README.md, with the run's facts.
 
     \b
     Examples:

@@ -45,7 +45,7 @@ def _shared_errors() -> Iterator[None]:
 
 
 class ExportedWeights:
-    """The weights that a recipe's run starts from: an export of either format.
+    """The weights that a recipe's run starts from: an export of any format.
 
     Raises:
         SharedUserError: `train.init_from` does not name an export.

@@ -57,7 +57,7 @@ def _show(written: dict[str, Any], as_json: bool) -> None:
         print(f"{size:>16,} bytes  {name}")
 
 
-@click.command("import", short_help="Make a Hugging Face checkpoint an export to train on from.")
+@click.command("import", short_help="Convert a Hugging Face checkpoint to an export to start from.")
 @_writes
 @count_option("--seq-len", "Tokens per sequence.  [default: max_position_embeddings in SOURCE]", metavar="N")
 def import_(
@@ -117,7 +117,7 @@ _distance_option = click.option(
 )
 
 
-@click.command(short_help="Make a dense or vanilla model one with a pool that computes the same.")
+@click.command(short_help="Turn a dense or vanilla model into one with a pool that computes the same.")
 @_writes
 @count_option("--experts", "Experts of the pool, for a dense model.  [default: two for each layer]", metavar="M")
 @count_option("--top-k", "Experts per token, for a dense model.", 2, metavar="K")
@@ -141,7 +141,7 @@ def upcycle(
     as_json: bool,
     **how: Any,
 ) -> None:
-    """Make SOURCE a model whose layers share one pool, and write it as an export to OUT, as `import` does.
+    """Turn SOURCE into a model whose layers share one pool, and write it as an export to OUT, as `import` does.
 
     SOURCE is a run, an export, or a Hugging Face checkpoint that `import` accepts. If it is dense, the pool has copies
     of each layer's FFN. If its layers have their own experts, the pool has all of them. Each layer's router starts at

@@ -117,7 +117,10 @@ def test_launchers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def test_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (found,) = storage.folder_of_run(two_ranks(f"run.dir={tmp_path}/a/b", "checkpoint.keep=3"))
-    assert found.status in ("ok", "warning") and "; 4 checkpoints of 88.9 MB need 356 MB; writes" in found.found
+    assert found.status in ("ok", "warning") and "; 4 checkpoints of 119 MB need 474 MB; writes" in found.found
+    zero_0 = ("parallel.trunk_zero=0", "parallel.pool_zero=0")
+    (found,) = storage.folder_of_run(two_ranks(f"run.dir={tmp_path}/a/b", *zero_0))
+    assert "; 3 checkpoints of 88.9 MB need 267 MB; writes" in found.found
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").touch()
     (found,) = storage.folder_of_data(two_ranks(f"data.dir={tmp_path}/file/data"))
@@ -127,7 +130,7 @@ def test_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert found.status == "error" and "200 MB free" in found.found and "lower checkpoint.keep" in found.mend
     (tmp_path / "run/checkpoints/step_1").mkdir(parents=True)  # has some of what it needs
     with open(tmp_path / "run/checkpoints/step_1/model", "wb") as file:
-        file.truncate(10**8)
+        file.truncate(2 * 10**8)
     (found,) = storage.folder_of_run(two_ranks(f"run.dir={tmp_path}/run"))
     assert found.status != "error"
     monkeypatch.setenv("XDG_CACHE_HOME", f"{tmp_path}/file")
