@@ -244,11 +244,13 @@ def _open_stores(launch: Launch, timeout: timedelta) -> tuple[dist.TCPStore, dis
     if launch.rank:
         wait_for_listener(launch.master_addr, launch.master_port)
     hosts_it = launch.rank == 0 and not agent_hosts_it
+    # Node 0 of several may know itself by a loopback address, while the others have its name.
+    alone = launch.local_world_size == launch.world_size
     store = dist.TCPStore(
         launch.master_addr,
         launch.master_port,
         is_master=hosts_it,
-        master_listen_fd=loopback_listener(launch.master_addr, launch.master_port) if hosts_it else None,
+        master_listen_fd=loopback_listener(launch.master_addr, launch.master_port) if hosts_it and alone else None,
         timeout=timeout,
         wait_for_workers=False,  # the exchange of arrivals waits for them, and can name the missing ones
     )

@@ -379,8 +379,9 @@ def to_universal(folder: Path, target: Path) -> None:
     _import_deepspeed()
     from deepspeed.checkpoint.ds_to_universal import main
 
-    for file in sorted((folder / CHECKPOINT_TAG).glob("*.pt")):
-        refuse_paths(file, read_tensors(file, mmap=True))  # names what must be refused, which the conversion does not
+    for file in sorted((folder / CHECKPOINT_TAG).rglob("[!.]*")):  # it reads files of any ending, also in folders
+        if file.is_file():
+            refuse_paths(file, read_tensors(file, mmap=True))  # names what is refused, which the conversion does not
 
     options = argparse.Namespace(
         input_folder=str(folder / CHECKPOINT_TAG),

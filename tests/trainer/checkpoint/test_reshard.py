@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from deepspeed.checkpoint.constants import AUTOEP_LAYERS_KEY, AUTOEP_LAYERS_KEY_LEGACY
 
 from pool.placement import contiguous
 from tests.distributed import RankFailed
@@ -192,17 +193,36 @@ def test_a_conversion_runs_nothing_that_a_checkpoint_holds(
 
 
 @pytest.mark.parametrize("name", ["../../elsewhere", "/elsewhere", ".."])
-@pytest.mark.parametrize("part", ["module", "param_shapes", "param_slice_mappings"])
+@pytest.mark.parametrize("part", ["module", "param_shapes", "param_slice_mappings", "by_group"])
 def test_a_conversion_writes_nowhere_else(part: str, name: str, tmp_path: Path) -> None:
     """DeepSpeed names folders after parameters."""
     table = {name: torch.ones(1)}
-    saved = {"module": {"module": table}, "param_shapes": {"param_shapes": [table]}}
+    saved: dict[str, dict[str, Any]] = {"module": {"module": table}, "param_shapes": {"param_shapes": [table]}}
     saved["param_slice_mappings"] = {"optimizer_state_dict": {"param_slice_mappings": [{}, table]}}
-    file = tmp_path / "trunk" / CHECKPOINT_TAG / MODEL
-    file.parent.mkdir(parents=True)
-    torch.save(saved[part], file)
+    saved["by_group"] = {"optimizer_state_dict": {"param_slice_mappings": {0: table}}}
     with pytest.raises(UserError, match=f"{MODEL}: refused: .* named {re.escape(name)}, which is a path"):
-        engine.to_universal(tmp_path / "trunk", tmp_path / "work")
+        convert_file(tmp_path, MODEL, saved[part])
+
+
+@pytest.mark.parametrize("file", [f"deeper/{MODEL}", "mp_rank_00", OPTIMIZER])
+def test_a_conversion_looks_at_every_file(file: str, tmp_path: Path) -> None:
+    """DeepSpeed takes files by how their names begin, also those in folders."""
+    with pytest.raises(UserError, match=f"{file}: refused: "):
+        convert_file(tmp_path, file, {"module": {"../elsewhere": torch.ones(1)}})
+
+
+@pytest.mark.parametrize("key", [AUTOEP_LAYERS_KEY, AUTOEP_LAYERS_KEY_LEGACY])
+def test_a_conversion_knows_no_experts_of_deepspeed(key: str, tmp_path: Path) -> None:
+    """It would name folders after their prefixes."""
+    with pytest.raises(UserError, match=f"{MODEL}: refused: it has {key}, which no checkpoint of this trainer has"):
+        convert_file(tmp_path, MODEL, {key: [{"expert_key_prefix": "../../elsewhere"}]})
+
+
+def convert_file(tmp_path: Path, name: str, saved: dict[str, Any]) -> None:
+    file = tmp_path / "trunk" / CHECKPOINT_TAG / name
+    file.parent.mkdir(parents=True)
+    torch.save(saved, file)
+    engine.to_universal(tmp_path / "trunk", tmp_path / "work")
 
 
 def test_a_recorded_load_that_is_no_numbers_is_refused(tmp_path: Path) -> None:

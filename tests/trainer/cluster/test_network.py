@@ -65,20 +65,29 @@ def test_addresses_by_route() -> None:
     assert address_towards("no-such-host.invalid") == ""
 
 
+def listening_on(port: int) -> set[str]:
+    listening = [own.laddr for own in psutil.Process().net_connections() if own.status == psutil.CONN_LISTEN]
+    return {address.ip for address in listening if address.port == port}
+
+
 def test_the_store_of_one_machine_listens_on_localhost_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
     launch = Launch(0, 1, 0, 1, "127.0.0.1", free_port())
     stores = _open_stores(launch, timedelta(seconds=TIME_LIMIT))
     stores[0].set("key", "value")
     assert stores[1].get("key") == b"value"
-    listening = [own.laddr for own in psutil.Process().net_connections() if own.status == psutil.CONN_LISTEN]
-    assert [address.ip for address in listening if address.port == launch.master_port] == ["127.0.0.1"]
+    assert listening_on(launch.master_port) == {"127.0.0.1"}
     with pytest.raises(OSError, match=f"in use: '127.0.0.1:{launch.master_port}'"):
         loopback_listener("127.0.0.1", launch.master_port)
 
 
-def test_the_store_of_several_machines_listens_on_all_addresses() -> None:
+def test_the_store_of_several_machines_listens_on_all_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [loopback_listener(host, 0) for host in ("10.0.0.1", "node0", "localhost", "")] == [None] * 4
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    node_0 = Launch(0, 2, 0, 1, "127.0.0.1", free_port())
+    stores = _open_stores(node_0, timedelta(seconds=TIME_LIMIT))
+    assert stores[0].port == node_0.master_port
+    assert listening_on(node_0.master_port) in ({"::"}, {"0.0.0.0"}, {"::", "0.0.0.0"})
 
 
 def test_gloo_takes_its_interface_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
