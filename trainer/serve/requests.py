@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictInt, StrictStr, model_validator
+from pydantic_core import PydanticCustomError
 
 from trainer.common.errors import one_line
 
@@ -121,13 +122,19 @@ class Message(BaseModel):
         return {"role": self.role, "content": text}
 
 
+def _text_only(format_: dict[str, Any]) -> dict[str, Any]:
+    if format_ not in ({}, {"type": "text"}):
+        raise PydanticCustomError("format", "Input should have the type 'text' and nothing else")
+    return format_
+
+
 class Chat(_Request):
     """A request to /v1/chat/completions."""
 
     messages: _List[Message] = Field(min_length=1)
     max_tokens: StrictInt | None = Field(None, ge=1)
     max_completion_tokens: StrictInt | None = Field(None, ge=1)
-    response_format: Annotated[dict[Literal["type"], Literal["text"]], Field(fail_fast=True)] | None = None
+    response_format: Annotated[dict[str, Any], AfterValidator(_text_only)] | None = None
     logprobs: Literal[False] | None = None
     tools: Annotated[list[Any], Field(max_length=0)] | None = None
 

@@ -65,7 +65,7 @@ def train(
     Under a launcher (deepspeed, torchrun, mpirun) the command is one rank of the job. Without a launcher it starts the
     whole job on this machine, or one node's ranks with --hostfile, through the deepspeed launcher. On SIGTERM or
     SIGUSR1 the job saves a checkpoint and ends with status 75 on all nodes. The status is 3 if the model has diverged:
-    the last validation loss is not finite or, with a section lock, has risen since the assignment.
+    the last validation loss is not finite or, with a section lock, has risen above what lock.stop_above allows.
 
     With --dry-run, all ranks start as usual, and once make a step, evaluate, generate text, save a checkpoint and read
     it back, in a hidden folder beside that of the run, which is then removed. The data is the prepared one, or some of
