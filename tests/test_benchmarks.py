@@ -17,7 +17,7 @@ from tests.benchmarks.experts import SHAPES, DenseFFN, Shape, Work, experts_rati
 from tests.benchmarks.saving import saving_results
 from tests.benchmarks.startup import startup_results
 from tests.benchmarks.step import choose, step_ratios
-from tests.benchmarks.step_forms import CONTENDERS, MODEL_OF, Form, KnownForms, recipe
+from tests.benchmarks.step_forms import CONTENDERS, FOUR_RANKS, MODEL_OF, Form, KnownForms, recipe
 
 RANK = """
 import os, sys
@@ -161,7 +161,7 @@ def test_saving_reports_longer_steps_and_seconds() -> None:
 def test_every_form_has_the_same_step(name: str, shape: str, tmp_path: Path) -> None:
     """A step has equally many tokens in every form, and a token can reach equally many experts over all layers."""
     s = step_forms.SHAPES[shape]
-    for form in (larger for first in CONTENDERS[name] for larger in with_larger(first)):
+    for form in (larger for first in (CONTENDERS | FOUR_RANKS)[name] for larger in with_larger(first)):
         made = recipe(MODEL_OF[name], form, s, "fp32", tmp_path)
         assert made.grid.world_size == form.ranks
         assert made.micro_batches * made.parallel.trunk_ranks == form.micro_batches
@@ -180,6 +180,7 @@ def with_larger(form: Form) -> list[Form]:
 def test_forms_fill_two_cores() -> None:
     assert all(x.ranks * x.threads == 2 for forms in CONTENDERS.values() for x in forms)
     assert str(Form(2, 1, "dedicated", compiled=True)) == "1 trunk + 1 pool rank, compiled, 4 micro-batches a step"
+    assert str(Form(4, 1, "dedicated")) == "2 trunk + 2 pool ranks, 4 micro-batches a step"
     assert [form.micro_batches for form in with_larger(Form(2, 1))] == [4, 2]
     assert [form.micro_batches for form in with_larger(Form(1, 2))] == [4, 2, 1]
     assert [form.micro_batches for form in with_larger(Form(2, 1, "dedicated"))] == [4, 2, 1]

@@ -8,7 +8,8 @@ would be chosen for that; two cores only allow 1 + 1.
 
 Every contender is tried in several forms: two ranks of one thread or one rank of two threads, with torch.compile and
 without, all with 4 micro-batches a step; then the fastest of them with fewer and larger ones, as long as that is faster
-still. The fastest form is kept.
+still. The fastest form is kept. `two_plus_two`, `colocated_4` and `every_rank_4` are UniPool's layouts on four ranks, two
+of which share a core; they only run if they are named.
 
 python -m tests.benchmarks.step [--shape 182m] [--precision bf16] [--only NAME] [--forms FILE] [--rounds 8] [--json]
 """
@@ -30,7 +31,7 @@ from tqdm import tqdm
 from tests.benchmarks.contenders import Contender, ContenderFailed, end_in_order
 from tests.benchmarks.peers import peers_python
 from tests.benchmarks.report import print_report, ratios
-from tests.benchmarks.step_forms import CONTENDERS, PRECISIONS, SHAPES, Form, KnownForms, contender
+from tests.benchmarks.step_forms import CONTENDERS, FOUR_RANKS, PRECISIONS, SHAPES, Form, KnownForms, contender
 
 CORES = 2
 TRIALS = 2
@@ -45,6 +46,8 @@ RATIOS = {
     "one_plus_one_over_dense": (("one_plus_one",), ("dense",)),
     "every_rank_over_best_peer": (("every_rank",), ("hugging_face", "deepspeed_moe")),
     "best_layout_over_best_peer": (OUR_LAYOUTS, ("hugging_face", "deepspeed_moe")),
+    "two_plus_two_over_every_rank_4": (("two_plus_two",), ("every_rank_4",)),
+    "every_rank_4_over_colocated_4": (("every_rank_4",), ("colocated_4",)),
 }
 """Ratios of speeds: the fastest of the first, by its median over the rounds, over the fastest of the second."""
 
@@ -162,7 +165,13 @@ def _notes(precision: str, tokens: int, seconds: dict[str, list[float]], kept: d
     "--shape", default="small", show_default=True, type=click.Choice(list(SHAPES)), help="Shape of the model."
 )
 @click.option("--precision", "precisions", multiple=True, type=click.Choice(list(PRECISIONS)), help="Default: both.")
-@click.option("--only", "names", multiple=True, type=click.Choice(list(CONTENDERS)), help="Contenders; default: all.")
+@click.option(
+    "--only",
+    "names",
+    multiple=True,
+    type=click.Choice([*CONTENDERS, *FOUR_RANKS]),
+    help="Contenders; default: all that run on at most two ranks.",
+)
 @click.option(
     "--forms",
     type=click.Path(dir_okay=False, path_type=Path),

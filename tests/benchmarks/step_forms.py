@@ -78,24 +78,34 @@ class Form:
     compiled: bool = False
     micro_batches: int = MICRO_BATCHES
 
+    @property
+    def pool_ranks(self) -> int:
+        """Ranks that hold only experts."""
+        return self.ranks // 2 if self.layout == "dedicated" else 0
+
+    @property
+    def trunk_ranks(self) -> int:
+        """Data-parallel ranks."""
+        return self.ranks - self.pool_ranks
+
     def larger(self) -> Form | None:
         """The same form with micro-batches twice as large, or None if then a rank would have none."""
-        data_parallel = self.ranks - (self.layout == "dedicated")
         half = self.micro_batches // 2
-        return replace(self, micro_batches=half) if half >= data_parallel else None
+        return replace(self, micro_batches=half) if half >= self.trunk_ranks else None
 
     def __str__(self) -> str:
+        number = {1: "one", 2: "two", 4: "four"}[self.ranks]
         ranks = {
-            "dedicated": "1 trunk + 1 pool rank",
-            "every_rank": "two ranks, each trunk and pool",
-            "colocated": "two ranks of one thread" if self.ranks == 2 else "one rank of two threads",
+            "dedicated": f"{self.trunk_ranks} trunk + {self.pool_ranks} pool rank{'s' if self.pool_ranks > 1 else ''}",
+            "every_rank": f"{number} ranks, each trunk and pool",
+            "colocated": f"{number} ranks of one thread" if self.ranks > 1 else "one rank of two threads",
         }[self.layout]
         compiled = ", compiled" if self.compiled else ""
         return f"{ranks}{compiled}, {self.micro_batches} micro-batch{'es' if self.micro_batches > 1 else ''} a step"
 
 
 def _forms(*layouts: Form) -> tuple[Form, ...]:
-    return tuple(Form(f.ranks, f.threads, f.layout, compiled) for f in layouts for compiled in (False, True))
+    return tuple(replace(form, compiled=compiled) for form in layouts for compiled in (False, True))
 
 
 EITHER = _forms(Form(2, 1), Form(1, 2))
@@ -110,20 +120,26 @@ CONTENDERS = {
 }
 """Contenders, and the forms in which each is tried."""
 
+FOUR_RANKS = {
+    "two_plus_two": _forms(Form(4, 1, "dedicated", micro_batches=8)),
+    "colocated_4": _forms(Form(4, 1, micro_batches=8)),
+    "every_rank_4": _forms(Form(4, 1, "every_rank", micro_batches=8)),
+}
+"""UniPool on four ranks, two of which share a core: what the layouts compute and copy is compared, not their waits."""
+
 MODEL_OF = {
     "one_plus_one": "unipool",
     "colocated": "unipool",
     "every_rank": "unipool",
     "vanilla": "vanilla",
     "dense": "dense",
+    **dict.fromkeys(FOUR_RANKS, "unipool"),
 }
 PEERS = {"hugging_face": "peer_hf.py", "deepspeed_moe": "peer_deepspeed.py"}
 
 
 def recipe(model: str, form: Form, shape: Shape, precision: str, folder: Path) -> Recipe:
     """Make the recipe of one of our models in a form, with as many lanes as a rank has micro-batches."""
-    pool_ranks = int(form.layout == "dedicated")
-    trunk_ranks = form.ranks - pool_ranks
     sections: dict[str, Any] = {
         "run": {"dir": str(folder)},
         "model": shape.model,
@@ -139,9 +155,9 @@ def recipe(model: str, form: Form, shape: Shape, precision: str, folder: Path) -
         "data": {"source": "unused", "tokenizer": "unused"},
         "parallel": {
             "layout": form.layout,
-            "trunk_ranks": trunk_ranks,
-            "pool_ranks": pool_ranks,
-            "lanes": form.micro_batches // trunk_ranks,
+            "trunk_ranks": form.trunk_ranks,
+            "pool_ranks": form.pool_ranks,
+            "lanes": form.micro_batches // form.trunk_ranks,
             "trunk_zero": 0,
             "pool_zero": 0,
             "timeout_seconds": 300.0,
@@ -196,7 +212,7 @@ class KnownForms:
     def to_try(self, name: str, shape: str, precision: str) -> tuple[Form, ...]:
         """Return the form that was kept before, or else all of a contender's forms."""
         known = self._known.get(f"{shape} {precision} {name}")
-        return (Form(**known),) if known else CONTENDERS[name]
+        return (Form(**known),) if known else (CONTENDERS | FOUR_RANKS)[name]
 
     def keep(self, name: str, shape: str, precision: str, form: Form) -> None:
         """Write down which form was kept."""
