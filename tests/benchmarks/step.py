@@ -8,8 +8,8 @@ would be chosen for that; two cores only allow 1 + 1.
 
 Every contender is tried in several forms: two ranks of one thread or one rank of two threads, with torch.compile and
 without, all with 4 micro-batches a step; then the fastest of them with fewer and larger ones, as long as that is faster
-still. The fastest form is kept. `two_plus_two`, `colocated_4` and `every_rank_4` are UniPool's layouts on four ranks, two
-of which share a core; they only run if they are named.
+still. The fastest form is kept. `two_plus_two`, `colocated_4` and `every_rank_4` are UniPool's layouts on four ranks,
+two of which share a core; they only run if they are named.
 
 python -m tests.benchmarks.step [--shape 182m] [--precision bf16] [--only NAME] [--forms FILE] [--rounds 8] [--json]
 """
