@@ -75,6 +75,8 @@ class FaultWatch:
                     self._on_signal(number)
             elif any(has_ended(p) for p in self._launchers):
                 self._exit("its launcher is gone", 1)
+            elif self._liveness and self._liveness.overdue and (missing := self._missing(self._liveness)):
+                self._exit(missing, 1)
 
     def _on_signal(self, number: int) -> None:
         if self.saved:
@@ -134,10 +136,15 @@ class FaultWatch:
             return f"{dead} died first"
         if self._liveness is None or not from_peers(str(error)):
             return ""
-        if silent := self._liveness.silent():
-            return f"{self._liveness.describe(silent)} does not respond"
-        if ran_out(str(error)) and (late := self._liveness.late()):
-            return f"{self._liveness.describe(late)} has not reached this point"
+        return self._missing(self._liveness, ran_out(str(error)))
+
+    @staticmethod
+    def _missing(liveness: Liveness, ask_for_late: bool = True) -> str:
+        """Say which ranks do not respond or, if asked, have not come to where this one waits; "" if none."""
+        if silent := liveness.silent():
+            return f"{liveness.describe(silent)} does not respond"
+        if ask_for_late and (late := liveness.late()):
+            return f"{liveness.describe(late)} has not reached this point"
         return ""
 
     def _let_others_end_first(self) -> None:

@@ -7,6 +7,7 @@ others. Ranks here are the launcher's, because the job's ranks are known only on
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
@@ -73,8 +74,8 @@ class Liveness:
         beats: The same store for heartbeats, over a connection of its own.
 
     Attributes:
-        meetings: How often this rank has come to where all ranks wait for each other. They come to the same places in
-            the same order, so a rank for which others wait has a lower number, which its heartbeat tells.
+        meetings: How often this rank has come to where ranks wait for each other. All of them come to the same places
+            in the same order, so a rank for which others wait has a lower number, which its heartbeat tells.
     """
 
     def __init__(self, rank: int, names: Sequence[str], store: Any, beats: Any):
@@ -84,6 +85,7 @@ class Liveness:
         self._store, self._beats = store, beats
         self._arrivals: list[Arrival] = []
         self._stopped = threading.Event()
+        self._patience_ends = math.inf
         self._heartbeat = threading.Thread(target=self._beat, daemon=True, name="heartbeat")
 
     def exchange_arrivals(self, own: Arrival) -> list[Arrival]:
@@ -114,6 +116,20 @@ class Liveness:
                 self._beats.set(str(self._rank), f"{count} {self.meetings}")
             except RuntimeError:  # the store's host is gone, which whoever waits for it reports
                 return
+
+    def arrive(self, limit: timedelta | None = None) -> None:
+        """Note that this rank has come to the next meeting.
+
+        Args:
+            limit: How long it waits there before `overdue` is true; None if what it waits with has a limit of its own.
+        """
+        self.meetings += 1
+        self._patience_ends = math.inf if limit is None else time.monotonic() + limit.total_seconds()
+
+    @property
+    def overdue(self) -> bool:
+        """Whether the limit of the last meeting has passed, and this rank has come to no other since."""
+        return time.monotonic() > self._patience_ends
 
     def dead(self) -> list[int]:
         """Return the ranks of this machine whose process is gone."""

@@ -19,8 +19,11 @@ from trainer.cluster.liveness import PeerLost
 from trainer.cluster.rendezvous import Member
 from trainer.config.recipe import Recipe
 
-_WATCHDOG_LIMITS = 5
-"""Limit of torch's own watchdog of NCCL, in limits of a step, whose waits shall name what takes too long before."""
+_WATCHDOG_LIMITS, _REDUCTION_LIMITS = 5, 2
+"""Limits of torch's own watchdog of NCCL, and of this rank's patience with a reduction by NCCL, in limits of a step.
+
+The waits of a step name most, so they end first. The watchdog names nothing, and ends the process last.
+"""
 
 
 class Job:
@@ -48,6 +51,7 @@ class Job:
         self.device, self.payload_device, self.devices = member.device, member.payload_device, member.devices
         self.shared, self.liveness, self._store = member.shared, member.liveness, member.store
         self.timeout = timedelta(seconds=recipe.parallel.timeout_seconds)
+        self._patience: timedelta | None = None
         self.start_timeout = timedelta(seconds=recipe.parallel.start_timeout_seconds)
         self._choose_gpu()
         self._wait_for_all()
@@ -136,12 +140,21 @@ class Job:
         for group in dist.distributed_c10d._world.pg_map:
             for device in group._device_types:
                 backend = group._get_backend(device)
-                limits = _WATCHDOG_LIMITS if backend.name() == "nccl" else 1
+                limits = 1
+                if backend.name() == "nccl":
+                    limits, self._patience = _WATCHDOG_LIMITS, _REDUCTION_LIMITS * self.timeout
                 backend._set_default_timeout(limits * self.timeout)
+
+    def reducing(self) -> None:
+        """Note that this rank is about to wait for others of its role. All ranks do so at the same points of a step.
+
+        Nothing that NCCL reduces has a limit on the host, so that the fault watch ends a rank which waits too long.
+        """
+        self.liveness.arrive(self._patience)
 
     def sum_over_ranks(self, values: Sequence[float]) -> list[float]:
         """Return the sum of every rank's values, in float64, the same on all ranks. A collective of all ranks."""
-        self.liveness.meetings += 1
+        self.liveness.arrive()
         total = torch.tensor(values, dtype=torch.float64)
         add_up(self._control, total, self.timeout)
         return total.tolist()
@@ -153,7 +166,7 @@ class Job:
 
     def barrier(self) -> None:
         """Wait for all ranks with the start-up's time limit: at the start, around checkpoints, at the end."""
-        self.liveness.meetings += 1
+        self.liveness.arrive()
         options = dist.AllreduceOptions()
         options.timeout = self.start_timeout
         self._control.allreduce([torch.zeros(1)], options).wait(self.start_timeout)

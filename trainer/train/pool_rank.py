@@ -88,6 +88,7 @@ class PoolRank:
             self._service.serve(self.plan.slots, step)
             reduce_expert_gradients(self._shard, self._recipe)
             self.clock.computed()
+            self._job.reducing()
         norm = float(self._engine.grad_norm())
         self._wire.settle()
         return 0.0 if self._job.role_rank else squared_norm(norm)
@@ -104,6 +105,7 @@ class PoolRank:
         """Serve the trunk ranks' evaluation of `batches` global batches. A pool rank knows neither loss nor load."""
         self._service.serve(self.schedule.evaluation(batches * self._recipe.micro_batches).slots, step)
         self._wire.settle()
+        self._job.reducing()
         return math.nan, None
 
     def generate(self, tokens: int, step: int) -> None:

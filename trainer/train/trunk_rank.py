@@ -165,6 +165,7 @@ class TrunkRank:
             results = self._pool.run(self._micro_batches(step), order, step, self.plan.slots)
             self._pool_side.reduce_gradients()
             self.clock.computed()
+            self._job.reducing()
         norms = [engine.grad_norm() for engine in self.engines.values()]
         self._results = reduce_results(results, norms, self._job)
         self.load_LM = self._results.load_LM

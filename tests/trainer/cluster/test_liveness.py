@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -25,9 +26,9 @@ def test_a_rank_that_others_wait_for_is_late() -> None:
     with ThreadPoolExecutor(2) as threads:
         list(threads.map(lambda rank: rank.exchange_arrivals(Arrival("", "", Sight("host", 0))), ranks))
     assert [rank.late() for rank in ranks] == [[], []]
-    ranks[0].meetings = 1
+    ranks[0].arrive()
     assert [rank.late() for rank in ranks] == [[1], []]
-    ranks[1].meetings = 1
+    ranks[1].arrive()
     deadline = time.monotonic() + TIME_LIMIT
     while ranks[0].late():  # until the next heartbeat
         assert time.monotonic() < deadline
@@ -44,6 +45,18 @@ def two_ranks() -> Liveness:
     return Liveness(0, ["trunk", "pool"], store, store)
 
 
+def test_a_rank_is_overdue_until_it_comes_to_another_meeting() -> None:
+    rank = two_ranks()
+    assert not rank.overdue
+    rank.arrive(timedelta(seconds=-1))
+    assert rank.overdue
+    rank.arrive(timedelta(hours=1))
+    assert not rank.overdue
+    rank.arrive(timedelta(seconds=-1))
+    rank.arrive()
+    assert not rank.overdue
+
+
 def test_a_rank_that_ends_once_all_have_met_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     """As one that finds a user's mistake in what all have told, while another has not yet read its last answer."""
     ranks, answered = two_ranks(), threading.Event()
@@ -56,6 +69,33 @@ def test_a_rank_that_asks_who_is_silent_is_not(monkeypatch: pytest.MonkeyPatch) 
     """Its thread for the heartbeat may have been as late as it was itself."""
     monkeypatch.setattr(liveness, "BEAT_SECONDS", 0.01)
     assert two_ranks()._without_heartbeat() == [1]
+
+
+@pytest.mark.parametrize(
+    "silent, late, said",
+    [([1], [1, 2], "trunk 1 does not respond"), ([], [2], "trunk 2 has not reached this point")],
+)
+def test_a_rank_that_waits_too_long_for_a_gpu_says_for_whom(
+    silent: list[int], late: list[int], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its main thread waits for NCCL, without a limit. As long as nobody is missing, it goes on."""
+    watch = FaultWatch.__new__(FaultWatch)  # its constructor takes over signals
+    watch.name, watch.phase, watch._leaving, watch._launchers = "rank 0 (trunk 0)", "the step", False, []
+    answers = iter([[], late])
+    watch._liveness = MagicMock(
+        overdue=True,
+        silent=lambda: silent,
+        late=lambda: next(answers),
+        describe=lambda ranks: " and ".join(f"trunk {rank}" for rank in ranks),
+    )
+    monkeypatch.setattr(fault_watch.os, "_exit", MagicMock(side_effect=SystemExit))
+    read_end, write_end = os.pipe()
+    with pytest.raises(SystemExit):
+        watch._watch(read_end)
+    os.close(read_end)
+    os.close(write_end)
+    assert capsys.readouterr().err == f"unipool: rank 0 (trunk 0) stopped during the step: {said}\n"
+    assert fault_watch.os._exit.call_args.args == (1,)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,13 @@ def test_limits_of_torch_s_groups_in_a_step(monkeypatch: pytest.MonkeyPatch) -> 
         for backends in ({cpu: gloo, gpu: gloo}, {cpu: on_host, gpu: nccl})
     ]
     monkeypatch.setattr(dist.distributed_c10d, "_world", SimpleNamespace(pg_map=groups))
-    Job.limit_waits(SimpleNamespace(timeout=timedelta(seconds=60)))  # type: ignore[arg-type]
+    arrived: list[timedelta | None] = []
+    liveness = SimpleNamespace(arrive=arrived.append)
+    job: Any = SimpleNamespace(timeout=timedelta(seconds=60), liveness=liveness, _patience=None)
+    Job.reducing(job)
+    Job.limit_waits(job)
+    Job.reducing(job)
+    assert arrived == [None, timedelta(seconds=120)]
     assert [backend.limit.total_seconds() for backend in (gloo, on_host, nccl)] == [60, 60, 300]
 
 
@@ -124,6 +130,7 @@ def _limits_in_a_step(recipe: Recipe) -> list[float]:
     job, cpu = join(recipe), torch.device("cpu")
     dist.new_group([0], timeout=timedelta(seconds=70))
     job.limit_waits()
+    assert job._patience is None
     return [group._get_backend(cpu).options._timeout.total_seconds() for group in dist.distributed_c10d._world.pg_map]
 
 

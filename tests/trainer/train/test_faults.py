@@ -158,8 +158,8 @@ def test_an_exception_is_named_by_both(
     assert_named(job.log(1 - victim), STEP, victim, "died")
 
 
-STOPPED_REPLICA = "gradients of replicas"
-"""The stop in which both ranks wait for each other in DeepSpeed only."""
+STOPPED_REPLICA, STUCK_REPLICA = IN_DEEPSPEED = "gradients of replicas", "gradients of replicas, stuck"
+"""The stops in which both ranks wait for each other in DeepSpeed only."""
 
 # Long enough that only the stopped rank is late, on a busy machine too.
 LIMIT = 8.0
@@ -191,6 +191,13 @@ STOPS = {
         LIMIT,
         "does not respond",
     ),
+    STUCK_REPLICA: (
+        1,
+        STEP,
+        Place("trainer.train.trunk_rank:sequences", number=2),
+        LIMIT,
+        "has not reached this point",
+    ),
     "evaluation": (POOL, PLACES["evaluation"][0], PLACES["evaluation"][1][POOL], LIMIT, "does not respond"),
     "last save": (TRUNK, "the last checkpoint", LAST_SAVE, SAVE_LIMIT, "does not respond"),
     "writing the last save": (
@@ -202,7 +209,7 @@ STOPS = {
     ),
     "shutdown": (POOL, "shutdown", Place("trainer.cluster.process_groups:Job.close"), SAVE_LIMIT, "does not respond"),
 }
-STUCK = {"writing the last save"}
+STUCK = {STUCK_REPLICA, "writing the last save"}
 """Those in which the rank is alive, and sends heartbeats."""
 STOPPED_WITH_BOTH_ROLES = "forward"
 """The one of them in which every rank has both roles."""
@@ -219,7 +226,7 @@ def stopped(recipe: Callable[..., Recipe], tmp_path_factory: pytest.TempPathFact
         limits: dict[str, Any] = {"parallel__timeout_seconds": LIMIT}
         if name == STOPPED_WITH_BOTH_ROLES:
             limits |= BOTH_ROLES
-        if name == STOPPED_REPLICA:
+        if name in IN_DEEPSPEED:
             limits |= REPLICAS
         if limit != LIMIT:
             limits["parallel__start_timeout_seconds"] = limit
@@ -243,7 +250,7 @@ def test_a_stopped_rank_is_named(name: str, stopped: dict[str, ForkedJob]) -> No
     # A rank that is alive learns of the other's end, and may end before it.
     assert statuses[victim] in ((None, 1) if name in STUCK else (None,)), job.log(victim)
     assert statuses[1 - victim] == 1, job.log(1 - victim)
-    names = {STOPPED_WITH_BOTH_ROLES: BOTH_NAMES, STOPPED_REPLICA: REPLICA_NAMES}.get(name, NAMES)
+    names = {STOPPED_WITH_BOTH_ROLES: BOTH_NAMES, **dict.fromkeys(IN_DEEPSPEED, REPLICA_NAMES)}.get(name, NAMES)
     assert_named(job.log(1 - victim), phase, victim, fate, names)
 
 

@@ -71,6 +71,7 @@ class HeldOut:
         loads = [load_LM for _, load_LM in results if load_LM is not None]
         none_LM = torch.zeros(self._recipe.model.layers, max(1, self._recipe.experts_per_layer), dtype=torch.int64)
         held_out_LM = torch.stack(loads).sum(0).cpu() if loads else none_LM
+        self._job.reducing()
         self._job.sum_over_role(total)
         self._job.sum_over_role(held_out_LM)
         return float(total) / (len(results) * self._job.role_size), held_out_LM
