@@ -63,8 +63,13 @@ def assign(load_LM: Tensor, coverage: float) -> Ownership:
     Args:
         load_LM: Assignments of each layer to the experts of the whole pool: counts, or weighted means of counts.
         coverage: The wanted share, from 0 to 1.
+
+    Raises:
+        ValueError: A load is negative or not finite.
     """
     load = load_LM.detach().cpu().double().numpy()
+    if not (np.isfinite(load).all() and (load >= 0).all()):
+        raise ValueError("the load has entries that are negative or not finite: nothing can be assigned from it")
     shares_LM = load / np.where(load.sum(1) == 0, 1.0, load.sum(1))[:, None]
     wanted_L = np.where(load.sum(1) == 0, 0.0, coverage)
     owners = _largest_sum(shares_LM)

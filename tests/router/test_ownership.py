@@ -118,3 +118,15 @@ def test_random_ownership() -> None:
     assert np.bincount(first.owners).tolist() == [4, 4, 4]
     assert first.owners != tuple(sorted(first.owners))
     assert first.shares == approx(1 / 3, 1 / 3, 1 / 3) and first.feasible
+
+
+@pytest.mark.parametrize(
+    ("load_LM", "said"),
+    [
+        (torch.tensor([[1.0, float("nan")], [1, 1]]), "not finite"),
+        (torch.tensor([[1.0, -1.0], [1, 1]]), "negative"),
+    ],
+)
+def test_what_cannot_be_assigned(load_LM: Tensor, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        assign(load_LM, 0.9)
