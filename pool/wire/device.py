@@ -22,7 +22,7 @@ what its peer launches first: an earlier message, or the same answer together wi
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
@@ -157,13 +157,16 @@ def _groups(parts: Parts) -> list[Parts]:
 
 
 class DeviceAnswer:
-    """An answer in progress; see `Answer`."""
+    """An answer in progress; see `Answer`. `check` is called before a wait for it."""
 
-    def __init__(self, future: Future[tuple[Tensor, Event]], streams: Streams):
-        self.future, self._streams = future, streams
+    def __init__(
+        self, future: Future[tuple[Tensor, Event]], streams: Streams, check: Callable[[], object] = lambda: None
+    ):
+        self.future, self._streams, self._check = future, streams, check
 
     def wait(self) -> Tensor:
         """See `Answer.wait`. The host waits only until the receives have been launched."""
+        self._check()
         rows_ND, came = self.future.result()
         self._streams.wait(came)
         self._streams.used(rows_ND)
@@ -284,14 +287,18 @@ class Slot:
 
 
 class DeviceArrived:
-    """The requests of a slot; see `Arrived`. They are done when their receives have been launched."""
+    """The requests of a slot; see `Arrived`. They are done when their receives have been launched.
 
-    def __init__(self, future: Future[Slot], streams: Streams):
-        self.future, self._streams = future, streams
+    `check` is called before a wait for their headers, which is before any other.
+    """
+
+    def __init__(self, future: Future[Slot], streams: Streams, check: Callable[[], object] = lambda: None):
+        self.future, self._streams, self._check = future, streams, check
 
     @property
     def headers_came(self) -> float:
         """See `Arrived.headers_came`."""
+        self._check()
         return self.future.result().headers_came
 
     def ready(self) -> list[tuple[Tensor, Counts]]:

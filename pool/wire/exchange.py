@@ -35,21 +35,8 @@ from pool.schedule import RequestKey
 from pool.wire.check import altered, not_conserved
 from pool.wire.contract import Exchange, WireError, WireGroups, WireSettings
 from pool.wire.device import ANSWER_TAG, REQUEST_TAG, DeviceAnswer, DeviceArrived, DeviceEnd, Header, Request, Slot
-from pool.wire.streams import Event, Streams
+from pool.wire.streams import Event
 from pool.wire.watcher import Worker
-
-
-class _Answer(DeviceAnswer):
-    """An answer in progress; `check` is called before a wait for it."""
-
-    def __init__(self, future: Future[tuple[Tensor, Event]], streams: Streams, check: Callable[[], None]):
-        super().__init__(future, streams)
-        self._check = check
-
-    def wait(self) -> Tensor:
-        """See `Answer.wait`."""
-        self._check()
-        return super().wait()
 
 
 @dataclass
@@ -81,20 +68,6 @@ class _Served:
     def of(self, rank: int) -> list[tuple[Exchange, Tensor, list[int]]]:
         """Return the answers to a rank."""
         return [part for part in self.parts if part[0].peer == rank]
-
-
-class _Arrived(DeviceArrived):
-    """The requests of a slot; `check` is called before a wait for them."""
-
-    def __init__(self, future: Future[Slot], streams: Streams, check: Callable[[], None]):
-        super().__init__(future, streams)
-        self._check = check
-
-    @property
-    def headers_came(self) -> float:
-        """See `Arrived.headers_came`."""
-        self._check()
-        return super().headers_came
 
 
 @dataclass(frozen=True)
@@ -131,7 +104,7 @@ class ExchangeTrunk(DeviceEnd):
     def request(self, key: RequestKey, step: int, rows_ND: Tensor, tokens_per_expert_M: Tensor) -> DeviceAnswer:
         """See `TrunkWire.request`."""
         own = Exchange(self.settings.rank, key, step)
-        answer = _Answer(self.watcher.promise(), self.streams, partial(self._check_served, own))
+        answer = DeviceAnswer(self.watcher.promise(), self.streams, partial(self._check_served, own))
         sent_ND = rows_ND.to(self.settings.dtype).contiguous()
         counts_M = self.streams.to_host(tokens_per_expert_M)
         request = _Request(key, step, sent_ND, counts_M, self.streams.record(), answer)
@@ -269,7 +242,7 @@ class ExchangePool(DeviceEnd):
         """See `PoolWire.receive`."""
         exchanges = [Exchange(key.trunk_rank, key, step) for key in keys]
         own = {e: self._trunk.computed(e) for e in exchanges if e.peer == self.settings.rank}
-        arrived = _Arrived(self.watcher.promise(), self.streams, partial(self._trunk.check_made, list(own)))
+        arrived = DeviceArrived(self.watcher.promise(), self.streams, partial(self._trunk.check_made, list(own)))
         self._receiver.put(_Coming(exchanges, own, arrived))
         return arrived
 

@@ -6,21 +6,13 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 _PIPE_WIDTH = 250
 """Columns that a table may have where stdout is no terminal; rich would cut it to 80."""
-
-
-class _Words(TypedDict):
-    break_long_words: bool
-    break_on_hyphens: bool
-
-
-_WORDS: _Words = {"break_long_words": False, "break_on_hyphens": False}
 
 
 def new_table(title: str, *columns: str) -> Table:
@@ -53,8 +45,7 @@ def print_tables(*tables: Table, notes: Sequence[str] = ()) -> None:
         console.print(table)
     width = console.width if in_terminal else 10**6
     for note in notes:
-        text = textwrap.fill(f"- {note}", width, subsequent_indent="  ", **_WORDS)
-        console.print(text, style="dim", soft_wrap=True)
+        console.print(_wrapped(f"- {note}", width, indent=2), style="dim", soft_wrap=True)
 
 
 def print_names(texts: Mapping[str, str]) -> None:
@@ -63,4 +54,8 @@ def print_names(texts: Mapping[str, str]) -> None:
     columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else 10**6
     for name, text in texts.items():
         width = max(column + 20, columns)
-        print(textwrap.fill(f"{name:<{column}}{text}", width, subsequent_indent=" " * column, **_WORDS))
+        print(_wrapped(f"{name:<{column}}{text}", width, column))
+
+
+def _wrapped(text: str, width: int, indent: int) -> str:
+    return textwrap.fill(text, width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)

@@ -122,9 +122,9 @@ class Records:
         steps, values = self._rare[name] if name in self._rare else (self.steps, self.columns[name])
         return np.array(steps, float), np.array(values)
 
-    def finite(self, name: str, last: int = 0) -> Numbers:
-        """Return the finite values of a column in the last records, or in all."""
-        return finite(self.columns[name][-last:])
+    def finite(self, name: str) -> Numbers:
+        """Return the finite values of a column."""
+        return finite(self.columns[name])
 
     def mean(self, name: str, last: int = 0) -> float:
         """Average the finite values of the last records, or of all; NaN without any."""
