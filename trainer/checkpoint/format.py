@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Protocol, Self
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from trainer.common.errors import UserError, one_line, os_reason
-from trainer.common.safe_read import read_array
+from trainer.common.safe_read import open_file, read_array, read_bytes
 from trainer.config.lock import OWNERSHIP_FILE, placed_by_load
 from trainer.config.recipe import Recipe
 from trainer.config.sections import LARGEST
@@ -191,13 +191,14 @@ def damage(folder: Path, pick: Callable[[list[str]], list[str]] = list) -> str |
     """
     try:
         name = MARKER_FILE
-        marker = (folder / name).read_text()
+        marker = read_bytes(folder / name).decode()
         name = MANIFEST_FILE
-        manifest = (folder / name).read_bytes()
+        manifest = read_bytes(folder / name)
         if hashlib.sha256(manifest).hexdigest() != marker:
             return f"{MANIFEST_FILE} is not the one that {MARKER_FILE} was written for"
         files = _Manifest.model_validate_json(manifest).files
-        CheckpointInfo.model_validate_json((folder / LAYOUT_FILE).read_bytes())
+        name = LAYOUT_FILE
+        CheckpointInfo.model_validate_json(read_bytes(folder / LAYOUT_FILE))
         for name in (RECIPE_FILE, LAYOUT_FILE):
             if name not in files:
                 return f"{MANIFEST_FILE} does not list {name}"
@@ -207,7 +208,7 @@ def damage(folder: Path, pick: Callable[[list[str]], list[str]] = list) -> str |
             size = (folder / name).stat().st_size
             if size != files[name].bytes:
                 return f"{name} has {size:,} bytes instead of {files[name].bytes:,}"
-            with (folder / name).open("rb") as file:
+            with open_file(folder / name) as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != files[name].sha256:
                     return f"{name} does not have the checksum in its manifest"
     except (OSError, UnicodeDecodeError) as error:
@@ -237,7 +238,7 @@ def read_info(folder: Path) -> CheckpointInfo:
         UserError: It cannot be read, or is damaged.
     """
     try:
-        return CheckpointInfo.model_validate_json((folder / LAYOUT_FILE).read_bytes())
+        return CheckpointInfo.model_validate_json(read_bytes(folder / LAYOUT_FILE))
     except (OSError, ValueError):
         raise UserError(f"{folder / LAYOUT_FILE}: missing or damaged; use another checkpoint of this run") from None
 
@@ -312,7 +313,7 @@ def read_ownership(folder: Path) -> OwnershipRecord | None:
         UserError: The file is damaged.
     """
     try:
-        return OwnershipRecord.model_validate_json((folder / OWNERSHIP_FILE).read_bytes())
+        return OwnershipRecord.model_validate_json(read_bytes(folder / OWNERSHIP_FILE))
     except FileNotFoundError:
         return None
     except (OSError, ValueError):

@@ -99,7 +99,10 @@ def _hold(listener: socket.socket) -> None:
 
 
 def restarts() -> int:
-    """Return how often `train --max-restarts`, torchrun or a cluster has restarted this job."""
+    """Return how often `train --max-restarts`, torchrun or a cluster has restarted this job.
+
+    The first two do so after faults only; Kubernetes and Slurm also count a restart after a graceful stop.
+    """
     return int(os.environ.get(RESTARTS) or os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0)
 
 

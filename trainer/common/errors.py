@@ -92,4 +92,4 @@ def is_of_content(error: BaseException) -> bool:
 
 def os_reason(error: OSError) -> str:
     """Return why a file cannot be read or written, in a few words."""
-    return (error.strerror or one_line(error)).lower()
+    return error.strerror.lower() if error.strerror else one_line(error)

@@ -5,13 +5,16 @@ JSON has a module of its own, `strict_json`.
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 import re
 import stat
 from collections.abc import Iterator
+from functools import partial
+from io import BufferedReader
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import yaml
 
@@ -22,7 +25,19 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 LARGEST_TEXT = 2**20
-"""Bytes of the largest text file that `read_text` accepts by default."""
+"""Bytes of the largest text file that `read_text` accepts by default, and of the longest line of `lines`."""
+
+LARGEST_JSON = 2**24
+"""Bytes of the largest JSON file that `read_bytes` accepts by default; some models' list thousands of tokens."""
+
+LARGEST_TOKENIZER = 2**28
+"""Bytes of the largest tokenizer.json. Those of 260,000 tokens have 35 MB."""
+
+LARGEST_ARRAY = 2**30
+"""Bytes of the largest array of `read_array`."""
+
+_TEXTS = (".json", ".jinja", ".txt", ".model")
+_MORE_TEXTS = "additional_chat_templates"
 
 YAML_VALUES = 100_000
 """The most values a YAML text may have, counting what aliases repeat."""
@@ -39,6 +54,44 @@ class NotYaml(Exception):
     """A text that is not YAML, or that nobody writes on purpose. The message says where, without quoting the line."""
 
 
+def open_file(path: Path | str) -> BufferedReader:
+    """Open a regular file for reading. Anything else is refused: opening a pipe would wait, and a device never ends.
+
+    Raises:
+        OSError: It cannot be opened, or is not a regular file.
+        ValueError: The path has a null byte, or cannot be encoded.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        _refuse_special(os.fstat(descriptor))
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def _refuse_special(status: os.stat_result) -> None:
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError("not a regular file")
+
+
+def read_bytes(path: Path, largest: int = LARGEST_JSON) -> bytes:
+    """Read a file that is no larger than `largest` bytes.
+
+    Raises:
+        OSError: It cannot be read, is not a regular file, or is larger.
+        ValueError: The path has a null byte, or cannot be encoded.
+    """
+    with open_file(path) as file:
+        if os.fstat(file.fileno()).st_size <= largest:  # that of some files is 0, whatever they hold
+            content = file.read(largest + 1)
+            if len(content) <= largest:
+                return content
+    raise OSError(f"larger than {largest // 2**20} MiB")
+
+
 def read_text(path: Path, largest: int = LARGEST_TEXT) -> str:
     """Read a small UTF-8 file, such as a recipe or a hostfile; a byte-order mark is dropped.
 
@@ -46,24 +99,45 @@ def read_text(path: Path, largest: int = LARGEST_TEXT) -> str:
         largest: The most bytes it may have.
 
     Raises:
-        Unreadable: The file is missing, not a regular file (a pipe would never end), too large, or not UTF-8.
+        Unreadable: The file is missing, not a regular file, too large, or not UTF-8.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # opening a pipe would wait for its writer
-        with os.fdopen(descriptor, "rb") as file:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise Unreadable("not a regular file")
-            content = file.read(largest + 1)
+        content = read_bytes(path, largest)
     except OSError as error:
-        raise Unreadable(os_reason(error)) from None
-    except ValueError:  # the path has a null byte, or cannot be encoded
+        raise Unreadable(os_reason(error)) from error
+    except ValueError:
         raise Unreadable("not a valid path") from None
-    if len(content) > largest:
-        raise Unreadable(f"larger than {largest // 2**20} MiB")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise Unreadable("not UTF-8 text") from None
+
+
+def lines(file: BinaryIO) -> Iterator[bytes]:
+    """Yield the lines of an open file. One that is longer than `LARGEST_TEXT` comes in pieces."""
+    return iter(partial(file.readline, LARGEST_TEXT), b"")
+
+
+def refuse_unreadable(folder: Path) -> None:
+    """Check a model's folder before a library reads its files: it would wait for pipes, and read texts of any size.
+
+    Raises:
+        UserError: One is neither a regular file nor a folder, or a text is larger than `LARGEST_TOKENIZER`.
+    """
+    for path in (*folder.glob("*"), *folder.glob(f"{_MORE_TEXTS}/*")):
+        try:
+            status = path.stat()
+            if stat.S_ISDIR(status.st_mode):
+                continue
+            _refuse_special(status)
+            if path.suffix in _TEXTS and status.st_size > LARGEST_TOKENIZER:
+                raise OSError(f"larger than {LARGEST_TOKENIZER // 2**20} MiB")
+        except FileNotFoundError:
+            continue  # a broken link is a missing file
+        except OSError as error:
+            raise UserError(
+                f"{path}: cannot be read ({os_reason(error)}); remove it, or fetch the model again"
+            ) from None
 
 
 def read_array(path: Path) -> NDArray[Any]:
@@ -77,8 +151,11 @@ def read_array(path: Path) -> NDArray[Any]:
     """
     import numpy as np
 
-    if not stat.S_ISREG(path.stat().st_mode):
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
         raise ValueError("not a regular file")
+    if status.st_size > LARGEST_ARRAY:
+        raise ValueError(f"larger than {LARGEST_ARRAY // 2**30} GiB")
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except OSError:
@@ -100,10 +177,17 @@ def read_tensors(path: Path | str, device: str | torch.device | None = "cpu", mm
         mmap: Whether to map the tensors, so that only what is used of them is read.
 
     Raises:
-        UserError: The file holds more than tensors, plain values and the few types that checkpoints have.
+        UserError: The file holds more than tensors, plain values and the few types that checkpoints have, or is not a
+            regular file.
     """
     import torch
 
+    try:
+        _refuse_special(os.stat(path))
+    except FileNotFoundError:
+        pass  # torch says so
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({os_reason(error)}); use another checkpoint") from None
     try:
         return torch.load(path, map_location=device, mmap=mmap, weights_only=True)
     except pickle.UnpicklingError as error:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.common.errors import UserError
+from trainer.common.safe_read import open_file
 
 ROWS_PER_WRITE = 1000
 _READ_BYTES = 1 << 24
@@ -96,7 +97,7 @@ class SplitWriter:
         """
         *_, wanted, left = (int(n) for n in saved["numbers"])
         checksum = 0
-        with path.open("rb") as file:
+        with open_file(path) as file:
             while left and (block := file.read(min(left, _READ_BYTES))):
                 checksum = zlib.crc32(block, checksum)
                 left -= len(block)
@@ -178,6 +179,7 @@ class SplitRows:
 
         self._path, self._vocab = path, vocab
         try:
+            open_file(path).close()  # mapping a pipe would wait
             with pa.ipc.open_stream(pa.memory_map(str(path))) as stream:
                 parts = stream.read_all()["tokens"].chunks
             self._parts = [_view(part.flatten()).reshape(len(part), -1) for part in parts]

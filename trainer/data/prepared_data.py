@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from numpy.typing import NDArray
 
 from trainer.common.errors import Unavailable, UserError, is_of_content
-from trainer.common.safe_read import read_array
+from trainer.common.safe_read import read_array, read_bytes
 from trainer.common.strict_json import dumps, loads
 from trainer.data.packing import SplitFacts, SplitRows, unigram_entropy
 from trainer.data.splitting import SPLITS
@@ -105,7 +105,7 @@ class PreparedSource:
         """
         file = self.path / CHAT_FILE
         with _reading(file):
-            return file.read_text(encoding="utf-8") if file.is_file() else None
+            return read_bytes(file).decode() if file.is_file() else None
 
     def counts(self) -> NDArray[Any]:
         """Return how often each token is in the training split.
@@ -126,7 +126,7 @@ def open_prepared(path: Path) -> PreparedSource:
         Unavailable: A file cannot be read now.
     """
     try:
-        facts = loads((path / FACTS_FILE).read_text())
+        facts = loads(read_bytes(path / FACTS_FILE))
         for name, size in facts["files"].items():
             if (path / name).stat().st_size != size:
                 raise ValueError(f"{name} should have {size:,} bytes")

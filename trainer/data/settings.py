@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from trainer.common.safe_read import open_file
 from trainer.common.strict_json import dumps
 from trainer.data.packing import token_type
 from trainer.data.reading.documents import Documents, Piece
@@ -107,8 +108,13 @@ class SourceSettings:
             del decisive[key]
         decisive["files"] = [file_stamp(file) for file in find_files(self.source).read]
         if self.tokenizer != TRAIN and (files := tokenizer_files(self.tokenizer)):
-            decisive["tokenizer"] = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+            decisive["tokenizer"] = [_checksum(file) for file in files]
         return hashlib.sha256(dumps(decisive, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _checksum(file: Path) -> str:
+    with open_file(file) as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _size_tells(file: Path) -> bool:

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from trainer.common.atomic import atomic_write
 from trainer.common.errors import UserError
+from trainer.common.safe_read import open_file
 from trainer.common.strict_json import dumps, loads
 from trainer.data.cache import PREVIOUS_FILE, PROGRESS_FILE
 from trainer.data.encoding import Encoder
@@ -248,7 +249,7 @@ class SourceBuilder:
             self.report.at(done)
 
         try:
-            with np.load(path, allow_pickle=False) as arrays:
+            with open_file(path) as file, np.load(file, allow_pickle=False) as arrays:
                 saved: dict[str, Any] = loads(str(arrays["position"]))
                 saved["writers"] = {
                     split: {name: arrays[f"{split}/{name}"] for name in SplitWriter.SAVED} for split in SPLITS

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from trainer.common.format import count, duration, percent
+from trainer.common.safe_read import read_bytes
 from trainer.common.strict_json import dumps, loads
 
 LINE_SECONDS = 30.0
@@ -49,7 +50,7 @@ class Status:
     def read(cls, file: Path) -> Status | None:
         """Return what the file says; None if there is none, or another version wrote it."""
         try:
-            return cls(**loads(file.read_text()))
+            return cls(**loads(read_bytes(file)))
         except (OSError, ValueError, TypeError):
             return None
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.common.errors import PATH_ERRORS, Unavailable, UserError, os_reason, short_line
+from trainer.common.safe_read import LARGEST_TOKENIZER, Unreadable, read_bytes, read_text
 from trainer.common.strict_json import dumps, loads
 from trainer.data.reading.hub import can_connect
 from trainer.data.reading.sources import shown
@@ -81,8 +82,8 @@ def chat_settings(name_or_path: str) -> dict[str, Any]:
     config = _beside(path, name_or_path, _NAMES_THE_TOKEN[0])
     file = _file_beside(path, name_or_path, _CHAT_TEMPLATE_FILE)
     try:
-        template = file.read_text(encoding="utf-8") if file else config.get("chat_template")
-    except (OSError, ValueError) as error:
+        template = read_text(file) if file else config.get("chat_template")
+    except Unreadable as error:
         raise UserError(f"data.tokenizer {shown(str(file))}: cannot be read ({short_line(error)})") from error
     if not template:
         return {}
@@ -110,15 +111,13 @@ def load_tokenizer(name_or_path: str, end_of_document: str | None = None) -> Tok
         UserError: There is no such file, it cannot be read, it is not a tokenizer, the hub cannot be reached,
             `end_of_document` is not in it or occurs in ordinary text, or the tokenizer drops characters.
     """
-    from tokenizers import Tokenizer
-
     path = _tokenizer_file(name_or_path)
     where = f"data.tokenizer {shown(path or name_or_path)}"
     try:
-        tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8")) if path else _from_hub(name_or_path)
+        tokenizer = _from_file(path) if path else _from_hub(name_or_path)
     except Exception as error:  # tokenizers raises plain Exceptions
         if path and isinstance(error, OSError):
-            kind = UserError if error.errno in PATH_ERRORS else Unavailable
+            kind = UserError if error.errno in (None, *PATH_ERRORS) else Unavailable
             raise kind(f"{where}: cannot be read ({os_reason(error)})") from error
         if path:
             raise UserError(f"{where}: not a tokenizer.json of `tokenizers` ({short_line(error)})") from error
@@ -213,6 +212,12 @@ def _conversion(names: Iterable[str]) -> str:
     return ""
 
 
+def _from_file(path: Path) -> Tokenizer:
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_str(read_bytes(path, LARGEST_TOKENIZER).decode())
+
+
 def _from_hub(name: str) -> Tokenizer:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.utils import logging
@@ -223,7 +228,7 @@ def _from_hub(name: str) -> Tokenizer:
     try:
         if can_connect():
             return Tokenizer.from_pretrained(name)
-        return Tokenizer.from_file(hf_hub_download(name, "tokenizer.json", local_files_only=True))
+        return _from_file(Path(hf_hub_download(name, "tokenizer.json", local_files_only=True)))
     finally:
         logging.set_verbosity(level)
 
@@ -288,7 +293,7 @@ def _beside(path: Path | None, name: str, file: str) -> dict[str, Any]:
     if beside is None:
         return {}
     try:
-        content = loads(beside.read_bytes())
+        content = loads(read_bytes(beside))
     except (OSError, ValueError) as error:
         raise UserError(
             f"data.tokenizer {shown(beside)}: cannot be read as JSON ({short_line(error)}); fix or remove it"

@@ -380,7 +380,7 @@ def to_universal(folder: Path, target: Path) -> None:
     from deepspeed.checkpoint.ds_to_universal import main
 
     for file in sorted((folder / CHECKPOINT_TAG).rglob("[!.]*")):  # it reads files of any ending, also in folders
-        if file.is_file():
+        if not file.is_dir():
             refuse_paths(file, read_tensors(file, mmap=True))  # names what is refused, which the conversion does not
 
     options = argparse.Namespace(

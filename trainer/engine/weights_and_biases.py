@@ -22,6 +22,7 @@ import psutil
 from numpy.typing import NDArray
 
 from trainer.common.atomic import atomic_write
+from trainer.common.safe_read import read_bytes
 from trainer.config.recipe import Recipe
 from trainer.telemetry.console import say
 
@@ -131,7 +132,7 @@ def _run_id(folder: Path, done: int) -> str:
     """Return the run's id: that of its earlier starts if it resumes, otherwise a new one, which is kept."""
     file = folder / ID_FILE
     with suppress(OSError, ValueError):
-        if done and (kept := file.read_text().strip()):
+        if done and (kept := read_bytes(file).decode().strip()):
             return kept
     made = secrets.token_hex(4)
     with suppress(OSError):

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from trainer.common.atomic import atomic_write
-from trainer.common.errors import UserError
+from trainer.common.errors import UserError, os_reason
+from trainer.common.safe_read import read_bytes
 from trainer.common.strict_json import dumps, loads, name_not_finite
 from trainer.common.tables import print_tables
 from trainer.config.completion import RunPath
@@ -108,11 +109,11 @@ def _save_result(folder: Path, checkpoint: str, what: str, result: dict[str, Any
     """
     path = folder / "eval.json"
     try:
-        record = loads(path.read_text()) if path.exists() else {}
+        record = loads(read_bytes(path)) if path.exists() else {}
         record.setdefault(checkpoint, {})[what] = result
         atomic_write(path, lambda partial: partial.write_text(dumps(record, indent=2) + "\n"))
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); the result is printed above") from None
+        raise UserError(f"{path}: cannot be written ({os_reason(error)}); the result is printed above") from None
     except (ValueError, AttributeError, TypeError):
         raise UserError(f"{path}: is not a record of `eval`; move it away (the result is printed above)") from None
     return path

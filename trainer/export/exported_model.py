@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from trainer.common.errors import UserError, one_line
+from trainer.common.safe_read import LARGEST_TOKENIZER, Unreadable, read_text, refuse_unreadable
 from trainer.export.folder import StoredTensors, first_line, read_object
 from trainer.export.model_files.configuration_unipool import EXPORT_VERSION, UniPoolConfig
 from trainer.export.model_files.experts_unipool import UniPoolRouter
@@ -84,6 +85,7 @@ def load_export(path: Path) -> tuple[UniPoolForCausalLM, PreTrainedTokenizerFast
 
 def _load_quantised(path: Path, config: UniPoolConfig) -> UniPoolForCausalLM:
     """Load a model that transformers quantised and saved, with our own code and the library that quantised it."""
+    refuse_unreadable(path)
     try:
         model: UniPoolForCausalLM = UniPoolForCausalLM.from_pretrained(path, config=config, local_files_only=True)
     except Exception as error:  # transformers and the libraries each raise their own kinds
@@ -161,7 +163,7 @@ def mistake_in_template(template: str) -> str | None:
 def _read_tokenizer(path: Path, config: UniPoolConfig) -> PreTrainedTokenizerFast:
     file, stored = path / "tokenizer.json", read_object(path / "tokenizer_config.json")
     try:
-        tokenizer = Tokenizer.from_file(str(file))
+        tokenizer = Tokenizer.from_str(read_text(file, LARGEST_TOKENIZER))
     except BaseException as error:  # the panics of tokenizers are not Exceptions
         if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
             raise
@@ -183,8 +185,8 @@ def _read_tokenizer(path: Path, config: UniPoolConfig) -> PreTrainedTokenizerFas
     template = path / CHAT_TEMPLATE_FILE
     if template.is_file() or "chat_template" in stored:
         try:
-            text = template.read_text(encoding="utf-8") if template.is_file() else stored["chat_template"]
-        except (OSError, ValueError) as error:
+            text = read_text(template) if template.is_file() else stored["chat_template"]
+        except Unreadable as error:
             raise UserError(f"{template}: cannot be read ({first_line(error)}); export the run again") from None
         settings |= chat_arguments({"chat_template": text, "special_tokens": stored}, tokenizer) | special
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **settings)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.common.errors import UserError
+from trainer.common.safe_read import open_file, read_bytes
 from trainer.common.strict_json import loads
 from trainer.export.names import Shape
 
@@ -50,6 +51,7 @@ class StoredTensors:
         from safetensors import safe_open
 
         try:
+            open_file(path).close()  # it would wait for a pipe
             return safe_open(path, framework=framework)
         except Exception as error:  # safetensors raises its own kind
             raise UserError(f"{path}: damaged file ({first_line(error)}); export the run again") from error
@@ -87,7 +89,7 @@ def read_object(path: Path) -> dict[str, Any]:
         UserError: The file cannot be read, or holds something else.
     """
     try:
-        value = loads(path.read_text(encoding="utf-8"))
+        value = loads(read_bytes(path))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({type(error).__name__}: {first_line(error)})") from None
     if not isinstance(value, dict):

@@ -9,6 +9,7 @@ from typing import Any
 from transformers import AutoConfig, PretrainedConfig
 
 from trainer.common.errors import UserError
+from trainer.common.safe_read import refuse_unreadable
 from trainer.export.folder import first_line, read_object
 from trainer.export.loaded_model import prepare_libraries
 
@@ -36,6 +37,7 @@ def read_config(folder: Path) -> PretrainedConfig:
         raise UserError(f"{file}: {field} = {stored.get(field)!r} (model_type = {kind!r}): {reason} in the backbone")
     if kind not in (*DENSE, *MOE):
         raise UserError(f"{file}: model_type = {kind!r}: must be one of {', '.join((*DENSE, *MOE))}")
+    refuse_unreadable(folder)
     prepare_libraries()
     try:
         config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from trainer.common.atomic import atomic_folder
 from trainer.common.errors import UserError
-from trainer.common.safe_read import Unreadable, read_text
+from trainer.common.safe_read import read_bytes
 from trainer.common.strict_json import loads
 from trainer.config.recipe import Recipe, check_recipe, parse_override, read_tree, save_recipe
 from trainer.data.tokenizer import chat_settings, end_of_document_id, load_tokenizer, vocabulary
@@ -124,8 +124,8 @@ def _tokenizer(
 def _begin(file: Path, tokenizer: Tokenizer) -> str | None:
     """Return the token that begins a text by the file beside a tokenizer.json, or None."""
     try:
-        named = loads(read_text(file.with_name("tokenizer_config.json"))).get("bos_token")
-    except (Unreadable, ValueError, AttributeError):
+        named = loads(read_bytes(file.with_name("tokenizer_config.json"))).get("bos_token")
+    except (OSError, ValueError, AttributeError):
         return None
     token = named.get("content") if isinstance(named, dict) else named
     return token if isinstance(token, str) and tokenizer.token_to_id(token) is not None else None

@@ -11,7 +11,8 @@ from pydantic import BaseModel, Field, model_validator
 
 from pool.schedule import PoolSchedule, generation_schedule
 from pool.schedule_builder import Costs, build_evaluation_schedule, build_training_schedule
-from trainer.common.errors import UserError
+from trainer.common.errors import UserError, os_reason
+from trainer.common.safe_read import read_bytes
 from trainer.common.strict_json import dumps
 from trainer.config.recipe import Recipe
 from trainer.planning.hardware import costs_in_seconds, find_hardware
@@ -138,7 +139,7 @@ def schedule_of(recipe: Recipe, file: Path, resume: bool) -> ScheduleSpec:
     saved = None
     if resume and file.exists():
         try:
-            saved = ScheduleSpec.from_json(recipe, file.read_text())
+            saved = ScheduleSpec.from_json(recipe, read_bytes(file).decode())
         except ValueError:
             try:
                 file.replace(file.with_name("damaged_plan.json"))
@@ -146,7 +147,7 @@ def schedule_of(recipe: Recipe, file: Path, resume: bool) -> ScheduleSpec:
                 raise UserError(f"{file}: is damaged and cannot be renamed ({error.strerror}); delete it") from None
             say(f"WARNING: {file} is damaged and now damaged_plan.json; the recipe gives the schedule")
         except OSError as error:
-            raise UserError(f"{file}: cannot be read ({error.strerror})") from None
+            raise UserError(f"{file}: cannot be read ({os_reason(error)})") from None
     return saved or make_schedule(recipe)
 
 

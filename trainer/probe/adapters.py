@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from trainer.common.errors import UserError
 from trainer.common.machine import pick_device
+from trainer.common.safe_read import refuse_unreadable
 from trainer.export.folder import first_line, read_object
 from trainer.export.loaded_model import LoadedModel, load_model, prepare_libraries
 from trainer.export.model_files.configuration_unipool import UniPoolConfig
@@ -247,6 +248,8 @@ def _load_hugging_face(path: Path) -> LoadedModel:
     """Load a model of FAMILIES, without running code that comes with it."""
     prepare_libraries()
     name, is_folder = str(path), path.is_dir()
+    if is_folder:
+        refuse_unreadable(path)
     try:
         _check_type(path, AutoConfig.from_pretrained(name, local_files_only=is_folder).model_type)
         model = AutoModelForCausalLM.from_pretrained(name, dtype="auto", local_files_only=is_folder)

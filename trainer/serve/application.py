@@ -22,6 +22,7 @@ from trainer.serve.engine import Engine
 from trainer.serve.metrics import ServerMetrics
 from trainer.serve.requests import Chat, Completion, RequestError, invalid
 from trainer.serve.sampling import Sampling
+from trainer.serve.text import chat_text
 
 LARGEST_BODY = 2**20
 """Bytes of the largest body of a request."""
@@ -102,7 +103,7 @@ class Service:
         for message in messages:
             message["role"] = message["role"].replace("developer", "system")
         try:
-            text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            text = chat_text(self.tokenizer, messages)
         except Exception as error:  # templates refuse conversations by errors of their own
             raise RequestError(f"The chat template refuses these messages: {one_line(error)}", "messages") from None
         return self.prompt(self._encoded(text, "messages", add_special_tokens=False), "messages")

@@ -31,17 +31,30 @@ class RequestError(Exception):
         self.body = {"error": {"message": one_line(message), "type": kind, "param": param, "code": code}}
 
 
-class StreamOptions(BaseModel):
-    """Options of streaming."""
+class _Object(BaseModel):
+    """An object whose keys are all known. Of those that are not, pydantic sees the first: each takes a kilobyte."""
 
     model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_unknown(cls, body: Any) -> Any:
+        if not isinstance(body, dict):
+            return body
+        unknown = next((name for name in body if name not in cls.model_fields), None)
+        kept = {name: body[name] for name in cls.model_fields if name in body}
+        return kept if unknown is None else kept | {unknown: body[unknown]}
+
+
+class StreamOptions(_Object):
+    """Options of streaming."""
+
     include_usage: bool = False
 
 
-class _Request(BaseModel):
+class _Request(_Object):
     """What both endpoints have. Fields of the API that would change an answer but are not implemented are refused."""
 
-    model_config = ConfigDict(extra="forbid")
     model: StrictStr
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
@@ -61,7 +74,8 @@ class _Request(BaseModel):
     def _null_is_the_default(cls, body: Any) -> Any:
         if not isinstance(body, dict):
             return body
-        return {name: value for name, value in body.items() if value is not None or name not in cls.model_fields}
+        null = [name for name in cls.model_fields if name in body and body[name] is None]
+        return {name: value for name, value in body.items() if name not in null} if null else body
 
     @property
     def stops(self) -> list[str]:
@@ -99,18 +113,16 @@ class Completion(_Request):
         return list(given)
 
 
-class TextPart(BaseModel):
+class TextPart(_Object):
     """A part of a message."""
 
-    model_config = ConfigDict(extra="forbid")
     type: Literal["text"]
     text: StrictStr
 
 
-class Message(BaseModel):
+class Message(_Object):
     """A message of a chat."""
 
-    model_config = ConfigDict(extra="forbid")
     role: Literal["system", "developer", "user", "assistant"]
     content: StrictStr | _List[TextPart]
     name: str | None = None

@@ -19,6 +19,7 @@ try:
 
     from trainer.serve.application import Service, application
     from trainer.serve.engine import Engine
+    from trainer.serve.text import fault_of_chats
 except ImportError as error:
     raise UserError(
         f"serve: {error}; it requires FastAPI, uvicorn, and transformers 5.24 or later: "
@@ -64,6 +65,9 @@ def serve(
     loaded = load_model(source, device)
     if template is not None:
         loaded.tokenizer.chat_template = template
+    if fault := fault_of_chats(loaded.tokenizer):
+        other = "completions work, and --chat-template FILE gives another template"
+        print(f"warning: {fault}; {other}", file=sys.stderr, flush=True)
     engine = Engine(loaded, batch, queue)
     name = name or loaded.folder.resolve().name
     address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"

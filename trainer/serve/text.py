@@ -1,4 +1,4 @@
-"""From the tokens of an answer to its text, up to a stop sequence."""
+"""From the tokens of an answer to its text, up to a stop sequence, and from a chat to the text of its prompt."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from tokenizers.decoders import DecodeStream
+
+from trainer.common.errors import one_line
 
 
 class AnswerText:
@@ -61,3 +63,35 @@ class AnswerText:
         longest = min(max(map(len, self._stops), default=1) - 1, len(self._decoded) - len(self._given))
         endings = range(longest, 0, -1)
         return next((n for n in endings if any(stop.startswith(self._decoded[-n:]) for stop in self._stops)), 0)
+
+
+def chat_text(tokenizer: Any, messages: list[dict[str, str]]) -> str:
+    """Return a chat as the text that the model continues.
+
+    Raises:
+        Exception: The template is broken, or refuses the messages by an error of its own.
+    """
+    text: str = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    return text
+
+
+def fault_of_chats(tokenizer: Any) -> str | None:
+    """Return what clients that chat cannot do, because of the chat template; None if a simple chat works.
+
+    A template with a mistake in its syntax is removed, because no chat can work. One that refuses a message of a user
+    is kept, because others may work.
+    """
+    from jinja2 import TemplateSyntaxError  # torch requires it
+
+    if not tokenizer.chat_template:
+        return None
+    try:
+        chat_text(tokenizer, [{"role": "user", "content": "Hello"}])
+    except TemplateSyntaxError as error:
+        tokenizer.chat_template = None
+        return (
+            f"chats are not served, because of a mistake in the chat template (line {error.lineno}: {one_line(error)})"
+        )
+    except Exception as error:  # templates raise errors of any kind
+        return f"the chat template refuses a message of a user ({one_line(error, 500)}); chats may not work"
+    return None

@@ -27,6 +27,7 @@ from trainer.common.atomic import atomic_write
 from trainer.common.errors import START_AGAIN, UserError
 from trainer.common.gpus import VISIBLE, share_of_gpus
 from trainer.common.machine import usable_cores
+from trainer.common.safe_read import open_file
 from trainer.config.recipe import load_recipe, save_recipe
 from trainer.sweep.spec import Experiment, Run
 from trainer.telemetry.console import say
@@ -39,6 +40,7 @@ LOG_SECONDS = 60.0
 """Time between two lines of progress where stderr is no terminal."""
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+_LAST_BYTES = 2**20  # of a run's log that are read to say why it failed
 _IRRELEVANT_KEYS = {"run.dir", "data.dir"}
 _IRRELEVANT_SECTIONS = {"checkpoint", "metrics", "probe", "tasks"}
 """Recipe keys and sections that do not affect the results of training."""
@@ -284,8 +286,8 @@ class Runner:
 
 def _last_words(log: Path, start: int) -> str:
     """Return the line that says why a run failed, from what it has written since its start."""
-    with log.open("rb") as file:
-        file.seek(start)
-        lines = [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+    with open_file(log) as file:
+        file.seek(max(start, log.stat().st_size - _LAST_BYTES))
+        lines = [line for line in file.read(_LAST_BYTES).decode(errors="replace").splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith(("error:", "unipool:"))]
     return f"{(errors or lines or ['it wrote nothing'])[-1].strip()}; see {log}"

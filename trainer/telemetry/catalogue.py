@@ -14,7 +14,7 @@ CATALOGUE = (
     # every rank, from its first second on
     gauge("phase", "1 for what the rank is doing, 0 for everything else.", "phase"),
     counter("time_seconds", "Time of this process by what it went into; lost: steps done again.", "cause"),
-    counter("restarts", "Restarts of the job after a fault."),
+    counter("restarts", "Restarts of the job; on Kubernetes and Slurm also those after a graceful stop."),
     gauge("max_restarts", "Restarts after which the job fails for good, where that is known."),
     # every rank, once it has joined the job
     gauge("rank_info", "Where the rank runs; always 1.", "local_rank", "node", "device", "gpu_uuid"),

@@ -19,7 +19,8 @@ import psutil
 from numpy.typing import NDArray
 
 from trainer.common.atomic import atomic_write
-from trainer.common.errors import Unavailable, UserError
+from trainer.common.errors import Unavailable, UserError, os_reason
+from trainer.common.safe_read import lines, open_file, read_bytes
 from trainer.common.strict_json import dumps, loads, name_not_finite
 from trainer.common.versions import software
 from trainer.config.lock import OWNERSHIP_FILE
@@ -131,8 +132,8 @@ class RunFolder:
             tokenizer: The texts of the tokenizer's files, by name.
         """
         started, recorded = (self._kept(key) for key in (STARTED, RECORDED))
-        lines = self._lines()
-        last, _ = (lines and parse_record(lines[-1])) or (0, {})
+        earlier = self._lines()
+        last, _ = (earlier and parse_record(earlier[-1])) or (0, {})
         self.recorded = max(last, int(recorded or 0))
         self._started = psutil.Process().create_time() if started is None else started
         more = {"devices": devices, "software": software(), STARTED: self._started, RECORDED: self.recorded}
@@ -141,14 +142,14 @@ class RunFolder:
         for name, text in tokenizer.items():
             atomic_write(self.path / name, partial(Path.write_text, data=text, encoding="utf-8"))
         atomic_write(self.recipe_file, lambda path: save_recipe(recipe, path))
-        kept = [line for line in lines if _is_before(line, done_steps)]
+        kept = [line for line in earlier if _is_before(line, done_steps)]
         atomic_write(self.metrics_file, lambda path: path.write_text("".join(kept), encoding="utf-8"))
         self._counted = 0.0 if started is None else sum(map(_counted_seconds, kept))
 
     def _kept(self, key: str) -> float | None:
         """Return a number that an earlier start has kept in plan.json, if it has."""
         try:
-            number = float(loads(self.plan_file.read_text())[key])
+            number = float(loads(read_bytes(self.plan_file))[key])
         except (OSError, ValueError, TypeError, LookupError, OverflowError):
             return None
         return number if math.isfinite(number) else None
@@ -159,10 +160,14 @@ class RunFolder:
         return self._counted / max(time.time() - self._started, self._counted)
 
     def _lines(self) -> list[str]:
-        if not self.metrics_file.exists():
+        try:
+            with open_file(self.metrics_file) as file:
+                # A killed run may leave an incomplete last line.
+                return [line.decode("utf-8", "replace") for line in lines(file) if line.endswith(b"\n")]
+        except FileNotFoundError:
             return []
-        lines = self.metrics_file.read_text("utf-8", "replace").splitlines(keepends=True)
-        return [line for line in lines if line.endswith("\n")]  # a killed run may leave an incomplete last line
+        except OSError as error:
+            raise UserError(f"{self.metrics_file}: cannot be read ({os_reason(error)}); remove it") from None
 
     def append_metrics(self, record: dict[str, Any]) -> None:
         """Append one JSON object. Floats keep their full precision; those that are not finite become null.

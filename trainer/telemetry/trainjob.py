@@ -18,6 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from trainer.common.errors import one_line
+from trainer.common.safe_read import read_bytes
 from trainer.common.strict_json import dumps
 from trainer.telemetry.console import say
 
@@ -71,7 +72,8 @@ class TrainJobProgress:
     def _send(self, done: int, metrics: Mapping[str, float]) -> None:
         """Send a report. The first of several failures in a row is a warning."""
         try:
-            token = "".join(Path(os.environ.get(TOKEN, "")).read_text().split())  # an error would quote a line break
+            token = read_bytes(Path(os.environ.get(TOKEN, ""))).decode()
+            token = "".join(token.split())  # an error would quote a line break
             request = urllib.request.Request(
                 self._url,
                 dumps({"trainerStatus": self._status(done, metrics)}).encode(),

@@ -13,6 +13,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from trainer.common.errors import UserError, one_line, os_reason
+from trainer.common.safe_read import read_bytes
 from trainer.common.strict_json import loads
 from trainer.telemetry.prometheus import parse
 
@@ -61,7 +62,7 @@ def page_url(text: str) -> str:
 def targets(run: Path) -> tuple[list[str], str]:
     """Return the URLs of a run's pages in rank order, and the run's name; no URLs if it has ended regularly."""
     try:
-        (group,) = loads((run / TARGETS_FILE).read_text())
+        (group,) = loads(read_bytes(run / TARGETS_FILE))
         return [page_url(address) for address in group["targets"]], str(group["labels"]["run"])
     except (OSError, ValueError, TypeError, KeyError, UserError):
         return [], ""

@@ -12,6 +12,8 @@ Shares = Mapping[str, float]
 
 ROLES = ("trunk", "pool")
 
+_DIGITS = 18
+
 _COUNTERS = {
     "unipool_steps_total": "rank",
     "unipool_tokens_total": "rank",
@@ -20,6 +22,11 @@ _COUNTERS = {
     "unipool_service_tokens_total": "rank",
 }
 """The label by which the samples of a counter are told apart on a rank's page."""
+
+
+def whole(text: str) -> int | None:
+    """Return the whole number that a label has; None if it has something else, or more digits than anything counted."""
+    return int(text) if text.isdecimal() and len(text) <= _DIGITS else None
 
 
 def known_shares(seconds: Sequence[float]) -> Shares:
@@ -87,6 +94,7 @@ def _role_and_rank(samples: Samples) -> tuple[str, int]:
     """Return what the first sample with both labels says."""
     for found in samples.values():
         for labels, _ in found:
-            if labels.get("role") in ROLES and labels.get("rank", "").isdecimal():
-                return labels["role"], int(labels["rank"])
+            rank = whole(labels.get("rank", ""))
+            if labels.get("role") in ROLES and rank is not None:
+                return labels["role"], rank
     return "trunk", 0

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from trainer.checkpoint import format as checkpoint
 from trainer.common.errors import UserError
-from trainer.common.safe_read import read_array
+from trainer.common.safe_read import LARGEST_TEXT, lines, open_file, read_array, read_bytes
 from trainer.common.strict_json import loads
 from trainer.config.recipe import Recipe, load_recipe
 from trainer.telemetry.step_scalars import Efficiency, StepScalars, parse_record
@@ -85,13 +85,13 @@ class Records:
     def read(self) -> None:
         """Read the lines that are new; without a file there are no records."""
         try:
-            with self._file.open("rb") as file:
+            with open_file(self._file) as file:
                 status = self._file.stat()
                 if status.st_ino != self._inode or status.st_size < self._read:
                     self._clear(status.st_ino)
                 file.seek(self._read)
-                for line in file:
-                    if not line.endswith(b"\n"):
+                for line in lines(file):
+                    if not line.endswith(b"\n") and len(line) < LARGEST_TEXT:
                         break  # it is still being written
                     self._read += len(line)
                     self._add(line)
@@ -187,7 +187,7 @@ def facts_of(recipe: Recipe, run: Path) -> dict[str, str]:
     """Return what a folder knows of the labels of the metric unipool_run_info."""
     t = recipe.grid
     try:
-        plan = loads((run / "plan.json").read_text())
+        plan = loads(read_bytes(run / "plan.json"))
         lanes, devices = str(plan["lanes"]), str(plan.get("devices", ""))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         lanes = devices = ""

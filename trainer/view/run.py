@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from trainer.checkpoint import format as checkpoint
 from trainer.common.errors import UserError, os_reason
+from trainer.common.safe_read import lines, open_file
 from trainer.config.recipe import Recipe, load_recipe
 from trainer.export.folder import is_export
 from trainer.telemetry.step_scalars import parse_record
@@ -174,11 +175,12 @@ class Run:
         if self.kind == "checkpoint":
             folder, last = self.path.resolve().parent.parent, checkpoint.read_info(self.path).steps
         try:
-            lines = (folder / METRICS_FILE).read_bytes().splitlines(keepends=True)
+            with open_file(folder / METRICS_FILE) as file:
+                records = list(filter(None, map(parse_record, lines(file))))
         except OSError:
             raise UserError(f"{self.path}: has no {METRICS_FILE}; a run has one from its first step on") from None
         found: dict[int, dict[str, Any]] = {}
-        for step, record in filter(None, map(parse_record, lines)):
+        for step, record in records:
             if step <= last:
                 found.setdefault(step, {}).update(record)
         return dict(sorted(found.items()))

@@ -17,7 +17,7 @@ from trainer.common.format import plural
 from trainer.telemetry.rank_time import PHASES
 from trainer.telemetry.time_breakdown import ACTIVITIES
 from trainer.view.pages import Page, value
-from trainer.view.rates import ROLES, Shares, Window, known_shares
+from trainer.view.rates import ROLES, Shares, Window, known_shares, whole
 from trainer.view.records import CHECKPOINTS, RECENT, SCALARS, Records, facts_of, recorded_load, saved_recipe
 
 _GAUGES = {
@@ -32,6 +32,9 @@ _GAUGES = {
     **{field.name: field.metadata["metric"].name for field in SCALARS if field.metadata["metric"]},
 }
 """Metrics of rank 0 by their names in `View.scalars`."""
+
+MOST_EXPERTS = 100_000
+"""The most experts whose load is shown. Any number may stand on a page, or in a damaged file."""
 
 _WAITS = 0.1
 """Share of its time up to which a role that waits counts as busy."""
@@ -129,6 +132,7 @@ class Follower:
         layers = first.samples.get("unipool_layer_load_imbalance_ratio", ()) if first else ()
         scalars = self._scalars(first) | _memory(answered.values()) if first else {}
         ranks = sorted(map(_use, windows), key=lambda use: (ROLES.index(use.role), use.rank))
+        experts, too_many = self._experts(windows)
         covered = step_text(self._windows[first.url] if first else windows[0]) if windows else ""
         return View(
             run=self._info.get("run", ""),
@@ -137,12 +141,12 @@ class Follower:
             scalars=scalars,
             roles={role: _mean_shares([use.shares for use in ranks if use.role == role]) for role in ROLES},
             ranks=tuple(ranks),
-            experts=self._experts(windows),
+            experts=experts,
             layers=tuple(ratio for _, ratio in sorted((labels.get("layer", ""), ratio) for labels, ratio in layers)),
             losses=tuple(self._losses.values()),
             window=covered,
             load_window=covered,
-            notes=(*self._silent(pages), *_twice(ranks), *_on_cpus(answered.values())),
+            notes=(*self._silent(pages), *_twice(ranks), *_on_cpus(answered.values()), *too_many),
         )
 
     def _scalars(self, page: Page) -> dict[str, float]:
@@ -170,18 +174,20 @@ class Follower:
     def _speed(self, page: Page, scalars: Mapping[str, float]) -> dict[str, float]:
         """Return the tokens per second of all trunk ranks, which train on equal shares, by rank 0's page."""
         tokens = sum(self._windows[page.url].per_step("unipool_tokens_total").values())
-        seconds, ranks = scalars.get("step_seconds", 0.0), self._info.get("trunk_ranks", "")
-        return {"tokens_per_second": tokens * int(ranks) / seconds} if tokens and seconds and ranks.isdecimal() else {}
+        seconds, ranks = scalars.get("step_seconds", 0.0), whole(self._info.get("trunk_ranks", ""))
+        return {"tokens_per_second": tokens * ranks / seconds} if tokens and seconds and ranks is not None else {}
 
-    def _experts(self, windows: Sequence[Window]) -> tuple[float, ...]:
+    def _experts(self, windows: Sequence[Window]) -> tuple[tuple[float, ...], list[str]]:
+        """Return the load by expert, and a note if there are too many to show it."""
         load: dict[int, float] = {}
         for window in windows:
-            for expert, tokens in window.per_step("unipool_expert_tokens_total").items():
-                if expert.isdecimal():
-                    load[int(expert)] = load.get(int(expert), 0.0) + tokens
-        known = self._info.get("experts", "")
-        experts = max(int(known) if known.isdecimal() else 0, max(load) + 1) if load else 0
-        return tuple(load.get(expert, math.nan) for expert in range(experts))
+            for label, tokens in window.per_step("unipool_expert_tokens_total").items():
+                if (expert := whole(label)) is not None:
+                    load[expert] = load.get(expert, 0.0) + tokens
+        experts = max(whole(self._info.get("experts", "")) or 0, max(load) + 1) if load else 0
+        if experts > MOST_EXPERTS:
+            return (), [_too_many(experts)]
+        return tuple(load.get(expert, math.nan) for expert in range(experts)), []
 
     def _silent(self, pages: Sequence[Page]) -> Iterator[str]:
         """Say which ranks do not answer, by reason."""
@@ -208,6 +214,9 @@ def recorded_view(run: Path, records: Records, state: str, notes: Sequence[str] 
         scalars["val_loss"] = records.val_losses[-1]
     if recipe:
         scalars["target_steps"] = recipe.train.steps
+    experts = 0 if load_LM is None else load_LM.shape[1]
+    if experts > MOST_EXPERTS:
+        load_LM, notes = None, [*notes, _too_many(experts)]
     if newest := checkpoint.newest(run / CHECKPOINTS):
         scalars["checkpoint_step"] = newest[0]
         with suppress(OSError):  # it was replaced by a newer one
@@ -240,9 +249,15 @@ def _on_cpus(pages: Iterable[Page]) -> Iterator[str]:
     """Say which ranks train on a CPU beside GPUs."""
     for page in pages:
         for labels, gpus in page.samples.get("unipool_unused_gpus", ()):
-            if gpus:
+            if gpus and math.isfinite(gpus):
                 who = f"{labels.get('role')} rank {labels.get('rank')}"
                 yield f"{who} trains on the CPU although its machine has {plural(int(gpus), 'GPU')}: see the run's log"
+
+
+def _too_many(experts: int) -> str:
+    return (
+        f"the load of the experts is not shown: there should be {experts:,} of them, and {MOST_EXPERTS:,} are the most"
+    )
 
 
 def _memory(pages: Iterable[Page]) -> dict[str, float]:

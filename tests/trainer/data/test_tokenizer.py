@@ -2,12 +2,12 @@ import errno
 import json
 import logging
 import shutil
-from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
 
+from trainer.common import safe_read
 from trainer.common.errors import Unavailable, UserError
 from trainer.data import tokenizer as tokenizer_module
 from trainer.data.cache import Conduct
@@ -223,7 +223,7 @@ def test_holes_and_large_ids(tmp_path):
 
 def test_a_tokenizer_that_cannot_be_read_is_not_called_damaged(settings, monkeypatch):
     data = prepare_source(settings, Conduct(show=False))
-    monkeypatch.setattr(Path, "read_text", Mock(side_effect=PermissionError(errno.EACCES, "Permission denied")))
+    monkeypatch.setattr(safe_read, "open_file", Mock(side_effect=PermissionError(errno.EACCES, "Permission denied")))
     with pytest.raises(Unavailable, match="this prepared data cannot be read .*Permission denied"):
         data.tokenizer()
     with pytest.raises(UserError, match=r"tokenizer.json: cannot be read \(permission denied\)$"):

@@ -9,6 +9,8 @@ import socket
 import sys
 import time
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import openai
 import pytest
@@ -19,6 +21,7 @@ from tests.trainer.export.test_transformers import model_with
 from tests.trainer.serve.test_text import tokenizer
 from trainer.cli import cli
 from trainer.common.errors import UserError
+from trainer.export.loaded_model import LoadedModel
 
 
 def export(folder: Path) -> Path:
@@ -99,3 +102,46 @@ def test_what_a_user_gets_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.delitem(sys.modules, "trainer.serve.server")
     caught = CliRunner().invoke(cli, ["serve", str(tmp_path)]).exception
     assert isinstance(caught, UserError) and "requirements-serve.txt" in str(caught)
+
+
+@pytest.mark.parametrize(
+    ("template", "warning", "kept"),
+    [
+        ("{{ messages[0].content }}", "", True),
+        (None, "", False),
+        (
+            "a chat\n{% if messages %}",
+            "chats are not served, because of a mistake in the chat template (line 2: Unexp",
+            False,
+        ),
+        (
+            "{{ messages | no_such_filter }}",
+            "chats are not served, because of a mistake in the chat template (line 1: ",
+            False,
+        ),
+        (
+            "{{ raise_exception('a system message is needed') }}",
+            "the chat template refuses a message of a user (a system message is needed); chats may not work; "
+            "completions work, and --chat-template FILE gives another template",
+            True,
+        ),
+        ("{{ 1 / 0 }}", "the chat template refuses a message of a user (division by zero)", True),
+        ({"rag": "{{ messages[0].content }}"}, "the chat template refuses a message of a user (", True),
+    ],
+)
+def test_a_chat_template_is_tried_at_the_start(
+    template: Any, warning: str, kept: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One that no chat can use is named before the first client comes; the server starts nevertheless."""
+    from trainer.serve import server
+
+    chat = tokenizer()
+    chat.chat_template = template
+    started = Mock(side_effect=UserError("it would start now"))
+    monkeypatch.setattr(server, "load_model", lambda *_: LoadedModel(Path("small"), Mock(), chat, None))
+    monkeypatch.setattr(server, "Engine", started)
+    with pytest.raises(UserError, match="it would start now"):
+        server.serve(Path("small"), "127.0.0.1", 0, None, 1, 1, None, None, None, 1)
+    said = capsys.readouterr().err
+    assert said.startswith(f"warning: {warning}") and said.count("\n") == 1 if warning else not said
+    assert bool(started.call_args.args[0].tokenizer.chat_template) == kept

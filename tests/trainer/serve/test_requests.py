@@ -29,3 +29,26 @@ def test_many_mistakes_are_not_many_errors(kind: type[Completion | Chat], name: 
         kind.model_validate(whole | {name: value})
     assert caught.value.error_count() < 10
     assert invalid(caught.value.errors()).body["error"]["param"] == name
+
+
+UNKNOWN = {f"unknown {n}": "" for n in range(MANY)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        (Completion, UNKNOWN),
+        (Completion, {"stream_options": UNKNOWN}),
+        (Chat, {"messages": [{"role": "user", "content": "x"} | UNKNOWN]}),
+        (Chat, {"messages": [UNKNOWN | {"role": "user", "content": [{"type": "text", "text": "x"} | UNKNOWN]}]}),
+    ],
+)
+def test_many_unknown_keys_are_one_error(kind: type[Completion | Chat], more: dict[str, Any]) -> None:
+    """The first is named, wherever the object is; the others cost nothing."""
+    whole = {"model": "m", "messages": [{"role": "user", "content": "x"}]} if kind is Chat else {"model": "m"}
+    with pytest.raises(ValidationError) as caught:
+        kind.model_validate(whole | more)
+    errors = caught.value.errors()
+    named = [error["loc"][-1] for error in errors if error["type"] == "extra_forbidden"]
+    assert set(named) == {"unknown 0"} and len(errors) < 10
+    assert invalid([error for error in errors if error["loc"][-1] == "unknown 0"]).body["error"]["param"] == "unknown 0"

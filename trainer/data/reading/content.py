@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from trainer.common.errors import UserError, short_line
+from trainer.common.safe_read import open_file
 from trainer.data.reading.sources import COMPRESSED, kind_of, shown
 
 _BLOCK = 1 << 16
@@ -64,7 +65,7 @@ class Content:
         self.kind = kind_of(path.name) or "plain"
         self._codec = ""
         self._encoding = ""
-        with path.open("rb") as file:
+        with open_file(path) as file:
             head = file.read(512)
         self._codec = next((codec for magic, codec in _CODECS if head.startswith(magic)), "")
         if self._codec:
@@ -86,7 +87,7 @@ class Content:
 
     def open(self, offset: int = 0) -> IO[bytes]:
         """Open the content at byte `offset`, counted in UTF-8 after decompression."""
-        file = self.path.open("rb")
+        file = open_file(self.path)
         if self._encoding == "utf-8":
             offset += len(codecs.BOM_UTF8)
         if not self._codec and self._encoding in ("", "utf-8"):

@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from trainer.common.errors import UserError, short_line
+from trainer.common.safe_read import open_file
 from trainer.data.reading.records import (
     RECORD_BYTES,
     Bad,
@@ -38,7 +39,7 @@ def read_parquet(path: Path, text_field: str, at: Position | None) -> Found:
     (done,) = at or [0]
     row = 0
     with (
-        path.open("rb") as opened,
+        open_file(path) as opened,
         _reported_errors(path, "parquet"),
         pq.ParquetFile(opened, buffer_size=1 << 20) as file,
     ):
@@ -67,7 +68,7 @@ def read_arrow(path: Path, text_field: str, at: Position | None) -> Found:
     first, done, row = at or [0, 0, 0]
     # We open the file, because pyarrow refuses paths that are not UTF-8.
     with (
-        path.open("rb") as opened,
+        open_file(path) as opened,
         _reported_errors(path, "arrow"),
         pa.memory_map(f"/dev/fd/{opened.fileno()}") as source,
     ):

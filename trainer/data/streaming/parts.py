@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from trainer.common.errors import Unavailable, UserError, is_of_content
 from trainer.common.format import duration
+from trainer.common.safe_read import open_file, read_bytes
 from trainer.common.strict_json import dumps, loads
 from trainer.data.cache import Conduct, make_once
 from trainer.data.encoding import Encoder
@@ -201,7 +202,7 @@ class SourceParts:
         """Return where the part after this one begins in the source, and the tokens that were read beyond its end."""
         path = self.folder / _name(number) / NEXT_FILE
         try:
-            with np.load(path, allow_pickle=False) as arrays:
+            with open_file(path) as file, np.load(file, allow_pickle=False) as arrays:
                 return loads(str(arrays["position"])), arrays["tokens"].astype(np.uint32)
         except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
             raise _unusable(path, error) from error
@@ -221,7 +222,7 @@ def _is_last(part: Path) -> bool:
 
 def _fact(part: Path, name: str) -> Any:
     try:
-        return loads((part / FACTS_FILE).read_text())[name]
+        return loads(read_bytes(part / FACTS_FILE))[name]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise _unusable(part / FACTS_FILE, error) from error
 

@@ -13,6 +13,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from trainer.checkpoint.format import read_info
 from trainer.common.errors import UserError
 from trainer.common.format import count, loss, perplexity, plural, plus_minus
+from trainer.common.safe_read import read_bytes
 from trainer.common.strict_json import loads
 from trainer.common.versions import software
 from trainer.config.recipe import Recipe
@@ -200,7 +201,7 @@ def _hub_data_sets(recipe: Recipe) -> list[str]:
 
 def _trained_by(home: Path) -> str | None:
     try:
-        return _text(_versions(loads((home / "plan.json").read_text())["software"]))
+        return _text(_versions(loads(read_bytes(home / "plan.json"))["software"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # of an earlier version
         return None
 
@@ -213,7 +214,7 @@ def _evaluated(run: SavedRun) -> tuple[list[tuple[str, str, Any, Any]], str]:
     """What `eval` found: task, metric, value and standard error of each score, and the harness's version."""
     path = run.home / "eval.json"
     try:
-        record = loads(path.read_bytes()).get(run.folder.name, {}).get("tasks") if path.exists() else None
+        record = loads(read_bytes(path)).get(run.folder.name, {}).get("tasks") if path.exists() else None
         if record is None:
             return [], ""
         scores = [

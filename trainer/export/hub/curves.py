@@ -8,6 +8,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 
 from trainer.common.figure_style import SERIES, add_legend, new_figure, panel_title, style_axes, write_png
+from trainer.common.safe_read import lines, open_file
 from trainer.telemetry.step_scalars import parse_record
 
 METRICS_FILE = "metrics.jsonl"
@@ -35,10 +36,11 @@ def read_curves(run: Path, steps: int) -> dict[str, Curve]:
     """
     curves = {name: Curve() for name in ("loss", "val_loss", "load_imbalance")}
     try:
-        lines = (run / METRICS_FILE).read_bytes().splitlines(keepends=True)
+        with open_file(run / METRICS_FILE) as file:
+            records = list(filter(None, map(parse_record, lines(file))))
     except OSError:
         return curves
-    for step, record in filter(None, map(parse_record, lines)):
+    for step, record in records:
         for name, curve in curves.items():
             value = record.get(name)
             if isinstance(value, int | float) and not isinstance(value, bool) and step <= steps:

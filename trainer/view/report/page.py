@@ -15,6 +15,7 @@ from trainer.common.atomic import atomic_write
 from trainer.common.errors import UserError
 from trainer.common.figure_style import SERIES
 from trainer.common.format import duration, number, percent, seconds
+from trainer.common.safe_read import read_bytes
 from trainer.config.recipe import Recipe
 from trainer.telemetry.console import describe
 from trainer.telemetry.time_breakdown import ACTIVITIES
@@ -246,6 +247,6 @@ def _facts(run: Path, records: Records, recipe: Recipe | None) -> str:
 
 def _recipe_text(run: Path) -> str:
     try:
-        return f"<pre>{escape((run / RECIPE_FILE).read_text(errors='replace'))}</pre>"
-    except OSError:
+        return f"<pre>{escape(read_bytes(run / RECIPE_FILE).decode(errors='replace'))}</pre>"
+    except (OSError, ValueError):
         return ""

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from trainer.common.safe_read import read_bytes
 from trainer.common.strict_json import loads
 from trainer.config.recipe import Recipe
 from trainer.telemetry.run_folder import RECORDED
@@ -106,6 +107,6 @@ def _pauses(pauses: Numbers, records: Records, recipe: Recipe | None, resumed: b
 def _was_resumed(run: Path) -> bool:
     """Return whether the run has been started more than once."""
     try:
-        return int(loads((run / "plan.json").read_text())[RECORDED]) > 0
+        return int(loads(read_bytes(run / "plan.json"))[RECORDED]) > 0
     except (OSError, ValueError, TypeError, LookupError, OverflowError):
         return False
