@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -54,3 +55,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return place[0] if place else len(FIRST)
 
     items.sort(key=rank)
+
+
+def pytest_collection_finish() -> None:
+    """Let garbage collections skip what is imported, and come less often: torch's compiler makes many objects."""
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)

@@ -29,6 +29,7 @@ context.set_forkserver_preload(
         *("torch", "deepspeed", "trainer.train.loop", "datasets", "torch._dynamo", "torch.utils.tensorboard"),
         *("deepspeed.comm.mori", "deepspeed.module_inject.auto_ep_layer", "deepspeed.runtime.zero.muon.muon_optimizer"),
         *("ds_configs", "encodings.idna", "trainer.telemetry.expert_heatmap", "pytest", "tests.training"),
+        "tests.frozen",
     ]
 )
 
