@@ -5,11 +5,12 @@ Threads in excess of a CPU limit are paused for the rest of each period, and so 
 
 from __future__ import annotations
 
+import gc
 import os
 import resource
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -162,3 +163,20 @@ def limit_threads(processes: int = 1) -> None:
 
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, usable_cores() // processes))
+
+
+@contextmanager
+def first_import_of(package: str) -> Iterator[None]:
+    """Collect no garbage while a large package is imported, and let later collections skip what exists by then.
+
+    They would find nothing, but visit every object of torch and deepspeed each time: for a second in each rank.
+    """
+    if package in sys.modules or not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()

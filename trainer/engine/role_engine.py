@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trainer.common.machine import first_import_of
 from trainer.common.safe_read import read_tensors
 from trainer.config.recipe import Recipe
 from trainer.engine.ds_config import deepspeed_config, scheduled_rate
@@ -42,11 +43,12 @@ def _import_deepspeed() -> Any:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")
-    import deepspeed
-    import deepspeed.ops
-    from deepspeed.runtime.fp16.loss_scaler import LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
+    with first_import_of("deepspeed"):
+        import deepspeed
+        import deepspeed.ops
+        from deepspeed.runtime.fp16.loss_scaler import LossScaler
+        from deepspeed.runtime.zero.config import ZeroStageEnum
+        from deepspeed.utils.tensor_fragment import fragment_address
 
     # No extension may be used; finding out which could be would start a compiler.
     deepspeed.ops.__compatible_ops__ = {}

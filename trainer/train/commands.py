@@ -12,6 +12,7 @@ import click
 
 from trainer.common.errors import UserError
 from trainer.common.gpus import set_allocator
+from trainer.common.machine import first_import_of
 from trainer.config.options import recipe_arguments
 from trainer.config.recipe import Recipe, load_recipe
 
@@ -88,8 +89,11 @@ def train(
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     set_allocator()
     if launched():
-        from trainer.cluster.rendezvous import read_launch
         from trainer.common.error_reporting import end_process
+
+        with first_import_of("torch"):
+            from trainer.cluster.rendezvous import read_launch
+            from trainer.train.loop import train as train_rank
 
         if dry_run:
             from trainer.train.dry_run.job import dry_run as try_rank
@@ -97,8 +101,6 @@ def train(
 
             launch = read_launch()
             end_process(try_rank(checked, rehearsal(checked, folder_of(checked, launch.master_port)), launch))
-        from trainer.train.loop import train as train_rank
-
         end_process(train_rank(checked, read_launch(), force))
     from trainer.checkpoint.resume import early_check
     from trainer.cluster.devices import check_machine

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 from pathlib import Path
 
 import pytest
 
-from trainer.common.machine import cgroup_cores, usable_cores, usable_memory
+from trainer.common.machine import cgroup_cores, first_import_of, usable_cores, usable_memory
 
 ROOT = Path(__file__).parents[3]
 
@@ -108,3 +109,16 @@ def test_cores_are_counted_in_one_place() -> None:
     counting = re.compile(r"sched_getaffinity|cpu_count|SC_PHYS_PAGES")
     files = (path for package in ("trainer", "pool", "router") for path in (ROOT / package).rglob("*.py"))
     assert [path.name for path in files if counting.search(path.read_text())] == ["machine.py"]
+
+
+def test_a_first_import_is_not_collected() -> None:
+    """Nor is what it made, later. What is imported again may have made garbage since."""
+    before = gc.get_freeze_count()
+    with first_import_of("not imported"):
+        assert not gc.isenabled()
+        made = [[] for _ in range(1000)]  # type: ignore[var-annotated]
+    assert gc.isenabled() and gc.get_freeze_count() >= before + len(made)
+    frozen = gc.get_freeze_count()
+    with first_import_of("pytest"):
+        assert gc.isenabled()
+    assert gc.get_freeze_count() <= frozen
