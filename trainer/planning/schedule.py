@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field, model_validator
 
 from pool.schedule import PoolSchedule, generation_schedule
 from pool.schedule_builder import Costs, build_evaluation_schedule, build_training_schedule
-from trainer.common.errors import UserError, os_reason
+from trainer.common.errors import UserError
 from trainer.common.safe_read import read_bytes
 from trainer.common.strict_json import dumps
 from trainer.config.recipe import Recipe
@@ -147,7 +147,7 @@ def schedule_of(recipe: Recipe, file: Path, resume: bool) -> ScheduleSpec:
                 raise UserError(f"{file}: is damaged and cannot be renamed ({error.strerror}); delete it") from None
             say(f"WARNING: {file} is damaged and now damaged_plan.json; the recipe gives the schedule")
         except OSError as error:
-            raise UserError(f"{file}: cannot be read ({os_reason(error)})") from None
+            raise UserError(f"{file}: cannot be read ({error.strerror or error})") from None
     return saved or make_schedule(recipe)
 
 
