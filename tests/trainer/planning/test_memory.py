@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.distributed import join, run_ranks
+from tests.distributed import TIME_LIMIT, join, run_ranks
 from trainer.config.recipe import Recipe, load_recipe
 from trainer.planning.memory import estimate_memory
 from trainer.planning.schedule import make_schedule
@@ -75,8 +75,9 @@ SHAPES = {
         *(*WIDE, "pool.experts=96", "model.ffn_hidden=512", "train.global_batch=16", "parallel.lanes=1"),
         *("parallel.trunk_zero=0", "parallel.pool_zero=1", "parallel.pool_ranks=0", "train.recompute=true"),
     ),
+    # A CPU without AVX-512 takes 50 times as long for some products in bf16 as in fp32.
     "bf16": (
-        *(*DENSE, "model.vocab=8000", "model.seq_len=128", "train.micro_batch=8", "train.global_batch=16"),
+        *(*DENSE, "model.vocab=8000", "model.seq_len=128", "train.micro_batch=2", "train.global_batch=4"),
         *("parallel.pool_ranks=0", "parallel.trunk_zero=0", "train.precision=bf16", "train.loss_chunk=256"),
     ),
     "zero 2": (*DENSE, *SHORT, "parallel.trunk_ranks=2", "parallel.pool_ranks=0", "parallel.trunk_zero=2"),
@@ -89,7 +90,7 @@ SHAPES = {
 def test_estimate_is_within_15_percent_of_a_run(shape: str, tmp_path: Path) -> None:
     recipe = load_recipe("quickstart", (*SHAPES[shape], f"run.dir={tmp_path}"))
     grid = recipe.grid
-    grown = run_ranks(grid.world_size, peak, recipe)
+    grown = run_ranks(grid.world_size, peak, recipe, time_limit=3 * TIME_LIMIT)
     by_role = [max(grown[: grid.trunk_ranks]), *([max(grown[grid.trunk_ranks :])] if grid.pool_ranks else [])]
     for memory, real in zip(estimate_memory(recipe, make_schedule(recipe).lanes), by_role, strict=True):
         assert real > 400e6, "too small: what else the process allocates would matter"
