@@ -89,8 +89,13 @@ def imbalance(load_LM: Tensor, placement: Placement) -> Imbalance:
 
     Args:
         load_LM: Rows by layer and global expert id, (L, M).
+
+    Raises:
+        ValueError: The load has another number of experts than the placement.
     """
     load_RM = _rows(load_LM)
+    if load_RM.shape[1] != placement.num_experts:
+        raise ValueError(f"load_LM has {load_RM.shape[1]} experts, but the placement has {placement.num_experts}")
     if not load_RM.any():
         return Imbalance(1.0, 1.0)
     largest_R = load_RM[:, _members(placement)].sum(-1).max(-1)
@@ -144,9 +149,15 @@ def balanced(load_LM: Tensor, shards: int, groups: int = 1, moments_WL: Tensor |
 
     Returns:
         A placement with ascending experts within each shard, or `contiguous` itself if nothing is better.
+
+    Raises:
+        ValueError: The load is not (L, M) of counts, or M is not divisible.
     """
     load_RM = _rows(load_LM, moments_WL)
     experts = load_RM.shape[1]
+    for name, parts in (("shards", shards), ("groups", groups)):
+        if parts < 1 or experts % parts:
+            raise ValueError(f"{name} = {parts}: must be at least 1 and divide the number of experts ({experts})")
     start = contiguous(experts, groups, shards)
     if shards in (1, experts) or not load_RM.any():
         return start
@@ -179,7 +190,7 @@ def recommend_shards(load_LM: Tensor, pool_ranks: int, groups: int = 1) -> list[
     """Return every way to divide the pool among `pool_ranks`, fewest shards first.
 
     Fewer shards are nearly always more even, because a hot expert is a smaller part of a larger shard, but each rank
-    holds more experts. Choose the first split that fits into memory. See `balanced` for the other arguments.
+    holds more experts. Choose the first split that fits into memory. See `balanced` for the other arguments and errors.
     """
     experts = load_LM.shape[-1]
     return [
@@ -195,6 +206,10 @@ def recommend_shards(load_LM: Tensor, pool_ranks: int, groups: int = 1) -> list[
 
 def _rows(load_LM: Tensor, moments_WL: Tensor | None = None) -> NDArray[np.float64]:
     """Return load_RM: the load of every moment, by default of each layer, and of all layers (L + 1, M)."""
+    if load_LM.dim() != 2 or not load_LM.numel():
+        raise ValueError(f"load_LM has shape {tuple(load_LM.shape)}: it must be (layers, experts)")
+    if load_LM.is_floating_point() or (load_LM < 0).any():
+        raise ValueError("load_LM must hold counts: whole numbers from 0 up")
     counts_LM = load_LM.cpu().numpy().astype(np.float64)
     if moments_WL is None:
         return np.vstack((counts_LM, counts_LM.sum(0)))

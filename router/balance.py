@@ -24,12 +24,17 @@ def balance_coefficients(fractions_LM: Tensor, layer_coeff: float, pool_coeff: f
         fractions_LM: The loads f of Eq. M13; each row sums to 1.
         layer_coeff: Coefficient of the loss per layer.
         pool_coeff: Coefficient of the loss over the pool.
-        groups: Number of sub-pools, each shared by L / groups adjacent layers; divides L. 1 is UniPool.
+        groups: Number of sub-pools, each shared by L / groups adjacent layers; 1 is UniPool.
 
     Returns:
         The coefficients (L, M), in the dtype of `fractions_LM`.
+
+    Raises:
+        ValueError: `groups` does not divide L.
     """
     num_layers, num_experts = fractions_LM.shape
+    if num_layers % groups:
+        raise ValueError(f"model.groups is {groups}: it must divide model.layers ({num_layers})")
     layers_per_group = num_layers // groups
     group_means = fractions_LM.view(groups, layers_per_group, num_experts).mean(dim=1)
     fbar_LM = group_means.repeat_interleave(layers_per_group, dim=0)
@@ -59,9 +64,17 @@ class LoadStatistics:
         delay: Age of the load, in micro-batches or steps.
         num_layers: L.
         num_experts: M.
+
+    Raises:
+        ValueError: The scope is unknown, or does not allow the delay.
     """
 
     def __init__(self, scope: Scope, delay: int, num_layers: int, num_experts: int) -> None:
+        if scope not in ("micro_batch", "global_batch"):
+            raise ValueError(f"balance.scope is {scope!r}: it must be micro_batch or global_batch")
+        least_delay = 0 if scope == "micro_batch" else 1
+        if delay < least_delay:
+            raise ValueError(f"balance.delay is {delay}: with balance.scope {scope} it must be {least_delay} or more")
         self.scope = scope
         self.delay = delay
         self.shape = (num_layers, num_experts)
@@ -122,9 +135,17 @@ class LoadStatistics:
         """Restore what `state_dict` returned.
 
         Args:
-            state: The saved state, of the same scope and delay.
+            state: The saved state.
             shift: Number to add to the saved indices, for a run that now counts micro-batches differently.
+
+        Raises:
+            ValueError: The state was saved with another scope or delay.
         """
+        if (state["scope"], state["delay"]) != (self.scope, self.delay):
+            raise ValueError(
+                f"balance.scope and balance.delay are {self.scope} and {self.delay}, the checkpoint has "
+                f"{state['scope']} and {state['delay']}: they must be the same to resume"
+            )
         self._loads = {}
         self._first = max(0, state["first"] + shift)
         for index, load_LM in state["loads"].items():

@@ -24,11 +24,16 @@ def norm_constant(num_experts: int, top_k: int) -> float:
 
     Args:
         num_experts: M.
-        top_k: K, from 1 to M.
+        top_k: K.
 
     Returns:
         c, without a unit.
+
+    Raises:
+        ValueError: `top_k` is not between 1 and `num_experts`.
     """
+    if not 1 <= top_k <= num_experts:
+        raise ValueError(f"router.top_k is {top_k}: it must be from 1 to the {num_experts} experts a layer sees")
     generator = torch.Generator().manual_seed(SEED)
     x_NM = torch.empty(CHUNK_DRAWS, num_experts, dtype=torch.float32)
     total, draws = 0.0, 0

@@ -65,8 +65,12 @@ def assign(load_LM: Tensor, coverage: float) -> Ownership:
         coverage: The wanted share, from 0 to 1.
 
     Raises:
-        ValueError: A load is negative or not finite.
+        ValueError: M is not a multiple of L, a load is negative or not finite, or the coverage is out of range.
     """
+    layers, experts = load_LM.shape
+    _check_partition(layers, experts)
+    if not 0 <= coverage <= 1:
+        raise ValueError(f"lock.coverage is {coverage}: it must be from 0 to 1")
     load = load_LM.detach().cpu().double().numpy()
     if not (np.isfinite(load).all() and (load >= 0).all()):
         raise ValueError("the load has entries that are negative or not finite: nothing can be assigned from it")
@@ -85,11 +89,20 @@ def random_ownership(layers: int, experts: int, seed: int) -> Ownership:
     """Give every layer M / L random experts, before any token is routed: the control without learning.
 
     The shares are those of a uniform load, 1 / L, and nothing is asked of them.
+
+    Raises:
+        ValueError: The number of experts is not a multiple of the number of layers.
     """
+    _check_partition(layers, experts)
     order_M = torch.randperm(experts, generator=torch.Generator().manual_seed(seed))
     owners_M = torch.empty(experts, dtype=torch.int64)
     owners_M[order_M] = torch.arange(experts) // (experts // layers)
     return Ownership(tuple(owners_M.tolist()), (1 / layers,) * layers, (0.0,) * layers, True)
+
+
+def _check_partition(layers: int, experts: int) -> None:
+    if experts < layers or experts % layers:
+        raise ValueError(f"pool.experts is {experts}: it must be a multiple of model.layers ({layers}) to be locked")
 
 
 def _own_shares(owners: NDArray[np.int64], shares_LM: NDArray[np.float64]) -> NDArray[np.float64]:

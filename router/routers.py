@@ -302,7 +302,12 @@ def build_router(
     """Build one layer's router.
 
     The arguments are those of `Router`, `NormRouter` and `SoftmaxRouter`; the others do not use theirs.
+
+    Raises:
+        ValueError: `kind` or `scores` is unknown.
     """
+    if scores not in ("raw", "normalized"):
+        raise ValueError(f"balance.scores is {scores!r}: it must be raw or normalized")
     match kind:
         case "norm":
             return NormRouter(hidden, num_experts, top_k, scores, z_loss, constant)
@@ -312,3 +317,4 @@ def build_router(
             return SoftmaxRouter(hidden, num_experts, top_k, scores, z_loss, renormalize, logit_bias)
         case "sigmoid_bias":
             return SigmoidBiasRouter(hidden, num_experts, top_k, scores, z_loss)
+    raise ValueError(f"router.kind is {kind!r}: it must be norm, norm_bias, softmax or sigmoid_bias")

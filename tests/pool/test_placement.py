@@ -308,3 +308,25 @@ def test_fewer_shards_are_more_even() -> None:
     assert splits[2].imbalance == imbalance(load_LM, balanced(load_LM, 4))
     lockstep = [split.imbalance.lockstep for split in splits]
     assert lockstep == sorted(lockstep)
+
+
+@pytest.mark.parametrize(
+    "load_LM, shards, groups, message",
+    [
+        (torch.ones(8, dtype=torch.int64), 2, 1, r"load_LM has shape \(8,\): it must be \(layers, experts\)"),
+        (torch.ones(2, 0, dtype=torch.int64), 1, 1, r"load_LM has shape \(2, 0\)"),
+        (torch.ones(2, 8), 2, 1, "must hold counts"),
+        (-torch.ones(2, 8, dtype=torch.int64), 2, 1, "must hold counts"),
+        (torch.ones(2, 8, dtype=torch.int64), 3, 1, r"shards = 3: must be at least 1 and divide .* \(8\)"),
+        (torch.ones(2, 8, dtype=torch.int64), 0, 1, "shards = 0"),
+        (torch.ones(2, 8, dtype=torch.int64), 2, 3, "groups = 3"),
+    ],
+)
+def test_wrong_loads(load_LM: Tensor, shards: int, groups: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        balanced(load_LM, shards, groups)
+
+
+def test_load_of_another_pool() -> None:
+    with pytest.raises(ValueError, match="load_LM has 8 experts, but the placement has 6"):
+        imbalance(torch.ones(2, 8, dtype=torch.int64), contiguous(6, 1, 2))

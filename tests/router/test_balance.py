@@ -62,6 +62,11 @@ def test_private_experts_make_both_losses_equal() -> None:
     torch.testing.assert_close(balance_coefficients(fractions_LM, 0.0, 0.01, groups=L), layer)
 
 
+def test_groups_must_divide_layers() -> None:
+    with pytest.raises(ValueError, match=r"groups is 4.*6"):
+        balance_coefficients(fractions_of(random_loads(4)), 0.0, 0.01, groups=4)
+
+
 @pytest.mark.parametrize("scores", ["raw", "normalized"])
 def test_only_the_router_gets_gradient(scores: str) -> None:
     """The load enters as a constant; the gradient is that of the mean scores with f held fixed."""
@@ -193,3 +198,15 @@ def test_state_of_a_run_that_numbered_micro_batches_otherwise() -> None:
     resumed.load_state_dict(saved.state_dict(), shift=-5)
     assert resumed.fractions(0, step=0) is None
     assert resumed.fractions(1, step=0) is not None
+
+
+def test_state_of_other_knobs_is_refused() -> None:
+    state = LoadStatistics("micro_batch", 1, L, M).state_dict()
+    with pytest.raises(ValueError, match="micro_batch and 2, the checkpoint has micro_batch and 1"):
+        LoadStatistics("micro_batch", 2, L, M).load_state_dict(state)
+
+
+@pytest.mark.parametrize(("scope", "delay"), [("global_batch", 0), ("micro_batch", -1), ("epoch", 1)])
+def test_knobs_out_of_range(scope: str, delay: int) -> None:
+    with pytest.raises(ValueError, match="must be"):
+        LoadStatistics(scope, delay, L, M)

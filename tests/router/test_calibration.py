@@ -39,3 +39,9 @@ def test_the_global_generator_is_neither_read_nor_moved() -> None:
     torch.manual_seed(4)
     norm_constant.cache_clear()
     assert norm_constant(21, 2) == first
+
+
+@pytest.mark.parametrize("top_k", [0, -1, 6])
+def test_top_k_out_of_range(top_k: int) -> None:
+    with pytest.raises(ValueError, match=f"top_k is {top_k}.*1 to the 5"):
+        norm_constant(5, top_k)

@@ -121,12 +121,15 @@ def test_random_ownership() -> None:
 
 
 @pytest.mark.parametrize(
-    ("load_LM", "said"),
+    ("load_LM", "coverage", "said"),
     [
-        (torch.tensor([[1.0, float("nan")], [1, 1]]), "not finite"),
-        (torch.tensor([[1.0, -1.0], [1, 1]]), "negative"),
+        (torch.ones(2, 3), 0.9, "multiple of model.layers"),
+        (torch.ones(4, 2), 0.9, "multiple of model.layers"),
+        (torch.ones(2, 4), 1.1, "lock.coverage is 1.1"),
+        (torch.tensor([[1.0, float("nan")], [1, 1]]), 0.9, "not finite"),
+        (torch.tensor([[1.0, -1.0], [1, 1]]), 0.9, "negative"),
     ],
 )
-def test_what_cannot_be_assigned(load_LM: Tensor, said: str) -> None:
+def test_what_cannot_be_assigned(load_LM: Tensor, coverage: float, said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        assign(load_LM, 0.9)
+        assign(load_LM, coverage)

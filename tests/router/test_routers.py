@@ -272,6 +272,15 @@ def test_reset_parameters() -> None:
     assert len(list(routers[1].parameters())) == 1
 
 
+def test_unknown_words_are_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"router.kind is 'cosine': it must be norm, norm_bias, softmax or sigmoid_bias"
+    ):
+        build_router("cosine", D, M, 1, "raw", True, CONSTANT)
+    with pytest.raises(ValueError, match=r"balance.scores is 'mean': it must be raw or normalized"):
+        build_router("norm", D, M, 1, "mean", True, CONSTANT)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("scores", ["raw", "normalized"])
 def test_logits_that_are_not_finite(kind: str, scores: str) -> None:
